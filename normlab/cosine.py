@@ -1,0 +1,98 @@
+"""Norms that look at the weights and at the input: cosine and centred cosine.
+
+    cosine     μ = 0          σ = ‖w‖·‖x‖           h = g · cos(w, x) + b
+    centred    μ = K·w̄·x̄     σ = ‖w − w̄‖·‖x − x̄‖   h = g · r(w, x) + b
+
+x is the patch of K inputs that meets the unit's weights w: the whole input of a dense layer, a
+window of a convolution, its padding included. r is Pearson's correlation.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.typing import ArrayLike
+
+from normlab.affine import Parts, affine
+from normlab.checks import gain_and_bias, invalid, promote, result_dtype
+from normlab.linear import Dense, Linear
+from normlab.moments import moments
+from normlab.types import Site
+from normlab.weight import kernel, per_channel, safe_sqrt, units_and_lengths
+
+
+def cosine_norm(
+    x: ArrayLike,
+    w: ArrayLike,
+    params: Any = None,
+    *,
+    linear: Linear = Dense(),  # noqa: B008
+    centred: bool = False,
+) -> Array:
+    """Cosine normalization (Luo et al. 2017, https://arxiv.org/abs/1702.05870).
+
+    h = g · w·x / (‖w‖‖x‖) + b; centred, w and x each lose their mean first, and the fraction is
+    Pearson's correlation. Without `params` |h| ≤ 1.
+
+    Args:
+      x: `[N, ..., K]`, the layer's input.
+      w: `[..., K, C]`, its kernel.
+      params: `Affine(g [C], b [C])`, or `None`.
+      linear: `Dense()` or a `Conv`.
+      centred: Whether to subtract the means of w and of each patch.
+
+    Returns:
+      h, in the shape of `linear(x, w)` and the floating type of `x`. A zero vector, and in the
+      centred form a constant one, has cosine 0.
+
+    Raises:
+      ValueError: If the shapes do not fit.
+
+    >>> cosine_norm(jnp.array([[3.0, 4.0]]), jnp.array([[30.0], [40.0]])).round(3).tolist()
+    [[1.0]]
+    """
+    dtype = result_dtype(x)
+    x, w = promote(x), promote(w)
+    # The cosine does not see the lengths: divide them out before the product can overflow.
+    x = x / _peak(x)
+    w, _ = units_and_lengths(w - w.mean(range(w.ndim - 1), keepdims=True) if centred else w)
+    site = Site(linear(x, w), x, w, linear=linear)
+    return affine(cosine_parts(params, site, centred=centred), site.a).astype(dtype)
+
+
+def cosine_parts(params: Any, site: Site, *, centred: bool = False) -> Parts:
+    """The parts of cosine normalization, measured on `site.x` and `site.w`."""
+    where = "centred cosine norm" if centred else "cosine norm"
+    w = promote(kernel(where, site))
+    if site.x is None:
+        raise invalid(
+            where,
+            "a site without x",
+            "the input of the layer",
+            "pass Site(a=linear(x, w), x=x, w=w, linear=linear)",
+        )
+    g, b = gain_and_bias(where, params, site.a, site.linear.channel_axis)
+    peak = _peak(site.x)
+    patch = site.linear.patch_moments(promote(site.x) / peak, w)
+    if centred:
+        w_bar = moments(w, range(w.ndim - 1)).mean
+        _, length_w = units_and_lengths(w - w_bar)
+        mu = patch.count * per_channel(w_bar, site) * patch.mean * peak
+        # What rounding leaves of a constant patch is no direction.
+        noise = 8 * jnp.finfo(w.dtype).eps * jnp.abs(patch.mean)
+        square = jnp.where(patch.m2 > patch.count * jnp.square(noise), patch.m2, 0)
+    else:
+        _, length_w = units_and_lengths(w)
+        mu = jnp.zeros((), w.dtype)
+        square = patch.m2 + patch.count * jnp.square(patch.mean)
+    sigma = per_channel(length_w, site) * safe_sqrt(square) * peak
+    return Parts(mu, jnp.where(sigma > 0, sigma, 1), g, b)
+
+
+def _peak(x: ArrayLike) -> Array:
+    """max|x| of each example, 1 where it is zero, without a gradient."""
+    x = promote(x)
+    peak = lax.stop_gradient(jnp.max(jnp.abs(x), range(1, x.ndim), keepdims=True))
+    return jnp.where(peak > 0, peak, 1)

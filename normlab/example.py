@@ -1,0 +1,266 @@
+"""Norms that measure each example by itself: layer, RMS, group and instance.
+
+    h = g · (a − μ) / σ + b        σ = √(var + ε)
+
+They differ in the axes over which the mean and the variance are measured, and in nothing else:
+
+    layer      the channels, or all axes but the examples'
+    rms        as layer, with μ = 0
+    group      the positions and a group of channels
+    instance   the positions, per channel
+
+ε is always added to the variance under the root. Statistics are taken in float32 at least.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax.numpy as jnp
+from jax import Array
+from jax.typing import ArrayLike
+
+from normlab.affine import Parts, affine
+from normlab.checks import check_eps, gain_and_bias, invalid, normalize_axes, promote
+from normlab.moments import Moments, average, merge_axes, moments
+
+
+def layer_norm(
+    a: Array,
+    params: Any = None,
+    *,
+    axes: int | Sequence[int] | None = -1,
+    eps: float = 1e-5,
+    weights: ArrayLike | None = None,
+    channel_axis: int = -1,
+) -> Array:
+    """Layer normalization (Ba, Kiros & Hinton 2016, https://arxiv.org/abs/1607.06450).
+
+    μ and σ² are the mean and the variance of each example over `axes`.
+
+    Args:
+      a: `[N, ..., C]`.
+      params: `Affine(g [C], b [C])`, or `None`.
+      axes: The axes to measure over: -1, the channels of each position (transformers), or `None`,
+        all axes but the first (the paper's layer; in a conv net positions and channels).
+      eps: ε > 0, in squared units of `a`.
+      weights: Importance of positions, aligned with the leading axes of `a`.
+      channel_axis: The axis of `params`.
+
+    Returns:
+      h, in the shape and floating type of `a`.
+
+    Raises:
+      ValueError: For parameters that do not fit `a`, axes out of range or repeated, or ε ≤ 0.
+    """
+    parts = layer_parts(a, params, axes=axes, eps=eps, weights=weights, channel_axis=channel_axis)
+    return affine(parts, a)
+
+
+def layer_parts(
+    a: Array,
+    params: Any,
+    *,
+    axes: int | Sequence[int] | None = -1,
+    eps: float = 1e-5,
+    weights: ArrayLike | None = None,
+    channel_axis: int = -1,
+) -> Parts:
+    """The parts of `layer_norm`, which see."""
+    check_eps("layer norm", eps)
+    axes = _example_axes("layer norm", axes, a.ndim)
+    (channel,) = normalize_axes("layer norm", channel_axis, a.ndim)
+    g, b = gain_and_bias("layer norm", params, a, channel)
+    m = moments(a, axes, weights=weights)
+    return Parts(m.mean, jnp.sqrt(m.var() + eps), g, b)
+
+
+def rms_norm(
+    a: Array,
+    params: Any = None,
+    *,
+    axes: int | Sequence[int] | None = -1,
+    eps: float = 1e-5,
+    weights: ArrayLike | None = None,
+    channel_axis: int = -1,
+) -> Array:
+    """Root mean square normalization (Zhang & Sennrich 2019, https://arxiv.org/abs/1910.07467).
+
+    μ = 0 and σ = √(E a² + ε), over the `axes` of each example.
+
+    Args:
+      a: `[N, ..., C]`.
+      params: `Affine(g [C], b [C])`, or `None`. The paper has no bias: `Affine(g, None)`.
+      axes: As in `layer_norm`.
+      eps: ε > 0, in squared units of `a`.
+      weights: Importance of positions, aligned with the leading axes of `a`.
+      channel_axis: The axis of `params`.
+
+    Returns:
+      h, in the shape and floating type of `a`.
+
+    Raises:
+      ValueError: As `layer_norm`.
+    """
+    parts = rms_parts(a, params, axes=axes, eps=eps, weights=weights, channel_axis=channel_axis)
+    return affine(parts, a)
+
+
+def rms_parts(
+    a: Array,
+    params: Any,
+    *,
+    axes: int | Sequence[int] | None = -1,
+    eps: float = 1e-5,
+    weights: ArrayLike | None = None,
+    channel_axis: int = -1,
+) -> Parts:
+    """The parts of `rms_norm`, which see."""
+    check_eps("RMS norm", eps)
+    axes = _example_axes("RMS norm", axes, a.ndim)
+    (channel,) = normalize_axes("RMS norm", channel_axis, a.ndim)
+    g, b = gain_and_bias("RMS norm", params, a, channel)
+    square, _ = average(jnp.square(promote(a)), axes, weights=weights)
+    return Parts(jnp.zeros((), square.dtype), jnp.sqrt(square + eps), g, b)
+
+
+def group_norm(
+    a: Array,
+    params: Any = None,
+    *,
+    groups: int,
+    eps: float = 1e-5,
+    weights: ArrayLike | None = None,
+    channel_axis: int = -1,
+) -> Array:
+    """Group normalization (Wu & He 2018, https://arxiv.org/abs/1803.08494).
+
+    μ and σ² are the mean and the variance of each example over all positions and the C/groups
+    neighbouring channels of a group.
+
+    Args:
+      a: `[N, ..., C]`.
+      params: `Affine(g [C], b [C])`, or `None`.
+      groups: The number of groups; divides `C`. 1 is layer norm over all axes but the first, `C`
+        is instance norm.
+      eps: ε > 0, in squared units of `a`.
+      weights: Importance of positions, aligned with the leading axes of `a`.
+      channel_axis: The axis of the channels.
+
+    Returns:
+      h, in the shape and floating type of `a`.
+
+    Raises:
+      ValueError: If `groups` does not divide `C`, for parameters that do not fit `a`, or ε ≤ 0.
+    """
+    parts = group_parts(
+        a, params, groups=groups, eps=eps, weights=weights, channel_axis=channel_axis
+    )
+    return affine(parts, a)
+
+
+def group_parts(
+    a: Array,
+    params: Any,
+    *,
+    groups: int,
+    eps: float = 1e-5,
+    weights: ArrayLike | None = None,
+    channel_axis: int = -1,
+) -> Parts:
+    """The parts of `group_norm`, which see."""
+    where = "group norm"
+    check_eps(where, eps)
+    channel = _channel_axis(where, channel_axis, a)
+    g, b = gain_and_bias(where, params, a, channel)
+    channels = a.shape[channel]
+    if groups < 1 or channels % groups:
+        divisors = [d for d in range(1, channels + 1) if channels % d == 0]
+        raise invalid(
+            where,
+            f"groups={groups} for {channels} channels",
+            f"a number of groups that divides {channels}",
+            f"use one of {', '.join(map(str, divisors))}",
+        )
+    # Per channel over the positions, then merged into groups: a long, contiguous sum and a short
+    # one, where a sum over a reshaped array would do neither.
+    m = moments(a, [i for i in range(1, a.ndim) if i != channel], weights=weights)
+    split = (*m.mean.shape[:channel], groups, channels // groups, *m.mean.shape[channel + 1 :])
+    count = jnp.broadcast_to(m.count, m.mean.shape)
+    m = merge_axes(Moments(*(v.reshape(split) for v in (count, m.mean, m.m2))), channel + 1)
+    sigma = jnp.sqrt(m.var() + eps)
+    mu, sigma = (
+        jnp.broadcast_to(v, split).reshape(*split[:channel], channels, *split[channel + 2 :])
+        for v in (m.mean, sigma)
+    )
+    return Parts(mu, sigma, g, b)
+
+
+def instance_norm(
+    a: Array,
+    params: Any = None,
+    *,
+    eps: float = 1e-5,
+    weights: ArrayLike | None = None,
+    channel_axis: int = -1,
+) -> Array:
+    """Instance normalization (Ulyanov, Vedaldi & Lempitsky 2016, https://arxiv.org/abs/1607.08022).
+
+    μ and σ² are the mean and the variance of each channel of each example over its positions.
+
+    Args:
+      a: `[N, ..., C]`, with at least one axis of positions.
+      params: `Affine(g [C], b [C])`, or `None`.
+      eps: ε > 0, in squared units of `a`.
+      weights: Importance of positions, aligned with the leading axes of `a`.
+      channel_axis: The axis of the channels.
+
+    Returns:
+      h, in the shape and floating type of `a`.
+
+    Raises:
+      ValueError: If `a` has no positions, for parameters that do not fit `a`, or ε ≤ 0.
+    """
+    parts = instance_parts(a, params, eps=eps, weights=weights, channel_axis=channel_axis)
+    return affine(parts, a)
+
+
+def instance_parts(
+    a: Array,
+    params: Any,
+    *,
+    eps: float = 1e-5,
+    weights: ArrayLike | None = None,
+    channel_axis: int = -1,
+) -> Parts:
+    """The parts of `instance_norm`, which see."""
+    where = "instance norm"
+    check_eps(where, eps)
+    channel = _channel_axis(where, channel_axis, a)
+    if a.ndim < 3:
+        raise invalid(
+            where,
+            f"an input of shape {a.shape}, one value per example and channel",
+            "an input [N, ..., C] with positions between examples and channels",
+            "use layer norm or RMS norm in a dense layer",
+        )
+    g, b = gain_and_bias(where, params, a, channel)
+    m = moments(a, [i for i in range(1, a.ndim) if i != channel], weights=weights)
+    return Parts(m.mean, jnp.sqrt(m.var() + eps), g, b)
+
+
+def _example_axes(where: str, axes: int | Sequence[int] | None, ndim: int) -> tuple[int, ...]:
+    return normalize_axes(where, range(1, ndim) if axes is None else axes, ndim)
+
+
+def _channel_axis(where: str, channel_axis: int, a: Array) -> int:
+    (channel,) = normalize_axes(where, channel_axis, a.ndim)
+    if channel == 0:
+        raise invalid(
+            where,
+            f"channel_axis={channel_axis} for an input of shape {a.shape}",
+            "examples on axis 0 and channels on another",
+            "move the examples first, or add an axis for the one example",
+        )
+    return channel

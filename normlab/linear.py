@@ -1,0 +1,152 @@
+"""Dense and convolution, as the linear maps a norm can look into.
+
+Weight norm looks at `w`, cosine norm also at the length of the input patch that meets `w`. A
+linear map therefore offers, beside itself, the moments of its input patches.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from normlab.checks import invalid, promote
+from normlab.moments import Moments, moments
+
+
+class Linear(Protocol):
+    """A linear map `a = linear(x, w)` with the output channels of `w` last."""
+
+    @property
+    def channel_axis(self) -> int:
+        """The axis of the channels, in `x` and in `a`."""
+        ...
+
+    def __call__(self, x: Array, w: Array) -> Array:
+        """Returns a = w·x."""
+        ...
+
+    def patch_moments(self, x: Array, w: Array) -> Moments:
+        """The moments of the K inputs that meet each output, broadcastable to `a`."""
+        ...
+
+
+@jax.tree_util.register_static
+@dataclass(frozen=True)
+class Dense:
+    """The matrix product over the last axis: `x [..., K]`, `w [K, C]`, `a [..., C]`.
+
+    >>> Dense()(jnp.ones((2, 3)), jnp.ones((3, 4))).shape
+    (2, 4)
+    """
+
+    channel_axis: int = -1
+
+    def __post_init__(self) -> None:
+        if self.channel_axis != -1:
+            raise invalid(
+                "Dense", f"channel_axis={self.channel_axis}", "-1", "move the channels last"
+            )
+
+    def __call__(self, x: Array, w: Array) -> Array:
+        """Returns `x @ w`."""
+        if w.ndim != 2 or x.shape[-1] != w.shape[0]:
+            raise invalid(
+                "Dense",
+                f"an input of shape {x.shape} and a kernel of shape {w.shape}",
+                "shapes [..., K] and [K, C]",
+                "give the kernel as many rows as the input has features",
+            )
+        return x @ w
+
+    def patch_moments(self, x: Array, w: Array) -> Moments:
+        """The moments over the last axis of `x`, shape `[..., 1]`."""
+        return moments(x, -1)
+
+
+@jax.tree_util.register_static
+@dataclass(frozen=True)
+class Conv:
+    """Convolution of any spatial rank: `w` is `[*window, K/groups, C]`.
+
+    Attributes:
+      strides: One per spatial axis, or one for all.
+      padding: `"SAME"`, `"VALID"`, or `(low, high)` per spatial axis.
+      dilation: The kernel's dilation, one per spatial axis or one for all.
+      groups: Feature groups (`groups = K` is a depthwise convolution).
+      channel_axis: `-1` for `[N, ..., C]`, `1` for `[N, C, ...]`.
+
+    >>> Conv(strides=2)(jnp.ones((1, 8, 8, 3)), jnp.ones((3, 3, 3, 5))).shape
+    (1, 4, 4, 5)
+    """
+
+    strides: int | tuple[int, ...] = 1
+    padding: str | tuple[tuple[int, int], ...] = "SAME"
+    dilation: int | tuple[int, ...] = 1
+    groups: int = 1
+    channel_axis: int = -1
+
+    def __post_init__(self) -> None:
+        if self.channel_axis not in (-1, 1):
+            raise invalid(
+                "Conv",
+                f"channel_axis={self.channel_axis}",
+                "-1 (channels last) or 1 (channels first)",
+                "move the channels to one of the two",
+            )
+
+    def __call__(self, x: Array, w: Array) -> Array:
+        """Returns the convolution of `x` with `w`, in the layout of `x`."""
+        spatial = w.ndim - 2
+        if x.ndim != w.ndim or x.shape[self.channel_axis] != w.shape[-2] * self.groups:
+            raise invalid(
+                "Conv",
+                f"an input of shape {x.shape} and a kernel of shape {w.shape}",
+                f"{w.shape[-2] * self.groups} input channels on axis {self.channel_axis} of an "
+                f"input of rank {w.ndim}",
+                "give the kernel the shape [*window, K/groups, C], or set channel_axis",
+            )
+        window = tuple(range(spatial))
+        image = (0, x.ndim - 1, *range(1, x.ndim - 1))
+        if self.channel_axis == 1:
+            image = tuple(range(x.ndim))
+        return lax.conv_general_dilated(
+            x,
+            w,
+            window_strides=_each(self.strides, spatial),
+            padding=self.padding,
+            rhs_dilation=_each(self.dilation, spatial),
+            dimension_numbers=lax.ConvDimensionNumbers(
+                image, (w.ndim - 1, w.ndim - 2, *window), image
+            ),
+            feature_group_count=self.groups,
+        )
+
+    def patch_moments(self, x: Array, w: Array) -> Moments:
+        """The moments of each patch, padding included, shape `[N, ..., C or 1]`.
+
+        Taken about the mean of each example, so that a large mean loses no digits.
+        """
+        x = promote(x)
+        ones = jnp.ones((*w.shape[:-1], self.groups), x.dtype)
+        n = math.prod(w.shape[:-1])
+        pivot = lax.stop_gradient(x.mean(tuple(range(1, x.ndim)), keepdims=True))
+        d = x - pivot
+        padded = n - self(jnp.ones((1, *x.shape[1:]), x.dtype), ones)
+        offset = (self(d, ones) - pivot * padded) / n
+        square = self(jnp.square(d), ones) + jnp.square(pivot) * padded
+        m2 = square - n * jnp.square(offset)
+        m = Moments(jnp.full((1,) * x.ndim, n, x.dtype), pivot + offset, jnp.where(m2 < 0, 0, m2))
+        if self.groups == 1:
+            return m
+        repeats = w.shape[-1] // self.groups
+        return Moments(m.count, *(jnp.repeat(v, repeats, self.channel_axis) for v in m[1:]))
+
+
+def _each(value: int | Sequence[int], spatial: int) -> tuple[int, ...]:
+    return (value,) * spatial if isinstance(value, int) else tuple(value)

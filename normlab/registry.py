@@ -1,0 +1,280 @@
+"""Every norm by name: one table for tests, documentation and experiments."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from normlab.affine import Parts
+from normlab.batch import batch_parts
+from normlab.checks import gain_and_bias, invalid, nearest
+from normlab.cosine import cosine_parts
+from normlab.example import group_parts, instance_parts, layer_parts, rms_parts
+from normlab.moments import AxisName
+from normlab.running import init_running
+from normlab.types import Norm, Params, Site, State, init_affine
+from normlab.weight import weight_norm_init, weight_parts
+
+INVARIANCES = (
+    "weights rescaled",
+    "weights recentred",
+    "one unit rescaled",
+    "data rescaled",
+    "data recentred",
+    "one case rescaled",
+)
+"""The columns of table 1 of Ba, Kiros & Hinton (2016), for a dense layer (instance norm: for a
+convolution without padding). Recentring adds one vector to the weights of every unit, or one vector
+to every example."""
+
+
+class Row(NamedTuple):
+    """What the library declares about one norm.
+
+    Attributes:
+      name: The key for `get`.
+      factory: Returns the `Norm` for keyword options.
+      looks_at: What μ and σ are measured on: any of a, w, x.
+      shift: μ, as a formula.
+      scale: σ, as a formula.
+      invariances: Those of `INVARIANCES` under which h does not change (as ε → 0).
+      paper: Where the norm was proposed.
+    """
+
+    name: str
+    factory: Callable[..., Norm]
+    looks_at: str
+    shift: str
+    scale: str
+    invariances: frozenset[str]
+    paper: str
+
+
+def get(name: str, **options: Any) -> Norm:
+    """Returns the norm called `name`.
+
+    Args:
+      name: One of `names()`.
+      **options: The options of its factory; `help(row(name).factory)` lists them.
+
+    Raises:
+      ValueError: For an unknown name or option, with the nearest known one.
+
+    >>> get("bach")
+    Traceback (most recent call last):
+    ...
+    ValueError: unknown norm 'bach': did you mean 'batch'? Known: none, batch, layer, rms, group, \
+instance, weight, cosine, centred_cosine
+    """
+    factory = row(name).factory
+    known = inspect.signature(factory).parameters
+    for option in options:
+        if option not in known:
+            raise ValueError(f"{name} norm: unknown option {option!r}: {nearest(option, known)}")
+    return factory(**options)
+
+
+def row(name: str) -> Row:
+    """Returns the registry's row for `name`; raises ValueError for an unknown one."""
+    if name not in _ROWS:
+        raise ValueError(f"unknown norm {name!r}: {nearest(name, _ROWS)}")
+    return _ROWS[name]
+
+
+def names() -> tuple[str, ...]:
+    """The names of all norms, in the registry's order."""
+    return tuple(_ROWS)
+
+
+def none(*, reshift: bool = True) -> Norm:
+    """No normalization: μ = 0, σ = 1, and a bias."""
+
+    def measure(params: Params, site: Site) -> Parts:
+        _, b = gain_and_bias("no norm", params, site.a, site.linear.channel_axis)
+        zero = jnp.zeros((), b.dtype)
+        return Parts(zero, zero + 1, zero + 1, b)
+
+    return _stateless(measure, rescale=False, reshift=reshift)
+
+
+def batch(
+    *,
+    decay: float = 0.9,
+    eps: float = 1e-5,
+    ddof: int = 0,
+    axis_name: AxisName | None = None,
+    debias: bool = True,
+    rescale: bool = True,
+    reshift: bool = True,
+) -> Norm:
+    """`batch_norm`, with running statistics as its state."""
+
+    def parts(params: Params, state: State, site: Site, *, train: bool) -> tuple[Parts, State]:
+        return batch_parts(
+            site.a,
+            params,
+            state,
+            train=train,
+            decay=decay,
+            eps=eps,
+            ddof=ddof,
+            axis_name=axis_name,
+            weights=site.weights,
+            channel_axis=site.linear.channel_axis,
+        )
+
+    def init(site: Site) -> tuple[Params, State]:
+        params = init_affine(site.channels, rescale=rescale, reshift=reshift)
+        state = init_running(site.channels, debias=debias)
+        jax.eval_shape(lambda site: parts(params, state, site, train=False), site)
+        return params, state
+
+    return Norm(init, parts)
+
+
+def layer(
+    *,
+    axes: int | Sequence[int] | None = -1,
+    eps: float = 1e-5,
+    rescale: bool = True,
+    reshift: bool = True,
+) -> Norm:
+    """`layer_norm`."""
+    return _example(layer_parts, rescale, reshift, axes=axes, eps=eps)
+
+
+def rms(
+    *,
+    axes: int | Sequence[int] | None = -1,
+    eps: float = 1e-5,
+    rescale: bool = True,
+    reshift: bool = True,
+) -> Norm:
+    """`rms_norm`."""
+    return _example(rms_parts, rescale, reshift, axes=axes, eps=eps)
+
+
+def group(*, groups: int, eps: float = 1e-5, rescale: bool = True, reshift: bool = True) -> Norm:
+    """`group_norm`."""
+    return _example(group_parts, rescale, reshift, groups=groups, eps=eps)
+
+
+def instance(*, eps: float = 1e-5, rescale: bool = True, reshift: bool = True) -> Norm:
+    """`instance_norm`."""
+    return _example(instance_parts, rescale, reshift, eps=eps)
+
+
+def weight(
+    *,
+    data_init: bool = False,
+    axis_name: AxisName | None = None,
+    rescale: bool = True,
+    reshift: bool = True,
+) -> Norm:
+    """Weight normalization; with `data_init` by `weight_norm_init`, from the values at init."""
+
+    def data_dependent(site: Site) -> Params:
+        if isinstance(site.a, jax.ShapeDtypeStruct):
+            raise invalid(
+                "weight norm",
+                "shapes at init with data_init=True",
+                "a site with values",
+                "pass Site(a=linear(x, w), x=x, w=w, linear=linear) to init, or data_init=False",
+            )
+        params = weight_norm_init(site, axis_name=axis_name)
+        return params._replace(g=params.g if rescale else None, b=params.b if reshift else None)
+
+    return _stateless(
+        weight_parts, rescale=rescale, reshift=reshift, params=data_dependent if data_init else None
+    )
+
+
+def cosine(*, g: float | None = None, rescale: bool = True, reshift: bool = True) -> Norm:
+    """`cosine_norm`. The gain starts at `g`; `None` stands for √K.
+
+    At √K the pre-activation of independent x and w has variance 1, as in the other norms. The
+    paper's own form, bounded by 1, is `rescale=False`.
+    """
+    return _cosine(False, g, rescale, reshift)
+
+
+def centred_cosine(*, g: float | None = None, rescale: bool = True, reshift: bool = True) -> Norm:
+    """`cosine_norm(centred=True)`, Pearson's correlation; `g` as in `cosine`."""
+    return _cosine(True, g, rescale, reshift)
+
+
+def _cosine(centred: bool, g: float | None, rescale: bool, reshift: bool) -> Norm:
+    def measure(params: Params, site: Site) -> Parts:
+        return cosine_parts(params, site, centred=centred)
+
+    def params(site: Site) -> Params:
+        assert site.w is not None  # measured before
+        gain = math.sqrt(math.prod(site.w.shape[:-1])) if g is None else g
+        return init_affine(site.channels, rescale=rescale, reshift=reshift, g=gain)
+
+    return _stateless(measure, rescale=rescale, reshift=reshift, params=params)
+
+
+def _example(measure: Callable[..., Parts], rescale: bool, reshift: bool, **options: Any) -> Norm:
+    def at_site(params: Params, site: Site) -> Parts:
+        return measure(
+            site.a,
+            params,
+            weights=site.weights,
+            channel_axis=site.linear.channel_axis,
+            **options,
+        )
+
+    return _stateless(at_site, rescale=rescale, reshift=reshift)
+
+
+def _stateless(
+    measure: Callable[[Params, Site], Parts],
+    *,
+    rescale: bool,
+    reshift: bool,
+    params: Callable[[Site], Params] | None = None,
+) -> Norm:
+    """A norm without state; `params` overrides the initial gain 1 and bias 0."""
+
+    def init(site: Site) -> tuple[Params, State]:
+        jax.eval_shape(lambda site: measure(None, site), site)  # say no before training starts
+        if params is not None:
+            return params(site), ()
+        return init_affine(site.channels, rescale=rescale, reshift=reshift), ()
+
+    def parts(params: Params, state: State, site: Site, *, train: bool) -> tuple[Parts, State]:
+        del train
+        return measure(params, site), state
+
+    return Norm(init, parts)
+
+
+def _row(
+    factory: Callable[..., Norm], looks_at: str, shift: str, scale: str, marks: str, paper: str
+) -> Row:
+    """`marks` has a character per column of `INVARIANCES`: `I` for invariant, `-` for not."""
+    held = (name for name, mark in zip(INVARIANCES, marks, strict=True) if mark == "I")
+    return Row(factory.__name__, factory, looks_at, shift, scale, frozenset(held), paper)
+
+
+_VARIANCE = "√(var a + ε)"
+_ROWS = {
+    row.name: row
+    for row in (
+        _row(none, "-", "0", "1", "------", ""),
+        _row(batch, "a", "mean a", _VARIANCE, "I-III-", "Ioffe & Szegedy 2015"),
+        _row(layer, "a", "mean a", _VARIANCE, "II-I-I", "Ba, Kiros & Hinton 2016"),
+        _row(rms, "a", "0", "√(mean a² + ε)", "I--I-I", "Zhang & Sennrich 2019"),
+        _row(group, "a", "mean a", _VARIANCE, "II-I-I", "Wu & He 2018"),
+        _row(instance, "a", "mean a", _VARIANCE, "I-IIII", "Ulyanov, Vedaldi & Lempitsky 2016"),
+        _row(weight, "w", "0", "‖w‖", "I-I---", "Salimans & Kingma 2016"),
+        _row(cosine, "w, x", "0", "‖w‖·‖x‖", "I-II-I", "Luo et al. 2017"),
+        _row(centred_cosine, "w, x", "K·w̄·x̄", "‖w−w̄‖·‖x−x̄‖", "I-II-I", "Luo et al. 2017"),
+    )
+}

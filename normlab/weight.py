@@ -1,0 +1,113 @@
+"""Norms that look at the weights: weight normalization.
+
+a = w·x        μ = 0        σ = ‖w‖        h = g · w·x / ‖w‖ + b
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.typing import ArrayLike
+
+from normlab.affine import Parts, affine
+from normlab.checks import gain_and_bias, invalid, promote, result_dtype
+from normlab.moments import AxisName, all_reduce, moments
+from normlab.types import Affine, Site
+
+
+def weight_norm(v: Array, g: Array | None = None) -> Array:
+    """Weight normalization (Salimans & Kingma 2016, https://arxiv.org/abs/1602.07868).
+
+    w = g · v / ‖v‖ for the incoming weights v of each unit.
+
+    The norm is taken after division by max|v|, so weights of 1e-20 and of 1e20 normalize alike. A
+    zero vector stays zero, with derivative g.
+
+    Args:
+      v: `[..., K, C]`, a kernel with its units last.
+      g: `[C]`, the length of each unit's weights; `None` for 1.
+
+    Returns:
+      w, in the shape and type of `v`.
+
+    Raises:
+      ValueError: If `g` is not `[C]`.
+
+    >>> weight_norm(jnp.array([[3.0], [4.0]]), jnp.array([10.0])).tolist()
+    [[6.0], [8.0]]
+    """
+    params = None if g is None else Affine(g, None)
+    gain, _ = gain_and_bias("weight norm", params, v, -1)
+    unit, _ = units_and_lengths(v)
+    return (gain * unit).astype(result_dtype(v))
+
+
+def weight_parts(params: Any, site: Site) -> Parts:
+    """The parts of weight normalization: μ = 0, σ = ‖w‖ (1 where w = 0)."""
+    w = kernel("weight norm", site)
+    g, b = gain_and_bias("weight norm", params, site.a, site.linear.channel_axis)
+    _, length = units_and_lengths(w)
+    sigma = per_channel(jnp.where(length > 0, length, 1), site)
+    return Parts(jnp.zeros((), sigma.dtype), sigma, g, b)
+
+
+def weight_norm_init(site: Site, *, eps: float = 0.0, axis_name: AxisName | None = None) -> Affine:
+    """Data-dependent initialization (Salimans & Kingma 2016, section 3).
+
+    Chooses g = 1/sd[t] and b = −mean[t]/sd[t] for t = w·x/‖w‖, so that on this batch every unit
+    has mean 0 and standard deviation 1.
+
+    Args:
+      site: A site with values, not shapes: `a = linear(x, w)` and `w`.
+      eps: Added to the variance of t under the root; 0 as in the paper. A unit that is constant on
+        the batch is not rescaled.
+      axis_name: Mapped axes over which the batch is one.
+
+    Returns:
+      `Affine(g [C], b [C])`.
+    """
+    t = affine(weight_parts(None, site), site.a)
+    axes = [i for i in range(t.ndim) if i != site.linear.channel_axis % t.ndim]
+    m = all_reduce(moments(t, axes, weights=site.weights), axis_name)
+    var = m.var() + eps
+    g = jnp.where(var > 0, lax.rsqrt(jnp.where(var > 0, var, 1)), 1)
+    return Affine(g=g.ravel(), b=(-m.mean * g).ravel())
+
+
+def units_and_lengths(w: ArrayLike) -> tuple[Array, Array]:
+    """Returns w/‖w‖ and ‖w‖ of each unit, `[..., K, C]` and `[1, ..., 1, C]`.
+
+    Neither overflows nor underflows; where w is zero both are, with finite derivatives.
+    """
+    w = promote(w)
+    axes = tuple(range(w.ndim - 1))
+    peak = lax.stop_gradient(jnp.max(jnp.abs(w), axes, keepdims=True))
+    peak = jnp.where(peak > 0, peak, 1)
+    length = safe_sqrt(jnp.square(w / peak).sum(axes, keepdims=True))
+    return w / peak / jnp.where(length > 0, length, 1), length * peak
+
+
+def safe_sqrt(q: Array) -> Array:
+    """√q for q ≥ 0, with derivative zero at zero."""
+    return jnp.where(q > 0, jnp.sqrt(jnp.where(q > 0, q, 1)), 0)
+
+
+def kernel(where: str, site: Site) -> Array:
+    """Returns `site.w`, or says what is missing."""
+    if site.w is None:
+        raise invalid(
+            where,
+            "a site without w",
+            "the kernel of the layer",
+            "pass Site(a=linear(x, w), x=x, w=w, linear=linear)",
+        )
+    return site.w
+
+
+def per_channel(v: Array, site: Site) -> Array:
+    """Reshapes a statistic of the units, `[1, ..., 1, C]`, to broadcast against `site.a`."""
+    shape = [1] * site.a.ndim
+    shape[site.linear.channel_axis] = -1
+    return v.reshape(shape)
