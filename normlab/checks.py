@@ -10,9 +10,9 @@ import operator
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.core import Tracer
 from jax.typing import ArrayLike
 
 
@@ -65,7 +65,7 @@ def normalize_axes(where: str, axes: int | Sequence[int], ndim: int) -> tuple[in
 
 def check_eps(where: str, eps: float) -> None:
     """Raises ValueError unless `eps` is a positive, finite number."""
-    if not isinstance(eps, jax.core.Tracer) and not 0 < eps < float("inf"):
+    if not isinstance(eps, Tracer) and not 0 < eps < float("inf"):
         raise invalid(
             where,
             f"eps={eps!r}",

@@ -133,15 +133,23 @@ class Conv:
         Taken about the mean of each example, so that a large mean loses no digits.
         """
         x = promote(x)
-        ones = jnp.ones((*w.shape[:-1], self.groups), x.dtype)
         n = math.prod(w.shape[:-1])
-        pivot = lax.stop_gradient(x.mean(tuple(range(1, x.ndim)), keepdims=True))
+        channel = self.channel_axis % x.ndim
+        ones = jnp.ones((*w.shape[:-2], 1, self.groups), x.dtype)
+
+        def window_sum(v: Array) -> Array:
+            """Σ over the patch, per group: over its channels first, then over the window."""
+            split = (*v.shape[:channel], self.groups, -1, *v.shape[channel + 1 :])
+            return self(v.reshape(split).sum(channel + 1), ones)
+
+        pivot = lax.stop_gradient(x.mean(range(1, x.ndim), keepdims=True))
         d = x - pivot
-        padded = n - self(jnp.ones((1, *x.shape[1:]), x.dtype), ones)
-        offset = (self(d, ones) - pivot * padded) / n
-        square = self(jnp.square(d), ones) + jnp.square(pivot) * padded
+        padded = n - window_sum(jnp.ones((1, *x.shape[1:]), x.dtype))
+        offset = (window_sum(d) - pivot * padded) / n
+        square = window_sum(jnp.square(d)) + jnp.square(pivot) * padded
         m2 = square - n * jnp.square(offset)
-        m = Moments(jnp.full((1,) * x.ndim, n, x.dtype), pivot + offset, jnp.where(m2 < 0, 0, m2))
+        count = jnp.full((1,) * x.ndim, n, x.dtype)
+        m = Moments(count, pivot + offset, jnp.where(m2 < 0, 0, m2))
         if self.groups == 1:
             return m
         repeats = w.shape[-1] // self.groups

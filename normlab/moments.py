@@ -40,7 +40,7 @@ class Moments(NamedTuple):
       m2: Σ w·(x − mean)², never negative.
     """
 
-    count: Array
+    count: Array  # pyright: ignore[reportIncompatibleMethodOverride]
     mean: Array
     m2: Array
 

@@ -1,0 +1,52 @@
+# make compare   set up, fetch MNIST, train eight norms side by side (the main job)
+# make test      set up, run the tests
+# Options of the main job: make compare ARGS="--dataset cifar10 --steps 2000"
+
+PYTHON ?= python3
+ARGS ?=
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/installed
+
+.PHONY: compare test test-slow lint bench lock clean
+
+compare: $(INSTALLED)-experiments
+	$(BIN)/python -m experiments compare $(ARGS)
+
+test: $(INSTALLED)-dev
+	$(BIN)/python -m pytest -n auto $(ARGS)
+
+# Minutes long, with real data; peers that are not installed are skipped.
+test-slow: $(INSTALLED)-dev
+	$(BIN)/python -m pytest -m "slow or not slow" -n auto --timeout 1800 $(ARGS)
+
+lint: $(INSTALLED)-dev
+	$(BIN)/ruff format --check
+	$(BIN)/ruff check
+	$(BIN)/pyright
+
+# One batch norm training step beside an eager PyTorch loop.
+bench: $(INSTALLED)-peers
+	$(BIN)/python -m experiments bench $(ARGS)
+
+# Every extra installs the locked versions. An extra implies those before it.
+$(INSTALLED)-%: $(VENV)/bin/python pyproject.toml constraints.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$*]'
+	@touch $@
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "normlab needs Python 3.11 or later; $(PYTHON) is $$($(PYTHON) -V 2>&1)." \
+	       "Name another: make PYTHON=python3.12 ..." >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip' 2>/dev/null || { \
+	  echo "$(PYTHON) cannot make virtual environments. On Debian: apt-get install python3-venv" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+# Renews constraints.txt: names and versions only.
+lock: $(INSTALLED)-dev
+	$(BIN)/python -m pip install --quiet uv
+	$(BIN)/uv pip compile pyproject.toml --extra dev --universal --fork-strategy fewest \
+	  --python-version 3.11 --upgrade --no-header --no-annotate --no-emit-index-url -o constraints.txt
+
+clean:
+	rm -rf $(VENV) runs build *.egg-info

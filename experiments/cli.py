@@ -1,0 +1,209 @@
+"""The command line: `python -m experiments COMMAND`."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+
+import normlab as nl
+from experiments import bench, models
+from experiments.compare import Compare, Comparison
+from experiments.data import NAMES, DataError, load
+from experiments.rundir import RunError
+
+console = Console()
+errors = Console(stderr=True)
+
+EXIT_USAGE = 2
+EXIT_INTERRUPTED = 130
+
+
+@dataclasses.dataclass(frozen=True)
+class List:
+    """Describe the norms, models and data sets that there are."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """Fetch, verify and prepare data sets, and say where each came from."""
+
+    names: Annotated[tuple[str, ...], tyro.conf.Positional] = ("mnist",)
+    """mnist, fashion_mnist, cifar10, digits."""
+
+    data_dir: Path | None = None
+    """Where prepared data sets are kept; by default $NORMLAB_DATA_DIR or data/."""
+
+
+Command = (
+    Annotated[Compare, tyro.conf.subcommand("compare")]
+    | Annotated[List, tyro.conf.subcommand("list")]
+    | Annotated[Data, tyro.conf.subcommand("data")]
+    | Annotated[bench.Bench, tyro.conf.subcommand("bench")]
+)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs one command; returns the exit status."""
+    try:
+        command = tyro.cli(
+            Command,
+            prog="python -m experiments",
+            description="Compare normalizations on real data. Each command has its own --help.",
+            args=arguments,
+            config=(tyro.conf.OmitArgPrefixes,),
+        )
+        if isinstance(command, Compare):
+            return compare(command)
+        if isinstance(command, Data):
+            return data(command)
+        if isinstance(command, bench.Bench):
+            return benchmark(command)
+        return describe()
+    except (RunError, DataError) as error:
+        errors.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
+        return EXIT_USAGE
+
+
+def compare(config: Compare) -> int:
+    """Runs a comparison with progress bars, then prints the table and the paths."""
+    with errors.status("starting") as status:
+        comparison = Comparison(config, say=lambda text: status.update(f"{text} …"))
+    exit_status = 0
+    columns = (
+        TextColumn("{task.description:>14}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[result]}"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    try:
+        with Progress(*columns, console=errors) as progress:
+            whole = progress.add_task(
+                "all norms", total=config.steps * len(config.norms), result=" " * 28
+            )
+            bars = {
+                name: progress.add_task(name, total=config.steps, result="")
+                for name in config.norms
+            }
+            for turn in comparison.run():
+                result = f"loss {turn.loss:7.4f}  accuracy {turn.accuracy:6.2%}"
+                progress.update(bars[turn.norm], completed=turn.step, result=result)
+                done = sum(progress.tasks[bar].completed for bar in bars.values())
+                progress.update(whole, completed=done)
+    except KeyboardInterrupt:
+        exit_status = EXIT_INTERRUPTED
+        errors.print("[yellow]interrupted:[/] what was done follows, and is kept.")
+    console.print(table(comparison))
+    for name, path in comparison.finish().items():
+        console.print(f"{name:>12}  {path}", highlight=False, soft_wrap=True)
+    return exit_status
+
+
+def table(comparison: Comparison) -> Table:
+    """The result, a row per norm."""
+    config = comparison.config
+    result = Table(title=f"{config.dataset}, {config.model}, {config.sync} statistics")
+    result.add_column("norm")
+    for heading in (
+        "test accuracy %",
+        f"steps to {config.target:.0%}",
+        "ms per step",
+        "share of the norm",
+        "compile s",
+    ):
+        result.add_column(heading, justify="right")
+    result.add_column("remarks")
+    for row in comparison.summary():
+        remarks = [f"seed {seed} diverged at step {step}" for seed, step in row["diverged"].items()]
+        if row["step"] < config.steps:
+            remarks.append(f"stopped after {row['step']} steps")
+        result.add_row(
+            row["norm"],
+            _spread(row["accuracy_mean"], row["accuracy_sd"]),
+            "–" if row["steps_to_target"] is None else f"{row['steps_to_target']:g}",
+            "–" if row["step_ms"] is None else f"{row['step_ms']:.2f}",
+            "–" if row["norm_share"] is None else f"{row['norm_share']:.0%}",
+            f"{row['compile_seconds']:.1f}",
+            "; ".join(remarks),
+        )
+    result.caption = (
+        f"mean ± standard deviation over {config.seeds} seeds; median steps and times. A step "
+        f"trains all seeds. Share: 1 − (time without a norm / time with it), turn by turn."
+    )
+    return result
+
+
+def data(command: Data) -> int:
+    """Prepares data sets and prints what they hold."""
+    result = Table("set", "training", "test", "image", "classes", "origin", "sha256")
+    for name in command.names:
+        with errors.status(f"{name} …") as status:
+            loaded = load(name, command.data_dir, on_progress=lambda text: status.update(text))
+        result.add_row(
+            name,
+            str(len(loaded.train_images)),
+            str(len(loaded.test_images)),
+            "×".join(map(str, loaded.train_images.shape[1:])),
+            str(loaded.classes),
+            loaded.origin,
+            loaded.checksum[:16] + "…",
+        )
+    console.print(result)
+    return 0
+
+
+def benchmark(command: bench.Bench) -> int:
+    """Times a step beside PyTorch and prints the ratio."""
+    with errors.status("taking turns …"):
+        result = bench.run(command)
+    rows = Table("step of the 3×100 MLP with batch norm", "median ms", "range ms")
+    for name, ms in result["ms_per_step"].items():
+        low, high = result["range_ms"][name]
+        rows.add_row(name, f"{ms:.3f}", f"{low:.3f} – {high:.3f}")
+    rows.caption = (
+        f"normlab / torch = {result['normlab_over_torch']:.2f}; floor: "
+        f"{result['floor_bytes'] / 1e6:.2f} MB that must move, as a copy; {result['cores']} cores; "
+        + ", ".join(f"{name}={value}" for name, value in result["variables"].items())
+    )
+    console.print(rows)
+    return 0
+
+
+def describe() -> int:
+    """Prints the norms with what they measure, the models and the data sets."""
+    norms = Table("norm", "looks at", "shift μ", "scale σ", "proposed by", title="norms")
+    for name in nl.names():
+        row = nl.row(name)
+        norms.add_row(name, row.looks_at, row.shift, row.scale, row.paper)
+    console.print(norms)
+    others: dict[str, Any] = {"models": models.MODELS, "data sets": NAMES}
+    for what, names in others.items():
+        console.print(f"{what}: {', '.join(names)}", highlight=False)
+    console.print("commands: compare, data, bench, list; each has its own --help", highlight=False)
+    return 0
+
+
+def _spread(mean: float | None, sd: float | None) -> str:
+    if mean is None:
+        return "–"
+    return f"{100 * mean:.2f}" + ("" if sd is None else f" ± {100 * sd:.2f}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

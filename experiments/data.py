@@ -1,0 +1,351 @@
+"""Real data sets as arrays in memory, prepared by TensorFlow Datasets without TensorFlow.
+
+    data = load("mnist")
+    data.train_images.shape  # (60000, 28, 28, 1)
+
+A set is prepared once, beneath the data directory, and read from there afterwards. What is read
+always has the checksum pinned here, wherever its files came from: the official download, or a
+package that holds the same files (see `experiments.fetch`).
+"""
+
+import contextlib
+import difflib
+import errno
+import gzip
+import hashlib
+import importlib.util
+import io
+import json
+import logging
+import os
+import shutil
+import tempfile
+import threading
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+from unittest import mock
+
+import numpy as np
+
+from experiments import fetch
+
+NAMES = ("mnist", "fashion_mnist", "cifar10", "digits")
+CHECKSUMS = {  # of the arrays, in the order in which TFDS stores them
+    "mnist": "ea7b9992673149de1a93d4593c0bba97fc7aad7377b67f1c88df64d6e5c7a262",
+    "fashion_mnist": "9b9ad6db6b5dc835c100c7694c548dc8306e2587a8fe4b37a530ebafb1d996c1",
+    "cifar10": "fefd9d34aaf3187d74b5c2051a44435fec2dccc47f621fca70ca6bd935876629",
+}
+MEGABYTES = {"mnist": 200, "fashion_mnist": 250, "cifar10": 600}  # needed while preparing
+PROBE = 2.5  # seconds in which the official host has to answer
+PATIENCE = 6.0  # seconds without any data that the package clients get, all of them together
+
+
+class DataError(ValueError):
+    """A data set could not be had; the text says what was tried and what to do."""
+
+
+class Dataset(NamedTuple):
+    """A data set in memory."""
+
+    name: str
+    train_images: np.ndarray  # uint8 [N, H, W, C]
+    train_labels: np.ndarray  # int32 [N]
+    test_images: np.ndarray
+    test_labels: np.ndarray
+    classes: int
+    origin: str  # where the files came from
+    checksum: str  # sha256 over the four arrays
+
+
+ARRAYS = Dataset._fields[1:5]
+Arrays = dict[str, np.ndarray]
+
+
+def load(
+    name: str, data_dir: str | Path | None = None, *, on_progress: fetch.Say | None = None
+) -> Dataset:
+    """Load a data set into memory, preparing it first where it is not there yet.
+
+    Args:
+      name: One of `NAMES`.
+      data_dir: Where prepared sets are kept; by default the environment variable
+        `NORMLAB_DATA_DIR`, or else the folder `data` of the checkout.
+      on_progress: Receives short messages while the set is fetched and prepared.
+
+    Returns:
+      The data set: the same arrays in the same order on every machine.
+
+    Raises:
+      DataError: If the name is unknown, or the set cannot be had or is damaged.
+    """
+    if name not in NAMES:
+        near = difflib.get_close_matches(name.lower().replace("-", "_"), NAMES, 1, 0.4)
+        hint = f"; did you mean {near[0]!r}?" if near else "."
+        raise DataError(f"There is no data set {name!r}{hint} There are: {', '.join(NAMES)}.")
+    if name == "digits":
+        return _digits()
+    say = on_progress or (lambda text: None)
+    default = os.environ.get("NORMLAB_DATA_DIR") or Path(__file__).resolve().parents[1] / "data"
+    root = Path(data_dir or default).expanduser().resolve() / "normlab"
+    home = root / name
+    if not (home / "manifest.json").is_file():
+        try:
+            root.mkdir(parents=True, exist_ok=True)
+            _prepare(name, home, say)
+        except DataError:
+            raise
+        except Exception as error:
+            said = "the disk is full" if fetch.disk_full(error) else f"{error!r}"
+            raise DataError(
+                f"Preparing {name} failed: {said}. It needs {MEGABYTES[name]} MB in {root}, which "
+                "must be writable; --data-dir or NORMLAB_DATA_DIR name another directory."
+            ) from error
+    return _read(name, home, say)
+
+
+def checksum(arrays: Arrays) -> str:
+    """Return the sha256 over types, shapes and contents of the four arrays of a data set."""
+    total = hashlib.sha256()
+    for key in ARRAYS:
+        total.update(f"{arrays[key].dtype.str} {arrays[key].shape}".encode())
+        total.update(np.ascontiguousarray(arrays[key]).data)
+    return total.hexdigest()
+
+
+def _digits() -> Dataset:
+    """Return scikit-learn's 8×8 digits; the last 360 of the 1797 are the test set."""
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError as error:
+        raise DataError("digits come with scikit-learn: pip install scikit-learn") from error
+    pixels, labels = load_digits(return_X_y=True)
+    images = np.rint(pixels.reshape(-1, 8, 8, 1) * (255 / 16)).astype(np.uint8)
+    labels = labels.astype(np.int32)
+    split = images[:-360], labels[:-360], images[-360:], labels[-360:]
+    sha256 = checksum(dict(zip(ARRAYS, split, strict=True)))
+    return Dataset("digits", *split, 10, "scikit-learn load_digits, the last 360 as test", sha256)
+
+
+def _read(name: str, home: Path, say: fetch.Say) -> Dataset:
+    """Read a prepared set: its saved arrays or, where they are damaged, TFDS's records."""
+    cure = f"Remove {home} and run again."
+    try:
+        origin = json.loads((home / "manifest.json").read_text())["origin"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{home / 'manifest.json'} is damaged: {error!r}. {cure}") from error
+    arrays: Arrays = {}
+    with contextlib.suppress(OSError, ValueError, EOFError):
+        arrays = {key: np.load(home / "arrays" / f"{key}.npy") for key in ARRAYS}
+    if not arrays or checksum(arrays) != CHECKSUMS[name]:
+        say(f"reading {name} with TFDS")
+        arrays = _records(name, home, cure)
+        with contextlib.suppress(OSError):  # a full disk, or one for reading only
+            _save(arrays, home / "arrays")
+    return Dataset(name, **arrays, classes=10, origin=origin, checksum=CHECKSUMS[name])
+
+
+def _records(name: str, home: Path, cure: str) -> Arrays:
+    """Read TFDS's records of a set into arrays and verify them."""
+    tfds, arrays = _tfds(), {}
+    try:
+        [version] = (home / "tfds" / name).iterdir()
+        builder = tfds.builder_from_directory(version)
+        for split in ("train", "test"):
+            source = builder.as_data_source(split=split)
+            images = np.empty((len(source), *builder.info.features["image"].shape), np.uint8)
+            labels = np.empty(len(source), np.int32)
+            for start in range(0, len(source), 1000):
+                chunk = source.__getitems__(list(range(start, min(start + 1000, len(source)))))
+                images[start : start + 1000] = [example["image"] for example in chunk]
+                labels[start : start + 1000] = [example["label"] for example in chunk]
+            arrays |= {f"{split}_images": images, f"{split}_labels": labels}
+    except Exception as error:  # TFDS, protobuf and array_record each have their own
+        said = fetch.gist(str(error)) or repr(error)
+        raise DataError(f"{name} in {home} is damaged or incomplete: {said}. {cure}") from error
+    found, published = checksum(arrays), CHECKSUMS[name]
+    if found != published:
+        raise DataError(
+            f"The prepared data in {home} is not the published {name}: its checksum begins "
+            f"{found[:16]}, not {published[:16]}. {cure}"
+        )
+    return arrays
+
+
+def _save(arrays: Arrays, folder: Path) -> None:
+    """Save arrays as .npy files, each complete or not at all."""
+    folder.mkdir(exist_ok=True)
+    for key, array in arrays.items():
+        part = folder / f".{key}.{os.getpid()}"
+        try:
+            with part.open("wb") as file:
+                np.save(file, array)
+            part.replace(folder / f"{key}.npy")
+        finally:
+            part.unlink(missing_ok=True)
+
+
+def _prepare(name: str, home: Path, say: fetch.Say) -> None:
+    """Prepare a set beside its final place and move it there when it is complete and verified."""
+    root = home.parent
+    if home.exists() and any(home.iterdir()):
+        raise DataError(f"{home} holds something other than a prepared {name}: move it away.")
+    if shutil.disk_usage(root).free < MEGABYTES[name] * 1e6:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    for old in root.glob(".*.tmp"):  # left by a run that was killed, a day ago at least
+        with contextlib.suppress(OSError):
+            if old.stat().st_mtime < time.time() - 86400:
+                shutil.rmtree(old)
+    work = Path(tempfile.mkdtemp(prefix=f".{name}-", suffix=".tmp", dir=root))
+    try:
+        done = work / "done"
+        done.mkdir()
+        origin = _prepare_records(name, work, done / "tfds", say)
+        say(f"verifying {name}")
+        _save(_records(name, done, "Run again."), done / "arrays")
+        manifest = {"name": name, "origin": origin, "checksum": CHECKSUMS[name]}
+        (done / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
+        try:
+            done.rename(home)
+        except OSError:
+            if not (home / "manifest.json").is_file():
+                raise
+            # Another process was faster, and its set is as good.
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def _prepare_records(name: str, work: Path, data_dir: Path, say: fetch.Say) -> str:
+    """Let TFDS prepare a set in `data_dir`, and return where its files came from."""
+    tfds, downloads = _tfds(), work / "downloads"
+    builder = tfds.builder(name, data_dir=data_dir, file_format="array_record")
+    for message in ("_log_download_bytes", "_log_download_done"):
+        setattr(builder, message, lambda: None)  # these would print, however quiet TFDS is
+
+    def prepare() -> None:
+        config = tfds.download.DownloadConfig(try_download_gcs=False)
+        with without_tensorflow():
+            builder.download_and_prepare(download_dir=downloads, download_config=config)
+        shutil.rmtree(downloads)
+
+    urls = type(builder).url_infos
+    url = next(iter(urls))
+    host = url.split("/")[2]
+    say(f"asking {host} for {name}")
+    answer = probe(url, PROBE)
+    if not answer:
+        size = sum(info.size for info in urls.values()) / 1e6
+        say(f"downloading {name} from {host} ({size:.0f} MB) and preparing it with TFDS")
+        try:
+            prepare()
+            return "prepared by TFDS from the official download"
+        except Exception as error:  # whatever it is, the packages come next
+            if fetch.disk_full(error):
+                raise
+            answer = fetch.gist(str(error)) or repr(error)
+        for folder in (downloads, data_dir):
+            shutil.rmtree(folder, ignore_errors=True)
+    try:
+        patience = float(os.environ.get("NORMLAB_PATIENCE") or PATIENCE)
+        raw, package = fetch.from_packages(name, work, patience, say)
+    except fetch.ClientError as error:
+        if fetch.disk_full(error):
+            raise
+        tried = "".join(f"\n  {line}" for line in [f"{host}: {answer}", *f"{error}".splitlines()])
+        raise DataError(
+            f"{name} could not be had. Tried:{tried}\nConnect one of these (on a slow network "
+            f"with NORMLAB_PATIENCE=60, in seconds), or copy the folder normlab/{name} of another "
+            f"machine's data directory to {work.parent}, or use digits, which need no network."
+        ) from error
+    say(f"preparing {name} with TFDS")
+    stage(builder, raw, downloads)
+    prepare()
+    return f"prepared by TFDS from {package}"
+
+
+def probe(url: str, seconds: float) -> str:
+    """Ask for a file's head; return "" if it is there, else why not, after `seconds` at most."""
+    answers = [f"no answer within {seconds} s"]
+
+    def ask() -> None:
+        try:
+            request = urllib.request.Request(url, method="HEAD")
+            with urllib.request.build_opener().open(request, timeout=seconds):
+                answers.append("")
+        except Exception as error:  # of the network, of HTTP, or of an odd proxy setting
+            answers.append(str(error) or repr(error))
+
+    # A thread, since no timeout bounds the look-up of a host's name.
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    return answers[-1]
+
+
+def stage(builder: Any, raw: fetch.Raw, downloads: Path) -> None:
+    """Put raw files where TFDS keeps its downloads, so that it takes them for its own.
+
+    TFDS does not look at the content of what it finds there: `raw` must have been verified. Each
+    set needs a directory of its own.
+    """
+    from etils import epath
+    from tensorflow_datasets.core.download import resource
+
+    folder = epath.Path(downloads) / builder.name
+    folder.mkdir(parents=True)
+    for url, info in type(builder).url_infos.items():
+        path = folder / resource.get_dl_fname(url, info.checksum)
+        if info.filename.endswith(".tar.gz"):  # CIFAR-10: stage what the archive unpacks to
+            path.touch()
+            unpacked = downloads / "extracted" / f"TAR_GZ.{path.name}" / "cifar-10-batches-bin"
+            unpacked.mkdir(parents=True)
+            names = "airplane automobile bird cat deer dog frog horse ship truck"
+            (unpacked / "batches.meta.txt").write_text(names.replace(" ", "\n"))
+            for file, content in raw.items():
+                (unpacked / file).write_bytes(content)
+        else:
+            path.write_bytes(gzip.compress(raw[info.filename.removesuffix(".gz")], 1, mtime=0))
+        resource.write_info_file(url, path, builder.name, info.filename, info)
+
+
+@contextlib.contextmanager
+def without_tensorflow() -> Iterator[None]:
+    """Let TFDS prepare images without TensorFlow, by replacing the private names that need it.
+
+    With TensorFlow installed nothing is replaced.
+    """
+    if importlib.util.find_spec("tensorflow"):
+        yield
+        return
+    from PIL import Image
+    from tensorflow_datasets.core.download import extractor
+    from tensorflow_datasets.core.features.image_feature import _ImageEncoder
+    from tensorflow_datasets.image_classification import cifar, mnist
+
+    def encode(_: Any, image: np.ndarray) -> bytes:
+        buffer = io.BytesIO()
+        Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image).save(buffer, "png")
+        return buffer.getvalue()
+
+    gfile, compat = SimpleNamespace(GFile=open), SimpleNamespace(as_text=str)
+    tf = SimpleNamespace(io=SimpleNamespace(gfile=gfile), compat=compat)
+    with contextlib.ExitStack() as stack:
+        for module in (extractor, cifar, mnist):
+            stack.enter_context(mock.patch.object(module, "tf", tf))
+        stack.enter_context(mock.patch.object(_ImageEncoder, "_encode_image", encode))
+        yield
+
+
+def _tfds() -> Any:
+    """Import TFDS, which takes a second and is not needed for the saved arrays, and quieten it."""
+    try:
+        import tensorflow_datasets as tfds
+    except ImportError as error:
+        raise DataError(f"{error}: pip install -e '.[experiments]'") from error
+    tfds.disable_progress_bar()
+    # Its only warning recommends to decode images with OpenCV.
+    logging.getLogger("absl").addFilter(lambda record: "OpenCV" not in record.getMessage())
+    return tfds

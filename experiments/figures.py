@@ -1,0 +1,131 @@
+"""The pictures of a comparison. A norm has the same colour and marker everywhere."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("agg")
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.figure import Figure
+
+import normlab as nl
+
+# Okabe & Ito's palette, legible to the colour-blind, then two greys told apart by their markers.
+_COLOURS = (
+    "#000000",
+    "#0072B2",
+    "#D55E00",
+    "#CC79A7",
+    "#009E73",
+    "#E69F00",
+    "#56B4E9",
+    "#8C6D1F",
+    "#7F7F7F",
+)
+_MARKERS = "osD^vP*Xd"
+STYLE = {
+    name: {"color": colour, "marker": marker, "markersize": 4}
+    for name, colour, marker in zip(nl.names(), _COLOURS, _MARKERS, strict=True)
+}
+
+Records = Sequence[dict[str, Any]]
+
+
+def curves(records: Records, title: str, chance: float) -> Figure:
+    """Training loss and test error against steps: the median seed, and the band of all seeds."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.2), layout="constrained")
+    for name in _norms(records):
+        for axes, key in ((left, "train_loss"), (right, "test_error")):
+            steps, values = _series([r for r in records if r["norm"] == name], key)
+            if not np.isfinite(values).any():
+                continue
+            with np.errstate(all="ignore"):
+                middle = np.ma.median(np.ma.masked_invalid(values), axis=1)
+            low, high = np.nanmin(values, axis=1), np.nanmax(values, axis=1)
+            axes.plot(steps, middle, label=name, **STYLE[name])
+            axes.fill_between(steps, low, high, color=STYLE[name]["color"], alpha=0.15, lw=0)
+    left.set(xlabel="optimizer step", ylabel="training loss (nats)", yscale="log")
+    right.set(xlabel="optimizer step", ylabel="test error (%)", yscale="log")
+    right.axhline(100 * (1 - chance), color="grey", lw=0.8, ls=":")
+    right.set_title("dotted: chance", fontsize=9, loc="right")
+    for axes in (left, right):
+        axes.grid(alpha=0.3, which="both", lw=0.5)
+    figure.legend(*left.get_legend_handles_labels(), loc="outside right center", frameon=False)
+    figure.suptitle(title)
+    return figure
+
+
+def parts(records: Records, title: str) -> Figure:
+    """The four parts of every norm, layer by layer: medians over values and seeds, 15–85% bands."""
+    layers = list(dict.fromkeys(r["layer"] for r in records))
+    labels = {
+        "shift": "shift μ",
+        "scale": "scale σ",
+        "rescale": "rescale g",
+        "reshift": "reshift b",
+    }
+    figure, grid = plt.subplots(
+        4,
+        len(layers),
+        figsize=(3.2 * len(layers) + 1.6, 9),
+        layout="constrained",
+        squeeze=False,
+        sharex=True,
+    )
+    for row, (part, label) in enumerate(labels.items()):
+        for column, layer in enumerate(layers):
+            axes = grid[row, column]
+            for name in _norms(records):
+                chosen = [
+                    r for r in records if (r["norm"], r["layer"], r["part"]) == (name, layer, part)
+                ]
+                steps, low = _series(chosen, "p15")
+                _, middle = _series(chosen, "p50")
+                _, high = _series(chosen, "p85")
+                with np.errstate(all="ignore"):
+                    low, middle, high = (np.median(v, axis=1) for v in (low, middle, high))
+                axes.plot(steps, middle, label=name, **STYLE[name])
+                axes.fill_between(steps, low, high, color=STYLE[name]["color"], alpha=0.12, lw=0)
+            if part in ("scale", "rescale"):
+                axes.set_yscale("log")
+            if column == 0:
+                axes.set_ylabel(label)
+            if row == 0:
+                axes.set_title(f"layer {column + 1}")
+            if row == 3:
+                axes.set_xlabel("optimizer step")
+            axes.grid(alpha=0.3, lw=0.5)
+    figure.legend(
+        *grid[0, 0].get_legend_handles_labels(), loc="outside right center", frameon=False
+    )
+    figure.suptitle(title)
+    return figure
+
+
+def encode(figure: Figure, kind: str) -> bytes:
+    """The figure as a file of type `png` or `svg`; closes it."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format=kind, dpi=150)
+    if kind == "svg":
+        plt.close(figure)
+    return buffer.getvalue()
+
+
+def _norms(records: Records) -> list[str]:
+    return list(dict.fromkeys(r["norm"] for r in records))
+
+
+def _series(records: Records, key: str) -> tuple[np.ndarray, np.ndarray]:
+    """Returns `(steps [T], values [T, seeds])`; a missing or null value is NaN."""
+    seeds = sorted({r["seed"] for r in records})
+    steps = sorted({r["step"] for r in records})
+    values = np.full((len(steps), len(seeds)), np.nan)
+    for r in records:
+        if r[key] is not None:
+            values[steps.index(r["step"]), seeds.index(r["seed"])] = r[key]
+    return np.array(steps), values

@@ -1,0 +1,109 @@
+"""A run directory: what was asked, on what machine, and every measurement as a line of JSON."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import jax
+
+CHECKOUT = Path(__file__).resolve().parent.parent
+PACKAGES = ("normlab", "jax", "jaxlib", "flax", "optax", "numpy", "tensorflow-datasets")
+VARIABLES = ("XLA_FLAGS", "JAX_PLATFORMS", "MALLOC_MMAP_MAX_", "MALLOC_TRIM_THRESHOLD_")
+
+
+class RunError(ValueError):
+    """A run that cannot start or go on; the text says why and what to do."""
+
+
+class RunDirectory:
+    """A new directory that belongs to one run.
+
+    Args:
+      path: Where; `None` for `runs/<name>-<time>` in the checkout.
+      name: What the run is, for the default path.
+
+    Raises:
+      RunError: If the directory exists already or cannot be made.
+    """
+
+    def __init__(self, path: Path | None, name: str) -> None:
+        now = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
+        self.path = path or CHECKOUT / "runs" / f"{name}-{now}"
+        try:
+            self.path.mkdir(parents=True)
+        except FileExistsError:
+            raise RunError(
+                f"the run directory {self.path} exists already, and a run never writes into "
+                "another's. Choose another --run-dir, or remove that one."
+            ) from None
+        except OSError as error:
+            raise RunError(f"cannot make the run directory {self.path}: {error}.") from error
+
+    def write_json(self, name: str, content: Any) -> Path:
+        """Writes a file of JSON; it appears whole or not at all."""
+        return self.write_bytes(name, (json.dumps(content, indent=2) + "\n").encode())
+
+    def write_bytes(self, name: str, content: bytes) -> Path:
+        """Writes a file; it appears whole or not at all."""
+        path, partial = self.path / name, self.path / f".{name}.partial"
+        try:
+            partial.write_bytes(content)
+            partial.replace(path)
+        except OSError as error:
+            partial.unlink(missing_ok=True)
+            raise self._failed(name, error) from error
+        return path
+
+    def append(self, name: str, records: Iterable[dict[str, Any]]) -> None:
+        """Appends lines of JSON and hands them to the system before it returns."""
+        lines = "".join(json.dumps(record) + "\n" for record in records)
+        try:
+            with (self.path / name).open("a") as file:
+                file.write(lines)
+        except OSError as error:
+            raise self._failed(name, error) from error
+
+    def _failed(self, name: str, error: OSError) -> RunError:
+        return RunError(
+            f"cannot write {self.path / name}: {error.strerror or error}. What was written before "
+            "is whole. Free some space, or choose another place with --run-dir."
+        )
+
+
+def environment() -> dict[str, Any]:
+    """What a reader needs to judge or repeat a measurement."""
+    devices = jax.devices()
+    return {
+        "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "commit": _commit(),
+        "python": platform.python_version(),
+        "packages": {name: _version(name) for name in PACKAGES},
+        "platform": platform.platform(),
+        "cores": os.cpu_count(),
+        "devices": [f"{device.platform}: {device.device_kind}" for device in devices],
+        "variables": {name: os.environ[name] for name in VARIABLES if name in os.environ},
+    }
+
+
+def _commit() -> str | None:
+    command = ["git", "-C", str(CHECKOUT), "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None

@@ -1,0 +1,264 @@
+"""One trainer for every norm and model: data-parallel over `pmap`, seeds side by side.
+
+Inside each device the steps are scanned and the seeds are vmapped, so a call trains all seeds for
+many steps without returning to Python. Parameters, the norms' states and the optimizer's state
+are explicit pytrees of shape `[devices, seeds, ...]`.
+
+The gradient is the mean over the devices of the gradients of their local losses; with statistics
+merged inside the loss that is the gradient of the global loss (a test compares it with one device
+and the whole batch).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import Array, lax
+
+import normlab as nl
+from experiments import models
+from experiments.data import Dataset
+
+AXIS = "data"
+"""The name of the mapped axis: devices that each hold a part of the batch."""
+
+QUANTILES = (0.15, 0.5, 0.85)
+"""The percentiles of figure 1 in Ioffe & Szegedy (2015), used for the four parts."""
+
+
+class TrainState(NamedTuple):
+    """What training changes; every leaf is `[devices, seeds, ...]`."""
+
+    params: Any
+    norm_state: Any
+    opt_state: optax.OptState
+
+
+class Evaluation(NamedTuple):
+    """What an evaluation measures.
+
+    Attributes:
+      loss: `[seeds]`, mean cross-entropy on the test set, in nats.
+      accuracy: `[seeds]`, share of the test set that is classified right.
+      parts: By layer, each part's percentiles `QUANTILES` on a probe batch, `[seeds, 3]`.
+    """
+
+    loss: np.ndarray
+    accuracy: np.ndarray
+    parts: dict[str, nl.Parts]
+
+
+class Trainer:
+    """Trains one model on one data set; `compile` before the first step keeps the times clean.
+
+    Args:
+      model: A model of `models`.
+      optimizer: Any optax optimizer.
+      data: The data set, as `DeviceData`.
+      kernels: The initial kernels of each seed, from `models.draw_kernels`; the seeds are trained
+        side by side.
+      synced: Whether the devices share one running state (the norm merges its statistics) or
+        keep their own, to be pooled for each evaluation.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: optax.GradientTransformation,
+        data: DeviceData,
+        kernels: Any,
+        *,
+        synced: bool,
+    ) -> None:
+        self.model, self.optimizer, self.data = model, optimizer, data
+        self.kernels, self.synced = kernels, synced
+        # The big arrays come as they lie, one copy per device; everything else is mapped.
+        self._train = jax.pmap(
+            self._train_device, AXIS, in_axes=(0, None, None, 0), donate_argnums=0
+        )
+        self._compiled: dict[int, Any] = {}
+        self._evaluate = jax.pmap(self._evaluate_device, AXIS, in_axes=(0, 0, 0, 0, None))
+
+    @property
+    def seeds(self) -> int:
+        """The number of seeds."""
+        return len(jax.tree.leaves(self.kernels)[0])
+
+    def init(self) -> TrainState:
+        """The initial state; a data-dependent init of the norm sees the probe batch."""
+        state = jax.jit(jax.vmap(self.init_one))(self.kernels)
+        return jax.device_put(
+            jax.tree.map(lambda v: np.broadcast_to(v, (self.data.devices, *v.shape)), state),
+            self.data.mapped,
+        )
+
+    def init_one(self, kernels: Any) -> TrainState:
+        """The initial state of one seed, without the axes of devices and seeds."""
+        variables = models.complete(self.model, kernels, self.data.probe)
+        params, norm_state = models.split(variables)
+        return TrainState(params, norm_state, self.optimizer.init(params))
+
+    def compile(self, state: TrainState, steps: Iterable[int], batch_size: int) -> None:
+        """Compiles `train` for calls of each number of `steps`, and `evaluate`."""
+        data = self.data
+        for n in steps:
+            shape = (data.devices, n, self.seeds, batch_size // data.devices)
+            indices = jax.ShapeDtypeStruct(shape, jnp.int32)
+            lowered = self._train.lower(state, data.images, data.labels, indices)
+            self._compiled[n] = lowered.compile()
+        self._evaluate = self._evaluate.lower(state, *data.test, data.probe).compile()
+
+    def train(self, state: TrainState, indices: np.ndarray) -> tuple[TrainState, np.ndarray]:
+        """Runs one optimizer step per row of `indices`.
+
+        Args:
+          state: Where training stands. Its buffers are reused: do not use it afterwards.
+          indices: `[steps, seeds, batch]`, the examples of each minibatch.
+
+        Returns:
+          `(state, losses)`, with the global loss of each step, `[steps, seeds]`.
+        """
+        steps, seeds, batch = indices.shape
+        devices = self.data.devices
+        per_device = indices.reshape(steps, seeds, devices, batch // devices)
+        per_device = np.ascontiguousarray(per_device.transpose(2, 0, 1, 3))
+        train = self._compiled.get(steps, self._train)
+        state, losses = train(state, self.data.images, self.data.labels, per_device)
+        return state, np.asarray(losses[0])
+
+    def evaluate(self, state: TrainState) -> Evaluation:
+        """Measures the whole test set with running statistics, pooled if the devices differ."""
+        loss, accuracy, parts = self._evaluate(state, *self.data.test, self.data.probe)
+        first = jax.tree.map(lambda v: np.asarray(v[0]), (loss, accuracy, parts))
+        return Evaluation(*first)
+
+    def loss(self, params: Any, norm_state: Any, images: Array, labels: Array) -> tuple[Array, Any]:
+        """The mean cross-entropy of a device's share of the batch, and the norms' next state."""
+        logits, changed = self.model.apply(
+            {"params": params, models.STATE: norm_state},
+            self.data.preprocess(images),
+            train=True,
+            mutable=[models.STATE],
+        )
+        loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+        return loss, changed.get(models.STATE, norm_state)
+
+    def _step(self, state: TrainState, images: Array, labels: Array) -> tuple[TrainState, Array]:
+        params, norm_state, opt_state = state
+        value_and_grad = jax.value_and_grad(self.loss, has_aux=True)
+        (loss, norm_state), grads = value_and_grad(params, norm_state, images, labels)
+        grads = lax.pmean(grads, AXIS)
+        updates, opt_state = self.optimizer.update(grads, opt_state, params)
+        return TrainState(optax.apply_updates(params, updates), norm_state, opt_state), loss
+
+    def _train_device(
+        self, state: TrainState, images: Array, labels: Array, indices: Array
+    ) -> tuple[TrainState, Array]:
+        def step(state: TrainState, chosen: Array) -> tuple[TrainState, Array]:
+            return jax.vmap(self._step)(state, images[chosen], labels[chosen])
+
+        state, losses = lax.scan(step, state, indices)
+        return state, lax.pmean(losses, AXIS)
+
+    def _evaluate_device(
+        self, state: TrainState, images: Array, labels: Array, weights: Array, probe: Array
+    ) -> tuple[Array, Array, Any]:
+        """`images [batches, b, ...]` and so on: this device's share of the test set."""
+
+        def one(state: TrainState) -> tuple[Array, Array, Any]:
+            norm_state = state.norm_state
+            if not self.synced:
+                norm_state = pool(norm_state)
+            variables = {"params": state.params, models.STATE: norm_state}
+
+            def batch(shard: tuple[Array, Array, Array]) -> tuple[Array, Array]:
+                x, y, w = shard
+                logits: Any = self.model.apply(variables, self.data.preprocess(x), train=False)
+                losses = optax.softmax_cross_entropy_with_integer_labels(logits, y)
+                return (w * losses).sum(), (w * (logits.argmax(-1) == y)).sum()
+
+            sums = [v.sum() for v in lax.map(batch, (images, labels, weights))]
+            loss, right, total = lax.psum((*sums, weights.sum()), AXIS)
+            _, sown = self.model.apply(variables, probe, train=False, mutable=[models.PARTS])
+            return loss / total, right / total, jax.tree.map(quantiles, models.parts_by_layer(sown))
+
+        return jax.vmap(one)(state)
+
+
+class DeviceData:
+    """A data set, laid out once on the devices for every norm to read.
+
+    Attributes:
+      images, labels: The training set, a copy on each device.
+      test: Images, labels and weights of the test set, `[devices, batches, b, ...]`; the last
+        batch is padded with examples of weight zero.
+      probe: A batch of training images, preprocessed, on which the parts are looked at.
+    """
+
+    PROBE = 256
+    TEST_BATCH = 256
+
+    def __init__(self, data: Dataset, devices: int) -> None:
+        self.devices = devices
+        mesh = jax.sharding.Mesh(jax.devices()[:devices], (AXIS,))
+        sharding = jax.sharding.NamedSharding
+        self.copied = sharding(mesh, jax.sharding.PartitionSpec())
+        self.mapped = sharding(mesh, jax.sharding.PartitionSpec(AXIS))
+        self.examples = len(data.train_images)
+        pixels = data.train_images[:10_000].astype(np.float32)
+        self._mean, self._std = float(pixels.mean()), float(pixels.std())
+        self.images = jax.device_put(data.train_images, self.copied)
+        self.labels = jax.device_put(data.train_labels, self.copied)
+        self.probe = np.asarray(self.preprocess(data.train_images[: self.PROBE]))
+        self.test = tuple(
+            jax.device_put(self._split(v), self.mapped)
+            for v in (
+                data.test_images,
+                data.test_labels,
+                np.ones(len(data.test_labels), np.float32),
+            )
+        )
+
+    def preprocess(self, images: Any) -> Array:
+        """Pixels as float32, shifted and scaled by two numbers taken from the training set."""
+        return (jnp.asarray(images).astype(jnp.float32) - self._mean) / self._std
+
+    def _split(self, v: np.ndarray) -> np.ndarray:
+        batch = min(self.TEST_BATCH, -(-len(v) // self.devices))
+        batches = -(-len(v) // (self.devices * batch))
+        padded = np.zeros((self.devices * batches * batch, *v.shape[1:]), v.dtype)
+        padded[: len(v)] = v
+        return padded.reshape(self.devices, batches, batch, *v.shape[1:])
+
+
+def minibatches(seed: int, examples: int, batch_size: int, steps: int) -> np.ndarray:
+    """Indices of `steps` minibatches, `[steps, batch]`, from epochs shuffled by `seed`."""
+    rng = np.random.default_rng(seed)
+    per_epoch = examples // batch_size
+    epochs = -(-steps // per_epoch)
+    rows = [
+        rng.permutation(examples)[: per_epoch * batch_size].reshape(per_epoch, batch_size)
+        for _ in range(epochs)
+    ]
+    return np.concatenate(rows)[:steps].astype(np.int32)
+
+
+def pool(norm_state: Any) -> Any:
+    """Merges every `Running` in a tree of norm states over the devices."""
+    return jax.tree.map(
+        lambda s: nl.pool_running(s, AXIS) if isinstance(s, nl.Running) else s,
+        norm_state,
+        is_leaf=lambda s: isinstance(s, nl.Running),
+    )
+
+
+def quantiles(v: Array, most: int = 4096) -> Array:
+    """`QUANTILES` of an array, of at most `most` evenly chosen values."""
+    v = v.ravel()
+    return jnp.quantile(v[:: max(1, v.size // most)], jnp.array(QUANTILES))

@@ -1,0 +1,31 @@
+"""Eight devices on one CPU, and no implicit dtype promotion, for every test."""
+
+import os
+
+# Before jax is imported: it reads these once.
+_FLAG = "--xla_force_host_platform_device_count"
+if _FLAG not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_FLAG}=8".strip()
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import hypothesis  # noqa: E402
+import jax  # noqa: E402
+import pytest  # noqa: E402
+
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+hypothesis.settings.register_profile("fixed", derandomize=True, max_examples=30, deadline=None)
+hypothesis.settings.load_profile("fixed")
+
+
+@pytest.fixture
+def x64():
+    """Float64 for one test."""
+    with jax.enable_x64(True):
+        yield
+
+
+@pytest.fixture(params=["float32", "float64"])
+def precision(request):
+    """Either precision; float64 with x64 switched on."""
+    with jax.enable_x64(request.param == "float64"):
+        yield request.param
