@@ -24,7 +24,7 @@ import normlab as nl
 from experiments import models
 from experiments.data import Dataset
 from experiments.rundir import VARIABLES, RunError
-from experiments.train import AXIS, DeviceData, Trainer, minibatches
+from experiments.train import DeviceData, Trainer, minibatches
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +81,7 @@ def _random_pixels() -> Dataset:
 
 
 def _normlab(config: Bench, data: Dataset, indices: np.ndarray) -> Callable[[], None]:
-    norm = nl.get("batch", axis_name=AXIS)
+    norm = nl.get("batch")
     device_data = DeviceData(data, 1)
     kernels = models.draw_kernels("mlp", 10, [0], device_data.probe)
     model = models.build("mlp", norm, 10)

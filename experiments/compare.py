@@ -134,7 +134,7 @@ class Compare:
 
     def norm(self, name: str) -> nl.Norm:
         """The norm called `name`, with the options of this run."""
-        axis_name = AXIS if self.sync == "global" else None
+        axis_name = AXIS if self.sync == "global" and self.devices > 1 else None
         options: dict[str, dict[str, Any]] = {
             "batch": {"eps": self.eps, "decay": self.decay, "axis_name": axis_name},
             "layer": {"eps": self.eps, "axes": None},

@@ -11,7 +11,7 @@ and the whole batch).
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import Array, lax
+from jax.flatten_util import ravel_pytree
 
 import normlab as nl
 from experiments import models
@@ -153,7 +154,8 @@ class Trainer:
         params, norm_state, opt_state = state
         value_and_grad = jax.value_and_grad(self.loss, has_aux=True)
         (loss, norm_state), grads = value_and_grad(params, norm_state, images, labels)
-        grads = lax.pmean(grads, AXIS)
+        flat, unravel = ravel_pytree(grads)
+        grads = unravel(lax.pmean(flat, AXIS))  # packed: one collective for all parameters
         updates, opt_state = self.optimizer.update(grads, opt_state, params)
         return TrainState(optax.apply_updates(params, updates), norm_state, opt_state), loss
 
@@ -161,7 +163,7 @@ class Trainer:
         self, state: TrainState, images: Array, labels: Array, indices: Array
     ) -> tuple[TrainState, Array]:
         def step(state: TrainState, chosen: Array) -> tuple[TrainState, Array]:
-            return jax.vmap(self._step)(state, images[chosen], labels[chosen])
+            return side_by_side(self._step)(state, images[chosen], labels[chosen])
 
         state, losses = lax.scan(step, state, indices)
         return state, lax.pmean(losses, AXIS)
@@ -188,7 +190,7 @@ class Trainer:
             _, sown = self.model.apply(variables, probe, train=False, mutable=[models.PARTS])
             return loss / total, right / total, jax.tree.map(quantiles, models.parts_by_layer(sown))
 
-        return jax.vmap(one)(state)
+        return side_by_side(one)(state)
 
 
 class DeviceData:
@@ -247,6 +249,17 @@ def minibatches(seed: int, examples: int, batch_size: int, steps: int) -> np.nda
         for _ in range(epochs)
     ]
     return np.concatenate(rows)[:steps].astype(np.int32)
+
+
+def side_by_side(f: Callable[..., Any]) -> Callable[..., Any]:
+    """`vmap` over the leading axis; a single seed is not batched, which is faster for one."""
+
+    def mapped(*args: Any) -> Any:
+        if len(jax.tree.leaves(args)[0]) > 1:
+            return jax.vmap(f)(*args)
+        return jax.tree.map(lambda v: v[None], f(*jax.tree.map(lambda v: v[0], args)))
+
+    return mapped
 
 
 def pool(norm_state: Any) -> Any:
