@@ -77,6 +77,9 @@ def main(arguments: list[str] | None = None) -> int:
     except (RunError, DataError) as error:
         errors.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
         return EXIT_USAGE
+    except KeyboardInterrupt:
+        errors.print("[yellow]interrupted[/] before there was anything to keep.")
+        return EXIT_INTERRUPTED
 
 
 def compare(config: Compare) -> int:
@@ -95,11 +98,11 @@ def compare(config: Compare) -> int:
     try:
         with Progress(*columns, console=errors) as progress:
             whole = progress.add_task(
-                "all norms", total=config.steps * len(config.norms), result=" " * 28
+                "all norms", total=config.steps * len(comparison.lanes), result=" " * 28
             )
             bars = {
-                name: progress.add_task(name, total=config.steps, result="")
-                for name in config.norms
+                lane.name: progress.add_task(lane.name, total=config.steps, result="")
+                for lane in comparison.lanes
             }
             for turn in comparison.run():
                 result = f"loss {turn.loss:7.4f}  accuracy {turn.accuracy:6.2%}"
@@ -119,15 +122,14 @@ def table(comparison: Comparison) -> Table:
     """The result, a row per norm."""
     config = comparison.config
     result = Table(title=f"{config.dataset}, {config.model}, {config.sync} statistics")
-    result.add_column("norm")
+    result.add_column("norm", no_wrap=True)
     for heading in (
         "test accuracy %",
         f"steps to {config.target:.0%}",
         "ms per step",
-        "share of the norm",
-        "compile s",
+        "time in the norm",
     ):
-        result.add_column(heading, justify="right")
+        result.add_column(heading, justify="right", no_wrap=True)
     result.add_column("remarks")
     for row in comparison.summary():
         remarks = [f"seed {seed} diverged at step {step}" for seed, step in row["diverged"].items()]
@@ -139,12 +141,11 @@ def table(comparison: Comparison) -> Table:
             "–" if row["steps_to_target"] is None else f"{row['steps_to_target']:g}",
             "–" if row["step_ms"] is None else f"{row['step_ms']:.2f}",
             "–" if row["norm_share"] is None else f"{row['norm_share']:.0%}",
-            f"{row['compile_seconds']:.1f}",
             "; ".join(remarks),
         )
     result.caption = (
         f"mean ± standard deviation over {config.seeds} seeds; median steps and times. A step "
-        f"trains all seeds. Share: 1 − (time without a norm / time with it), turn by turn."
+        f"trains all seeds. Time in the norm: 1 − (step without a norm / step with it)."
     )
     return result
 
@@ -187,10 +188,10 @@ def benchmark(command: bench.Bench) -> int:
 
 def describe() -> int:
     """Prints the norms with what they measure, the models and the data sets."""
-    norms = Table("norm", "looks at", "shift μ", "scale σ", "proposed by", title="norms")
+    norms = Table("norm", "μ and σ look at", "shift μ", "scale σ", title="norms")
     for name in nl.names():
         row = nl.row(name)
-        norms.add_row(name, row.looks_at, row.shift, row.scale, row.paper)
+        norms.add_row(name, row.looks_at, row.shift, row.scale)
     console.print(norms)
     others: dict[str, Any] = {"models": models.MODELS, "data sets": NAMES}
     for what, names in others.items():

@@ -45,6 +45,10 @@ OPTIMIZERS: dict[str, Callable[[float], optax.GradientTransformation]] = {
 }
 
 
+COMMON = ("none", "batch", "layer", "rms", "group", "instance", "weight", "cosine")
+"""The norms that are compared by default."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Compare:
     """Train one network under several norms, data-parallel, on real images.
@@ -59,17 +63,9 @@ class Compare:
     model: str = "conv"
     """conv (three 3×3 convolutions, ReLU) or mlp (three layers of 100 sigmoids)."""
 
-    norms: tuple[str, ...] = (
-        "none",
-        "batch",
-        "layer",
-        "rms",
-        "group",
-        "instance",
-        "weight",
-        "cosine",
-    )
-    """Which norms; `python -m experiments list` describes them. instance needs --model conv."""
+    norms: tuple[str, ...] = ()
+    """Which norms (`python -m experiments list`); by default the eight common ones, without
+    instance norm where the model has no positions."""
 
     sync: Literal["global", "local"] = "global"
     """Batch statistics over all devices, or over each device's own share of the batch."""
@@ -122,7 +118,6 @@ class Compare:
         _require(0 <= self.decay < 1, "decay", self.decay, "in [0, 1)")
         _require(0 < self.target <= 1, "target", self.target, "a share in (0, 1]")
         _require(self.evaluations <= self.steps, "evaluations", self.evaluations, "at most --steps")
-        _require(len(self.norms) > 0, "norms", "none given", "at least one name")
         _require(len(set(self.norms)) == len(self.norms), "norms", self.norms, "distinct")
         if self.batch_size % self.devices:
             near = self.batch_size // self.devices * self.devices
@@ -131,6 +126,12 @@ class Compare:
                 f"--batch-size {self.batch_size} does not divide over --devices {self.devices}. "
                 f"Use a batch size of {' or '.join(options)}, or another number of devices."
             )
+
+    def chosen(self) -> tuple[str, ...]:
+        """The norms to compare: those asked for, or the default ones that fit the model."""
+        return self.norms or tuple(
+            name for name in COMMON if name != "instance" or self.model != "mlp"
+        )
 
     def norm(self, name: str) -> nl.Norm:
         """The norm called `name`, with the options of this run."""
@@ -189,7 +190,7 @@ class Comparison:
         self.lanes: list[Lane] = []
         self.stopped_at: int | None = None
         try:
-            norms = {name: config.norm(name) for name in config.norms}
+            norms = {name: config.norm(name) for name in config.chosen()}
             models.require(config.model)
         except ValueError as error:  # an unknown name
             raise RunError(str(error)) from None
@@ -371,7 +372,10 @@ def _check_shapes(name: str, trainer: Trainer) -> None:
     try:
         jax.eval_shape(jax.vmap(trainer.init_one), trainer.kernels)
     except ValueError as error:
-        raise RunError(f"norm {name!r} does not fit the model: {error}") from error
+        raise RunError(
+            f"norm {name!r} does not fit the model: {error} Or leave it out with --norms, or "
+            "choose another --model."
+        ) from error
 
 
 def _require(holds: bool, option: str, given: Any, expected: str) -> None:

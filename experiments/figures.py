@@ -11,7 +11,9 @@ import matplotlib
 matplotlib.use("agg")
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter, SymmetricalLogLocator
 
 import normlab as nl
 
@@ -42,18 +44,19 @@ def curves(records: Records, title: str, chance: float) -> Figure:
     for name in _norms(records):
         for axes, key in ((left, "train_loss"), (right, "test_error")):
             steps, values = _series([r for r in records if r["norm"] == name], key)
-            if not np.isfinite(values).any():
-                continue
-            with np.errstate(all="ignore"):
-                middle = np.ma.median(np.ma.masked_invalid(values), axis=1)
+            measured = np.isfinite(values).any(axis=1)  # step 0 has no training loss
+            steps, values = steps[measured], values[measured]
+            middle = np.nanmedian(values, axis=1)
             low, high = np.nanmin(values, axis=1), np.nanmax(values, axis=1)
             axes.plot(steps, middle, label=name, **STYLE[name])
             axes.fill_between(steps, low, high, color=STYLE[name]["color"], alpha=0.15, lw=0)
-    left.set(xlabel="optimizer step", ylabel="training loss (nats)", yscale="log")
-    right.set(xlabel="optimizer step", ylabel="test error (%)", yscale="log")
+    left.set(xlabel="optimizer step", ylabel="training loss (nats)")
+    right.set(xlabel="optimizer step", ylabel="test error (%)")
+    left.set_title("median seed, band of all seeds", fontsize=9, loc="left")
     right.axhline(100 * (1 - chance), color="grey", lw=0.8, ls=":")
     right.set_title("dotted: chance", fontsize=9, loc="right")
     for axes in (left, right):
+        _log_scale(axes)
         axes.grid(alpha=0.3, which="both", lw=0.5)
     figure.legend(*left.get_legend_handles_labels(), loc="outside right center", frameon=False)
     figure.suptitle(title)
@@ -91,8 +94,13 @@ def parts(records: Records, title: str) -> Figure:
                     low, middle, high = (np.median(v, axis=1) for v in (low, middle, high))
                 axes.plot(steps, middle, label=name, **STYLE[name])
                 axes.fill_between(steps, low, high, color=STYLE[name]["color"], alpha=0.12, lw=0)
-            if part in ("scale", "rescale"):
-                axes.set_yscale("log")
+            if part == "scale":
+                _log_scale(axes)
+            if part == "rescale":  # a gain may be negative
+                axes.set_yscale("symlog", linthresh=0.1)
+                ticks = SymmetricalLogLocator(base=10, linthresh=0.1, subs=(1, 2, 5))
+                axes.yaxis.set_major_locator(ticks)
+                axes.yaxis.set_major_formatter("{x:g}")
             if column == 0:
                 axes.set_ylabel(label)
             if row == 0:
@@ -103,7 +111,7 @@ def parts(records: Records, title: str) -> Figure:
     figure.legend(
         *grid[0, 0].get_legend_handles_labels(), loc="outside right center", frameon=False
     )
-    figure.suptitle(title)
+    figure.suptitle(f"{title}\nmedian, and band from 15% to 85%, over channels and examples")
     return figure
 
 
@@ -114,6 +122,18 @@ def encode(figure: Figure, kind: str) -> bytes:
     if kind == "svg":
         plt.close(figure)
     return buffer.getvalue()
+
+
+def _log_scale(axes: Axes) -> None:
+    """A logarithmic axis with plain numbers: at 1, 2 and 5 where it spans few decades."""
+    if not any((np.asarray(line.get_ydata()) > 0).any() for line in axes.get_lines()):
+        return  # nothing finite to show
+    axes.set_yscale("log")
+    low, high = axes.get_ylim()
+    near = high / low < 50
+    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if near else (1.0,)))
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter(NullFormatter())
 
 
 def _norms(records: Records) -> list[str]:

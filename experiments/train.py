@@ -154,8 +154,9 @@ class Trainer:
         params, norm_state, opt_state = state
         value_and_grad = jax.value_and_grad(self.loss, has_aux=True)
         (loss, norm_state), grads = value_and_grad(params, norm_state, images, labels)
-        flat, unravel = ravel_pytree(grads)
-        grads = unravel(lax.pmean(flat, AXIS))  # packed: one collective for all parameters
+        if self.data.devices > 1:
+            flat, unravel = ravel_pytree(grads)
+            grads = unravel(lax.pmean(flat, AXIS))  # packed: one collective for all parameters
         updates, opt_state = self.optimizer.update(grads, opt_state, params)
         return TrainState(optax.apply_updates(params, updates), norm_state, opt_state), loss
 
@@ -183,7 +184,8 @@ class Trainer:
                 x, y, w = shard
                 logits: Any = self.model.apply(variables, self.data.preprocess(x), train=False)
                 losses = optax.softmax_cross_entropy_with_integer_labels(logits, y)
-                return (w * losses).sum(), (w * (logits.argmax(-1) == y)).sum()
+                right = (logits.argmax(-1) == y).astype(w.dtype)
+                return (w * losses).sum(), (w * right).sum()
 
             sums = [v.sum() for v in lax.map(batch, (images, labels, weights))]
             loss, right, total = lax.psum((*sums, weights.sum()), AXIS)

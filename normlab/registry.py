@@ -39,7 +39,7 @@ class Row(NamedTuple):
     Attributes:
       name: The key for `get`.
       factory: Returns the `Norm` for keyword options.
-      looks_at: What μ and σ are measured on: any of a, w, x.
+      looks_at: What μ and σ are measured on: of the pre-activation a, the weights w, the input x.
       shift: μ, as a formula.
       scale: σ, as a formula.
       invariances: Those of `INVARIANCES` under which h does not change (as ε → 0).
@@ -267,14 +267,56 @@ _VARIANCE = "√(var a + ε)"
 _ROWS = {
     row.name: row
     for row in (
-        _row(none, "-", "0", "1", "------", ""),
-        _row(batch, "a", "mean a", _VARIANCE, "I-III-", "Ioffe & Szegedy 2015"),
-        _row(layer, "a", "mean a", _VARIANCE, "II-I-I", "Ba, Kiros & Hinton 2016"),
-        _row(rms, "a", "0", "√(mean a² + ε)", "I--I-I", "Zhang & Sennrich 2019"),
-        _row(group, "a", "mean a", _VARIANCE, "II-I-I", "Wu & He 2018"),
-        _row(instance, "a", "mean a", _VARIANCE, "I-IIII", "Ulyanov, Vedaldi & Lempitsky 2016"),
-        _row(weight, "w", "0", "‖w‖", "I-I---", "Salimans & Kingma 2016"),
-        _row(cosine, "w, x", "0", "‖w‖·‖x‖", "I-II-I", "Luo et al. 2017"),
-        _row(centred_cosine, "w, x", "K·w̄·x̄", "‖w−w̄‖·‖x−x̄‖", "I-II-I", "Luo et al. 2017"),
+        _row(none, "nothing", "0", "1", "------", "–"),
+        _row(
+            batch,
+            "a: all examples and positions (and devices), per channel",
+            "mean a",
+            _VARIANCE,
+            "I-III-",
+            "Ioffe & Szegedy 2015",
+        ),
+        _row(
+            layer,
+            "a: the channels of a position, or all of an example",
+            "mean a",
+            _VARIANCE,
+            "II-I-I",
+            "Ba, Kiros & Hinton 2016",
+        ),
+        _row(rms, "a: as layer", "0", "√(mean a² + ε)", "I--I-I", "Zhang & Sennrich 2019"),
+        _row(
+            group,
+            "a: the positions of an example and a group of channels",
+            "mean a",
+            _VARIANCE,
+            "II-I-I",
+            "Wu & He 2018",
+        ),
+        _row(
+            instance,
+            "a: the positions of an example, per channel",
+            "mean a",
+            _VARIANCE,
+            "I-IIII",
+            "Ulyanov, Vedaldi & Lempitsky 2016",
+        ),
+        _row(weight, "w: the weights of a unit", "0", "‖w‖", "I-I---", "Salimans & Kingma 2016"),
+        _row(
+            cosine,
+            "w and x: the weights of a unit and the inputs they meet",
+            "0",
+            "‖w‖·‖x‖",
+            "I-II-I",
+            "Luo et al. 2017",
+        ),
+        _row(
+            centred_cosine,
+            "w and x: as cosine",
+            "K·w̄·x̄",
+            "‖w − w̄‖·‖x − x̄‖",
+            "I-II-I",
+            "Luo et al. 2017",
+        ),
     )
 }

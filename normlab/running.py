@@ -89,8 +89,8 @@ def update_running(state: Running, m: Moments, *, decay: float, ddof: int = 0) -
         mean=keep(state.mean + rate * (mean - state.mean), state.mean),
         var=keep(state.var + rate * (var - state.var), state.var),
         mass=keep(mass, state.mass),
-        updates=state.updates + good,
-        skipped=state.skipped + ~good,
+        updates=state.updates + good.astype(jnp.int32),
+        skipped=state.skipped + (~good).astype(jnp.int32),
     )
 
 

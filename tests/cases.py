@@ -245,6 +245,12 @@ CASES = (
 )
 
 
+# One of each norm with each kind of layer.
+KINDS = tuple(
+    {(c.name, type(c.linear), c.linear.channel_axis, len(c.x)): c for c in CASES}.values()
+)
+
+
 def first_of(name: str) -> Case:
     """The first case of a norm."""
     return next(case for case in CASES if case.name == name)

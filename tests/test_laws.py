@@ -10,7 +10,7 @@ import pytest
 
 import normlab as nl
 from tests import oracles
-from tests.cases import CASES, everything, first_of, reference, stack
+from tests.cases import CASES, KINDS, everything, first_of, reference, stack
 from tests.helpers import MAPPERS, array, draw, gap, mappers
 
 # A float32 keeps 24 bits: one rounding is 6e-8 of a value. Sums of up to 90 terms in any order and
@@ -197,11 +197,10 @@ def test_half_precision_does_not_overflow_in_the_statistics(case):
     assert np.isfinite(h).all()
 
 
-@over_cases
+@pytest.mark.parametrize(
+    "case", [c for c in CASES if c.linear.channel_axis == 1], ids=lambda case: case.label
+)
 def test_channels_first_is_transposed_channels_last(case):
-    """The oracle's own layout, turned: the one law in which the layout is all there is."""
-    if case.linear.channel_axis == -1:
-        pytest.skip("channels last")
     x, w, params = case.values()
     _, state = case.init(x, w)
     last = case._replace(linear=nl.Conv())
@@ -319,7 +318,7 @@ def _problems(case, seeds):
     return state, stack(*problems), stack(*answers)
 
 
-@over_cases
+@pytest.mark.parametrize("case", KINDS, ids=lambda case: case.label)
 def test_numbers_are_the_same_under_vmap_of_scan_of_checkpoint(case):
     """Problems side by side and one after the other, with the forward pass run twice."""
     state, problems, answers = _problems(case, (0, 50, 100, 150))

@@ -1,0 +1,386 @@
+"""The experiments: the trainer's numbers, the main job end to end, and what it refuses."""
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import normlab as nl
+from experiments import cli, figures, models, train
+from experiments.compare import COMMON, Compare, Comparison, stretches
+from experiments.data import Dataset
+from experiments.rundir import RunDirectory, RunError
+
+ROOT = Path(__file__).parent.parent
+TINY = ["--dataset", "digits", "--steps", "6", "--evaluations", "2", "--batch-size", "16"]
+
+
+@pytest.fixture(scope="module")
+def data() -> Dataset:
+    """Random images with a pattern per class, in the shape of small MNIST."""
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 10, 500, dtype=np.int32)
+    noise = rng.integers(0, 200, (500, 8, 8, 1))
+    patterns = np.random.default_rng(1).integers(0, 56, (10, 8, 8, 1))
+    images = (noise + patterns[labels]).astype(np.uint8)
+    return Dataset(
+        "patterns", images[:397], labels[:397], images[397:], labels[397:], 10, "made here", ""
+    )
+
+
+def make_trainer(
+    data: Dataset, devices: int, model: str, name: str, *, seeds: int = 1, synced: bool = True
+) -> train.Trainer:
+    options = {
+        "batch": {"axis_name": train.AXIS if synced and devices > 1 else None},
+        "group": {"groups": 4},
+        "layer": {"axes": None},
+        "weight": {"data_init": True},
+    }
+    device_data = train.DeviceData(data, devices)
+    kernels = models.draw_kernels(model, data.classes, range(seeds), device_data.probe)
+    network = models.build(model, nl.get(name, **options.get(name, {})), data.classes)
+    return train.Trainer(network, optax.sgd(0.1, momentum=0.9), device_data, kernels, synced=synced)
+
+
+def run_steps(trainer: train.Trainer, steps: int, batch: int = 32):
+    indices = [
+        train.minibatches(s, trainer.data.examples, batch, steps) for s in range(trainer.seeds)
+    ]
+    return trainer.train(trainer.init(), np.stack(indices, axis=1))
+
+
+class TestTrainer:
+    @pytest.mark.parametrize(
+        ("model", "name"),
+        [("mlp", name) for name in COMMON if name != "instance"]
+        + [("conv", name) for name in ("batch", "instance", "cosine")],
+    )
+    def test_eight_devices_take_the_steps_of_one_with_the_whole_batch(self, data, model, name):
+        many, losses = run_steps(make_trainer(data, 8, model, name), 3)
+        one, expected = run_steps(make_trainer(data, 1, model, name), 3)
+        np.testing.assert_allclose(losses, expected, rtol=2e-5)
+        for got, want in zip(jax.tree.leaves(many), jax.tree.leaves(one), strict=True):
+            np.testing.assert_allclose(got[0], want[0], rtol=2e-4, atol=2e-5)
+            np.testing.assert_array_equal(got[0], got[7])
+
+    @pytest.mark.parametrize("devices", [1, 8])
+    def test_a_step_follows_the_gradient_of_the_global_loss(self, data, devices):
+        trainer = make_trainer(data, devices, "mlp", "batch")
+        before = jax.tree.map(lambda v: np.asarray(v[0, 0]), trainer.init())
+        chosen = train.minibatches(0, len(data.train_images), 32, 1)
+        after, _ = trainer.train(trainer.init(), chosen[:, None])
+
+        alone = make_trainer(data, 1, "mlp", "batch")
+        images, labels = data.train_images[chosen[0]], data.train_labels[chosen[0]]
+        expected = jax.grad(lambda p: alone.loss(p, before.norm_state, images, labels)[0])(
+            before.params
+        )
+        moved = jax.tree.map(lambda old, new: (old - new[0, 0]) / 0.1, before.params, after.params)
+        for got, want in zip(jax.tree.leaves(moved), jax.tree.leaves(expected), strict=True):
+            np.testing.assert_allclose(got, want, rtol=1e-3, atol=1e-5)
+
+    def test_local_statistics_differ_between_devices_and_are_pooled_to_evaluate(self, data):
+        trainer = make_trainer(data, 8, "mlp", "batch", synced=False)
+        state, _ = run_steps(trainer, 3)
+        mean = np.asarray(state.norm_state["Normed_0"]["norm"].mean)  # [devices, seeds, C]
+        assert np.abs(mean - mean[:1]).max() > 1e-3
+        shift = trainer.evaluate(state).parts["Normed_0"].shift
+        pooled = np.quantile(mean[:, 0].mean(axis=0), train.QUANTILES)
+        np.testing.assert_allclose(shift[0], pooled, rtol=1e-4, atol=1e-6)
+
+    def test_a_seed_does_not_depend_on_its_neighbours(self, data):
+        alone, _ = run_steps(make_trainer(data, 1, "mlp", "batch", seeds=1), 3)
+        beside, _ = run_steps(make_trainer(data, 1, "mlp", "batch", seeds=3), 3)
+        for got, want in zip(jax.tree.leaves(beside), jax.tree.leaves(alone), strict=True):
+            np.testing.assert_allclose(got[:, :1], want, rtol=1e-4, atol=1e-5)
+
+    @pytest.mark.parametrize("devices", [1, 8])
+    def test_evaluation_counts_every_test_example_once(self, data, devices, monkeypatch):
+        monkeypatch.setattr(train.DeviceData, "TEST_BATCH", 5)  # 103 examples: padding in the last
+        trainer = make_trainer(data, devices, "mlp", "layer")
+        state = trainer.init()
+        one = jax.tree.map(lambda v: v[0, 0], state)
+        logits = trainer.model.apply(
+            {"params": one.params, models.STATE: one.norm_state},
+            trainer.data.preprocess(data.test_images),
+            train=False,
+        )
+        evaluation = trainer.evaluate(state)
+        right = np.mean(np.argmax(logits, -1) == data.test_labels)
+        loss = optax.softmax_cross_entropy_with_integer_labels(logits, data.test_labels).mean()
+        np.testing.assert_allclose(evaluation.accuracy[0], right, rtol=1e-6)
+        np.testing.assert_allclose(evaluation.loss[0], loss, rtol=1e-5)
+
+    def test_training_learns_the_patterns(self, data):
+        trainer = make_trainer(data, 8, "conv", "batch")
+        _, losses = run_steps(trainer, 40)
+        assert losses[-1].mean() < 0.7 * losses[0].mean()
+
+    def test_all_norms_start_from_the_same_kernels(self, data):
+        kernels = [
+            np.asarray(make_trainer(data, 1, "mlp", name).init().params["Normed_1"]["kernel"])
+            for name in ("none", "weight", "batch")
+        ]
+        np.testing.assert_array_equal(kernels[0], kernels[1])
+        np.testing.assert_array_equal(kernels[0], kernels[2])
+
+    def test_data_dependent_init_normalizes_the_probe_batch(self, data):
+        trainer = make_trainer(data, 1, "mlp", "weight")
+        params = jax.tree.map(lambda v: v[0, 0], trainer.init().params)
+        x = trainer.data.probe.reshape(len(trainer.data.probe), -1)
+        layer = params["Normed_0"]
+        h = nl.affine(
+            nl.weight_parts(layer["norm"], nl.Site(x @ layer["kernel"], x, layer["kernel"])),
+            x @ layer["kernel"],
+        )
+        np.testing.assert_allclose(h.mean(0), 0, atol=1e-5)
+        np.testing.assert_allclose(h.std(0), 1, atol=1e-4)
+
+    def test_minibatches_are_shuffled_epochs_fixed_by_the_seed(self):
+        first = train.minibatches(3, 100, 20, 10)
+        np.testing.assert_array_equal(first, train.minibatches(3, 100, 20, 10))
+        assert not np.array_equal(first, train.minibatches(4, 100, 20, 10))
+        np.testing.assert_array_equal(np.sort(first[:5].ravel()), np.arange(100))
+        np.testing.assert_array_equal(np.sort(first[5:].ravel()), np.arange(100))
+        assert not np.array_equal(first[:5], first[5:])
+
+
+class TestModels:
+    @pytest.mark.parametrize("size", [7, 8])
+    @pytest.mark.parametrize("strides", [1, 2, (2, 1)])
+    @pytest.mark.parametrize("padding", ["SAME", "VALID", ((0, 2), (1, 0))])
+    def test_matmul_conv_is_conv_with_its_gradients(self, size, strides, padding):
+        keys = jax.random.split(jax.random.key(0), 2)
+        x = jax.random.normal(keys[0], (2, size, size, 3))
+        w = jax.random.normal(keys[1], (3, 2, 3, 4))
+        fast, plain = (c(strides=strides, padding=padding) for c in (models.MatmulConv, nl.Conv))
+        for f in (fast, plain):
+            assert f(x, w).shape == plain(x, w).shape
+        np.testing.assert_allclose(fast(x, w), plain(x, w), rtol=1e-5, atol=1e-5)
+        got, want = (
+            jax.grad(lambda x, w, f=f: jnp.sin(f(x, w)).sum(), (0, 1))(x, w) for f in (fast, plain)
+        )
+        for a, b in zip(got, want, strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+
+    def test_parts_are_sown_layer_by_layer(self, data):
+        trainer = make_trainer(data, 1, "conv", "cosine")
+        parts = trainer.evaluate(trainer.init()).parts
+        assert list(parts) == ["Normed_0", "Normed_1", "Normed_2"]
+        assert all(v.shape == (1, 3) for four in parts.values() for v in four)
+
+
+class TestCompare:
+    def test_the_main_job_leaves_a_table_figures_and_every_measurement(self, tmp_path, capsys):
+        out = tmp_path / "run"
+        arguments = ["compare", *TINY, "--seeds", "2", "--devices", "2", "--run-dir", str(out)]
+        assert cli.main(arguments) == 0
+        printed = capsys.readouterr().out
+        summary = json.loads((out / "summary.json").read_text())
+        assert summary["complete"]
+        assert [row["norm"] for row in summary["norms"]] == list(COMMON)
+        assert all(name in printed for name in COMMON)
+        records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+        evaluations = [r for r in records if r["kind"] == "evaluation"]
+        assert len(evaluations) == len(COMMON) * 2 * 3  # norms, seeds, steps 0, 3, 6
+        assert {r["step"] for r in evaluations} == {0, 3, 6}
+        parts = [r for r in records if r["kind"] == "part"]
+        assert len(parts) == len(evaluations) * 3 * 4  # layers, parts
+        for row in summary["norms"]:
+            final = [
+                r["test_accuracy"]
+                for r in evaluations
+                if r["norm"] == row["norm"] and r["step"] == 6
+            ]
+            assert row["accuracy_mean"] == pytest.approx(np.mean(final))
+            assert row["accuracy_sd"] == pytest.approx(np.std(final, ddof=1))
+        config = json.loads((out / "config.json").read_text())
+        assert config["steps"] == 6
+        environment = json.loads((out / "environment.json").read_text())
+        assert environment["packages"]["jax"] == jax.__version__
+        assert environment["dataset"]["origin"].startswith("scikit-learn")
+        for name in ("curves", "parts"):
+            assert (out / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+            assert b"<svg" in (out / f"{name}.svg").read_bytes()
+
+    def test_a_norm_that_diverges_is_a_result_and_the_others_go_on(self, tmp_path):
+        config = Compare(
+            dataset="digits", model="mlp", norms=("none", "batch"), optimizer="sgd", lr=1e38,
+            steps=4, evaluations=2, seeds=2, devices=1, run_dir=tmp_path / "run",
+        )  # fmt: skip
+        comparison = Comparison(config)
+        turns = [turn.norm for turn in comparison.run()]
+        assert turns.count("batch") >= 1
+        rows = {row["norm"]: row for row in comparison.summary()}
+        assert set(rows["none"]["diverged"]) == {"0", "1"}
+        assert rows["none"]["accuracy_mean"] is None
+        comparison.finish()
+        text = (tmp_path / "run" / "metrics.jsonl").read_text()
+        assert "NaN" not in text
+        assert "Infinity" not in text
+        assert "diverged at step" in str(cli.table(comparison).columns[-1]._cells)
+
+    def test_steps_to_the_target_and_the_share_of_the_norm_follow_from_the_records(self, tmp_path):
+        config = Compare(
+            dataset="digits", model="mlp", norms=("none", "layer"), steps=4, evaluations=2,
+            seeds=2, devices=1, target=0.5, run_dir=tmp_path / "run",
+        )  # fmt: skip
+        comparison = Comparison(config)
+        for lane, ms in zip(comparison.lanes, ([1.0, 2.0], [4.0, 4.0]), strict=True):
+            lane.step_ms = ms
+            lane.records = [
+                {"seed": seed, "step": step, "test_accuracy": accuracy}
+                for seed, accuracies in enumerate(([0.1, 0.6, 0.9], [0.1, 0.2, 0.7]))
+                for step, accuracy in zip((0, 2, 4), accuracies, strict=True)
+            ]
+        layer = comparison.summary()[1]
+        assert layer["steps_to_target"] == 3  # the median of 2 and 4
+        assert layer["norm_share"] == pytest.approx(0.625)  # the median of 3/4 and 1/2
+        assert layer["accuracy_mean"] == pytest.approx(0.8)
+
+    def test_stretches_cover_all_steps_once(self):
+        for steps, count in ((600, 10), (7, 3), (5, 5), (1, 1)):
+            cut = stretches(steps, count)
+            assert [i for start, stop in cut for i in range(start, stop)] == list(range(steps))
+            assert len(cut) == count
+
+    def test_every_norm_has_a_colour_and_a_marker_of_its_own(self):
+        looks = [(style["color"], style["marker"]) for style in figures.STYLE.values()]
+        assert set(figures.STYLE) == set(nl.names())
+        assert len(set(looks)) == len(looks)
+
+
+REFUSED = {
+    "norm": (["--norms", "bach"], ["did you mean 'batch'", "centred_cosine"]),
+    "data set": (["--dataset", "mnits"], ["did you mean 'mnist'", "cifar10"]),
+    "model": (["--model", "cnov"], ["did you mean 'conv'", "mlp"]),
+    "option": (["--stepz", "3"], ["--stepz", "--steps"]),
+    "choice": (["--sync", "globl"], ["globl", "global"]),
+    "batch": (["--batch-size", "100"], ["100", "8", "96", "104"]),
+    "large batch": (["--dataset", "digits", "--batch-size", "8000"], ["8000", "1437"]),
+    "groups": (["--dataset", "digits", "--groups", "5"], ["groups=5", "8 channels", "1, 2, 4, 8"]),
+    "instance": (
+        ["--dataset", "digits", "--model", "mlp", "--norms", "instance"],
+        ["instance", "positions", "--norms"],
+    ),
+    "devices": (["--dataset", "digits", "--devices", "16"], ["--devices 16", "there are 8"]),
+    "twice": (["--norms", "batch", "batch"], ["distinct"]),
+    "lr": (["--lr", "0"], ["--lr", "positive"]),
+    "eps": (["--eps", "-1"], ["--eps", "positive"]),
+    "decay": (["--decay", "1"], ["--decay", "[0, 1)"]),
+    "evaluations": (["--steps", "5", "--evaluations", "6"], ["--evaluations", "--steps"]),
+}
+
+
+class TestBadInput:
+    @pytest.mark.parametrize("case", REFUSED)
+    def test_refused_with_what_to_change_and_nothing_written(self, case, tmp_path, capsys):
+        arguments, words = REFUSED[case]
+        out = tmp_path / "run"
+        try:
+            status = cli.main(["compare", *arguments, "--run-dir", str(out)])
+        except SystemExit as stop:  # the parser's own refusals
+            status = stop.code
+        captured = capsys.readouterr()
+        text = " ".join((captured.out + captured.err).replace("│", " ").split())
+        assert status == cli.EXIT_USAGE, text
+        for word in words:
+            assert word in text
+        assert "Traceback" not in text
+        assert not out.exists()
+
+    def test_an_existing_run_directory_is_never_written_into(self, tmp_path, capsys):
+        (tmp_path / "precious").write_text("mine")
+        assert cli.main(["compare", *TINY, "--run-dir", str(tmp_path)]) == cli.EXIT_USAGE
+        assert "exists already" in capsys.readouterr().err
+        assert [p.name for p in tmp_path.iterdir()] == ["precious"]
+
+    def test_a_write_that_fails_names_the_file_and_keeps_what_was_whole(self, tmp_path):
+        run = RunDirectory(tmp_path / "run", "test")
+        run.write_json("config.json", {"a": 1})
+        limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+        handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (64, limit[1]))
+        try:
+            with pytest.raises(RunError, match=r"config\.json.*before is whole.*--run-dir"):
+                run.write_json("config.json", {"a": "long " * 100})
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+            signal.signal(signal.SIGXFSZ, handler)
+        assert json.loads((run.path / "config.json").read_text()) == {"a": 1}
+        assert [p.name for p in run.path.iterdir()] == ["config.json"]
+
+    def test_a_missing_torch_is_one_clear_line(self, monkeypatch, capsys):
+        monkeypatch.setitem(sys.modules, "torch", None)
+        assert cli.main(["bench", "--steps", "2"]) == cli.EXIT_USAGE
+        assert "pip install -c constraints.txt -e '.[peers]'" in capsys.readouterr().err
+
+    def test_ctrl_c_leaves_what_was_done(self, tmp_path):
+        out = tmp_path / "run"
+        command = [
+            *(sys.executable, "-m", "experiments", "compare", "--dataset", "digits"),
+            *("--model", "mlp", "--norms", "none", "batch", "--steps", "200000"),
+            *("--evaluations", "2000", "--devices", "1", "--run-dir", str(out)),
+        ]
+        environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        )
+        metrics = out / "metrics.jsonl"
+        deadline = time.monotonic() + 120
+        while not (metrics.exists() and '"step": 300' in metrics.read_text()):
+            assert time.monotonic() < deadline, "no progress"
+            assert process.poll() is None, process.communicate()[0].decode()
+            time.sleep(0.2)
+        process.send_signal(signal.SIGINT)
+        printed = process.communicate(timeout=60)[0].decode()
+        assert process.returncode == cli.EXIT_INTERRUPTED, printed
+        assert "interrupted" in printed
+        assert "Traceback" not in printed
+        summary = json.loads((out / "summary.json").read_text())
+        assert not summary["complete"]
+        steps = [row["step"] for row in summary["norms"]]
+        assert min(steps) >= 300
+        assert (out / "curves.png").exists()
+
+
+class TestCommandLine:
+    def test_list_names_everything_there_is(self, capsys):
+        assert cli.main(["list"]) == 0
+        printed = capsys.readouterr().out
+        for name in (*nl.names(), *models.MODELS, "mnist", "digits", "compare", "bench"):
+            assert name in printed
+
+    def test_data_says_where_a_set_came_from(self, capsys):
+        assert cli.main(["data", "digits"]) == 0
+        printed = capsys.readouterr().out
+        assert "1437" in printed
+        assert "360" in printed
+
+    @pytest.mark.parametrize("command", [[], ["compare"], ["data"], ["bench"], ["list"]])
+    def test_help_teaches(self, command, capsys):
+        with pytest.raises(SystemExit) as stop:
+            cli.main([*command, "--help"])
+        assert stop.value.code == 0
+        assert "usage:" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_bench_measures_both_in_one_run():
+    pytest.importorskip("torch")
+    from experiments import bench
+
+    result = bench.run(bench.Bench(steps=20, rounds=2))
+    assert set(result["ms_per_step"]) == {"normlab", "torch", "floor"}
+    assert result["normlab_over_torch"] > 0

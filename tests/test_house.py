@@ -1,0 +1,126 @@
+"""The house: what imports what, what is public, and that the documentation runs."""
+
+import ast
+import doctest
+import graphlib
+import importlib
+import inspect
+import pkgutil
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import normlab
+
+ROOT = Path(normlab.__file__).parent
+SKINS = {"linen", "nnx"}  # the one place where flax is at home
+MODULES = sorted(
+    name
+    for _, name, _ in pkgutil.walk_packages([str(ROOT)], "normlab.")
+    if name.rpartition(".")[2] not in SKINS
+)
+FOREIGN = ("flax", "optax", "chex", "tensorflow", "orbax", "matplotlib", "haiku", "torch")
+PUBLIC = {name: getattr(normlab, name) for name in normlab.__all__}
+
+
+def imports(module: str) -> set[str]:
+    """Every module that `module` imports, wherever in the file."""
+    path = Path(importlib.import_module(module).__file__)
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{module} imports relatively"
+            found.add(node.module)
+    return found
+
+
+def test_there_are_modules_to_test():
+    assert {"normlab.affine", "normlab.moments", "normlab.registry"} <= set(MODULES)
+
+
+@pytest.mark.parametrize("module", ["normlab", *MODULES])
+def test_no_module_imports_a_framework(module):
+    assert {name.partition(".")[0] for name in imports(module)}.isdisjoint(FOREIGN)
+
+
+def test_importing_normlab_loads_no_framework():
+    code = "import sys, normlab; print(*{name.partition('.')[0] for name in sys.modules})"
+    run = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT.parent
+    )
+    loaded = set(run.stdout.split())
+    assert "normlab" in loaded
+    assert "jax" in loaded
+    assert loaded.isdisjoint(FOREIGN)
+
+
+def test_imports_have_no_cycle_and_point_away_from_the_registry():
+    graph = {m: {i for i in imports(m) if i.startswith("normlab")} for m in MODULES}
+    order = list(graphlib.TopologicalSorter(graph).static_order())  # raises CycleError
+    assert order.index("normlab.moments") < order.index("normlab.running")
+    assert not any("normlab" in found for found in graph.values()), "imports the package itself"
+    assert not any("normlab.registry" in found for found in graph.values())
+
+
+def test_all_is_complete_and_sorted():
+    bound = {
+        name
+        for name, value in vars(normlab).items()
+        if not name.startswith("_") and not inspect.ismodule(value)
+    }
+    assert set(normlab.__all__) == bound
+    order = sorted(normlab.__all__, key=lambda n: (not n.isupper(), not n[0].isupper(), n))
+    assert normlab.__all__ == order
+    assert len(normlab.__all__) == len(set(normlab.__all__))
+
+
+def _functions():
+    return [name for name, value in PUBLIC.items() if inspect.isfunction(value)]
+
+
+@pytest.mark.parametrize("name", _functions())
+def test_every_public_function_documents_its_arguments(name):
+    """By its own Args, in the sentence of a short one, or by the function it refers to."""
+    doc = inspect.getdoc(PUBLIC[name])
+    assert doc
+    assert doc.splitlines()[0].endswith(".")
+    if "which see" in doc:
+        reference = re.search(r"`(\w+)`", doc)[1]
+        doc = inspect.getdoc(PUBLIC[reference])
+    for parameter in inspect.signature(PUBLIC[name]).parameters:
+        assert re.search(rf"\b{parameter}\b", doc), f"{name} does not say what {parameter} is"
+
+
+@pytest.mark.parametrize("name", [n for n, v in PUBLIC.items() if inspect.isclass(v)])
+def test_every_public_class_documents_its_fields(name):
+    doc = inspect.getdoc(PUBLIC[name])
+    assert doc
+    for field in getattr(PUBLIC[name], "_fields", ()):
+        assert re.search(rf"^ *{field}: ", doc, re.MULTILINE), f"{name}.{field} has no sentence"
+
+
+@pytest.mark.parametrize("module", ["normlab", *MODULES])
+def test_the_examples_in_the_documentation_run(module):
+    assert doctest.testmod(importlib.import_module(module)).failed == 0
+
+
+def test_there_are_examples_in_the_documentation():
+    finder = doctest.DocTestFinder()
+    counts = {
+        m: sum(bool(t.examples) for t in finder.find(importlib.import_module(m))) for m in MODULES
+    }
+    assert sum(counts.values()) >= 10
+
+
+def test_every_row_of_the_registry_is_documented():
+    for name in normlab.names():
+        row = normlab.row(name)
+        assert row.name == name == row.factory.__name__
+        assert inspect.getdoc(row.factory)
+        assert row.invariances <= set(normlab.INVARIANCES)
+        assert all(isinstance(text, str) and text for text in (row.looks_at, row.shift, row.scale))
