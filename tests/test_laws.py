@@ -145,8 +145,7 @@ def test_values_and_gradients_equal_the_oracle(case, precision):
 
 @pytest.mark.parametrize(
     ("case", "dtype"),
-    [pytest.param(c, t, id=f"{c.label}-{t}") for c, t in zip(CASES, HALVES * 22, strict=True)]
-    + [pytest.param(first_of(n), t, id=f"{n}-{t}") for n in nl.names() for t in HALVES],
+    [pytest.param(c, HALVES[i % 2], id=f"{c.label}-{HALVES[i % 2]}") for i, c in enumerate(KINDS)],
 )
 def test_statistics_are_float32_whatever_the_input(case, dtype):
     """The output is that of the same numbers in float32, rounded once."""
@@ -318,7 +317,7 @@ def _problems(case, seeds):
     return state, stack(*problems), stack(*answers)
 
 
-@pytest.mark.parametrize("case", KINDS, ids=lambda case: case.label)
+@over_names
 def test_numbers_are_the_same_under_vmap_of_scan_of_checkpoint(case):
     """Problems side by side and one after the other, with the forward pass run twice."""
     state, problems, answers = _problems(case, (0, 50, 100, 150))
