@@ -138,8 +138,8 @@ class Compare:
         axis_name = AXIS if self.sync == "global" and self.devices > 1 else None
         options: dict[str, dict[str, Any]] = {
             "batch": {"eps": self.eps, "decay": self.decay, "axis_name": axis_name},
-            "layer": {"eps": self.eps, "axes": None},
-            "rms": {"eps": self.eps, "axes": None},
+            "layer": {"eps": self.eps, "axes": "all"},
+            "rms": {"eps": self.eps, "axes": "all"},
             "group": {"eps": self.eps, "groups": self.groups},
             "instance": {"eps": self.eps},
             "weight": {"data_init": True},

@@ -12,6 +12,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from normlab.checks import invalid, promote, result_dtype
+from normlab.moments import align_weights, leave_out
 
 
 class Parts(NamedTuple):
@@ -32,7 +33,7 @@ class Parts(NamedTuple):
     reshift: Array
 
 
-def affine(parts: Parts, a: ArrayLike) -> Array:
+def affine(parts: Parts, a: ArrayLike, *, weights: ArrayLike | None = None) -> Array:
     """Applies the four parts: h = g · (a − μ) / σ + b.
 
     The arithmetic is done in float32 at least, whatever the type of `a`. The subtraction comes
@@ -41,18 +42,21 @@ def affine(parts: Parts, a: ArrayLike) -> Array:
     Args:
       parts: Shift, scale, rescale, reshift, each broadcastable to `a`.
       a: `[N, ..., C]`, the pre-activation.
+      weights: The weights that the parts were measured with, if any. A value that is not finite
+        and weighs nothing counts as zero, so that it reaches no gradient.
 
     Returns:
       h, in the shape of `a` and in its floating type (float32 for integers).
 
     Raises:
-      ValueError: If a part does not broadcast to the shape of `a`.
+      ValueError: If a part does not broadcast to the shape of `a`, or the weights do not fit.
 
     >>> parts = Parts(*map(jnp.float32, (1.0, 2.0, 3.0, 10.0)))
     >>> affine(parts, jnp.array([1.0, 5.0])).tolist()
     [10.0, 16.0]
     """
     mu, sigma, g, b = _checked(parts, jnp.shape(a))
+    a = leave_out(a, align_weights("affine", weights, a))
     return ((promote(a) - mu) * (1 / sigma) * g + b).astype(result_dtype(a))
 
 
@@ -95,17 +99,23 @@ def fold(parts: Parts, kernel: Array, bias: Array | None = None) -> tuple[Array,
     """
     channels = kernel.shape[-1]
     for name, part in zip(Parts._fields, parts, strict=True):
-        if jnp.size(part) not in (1, channels) or max(jnp.shape(part), default=1) != jnp.size(part):
+        shape = jnp.shape(part)
+        by_example = len(shape) > 1 and shape[0] != 1
+        if (
+            jnp.size(part) not in (1, channels)
+            or max(shape, default=1) != jnp.size(part)
+            or by_example
+        ):
             raise invalid(
                 "fold",
-                f"a {name} of shape {jnp.shape(part)}",
+                f"a {name} of shape {shape}",
                 f"one value for each of the kernel's {channels} output channels",
                 "take parts that do not depend on the examples, as batch norm's with train=False",
             )
     mu, sigma, g, b = (jnp.broadcast_to(jnp.ravel(part), channels) for part in parts)
     k = g / sigma
-    bias = jnp.zeros(channels, k.dtype) if bias is None else bias
-    return (kernel * k).astype(kernel.dtype), (bias - mu) * k + b
+    bias = jnp.zeros(channels, k.dtype) if bias is None else bias.astype(k.dtype)
+    return (kernel.astype(k.dtype) * k).astype(kernel.dtype), (bias - mu) * k + b
 
 
 def _checked(parts: Parts, shape: tuple[int, ...]) -> Parts:

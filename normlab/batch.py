@@ -13,6 +13,7 @@ from jax.typing import ArrayLike
 
 from normlab.affine import Parts, affine
 from normlab.checks import (
+    check_decay,
     check_eps,
     check_train,
     expand,
@@ -20,7 +21,7 @@ from normlab.checks import (
     invalid,
     normalize_axes,
 )
-from normlab.moments import AxisName, all_reduce, moments
+from normlab.moments import AxisName, align_weights, all_reduce, moments
 from normlab.running import Running, update_running
 
 
@@ -52,7 +53,8 @@ def batch_norm(
       ddof: 0 keeps the biased variance in the state, 1 the unbiased one. The batch itself is
         always normalized by the biased one.
       axis_name: Mapped axes over which the batch is one: statistics are merged along them.
-      weights: Importance of examples or positions, aligned with the leading axes of `a`.
+      weights: Importance of examples or positions, aligned with the leading axes of `a` other than
+        the channels': `[N]`, `[N, H, W]`. Zero leaves out.
       channel_axis: The axis of the channels.
 
     Returns:
@@ -81,7 +83,8 @@ def batch_norm(
         weights=weights,
         channel_axis=channel_axis,
     )
-    return affine(parts, a), state
+    weights = align_weights("batch norm", weights, a, channel_axis % a.ndim)
+    return affine(parts, a, weights=weights), state
 
 
 def batch_parts(
@@ -100,6 +103,7 @@ def batch_parts(
     """The parts and the next state of `batch_norm`, which see."""
     where = "batch norm"
     check_eps(where, eps)
+    check_decay(where, decay)
     check_train(where, train)
     (channel,) = normalize_axes(where, channel_axis, a.ndim)
     g, b = gain_and_bias(where, params, a, channel)
@@ -107,9 +111,9 @@ def batch_parts(
     if state is not None and state.mean.shape != (channels,):
         raise invalid(
             where,
-            f"running statistics of {state.mean.shape[0]} channels for an input of shape "
+            f"running statistics of shape {state.mean.shape} for an input of shape "
             f"{a.shape} with its channels on axis {channel}",
-            f"{channels} channels",
+            f"shape ({channels},)",
             f"make the state with init_running({channels}), or set channel_axis",
         )
     if not train:
@@ -120,7 +124,7 @@ def batch_parts(
                 "running statistics to normalize with",
                 "pass the state that training returned, or train=True for batch statistics",
             )
-        mean, var = (expand(v, a.ndim, channel) for v in (state.mean, state.var))
+        mean, var = (expand(v.astype(g.dtype), a.ndim, channel) for v in (state.mean, state.var))
         return Parts(mean, jnp.sqrt(var + eps), g, b), state
     if a.size == channels and axis_name is None:
         raise invalid(
@@ -130,6 +134,7 @@ def batch_parts(
             "the bias alone",
             "use a larger batch, train=False, or a norm that does not look across examples",
         )
+    weights = align_weights(where, weights, a, channel)
     m = moments(a, [i for i in range(a.ndim) if i != channel], weights=weights)
     m = all_reduce(m, axis_name)
     if state is not None:

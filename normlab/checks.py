@@ -37,9 +37,15 @@ def result_dtype(x: ArrayLike) -> Any:
     return dtype if jnp.issubdtype(dtype, jnp.floating) else jnp.dtype(jnp.float32)
 
 
+def promote_dtype(x: ArrayLike) -> Any:
+    """The type in which the statistics of `x` are taken."""
+    dtype = result_dtype(x)
+    return dtype if jnp.finfo(dtype).bits > 32 else jnp.dtype(jnp.float32)
+
+
 def promote(x: ArrayLike) -> Array:
     """Casts to the type in which statistics are taken: float32 at least; float64 stays."""
-    return jnp.asarray(x).astype(jnp.promote_types(result_dtype(x), jnp.float32))
+    return jnp.asarray(x).astype(promote_dtype(x))
 
 
 def normalize_axes(where: str, axes: int | Sequence[int], ndim: int) -> tuple[int, ...]:
@@ -74,6 +80,17 @@ def check_eps(where: str, eps: float) -> None:
         )
 
 
+def check_decay(where: str, decay: float) -> None:
+    """Raises ValueError unless `decay` is in [0, 1); a traced one (a schedule) is trusted."""
+    if not isinstance(decay, Tracer) and not 0 <= decay < 1:
+        raise invalid(
+            where,
+            f"decay={decay!r}",
+            "a number in [0, 1), the weight of the old value",
+            "pass for example decay=0.9 (a torch momentum of 0.1)",
+        )
+
+
 def check_train(where: str, train: bool) -> None:
     """Raises ValueError unless `train` is a Python bool."""
     if not isinstance(train, bool):
@@ -105,6 +122,13 @@ def gain_and_bias(where: str, params: Any, a: ArrayLike, channel_axis: int) -> t
       ValueError: If a field is not a floating `[C]`.
     """
     shape, dtype = jnp.shape(a), promote_dtype(a)
+    if params is not None and not (hasattr(params, "g") and hasattr(params, "b")):
+        raise invalid(
+            where,
+            f"params of type {type(params).__name__}",
+            "an Affine(g, b), or None",
+            "make them with init_affine(channels), or wrap yours: Affine(g=scale, b=bias)",
+        )
     out = []
     for name, default in (("g", 1), ("b", 0)):
         value = None if params is None else getattr(params, name)
@@ -129,8 +153,3 @@ def gain_and_bias(where: str, params: Any, a: ArrayLike, channel_axis: int) -> t
             )
         out.append(expand(value.astype(dtype), len(shape), channel_axis))
     return out[0], out[1]
-
-
-def promote_dtype(x: ArrayLike) -> Any:
-    """The type in which the statistics of `x` are taken."""
-    return jnp.promote_types(result_dtype(x), jnp.float32)

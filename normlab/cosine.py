@@ -56,14 +56,23 @@ def cosine_norm(
     dtype = result_dtype(x)
     x, w = promote(x), promote(w)
     # The cosine does not see the lengths: divide them out before the product can overflow.
-    x = x / _peak(x)
+    x = x / _peak(x, linear)
     w, _ = units_and_lengths(w - w.mean(range(w.ndim - 1), keepdims=True) if centred else w)
     site = Site(linear(x, w), x, w, linear=linear)
     return affine(cosine_parts(params, site, centred=centred), site.a).astype(dtype)
 
 
 def cosine_parts(params: Any, site: Site, *, centred: bool = False) -> Parts:
-    """The parts of cosine normalization, measured on `site.x` and `site.w`."""
+    """The parts of cosine normalization.
+
+    Args:
+      params: `Affine(g [C], b [C])`, or `None`.
+      site: A site with `a`, `x` and `w`.
+      centred: As in `cosine_norm`.
+
+    Raises:
+      ValueError: If `x` or `w` is missing or does not fit `a`.
+    """
     where = "centred cosine norm" if centred else "cosine norm"
     w = promote(kernel(where, site))
     if site.x is None:
@@ -74,25 +83,27 @@ def cosine_parts(params: Any, site: Site, *, centred: bool = False) -> Parts:
             "pass Site(a=linear(x, w), x=x, w=w, linear=linear)",
         )
     g, b = gain_and_bias(where, params, site.a, site.linear.channel_axis)
-    peak = _peak(site.x)
+    peak = _peak(site.x, site.linear)
     patch = site.linear.patch_moments(promote(site.x) / peak, w)
-    if centred:
-        w_bar = moments(w, range(w.ndim - 1)).mean
-        _, length_w = units_and_lengths(w - w_bar)
-        mu = patch.count * per_channel(w_bar, site) * patch.mean * peak
-        # What rounding leaves of a constant patch is no direction.
-        noise = 8 * jnp.finfo(w.dtype).eps * jnp.abs(patch.mean)
-        square = jnp.where(patch.m2 > patch.count * jnp.square(noise), patch.m2, 0)
-    else:
-        _, length_w = units_and_lengths(w)
-        mu = jnp.zeros((), w.dtype)
-        square = patch.m2 + patch.count * jnp.square(patch.mean)
+    _, length_w = units_and_lengths(w)
+    square = patch.m2 + patch.count * jnp.square(patch.mean)
     sigma = per_channel(length_w, site) * safe_sqrt(square) * peak
-    return Parts(mu, jnp.where(sigma > 0, sigma, 1), g, b)
+    sigma = jnp.where(sigma > 0, sigma, 1)
+    if not centred:
+        return Parts(jnp.zeros((), w.dtype), sigma, g, b)
+    w_bar = moments(w, range(w.ndim - 1)).mean
+    mu = patch.count * per_channel(w_bar, site) * patch.mean * peak
+    _, length_w = units_and_lengths(w - w_bar)
+    # What rounding leaves of a constant patch is no direction. There σ is the plain one, beside
+    # which the rounding of a − μ is nothing.
+    noise = 8 * jnp.finfo(w.dtype).eps * jnp.abs(patch.mean)
+    square = jnp.where(patch.m2 > patch.count * jnp.square(noise), patch.m2, 0)
+    contrast = per_channel(length_w, site) * safe_sqrt(square) * peak
+    return Parts(mu, jnp.where(contrast > 0, contrast, lax.stop_gradient(sigma)), g, b)
 
 
-def _peak(x: ArrayLike) -> Array:
-    """max|x| of each example, 1 where it is zero, without a gradient."""
+def _peak(x: ArrayLike, linear: Linear) -> Array:
+    """max|x| over the axes of a patch, 1 where it is zero, without a gradient."""
     x = promote(x)
-    peak = lax.stop_gradient(jnp.max(jnp.abs(x), range(1, x.ndim), keepdims=True))
+    peak = lax.stop_gradient(jnp.max(jnp.abs(x), linear.patch_axes(x), keepdims=True))
     return jnp.where(peak > 0, peak, 1)

@@ -15,7 +15,7 @@ They differ in the axes over which the mean and the variance are measured, and i
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax.numpy as jnp
 from jax import Array
@@ -23,14 +23,24 @@ from jax.typing import ArrayLike
 
 from normlab.affine import Parts, affine
 from normlab.checks import check_eps, gain_and_bias, invalid, normalize_axes, promote
-from normlab.moments import Moments, average, merge_axes, moments
+from normlab.moments import (
+    Moments,
+    align_weights,
+    average,
+    leave_out,
+    merge_axes,
+    moments,
+)
+
+Axes = int | Sequence[int] | Literal["channels", "all"]
+"""What layer and RMS norm measure over."""
 
 
 def layer_norm(
     a: Array,
     params: Any = None,
     *,
-    axes: int | Sequence[int] | None = -1,
+    axes: Axes = "channels",
     eps: float = 1e-5,
     weights: ArrayLike | None = None,
     channel_axis: int = -1,
@@ -42,10 +52,12 @@ def layer_norm(
     Args:
       a: `[N, ..., C]`.
       params: `Affine(g [C], b [C])`, or `None`.
-      axes: The axes to measure over: -1, the channels of each position (transformers), or `None`,
-        all axes but the first (the paper's layer; in a conv net positions and channels).
+      axes: What to measure over: `"channels"`, those of each position (transformers); `"all"`, all
+        axes but the first (the paper's layer; in a conv net positions and channels); or axes by
+        number.
       eps: ε > 0, in squared units of `a`.
-      weights: Importance of positions, aligned with the leading axes of `a`.
+      weights: Importance of positions, aligned with the leading axes of `a` other than the
+        channels'. Zero leaves out.
       channel_axis: The axis of `params`.
 
     Returns:
@@ -55,22 +67,24 @@ def layer_norm(
       ValueError: For parameters that do not fit `a`, axes out of range or repeated, or ε ≤ 0.
     """
     parts = layer_parts(a, params, axes=axes, eps=eps, weights=weights, channel_axis=channel_axis)
-    return affine(parts, a)
+    weights = align_weights("layer norm", weights, a, channel_axis % a.ndim)
+    return affine(parts, a, weights=weights)
 
 
 def layer_parts(
     a: Array,
     params: Any,
     *,
-    axes: int | Sequence[int] | None = -1,
+    axes: Axes = "channels",
     eps: float = 1e-5,
     weights: ArrayLike | None = None,
     channel_axis: int = -1,
 ) -> Parts:
     """The parts of `layer_norm`, which see."""
     check_eps("layer norm", eps)
-    axes = _example_axes("layer norm", axes, a.ndim)
     (channel,) = normalize_axes("layer norm", channel_axis, a.ndim)
+    axes = _example_axes("layer norm", axes, a.ndim, channel)
+    weights = align_weights("layer norm", weights, a, channel)
     g, b = gain_and_bias("layer norm", params, a, channel)
     m = moments(a, axes, weights=weights)
     return Parts(m.mean, jnp.sqrt(m.var() + eps), g, b)
@@ -80,7 +94,7 @@ def rms_norm(
     a: Array,
     params: Any = None,
     *,
-    axes: int | Sequence[int] | None = -1,
+    axes: Axes = "channels",
     eps: float = 1e-5,
     weights: ArrayLike | None = None,
     channel_axis: int = -1,
@@ -94,7 +108,8 @@ def rms_norm(
       params: `Affine(g [C], b [C])`, or `None`. The paper has no bias: `Affine(g, None)`.
       axes: As in `layer_norm`.
       eps: ε > 0, in squared units of `a`.
-      weights: Importance of positions, aligned with the leading axes of `a`.
+      weights: Importance of positions, aligned with the leading axes of `a` other than the
+        channels'. Zero leaves out.
       channel_axis: The axis of `params`.
 
     Returns:
@@ -104,24 +119,26 @@ def rms_norm(
       ValueError: As `layer_norm`.
     """
     parts = rms_parts(a, params, axes=axes, eps=eps, weights=weights, channel_axis=channel_axis)
-    return affine(parts, a)
+    weights = align_weights("RMS norm", weights, a, channel_axis % a.ndim)
+    return affine(parts, a, weights=weights)
 
 
 def rms_parts(
     a: Array,
     params: Any,
     *,
-    axes: int | Sequence[int] | None = -1,
+    axes: Axes = "channels",
     eps: float = 1e-5,
     weights: ArrayLike | None = None,
     channel_axis: int = -1,
 ) -> Parts:
     """The parts of `rms_norm`, which see."""
     check_eps("RMS norm", eps)
-    axes = _example_axes("RMS norm", axes, a.ndim)
     (channel,) = normalize_axes("RMS norm", channel_axis, a.ndim)
+    axes = _example_axes("RMS norm", axes, a.ndim, channel)
+    weights = align_weights("RMS norm", weights, a, channel)
     g, b = gain_and_bias("RMS norm", params, a, channel)
-    square, _ = average(jnp.square(promote(a)), axes, weights=weights)
+    square, _ = average(jnp.square(promote(leave_out(a, weights))), axes, weights=weights)
     return Parts(jnp.zeros((), square.dtype), jnp.sqrt(square + eps), g, b)
 
 
@@ -145,7 +162,8 @@ def group_norm(
       groups: The number of groups; divides `C`. 1 is layer norm over all axes but the first, `C`
         is instance norm.
       eps: ε > 0, in squared units of `a`.
-      weights: Importance of positions, aligned with the leading axes of `a`.
+      weights: Importance of positions, aligned with the leading axes of `a` other than the
+        channels'. Zero leaves out.
       channel_axis: The axis of the channels.
 
     Returns:
@@ -157,7 +175,8 @@ def group_norm(
     parts = group_parts(
         a, params, groups=groups, eps=eps, weights=weights, channel_axis=channel_axis
     )
-    return affine(parts, a)
+    weights = align_weights("group norm", weights, a, channel_axis % a.ndim)
+    return affine(parts, a, weights=weights)
 
 
 def group_parts(
@@ -175,16 +194,17 @@ def group_parts(
     channel = _channel_axis(where, channel_axis, a)
     g, b = gain_and_bias(where, params, a, channel)
     channels = a.shape[channel]
-    if groups < 1 or channels % groups:
+    if not isinstance(groups, int) or groups < 1 or channels % groups:
         divisors = [d for d in range(1, channels + 1) if channels % d == 0]
         raise invalid(
             where,
-            f"groups={groups} for {channels} channels",
+            f"groups={groups!r} for {channels} channels",
             f"a number of groups that divides {channels}",
             f"use one of {', '.join(map(str, divisors))}",
         )
     # Per channel over the positions, then merged into groups: a long, contiguous sum and a short
     # one, where a sum over a reshaped array would do neither.
+    weights = align_weights(where, weights, a, channel)
     m = moments(a, [i for i in range(1, a.ndim) if i != channel], weights=weights)
     split = (*m.mean.shape[:channel], groups, channels // groups, *m.mean.shape[channel + 1 :])
     count = jnp.broadcast_to(m.count, m.mean.shape)
@@ -213,7 +233,8 @@ def instance_norm(
       a: `[N, ..., C]`, with at least one axis of positions.
       params: `Affine(g [C], b [C])`, or `None`.
       eps: ε > 0, in squared units of `a`.
-      weights: Importance of positions, aligned with the leading axes of `a`.
+      weights: Importance of positions, aligned with the leading axes of `a` other than the
+        channels'. Zero leaves out.
       channel_axis: The axis of the channels.
 
     Returns:
@@ -223,7 +244,8 @@ def instance_norm(
       ValueError: If `a` has no positions, for parameters that do not fit `a`, or ε ≤ 0.
     """
     parts = instance_parts(a, params, eps=eps, weights=weights, channel_axis=channel_axis)
-    return affine(parts, a)
+    weights = align_weights("instance norm", weights, a, channel_axis % a.ndim)
+    return affine(parts, a, weights=weights)
 
 
 def instance_parts(
@@ -246,12 +268,19 @@ def instance_parts(
             "use layer norm or RMS norm in a dense layer",
         )
     g, b = gain_and_bias(where, params, a, channel)
+    weights = align_weights(where, weights, a, channel)
     m = moments(a, [i for i in range(1, a.ndim) if i != channel], weights=weights)
     return Parts(m.mean, jnp.sqrt(m.var() + eps), g, b)
 
 
-def _example_axes(where: str, axes: int | Sequence[int] | None, ndim: int) -> tuple[int, ...]:
-    return normalize_axes(where, range(1, ndim) if axes is None else axes, ndim)
+def _example_axes(where: str, axes: Axes, ndim: int, channel: int) -> tuple[int, ...]:
+    if axes == "channels":
+        return (channel,)
+    if axes == "all":
+        return tuple(range(1, ndim))
+    if isinstance(axes, str) or axes is None:
+        raise invalid(where, f"axes={axes!r}", "'channels', 'all' or axes by number", "use one")
+    return normalize_axes(where, axes, ndim)
 
 
 def _channel_axis(where: str, channel_axis: int, a: Array) -> int:

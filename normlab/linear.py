@@ -31,6 +31,10 @@ class Linear(Protocol):
         """Returns a = w·x."""
         ...
 
+    def patch_axes(self, x: Array) -> tuple[int, ...]:
+        """The axes of `x` along which the inputs of one output lie."""
+        ...
+
     def patch_moments(self, x: Array, w: Array) -> Moments:
         """The moments of the K inputs that meet each output, broadcastable to `a`."""
         ...
@@ -63,6 +67,10 @@ class Dense:
                 "give the kernel as many rows as the input has features",
             )
         return x @ w
+
+    def patch_axes(self, x: Array) -> tuple[int, ...]:
+        """The last."""
+        return (x.ndim - 1,)
 
     def patch_moments(self, x: Array, w: Array) -> Moments:
         """The moments over the last axis of `x`, shape `[..., 1]`."""
@@ -99,6 +107,10 @@ class Conv:
                 "-1 (channels last) or 1 (channels first)",
                 "move the channels to one of the two",
             )
+        if isinstance(self.padding, str) and self.padding not in ("SAME", "VALID", "SAME_LOWER"):
+            raise invalid(
+                "Conv", f"padding={self.padding!r}", "'SAME', 'VALID' or pairs", "use one of those"
+            )
 
     def __call__(self, x: Array, w: Array) -> Array:
         """Returns the convolution of `x` with `w`, in the layout of `x`."""
@@ -111,6 +123,13 @@ class Conv:
                 f"input of rank {w.ndim}",
                 "give the kernel the shape [*window, K/groups, C], or set channel_axis",
             )
+        if w.shape[-1] % self.groups:
+            raise invalid(
+                "Conv",
+                f"groups={self.groups} for {w.shape[-1]} output channels",
+                "groups that divide the output channels",
+                "change the groups or the kernel",
+            )
         window = tuple(range(spatial))
         image = (0, x.ndim - 1, *range(1, x.ndim - 1))
         if self.channel_axis == 1:
@@ -118,14 +137,18 @@ class Conv:
         return lax.conv_general_dilated(
             x,
             w,
-            window_strides=_each(self.strides, spatial),
+            window_strides=_each("strides", self.strides, spatial),
             padding=self.padding,
-            rhs_dilation=_each(self.dilation, spatial),
+            rhs_dilation=_each("dilation", self.dilation, spatial),
             dimension_numbers=lax.ConvDimensionNumbers(
                 image, (w.ndim - 1, w.ndim - 2, *window), image
             ),
             feature_group_count=self.groups,
         )
+
+    def patch_axes(self, x: Array) -> tuple[int, ...]:
+        """All but the first, the examples'."""
+        return tuple(range(1, x.ndim))
 
     def patch_moments(self, x: Array, w: Array) -> Moments:
         """The moments of each patch, padding included, shape `[N, ..., C or 1]`.
@@ -142,7 +165,7 @@ class Conv:
             split = (*v.shape[:channel], self.groups, -1, *v.shape[channel + 1 :])
             return self(v.reshape(split).sum(channel + 1), ones)
 
-        pivot = lax.stop_gradient(x.mean(range(1, x.ndim), keepdims=True))
+        pivot = lax.stop_gradient(x.mean(self.patch_axes(x), keepdims=True))
         d = x - pivot
         padded = n - window_sum(jnp.ones((1, *x.shape[1:]), x.dtype))
         offset = (window_sum(d) - pivot * padded) / n
@@ -156,5 +179,10 @@ class Conv:
         return Moments(m.count, *(jnp.repeat(v, repeats, self.channel_axis) for v in m[1:]))
 
 
-def _each(value: int | Sequence[int], spatial: int) -> tuple[int, ...]:
-    return (value,) * spatial if isinstance(value, int) else tuple(value)
+def _each(name: str, value: int | Sequence[int], spatial: int) -> tuple[int, ...]:
+    values = (value,) * spatial if isinstance(value, int) else tuple(value)
+    if len(values) != spatial:
+        raise invalid(
+            "Conv", f"{name}={value}", f"one number, or {spatial}", "give one per spatial axis"
+        )
+    return values

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import ArrayLike, DTypeLike
 
-from normlab.checks import invalid, normalize_axes, promote
+from normlab.checks import invalid, normalize_axes, promote, promote_dtype
 
 AxisName = str | tuple[str, ...]
 """The name, or names, of mapped axes: `pmap`, `shard_map` or `vmap` with an `axis_name`."""
@@ -51,7 +51,12 @@ class Moments(NamedTuple):
 
 
 def empty(shape: Sequence[int] = (), dtype: DTypeLike = jnp.float32) -> Moments:
-    """The moments of no values at all: the identity of `merge`."""
+    """The moments of no values at all: the identity of `merge`.
+
+    Args:
+      shape: The shape of each field.
+      dtype: Their type, float32 or float64.
+    """
     zero = jnp.zeros(shape, dtype)
     return Moments(zero, zero, zero)
 
@@ -82,7 +87,7 @@ def moments(
     """
     x = promote(x)
     axes = normalize_axes("moments", axes, x.ndim)
-    w = None if weights is None else align_weights("moments", weights, x)
+    w = align_weights("moments", weights, x)
     x = x if w is None else jnp.where(w > 0, x, 0)
     mean, count = average(x, axes, weights=w)
     pivot = lax.stop_gradient(mean)
@@ -103,11 +108,11 @@ def average(
       axes: Non-negative, distinct axes.
       weights: As in `moments`.
     """
-    if weights is None:
+    w = align_weights("average", weights, x)
+    if w is None:
         count = jnp.full((1,) * x.ndim, math.prod(x.shape[i] for i in axes), x.dtype)
         total = x.sum(axes, keepdims=True)
     else:
-        w = align_weights("average", weights, x)
         repeats = math.prod(x.shape[i] for i in axes if w.shape[i] == 1)
         count = repeats * w.sum([i for i in axes if w.shape[i] != 1], keepdims=True)
         total = (w * jnp.where(w > 0, x, 0)).sum(axes, keepdims=True)
@@ -118,6 +123,10 @@ def merge(p: Moments, q: Moments) -> Moments:
     """The moments of two samples together (Chan, Golub & LeVeque 1983).
 
     Commutative and associative up to rounding; `merge(empty(), q)` is q exactly.
+
+    Args:
+      p: The moments of one sample.
+      q: Those of another, of a shape that broadcasts with `p`.
 
     >>> merge(moments(jnp.array([1.0, 2.0]), 0), moments(jnp.array([6.0]), 0)).mean.item()
     3.0
@@ -178,22 +187,53 @@ def all_reduce(m: Moments, axis_name: AxisName | None) -> Moments:
     return Moments(*(field[0] for field in merged))
 
 
-def align_weights(where: str, weights: ArrayLike, x: Array) -> Array:
-    """Returns `weights` in the type of `x`, with trailing axes of size 1 up to the rank of `x`.
+def align_weights(
+    where: str, weights: ArrayLike | None, x: ArrayLike, channel_axis: int | None = None
+) -> Array | None:
+    """Returns `weights` in the rank and the statistics' type of `x`, to broadcast against it.
+
+    Args:
+      where: The caller, for the error.
+      weights: `None`, or an array aligned with the leading axes of `x` other than its channels;
+        or of the rank of `x`, with sizes 1 where it does not vary.
+      x: The values.
+      channel_axis: The axis of the channels, not negative; `None` if no axis is special.
 
     Raises:
-      ValueError: If it is not aligned with the leading axes of `x`.
+      ValueError: If it is not aligned with `x`.
     """
-    w = jnp.asarray(weights).astype(x.dtype)
-    full = w.ndim == x.ndim
-    if w.ndim > x.ndim or any(
-        have != want and not (full and have == 1)
-        for have, want in zip(w.shape, x.shape, strict=False)
+    if weights is None:
+        return None
+    shape = jnp.shape(x)
+    w = jnp.asarray(weights).astype(promote_dtype(x))
+    given = w.shape
+    full = w.ndim == len(shape)
+    if channel_axis is not None and channel_axis < w.ndim < len(shape):
+        w = jnp.expand_dims(w, channel_axis)
+    else:
+        channel_axis = None
+    if w.ndim > len(shape) or any(
+        have != want and i != channel_axis and not (full and have == 1)
+        for i, (have, want) in enumerate(zip(w.shape, shape, strict=False))
     ):
         raise invalid(
             where,
-            f"weights of shape {w.shape} for values of shape {x.shape}",
-            "the leading axes of the values, or their whole rank with sizes 1",
-            f"pass one weight per example, shape {x.shape[:1]}",
+            f"weights of shape {given} for values of shape {shape}",
+            "the leading axes of the values (without their channels), or their whole rank with "
+            "sizes 1",
+            f"pass one weight per example, shape {shape[:1]}",
         )
-    return w.reshape(w.shape + (1,) * (x.ndim - w.ndim))
+    return w.reshape(w.shape + (1,) * (len(shape) - w.ndim))
+
+
+def leave_out(a: ArrayLike, weights: Array | None) -> Array:
+    """Returns `a` with zero where it is not finite and weighs nothing: no gradient passes there.
+
+    Args:
+      a: Values.
+      weights: As `align_weights` returned them.
+    """
+    a = jnp.asarray(a)
+    if weights is None or not jnp.issubdtype(a.dtype, jnp.floating):
+        return a
+    return jnp.where((weights > 0) | jnp.isfinite(a), a, jnp.zeros((), a.dtype))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -14,7 +14,7 @@ from normlab.affine import Parts
 from normlab.batch import batch_parts
 from normlab.checks import gain_and_bias, invalid, nearest
 from normlab.cosine import cosine_parts
-from normlab.example import group_parts, instance_parts, layer_parts, rms_parts
+from normlab.example import Axes, group_parts, instance_parts, layer_parts, rms_parts
 from normlab.moments import AxisName
 from normlab.running import init_running
 from normlab.types import Norm, Params, Site, State, init_affine
@@ -76,6 +76,11 @@ instance, weight, cosine, centred_cosine
     for option in options:
         if option not in known:
             raise ValueError(f"{name} norm: unknown option {option!r}: {nearest(option, known)}")
+    for option, parameter in known.items():
+        if parameter.default is parameter.empty and option not in options:
+            raise ValueError(
+                f"{name} norm: the option {option!r} is missing: get({name!r}, {option}=...)"
+            )
     return factory(**options)
 
 
@@ -139,7 +144,7 @@ def batch(
 
 def layer(
     *,
-    axes: int | Sequence[int] | None = -1,
+    axes: Axes = "channels",
     eps: float = 1e-5,
     rescale: bool = True,
     reshift: bool = True,
@@ -150,7 +155,7 @@ def layer(
 
 def rms(
     *,
-    axes: int | Sequence[int] | None = -1,
+    axes: Axes = "channels",
     eps: float = 1e-5,
     rescale: bool = True,
     reshift: bool = True,

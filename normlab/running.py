@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import DTypeLike
 
-from normlab.checks import invalid
+from normlab.checks import check_decay
 from normlab.moments import AxisName, Moments, all_reduce
 
 
@@ -57,7 +57,8 @@ def init_running(channels: int, *, debias: bool = True, dtype: DTypeLike = jnp.f
 def update_running(state: Running, m: Moments, *, decay: float, ddof: int = 0) -> Running:
     """Takes one batch in. Carries no gradient.
 
-    A batch that is empty or whose statistics are not finite changes nothing but `skipped`.
+    A batch that is empty (or has no more than `ddof` values), or whose statistics are not finite,
+    changes nothing but `skipped`.
 
     Args:
       state: The statistics so far.
@@ -68,19 +69,13 @@ def update_running(state: Running, m: Moments, *, decay: float, ddof: int = 0) -
     Raises:
       ValueError: If `decay` is outside [0, 1).
     """
-    if not 0 <= decay < 1:
-        raise invalid(
-            "running statistics",
-            f"decay={decay!r}",
-            "a number in [0, 1), the weight of the old value",
-            "pass for example decay=0.9 (a torch momentum of 0.1)",
-        )
+    check_decay("running statistics", decay)
     m = lax.stop_gradient(m)
     mean = m.mean.reshape(state.mean.shape).astype(state.mean.dtype)
     var = m.var(ddof).reshape(state.var.shape).astype(state.var.dtype)
     mass = decay * state.mass + (1 - decay)
     rate = (1 - decay) / mass
-    good = (m.count > 0).all() & jnp.isfinite(mean).all() & jnp.isfinite(var).all()
+    good = (m.count > ddof).all() & jnp.isfinite(mean).all() & jnp.isfinite(var).all()
 
     def keep(new: Array, old: Array) -> Array:
         return jnp.where(good, new, old).astype(old.dtype)
@@ -98,13 +93,21 @@ def pool_running(state: Running, axis_name: AxisName) -> Running:
     """Merges the running statistics of devices that kept their own, along a named axis.
 
     Each device weighs as much as its mass. The variance between the devices' means is part of the
-    result; averaging the variances would lose it.
+    result; averaging the variances would lose it. `updates` and `skipped` are the largest of any
+    device.
+
+    Args:
+      state: This device's statistics.
+      axis_name: One mapped axis or several.
+
+    Raises:
+      ValueError: If an axis name is not bound where this is called.
     """
     m = all_reduce(Moments(state.mass, state.mean, state.mass * state.var), axis_name)
     seen = m.count > 0
     return Running(
-        mean=jnp.where(seen, m.mean, state.mean),
-        var=jnp.where(seen, m.var(), state.var),
+        mean=jnp.where(seen, m.mean, lax.pmean(state.mean, axis_name)),
+        var=jnp.where(seen, m.var(), lax.pmean(state.var, axis_name)),
         mass=lax.pmean(state.mass, axis_name),
         updates=lax.pmax(state.updates, axis_name),
         skipped=lax.pmax(state.skipped, axis_name),

@@ -16,6 +16,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from normlab.affine import Parts, affine
 from normlab.linear import Dense, Linear
+from normlab.moments import align_weights
 
 Params = Any
 """Any pytree of arrays that an optimizer may change."""
@@ -70,7 +71,8 @@ class Site(NamedTuple):
       x: The layer's input; only norms that look at `x` need it.
       w: `[..., K, C]`, the layer's kernel; only norms that look at `w` need it.
       weights: Importance of the examples (or of the positions), aligned with the leading axes of
-        `a`; zero leaves an example out of the statistics. `None` weighs all the same.
+        `a` other than the channels'; zero leaves an example out of the statistics. `None` weighs
+        all the same.
       linear: The linear map; its `channel_axis` says where `a` has its channels.
     """
 
@@ -89,7 +91,13 @@ class Site(NamedTuple):
 def shapes(x: Any, w: Any, *, linear: Linear = Dense(), weights: Any = None) -> Site:  # noqa: B008
     """Returns the `Site` of `linear(x, w)` with `jax.ShapeDtypeStruct`s in place of arrays.
 
-    This is what `Norm.init` wants: nothing is computed, and `x` and `w` may be abstract themselves.
+    This is what `Norm.init` wants: nothing is computed, and the arrays may be abstract themselves.
+
+    Args:
+      x: The layer's input.
+      w: `[..., K, C]`, its kernel.
+      linear: The linear map.
+      weights: The weights of the examples, if any.
 
     >>> shapes(jnp.ones((8, 3)), jnp.ones((3, 5))).a.shape
     (8, 5)
@@ -152,4 +160,6 @@ class Norm(NamedTuple):
         if self.fused is not None:
             return self.fused(params, state, site, train=train)
         parts, state = self.parts(params, state, site, train=train)
-        return affine(parts, site.a), state
+        channel = site.linear.channel_axis % site.a.ndim
+        weights = align_weights("site", site.weights, site.a, channel)
+        return affine(parts, site.a, weights=weights), state

@@ -45,7 +45,15 @@ def weight_norm(v: Array, g: Array | None = None) -> Array:
 
 
 def weight_parts(params: Any, site: Site) -> Parts:
-    """The parts of weight normalization: μ = 0, σ = ‖w‖ (1 where w = 0)."""
+    """The parts of weight normalization: μ = 0, σ = ‖w‖ (1 where w = 0).
+
+    Args:
+      params: `Affine(g [C], b [C])`, or `None`.
+      site: A site with `a` and `w`.
+
+    Raises:
+      ValueError: If `w` is missing or does not fit `a`.
+    """
     w = kernel("weight norm", site)
     g, b = gain_and_bias("weight norm", params, site.a, site.linear.channel_axis)
     _, length = units_and_lengths(w)
@@ -95,13 +103,20 @@ def safe_sqrt(q: Array) -> Array:
 
 
 def kernel(where: str, site: Site) -> Array:
-    """Returns `site.w`, or says what is missing."""
+    """Returns `site.w`, or says what is missing or does not fit."""
     if site.w is None:
         raise invalid(
             where,
             "a site without w",
             "the kernel of the layer",
             "pass Site(a=linear(x, w), x=x, w=w, linear=linear)",
+        )
+    if site.w.shape[-1] != site.channels:
+        raise invalid(
+            where,
+            f"a kernel of shape {site.w.shape} for a pre-activation of shape {site.a.shape}",
+            f"a kernel with {site.channels} units, on its last axis",
+            "pass the w of the same layer, units last",
         )
     return site.w
 

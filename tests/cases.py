@@ -137,16 +137,11 @@ def _cosine(case, params, site):
     return nl.cosine_norm(site.x, site.w, params, linear=site.linear, centred=centred)
 
 
-# The default axes of layer and RMS norm are those of the channels, wherever they are.
-def _axes(case):
-    return case.options.get("axes", case.linear.channel_axis)
-
-
 PLAIN = {
     "none": lambda case, params, site: site.a + _bias(params, site),
     "batch": lambda case, params, site: _call(nl.batch_norm, case, params, site, train=True)[0],
-    "layer": lambda case, params, site: _call(nl.layer_norm, case, params, site, axes=_axes(case)),
-    "rms": lambda case, params, site: _call(nl.rms_norm, case, params, site, axes=_axes(case)),
+    "layer": lambda case, params, site: _call(nl.layer_norm, case, params, site),
+    "rms": lambda case, params, site: _call(nl.rms_norm, case, params, site),
     "group": lambda case, params, site: _call(nl.group_norm, case, params, site),
     "instance": lambda case, params, site: _call(nl.instance_norm, case, params, site),
     "weight": _weight,
@@ -158,6 +153,8 @@ PLAIN = {
 def _on_a(oracle, *names):
     def normalized(case: Case, x, w):
         options = {k: case.options[k] for k in (*names, "eps") if k in case.options}
+        if options.get("axes") == "all":
+            options["axes"] = None
         weights = None if case.weights is None else np.asarray(case.weights, np.float64)
         return oracle(oracles.preactivation(x, w, case.linear), **options, weights=weights)
 
@@ -210,14 +207,14 @@ CASES = (
     Case("layer-tokens", "layer", {"eps": 0.1, "reshift": False}, **TOKENS),
     Case("layer-conv", "layer", **LAST),
     Case("layer-conv-first", "layer", **FIRST),
-    Case("layer-conv-all", "layer", {"axes": None}, **LAST),
-    Case("layer-conv-first-all", "layer", {"axes": None, "rescale": False}, **FIRST),
-    Case("layer-weighted", "layer", {"axes": None}, **TOKENS, weights=POSITIONS),
+    Case("layer-conv-all", "layer", {"axes": "all"}, **LAST),
+    Case("layer-conv-first-all", "layer", {"axes": "all", "rescale": False}, **FIRST),
+    Case("layer-weighted", "layer", {"axes": "all"}, **TOKENS, weights=POSITIONS),
     Case("rms-dense", "rms"),
     Case("rms-tokens", "rms", {"eps": 0.1, "reshift": False}, **TOKENS),
     Case("rms-conv-first", "rms", **FIRST),
-    Case("rms-conv-all", "rms", {"axes": None, "rescale": False}, **LAST),
-    Case("rms-weighted", "rms", {"axes": None}, **TOKENS, weights=POSITIONS),
+    Case("rms-conv-all", "rms", {"axes": "all", "rescale": False}, **LAST),
+    Case("rms-weighted", "rms", {"axes": "all"}, **TOKENS, weights=POSITIONS),
     Case("group-dense", "group", {"groups": 2}, w=(5, 8)),
     Case("group-conv", "group", {"groups": 3, "eps": 0.1, "reshift": False}, **LAST),
     Case("group-conv-first", "group", {"groups": 2, "rescale": False}, **FIRST),

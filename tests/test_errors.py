@@ -100,9 +100,9 @@ TABLE = [
         "state of another size",
         lambda: batch(state=nl.init_running(2)),
         "batch norm",
-        "2 channels",
+        "shape (2,)",
         "(4, 3)",
-        "3 channels",
+        "shape (3,)",
         "init_running(3)",
     ),
     case(
@@ -146,7 +146,7 @@ TABLE = [
         case(
             f"decay={decay}",
             lambda decay=decay: batch(state=STATE, decay=decay),
-            "running statistics",
+            "batch norm",
             f"decay={decay}",
             "[0, 1)",
             "weight of the old value",

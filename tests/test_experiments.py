@@ -44,7 +44,7 @@ def make_trainer(
     options = {
         "batch": {"axis_name": train.AXIS if synced and devices > 1 else None},
         "group": {"groups": 4},
-        "layer": {"axes": None},
+        "layer": {"axes": "all"},
         "weight": {"data_init": True},
     }
     device_data = train.DeviceData(data, devices)

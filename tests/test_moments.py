@@ -243,3 +243,18 @@ def test_a_masked_value_reaches_neither_moments_nor_gradients(junk):
     assert value == clean_value
     assert (grad == clean).all()
     assert (grad[mask == 0] == 0).all()
+
+
+@pytest.mark.parametrize("norm", ["batch", "group", "instance", "layer", "rms"])
+def test_weights_pass_over_the_channels_wherever_they_are(norm):
+    a, mask = array(draw(0, 4, 4, 4, 4)), array(draw(1, 4, 4, 4) > 0)
+    mask = mask.at[:, 0].set(1)  # something is left everywhere
+    options = {"batch": {"train": True}, "group": {"groups": 2}, "layer": {"axes": "all"}}
+    function = getattr(nl, f"{norm}_norm")
+
+    def run(a, channel_axis):
+        h = function(a, weights=mask, channel_axis=channel_axis, **options.get(norm, {}))
+        return h[0] if norm == "batch" else h
+
+    first = run(jnp.moveaxis(a, -1, 1), 1)
+    assert gap(jnp.moveaxis(first, 1, -1), run(a, -1)) < 1e-5

@@ -169,7 +169,9 @@ def test_a_masked_nan_reaches_no_gradient_of_the_valid(norm, form):
     a, mask = draw(0, 4, 5, 6), np.ones((4, 5), np.float32)
     mask[:, 3:] = 0
     dirty = np.where(mask[..., None] > 0, a, np.nan)
-    options = {"layer": {"axes": None}, "rms": {"axes": None}, "group": {"groups": 2}}.get(norm, {})
+    options = {"layer": {"axes": "all"}, "rms": {"axes": "all"}, "group": {"groups": 2}}.get(
+        norm, {}
+    )
     params = nl.Affine(array(draw(1, 6)), array(draw(2, 6)))
 
     def apply(a, params, w):
