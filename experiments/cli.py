@@ -178,8 +178,9 @@ def benchmark(command: bench.Bench) -> int:
         low, high = result["range_ms"][name]
         rows.add_row(name, f"{ms:.3f}", f"{low:.3f} – {high:.3f}")
     rows.caption = (
-        f"normlab / torch = {result['normlab_over_torch']:.2f}; floor: "
-        f"{result['floor_bytes'] / 1e6:.2f} MB that must move, as a copy; {result['cores']} cores; "
+        f"normlab / torch = {result['normlab_over_torch']:.2f}, floor / torch = "
+        f"{result['floor_over_torch']:.2f}. Floor: the matrix products and the update alone. "
+        f"{result['cores']} cores; "
         + ", ".join(f"{name}={value}" for name, value in result["variables"].items())
     )
     console.print(rows)

@@ -382,5 +382,5 @@ def test_bench_measures_both_in_one_run():
     from experiments import bench
 
     result = bench.run(bench.Bench(steps=20, rounds=2))
-    assert set(result["ms_per_step"]) == {"normlab", "torch", "floor"}
+    assert set(result["ms_per_step"]) == {"normlab", "torch, eager", "floor"}
     assert result["normlab_over_torch"] > 0
