@@ -130,8 +130,10 @@ def table(comparison: Comparison) -> Table:
         "time in the norm",
     ):
         result.add_column(heading, justify="right", no_wrap=True)
-    result.add_column("remarks")
-    for row in comparison.summary():
+    rows = comparison.summary()
+    if any(row["diverged"] or row["step"] < config.steps for row in rows):
+        result.add_column("remarks")
+    for row in rows:
         remarks = [f"seed {seed} diverged at step {step}" for seed, step in row["diverged"].items()]
         if row["step"] < config.steps:
             remarks.append(f"stopped after {row['step']} steps")
@@ -141,7 +143,7 @@ def table(comparison: Comparison) -> Table:
             "–" if row["steps_to_target"] is None else f"{row['steps_to_target']:g}",
             "–" if row["step_ms"] is None else f"{row['step_ms']:.2f}",
             "–" if row["norm_share"] is None else f"{row['norm_share']:.0%}",
-            "; ".join(remarks),
+            *(["; ".join(remarks)] if len(result.columns) > 5 else []),
         )
     result.caption = (
         f"mean ± standard deviation over {config.seeds} seeds; median steps and times. A step "

@@ -41,10 +41,11 @@ Records = Sequence[dict[str, Any]]
 def curves(records: Records, title: str, chance: float) -> Figure:
     """Training loss and test error against steps: the median seed, and the band of all seeds."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.2), layout="constrained")
+    records = [r for r in records if r["step"] > 0]
     for name in _norms(records):
         for axes, key in ((left, "train_loss"), (right, "test_error")):
             steps, values = _series([r for r in records if r["norm"] == name], key)
-            measured = np.isfinite(values).any(axis=1)  # step 0 has no training loss
+            measured = np.isfinite(values).any(axis=1)  # a norm that diverged has none
             steps, values = steps[measured], values[measured]
             middle = np.nanmedian(values, axis=1)
             low, high = np.nanmin(values, axis=1), np.nanmax(values, axis=1)
@@ -53,8 +54,9 @@ def curves(records: Records, title: str, chance: float) -> Figure:
     left.set(xlabel="optimizer step", ylabel="training loss (nats)")
     right.set(xlabel="optimizer step", ylabel="test error (%)")
     left.set_title("median seed, band of all seeds", fontsize=9, loc="left")
-    right.axhline(100 * (1 - chance), color="grey", lw=0.8, ls=":")
-    right.set_title("dotted: chance", fontsize=9, loc="right")
+    if right.get_ylim()[1] > 50 * (1 - chance):
+        right.axhline(100 * (1 - chance), color="grey", lw=0.8, ls=":")
+        right.set_title("dotted: chance", fontsize=9, loc="right")
     for axes in (left, right):
         _log_scale(axes)
         axes.grid(alpha=0.3, which="both", lw=0.5)
