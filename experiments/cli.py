@@ -75,11 +75,16 @@ def main(arguments: list[str] | None = None) -> int:
             return benchmark(command)
         return describe()
     except (RunError, DataError) as error:
-        errors.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
-        return EXIT_USAGE
+        return report(error)
     except KeyboardInterrupt:
         errors.print("[yellow]interrupted[/] before there was anything to keep.")
         return EXIT_INTERRUPTED
+
+
+def report(error: Exception) -> int:
+    """Prints an error the user can act on; returns the exit status for it."""
+    errors.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
+    return EXIT_USAGE
 
 
 def compare(config: Compare) -> int:
@@ -112,7 +117,11 @@ def compare(config: Compare) -> int:
     except KeyboardInterrupt:
         exit_status = EXIT_INTERRUPTED
         errors.print("[yellow]interrupted:[/] what was done follows, and is kept.")
+    except RunError as error:  # a disk that is full, say: the result is still worth a table
+        exit_status = report(error)
     console.print(table(comparison))
+    for remark in remarks(comparison):
+        console.print(remark, highlight=False)
     for name, path in comparison.finish().items():
         console.print(f"{name:>12}  {path}", highlight=False, soft_wrap=True)
     return exit_status
@@ -130,26 +139,30 @@ def table(comparison: Comparison) -> Table:
         "time in the norm",
     ):
         result.add_column(heading, justify="right", no_wrap=True)
-    rows = comparison.summary()
-    if any(row["diverged"] or row["step"] < config.steps for row in rows):
-        result.add_column("remarks")
-    for row in rows:
-        remarks = [f"seed {seed} diverged at step {step}" for seed, step in row["diverged"].items()]
-        if row["step"] < config.steps:
-            remarks.append(f"stopped after {row['step']} steps")
+    for row in comparison.summary():
         result.add_row(
             row["norm"],
             _spread(row["accuracy_mean"], row["accuracy_sd"]),
             "–" if row["steps_to_target"] is None else f"{row['steps_to_target']:g}",
             "–" if row["step_ms"] is None else f"{row['step_ms']:.2f}",
             "–" if row["norm_share"] is None else f"{row['norm_share']:.0%}",
-            *(["; ".join(remarks)] if len(result.columns) > 5 else []),
         )
     result.caption = (
         f"mean ± standard deviation over {config.seeds} seeds; median steps and times. A step "
         f"trains all seeds. Time in the norm: 1 − (step without a norm / step with it)."
     )
     return result
+
+
+def remarks(comparison: Comparison) -> list[str]:
+    """What the table does not show: seeds that diverged, norms that were stopped early."""
+    said = []
+    for row in comparison.summary():
+        for seed, step in row["diverged"].items():
+            said.append(f"{row['norm']}: the loss of seed {seed} was not finite at step {step}")
+        if row["step"] < comparison.config.steps:
+            said.append(f"{row['norm']}: stopped after {row['step']} steps")
+    return said
 
 
 def data(command: Data) -> int:

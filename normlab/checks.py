@@ -103,7 +103,7 @@ def check_train(where: str, train: bool) -> None:
 
 
 def expand(v: Array, ndim: int, channel_axis: int) -> Array:
-    """Reshapes `[C]` so that it broadcasts along `channel_axis` of an array of rank `ndim`."""
+    """Reshapes `C` values to broadcast along `channel_axis` of an array of rank `ndim`."""
     shape = [1] * ndim
     shape[channel_axis] = -1
     return v.reshape(shape)

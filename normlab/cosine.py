@@ -16,11 +16,11 @@ from jax import Array, lax
 from jax.typing import ArrayLike
 
 from normlab.affine import Parts, affine
-from normlab.checks import gain_and_bias, invalid, promote, result_dtype
+from normlab.checks import expand, gain_and_bias, invalid, promote, result_dtype
 from normlab.linear import Dense, Linear
 from normlab.moments import moments
 from normlab.types import Site
-from normlab.weight import kernel, per_channel, safe_sqrt, units_and_lengths
+from normlab.weight import kernel, safe_sqrt, units_and_lengths
 
 
 def cosine_norm(
@@ -83,22 +83,26 @@ def cosine_parts(params: Any, site: Site, *, centred: bool = False) -> Parts:
             "pass Site(a=linear(x, w), x=x, w=w, linear=linear)",
         )
     g, b = gain_and_bias(where, params, site.a, site.linear.channel_axis)
+
+    def per_unit(v: Array) -> Array:
+        return expand(v, site.a.ndim, site.linear.channel_axis)
+
     peak = _peak(site.x, site.linear)
     patch = site.linear.patch_moments(promote(site.x) / peak, w)
     _, length_w = units_and_lengths(w)
     square = patch.m2 + patch.count * jnp.square(patch.mean)
-    sigma = per_channel(length_w, site) * safe_sqrt(square) * peak
+    sigma = per_unit(length_w) * safe_sqrt(square) * peak
     sigma = jnp.where(sigma > 0, sigma, 1)
     if not centred:
         return Parts(jnp.zeros((), w.dtype), sigma, g, b)
     w_bar = moments(w, range(w.ndim - 1)).mean
-    mu = patch.count * per_channel(w_bar, site) * patch.mean * peak
+    mu = patch.count * per_unit(w_bar) * patch.mean * peak
     _, length_w = units_and_lengths(w - w_bar)
     # What rounding leaves of a constant patch is no direction. There σ is the plain one, beside
     # which the rounding of a − μ is nothing.
     noise = 8 * jnp.finfo(w.dtype).eps * jnp.abs(patch.mean)
     square = jnp.where(patch.m2 > patch.count * jnp.square(noise), patch.m2, 0)
-    contrast = per_channel(length_w, site) * safe_sqrt(square) * peak
+    contrast = per_unit(length_w) * safe_sqrt(square) * peak
     return Parts(mu, jnp.where(contrast > 0, contrast, lax.stop_gradient(sigma)), g, b)
 
 

@@ -12,7 +12,7 @@ from jax import Array, lax
 from jax.typing import ArrayLike
 
 from normlab.affine import Parts, affine
-from normlab.checks import gain_and_bias, invalid, promote, result_dtype
+from normlab.checks import expand, gain_and_bias, invalid, promote, result_dtype
 from normlab.moments import AxisName, all_reduce, moments
 from normlab.types import Affine, Site
 
@@ -57,7 +57,7 @@ def weight_parts(params: Any, site: Site) -> Parts:
     w = kernel("weight norm", site)
     g, b = gain_and_bias("weight norm", params, site.a, site.linear.channel_axis)
     _, length = units_and_lengths(w)
-    sigma = per_channel(jnp.where(length > 0, length, 1), site)
+    sigma = expand(jnp.where(length > 0, length, 1), site.a.ndim, site.linear.channel_axis)
     return Parts(jnp.zeros((), sigma.dtype), sigma, g, b)
 
 
@@ -119,10 +119,3 @@ def kernel(where: str, site: Site) -> Array:
             "pass the w of the same layer, units last",
         )
     return site.w
-
-
-def per_channel(v: Array, site: Site) -> Array:
-    """Reshapes a statistic of the units, `[1, ..., 1, C]`, to broadcast against `site.a`."""
-    shape = [1] * site.a.ndim
-    shape[site.linear.channel_axis] = -1
-    return v.reshape(shape)

@@ -229,7 +229,7 @@ class TestCompare:
         text = (tmp_path / "run" / "metrics.jsonl").read_text()
         assert "NaN" not in text
         assert "Infinity" not in text
-        assert "diverged at step" in str(cli.table(comparison).columns[-1]._cells)
+        assert any("none: the loss of seed 1 was not finite" in r for r in cli.remarks(comparison))
 
     def test_steps_to_the_target_and_the_share_of_the_norm_follow_from_the_records(self, tmp_path):
         config = Compare(
@@ -321,6 +321,25 @@ class TestBadInput:
         assert json.loads((run.path / "config.json").read_text()) == {"a": 1}
         assert [p.name for p in run.path.iterdir()] == ["config.json"]
 
+    def test_a_disk_that_fills_up_during_a_run_still_ends_in_the_table(self, tmp_path):
+        out = tmp_path / "run"
+        command = (
+            "ulimit -f 24; exec "  # no file beyond 24 KiB
+            f"{sys.executable} -m experiments compare --dataset digits --model mlp --norms none "
+            f"layer --steps 400 --evaluations 40 --devices 1 --run-dir {out}"
+        )
+        done = subprocess.run(
+            ["bash", "-c", command], cwd=ROOT, capture_output=True, text=True, timeout=120
+        )
+        assert done.returncode == cli.EXIT_USAGE, done.stderr
+        assert "metrics.jsonl" in done.stderr
+        assert "Traceback" not in done.stderr
+        assert "none" in done.stdout
+        assert "stopped after" in " ".join(done.stdout.split())
+        lines = (out / "metrics.jsonl").read_text().splitlines()
+        assert len(lines) > 10
+        assert all(json.loads(line) for line in lines[:-1])  # the last one was cut by the disk
+
     def test_a_missing_torch_is_one_clear_line(self, monkeypatch, capsys):
         monkeypatch.setitem(sys.modules, "torch", None)
         assert cli.main(["bench", "--steps", "2"]) == cli.EXIT_USAGE
@@ -351,7 +370,8 @@ class TestBadInput:
         summary = json.loads((out / "summary.json").read_text())
         assert not summary["complete"]
         steps = [row["step"] for row in summary["norms"]]
-        assert min(steps) >= 300
+        assert min(steps) >= 200
+        assert max(steps) >= 300
         assert (out / "curves.png").exists()
 
 
