@@ -29,7 +29,7 @@ lint: $(INSTALLED)-dev
 bench: $(INSTALLED)-peers
 	$(BIN)/python -m experiments bench $(ARGS)
 
-# Every extra installs the locked versions. An extra implies those before it.
+# Every extra installs the locked versions (torch, a peer, is not locked).
 $(INSTALLED)-%: $(VENV)/bin/python pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$*]'
 	@touch $@
