@@ -168,7 +168,7 @@ class Lane:
 
 
 @dataclasses.dataclass(frozen=True)
-class Progress:
+class Turn:
     """What a listener hears after a norm's turn."""
 
     norm: str
@@ -220,7 +220,7 @@ class Comparison:
         self.run_dir.write_json("environment.json", {**environment(), "dataset": origin})
         self._compile(trainers)
 
-    def run(self) -> Iterator[Progress]:
+    def run(self) -> Iterator[Turn]:
         """Trains all norms in turns; yields after each turn. Stopping between yields is safe."""
         config = self.config
         seeds = range(config.seeds)
@@ -239,7 +239,7 @@ class Comparison:
                     yield self._turn(lane, start, indices[start:stop])
             self.stopped_at = stop
 
-    def _turn(self, lane: Lane, start: int, indices: np.ndarray) -> Progress:
+    def _turn(self, lane: Lane, start: int, indices: np.ndarray) -> Turn:
         begin = time.perf_counter()
         lane.state, losses = lane.trainer.train(lane.state, indices)
         lane.step_ms.append((time.perf_counter() - begin) / len(indices) * 1e3)
@@ -249,9 +249,7 @@ class Comparison:
         stop = start + len(indices)
         evaluation = lane.trainer.evaluate(lane.state)
         self._record(lane, stop, evaluation, losses.mean(axis=0))
-        return Progress(
-            lane.name, stop, float(losses[-1].mean()), float(evaluation.accuracy.mean())
-        )
+        return Turn(lane.name, stop, float(losses[-1].mean()), float(evaluation.accuracy.mean()))
 
     def _record(self, lane: Lane, step: int, evaluation: Evaluation, train_loss: Any) -> None:
         records, parts = [], []
@@ -301,6 +299,8 @@ class Comparison:
         baseline = next((lane for lane in self.lanes if lane.name == "none"), None)
         rows = []
         for lane in self.lanes:
+            if not lane.records:
+                continue  # stopped before it was looked at
             by_seed = [
                 [r for r in lane.records if r["seed"] == seed] for seed in range(lane.trainer.seeds)
             ]
@@ -341,6 +341,8 @@ class Comparison:
         )
         done = {"complete": self.stopped_at == config.steps, "norms": self.summary()}
         paths = {"summary": self.run_dir.write_json("summary.json", done)}
+        if not records:
+            return paths
         for name, figure in (
             ("curves", figures.curves(records, title, 1 / self.data.classes)),
             ("parts", figures.parts(parts, title)),

@@ -249,6 +249,20 @@ class TestCompare:
         assert layer["norm_share"] == pytest.approx(0.625)  # the median of 3/4 and 1/2
         assert layer["accuracy_mean"] == pytest.approx(0.8)
 
+    def test_stopping_at_any_time_leaves_a_summary(self, tmp_path):
+        config = Compare(
+            dataset="digits", model="mlp", norms=("none", "layer"), steps=4, evaluations=2,
+            seeds=1, devices=1, run_dir=tmp_path / "run",
+        )  # fmt: skip
+        comparison = Comparison(config)
+        comparison.finish()  # before anything was measured
+        assert json.loads((tmp_path / "run" / "summary.json").read_text())["norms"] == []
+        run = comparison.run()
+        next(run)  # one turn of the first norm alone
+        assert "curves.png" in comparison.finish()
+        rows = json.loads((tmp_path / "run" / "summary.json").read_text())["norms"]
+        assert [(row["norm"], row["step"]) for row in rows] == [("none", 2), ("layer", 0)]
+
     def test_stretches_cover_all_steps_once(self):
         for steps, count in ((600, 10), (7, 3), (5, 5), (1, 1)):
             cut = stretches(steps, count)
