@@ -33,7 +33,13 @@ class Parts(NamedTuple):
     reshift: Array
 
 
-def affine(parts: Parts, a: ArrayLike, *, weights: ArrayLike | None = None) -> Array:
+def affine(
+    parts: Parts,
+    a: ArrayLike,
+    *,
+    weights: ArrayLike | None = None,
+    channel_axis: int | None = None,
+) -> Array:
     """Applies the four parts: h = g · (a − μ) / σ + b.
 
     The arithmetic is done in float32 at least, whatever the type of `a`. The subtraction comes
@@ -44,6 +50,7 @@ def affine(parts: Parts, a: ArrayLike, *, weights: ArrayLike | None = None) -> A
       a: `[N, ..., C]`, the pre-activation.
       weights: The weights that the parts were measured with, if any. A value that is not finite
         and weighs nothing counts as zero, so that it reaches no gradient.
+      channel_axis: The axis of the channels, which the weights pass over; `None` if they have none.
 
     Returns:
       h, in the shape of `a` and in its floating type (float32 for integers).
@@ -56,7 +63,7 @@ def affine(parts: Parts, a: ArrayLike, *, weights: ArrayLike | None = None) -> A
     [10.0, 16.0]
     """
     mu, sigma, g, b = _checked(parts, jnp.shape(a))
-    a = leave_out(a, align_weights("affine", weights, a))
+    a = leave_out(a, align_weights("affine", weights, a, channel_axis))
     return ((promote(a) - mu) * (1 / sigma) * g + b).astype(result_dtype(a))
 
 

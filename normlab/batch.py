@@ -83,8 +83,7 @@ def batch_norm(
         weights=weights,
         channel_axis=channel_axis,
     )
-    weights = align_weights("batch norm", weights, a, channel_axis % a.ndim)
-    return affine(parts, a, weights=weights), state
+    return affine(parts, a, weights=weights, channel_axis=channel_axis), state
 
 
 def batch_parts(

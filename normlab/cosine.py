@@ -88,13 +88,13 @@ def cosine_parts(params: Any, site: Site, *, centred: bool = False) -> Parts:
         return expand(v, site.a.ndim, site.linear.channel_axis)
 
     peak = _peak(site.x, site.linear)
-    patch = site.linear.patch_moments(promote(site.x) / peak, w)
+    x = promote(site.x) / peak
     _, length_w = units_and_lengths(w)
-    square = patch.m2 + patch.count * jnp.square(patch.mean)
-    sigma = per_unit(length_w) * safe_sqrt(square) * peak
+    sigma = per_unit(length_w) * safe_sqrt(site.linear.patch_square(x, w)) * peak
     sigma = jnp.where(sigma > 0, sigma, 1)
     if not centred:
         return Parts(jnp.zeros((), w.dtype), sigma, g, b)
+    patch = site.linear.patch_moments(x, w)
     w_bar = moments(w, range(w.ndim - 1)).mean
     mu = patch.count * per_unit(w_bar) * patch.mean * peak
     _, length_w = units_and_lengths(w - w_bar)

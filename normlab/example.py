@@ -67,8 +67,7 @@ def layer_norm(
       ValueError: For parameters that do not fit `a`, axes out of range or repeated, or ε ≤ 0.
     """
     parts = layer_parts(a, params, axes=axes, eps=eps, weights=weights, channel_axis=channel_axis)
-    weights = align_weights("layer norm", weights, a, channel_axis % a.ndim)
-    return affine(parts, a, weights=weights)
+    return affine(parts, a, weights=weights, channel_axis=channel_axis)
 
 
 def layer_parts(
@@ -119,8 +118,7 @@ def rms_norm(
       ValueError: As `layer_norm`.
     """
     parts = rms_parts(a, params, axes=axes, eps=eps, weights=weights, channel_axis=channel_axis)
-    weights = align_weights("RMS norm", weights, a, channel_axis % a.ndim)
-    return affine(parts, a, weights=weights)
+    return affine(parts, a, weights=weights, channel_axis=channel_axis)
 
 
 def rms_parts(
@@ -175,8 +173,7 @@ def group_norm(
     parts = group_parts(
         a, params, groups=groups, eps=eps, weights=weights, channel_axis=channel_axis
     )
-    weights = align_weights("group norm", weights, a, channel_axis % a.ndim)
-    return affine(parts, a, weights=weights)
+    return affine(parts, a, weights=weights, channel_axis=channel_axis)
 
 
 def group_parts(
@@ -194,7 +191,7 @@ def group_parts(
     channel = _channel_axis(where, channel_axis, a)
     g, b = gain_and_bias(where, params, a, channel)
     channels = a.shape[channel]
-    if not isinstance(groups, int) or groups < 1 or channels % groups:
+    if isinstance(groups, bool | str | float) or groups < 1 or channels % groups:
         divisors = [d for d in range(1, channels + 1) if channels % d == 0]
         raise invalid(
             where,
@@ -244,8 +241,7 @@ def instance_norm(
       ValueError: If `a` has no positions, for parameters that do not fit `a`, or ε ≤ 0.
     """
     parts = instance_parts(a, params, eps=eps, weights=weights, channel_axis=channel_axis)
-    weights = align_weights("instance norm", weights, a, channel_axis % a.ndim)
-    return affine(parts, a, weights=weights)
+    return affine(parts, a, weights=weights, channel_axis=channel_axis)
 
 
 def instance_parts(

@@ -6,7 +6,6 @@ linear map therefore offers, beside itself, the moments of its input patches.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -33,6 +32,10 @@ class Linear(Protocol):
 
     def patch_axes(self, x: Array) -> tuple[int, ...]:
         """The axes of `x` along which the inputs of one output lie."""
+        ...
+
+    def patch_square(self, x: Array, w: Array) -> Array:
+        """Σ x² of the K inputs that meet each output, broadcastable to `a`."""
         ...
 
     def patch_moments(self, x: Array, w: Array) -> Moments:
@@ -72,6 +75,10 @@ class Dense:
         """The last."""
         return (x.ndim - 1,)
 
+    def patch_square(self, x: Array, w: Array) -> Array:
+        """Σ x² over the last axis, shape `[..., 1]`."""
+        return jnp.square(promote(x)).sum(-1, keepdims=True)
+
     def patch_moments(self, x: Array, w: Array) -> Moments:
         """The moments over the last axis of `x`, shape `[..., 1]`."""
         return moments(x, -1)
@@ -107,9 +114,17 @@ class Conv:
                 "-1 (channels last) or 1 (channels first)",
                 "move the channels to one of the two",
             )
-        if isinstance(self.padding, str) and self.padding not in ("SAME", "VALID", "SAME_LOWER"):
+        if self.groups < 1:
+            raise invalid("Conv", f"groups={self.groups}", "at least 1", "use 1 for none")
+        words = ("SAME", "VALID", "SAME_LOWER")
+        if isinstance(self.padding, int) or (
+            isinstance(self.padding, str) and self.padding not in words
+        ):
             raise invalid(
-                "Conv", f"padding={self.padding!r}", "'SAME', 'VALID' or pairs", "use one of those"
+                "Conv",
+                f"padding={self.padding!r}",
+                "'SAME', 'VALID' or (low, high) per axis",
+                "use one",
             )
 
     def __call__(self, x: Array, w: Array) -> Array:
@@ -130,19 +145,13 @@ class Conv:
                 "groups that divide the output channels",
                 "change the groups or the kernel",
             )
-        window = tuple(range(spatial))
-        image = (0, x.ndim - 1, *range(1, x.ndim - 1))
-        if self.channel_axis == 1:
-            image = tuple(range(x.ndim))
         return lax.conv_general_dilated(
             x,
             w,
             window_strides=_each("strides", self.strides, spatial),
             padding=self.padding,
             rhs_dilation=_each("dilation", self.dilation, spatial),
-            dimension_numbers=lax.ConvDimensionNumbers(
-                image, (w.ndim - 1, w.ndim - 2, *window), image
-            ),
+            dimension_numbers=self._dimension_numbers(x.ndim),
             feature_group_count=self.groups,
         )
 
@@ -150,33 +159,46 @@ class Conv:
         """All but the first, the examples'."""
         return tuple(range(1, x.ndim))
 
+    def patch_square(self, x: Array, w: Array) -> Array:
+        """Σ x² of each patch, shape `[N, ..., C or 1]`: over its channels, then over the window."""
+        x = promote(x)
+        ones = jnp.ones((*w.shape[:-2], 1, self.groups), x.dtype)
+        return self._per_unit(self(self._by_group(jnp.square(x)).sum(-1), ones), w)
+
     def patch_moments(self, x: Array, w: Array) -> Moments:
         """The moments of each patch, padding included, shape `[N, ..., C or 1]`.
 
-        Taken about the mean of each example, so that a large mean loses no digits.
+        The patches are laid out in memory, so that each is measured about its own mean.
         """
         x = promote(x)
-        n = math.prod(w.shape[:-1])
-        channel = self.channel_axis % x.ndim
-        ones = jnp.ones((*w.shape[:-2], 1, self.groups), x.dtype)
+        spatial = w.ndim - 2
+        patches = lax.conv_general_dilated_patches(
+            x,
+            w.shape[:-2],
+            _each("strides", self.strides, spatial),
+            self.padding,  # pyright: ignore[reportArgumentType]
+            rhs_dilation=_each("dilation", self.dilation, spatial),
+            dimension_numbers=self._dimension_numbers(x.ndim),
+        )
+        m = moments(self._by_group(patches), -1)
+        return Moments(m.count[..., 0], *(self._per_unit(v[..., 0], w) for v in m[1:]))
 
-        def window_sum(v: Array) -> Array:
-            """Σ over the patch, per group: over its channels first, then over the window."""
-            split = (*v.shape[:channel], self.groups, -1, *v.shape[channel + 1 :])
-            return self(v.reshape(split).sum(channel + 1), ones)
+    def _by_group(self, v: Array) -> Array:
+        """Splits the channels into groups, which keep their place, and members, which go last."""
+        channel = self.channel_axis % v.ndim
+        split = (*v.shape[:channel], self.groups, -1, *v.shape[channel + 1 :])
+        return jnp.moveaxis(v.reshape(split), channel + 1, -1)
 
-        pivot = lax.stop_gradient(x.mean(self.patch_axes(x), keepdims=True))
-        d = x - pivot
-        padded = n - window_sum(jnp.ones((1, *x.shape[1:]), x.dtype))
-        offset = (window_sum(d) - pivot * padded) / n
-        square = window_sum(jnp.square(d)) + jnp.square(pivot) * padded
-        m2 = square - n * jnp.square(offset)
-        count = jnp.full((1,) * x.ndim, n, x.dtype)
-        m = Moments(count, pivot + offset, jnp.where(m2 < 0, 0, m2))
+    def _per_unit(self, v: Array, w: Array) -> Array:
+        """Repeats what was measured per group for each unit of the group."""
         if self.groups == 1:
-            return m
-        repeats = w.shape[-1] // self.groups
-        return Moments(m.count, *(jnp.repeat(v, repeats, self.channel_axis) for v in m[1:]))
+            return v
+        return jnp.repeat(v, w.shape[-1] // self.groups, self.channel_axis)
+
+    def _dimension_numbers(self, ndim: int) -> lax.ConvDimensionNumbers:
+        """Images in their layout, kernels `[*window, K/groups, C]`."""
+        image = (0, ndim - 1, *range(1, ndim - 1)) if self.channel_axis == -1 else (*range(ndim),)
+        return lax.ConvDimensionNumbers(image, (ndim - 1, ndim - 2, *range(ndim - 2)), image)
 
 
 def _each(name: str, value: int | Sequence[int], spatial: int) -> tuple[int, ...]:

@@ -20,6 +20,7 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.core import Tracer
 from jax.typing import ArrayLike, DTypeLike
 
 from normlab.checks import invalid, normalize_axes, promote, promote_dtype
@@ -67,7 +68,7 @@ def moments(
     """Measures the moments of `x` over `axes`.
 
     Values of weight zero are left out, whatever they are: a NaN there reaches neither the moments
-    nor their gradient.
+    nor their gradient. Values are squared: in float32 deviations beyond 1e19 overflow.
 
     Args:
       x: Any real array; statistics are taken in float32 at least.
@@ -197,16 +198,22 @@ def align_weights(
       weights: `None`, or an array aligned with the leading axes of `x` other than its channels;
         or of the rank of `x`, with sizes 1 where it does not vary.
       x: The values.
-      channel_axis: The axis of the channels, not negative; `None` if no axis is special.
+      channel_axis: The axis of the channels; `None` if no axis is special.
 
     Raises:
-      ValueError: If it is not aligned with `x`.
+      ValueError: If it is not aligned with `x`, or one is negative (where that can be seen).
     """
     if weights is None:
         return None
     shape = jnp.shape(x)
     w = jnp.asarray(weights).astype(promote_dtype(x))
     given = w.shape
+    if not isinstance(w, Tracer) and bool((w < 0).any()):
+        raise invalid(
+            where, f"a weight of {w.min()}", "weights of at least 0", "use 0 to leave a value out"
+        )
+    if channel_axis is not None:
+        channel_axis %= len(shape)
     full = w.ndim == len(shape)
     if channel_axis is not None and channel_axis < w.ndim < len(shape):
         w = jnp.expand_dims(w, channel_axis)

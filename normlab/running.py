@@ -64,7 +64,8 @@ def update_running(state: Running, m: Moments, *, decay: float, ddof: int = 0) -
       state: The statistics so far.
       m: The batch's moments, `C` values in each of mean and m2, in any shape.
       decay: The weight of the old value, in [0, 1).
-      ddof: 0 averages the variance that normalized the batch, 1 the unbiased one.
+      ddof: 0 averages the variance that normalized the batch, 1 the unbiased one, for which
+        weights are counts.
 
     Raises:
       ValueError: If `decay` is outside [0, 1).
@@ -74,7 +75,7 @@ def update_running(state: Running, m: Moments, *, decay: float, ddof: int = 0) -
     mean = m.mean.reshape(state.mean.shape).astype(state.mean.dtype)
     var = m.var(ddof).reshape(state.var.shape).astype(state.var.dtype)
     mass = decay * state.mass + (1 - decay)
-    rate = (1 - decay) / mass
+    rate = (1 - decay) / jnp.where(mass > 0, mass, 1)
     good = (m.count > ddof).all() & jnp.isfinite(mean).all() & jnp.isfinite(var).all()
 
     def keep(new: Array, old: Array) -> Array:

@@ -6,7 +6,6 @@ A kernel `w` always carries its output channels last: `[..., K, C]`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -16,7 +15,6 @@ from jax.typing import ArrayLike, DTypeLike
 
 from normlab.affine import Parts, affine
 from normlab.linear import Dense, Linear
-from normlab.moments import align_weights
 
 Params = Any
 """Any pytree of arrays that an optimizer may change."""
@@ -138,7 +136,6 @@ class Norm(NamedTuple):
     Attributes:
       init: `site -> (params, state)`.
       parts: `(params, state, site, train=...) -> (Parts, state)`.
-      fused: A faster form of `apply` where one was measured to be faster, else `None`.
 
     >>> from normlab import get
     >>> norm = get("layer")
@@ -151,15 +148,11 @@ class Norm(NamedTuple):
 
     init: Init
     parts: Measure
-    fused: Callable[..., tuple[Array, State]] | None = None
 
     def apply(
         self, params: Params, state: State, site: Site, *, train: bool
     ) -> tuple[Array, State]:
         """Returns `(affine(parts, site.a), state)`."""
-        if self.fused is not None:
-            return self.fused(params, state, site, train=train)
         parts, state = self.parts(params, state, site, train=train)
-        channel = site.linear.channel_axis % site.a.ndim
-        weights = align_weights("site", site.weights, site.a, channel)
-        return affine(parts, site.a, weights=weights), state
+        channel_axis = site.linear.channel_axis
+        return affine(parts, site.a, weights=site.weights, channel_axis=channel_axis), state

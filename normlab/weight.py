@@ -13,7 +13,7 @@ from jax.typing import ArrayLike
 
 from normlab.affine import Parts, affine
 from normlab.checks import expand, gain_and_bias, invalid, promote, result_dtype
-from normlab.moments import AxisName, all_reduce, moments
+from normlab.moments import AxisName, align_weights, all_reduce, moments
 from normlab.types import Affine, Site
 
 
@@ -78,7 +78,8 @@ def weight_norm_init(site: Site, *, eps: float = 0.0, axis_name: AxisName | None
     """
     t = affine(weight_parts(None, site), site.a)
     axes = [i for i in range(t.ndim) if i != site.linear.channel_axis % t.ndim]
-    m = all_reduce(moments(t, axes, weights=site.weights), axis_name)
+    weights = align_weights("weight norm", site.weights, t, site.linear.channel_axis)
+    m = all_reduce(moments(t, axes, weights=weights), axis_name)
     var = m.var() + eps
     g = jnp.where(var > 0, lax.rsqrt(jnp.where(var > 0, var, 1)), 1)
     return Affine(g=g.ravel(), b=(-m.mean * g).ravel())
