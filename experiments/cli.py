@@ -134,7 +134,7 @@ def table(comparison: Comparison) -> Table:
     result.add_column("norm", no_wrap=True)
     for heading in (
         "test accuracy %",
-        f"steps to {config.target:.0%}",
+        f"steps to {100 * config.target:g}%",
         "ms per step",
         "time in the norm",
     ):
@@ -148,8 +148,9 @@ def table(comparison: Comparison) -> Table:
             "–" if row["norm_share"] is None else f"{row['norm_share']:.0%}",
         )
     result.caption = (
-        f"mean ± standard deviation over {config.seeds} seeds; median steps and times. A step "
-        f"trains all seeds. Time in the norm: 1 − (step without a norm / step with it)."
+        f"mean ± standard deviation over {config.seeds} seeds, or those that did not diverge; "
+        f"median steps and times. Measured every {config.steps / config.evaluations:g} steps. A "
+        "step trains all seeds. Time in the norm: 1 − (step without a norm / step with it)."
     )
     return result
 

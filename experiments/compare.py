@@ -14,6 +14,7 @@ import contextlib
 import dataclasses
 import itertools
 import math
+import shutil
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -113,8 +114,8 @@ class Compare:
         """Raises RunError for values that cannot be run."""
         for name in ("devices", "batch_size", "steps", "seeds", "evaluations", "groups"):
             _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
-        _require(self.lr > 0, "lr", self.lr, "positive")
-        _require(self.eps > 0, "eps", self.eps, "positive")
+        _require(0 < self.lr < math.inf, "lr", self.lr, "positive and finite")
+        _require(0 < self.eps < math.inf, "eps", self.eps, "positive and finite")
         _require(0 <= self.decay < 1, "decay", self.decay, "in [0, 1)")
         _require(0 < self.target <= 1, "target", self.target, "a share in (0, 1]")
         _require(self.evaluations <= self.steps, "evaluations", self.evaluations, "at most --steps")
@@ -159,7 +160,7 @@ class Lane:
     records: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     parts: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     diverged: dict[int, int] = dataclasses.field(default_factory=dict)
-    """For each seed whose loss was not finite, the first such step."""
+    """For each seed whose training or test loss was not finite, the first such step."""
 
     @property
     def dead(self) -> bool:
@@ -218,7 +219,11 @@ class Comparison:
         self.run_dir.write_json("config.json", _as_json(config))
         origin = {"name": config.dataset, "origin": self.data.origin, "sha256": self.data.checksum}
         self.run_dir.write_json("environment.json", {**environment(), "dataset": origin})
-        self._compile(trainers)
+        try:
+            self._compile(trainers)
+        except BaseException:  # Ctrl-C above all: nothing was measured, so nothing is left
+            shutil.rmtree(self.run_dir.path)
+            raise
 
     def run(self) -> Iterator[Turn]:
         """Trains all norms in turns; yields after each turn. Stopping between yields is safe."""
@@ -248,6 +253,8 @@ class Comparison:
             lane.diverged.setdefault(int(seed), first)
         stop = start + len(indices)
         evaluation = lane.trainer.evaluate(lane.state)
+        for seed in np.flatnonzero(~np.isfinite(evaluation.loss)):
+            lane.diverged.setdefault(int(seed), stop)
         self._record(lane, stop, evaluation, losses.mean(axis=0))
         return Turn(lane.name, stop, float(losses[-1].mean()), float(evaluation.accuracy.mean()))
 

@@ -177,8 +177,3 @@ def split(variables: Any) -> tuple[Any, Any]:
 def parts_by_layer(variables: Any) -> dict[str, nl.Parts]:
     """The parts that the last call sowed, by layer, in the order of the layers."""
     return {layer: sown["norm"][0] for layer, sown in variables[PARTS].items()}
-
-
-def count_parameters(params: Any) -> int:
-    """The number of trainable numbers."""
-    return sum(leaf.size for leaf in jax.tree.leaves(params))

@@ -100,6 +100,7 @@ def batch_parts(
     channel_axis: int = -1,
 ) -> tuple[Parts, Running | None]:
     """The parts and the next state of `batch_norm`, which see."""
+    a = jnp.asarray(a)
     where = "batch norm"
     check_eps(where, eps)
     check_decay(where, decay)

@@ -80,6 +80,7 @@ def layer_parts(
     channel_axis: int = -1,
 ) -> Parts:
     """The parts of `layer_norm`, which see."""
+    a = jnp.asarray(a)
     check_eps("layer norm", eps)
     (channel,) = normalize_axes("layer norm", channel_axis, a.ndim)
     axes = _example_axes("layer norm", axes, a.ndim, channel)
@@ -131,6 +132,7 @@ def rms_parts(
     channel_axis: int = -1,
 ) -> Parts:
     """The parts of `rms_norm`, which see."""
+    a = jnp.asarray(a)
     check_eps("RMS norm", eps)
     (channel,) = normalize_axes("RMS norm", channel_axis, a.ndim)
     axes = _example_axes("RMS norm", axes, a.ndim, channel)
@@ -186,6 +188,7 @@ def group_parts(
     channel_axis: int = -1,
 ) -> Parts:
     """The parts of `group_norm`, which see."""
+    a = jnp.asarray(a)
     where = "group norm"
     check_eps(where, eps)
     channel = _channel_axis(where, channel_axis, a)
@@ -253,6 +256,7 @@ def instance_parts(
     channel_axis: int = -1,
 ) -> Parts:
     """The parts of `instance_norm`, which see."""
+    a = jnp.asarray(a)
     where = "instance norm"
     check_eps(where, eps)
     channel = _channel_axis(where, channel_axis, a)

@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -70,9 +71,9 @@ class TestTrainer:
         many, losses = run_steps(make_trainer(data, 8, model, name), 3)
         one, expected = run_steps(make_trainer(data, 1, model, name), 3)
         np.testing.assert_allclose(losses, expected, rtol=2e-5)
-        for got, want in zip(jax.tree.leaves(many), jax.tree.leaves(one), strict=True):
-            np.testing.assert_allclose(got[0], want[0], rtol=2e-4, atol=2e-5)
-            np.testing.assert_array_equal(got[0], got[7])
+        first, last = (jax.tree.map(lambda v, i=i: v[i], many) for i in (0, 7))
+        chex.assert_trees_all_close(first, jax.tree.map(lambda v: v[0], one), rtol=2e-4, atol=2e-5)
+        chex.assert_trees_all_equal(first, last)
 
     @pytest.mark.parametrize("devices", [1, 8])
     def test_a_step_follows_the_gradient_of_the_global_loss(self, data, devices):
@@ -87,8 +88,7 @@ class TestTrainer:
             before.params
         )
         moved = jax.tree.map(lambda old, new: (old - new[0, 0]) / 0.1, before.params, after.params)
-        for got, want in zip(jax.tree.leaves(moved), jax.tree.leaves(expected), strict=True):
-            np.testing.assert_allclose(got, want, rtol=1e-3, atol=1e-5)
+        chex.assert_trees_all_close(moved, expected, rtol=1e-3, atol=1e-5)
 
     def test_local_statistics_differ_between_devices_and_are_pooled_to_evaluate(self, data):
         trainer = make_trainer(data, 8, "mlp", "batch", synced=False)
@@ -249,6 +249,16 @@ class TestCompare:
         assert layer["norm_share"] == pytest.approx(0.625)  # the median of 3/4 and 1/2
         assert layer["accuracy_mean"] == pytest.approx(0.8)
 
+    def test_a_seed_that_diverges_in_the_last_step_is_told(self, tmp_path):
+        config = Compare(
+            dataset="digits", model="mlp", norms=("layer",), optimizer="sgd", lr=3e38,
+            steps=1, evaluations=1, seeds=2, devices=1, run_dir=tmp_path / "run",
+        )  # fmt: skip
+        comparison = Comparison(config)
+        list(comparison.run())  # the loss of the only step is that of the initial weights
+        assert comparison.summary()[0]["diverged"] == {"0": 1, "1": 1}
+        assert len(cli.remarks(comparison)) == 2
+
     def test_stopping_at_any_time_leaves_a_summary(self, tmp_path):
         config = Compare(
             dataset="digits", model="mlp", norms=("none", "layer"), steps=4, evaluations=2,
@@ -358,6 +368,16 @@ class TestBadInput:
         monkeypatch.setitem(sys.modules, "torch", None)
         assert cli.main(["bench", "--steps", "2"]) == cli.EXIT_USAGE
         assert "pip install -c constraints.txt -e '.[peers]'" in capsys.readouterr().err
+
+    def test_an_interrupted_compilation_leaves_no_directory(self, tmp_path, monkeypatch, capsys):
+        def interrupt(*_):
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(train.Trainer, "compile", interrupt)
+        out = tmp_path / "run"
+        assert cli.main(["compare", *TINY, "--run-dir", str(out)]) == cli.EXIT_INTERRUPTED
+        assert "interrupted" in capsys.readouterr().err
+        assert not out.exists()
 
     def test_ctrl_c_leaves_what_was_done(self, tmp_path):
         out = tmp_path / "run"

@@ -309,3 +309,12 @@ def test_ignoring_the_gradient_of_the_mean_lets_the_bias_grow_at_constant_loss(i
         assert abs(b[999]) > 10
     else:
         assert np.abs(b).max() < 1e-6
+
+
+def test_a_schedule_that_starts_at_decay_one_waits_for_the_first_update():
+    a = array(draw(0, 8, 3))
+    step = jax.jit(lambda state, decay: nl.batch_norm(a, None, state, train=True, decay=decay)[1])
+    state = step(nl.init_running(3), 1.0)
+    assert state.mass == 0
+    assert gap(state.mean, np.zeros(3)) == 0
+    assert gap(step(state, 0.9).mean, a.mean(0)) < 1e-6

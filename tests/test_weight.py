@@ -308,3 +308,28 @@ def test_the_initial_gain_gives_unit_variance(name):
     assert gap(params.g, np.full(200, 8.0)) == 0
     h, _ = norm.apply(params, state, nl.Site(x @ w, x, w), train=True)
     assert abs(np.std(h) - 1) < 0.02
+
+
+@pytest.mark.parametrize("centred", [False, True])
+@pytest.mark.parametrize("darkness", [1e-2, 1e-4, 1e-8])
+def test_a_dark_patch_beside_a_bright_one_keeps_its_cosine(centred, darkness):
+    x, w = np.abs(draw(0, 1, 12, 12, 1)), draw(1, 3, 3, 1, 4)
+    x[:, :, :6] *= darkness
+    windows = np.lib.stride_tricks.sliding_window_view(x[0, :, :, 0], (3, 3)).reshape(10, 10, 9)
+    units = w.reshape(9, 4)
+    if centred:
+        windows = windows - windows.mean(-1, keepdims=True)
+        units = units - units.mean(0)
+    lengths = np.linalg.norm(windows, axis=-1, keepdims=True) * np.linalg.norm(units, axis=0)
+    h = nl.cosine_norm(array(x), array(w), linear=nl.Conv(padding="VALID"), centred=centred)
+    assert gap(h[0], windows @ units / lengths) < 2e-6
+
+
+def test_data_dependent_init_weighs_positions_wherever_the_channels_are():
+    x, w = array(draw(0, 4, 5, 5, 2)), array(draw(1, 3, 3, 2, 5))
+    weights = array(draw(2, 4, 5, 5) > 0)
+    last, first = nl.Conv(), nl.Conv(channel_axis=1)
+    expected = nl.weight_norm_init(nl.Site(last(x, w), x, w, weights, last))
+    moved = jnp.moveaxis(x, -1, 1)
+    got = nl.weight_norm_init(nl.Site(first(moved, w), moved, w, weights, first))
+    assert gap(got, expected) < 1e-5
