@@ -592,7 +592,7 @@ def test_the_official_download_is_preferred(monkeypatch, tmp_path):
         monkeypatch.setattr(mnist.MNIST, "URL", address)
         probe = prepare.probe
         monkeypatch.setattr(
-            data, "probe", lambda url, seconds: probe(address + url.rsplit("/", 1)[1], seconds)
+            prepare, "probe", lambda url, seconds: probe(address + url.rsplit("/", 1)[1], seconds)
         )
         monkeypatch.setattr(fetch, "from_packages", lambda *_: pytest.fail("not needed"))
         loaded = data.load("mnist", tmp_path / "data")
