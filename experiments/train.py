@@ -166,7 +166,7 @@ class Trainer:
         def step(state: TrainState, chosen: Array) -> tuple[TrainState, Array]:
             return side_by_side(self._step)(state, images[chosen], labels[chosen])
 
-        # On one device two steps in a row save a copy of the carried parameters (10% of a step).
+        # On one device two steps in a row save a copy of the carried parameters.
         unroll = 2 if self.data.devices == 1 else 1
         state, losses = lax.scan(step, state, indices, unroll=unroll)
         return state, lax.pmean(losses, AXIS)
