@@ -5,13 +5,16 @@ h = g · (a − μ) / σ + b
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import math
+from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 from jax.typing import ArrayLike
 
-from normlab.checks import invalid, promote, result_dtype
+from normlab.checks import floating, invalid, promote, result_dtype
+from normlab.lowering import apart
 from normlab.moments import align_weights, leave_out
 
 
@@ -63,8 +66,33 @@ def affine(
     [10.0, 16.0]
     """
     mu, sigma, g, b = _checked(parts, jnp.shape(a))
-    a = leave_out(a, align_weights("affine", weights, a, channel_axis))
-    return ((promote(a) - mu) * (1 / sigma) * g + b).astype(result_dtype(a))
+    a = floating(leave_out(a, align_weights("affine", weights, a, channel_axis)))
+    # (a − μ)/σ about a pivot, the value of μ: (a − k)·r + c with r = 1/σ and c = (k − μ)/σ. c is
+    # zero, and carries the derivative of μ: so that the gradient of μ is that of c, which is one
+    # small sum, and not a sum over all of a.
+    pivot = lax.stop_gradient(mu)
+    r = 1 / sigma
+    c = (pivot - mu) * r
+    if math.prod(jnp.broadcast_shapes(r.shape, g.shape, b.shape)) < a.size:
+        r, c, g, b = r * g, c * g + b, jnp.ones_like(g), jnp.zeros_like(b)
+    return _apply(a, pivot, r, c, g, b).astype(a.dtype)
+
+
+@jax.custom_jvp
+def _apply(a: Array, pivot: Array, r: Array, c: Array, g: Array, b: Array) -> Array:
+    """((a − k)·r + c)·g + b, with a derivative that reads `a` once for each of its sums."""
+    return ((promote(a) - pivot) * r + c) * g + b
+
+
+@_apply.defjvp
+def _(primals: Any, tangents: Any) -> Any:
+    (a, pivot, r, c, g, b), (da, dk, dr, dc, dg, db) = primals, tangents
+    a1, k1, r1, c1, g1 = apart(a, pivot, r, c, g)
+    a2, k2, r2, c2, g2 = apart(a1, k1, r1, c1, g1)
+    by_a = (promote(da) - dk) * r * g
+    by_r = (promote(a1) - k1) * g1 * dr
+    by_g = ((promote(a2) - k2) * r2 + c2) * dg
+    return _apply(a, pivot, r, c, g, b), by_a + by_r + dc * g2 + by_g + db
 
 
 def invert(parts: Parts, h: ArrayLike) -> Array:

@@ -48,6 +48,11 @@ def promote(x: ArrayLike) -> Array:
     return jnp.asarray(x).astype(promote_dtype(x))
 
 
+def floating(x: ArrayLike) -> Array:
+    """Returns `x` in its floating type; integers and booleans as float32."""
+    return jnp.asarray(x).astype(result_dtype(x))
+
+
 def normalize_axes(where: str, axes: int | Sequence[int], ndim: int) -> tuple[int, ...]:
     """Returns `axes` as sorted, non-negative, distinct integers.
 

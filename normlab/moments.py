@@ -3,30 +3,43 @@
 Everything that pools statistics in this library (axes of an array, channels of a group, devices)
 goes through `Moments`, so weights, empty shards and uneven shards are right everywhere at once.
 
-The mean and the squared deviations are taken about a *pivot* k near the data:
+The mean and the squared deviations are taken about a *pivot* k:
 
     mean = k + Σ w·(x − k) / Σ w        m2 = Σ w·(x − k)² − (Σ w·(x − k))² / Σ w
 
-Both are independent of k in exact arithmetic, so k carries no gradient, and both lose no digits
-when k is near the mean. The default pivot is the mean of a first pass (the corrected two-pass
-algorithm of Chan, Golub & LeVeque 1983); k = 0 would be the unsafe E[x²] − E[x]².
+Both are independent of k in exact arithmetic, so k carries no gradient; in floating point they
+lose about log10(1 + (mean − k)²/var) digits. The `Algorithm` is nothing but the choice of k.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.core import Tracer
 from jax.typing import ArrayLike, DTypeLike
 
-from normlab.checks import invalid, normalize_axes, promote, promote_dtype
+from normlab.checks import floating, invalid, nearest, normalize_axes, promote, promote_dtype
+from normlab.lowering import apart
 
 AxisName = str | tuple[str, ...]
 """The name, or names, of mapped axes: `pmap`, `shard_map` or `vmap` with an `axis_name`."""
+
+Algorithm = Literal["auto", "shifted", "two_pass", "one_pass"]
+"""About which pivot the moments are taken.
+
+`"two_pass"`: the mean of a first pass (the corrected two-pass algorithm of Chan, Golub & LeVeque
+1983). `"shifted"`: the mean of a sixteenth of the values; their distance from the mean is part of
+the variance, so at most log10(17) digits are lost at any mean. `"one_pass"`: 0, that is
+E[x²] − E[x]², which loses log10(1 + mean²/var) digits. `"auto"`: `"two_pass"` over the innermost
+axis, where a second pass is cheap, `"shifted"` elsewhere. Weighted moments know no sixteenth:
+`"shifted"` is `"two_pass"` there.
+"""
 
 
 class Moments(NamedTuple):
@@ -50,6 +63,16 @@ class Moments(NamedTuple):
         dof = self.count - ddof
         return jnp.where(dof > 0, self.m2 / jnp.where(dof > 0, dof, 1), 0)
 
+    def cancellation(self) -> Array:
+        """mean²/var: log10 of 1 + this is how many digits of the variance E[x²] − E[x]² loses.
+
+        Infinite where the variance is zero and the mean is not. From about 1e7 on, that form has
+        nothing left of a float32 variance; the other algorithms do not mind.
+        """
+        square, var = jnp.square(self.mean), self.var()
+        ratio = square / jnp.where(var > 0, var, 1)
+        return jnp.where(var > 0, ratio, jnp.where(square > 0, jnp.inf, 0))
+
 
 def empty(shape: Sequence[int] = (), dtype: DTypeLike = jnp.float32) -> Moments:
     """The moments of no values at all: the identity of `merge`.
@@ -63,7 +86,11 @@ def empty(shape: Sequence[int] = (), dtype: DTypeLike = jnp.float32) -> Moments:
 
 
 def moments(
-    x: ArrayLike, axes: int | Sequence[int], *, weights: ArrayLike | None = None
+    x: ArrayLike,
+    axes: int | Sequence[int],
+    *,
+    weights: ArrayLike | None = None,
+    algorithm: Algorithm = "auto",
 ) -> Moments:
     """Measures the moments of `x` over `axes`.
 
@@ -75,28 +102,86 @@ def moments(
       axes: The axes to measure over. They stay, with size 1.
       weights: Non-negative importance, aligned with the *leading* axes of `x`: shape
         `x.shape[:k]` for some k, or the rank of `x` with sizes 1 where it does not vary.
+      algorithm: The pivot, an `Algorithm`.
 
     Returns:
       `Moments`; those of an empty sample are `empty`.
 
     Raises:
-      ValueError: If an axis is out of range or repeated, or `weights` is not aligned with `x`.
+      ValueError: If an axis is out of range or repeated, `weights` is not aligned with `x`, or the
+        algorithm is unknown.
 
     >>> m = moments(jnp.array([1.0, 2.0, 3.0, jnp.nan]), 0, weights=jnp.array([1, 1, 1, 0]))
     >>> m.count.item(), m.mean.item(), m.m2.item()
     (3.0, 2.0, 2.0)
     """
-    x = promote(x)
+    x = floating(x)
     axes = normalize_axes("moments", axes, x.ndim)
+    check_algorithm("moments", algorithm)
     w = align_weights("moments", weights, x)
-    x = x if w is None else jnp.where(w > 0, x, 0)
-    mean, count = average(x, axes, weights=w)
-    pivot = lax.stop_gradient(mean)
-    offset, _ = average(x - pivot, axes, weights=w)
-    square, _ = average(jnp.square(x - pivot), axes, weights=w)
+    x = x if w is None else jnp.where(w > 0, x, jnp.zeros((), x.dtype))
+    pivot = lax.stop_gradient(_pivot(x, axes, w, algorithm))
+    if w is None:
+        count = jnp.full((1,) * x.ndim, math.prod(x.shape[i] for i in axes), pivot.dtype)
+        first, second = power_sums(x, pivot, axes)
+        n = jnp.where(count > 0, count, 1)
+        offset, square = first / n, second / n
+    else:
+        offset, count = average(promote(x) - pivot, axes, weights=w)
+        square, _ = average(jnp.square(promote(x) - pivot), axes, weights=w)
     m2 = count * (square - jnp.square(offset))
     # `where` and not `maximum`: at m2 = 0 the derivatives of every order must pass whole.
     return Moments(count, pivot + offset, jnp.where(m2 < 0, 0, m2))
+
+
+def _pivot(x: Array, axes: tuple[int, ...], w: Array | None, algorithm: Algorithm) -> Array:
+    if algorithm == "one_pass":
+        return jnp.zeros((1,) * x.ndim, promote_dtype(x))
+    innermost = x.ndim - 1 in axes
+    if w is None and axes and (algorithm == "shifted" or (algorithm == "auto" and not innermost)):
+        # Every 16th slice along one axis (or the nearest divisor), not the first slices: where
+        # the axis is sharded, each device has its share of them.
+        step = {i: max((k for k in range(2, 17) if x.shape[i] % k == 0), default=1) for i in axes}
+        axis = max(axes, key=lambda i: (step[i] >= 8, 0 < i < x.ndim - 1, step[i]))
+        split = (*x.shape[:axis], -1, step[axis], *x.shape[axis + 1 :])
+        if x.size:
+            x = lax.index_in_dim(x.reshape(split), 0, axis + 1, keepdims=False)
+    return average(promote(x), axes, weights=w)[0]
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
+def power_sums(x: Array, pivot: Array, axes: tuple[int, ...]) -> tuple[Array, Array]:
+    """Returns Σ (x − k) and Σ (x − k)² over `axes`, which stay with size 1.
+
+    Args:
+      x: A floating array.
+      pivot: k, which broadcasts to `x`, in the statistics' type.
+      axes: Non-negative, distinct axes.
+    """
+    x1, k1 = apart(x, pivot)
+    x2, k2 = apart(x1, k1)
+    first = (promote(x1) - k1).sum(axes, keepdims=True)
+    return first, jnp.square(promote(x2) - k2).sum(axes, keepdims=True)
+
+
+@power_sums.defjvp
+def _(axes: tuple[int, ...], primals: Any, tangents: Any) -> Any:
+    (x, pivot), (dx, dk) = primals, tangents
+    # The deviations are formed anew: sharing those of the sums would keep them in memory.
+    d, dd = promote(x) - pivot, promote(dx) - dk
+    first, second = dd.sum(axes, keepdims=True), 2 * (d * dd).sum(axes, keepdims=True)
+    return power_sums(x, pivot, axes), (first, second)
+
+
+def check_algorithm(where: str, algorithm: str) -> None:
+    """Raises ValueError unless `algorithm` is an `Algorithm`."""
+    if algorithm not in get_args(Algorithm):
+        raise invalid(
+            where,
+            f"algorithm={algorithm!r}",
+            "the name of an algorithm",
+            f"use a known one: {nearest(str(algorithm), get_args(Algorithm))}",
+        )
 
 
 def average(
