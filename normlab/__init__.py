@@ -14,9 +14,19 @@ from normlab.example import (
     rms_parts,
 )
 from normlab.linear import Conv, Dense, Linear
-from normlab.moments import AxisName, Moments, all_reduce, empty, merge, merge_axes, moments
+from normlab.moments import (
+    Algorithm,
+    AxisName,
+    Moments,
+    all_reduce,
+    effective_sample_size,
+    empty,
+    merge,
+    merge_axes,
+    moments,
+)
 from normlab.registry import INVARIANCES, Row, get, names, row
-from normlab.running import Running, init_running, pool_running, update_running
+from normlab.running import BadBatch, Running, init_running, pool_running, update_running
 from normlab.types import Affine, Norm, Params, Site, State, init_affine, shapes
 from normlab.weight import weight_norm, weight_norm_init, weight_parts
 
@@ -25,7 +35,9 @@ __version__ = "0.1.0"
 __all__ = [
     "INVARIANCES",
     "Affine",
+    "Algorithm",
     "AxisName",
+    "BadBatch",
     "Conv",
     "Dense",
     "Linear",
@@ -43,6 +55,7 @@ __all__ = [
     "batch_parts",
     "cosine_norm",
     "cosine_parts",
+    "effective_sample_size",
     "empty",
     "fold",
     "get",

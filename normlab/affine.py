@@ -14,7 +14,7 @@ from jax import Array, lax
 from jax.typing import ArrayLike
 
 from normlab.checks import floating, invalid, promote, result_dtype
-from normlab.lowering import apart
+from normlab.lowering import apart, widen
 from normlab.moments import align_weights, leave_out
 
 
@@ -74,7 +74,15 @@ def affine(
     r = 1 / sigma
     c = (pivot - mu) * r
     if math.prod(jnp.broadcast_shapes(r.shape, g.shape, b.shape)) < a.size:
-        r, c, g, b = r * g, c * g + b, jnp.ones_like(g), jnp.zeros_like(b)
+        one = jnp.ones((), r.dtype)
+        r, c, g, b = r * g, c * g + b, one, jnp.zeros((), r.dtype)
+        small = jnp.broadcast_shapes(r.shape, c.shape, (1,) * a.ndim)
+        axes = [i for i, n in enumerate(a.shape) if n != small[i]]
+        wide = widen(a.shape, axes)
+        if wide:
+            shape = a.shape
+            pivot, r, c = (wide.statistic(jnp.broadcast_to(v, small)) for v in (pivot, r, c))
+            return _apply(wide.array(a), pivot, r, c, g, b).astype(a.dtype).reshape(shape)
     return _apply(a, pivot, r, c, g, b).astype(a.dtype)
 
 

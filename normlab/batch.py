@@ -21,8 +21,15 @@ from normlab.checks import (
     invalid,
     normalize_axes,
 )
-from normlab.moments import AxisName, align_weights, all_reduce, moments
-from normlab.running import Running, update_running
+from normlab.moments import (
+    Algorithm,
+    AxisName,
+    align_weights,
+    all_reduce,
+    axis_size,
+    moments,
+)
+from normlab.running import BadBatch, Running, check_batch, update_running
 
 
 def batch_norm(
@@ -37,6 +44,8 @@ def batch_norm(
     axis_name: AxisName | None = None,
     weights: ArrayLike | None = None,
     channel_axis: int = -1,
+    algorithm: Algorithm = "auto",
+    bad_batch: BadBatch = "skip",
 ) -> tuple[Array, Running | None]:
     """Batch normalization (Ioffe & Szegedy 2015, https://arxiv.org/abs/1502.03167).
 
@@ -56,6 +65,10 @@ def batch_norm(
       weights: Importance of examples or positions, aligned with the leading axes of `a` other than
         the channels': `[N]`, `[N, H, W]`. Zero leaves out.
       channel_axis: The axis of the channels.
+      algorithm: How the variance is taken, an `Algorithm`.
+      bad_batch: What a batch that is empty, fully masked, or holds a NaN or an Inf does to `state`:
+        a `BadBatch`. The output is NaN where the input is; of a fully masked batch it is b, without
+        a gradient to `a` (NaN with `"propagate"`).
 
     Returns:
       `(h, state)`: h in the shape and floating type of `a`, the state with its structure and
@@ -63,7 +76,9 @@ def batch_norm(
 
     Raises:
       ValueError: For parameters or a state that do not fit `a`, ε ≤ 0, a decay outside [0, 1),
-        an unbound axis, a missing state in inference, or one value per channel in training.
+        an unbound axis, a missing state in inference, or one value per channel in training (which
+        `bad_batch="propagate"` lets pass).
+      FloatingPointError: For a bad batch, with `bad_batch="raise"`.
 
     >>> from normlab import init_affine, init_running
     >>> a = jnp.array([[1.0, 10.0], [3.0, 30.0]])
@@ -82,6 +97,8 @@ def batch_norm(
         axis_name=axis_name,
         weights=weights,
         channel_axis=channel_axis,
+        algorithm=algorithm,
+        bad_batch=bad_batch,
     )
     return affine(parts, a, weights=weights, channel_axis=channel_axis), state
 
@@ -98,6 +115,8 @@ def batch_parts(
     axis_name: AxisName | None = None,
     weights: ArrayLike | None = None,
     channel_axis: int = -1,
+    algorithm: Algorithm = "auto",
+    bad_batch: BadBatch = "skip",
 ) -> tuple[Parts, Running | None]:
     """The parts and the next state of `batch_norm`, which see."""
     a = jnp.asarray(a)
@@ -126,17 +145,21 @@ def batch_parts(
             )
         mean, var = (expand(v.astype(g.dtype), a.ndim, channel) for v in (state.mean, state.var))
         return Parts(mean, jnp.sqrt(var + eps), g, b), state
-    if a.size == channels and axis_name is None:
+    devices = axis_size(where, axis_name)
+    if a.size * devices == channels and bad_batch != "propagate":
         raise invalid(
             where,
             f"an input of shape {a.shape} in training, one value per channel",
             "at least two values per channel: the variance of one is zero and the output would be "
             "the bias alone",
-            "use a larger batch, train=False, or a norm that does not look across examples",
+            "use a larger batch, train=False, a norm that does not look across examples, or, for "
+            'that output, bad_batch="propagate"',
         )
     weights = align_weights(where, weights, a, channel)
-    m = moments(a, [i for i in range(a.ndim) if i != channel], weights=weights)
-    m = all_reduce(m, axis_name)
+    axes = [i for i in range(a.ndim) if i != channel]
+    m = moments(a, axes, weights=weights, algorithm=algorithm)
+    m = check_batch(where, all_reduce(m, axis_name), bad_batch)
     if state is not None:
-        state = update_running(state, m, decay=decay, ddof=ddof)
-    return Parts(m.mean, jnp.sqrt(m.var() + eps), g, b), state
+        policy = "propagate" if bad_batch == "propagate" else "skip"  # "raise" has been seen to
+        state = update_running(state, m, decay=decay, ddof=ddof, bad_batch=policy)
+    return Parts(m.mean, m.scale(eps), g, b), state

@@ -9,7 +9,8 @@ They differ in the axes over which the mean and the variance are measured, and i
     group      the positions and a group of channels
     instance   the positions, per channel
 
-ε is always added to the variance under the root. Statistics are taken in float32 at least.
+ε is always added to the variance under the root. Statistics are taken in float32 at least. Where
+all weights are zero nothing is measured: σ is infinite and h is b, without a gradient to `a`.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from jax.typing import ArrayLike
 from normlab.affine import Parts, affine
 from normlab.checks import check_eps, gain_and_bias, invalid, normalize_axes, promote
 from normlab.moments import (
+    Algorithm,
     Moments,
     align_weights,
     average,
@@ -44,6 +46,7 @@ def layer_norm(
     eps: float = 1e-5,
     weights: ArrayLike | None = None,
     channel_axis: int = -1,
+    algorithm: Algorithm = "auto",
 ) -> Array:
     """Layer normalization (Ba, Kiros & Hinton 2016, https://arxiv.org/abs/1607.06450).
 
@@ -59,6 +62,7 @@ def layer_norm(
       weights: Importance of positions, aligned with the leading axes of `a` other than the
         channels'. Zero leaves out.
       channel_axis: The axis of `params`.
+      algorithm: How the variance is taken, an `Algorithm`.
 
     Returns:
       h, in the shape and floating type of `a`.
@@ -66,7 +70,15 @@ def layer_norm(
     Raises:
       ValueError: For parameters that do not fit `a`, axes out of range or repeated, or ε ≤ 0.
     """
-    parts = layer_parts(a, params, axes=axes, eps=eps, weights=weights, channel_axis=channel_axis)
+    parts = layer_parts(
+        a,
+        params,
+        axes=axes,
+        eps=eps,
+        weights=weights,
+        channel_axis=channel_axis,
+        algorithm=algorithm,
+    )
     return affine(parts, a, weights=weights, channel_axis=channel_axis)
 
 
@@ -78,6 +90,7 @@ def layer_parts(
     eps: float = 1e-5,
     weights: ArrayLike | None = None,
     channel_axis: int = -1,
+    algorithm: Algorithm = "auto",
 ) -> Parts:
     """The parts of `layer_norm`, which see."""
     a = jnp.asarray(a)
@@ -86,8 +99,8 @@ def layer_parts(
     axes = _example_axes("layer norm", axes, a.ndim, channel)
     weights = align_weights("layer norm", weights, a, channel)
     g, b = gain_and_bias("layer norm", params, a, channel)
-    m = moments(a, axes, weights=weights)
-    return Parts(m.mean, jnp.sqrt(m.var() + eps), g, b)
+    m = moments(a, axes, weights=weights, algorithm=algorithm)
+    return Parts(m.mean, m.scale(eps), g, b)
 
 
 def rms_norm(
@@ -138,8 +151,9 @@ def rms_parts(
     axes = _example_axes("RMS norm", axes, a.ndim, channel)
     weights = align_weights("RMS norm", weights, a, channel)
     g, b = gain_and_bias("RMS norm", params, a, channel)
-    square, _ = average(jnp.square(promote(leave_out(a, weights))), axes, weights=weights)
-    return Parts(jnp.zeros((), square.dtype), jnp.sqrt(square + eps), g, b)
+    square, count = average(jnp.square(promote(leave_out(a, weights))), axes, weights=weights)
+    sigma = jnp.where(count > 0, jnp.sqrt(square + eps), jnp.inf)
+    return Parts(jnp.zeros((), square.dtype), sigma, g, b)
 
 
 def group_norm(
@@ -150,6 +164,7 @@ def group_norm(
     eps: float = 1e-5,
     weights: ArrayLike | None = None,
     channel_axis: int = -1,
+    algorithm: Algorithm = "auto",
 ) -> Array:
     """Group normalization (Wu & He 2018, https://arxiv.org/abs/1803.08494).
 
@@ -165,6 +180,7 @@ def group_norm(
       weights: Importance of positions, aligned with the leading axes of `a` other than the
         channels'. Zero leaves out.
       channel_axis: The axis of the channels.
+      algorithm: How the variance is taken, an `Algorithm`.
 
     Returns:
       h, in the shape and floating type of `a`.
@@ -173,7 +189,13 @@ def group_norm(
       ValueError: If `groups` does not divide `C`, for parameters that do not fit `a`, or ε ≤ 0.
     """
     parts = group_parts(
-        a, params, groups=groups, eps=eps, weights=weights, channel_axis=channel_axis
+        a,
+        params,
+        groups=groups,
+        eps=eps,
+        weights=weights,
+        channel_axis=channel_axis,
+        algorithm=algorithm,
     )
     return affine(parts, a, weights=weights, channel_axis=channel_axis)
 
@@ -186,6 +208,7 @@ def group_parts(
     eps: float = 1e-5,
     weights: ArrayLike | None = None,
     channel_axis: int = -1,
+    algorithm: Algorithm = "auto",
 ) -> Parts:
     """The parts of `group_norm`, which see."""
     a = jnp.asarray(a)
@@ -205,11 +228,13 @@ def group_parts(
     # Per channel over the positions, then merged into groups: a long, contiguous sum and a short
     # one, where a sum over a reshaped array would do neither.
     weights = align_weights(where, weights, a, channel)
-    m = moments(a, [i for i in range(1, a.ndim) if i != channel], weights=weights)
+    m = moments(
+        a, [i for i in range(1, a.ndim) if i != channel], weights=weights, algorithm=algorithm
+    )
     split = (*m.mean.shape[:channel], groups, channels // groups, *m.mean.shape[channel + 1 :])
     count = jnp.broadcast_to(m.count, m.mean.shape)
     m = merge_axes(Moments(*(v.reshape(split) for v in (count, m.mean, m.m2))), channel + 1)
-    sigma = jnp.sqrt(m.var() + eps)
+    sigma = m.scale(eps)
     mu, sigma = (
         jnp.broadcast_to(v, split).reshape(*split[:channel], channels, *split[channel + 2 :])
         for v in (m.mean, sigma)
@@ -224,6 +249,7 @@ def instance_norm(
     eps: float = 1e-5,
     weights: ArrayLike | None = None,
     channel_axis: int = -1,
+    algorithm: Algorithm = "auto",
 ) -> Array:
     """Instance normalization (Ulyanov, Vedaldi & Lempitsky 2016, https://arxiv.org/abs/1607.08022).
 
@@ -236,6 +262,7 @@ def instance_norm(
       weights: Importance of positions, aligned with the leading axes of `a` other than the
         channels'. Zero leaves out.
       channel_axis: The axis of the channels.
+      algorithm: How the variance is taken, an `Algorithm`.
 
     Returns:
       h, in the shape and floating type of `a`.
@@ -243,7 +270,9 @@ def instance_norm(
     Raises:
       ValueError: If `a` has no positions, for parameters that do not fit `a`, or ε ≤ 0.
     """
-    parts = instance_parts(a, params, eps=eps, weights=weights, channel_axis=channel_axis)
+    parts = instance_parts(
+        a, params, eps=eps, weights=weights, channel_axis=channel_axis, algorithm=algorithm
+    )
     return affine(parts, a, weights=weights, channel_axis=channel_axis)
 
 
@@ -254,6 +283,7 @@ def instance_parts(
     eps: float = 1e-5,
     weights: ArrayLike | None = None,
     channel_axis: int = -1,
+    algorithm: Algorithm = "auto",
 ) -> Parts:
     """The parts of `instance_norm`, which see."""
     a = jnp.asarray(a)
@@ -269,8 +299,10 @@ def instance_parts(
         )
     g, b = gain_and_bias(where, params, a, channel)
     weights = align_weights(where, weights, a, channel)
-    m = moments(a, [i for i in range(1, a.ndim) if i != channel], weights=weights)
-    return Parts(m.mean, jnp.sqrt(m.var() + eps), g, b)
+    m = moments(
+        a, [i for i in range(1, a.ndim) if i != channel], weights=weights, algorithm=algorithm
+    )
+    return Parts(m.mean, m.scale(eps), g, b)
 
 
 def _example_axes(where: str, axes: Axes, ndim: int, channel: int) -> tuple[int, ...]:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax import Array, lax
 
 
@@ -31,3 +34,52 @@ def _barrier(*arrays: Array) -> tuple[Array, ...]:
 
 def _identity(*arrays: Array) -> tuple[Array, ...]:
     return arrays
+
+
+class Wide(NamedTuple):
+    """`[lead, positions, C]` seen as `[lead, positions / factor, factor · C]`.
+
+    XLA's CPU sums over the positions of each example in rows of C values; that is slow where C is
+    small, and rows of `factor` positions are faster. On accelerators nothing is widened.
+    """
+
+    lead: int
+    rows: int
+    factor: int
+    channels: int
+
+    def array(self, x: Array) -> Array:
+        """Widens an array of the whole shape: `[lead, rows, factor · C]`."""
+        return x.reshape(self.lead, self.rows, self.factor * self.channels)
+
+    def statistic(self, v: Array) -> Array:
+        """Repeats a statistic, one value per lead and channel: `[lead, 1, factor · C]`."""
+        v = v.reshape(self.lead, 1, self.channels)
+        v = jnp.broadcast_to(v, (self.lead, self.factor, self.channels))
+        return v.reshape(self.lead, 1, self.factor * self.channels)
+
+    def total(self, v: Array, shape: Sequence[int]) -> Array:
+        """Adds up what `statistic` repeats, and returns it in `shape`."""
+        return v.reshape(self.lead, self.factor, self.channels).sum(1).reshape(shape)
+
+
+def widen(shape: Sequence[int], axes: Sequence[int]) -> Wide | None:
+    """Returns how to widen sums over `axes`; `None` where there is nothing to gain.
+
+    They are widened where the axes are the positions: all but the first axes and the last. The
+    program is taken to be for the default backend.
+    """
+    first, last = min(axes, default=0), len(shape) - 2
+    if jax.default_backend() != "cpu" or first == 0 or list(axes) != list(range(first, last + 1)):
+        return None
+    positions, channels = math.prod(shape[first:-1]), shape[-1]
+    if not positions or not channels:
+        return None
+    factors = range(1, _ROW // channels + 1)
+    factor = max((k for k in factors if positions % k == 0), default=1)
+    if factor == 1:
+        return None
+    return Wide(math.prod(shape[:first]), positions // factor, factor, channels)
+
+
+_ROW = 2048  # values: past it nothing more is gained

@@ -25,7 +25,7 @@ from jax.core import Tracer
 from jax.typing import ArrayLike, DTypeLike
 
 from normlab.checks import floating, invalid, nearest, normalize_axes, promote, promote_dtype
-from normlab.lowering import apart
+from normlab.lowering import apart, widen
 
 AxisName = str | tuple[str, ...]
 """The name, or names, of mapped axes: `pmap`, `shard_map` or `vmap` with an `axis_name`."""
@@ -62,6 +62,10 @@ class Moments(NamedTuple):
         """The variance m2 / (count − ddof); zero where the count does not exceed `ddof`."""
         dof = self.count - ddof
         return jnp.where(dof > 0, self.m2 / jnp.where(dof > 0, dof, 1), 0)
+
+    def scale(self, eps: float) -> Array:
+        """σ = √(var + ε); infinite where nothing was measured, so that g·(a − μ)/σ + b is b."""
+        return jnp.where(self.count > 0, jnp.sqrt(self.var() + eps), jnp.inf)
 
     def cancellation(self) -> Array:
         """mean²/var: log10 of 1 + this is how many digits of the variance E[x²] − E[x]² loses.
@@ -158,10 +162,20 @@ def power_sums(x: Array, pivot: Array, axes: tuple[int, ...]) -> tuple[Array, Ar
       pivot: k, which broadcasts to `x`, in the statistics' type.
       axes: Non-negative, distinct axes.
     """
+    if x.ndim - 1 in axes:
+        # Over the innermost axis XLA's CPU keeps both sums and what follows in one loop.
+        d = promote(x) - pivot
+        return d.sum(axes, keepdims=True), jnp.square(d).sum(axes, keepdims=True)
+    total = [1 if i in axes else n for i, n in enumerate(x.shape)]
+    wide = widen(x.shape, axes)
+    if wide:
+        x, pivot = wide.array(x), wide.statistic(jnp.broadcast_to(pivot, total))
+        axes = (1,)
     x1, k1 = apart(x, pivot)
     x2, k2 = apart(x1, k1)
     first = (promote(x1) - k1).sum(axes, keepdims=True)
-    return first, jnp.square(promote(x2) - k2).sum(axes, keepdims=True)
+    second = jnp.square(promote(x2) - k2).sum(axes, keepdims=True)
+    return (wide.total(first, total), wide.total(second, total)) if wide else (first, second)
 
 
 @power_sums.defjvp
@@ -254,23 +268,58 @@ def all_reduce(m: Moments, axis_name: AxisName | None) -> Moments:
     if axis_name is None:
         return m
     names = (axis_name,) if isinstance(axis_name, str) else tuple(axis_name)
-    try:
-        devices = lax.axis_size(names)
-        index = lax.axis_index(names)
-    except NameError as error:
-        raise invalid(
-            "all_reduce",
-            f"axis_name={axis_name!r}",
-            "the name of a mapped axis",
-            f"call this inside pmap, shard_map or vmap with axis_name={axis_name!r}, "
-            "or pass axis_name=None",
-        ) from error
+    devices = axis_size("all_reduce", axis_name)
+    index = lax.axis_index(names)
     shape = m.mean.shape
     row = jnp.stack([jnp.broadcast_to(field, shape) for field in m])
     table = jnp.zeros((devices, *row.shape), row.dtype).at[index].set(row)
     table = lax.psum(table, names)
     merged = merge_axes(Moments(table[:, 0], table[:, 1], table[:, 2]), 0)
     return Moments(*(field[0] for field in merged))
+
+
+def axis_size(where: str, axis_name: AxisName | None) -> int:
+    """Returns how many devices lie along the named axes; 1 for `None`.
+
+    Raises:
+      ValueError: If an axis name is not bound where this is called.
+    """
+    if axis_name is None:
+        return 1
+    try:
+        return lax.axis_size((axis_name,) if isinstance(axis_name, str) else tuple(axis_name))
+    except NameError as error:
+        raise invalid(
+            where,
+            f"axis_name={axis_name!r}",
+            "the name of a mapped axis",
+            f"call this inside pmap, shard_map or vmap with axis_name={axis_name!r}, "
+            "or pass axis_name=None",
+        ) from error
+
+
+def effective_sample_size(weights: ArrayLike, axes: int | Sequence[int] | None = None) -> Array:
+    """Kish's effective sample size (Σ w)² / Σ w²: n equal weights are worth n examples.
+
+    A statistic over weighted examples is about as uncertain as one over this many equal ones. With
+    weights of 0 and 1 it is the number of ones; of nothing it is 0.
+
+    Args:
+      weights: Importance, at least 0.
+      axes: The axes of `weights` to count over; `None` for all.
+
+    Returns:
+      The size, in float32 at least, without the axes counted over.
+
+    >>> effective_sample_size(jnp.array([1.0, 1.0, 0.0])).item()
+    2.0
+    """
+    w = promote(weights)
+    axes = tuple(range(w.ndim)) if axes is None else normalize_axes("weights", axes, w.ndim)
+    peak = jnp.max(w, axes, keepdims=True, initial=0)
+    w = w / jnp.where(peak > 0, peak, 1)
+    square = jnp.square(w).sum(axes)
+    return jnp.square(w.sum(axes)) / jnp.where(square > 0, square, 1)
 
 
 def align_weights(

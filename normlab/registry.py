@@ -15,8 +15,8 @@ from normlab.batch import batch_parts
 from normlab.checks import gain_and_bias, invalid, nearest
 from normlab.cosine import cosine_parts
 from normlab.example import Axes, group_parts, instance_parts, layer_parts, rms_parts
-from normlab.moments import AxisName
-from normlab.running import init_running
+from normlab.moments import Algorithm, AxisName
+from normlab.running import BadBatch, init_running
 from normlab.types import Norm, Params, Site, State, init_affine
 from normlab.weight import weight_norm_init, weight_parts
 
@@ -114,6 +114,8 @@ def batch(
     ddof: int = 0,
     axis_name: AxisName | None = None,
     debias: bool = True,
+    algorithm: Algorithm = "auto",
+    bad_batch: BadBatch = "skip",
     rescale: bool = True,
     reshift: bool = True,
 ) -> Norm:
@@ -131,6 +133,8 @@ def batch(
             axis_name=axis_name,
             weights=site.weights,
             channel_axis=site.linear.channel_axis,
+            algorithm=algorithm,
+            bad_batch=bad_batch,
         )
 
     def init(site: Site) -> tuple[Params, State]:
@@ -146,11 +150,12 @@ def layer(
     *,
     axes: Axes = "channels",
     eps: float = 1e-5,
+    algorithm: Algorithm = "auto",
     rescale: bool = True,
     reshift: bool = True,
 ) -> Norm:
     """`layer_norm`."""
-    return _example(layer_parts, rescale, reshift, axes=axes, eps=eps)
+    return _example(layer_parts, rescale, reshift, axes=axes, eps=eps, algorithm=algorithm)
 
 
 def rms(
@@ -164,14 +169,27 @@ def rms(
     return _example(rms_parts, rescale, reshift, axes=axes, eps=eps)
 
 
-def group(*, groups: int, eps: float = 1e-5, rescale: bool = True, reshift: bool = True) -> Norm:
+def group(
+    *,
+    groups: int,
+    eps: float = 1e-5,
+    algorithm: Algorithm = "auto",
+    rescale: bool = True,
+    reshift: bool = True,
+) -> Norm:
     """`group_norm`."""
-    return _example(group_parts, rescale, reshift, groups=groups, eps=eps)
+    return _example(group_parts, rescale, reshift, groups=groups, eps=eps, algorithm=algorithm)
 
 
-def instance(*, eps: float = 1e-5, rescale: bool = True, reshift: bool = True) -> Norm:
+def instance(
+    *,
+    eps: float = 1e-5,
+    algorithm: Algorithm = "auto",
+    rescale: bool = True,
+    reshift: bool = True,
+) -> Norm:
     """`instance_norm`."""
-    return _example(instance_parts, rescale, reshift, eps=eps)
+    return _example(instance_parts, rescale, reshift, eps=eps, algorithm=algorithm)
 
 
 def weight(

@@ -12,14 +12,24 @@ the plain average that starts at mean 0 and variance 1.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple, get_args
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 from jax.typing import DTypeLike
 
-from normlab.checks import check_decay
+from normlab.checks import check_decay, invalid, nearest
 from normlab.moments import AxisName, Moments, all_reduce
+
+BadBatch = Literal["skip", "propagate", "raise"]
+"""What becomes of a batch that is empty, fully masked, or holds a NaN or an Inf.
+
+`"skip"`: the running statistics stay as they were, and `skipped` counts it. `"propagate"`: the
+batch is taken in as it is, and an empty one as NaN. `"raise"`: as skip, with an error; under `jit`
+JAX raises it, as a `JaxRuntimeError`, once the batch has been computed.
+"""
 
 
 class Running(NamedTuple):
@@ -54,11 +64,13 @@ def init_running(channels: int, *, debias: bool = True, dtype: DTypeLike = jnp.f
     return Running(jnp.zeros(channels, dtype), jnp.ones(channels, dtype), mass, zero, zero)
 
 
-def update_running(state: Running, m: Moments, *, decay: float, ddof: int = 0) -> Running:
+def update_running(
+    state: Running, m: Moments, *, decay: float, ddof: int = 0, bad_batch: BadBatch = "skip"
+) -> Running:
     """Takes one batch in. Carries no gradient.
 
-    A batch that is empty (or has no more than `ddof` values), or whose statistics are not finite,
-    changes nothing but `skipped`.
+    A batch is bad if it is empty (or has no more than `ddof` values), or if its statistics are not
+    finite.
 
     Args:
       state: The statistics so far.
@@ -66,17 +78,21 @@ def update_running(state: Running, m: Moments, *, decay: float, ddof: int = 0) -
       decay: The weight of the old value, in [0, 1).
       ddof: 0 averages the variance that normalized the batch, 1 the unbiased one, for which
         weights are counts.
+      bad_batch: What becomes of a bad batch.
 
     Raises:
-      ValueError: If `decay` is outside [0, 1).
+      ValueError: If `decay` is outside [0, 1), or the policy is unknown.
+      FloatingPointError: For a bad batch with the policy `"raise"`.
     """
     check_decay("running statistics", decay)
-    m = lax.stop_gradient(m)
+    m = check_batch("running statistics", lax.stop_gradient(m), bad_batch, ddof)
     mean = m.mean.reshape(state.mean.shape).astype(state.mean.dtype)
     var = m.var(ddof).reshape(state.var.shape).astype(state.var.dtype)
     mass = decay * state.mass + (1 - decay)
     rate = (1 - decay) / jnp.where(mass > 0, mass, 1)
     good = (m.count > ddof).all() & jnp.isfinite(mean).all() & jnp.isfinite(var).all()
+    if bad_batch == "propagate":
+        good = jnp.ones_like(good)
 
     def keep(new: Array, old: Array) -> Array:
         return jnp.where(good, new, old).astype(old.dtype)
@@ -88,6 +104,45 @@ def update_running(state: Running, m: Moments, *, decay: float, ddof: int = 0) -
         updates=state.updates + good.astype(jnp.int32),
         skipped=state.skipped + (~good).astype(jnp.int32),
     )
+
+
+def check_batch(where: str, m: Moments, bad_batch: BadBatch, ddof: int = 0) -> Moments:
+    """Returns the moments of a batch as the policy has them, or says that they are bad.
+
+    Args:
+      where: The caller, for the error.
+      m: The batch's moments.
+      bad_batch: `"propagate"` makes the moments of an empty batch NaN, `"raise"` raises.
+      ddof: A batch of no more than this many values has no variance.
+    """
+    if bad_batch not in get_args(BadBatch):
+        raise invalid(
+            where,
+            f"bad_batch={bad_batch!r}",
+            "the name of a policy",
+            f"use a known one: {nearest(str(bad_batch), get_args(BadBatch))}",
+        )
+    if bad_batch == "propagate":
+        seen = m.count > ddof
+        return m._replace(mean=jnp.where(seen, m.mean, jnp.nan), m2=jnp.where(seen, m.m2, jnp.nan))
+    if bad_batch == "raise":
+        jax.debug.callback(_raise_if_bad, where, ddof, *lax.stop_gradient(m))
+    return m
+
+
+def _raise_if_bad(where: str, ddof: int, count: Array, mean: Array, m2: Array) -> None:
+    if not (np.asarray(count) > ddof).all():
+        given = f"a batch with {np.min(count):g} values (or weight) per channel"
+        expected = f"more than {ddof}"
+    elif not (np.isfinite(mean).all() and np.isfinite(m2).all()):
+        bad = np.flatnonzero(~(np.isfinite(mean) & np.isfinite(m2)))
+        given = f"a batch with a NaN or an Inf in {bad.size} of {np.size(mean)} channels, "
+        given += f"the first of them {bad[0]}"
+        expected = "finite values"
+    else:
+        return
+    change = 'give these examples the weight 0, or pass bad_batch="skip"'
+    raise FloatingPointError(str(invalid(where, given, expected, change)))
 
 
 def pool_running(state: Running, axis_name: AxisName) -> Running:
