@@ -28,7 +28,13 @@ from normlab.moments import (
 from normlab.registry import INVARIANCES, Row, get, names, row
 from normlab.running import BadBatch, Running, init_running, pool_running, update_running
 from normlab.types import Affine, Norm, Params, Site, State, init_affine, shapes
-from normlab.weight import weight_norm, weight_norm_init, weight_parts
+from normlab.weight import (
+    weight_norm,
+    weight_norm_init,
+    weight_parts,
+    weight_standardization,
+    weight_standardization_parts,
+)
 
 __version__ = "0.1.0"
 
@@ -81,4 +87,6 @@ __all__ = [
     "weight_norm",
     "weight_norm_init",
     "weight_parts",
+    "weight_standardization",
+    "weight_standardization_parts",
 ]

@@ -16,11 +16,10 @@ from jax import Array, lax
 from jax.typing import ArrayLike
 
 from normlab.affine import Parts, affine
-from normlab.checks import expand, gain_and_bias, invalid, promote, result_dtype
+from normlab.checks import expand, gain_and_bias, promote, result_dtype
 from normlab.linear import Dense, Linear
-from normlab.moments import moments
 from normlab.types import Site
-from normlab.weight import kernel, safe_sqrt, units_and_lengths
+from normlab.weight import deviations, inputs, kernel, safe_sqrt, units_and_lengths
 
 
 def cosine_norm(
@@ -57,7 +56,7 @@ def cosine_norm(
     x, w = promote(x), promote(w)
     # The cosine does not see the lengths: divide them out before the product can overflow.
     x = x / _peak(x, linear)
-    w, _ = units_and_lengths(w - w.mean(range(w.ndim - 1), keepdims=True) if centred else w)
+    w, _ = units_and_lengths(deviations(w)[0] if centred else w)
     site = Site(linear(x, w), x, w, linear=linear)
     return affine(cosine_parts(params, site, centred=centred), site.a).astype(dtype)
 
@@ -75,29 +74,23 @@ def cosine_parts(params: Any, site: Site, *, centred: bool = False) -> Parts:
     """
     where = "centred cosine norm" if centred else "cosine norm"
     w = promote(kernel(where, site))
-    if site.x is None:
-        raise invalid(
-            where,
-            "a site without x",
-            "the input of the layer",
-            "pass Site(a=linear(x, w), x=x, w=w, linear=linear)",
-        )
+    x = inputs(where, site)
     g, b = gain_and_bias(where, params, site.a, site.linear.channel_axis)
 
     def per_unit(v: Array) -> Array:
         return expand(v, site.a.ndim, site.linear.channel_axis)
 
-    peak = _peak(site.x, site.linear)
-    x = promote(site.x) / peak
+    peak = _peak(x, site.linear)
+    x = promote(x) / peak
     _, length_w = units_and_lengths(w)
     sigma = per_unit(length_w) * safe_sqrt(site.linear.patch_square(x, w)) * peak
     sigma = jnp.where(sigma > 0, sigma, 1)
     if not centred:
         return Parts(jnp.zeros((), w.dtype), sigma, g, b)
     patch = site.linear.patch_moments(x, w)
-    w_bar = moments(w, range(w.ndim - 1)).mean
+    deviation, w_bar = deviations(w)
     mu = patch.count * per_unit(w_bar) * patch.mean * peak
-    _, length_w = units_and_lengths(w - w_bar)
+    _, length_w = units_and_lengths(deviation)
     # What rounding leaves of a constant patch is no direction. There σ is the plain one, beside
     # which the rounding of a − μ is nothing.
     noise = 8 * jnp.finfo(w.dtype).eps * jnp.abs(patch.mean)

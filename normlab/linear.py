@@ -34,6 +34,10 @@ class Linear(Protocol):
         """The axes of `x` along which the inputs of one output lie."""
         ...
 
+    def patch_sum(self, x: Array, w: Array) -> Array:
+        """Σ x of the K inputs that meet each output, broadcastable to `a`."""
+        ...
+
     def patch_square(self, x: Array, w: Array) -> Array:
         """Σ x² of the K inputs that meet each output, broadcastable to `a`."""
         ...
@@ -74,6 +78,10 @@ class Dense:
     def patch_axes(self, x: Array) -> tuple[int, ...]:
         """The last."""
         return (x.ndim - 1,)
+
+    def patch_sum(self, x: Array, w: Array) -> Array:
+        """Σ x over the last axis, shape `[..., 1]`."""
+        return promote(x).sum(-1, keepdims=True)
 
     def patch_square(self, x: Array, w: Array) -> Array:
         """Σ x² over the last axis, shape `[..., 1]`."""
@@ -159,11 +167,15 @@ class Conv:
         """All but the first, the examples'."""
         return tuple(range(1, x.ndim))
 
-    def patch_square(self, x: Array, w: Array) -> Array:
-        """Σ x² of each patch, shape `[N, ..., C or 1]`: over its channels, then over the window."""
+    def patch_sum(self, x: Array, w: Array) -> Array:
+        """Σ x of each patch, shape `[N, ..., C or 1]`: over its channels, then over the window."""
         x = promote(x)
         ones = jnp.ones((*w.shape[:-2], 1, self.groups), x.dtype)
-        return self._per_unit(self(self._by_group(jnp.square(x)).sum(-1), ones), w)
+        return self._per_unit(self(self._by_group(x).sum(-1), ones), w)
+
+    def patch_square(self, x: Array, w: Array) -> Array:
+        """Σ x² of each patch, shape `[N, ..., C or 1]`."""
+        return self.patch_sum(jnp.square(promote(x)), w)
 
     def patch_moments(self, x: Array, w: Array) -> Moments:
         """The moments of each patch, padding included, shape `[N, ..., C or 1]`.

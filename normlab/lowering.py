@@ -75,7 +75,7 @@ def widen(shape: Sequence[int], axes: Sequence[int]) -> Wide | None:
     positions, channels = math.prod(shape[first:-1]), shape[-1]
     if not positions or not channels:
         return None
-    factors = range(1, _ROW // channels + 1)
+    factors = range(1, min(_ROW // channels, positions // 8) + 1)
     factor = max((k for k in factors if positions % k == 0), default=1)
     if factor == 1:
         return None

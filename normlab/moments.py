@@ -20,6 +20,7 @@ from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 from jax.core import Tracer
 from jax.typing import ArrayLike, DTypeLike
@@ -342,9 +343,12 @@ def align_weights(
     shape = jnp.shape(x)
     w = jnp.asarray(weights).astype(promote_dtype(x))
     given = w.shape
-    if not isinstance(w, Tracer) and bool((w < 0).any()):
+    if not isinstance(weights, Tracer) and (np.asarray(weights) < 0).any():
         raise invalid(
-            where, f"a weight of {w.min()}", "weights of at least 0", "use 0 to leave a value out"
+            where,
+            f"a weight of {np.asarray(weights).min()}",
+            "weights of at least 0",
+            "use 0 to leave a value out",
         )
     if channel_axis is not None:
         channel_axis %= len(shape)

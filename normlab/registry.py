@@ -18,7 +18,7 @@ from normlab.example import Axes, group_parts, instance_parts, layer_parts, rms_
 from normlab.moments import Algorithm, AxisName
 from normlab.running import BadBatch, init_running
 from normlab.types import Norm, Params, Site, State, init_affine
-from normlab.weight import weight_norm_init, weight_parts
+from normlab.weight import weight_norm_init, weight_parts, weight_standardization_parts
 
 INVARIANCES = (
     "weights rescaled",
@@ -69,7 +69,7 @@ def get(name: str, **options: Any) -> Norm:
     Traceback (most recent call last):
     ...
     ValueError: unknown norm 'bach': did you mean 'batch'? Known: none, batch, layer, rms, group, \
-instance, weight, cosine, centred_cosine
+instance, weight, weight_standardization, cosine, centred_cosine
     """
     factory = row(name).factory
     known = inspect.signature(factory).parameters
@@ -217,6 +217,11 @@ def weight(
     )
 
 
+def weight_standardization(*, rescale: bool = True, reshift: bool = True) -> Norm:
+    """`weight_standardization`."""
+    return _stateless(weight_standardization_parts, rescale=rescale, reshift=reshift)
+
+
 def cosine(*, g: float | None = None, rescale: bool = True, reshift: bool = True) -> Norm:
     """`cosine_norm`. The gain starts at `g`; `None` stands for √K.
 
@@ -325,6 +330,14 @@ _ROWS = {
             "Ulyanov, Vedaldi & Lempitsky 2016",
         ),
         _row(weight, "w: the weights of a unit", "0", "‖w‖", "I-I---", "Salimans & Kingma 2016"),
+        _row(
+            weight_standardization,
+            "w, and the sum of x: the weights of a unit",
+            "w̄·Σx",
+            "‖w − w̄‖",
+            "I-I---",
+            "Qiao et al. 2019, Brock et al. 2021",
+        ),
         _row(
             cosine,
             "w and x: the weights of a unit and the inputs they meet",

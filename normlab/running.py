@@ -12,6 +12,7 @@ the plain average that starts at mean 0 and variance 1.
 
 from __future__ import annotations
 
+import functools
 from typing import Literal, NamedTuple, get_args
 
 import jax
@@ -126,17 +127,19 @@ def check_batch(where: str, m: Moments, bad_batch: BadBatch, ddof: int = 0) -> M
         seen = m.count > ddof
         return m._replace(mean=jnp.where(seen, m.mean, jnp.nan), m2=jnp.where(seen, m.m2, jnp.nan))
     if bad_batch == "raise":
-        jax.debug.callback(_raise_if_bad, where, ddof, *lax.stop_gradient(m))
+        check = functools.partial(_raise_if_bad, where, ddof)
+        jax.debug.callback(check, *lax.stop_gradient(m))
     return m
 
 
-def _raise_if_bad(where: str, ddof: int, count: Array, mean: Array, m2: Array) -> None:
-    if not (np.asarray(count) > ddof).all():
-        given = f"a batch with {np.min(count):g} values (or weight) per channel"
+def _raise_if_bad(where: str, ddof: int, *m: Array) -> None:
+    count, mean, m2 = map(np.asarray, m)
+    if not (count > ddof).all():
+        given = f"a batch with {count.min():g} values (or weight) per channel"
         expected = f"more than {ddof}"
     elif not (np.isfinite(mean).all() and np.isfinite(m2).all()):
         bad = np.flatnonzero(~(np.isfinite(mean) & np.isfinite(m2)))
-        given = f"a batch with a NaN or an Inf in {bad.size} of {np.size(mean)} channels, "
+        given = f"a batch with a NaN or an Inf in {bad.size} of {mean.size} channels, "
         given += f"the first of them {bad[0]}"
         expected = "finite values"
     else:

@@ -1,6 +1,10 @@
-"""Norms that look at the weights: weight normalization.
+"""Norms that look at the weights: weight normalization and weight standardization.
 
-a = w·x        μ = 0        σ = ‖w‖        h = g · w·x / ‖w‖ + b
+    weight normalization      μ = 0        σ = ‖w‖            h = g · w·x / ‖w‖ + b
+    weight standardization    μ = w̄·Σx     σ = ‖w − w̄‖        h = g · (w − w̄)·x / ‖w − w̄‖ + b
+
+w̄ is the mean of a unit's K weights, and ‖w − w̄‖ = std(w)·√K. Either is a change of the kernel
+alone, which `weight_norm` and `weight_standardization` write out.
 """
 
 from __future__ import annotations
@@ -42,6 +46,56 @@ def weight_norm(v: Array, g: Array | None = None) -> Array:
     gain, _ = gain_and_bias("weight norm", params, v, -1)
     unit, _ = units_and_lengths(v)
     return (gain * unit).astype(result_dtype(v))
+
+
+def weight_standardization(v: Array, g: Array | None = None) -> Array:
+    """Weight standardization, scaled by the fan-in.
+
+    w = g · (v − v̄) / (std(v)·√K) for the K incoming weights v of each unit, so that w has mean 0
+    and length g: the form of Brock et al. 2021 (https://arxiv.org/abs/2101.08692). The original of
+    Qiao et al. 2019 (https://arxiv.org/abs/1903.10520) has no √K: pass g = √K.
+
+    Weights of 1e-20 and of 1e20 standardize alike. A constant vector becomes zero, with a bounded
+    derivative.
+
+    Args:
+      v: `[..., K, C]`, a kernel with its units last.
+      g: `[C]`, the length of each unit's weights; `None` for 1.
+
+    Returns:
+      w, in the shape and type of `v`.
+
+    Raises:
+      ValueError: If `g` is not `[C]`.
+
+    >>> weight_standardization(jnp.array([[1.0], [5.0]]), jnp.array([2.0])).round(3).tolist()
+    [[-1.4140000343322754], [1.4140000343322754]]
+    """
+    params = None if g is None else Affine(g, None)
+    gain, _ = gain_and_bias("weight standardization", params, v, -1)
+    unit, _ = units_and_lengths(deviations(v)[0])
+    return (gain * unit).astype(result_dtype(v))
+
+
+def weight_standardization_parts(params: Any, site: Site) -> Parts:
+    """The parts of weight standardization: μ = w̄·Σx, σ = ‖w − w̄‖ (1 where w is constant).
+
+    Args:
+      params: `Affine(g [C], b [C])`, or `None`.
+      site: A site with `a`, `x` and `w`.
+
+    Raises:
+      ValueError: If `x` or `w` is missing or does not fit `a`.
+    """
+    where = "weight standardization"
+    w, x = promote(kernel(where, site)), inputs(where, site)
+    g, b = gain_and_bias(where, params, site.a, site.linear.channel_axis)
+    deviation, w_bar = deviations(w)
+    _, length = units_and_lengths(deviation)
+    ndim, channel = site.a.ndim, site.linear.channel_axis
+    mu = expand(w_bar, ndim, channel) * site.linear.patch_sum(x, w)
+    sigma = expand(jnp.where(length > 0, length, 1), ndim, channel)
+    return Parts(mu, sigma, g, b)
 
 
 def weight_parts(params: Any, site: Site) -> Parts:
@@ -98,9 +152,34 @@ def units_and_lengths(w: ArrayLike) -> tuple[Array, Array]:
     return w / peak / jnp.where(length > 0, length, 1), length * peak
 
 
+def deviations(w: ArrayLike) -> tuple[Array, Array]:
+    """Returns w − w̄ and w̄ of each unit, `[..., K, C]` and `[1, ..., 1, C]`.
+
+    What rounding leaves of a constant vector is no direction: there w − w̄ is zero.
+    """
+    w = promote(w)
+    m = moments(w, range(w.ndim - 1))
+    deviation = w - m.mean
+    noise = 8 * jnp.finfo(w.dtype).eps * jnp.abs(lax.stop_gradient(m.mean))
+    largest = lax.stop_gradient(jnp.abs(deviation).max(range(w.ndim - 1), keepdims=True))
+    return jnp.where(largest > noise, deviation, 0), m.mean
+
+
 def safe_sqrt(q: Array) -> Array:
     """√q for q ≥ 0, with derivative zero at zero."""
     return jnp.where(q > 0, jnp.sqrt(jnp.where(q > 0, q, 1)), 0)
+
+
+def inputs(where: str, site: Site) -> Array:
+    """Returns `site.x`, or says that it is missing."""
+    if site.x is None:
+        raise invalid(
+            where,
+            "a site without x",
+            "the input of the layer",
+            "pass Site(a=linear(x, w), x=x, w=w, linear=linear)",
+        )
+    return site.x
 
 
 def kernel(where: str, site: Site) -> Array:

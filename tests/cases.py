@@ -132,6 +132,11 @@ def _weight(case, params, site):
     return site.linear(site.x, nl.weight_norm(site.w, params.g)) + _bias(params, site)
 
 
+def _weight_standardization(case, params, site):
+    w = nl.weight_standardization(site.w, params.g)
+    return site.linear(site.x, w) + _bias(params, site)
+
+
 def _cosine(case, params, site):
     centred = case.name == "centred_cosine"
     return nl.cosine_norm(site.x, site.w, params, linear=site.linear, centred=centred)
@@ -145,6 +150,7 @@ PLAIN = {
     "group": lambda case, params, site: _call(nl.group_norm, case, params, site),
     "instance": lambda case, params, site: _call(nl.instance_norm, case, params, site),
     "weight": _weight,
+    "weight_standardization": _weight_standardization,
     "cosine": _cosine,
     "centred_cosine": _cosine,
 }
@@ -176,6 +182,7 @@ ORACLES = {
     "group": _on_a(oracles.group, "groups"),
     "instance": _on_a(oracles.instance),
     "weight": _on_x_and_w(oracles.weight),
+    "weight_standardization": _on_x_and_w(oracles.weight_standardization),
     "cosine": _on_x_and_w(oracles.cosine),
     "centred_cosine": _on_x_and_w(oracles.cosine, centred=True),
 }
@@ -203,11 +210,12 @@ CASES = (
     Case("batch-conv-first", "batch", {"reshift": False, "debias": False}, **FIRST),
     Case("batch-weighted", "batch", {"rescale": False}, weights=IMPORTANCE),
     Case("batch-weighted-tokens", "batch", **TOKENS, weights=POSITIONS),
+    Case("batch-two-pass", "batch", {"algorithm": "two_pass", "bad_batch": "raise"}, **TOKENS),
     Case("layer-dense", "layer"),
     Case("layer-tokens", "layer", {"eps": 0.1, "reshift": False}, **TOKENS),
     Case("layer-conv", "layer", **LAST),
     Case("layer-conv-first", "layer", **FIRST),
-    Case("layer-conv-all", "layer", {"axes": "all"}, **LAST),
+    Case("layer-conv-all", "layer", {"axes": "all", "algorithm": "shifted"}, **LAST),
     Case("layer-conv-first-all", "layer", {"axes": "all", "rescale": False}, **FIRST),
     Case("layer-weighted", "layer", {"axes": "all"}, **TOKENS, weights=POSITIONS),
     Case("rms-dense", "rms"),
@@ -217,17 +225,23 @@ CASES = (
     Case("rms-weighted", "rms", {"axes": "all"}, **TOKENS, weights=POSITIONS),
     Case("group-dense", "group", {"groups": 2}, w=(5, 8)),
     Case("group-conv", "group", {"groups": 3, "eps": 0.1, "reshift": False}, **LAST),
+    Case("group-one-pass", "group", {"groups": 2, "algorithm": "one_pass"}, **TOKENS),
     Case("group-conv-first", "group", {"groups": 2, "rescale": False}, **FIRST),
     Case("group-weighted", "group", {"groups": 2}, **TOKENS, weights=POSITIONS),
     Case("instance-conv", "instance", **VALID),
     Case("instance-conv-first", "instance", {"eps": 0.1, "reshift": False}, **FIRST),
-    Case("instance-line", "instance", {"rescale": False}, **LINE),
+    Case("instance-line", "instance", {"rescale": False, "algorithm": "two_pass"}, **LINE),
     Case("instance-weighted", "instance", **TOKENS, weights=POSITIONS),
     Case("weight-dense", "weight"),
     Case("weight-data-init", "weight", {"data_init": True}, **TOKENS),
     Case("weight-conv", "weight", {"rescale": False}, **LAST),
     Case("weight-conv-first", "weight", {"reshift": False}, **FIRST),
     Case("weight-odd", "weight", **ODD),
+    Case("weight-standardization-dense", "weight_standardization"),
+    Case(
+        "weight-standardization-conv-first", "weight_standardization", {"rescale": False}, **FIRST
+    ),
+    Case("weight-standardization-odd", "weight_standardization", {"reshift": False}, **ODD),
     Case("cosine-dense", "cosine"),
     Case("cosine-tokens", "cosine", {"rescale": False, "reshift": False}, **TOKENS),
     Case("cosine-conv", "cosine", **LAST),

@@ -126,6 +126,12 @@ def weight(p, u):
     return product(p, u / length(u, 1))
 
 
+def weight_standardization(p, u):
+    """Brock et al. 2021, equation 1 with γ = 1: (v − v̄)/(σ√K)."""
+    u = u - u.mean(1, keepdims=True)
+    return product(p, u / (np.sqrt((u * u).mean(1, keepdims=True)) * np.sqrt(u.shape[1])))
+
+
 def weight_init(t):
     """Salimans & Kingma 2016, equation 6: g = 1/σ[t], b = −μ[t]/σ[t] for t = x·v/‖v‖."""
     axes = tuple(range(t.ndim - 1))
