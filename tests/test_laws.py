@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import normlab as nl
+from experiments.invariances import changed
 from tests import oracles
 from tests.cases import CASES, KINDS, everything, first_of, reference, stack
 from tests.helpers import MAPPERS, array, draw, gap, mappers
@@ -212,19 +213,6 @@ def test_channels_first_is_transposed_channels_last(case):
 # 3. Invariances: table 1 of Ba, Kiros & Hinton (2016).
 
 
-def _moved(column, x, w, seed=20):
-    c = 2.7
-    vector = draw(seed, *w.shape[:-1], 1)
-    return {
-        "weights rescaled": (x, c * w),
-        "weights recentred": (x, w + vector),
-        "one unit rescaled": (x, np.concatenate([c * w[..., :1], w[..., 1:]], -1)),
-        "data rescaled": (c * x, w),
-        "data recentred": (x + draw(seed, x.shape[-1]), w),
-        "one case rescaled": (np.concatenate([c * x[:1], x[1:]]), w),
-    }[column]
-
-
 def _change(case, x, w, moved):
     """max |Δh| in float64 with ε out of the way."""
     _, _, params = case.values(jnp.float64)
@@ -245,7 +233,7 @@ def _change(case, x, w, moved):
 @pytest.mark.parametrize("column", nl.INVARIANCES)
 def test_declared_invariances_hold_and_no_others(case, column, x64):
     x, w, _, _ = case.numbers()
-    change = _change(case, x, w, _moved(column, x, w))
+    change = _change(case, x, w, changed(column, x, w))
     if column in case.row.invariances:
         assert change < 1e-8
     else:

@@ -148,7 +148,8 @@ def test_where_all_weights_are_zero_the_output_is_the_bias_and_no_gradient_passe
     if norm == "batch":
         a, weights = a[1:2], weights[1:2]
     options = {"batch": {"train": True}, "group": {"groups": 2}, "layer": {"axes": "all"}}
-    params = nl.Affine(array(draw(1, 6)), array(draw(2, 6)))
+    g, b = array(draw(1, 6)), array(draw(2, 6))
+    params = nl.Affine(g, b)
 
     def f(a, params):
         h = getattr(nl, f"{norm}_norm")(a, params, weights=weights, **options.get(norm, {}))
@@ -157,7 +158,7 @@ def test_where_all_weights_are_zero_the_output_is_the_bias_and_no_gradient_passe
 
     (_, h), (da, dparams) = jax.value_and_grad(f, (0, 1), has_aux=True)(a, params)
     row = 0 if norm == "batch" else 1
-    assert gap(h[row], jnp.broadcast_to(params.b, (4, 6))) == 0
+    assert gap(h[row], jnp.broadcast_to(b, (4, 6))) == 0
     assert (da[row] == 0).all()
     assert jnp.isfinite(jnp.stack(dparams)).all()
 
