@@ -27,6 +27,7 @@ from normlab.moments import (
     align_weights,
     all_reduce,
     axis_size,
+    check_algorithm,
     moments,
 )
 from normlab.running import BadBatch, Running, check_batch, update_running
@@ -123,6 +124,7 @@ def batch_parts(
     where = "batch norm"
     check_eps(where, eps)
     check_decay(where, decay)
+    check_algorithm(where, algorithm)
     check_train(where, train)
     (channel,) = normalize_axes(where, channel_axis, a.ndim)
     g, b = gain_and_bias(where, params, a, channel)

@@ -29,6 +29,7 @@ from normlab.moments import (
     Moments,
     align_weights,
     average,
+    check_algorithm,
     leave_out,
     merge_axes,
     moments,
@@ -95,6 +96,7 @@ def layer_parts(
     """The parts of `layer_norm`, which see."""
     a = jnp.asarray(a)
     check_eps("layer norm", eps)
+    check_algorithm("layer norm", algorithm)
     (channel,) = normalize_axes("layer norm", channel_axis, a.ndim)
     axes = _example_axes("layer norm", axes, a.ndim, channel)
     weights = align_weights("layer norm", weights, a, channel)
@@ -214,6 +216,7 @@ def group_parts(
     a = jnp.asarray(a)
     where = "group norm"
     check_eps(where, eps)
+    check_algorithm(where, algorithm)
     channel = _channel_axis(where, channel_axis, a)
     g, b = gain_and_bias(where, params, a, channel)
     channels = a.shape[channel]
@@ -289,6 +292,7 @@ def instance_parts(
     a = jnp.asarray(a)
     where = "instance norm"
     check_eps(where, eps)
+    check_algorithm(where, algorithm)
     channel = _channel_axis(where, channel_axis, a)
     if a.ndim < 3:
         raise invalid(

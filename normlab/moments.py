@@ -315,8 +315,9 @@ def effective_sample_size(weights: ArrayLike, axes: int | Sequence[int] | None =
     >>> effective_sample_size(jnp.array([1.0, 1.0, 0.0])).item()
     2.0
     """
+    where = "effective sample size"
     w = promote(weights)
-    axes = tuple(range(w.ndim)) if axes is None else normalize_axes("weights", axes, w.ndim)
+    axes = tuple(range(w.ndim)) if axes is None else normalize_axes(where, axes, w.ndim)
     peak = jnp.max(w, axes, keepdims=True, initial=0)
     w = w / jnp.where(peak > 0, peak, 1)
     square = jnp.square(w).sum(axes)

@@ -370,6 +370,35 @@ TABLE = [
         "unknown norm", lambda: nl.get("bach"), "unknown norm 'bach'", "did you mean 'batch'", "rms"
     ),
     case("nothing like a norm", lambda: nl.row("zzz"), "unknown norm 'zzz'", "Known: none, batch"),
+    *(
+        case(
+            f"{name}: unknown algorithm",
+            lambda f=f: f(algorithm="two-pass"),
+            *(name, "algorithm='two-pass'", "did you mean 'two_pass'", "shifted, two_pass"),
+        )
+        for name, f in (
+            ("moments", moments),
+            ("batch norm", batch),
+            ("layer norm", lambda **o: nl.layer_norm(A, **o)),
+            ("group norm", lambda **o: nl.group_norm(A, groups=1, **o)),
+            ("instance norm", lambda **o: nl.instance_norm(IMAGE, **o)),
+        )
+    ),
+    case(
+        "unknown policy for bad batches",
+        lambda: batch(bad_batch="ignore"),
+        *("batch norm", "bad_batch='ignore'", "skip, propagate, raise"),
+    ),
+    case(
+        "effective sample size: axis out of range",
+        lambda: nl.effective_sample_size(jnp.ones(3), 1),
+        *("effective sample size", "axes 1", "rank 1"),
+    ),
+    case(
+        "weight standardization without x",
+        lambda: init("weight_standardization", Site(A, w=W)),
+        *("weight standardization", "without x", "x=x"),
+    ),
     case(
         "unknown option", lambda: nl.get("batch", momentum=0.9), "batch norm", "'momentum'", "decay"
     ),
