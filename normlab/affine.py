@@ -71,7 +71,7 @@ def affine(
     # zero, and carries the derivative of μ: so that the gradient of μ is that of c, which is one
     # small sum, and not a sum over all of a.
     pivot = lax.stop_gradient(mu)
-    r = 1 / sigma
+    r = _reciprocal(sigma)
     c = (pivot - mu) * r
     if math.prod(jnp.broadcast_shapes(r.shape, g.shape, b.shape)) < a.size:
         one = jnp.ones((), r.dtype)
@@ -84,6 +84,18 @@ def affine(
             pivot, r, c = (wide.statistic(jnp.broadcast_to(v, small)) for v in (pivot, r, c))
             return _apply(wide.array(a), pivot, r, c, g, b).astype(a.dtype).reshape(shape)
     return _apply(a, pivot, r, c, g, b).astype(a.dtype)
+
+
+@jax.custom_jvp
+def _reciprocal(sigma: Array) -> Array:
+    """1/σ, with the derivative −(dσ/σ)/σ: 1/σ² would overflow from 1e-19 on."""
+    return 1 / sigma
+
+
+@_reciprocal.defjvp
+def _(primals: Any, tangents: Any) -> Any:
+    r = _reciprocal(*primals)
+    return r, -(tangents[0] * r) * r
 
 
 @jax.custom_jvp

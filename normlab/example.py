@@ -30,7 +30,6 @@ from normlab.moments import (
     align_weights,
     average,
     check_algorithm,
-    leave_out,
     merge_axes,
     moments,
 )
@@ -153,7 +152,8 @@ def rms_parts(
     axes = _example_axes("RMS norm", axes, a.ndim, channel)
     weights = align_weights("RMS norm", weights, a, channel)
     g, b = gain_and_bias("RMS norm", params, a, channel)
-    square, count = average(jnp.square(promote(leave_out(a, weights))), axes, weights=weights)
+    valid = promote(a) if weights is None else jnp.where(weights > 0, promote(a), 0)
+    square, count = average(jnp.square(valid), axes, weights=weights)
     sigma = jnp.where(count > 0, jnp.sqrt(square + eps), jnp.inf)
     return Parts(jnp.zeros((), square.dtype), sigma, g, b)
 
