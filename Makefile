@@ -25,9 +25,10 @@ lint: $(INSTALLED)-dev
 	$(BIN)/ruff check
 	$(BIN)/pyright
 
-# One batch norm training step beside an eager PyTorch loop.
+# One batch norm training step beside an eager PyTorch loop, then every op beside its peers (ARGS).
 bench: $(INSTALLED)-peers
-	$(BIN)/python -m experiments bench $(ARGS)
+	$(BIN)/python -m experiments bench step
+	$(BIN)/python -m experiments bench ops $(ARGS)
 
 # Every extra installs the locked versions (torch, a peer, is not locked).
 $(INSTALLED)-%: $(VENV)/bin/python pyproject.toml constraints.txt

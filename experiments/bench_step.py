@@ -1,6 +1,6 @@
 """What a training step costs: normlab in a scan beside an eager PyTorch loop, in one run.
 
-    python -m experiments bench        # needs torch: pip install -e '.[peers]'
+    python -m experiments bench step    # needs torch: pip install -e '.[peers]'
 
 Both train the network of figure 1 in Ioffe & Szegedy (2015), three layers of 100 sigmoids with
 batch norm, by plain SGD on minibatches of random pixels, on the CPU. They take turns, so that both
@@ -33,7 +33,7 @@ from experiments.train import DeviceData, Trainer, minibatches
 
 
 @dataclasses.dataclass(frozen=True)
-class Bench:
+class BenchStep:
     """Time one batch norm training step beside the same step in an eager PyTorch loop."""
 
     batch_size: int = 60
@@ -49,7 +49,7 @@ class Bench:
     """Learning rate of plain SGD."""
 
 
-def run(config: Bench) -> dict[str, Any]:
+def run(config: BenchStep) -> dict[str, Any]:
     """Returns milliseconds per step of both, their ratio, and the floor."""
     data = _random_pixels()
     indices = minibatches(0, len(data.train_images), config.batch_size, config.steps)
@@ -85,7 +85,7 @@ def _random_pixels() -> Dataset:
     return Dataset("random", images, labels, images[:8], labels[:8], 10, "random", "")
 
 
-def _normlab(config: Bench, data: Dataset, indices: np.ndarray) -> Callable[[], None]:
+def _normlab(config: BenchStep, data: Dataset, indices: np.ndarray) -> Callable[[], None]:
     norm = nl.get("batch")
     device_data = DeviceData(data, 1)
     kernels = models.draw_kernels("mlp", 10, [0], device_data.probe)
@@ -102,12 +102,12 @@ def _normlab(config: Bench, data: Dataset, indices: np.ndarray) -> Callable[[], 
     return turn
 
 
-def _torch(config: Bench, data: Dataset, indices: np.ndarray) -> Callable[[], None]:
+def _torch(config: BenchStep, data: Dataset, indices: np.ndarray) -> Callable[[], None]:
     try:
         import torch  # pyright: ignore[reportMissingImports]
     except ImportError:
         raise RunError(
-            "bench measures PyTorch beside normlab, and torch is not installed: "
+            "bench step measures PyTorch beside normlab, and torch is not installed: "
             "pip install -c constraints.txt -e '.[peers]'"
         ) from None
     torch.manual_seed(0)
@@ -133,7 +133,7 @@ def _torch(config: Bench, data: Dataset, indices: np.ndarray) -> Callable[[], No
     return turn
 
 
-def _products(config: Bench, data: Dataset) -> Callable[[], None]:
+def _products(config: BenchStep, data: Dataset) -> Callable[[], None]:
     """The floor: the step's eleven matrix products and its update of the kernels, in a scan."""
     rng = np.random.default_rng(0)
     kernels = [

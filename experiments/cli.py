@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -21,9 +22,13 @@ from rich.progress import (
 from rich.table import Table
 
 import normlab as nl
-from experiments import bench, models
+from experiments import bench_report, bench_step, invariances, models, numerics
+from experiments.bench_ops import BenchOps, Ops
+from experiments.bench_step import BenchStep
 from experiments.compare import Compare, Comparison
 from experiments.data import NAMES, DataError, load
+from experiments.invariances import Invariances
+from experiments.numerics import Numerics
 from experiments.rundir import RunError
 
 console = Console()
@@ -49,11 +54,23 @@ class Data:
     """Where prepared data sets are kept; by default $NORMLAB_DATA_DIR or data/."""
 
 
+@dataclasses.dataclass(frozen=True)
+class Bench:
+    """Measure speed beside other libraries."""
+
+    bench: (
+        Annotated[BenchStep, tyro.conf.subcommand("step")]
+        | Annotated[BenchOps, tyro.conf.subcommand("ops")]
+    )
+
+
 Command = (
     Annotated[Compare, tyro.conf.subcommand("compare")]
     | Annotated[List, tyro.conf.subcommand("list")]
     | Annotated[Data, tyro.conf.subcommand("data")]
-    | Annotated[bench.Bench, tyro.conf.subcommand("bench")]
+    | Annotated[Bench, tyro.conf.subcommand("bench")]
+    | Annotated[Numerics, tyro.conf.subcommand("numerics")]
+    | Annotated[Invariances, tyro.conf.subcommand("invariances")]
 )
 
 
@@ -65,14 +82,20 @@ def main(arguments: list[str] | None = None) -> int:
             prog="python -m experiments",
             description="Compare normalizations on real data. Each command has its own --help.",
             args=arguments,
-            config=(tyro.conf.OmitArgPrefixes,),
+            config=(tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes),
         )
         if isinstance(command, Compare):
             return compare(command)
         if isinstance(command, Data):
             return data(command)
-        if isinstance(command, bench.Bench):
-            return benchmark(command)
+        if isinstance(command, Bench):
+            if isinstance(command.bench, BenchStep):
+                return benchmark_step(command.bench)
+            return benchmark_ops(command.bench)
+        if isinstance(command, Numerics):
+            return print_rows(numerics.HEADINGS, numerics.rows(command), command.markdown)
+        if isinstance(command, Invariances):
+            return print_rows(invariances.HEADINGS, invariances.rows(command), command.markdown)
         return describe()
     except (RunError, DataError) as error:
         return report(error)
@@ -185,10 +208,10 @@ def data(command: Data) -> int:
     return 0
 
 
-def benchmark(command: bench.Bench) -> int:
+def benchmark_step(command: BenchStep) -> int:
     """Times a step beside PyTorch and prints the ratio."""
     with errors.status("taking turns …"):
-        result = bench.run(command)
+        result = bench_step.run(command)
     rows = Table("step of the 3×100 MLP with batch norm", "median ms", "range ms")
     for name, ms in result["ms_per_step"].items():
         low, high = result["range_ms"][name]
@@ -203,6 +226,53 @@ def benchmark(command: bench.Bench) -> int:
     return 0
 
 
+def benchmark_ops(config: BenchOps) -> int:
+    """Times ops beside other libraries, then prints the tables and the paths."""
+    with errors.status("starting") as status:
+        ops = Ops(config, say=lambda text: status.update(f"{text} …"))
+    exit_status = 0
+    columns = (
+        TextColumn("{task.description:<44}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    try:
+        with Progress(*columns, console=errors) as progress:
+            bar = progress.add_task("", total=len(config.cases()) * (config.rounds + 1))
+            for doing in ops.run():
+                progress.update(bar, description=doing, advance=1)
+    except KeyboardInterrupt:
+        exit_status = EXIT_INTERRUPTED
+        errors.print("[yellow]interrupted:[/] the cases that were done follow, and are kept.")
+    except RunError as error:
+        exit_status = report(error)
+    if ops.results:
+        console.print(bench_report.times(ops.results, ops.machine()))
+        console.print(bench_report.comparison(ops.results))
+    for remark in bench_report.remarks(ops):
+        console.print(remark, highlight=False, markup=False, soft_wrap=True)
+    for name, path in ops.finish().items():
+        console.print(f"{name:>12}  {path}", highlight=False, soft_wrap=True)
+    return exit_status
+
+
+def print_rows(headings: Sequence[str], rows: Iterable[Sequence[str]], markdown: bool) -> int:
+    """Prints a table, for the terminal or as Markdown."""
+    with errors.status("measuring …"):
+        rows = list(rows)
+    if markdown:
+        for cells in (headings, ["---"] * len(headings), *rows):
+            print(f"| {' | '.join(cells)} |")
+        return 0
+    result = Table(*headings)
+    for row in rows:
+        result.add_row(*row)
+    console.print(result)
+    return 0
+
+
 def describe() -> int:
     """Prints the norms with what they measure, the models and the data sets."""
     norms = Table("norm", "μ and σ look at", "shift μ", "scale σ", title="norms")
@@ -213,7 +283,10 @@ def describe() -> int:
     others: dict[str, Any] = {"models": models.MODELS, "data sets": NAMES}
     for what, names in others.items():
         console.print(f"{what}: {', '.join(names)}", highlight=False)
-    console.print("commands: compare, data, bench, list; each has its own --help", highlight=False)
+    console.print(
+        "commands: compare, data, bench, numerics, invariances, list; each has its own --help",
+        highlight=False,
+    )
     return 0
 
 

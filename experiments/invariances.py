@@ -1,6 +1,7 @@
 """Under which changes each norm's output stays the same, and the spread at which ε breaks that.
 
-    python -m experiments invariances
+    python -m experiments invariances              # half a minute
+    python -m experiments invariances --markdown   # the table of docs/numerics.md
 
 A row per norm and declared invariance of scale: the relative change of the output (float64) when
 the weights, one unit, the data or one case is rescaled, for pre-activations whose standard
@@ -32,6 +33,9 @@ class Invariances:
 
     eps: float = 1e-5
     """ε of the norms that have one."""
+
+    markdown: bool = False
+    """Print the table as Markdown."""
 
 
 HEADINGS = ("norm", "what changes", *(f"{spread:.0e}" for spread in SPREADS), "breaks at")

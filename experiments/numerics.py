@@ -89,12 +89,12 @@ def errors(config: Numerics, mean: float, dtype: str) -> dict[str, float]:
         return output(parts, x)
 
     layer = flax.linen.BatchNorm(use_running_average=False, epsilon=EPS, dtype=jnp.float32)
-    variables = layer.init(jax.random.key(0), x)
+    variables = layer.init(jax.random.key(0), x.astype(jnp.float32))
     outputs = {
         "floor": (exact - mu.astype(np.float32).astype(np.float64)) / sigma,
         **{name: normlab(x, name) for name in ALGORITHMS},
         f"Chan's merge of {config.shards} shards": chan(shards).reshape(x.shape),
-        "flax.linen": layer.apply(variables, x, mutable=["batch_stats"])[0],
+        "flax.linen": layer.apply(variables, x.astype(jnp.float32), mutable=["batch_stats"])[0],
     }
     size = np.sqrt(np.square(truth).mean()) or 1.0
     return {

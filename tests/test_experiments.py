@@ -364,11 +364,6 @@ class TestBadInput:
         assert len(lines) > 10
         assert all(json.loads(line) for line in lines[:-1])  # the last one was cut by the disk
 
-    def test_a_missing_torch_is_one_clear_line(self, monkeypatch, capsys):
-        monkeypatch.setitem(sys.modules, "torch", None)
-        assert cli.main(["bench", "--steps", "2"]) == cli.EXIT_USAGE
-        assert "pip install -c constraints.txt -e '.[peers]'" in capsys.readouterr().err
-
     def test_an_interrupted_compilation_leaves_no_directory(self, tmp_path, monkeypatch, capsys):
         def interrupt(*_):
             raise KeyboardInterrupt
@@ -422,7 +417,7 @@ class TestCommandLine:
         assert "1437" in printed
         assert "360" in printed
 
-    @pytest.mark.parametrize("command", [[], ["compare"], ["data"], ["bench"], ["list"]])
+    @pytest.mark.parametrize("command", [[], ["compare"], ["data"], ["list"]])
     def test_help_teaches(self, command, capsys):
         with pytest.raises(SystemExit) as stop:
             cli.main([*command, "--help"])
@@ -430,11 +425,36 @@ class TestCommandLine:
         assert "usage:" in capsys.readouterr().out
 
 
-@pytest.mark.slow
-def test_bench_measures_both_in_one_run():
-    pytest.importorskip("torch")
-    from experiments import bench
+# The tables.
 
-    result = bench.run(bench.Bench(steps=20, rounds=2))
-    assert set(result["ms_per_step"]) == {"normlab", "torch, eager", "floor"}
-    assert result["normlab_over_torch"] > 0
+
+def markdown(capsys, *arguments: str) -> list[list[str]]:
+    assert cli.main([*arguments, "--markdown"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+
+
+def test_the_table_of_algorithms_shows_which_are_safe(capsys):
+    headings, _, *rows = markdown(capsys, "numerics", "--examples", "1024", "--rounds", "1")
+    at = headings.index("mean 10000")
+    error = {name: float(cells[at - 1]) for name, *cells in rows if cells[0] == "float32"}
+    assert error["one_pass"] > 0.1
+    assert error["flax.linen"] > 0.1
+    for name in ("shifted", "two_pass", "Chan's merge of 8 shards"):
+        assert error["floor"] <= error[name] < 1e-3
+    document = (Path(__file__).parent.parent / "docs/numerics.md").read_text()
+    assert f"| {' | '.join(headings)} |" in document
+    assert all(f"| {name} | {dtype} |" in document for name, dtype, *_ in rows)
+
+
+def test_the_table_of_invariances_shows_where_eps_breaks_them(capsys):
+    """√ε is the spread at which a norm starts to scale by ε; where there is no ε nothing breaks."""
+    _, _, *rows = markdown(capsys, "invariances", "--eps", "1e-9")
+    breaks = {(name, column): at for name, column, *_, at in rows}
+    for (name, column), at in breaks.items():
+        assert column in nl.row(name).invariances
+        if nl.row(name).looks_at.startswith("a"):
+            assert 1e-5 < float(at) < 1e-1
+        else:
+            assert at == "never"
+    assert ("batch", "data rescaled") in breaks

@@ -1,0 +1,320 @@
+"""The benchmarks: that all time the same thing, what they write, and what they refuse."""
+
+import importlib
+import json
+import sys
+import warnings
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from experiments import bench_jax, bench_ops, bench_report, cli
+from experiments.bench_worker import BOTH, COPY, DIRECTIONS, EPS, FORWARD, GROUPS, Case, Server
+from experiments.rundir import RunError
+from tests import oracles
+from tests.helpers import gap
+
+SMALL = {"conv": (2, 3, 4, 16), "dense": (6, 16), "tokens": (2, 3, 16)}
+WAYS = [(op, kinds[0], "float32") for op, kinds in bench_ops.KINDS_OF.items()]
+WAYS += [(op, kinds[-1], "bfloat16") for op, kinds in bench_ops.KINDS_OF.items()]
+ORACLES = {
+    "batch": oracles.batch,
+    "layer": oracles.layer,
+    "rms": oracles.rms,
+    "group": lambda a, eps: oracles.group(a, GROUPS, eps),
+    "instance": oracles.instance,
+}
+
+
+def run(out, *arguments: str) -> int:
+    tiny = ("--rounds", "1", "--turn-ms", "0.1", "--run-dir", str(out))
+    return cli.main(["bench", "ops", *arguments, *tiny])
+
+
+@pytest.fixture(autouse=True)
+def _as_peers_are_used():
+    """Peers warn, and promote types, as they please."""
+    with warnings.catch_warnings(), jax.numpy_dtype_promotion("standard"):
+        warnings.simplefilter("ignore")
+        yield
+
+
+def family(peer: str):
+    """The family that holds a peer, here in this process; skips where it is not installed."""
+    pytest.importorskip(bench_ops.PEERS.get(peer, ("jax", "jax"))[0])
+    name = "torch" if peer == "torch" else "jax"
+    return importlib.import_module(f"experiments.bench_{name}").family("cpu")
+
+
+def measure(peer: str, case: Case):
+    """For every way of the peer: `(contestant, y, y without gradients, gradients...)`."""
+    found = family(peer)
+    found.load(case)
+    for contestant in found.contestants(peer, case):
+        calls = found.build(contestant).calls
+        y, *rest = calls[BOTH]()
+        gradients = [v.grad for v in (found.x, *found.params)] if peer == "torch" else rest[0]
+        again, _ = calls[FORWARD]()
+        arrays = (y, again, *gradients)
+        types = [str(v.dtype).removeprefix("torch.") for v in arrays]
+        assert types[:3] == [case.dtype] * 3
+        assert set(types[3:]) == {"float32"}
+        yield contestant, *((v.float().numpy() if peer == "torch" else v) for v in arrays)
+
+
+class TestContestants:
+    @pytest.mark.parametrize("peer", ["normlab", *bench_ops.PEERS])
+    @pytest.mark.parametrize(("op", "kind", "dtype"), WAYS)
+    def test_all_time_the_norm_and_its_gradients(self, op, kind, dtype, peer):
+        case = Case(op, kind, SMALL[kind], dtype)
+        x, dy, params = case.inputs()
+        x, dy = (np.asarray(jnp.asarray(v, dtype), np.float64) for v in (x, dy))
+        params = [v.astype(np.float64) for v in params]
+
+        def norm(x, g, b=0.0):
+            return ORACLES[op](x, eps=EPS) * g + b
+
+        y = norm(x, *params)
+        gradients = oracles.gradient(lambda *args: (dy * norm(*args)).sum(), x, *params)
+        names = []
+        for contestant, *arrays in measure(peer, case):
+            tolerance = 2e-5 if dtype == "float32" else 2e-2
+            assert gap(tuple(arrays), (y, y, *gradients)) < tolerance, contestant.name
+            names.append(contestant.name)
+        assert len(names) == 1 + any("two-pass" in name for name in names)
+
+    @pytest.mark.parametrize("peer", ["normlab", *bench_ops.PEERS])
+    @pytest.mark.parametrize("op", [op for op in bench_ops.KINDS_OF if op != "rms"])
+    def test_safe_is_what_loses_no_digits_to_a_large_mean(self, op, peer, monkeypatch):
+        case = Case(op, "conv", (4, 8, 8, 64), "float32")
+        x, dy, (g, b) = case.inputs()
+        x += np.float32(4e3)
+        monkeypatch.setattr(Case, "inputs", lambda _: (x, dy, (g, b)))
+        expected = ORACLES[op](x.astype(np.float64), eps=EPS) * g + b
+        for contestant, y, *_ in measure(peer, case):
+            assert (gap(y, expected) < 1e-3) == contestant.safe, contestant.name
+
+    @pytest.mark.parametrize("peer", bench_ops.PEERS)
+    def test_every_peer_has_one_default_and_ways_of_different_names(self, peer):
+        for op, kind, dtype in WAYS:
+            found = family(peer).contestants(peer, Case(op, kind, SMALL[kind], dtype))
+            assert [c.default for c in found].count(True) == 1
+            assert len({c.name for c in found}) == len(found)
+
+    @pytest.mark.parametrize("peer", ["normlab", "torch"])
+    def test_the_floor_copies_x(self, peer):
+        found = family(peer)
+        found.load(Case("rms", "dense", (6, 16), "bfloat16"))
+        both = found.x, found.copy()()
+        x, y = (v.detach().float().numpy() if peer == "torch" else v for v in both)
+        np.testing.assert_array_equal(np.asarray(x, np.float32), np.asarray(y, np.float32))
+
+
+class TestServer:
+    def test_a_contestant_that_fails_is_left_out_with_its_reason(self, monkeypatch):
+        def broken(case):
+            raise TypeError("no such norm\nand more")
+
+        def fails(x, g):
+            raise ValueError("not for this shape")
+
+        contestant = bench_jax.Contestant("haiku", "haiku", fails, safe=True)
+        monkeypatch.setitem(bench_jax.BUILDERS, "equinox", broken)
+        monkeypatch.setitem(bench_jax.BUILDERS, "haiku", lambda case: [contestant])
+        server = Server(bench_jax.family(""))
+        peers = ["normlab", "haiku", "equinox"]
+        rows = server.prepare(Case("rms", "dense", (6, 16), "float32"), peers, turn_ms=0.1)
+        assert {row["name"]: row["reason"] for row in rows} == {
+            "normlab": None,
+            "haiku": "ValueError: not for this shape",
+            "equinox": "TypeError: no such norm",
+        }
+        assert all(server.turn("normlab", direction) > 0 for direction in DIRECTIONS)
+        assert server.turn(COPY, FORWARD) > 0
+
+
+class TestOps:
+    def test_a_run_leaves_tables_every_turn_and_a_figure(self, tmp_path, capsys):
+        out = tmp_path / "run"
+        chosen = ("--ops", "rms", "--shapes", "dense", "--dtypes", "float32")
+        assert run(out, *chosen, "--peers", "flax.linen") == 0
+        printed = capsys.readouterr().out
+        for text in ("rms 4096×256 f32", "flax.linen", "floor", "normlab / peer", "GB/s"):
+            assert text in printed
+        result = json.loads((out / "ops.json").read_text())
+        assert result["complete"]
+        assert result["config"]["ops"] == ["rms"]
+        assert result["environment"]["jax"]["variables"]["MALLOC_MMAP_MAX_"] == "0"
+        assert result["environment"]["jax"]["backend"] == "cpu"  # where torch would compute, too
+        assert result["environment"]["packages"]["flax"]
+        assert result["absent"] == {}
+        assert [case["label"] for case in result["cases"]] == [
+            "rms 4096×256 f32",
+            "rms 128×1024 f32",
+        ]
+        for case in result["cases"]:
+            assert case["bytes"] == 4 * np.prod(case["shape"])
+            assert case["floor"]["jax"]["gb_per_s"] > 0
+            assert [row["name"] for row in case["contestants"]] == ["normlab", "flax.linen"]
+            for row in case["contestants"]:
+                assert row["temp_per_x"] >= 0
+                for direction in DIRECTIONS:
+                    turns = row["turns"][direction]["turns_ms"]
+                    assert turns == [row["turns"][direction]["median_ms"]]
+            ours, theirs = (row["turns"][BOTH]["median_ms"] for row in case["contestants"])
+            assert case["ratios"][f"flax.linen, {BOTH}"] == pytest.approx(ours / theirs)
+            assert case["ratios"][f"fastest safe, {BOTH}"]["peer"] == "flax.linen"
+            assert case["ratios"][f"torch, {BOTH}"] is None
+        assert (out / "ops.png").read_bytes().startswith(b"\x89PNG")
+        assert b"<svg" in (out / "ops.svg").read_bytes()
+
+    def test_an_absent_peer_is_named_with_the_line_that_installs_it(
+        self, tmp_path, monkeypatch, capsys
+    ):
+        for module in ("haiku", "equinox", "torch"):
+            monkeypatch.setitem(sys.modules, module, None)
+        chosen = ("--ops", "rms", "--shapes", "tokens", "--dtypes", "float32")
+        out = tmp_path / "run"
+        assert run(out, *chosen, "--peers", "haiku", "torch", "--no-reuse-memory") == 0
+        printed = capsys.readouterr().out
+        assert (
+            "not installed, and left out: haiku, torch. To add them: "
+            "pip install -c constraints.txt -e '.[peers]'\n"
+        ) in printed
+        result = json.loads((out / "ops.json").read_text())
+        assert result["absent"] == {"haiku": "not installed", "torch": "not installed"}
+        (case,) = result["cases"]
+        assert [row["name"] for row in case["contestants"]] == ["normlab"]
+
+    def test_stopping_keeps_the_cases_that_were_done(self, tmp_path):
+        config = bench_ops.BenchOps(
+            ops=("rms",), shapes=("dense",), dtypes=("float32",), peers=(), rounds=1,
+            turn_ms=0.1, run_dir=tmp_path / "run",
+        )  # fmt: skip
+        ops = bench_ops.Ops(config)
+        doing = ops.run()
+        assert next(doing) == "rms 4096×256 f32: compiling"
+        assert next(doing) == "rms 4096×256 f32"
+        assert next(doing) == "rms 128×1024 f32: compiling"
+        ops.workers["jax"].close()
+        with pytest.raises(RunError, match=r"jax process ended.*are kept"):
+            next(doing)
+        assert set(ops.finish()) == {"ops.json", "ops.png", "ops.svg"}
+        result = json.loads((tmp_path / "run" / "ops.json").read_text())
+        assert not result["complete"]
+        assert [case["label"] for case in result["cases"]] == ["rms 4096×256 f32"]
+
+    def test_stopping_before_a_case_is_done_leaves_no_directory(self, tmp_path):
+        ops = bench_ops.Ops(bench_ops.BenchOps(peers=(), run_dir=tmp_path / "run"))
+        assert ops.finish() == {}
+        assert not (tmp_path / "run").exists()
+
+    def test_reasons_and_notes_are_said_once(self):
+        def row(name, **known):
+            return {"name": name, "reason": None, "note": "", **known}
+
+        rows = [row("a", reason="too large"), row("b", note="asked kindly")]
+        done = SimpleNamespace(
+            results=[
+                {"op": "batch", "label": label, "contestants": rows}
+                for label in ("batch 1", "batch 2")
+            ],
+            absent={"torch": "this torch has no CUDA"},
+            environment={"load_before": 0.5, "load_after": 6.0, "jax": {"cores": 2}},
+        )
+        busy, *rest = bench_report.remarks(done)
+        assert "load 0.5 before, 6.0 after, on 2 cores" in busy
+        assert rest == [
+            "torch left out: this torch has no CUDA",
+            "a left out of batch 1; batch 2: too large",
+            "b, batch: asked kindly",
+        ]
+
+    def test_the_fastest_safe_peer_may_differ_between_directions(self):
+        def row(name, forward, both, safe=True, family="jax"):
+            turns = {FORWARD: {"median_ms": forward}, BOTH: {"median_ms": both}}
+            return {
+                "name": name, "family": family, "safe": safe, "turns": turns, "temp_per_x": 2.0,
+            }  # fmt: skip
+
+        rows = [
+            row("normlab", 2, 6),
+            row("flax.linen", 1, 1, safe=False),
+            row("haiku", 4, 3),
+            row("equinox", 2, 4),
+            row("torch", 1, 12, family="torch"),
+        ]
+        found = bench_ops.ratios(rows)
+        assert found[f"fastest safe, {FORWARD}"] == {"peer": "equinox", "ratio": 1}
+        assert found[f"fastest safe, {BOTH}"] == {"peer": "haiku", "ratio": 2}
+        assert found[f"flax.linen, {BOTH}"] == 6
+        assert (found[f"torch, {FORWARD}"], found[f"torch, {BOTH}"]) == (2, 0.5)
+        assert found["temp, flax.linen"] == 1
+        assert bench_ops.ratios([{"name": "normlab", "turns": {}}]) == {}
+
+
+REFUSED = {
+    "op": (["--ops", "bach"], ["--ops", "did you mean 'batch'", "instance"]),
+    "shape": (["--shapes", "conf"], ["--shapes", "did you mean 'conv'", "tokens"]),
+    "dtype": (["--dtypes", "float23"], ["did you mean 'float32'"]),
+    "peer": (["--peers", "flax.line"], ["did you mean 'flax.linen'", "equinox"]),
+    "nothing": (["--ops", "group", "--shapes", "dense"], ["leave nothing", "group: conv"]),
+    "rounds": (["--rounds", "0"], ["--rounds", "at least 1"]),
+    "scale": (["--scale", "0"], ["--scale", "at least 1"]),
+    "turn": (["--turn-ms", "0"], ["--turn-ms", "positive"]),
+}
+
+
+class TestCommandLine:
+    @pytest.mark.parametrize("case", REFUSED)
+    def test_refused_with_what_to_change_and_nothing_written(self, case, tmp_path, capsys):
+        arguments, words = REFUSED[case]
+        out = tmp_path / "run"
+        with pytest.raises(SystemExit) as stop:
+            cli.main(["bench", "ops", *arguments, "--run-dir", str(out)])
+        assert stop.value.code == cli.EXIT_USAGE
+        error = " ".join(capsys.readouterr().err.replace("│", " ").split())
+        for word in words:
+            assert word in error
+        assert not out.exists()
+
+    @pytest.mark.parametrize("command", [["bench"], ["bench", "step"], ["bench", "ops"]])
+    def test_help_teaches(self, command, capsys):
+        with pytest.raises(SystemExit) as stop:
+            cli.main([*command, "--help"])
+        assert stop.value.code == 0
+        printed = capsys.readouterr().out
+        assert "usage:" in printed
+        if command == ["bench"]:
+            assert "step" in printed
+            assert "ops" in printed
+
+    def test_step_without_torch_is_one_clear_line(self, monkeypatch, capsys):
+        monkeypatch.setitem(sys.modules, "torch", None)
+        assert cli.main(["bench", "step", "--steps", "2"]) == cli.EXIT_USAGE
+        assert "pip install -c constraints.txt -e '.[peers]'" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_step_measures_both_in_one_run():
+    pytest.importorskip("torch")
+    from experiments import bench_step
+
+    result = bench_step.run(bench_step.BenchStep(steps=20, rounds=2))
+    assert set(result["ms_per_step"]) == {"normlab", "torch, eager", "floor"}
+    assert result["normlab_over_torch"] > 0
+
+
+@pytest.mark.slow
+def test_every_peer_takes_turns_in_one_run(tmp_path):
+    for module, _ in bench_ops.PEERS.values():
+        pytest.importorskip(module)
+    assert run(tmp_path / "run", "--shapes", "conv", "tokens") == 0
+    result = json.loads((tmp_path / "run" / "ops.json").read_text())
+    assert result["absent"] == {}
+    for case in result["cases"]:
+        assert {row["peer"] for row in case["contestants"]} == {"normlab", *bench_ops.PEERS}
+        assert [row["reason"] for row in case["contestants"]] == [None] * len(case["contestants"])
