@@ -127,7 +127,9 @@ def passes(compiled: Compiled | str, nbytes: int) -> Passes:
       is. It has 128 MiB of it on a v5e, so a smaller x may pass through memory less often than a
       larger one.
 
-    Sizes are those of the shapes, without padding. Two arrays of half the size count as none.
+    Sizes are those of the shapes, without padding. Two arrays of half the size count as none, and
+    so does a loop that goes over x slice by slice. XLA's CPU has fusions that look at all of x
+    before they look at it again (`ynn_fusion`): for these the count is a lower bound.
 
     Args:
       compiled: A compiled function, or the text of one (`compiled.as_text()`).

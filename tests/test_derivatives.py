@@ -314,7 +314,7 @@ def pulled_back(form, name):
 
 
 @pytest.mark.parametrize("form", ["plain", "parts"])
-@pytest.mark.parametrize("size", [3, 10, 100])
+@pytest.mark.parametrize("size", [3, 100])
 def test_a_constant_unit_has_no_correlation_and_a_bounded_gradient(form, size):
     """What rounding leaves of w − w̄ is no direction: such a unit would have a gradient of 1e7/‖w‖.
 
