@@ -14,7 +14,7 @@ from jax import Array, lax
 from jax.typing import ArrayLike
 
 from normlab.checks import floating, invalid, promote, result_dtype
-from normlab.lowering import apart, widen
+from normlab.lowering import apart, derivative_of, widen, zeros_of
 from normlab.moments import align_weights, leave_out
 
 
@@ -68,14 +68,13 @@ def affine(
     mu, sigma, g, b = _checked(parts, jnp.shape(a))
     a = floating(leave_out(a, align_weights("affine", weights, a, channel_axis)))
     # (a − μ)/σ about a pivot, the value of μ: (a − k)·r + c with r = 1/σ and c = (k − μ)/σ. c is
-    # zero, and carries the derivative of μ: so that the gradient of μ is that of c, which is one
-    # small sum, and not a sum over all of a.
+    # zero, and carries the derivative of μ: so that the gradient of μ is that of c, a small array,
+    # and needs no sum over a of its own.
     pivot = lax.stop_gradient(mu)
     r = _reciprocal(sigma)
-    c = (pivot - mu) * r
     if math.prod(jnp.broadcast_shapes(r.shape, g.shape, b.shape)) < a.size:
-        one = jnp.ones((), r.dtype)
-        r, c, g, b = r * g, c * g + b, one, jnp.zeros((), r.dtype)
+        r = r * g
+        c, g, b = _shift(mu, r) + b, jnp.ones((), r.dtype), jnp.zeros((), r.dtype)
         small = jnp.broadcast_shapes(r.shape, c.shape, (1,) * a.ndim)
         axes = [i for i, n in enumerate(a.shape) if n != small[i]]
         wide = widen(a.shape, axes)
@@ -83,6 +82,8 @@ def affine(
             shape = a.shape
             pivot, r, c = (wide.statistic(jnp.broadcast_to(v, small)) for v in (pivot, r, c))
             return _apply(wide.array(a), pivot, r, c, g, b).astype(a.dtype).reshape(shape)
+    else:
+        c = _shift(mu, r)
     return _apply(a, pivot, r, c, g, b).astype(a.dtype)
 
 
@@ -99,6 +100,18 @@ def _(primals: Any, tangents: Any) -> Any:
 
 
 @jax.custom_jvp
+def _shift(mu: Array, r: Array) -> Array:
+    """(k − μ)·r where k is the value of μ: zero, with all the derivatives."""
+    return zeros_of(mu * r)
+
+
+@_shift.defjvp
+def _(primals: Any, tangents: Any) -> Any:
+    (mu, r), (dmu, dr) = primals, tangents
+    return _shift(mu, r), -dmu * r - derivative_of(mu) * dr
+
+
+@jax.custom_jvp
 def _apply(a: Array, pivot: Array, r: Array, c: Array, g: Array, b: Array) -> Array:
     """((a − k)·r + c)·g + b, with a derivative that reads `a` once for each of its sums."""
     return ((promote(a) - pivot) * r + c) * g + b
@@ -107,11 +120,11 @@ def _apply(a: Array, pivot: Array, r: Array, c: Array, g: Array, b: Array) -> Ar
 @_apply.defjvp
 def _(primals: Any, tangents: Any) -> Any:
     (a, pivot, r, c, g, b), (da, dk, dr, dc, dg, db) = primals, tangents
-    a1, k1, r1, c1, g1 = apart(a, pivot, r, c, g)
-    a2, k2, r2, c2, g2 = apart(a1, k1, r1, c1, g1)
+    a1, k1, r1, g1 = apart(a, pivot, r, g)
+    a2, k2, r2, g2 = apart(a1, k1, r1, g1)
     by_a = (promote(da) - dk) * r * g
     by_r = (promote(a1) - k1) * g1 * dr
-    by_g = ((promote(a2) - k2) * r2 + c2) * dg
+    by_g = ((promote(a2) - k2) * r2 + c) * dg
     return _apply(a, pivot, r, c, g, b), by_a + by_r + dc * g2 + by_g + db
 
 

@@ -36,6 +36,22 @@ def _identity(*arrays: Array) -> tuple[Array, ...]:
     return arrays
 
 
+def zeros_of(v: Array) -> Array:
+    """Zeros like `v`, and varying over the same mapped axes; `v` itself is not computed."""
+    return jnp.where(jnp.zeros((), bool), v, jnp.zeros((), v.dtype))
+
+
+@jax.custom_jvp
+def derivative_of(v: Array) -> Array:
+    """Zero, with the derivatives of `v`: v − (the value of v), of which nothing is computed."""
+    return zeros_of(v)
+
+
+@derivative_of.defjvp
+def _(primals: Any, tangents: Any) -> Any:
+    return derivative_of(*primals), tangents[0]
+
+
 class Wide(NamedTuple):
     """`[lead, positions, C]` seen as `[lead, positions / factor, factor · C]`.
 

@@ -26,7 +26,7 @@ from jax.core import Tracer
 from jax.typing import ArrayLike, DTypeLike
 
 from normlab.checks import floating, invalid, nearest, normalize_axes, promote, promote_dtype
-from normlab.lowering import apart, widen
+from normlab.lowering import apart, derivative_of, widen
 
 AxisName = str | tuple[str, ...]
 """The name, or names, of mapped axes: `pmap`, `shard_map` or `vmap` with an `axis_name`."""
@@ -34,12 +34,12 @@ AxisName = str | tuple[str, ...]
 Algorithm = Literal["auto", "shifted", "two_pass", "one_pass"]
 """About which pivot the moments are taken.
 
-`"two_pass"`: the mean of a first pass (the corrected two-pass algorithm of Chan, Golub & LeVeque
-1983). `"shifted"`: the mean of a sixteenth of the values; their distance from the mean is part of
-the variance, so at most log10(17) digits are lost at any mean. `"one_pass"`: 0, that is
-E[x²] − E[x]², which loses log10(1 + mean²/var) digits. `"auto"`: `"two_pass"` over the innermost
-axis, where a second pass is cheap, `"shifted"` elsewhere. Weighted moments know no sixteenth:
-`"shifted"` is `"two_pass"` there.
+`"two_pass"`: the mean, from a pass of its own. `"shifted"`: the mean of a sixteenth of the values;
+their distance from the mean is part of the variance, so at most log10(17) digits are lost at any
+mean. `"one_pass"`: 0, that is E[x²] − E[x]², which loses log10(1 + mean²/var) digits. `"auto"`:
+`"two_pass"` over the innermost axis, where a second pass is cheap, `"shifted"` elsewhere. Weighted
+moments know no sixteenth: there `"shifted"` is two passes, the mean corrected by the second (Chan,
+Golub & LeVeque 1983).
 """
 
 
@@ -125,25 +125,38 @@ def moments(
     check_algorithm("moments", algorithm)
     w = align_weights("moments", weights, x)
     x = x if w is None else jnp.where(w > 0, x, jnp.zeros((), x.dtype))
-    pivot = lax.stop_gradient(_pivot(x, axes, w, algorithm))
-    if w is None:
-        count = jnp.full((1,) * x.ndim, math.prod(x.shape[i] for i in axes), pivot.dtype)
-        first, second = power_sums(x, pivot, axes)
-        n = jnp.where(count > 0, count, 1)
-        offset, square = first / n, second / n
-    else:
+    two_passes = _two_passes(x, axes, algorithm)
+    if w is not None:
+        pivot = lax.stop_gradient(_pivot(x, axes, w, algorithm))
         offset, count = average(promote(x) - pivot, axes, weights=w)
         square, _ = average(jnp.square(promote(x) - pivot), axes, weights=w)
+        mean = pivot + offset
+    else:
+        n = math.prod(x.shape[i] for i in axes)
+        count = jnp.full((1,) * x.ndim, n, promote_dtype(x))
+        pivot = _pivot(x, axes, None, algorithm)
+        first, second = power_sums(x, lax.stop_gradient(pivot), axes)
+        square = second / max(n, 1)
+        if two_passes:
+            mean, offset = pivot, derivative_of(pivot)
+        else:
+            offset = first / max(n, 1)
+            mean = lax.stop_gradient(pivot) + offset
     m2 = count * (square - jnp.square(offset))
-    # `where` and not `maximum`: at m2 = 0 the derivatives of every order must pass whole.
-    return Moments(count, pivot + offset, jnp.where(m2 < 0, 0, m2))
+    if w is not None or not two_passes:
+        # `where` and not `maximum`: at m2 = 0 the derivatives of every order must pass whole.
+        m2 = jnp.where(m2 < 0, 0, m2)
+    return Moments(count, mean, m2)
+
+
+def _two_passes(x: Array, axes: tuple[int, ...], algorithm: Algorithm) -> bool:
+    return algorithm == "two_pass" or (algorithm == "auto" and x.ndim - 1 in axes)
 
 
 def _pivot(x: Array, axes: tuple[int, ...], w: Array | None, algorithm: Algorithm) -> Array:
     if algorithm == "one_pass":
         return jnp.zeros((1,) * x.ndim, promote_dtype(x))
-    innermost = x.ndim - 1 in axes
-    if w is None and axes and (algorithm == "shifted" or (algorithm == "auto" and not innermost)):
+    if w is None and axes and not _two_passes(x, axes, algorithm):
         # Every 16th slice along one axis (or the nearest divisor), not the first slices: where
         # the axis is sharded, each device has its share of them.
         step = {i: max((k for k in range(2, 17) if x.shape[i] % k == 0), default=1) for i in axes}
