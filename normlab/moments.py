@@ -36,10 +36,11 @@ Algorithm = Literal["auto", "shifted", "two_pass", "one_pass"]
 
 `"two_pass"`: the mean, from a pass of its own about the first value. `"shifted"`: the mean of a
 sixteenth of the values; their distance from the mean is part of the variance, so at most log10(17)
-digits are lost at any mean. `"one_pass"`: 0, that is E[x²] − E[x]², which loses
-log10(1 + mean²/var) digits. `"auto"`: `"two_pass"` over the innermost axis, where a second pass is
-cheap, `"shifted"` elsewhere. Weighted moments know no sixteenth: there `"shifted"` is two passes,
-the mean corrected by the second (Chan, Golub & LeVeque 1983).
+digits are lost at any mean. Both give the mean to its last bit. `"one_pass"`: 0, that is
+E[x²] − E[x]², which loses log10(1 + mean²/var) digits. `"auto"`: `"shifted"`; over the innermost
+axis, where XLA makes one loop of it, the mean as XLA sums it, which may be off by two units in its
+last place. Weighted moments know no sixteenth: there `"shifted"` is two passes, the mean corrected
+by the second (Chan, Golub & LeVeque 1983).
 """
 
 
@@ -165,7 +166,7 @@ def _pivot(x: Array, axes: tuple[int, ...], w: Array | None, algorithm: Algorith
         if x.size:
             x = lax.index_in_dim(x.reshape(split), 0, axis + 1, keepdims=False)
         return average(promote(x), axes)[0]
-    if w is None and x.size:
+    if algorithm == "two_pass" and w is None and x.size:
         # About the first value: the mean is right to its last bit, and that of a constant exact.
         first = x[tuple(slice(1) if i in axes else slice(None) for i in range(x.ndim))]
         first = lax.stop_gradient(promote(first))

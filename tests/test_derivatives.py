@@ -382,7 +382,10 @@ def test_the_gradient_is_at_most_the_gain_over_root_eps_long(case, spread):
 
 @over_a
 def test_the_gradient_at_a_large_mean_is_right(case):
-    """Of float32 numbers around 1e4, which are 1e-3 apart, and so are μ and the true mean."""
+    """Of float32 numbers around 1e4, which are 1e-3 apart, and so are μ and the true mean.
+
+    Over the innermost axis the default takes the mean as XLA sums it, which doubles the error.
+    """
     _, _, g, b = numbers_on_a(case)
     mean = 0 if case.name == "rms" else 1e4
     a, c = draw(4, *case.x, mean=mean).astype(np.float32), draw(5, *case.x)
@@ -390,7 +393,7 @@ def test_the_gradient_at_a_large_mean_is_right(case):
     (expected,) = oracles.gradient(
         lambda a: (c * case.oracle(a, np.eye(6), g, b)).sum(), a.astype(np.float64)
     )
-    assert gap(grad, expected) < 3e-3
+    assert gap(grad, expected) < (6e-3 if case.label == "layer-channels" else 3e-3)
 
 
 @over_a
