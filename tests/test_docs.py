@@ -50,7 +50,10 @@ def test_the_docs_examples_run():
     assert jnp.abs(h).max(axis=-1).tolist() == pytest.approx([1, 1], abs=1e-4)
 
 
-@pytest.mark.parametrize("document", ["README.md", "docs/framework.md", "docs/data.md"])
+@pytest.mark.parametrize(
+    "document",
+    ["README.md", "docs/framework.md", "docs/data.md", "docs/numerics.md", "docs/speed.md"],
+)
 def test_links_and_files_that_are_named_exist(document):
     text = (ROOT / document).read_text()
     for target in re.findall(r"\]\((?!http)([^)#]+)\)", text):
