@@ -169,7 +169,7 @@ def _one_and_two_pass(peer: str, case: Case, make: Callable[[bool], F]) -> list[
 
 
 def _haiku(case: Case) -> list[Contestant]:
-    import haiku as hk
+    import haiku as hk  # pyright: ignore[reportMissingImports]
 
     learned = {"create_scale": True, "create_offset": True}
     calls: dict[str, Callable[[Array], Array]] = {
@@ -195,7 +195,7 @@ def _haiku(case: Case) -> list[Contestant]:
 
 
 def _equinox(case: Case) -> list[Contestant]:
-    import equinox as eqx
+    import equinox as eqx  # pyright: ignore[reportMissingImports]
 
     channels, note, state = case.shape[-1], "", None
     if case.op == "batch":
