@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import statistics
 from collections.abc import Sequence
 from typing import Any
 
@@ -46,10 +46,10 @@ def times(cases: Cases, machine: str) -> Table:
             temp = row["temp_per_x"]
             result.add_row(name, *cells, "–" if temp is None else f"{temp:.2f}")
         result.add_section()
-    rates = ", ".join(
-        f"{family} {_middle([case['floor'][family]['gb_per_s'] for case in cases]):.1f} GB/s"
-        for family in cases[0]["floor"]
-    )
+    speeds = {
+        family: [c["floor"][family]["gb_per_s"] for c in cases] for family in cases[0]["floor"]
+    }
+    rates = ", ".join(f"{name} {statistics.median(v):.1f} GB/s" for name, v in speeds.items())
     result.caption = (
         f"both: forward and backward. * {ONE_PASS}: loses digits to a large mean. Beside each case "
         f"its floor: 1 copy of x forward, 2.5 for both; the median copy ran at {rates}. temp: peak "
@@ -70,7 +70,11 @@ def comparison(cases: Cases) -> Table:
         result.add_row(case["label"], *ratios, ":".join(pair))
     result.add_section()
     columns = [[r for case in cases if (r := pick(case["ratios"]))] for _, pick in RATIOS]
-    result.add_row("geometric mean", *(_ratio(_geometric(c)) for c in columns), "")
+    result.add_row(
+        "geometric mean",
+        *(_ratio(statistics.geometric_mean(c) if c else None) for c in columns),
+        "",
+    )
     result.add_row("worst", *(_ratio(max(c, default=None)) for c in columns), "")
     faster = (f"{sum(r <= 1 for r in c)}/{len(c)}" if c else "–" for c in columns)
     result.add_row("at most 1", *faster, "")
@@ -120,11 +124,3 @@ def _table(title: str, headings: Sequence[str]) -> Table:
 
 def _ratio(value: float | None) -> str:
     return "–" if value is None else f"{value:.2f}"
-
-
-def _geometric(values: Sequence[float]) -> float | None:
-    return math.exp(math.fsum(map(math.log, values)) / len(values)) if values else None
-
-
-def _middle(values: Sequence[float]) -> float:
-    return sorted(values)[len(values) // 2]
