@@ -2,6 +2,7 @@
 
 from normlab.affine import Parts, affine, fold, invert
 from normlab.batch import batch_norm, batch_parts
+from normlab.collective import all_reduce
 from normlab.cosine import cosine_norm, cosine_parts
 from normlab.example import (
     group_norm,
@@ -16,9 +17,7 @@ from normlab.example import (
 from normlab.linear import Conv, Dense, Linear
 from normlab.moments import (
     Algorithm,
-    AxisName,
     Moments,
-    all_reduce,
     effective_sample_size,
     empty,
     merge,
@@ -27,6 +26,7 @@ from normlab.moments import (
 )
 from normlab.registry import INVARIANCES, Row, get, names, row
 from normlab.running import BadBatch, Running, init_running, pool_running, update_running
+from normlab.sync import AxisName, Gradient, Sync, ring
 from normlab.types import Affine, Norm, Params, Site, State, init_affine, shapes
 from normlab.weight import (
     weight_norm,
@@ -46,6 +46,7 @@ __all__ = [
     "BadBatch",
     "Conv",
     "Dense",
+    "Gradient",
     "Linear",
     "Moments",
     "Norm",
@@ -55,6 +56,7 @@ __all__ = [
     "Running",
     "Site",
     "State",
+    "Sync",
     "affine",
     "all_reduce",
     "batch_norm",
@@ -79,6 +81,7 @@ __all__ = [
     "moments",
     "names",
     "pool_running",
+    "ring",
     "rms_norm",
     "rms_parts",
     "row",

@@ -21,16 +21,10 @@ from normlab.checks import (
     invalid,
     normalize_axes,
 )
-from normlab.moments import (
-    Algorithm,
-    AxisName,
-    align_weights,
-    all_reduce,
-    axis_size,
-    check_algorithm,
-    moments,
-)
+from normlab.collective import measure, smallest_group
+from normlab.moments import Algorithm, align_weights, check_algorithm
 from normlab.running import BadBatch, Running, check_batch, update_running
+from normlab.sync import AxisName, as_sync
 
 
 def batch_norm(
@@ -147,8 +141,10 @@ def batch_parts(
             )
         mean, var = (expand(v.astype(g.dtype), a.ndim, channel) for v in (state.mean, state.var))
         return Parts(mean, jnp.sqrt(var + eps), g, b), state
-    devices = axis_size(where, axis_name)
-    if a.size * devices == channels and bad_batch != "propagate":
+    sync = as_sync(axis_name)
+    examples = a.shape[0] if channel else 1
+    positions = a.size // max(1, channels * examples)
+    if smallest_group(where, sync, examples) * positions == 1 and bad_batch != "propagate":
         raise invalid(
             where,
             f"an input of shape {a.shape} in training, one value per channel",
@@ -159,9 +155,9 @@ def batch_parts(
         )
     weights = align_weights(where, weights, a, channel)
     axes = [i for i in range(a.ndim) if i != channel]
-    m = moments(a, axes, weights=weights, algorithm=algorithm)
-    m = check_batch(where, all_reduce(m, axis_name), bad_batch)
+    m, population = measure(where, a, axes, sync, weights=weights, algorithm=algorithm)
+    m = check_batch(where, m, bad_batch)
     if state is not None:
         policy = "propagate" if bad_batch == "propagate" else "skip"  # "raise" has been seen to
-        state = update_running(state, m, decay=decay, ddof=ddof, bad_batch=policy)
+        state = update_running(state, population, decay=decay, ddof=ddof, bad_batch=policy)
     return Parts(m.mean, m.scale(eps), g, b), state

@@ -1,4 +1,4 @@
-"""Weighted moments as a monoid: measure, merge, reduce.
+"""Weighted moments as a monoid: measure and merge.
 
 Everything that pools statistics in this library (axes of an array, channels of a group, devices)
 goes through `Moments`, so weights, empty shards and uneven shards are right everywhere at once.
@@ -27,9 +27,6 @@ from jax.typing import ArrayLike, DTypeLike
 
 from normlab.checks import floating, invalid, nearest, normalize_axes, promote, promote_dtype
 from normlab.lowering import apart, derivative_of, widen
-
-AxisName = str | tuple[str, ...]
-"""The name, or names, of mapped axes: `pmap`, `shard_map` or `vmap` with an `axis_name`."""
 
 Algorithm = Literal["auto", "shifted", "two_pass", "one_pass"]
 """About which pivot the moments are taken.
@@ -269,54 +266,6 @@ def merge_axes(m: Moments, axes: int | Sequence[int]) -> Moments:
     count = jnp.broadcast_to(m.count, m.mean.shape)
     between = moments(m.mean, axes, weights=count)
     return between._replace(m2=between.m2 + m.m2.sum(axes, keepdims=True))
-
-
-def all_reduce(m: Moments, axis_name: AxisName | None) -> Moments:
-    """Merges the samples of all devices along named axes, each weighted by its count.
-
-    One collective: every device writes its packed `(count, mean, m2)` into its own row of a
-    table of zeros, the tables are summed, and the rows are merged as `merge_axes` does. Unlike a
-    sum of Σx and Σx² this loses no digits at large means, and unlike a gather its result is
-    known to be the same on all devices (`shard_map` with `check_vma=True`).
-
-    Args:
-      m: This device's moments.
-      axis_name: One mapped axis or several; `None` returns `m`.
-
-    Raises:
-      ValueError: If an axis name is not bound where this is called.
-    """
-    if axis_name is None:
-        return m
-    names = (axis_name,) if isinstance(axis_name, str) else tuple(axis_name)
-    devices = axis_size("all_reduce", axis_name)
-    index = lax.axis_index(names)
-    shape = m.mean.shape
-    row = jnp.stack([jnp.broadcast_to(field, shape) for field in m])
-    table = jnp.zeros((devices, *row.shape), row.dtype).at[index].set(row)
-    table = lax.psum(table, names)
-    merged = merge_axes(Moments(table[:, 0], table[:, 1], table[:, 2]), 0)
-    return Moments(*(field[0] for field in merged))
-
-
-def axis_size(where: str, axis_name: AxisName | None) -> int:
-    """Returns how many devices lie along the named axes; 1 for `None`.
-
-    Raises:
-      ValueError: If an axis name is not bound where this is called.
-    """
-    if axis_name is None:
-        return 1
-    try:
-        return lax.axis_size((axis_name,) if isinstance(axis_name, str) else tuple(axis_name))
-    except NameError as error:
-        raise invalid(
-            where,
-            f"axis_name={axis_name!r}",
-            "the name of a mapped axis",
-            f"call this inside pmap, shard_map or vmap with axis_name={axis_name!r}, "
-            "or pass axis_name=None",
-        ) from error
 
 
 def effective_sample_size(weights: ArrayLike, axes: int | Sequence[int] | None = None) -> Array:

@@ -15,8 +15,9 @@ from normlab.batch import batch_parts
 from normlab.checks import gain_and_bias, invalid, nearest
 from normlab.cosine import cosine_parts
 from normlab.example import Axes, group_parts, instance_parts, layer_parts, rms_parts
-from normlab.moments import Algorithm, AxisName
+from normlab.moments import Algorithm
 from normlab.running import BadBatch, init_running
+from normlab.sync import AxisName
 from normlab.types import Norm, Params, Site, State, init_affine
 from normlab.weight import weight_norm_init, weight_parts, weight_standardization_parts
 

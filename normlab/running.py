@@ -22,7 +22,9 @@ from jax import Array, lax
 from jax.typing import DTypeLike
 
 from normlab.checks import check_decay, invalid, nearest
-from normlab.moments import AxisName, Moments, all_reduce
+from normlab.collective import all_reduce
+from normlab.moments import Moments
+from normlab.sync import AxisName
 
 BadBatch = Literal["skip", "propagate", "raise"]
 """What becomes of a batch that is empty, fully masked, or holds a NaN or an Inf.

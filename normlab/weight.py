@@ -17,7 +17,9 @@ from jax.typing import ArrayLike
 
 from normlab.affine import Parts, affine
 from normlab.checks import expand, gain_and_bias, invalid, promote, result_dtype
-from normlab.moments import AxisName, align_weights, all_reduce, moments
+from normlab.collective import all_reduce
+from normlab.moments import align_weights, moments
+from normlab.sync import AxisName
 from normlab.types import Affine, Site
 
 

@@ -1,0 +1,191 @@
+"""Topologies: each shard is normalized with those that the spec names, in every mode."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import normlab as nl
+from tests.helpers import MAPPERS, array, draw, gap, mappers, mesh
+
+D, N, C = 8, 4, 3  # devices, examples on each, channels
+TOLERANCE = {"float32": 5e-6, "float64": 1e-12}
+MODES = (*MAPPERS, "jit")
+
+STRIDED = ((0, 4), (1, 5), (2, 6), (3, 7))
+UNEVEN = ((0, 3, 5), (1,), (2, 4, 6, 7))
+TOPOLOGIES = {
+    "all": nl.Sync("d"),
+    "pairs": nl.Sync("d", groups=2),
+    "halves": nl.Sync("d", groups=4),
+    "alone": nl.Sync("d", groups=1),
+    "strided": nl.Sync("d", groups=STRIDED),
+    "uneven": nl.Sync("d", groups=UNEVEN),
+    "ring": nl.Sync("d", members=nl.ring(D)),
+    "ghosts": nl.Sync("d", shards=2, groups=1),
+    "ghosts across devices": nl.Sync(
+        "d", shards=2, groups=((*range(1, 16, 2),), (*range(0, 16, 2),))
+    ),
+    "virtual, within devices": nl.Sync("d", virtual_batch=2),
+    "virtual, across devices": nl.Sync("d", virtual_batch=16),
+}
+
+
+def members(sync: nl.Sync) -> tuple[int, list]:
+    """The number of shards, and for each the shards it is normalized with, spelt out."""
+    count = D * sync.shards
+    if sync.virtual_batch:
+        count, block = D * N, sync.virtual_batch
+        return count, [[*range(i - i % block, i - i % block + block)] for i in range(count)]
+    if sync.members:
+        return count, list(sync.members)
+    groups = sync.groups or count
+    if isinstance(groups, int):
+        return count, [[*range(i - i % groups, i - i % groups + groups)] for i in range(count)]
+    return count, [next(list(g) for g in groups if i in g) for i in range(count)]
+
+
+def oracle(sync, a, params, weights=None):
+    """`h` of the whole batch `[D·N, ..., C]` on one device: every shard among its members."""
+    count, chosen = members(sync)
+    parts = a.reshape(count, -1, *a.shape[1:])
+    w = None if weights is None else weights.reshape(count, -1)
+    rows = []
+    for i, names in enumerate(chosen):
+        index = np.array([*names])
+        place = [*names].index(i)
+        x = parts[index].reshape(-1, *a.shape[1:])
+        h, _ = nl.batch_norm(
+            x,
+            params,
+            train=True,
+            weights=None if w is None else w[index].reshape(-1),
+            bad_batch="propagate" if x.shape[0] == 1 else "skip",
+        )
+        rows.append(h.reshape(len(names), -1, *a.shape[1:])[place])
+    return jnp.concatenate(rows)
+
+
+def run(mode, f, params, sharded):
+    """`f(params, *sharded)` per device; of `[D·N, ...]` arrays, in and out."""
+    if mode == "jit":
+        put = jax.device_put(sharded, NamedSharding(mesh(d=D), P("d")))
+        return jax.jit(f)(params, *put)
+    split = jax.tree.map(lambda v: v.reshape(D, -1, *v.shape[1:]), sharded)
+    out = mappers(D)[mode](lambda params, sharded: f(params, *sharded))(params, split)
+    return out
+
+
+def spec(topology, mode):
+    """The topology; in plain jit with the mesh."""
+    sync = TOPOLOGIES[topology]
+    return dataclasses.replace(sync, mesh=mesh(d=D)) if mode == "jit" else sync
+
+
+def whole(v):
+    return np.asarray(v).reshape(-1, *v.shape[2:])
+
+
+def problem(dtype):
+    a = draw(0, D, N, 2, C) + draw(1, D, 1, 1, 1)
+    params = nl.Affine(array(draw(2, C, mean=1.0), dtype), array(draw(3, C), dtype))
+    return params, array(a.reshape(D * N, 2, C), dtype), array(draw(4, D * N, 2, C), dtype)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("topology", TOPOLOGIES)
+def test_each_shard_is_normalized_with_its_members(topology, mode, precision):
+    """The outputs; the running statistics are those of all the devices."""
+    sync = TOPOLOGIES[topology]
+    params, a, _ = problem(precision)
+    state = nl.init_running(C, dtype=precision)
+    expected = oracle(sync, a, params)
+    _, population = nl.batch_norm(a, params, state, train=True)
+
+    def f(params, a):
+        return nl.batch_norm(a, params, state, train=True, axis_name=spec(topology, mode))
+
+    h, after = run(mode, f, params, (a,))
+    if mode != "jit":
+        h, population = (
+            whole(h),
+            jax.tree.map(lambda v: np.broadcast_to(v, (D, *v.shape)), population),
+        )
+    assert gap(h, expected) < TOLERANCE[precision]
+    assert gap(after, population) < TOLERANCE[precision]
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("topology", TOPOLOGIES)
+def test_the_gradient_crosses_devices_as_the_statistics_do(topology, mode):
+    """`grad` outside the map: of the sum of all devices' losses, in every mode."""
+    sync = TOPOLOGIES[topology]
+    params, a, c = problem("float32")
+    expected = jax.grad(lambda p, a: (c * oracle(sync, a, p)).sum(), (0, 1))(params, a)
+
+    axis_name = spec(topology, mode)
+
+    def loss(params, a):
+        def f(p, a):
+            return nl.batch_norm(a, p, train=True, axis_name=axis_name)[0]
+
+        h = run(mode, f, params, (a,))
+        return (c.reshape(h.shape) * h).sum()
+
+    assert gap(jax.grad(loss, (0, 1))(params, a), expected) < 5e-6
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("topology", ["all", "uneven", "ring", "ghosts", "virtual, across devices"])
+def test_masked_and_empty_shards_weigh_what_they_hold(topology, mode):
+    sync = TOPOLOGIES[topology]
+    params, a, _ = problem("float32")
+    mask = (np.arange(N) < np.array([4, 3, 2, 1, 0, 4, 3, 1])[:, None]).reshape(-1)
+    dirty = jnp.where(mask[:, None, None], a, jnp.nan)
+    weights = array(mask)
+    expected = oracle(sync, a, params, weights)
+
+    def f(params, a, w):
+        return nl.batch_norm(a, params, train=True, axis_name=spec(topology, mode), weights=w)[0]
+
+    h = run(mode, f, params, (dirty, weights))
+    h = h if mode == "jit" else whole(h)
+    assert gap(np.asarray(h)[mask], np.asarray(expected)[mask]) < 5e-6
+
+
+def test_plain_jit_finds_the_axes_of_the_mesh_that_is_set():
+    """The string alone, as inside shard_map."""
+    params, a, _ = problem("float32")
+    grid = mesh(d=D)
+    expected = oracle(nl.Sync("d"), a, params)
+    with jax.set_mesh(grid):
+        put = jax.device_put(a, NamedSharding(grid, P("d")))
+        h = jax.jit(lambda a: nl.batch_norm(a, params, train=True, axis_name="d")[0])(put)
+    assert gap(h, expected) < 5e-6
+    assert h.sharding.spec == P("d")
+
+
+@pytest.mark.parametrize("devices", [1, 2, 4, 8])
+def test_a_virtual_batch_gives_the_same_numbers_on_any_number_of_devices(devices):
+    params, a, c = problem("float32")
+    state = nl.init_running(C)
+
+    def f(params, a, c, axis_name):
+        def loss(a):
+            h, after = nl.batch_norm(a, params, state, train=True, axis_name=axis_name)
+            return (c * h).sum(), (h, after)
+
+        da, (h, after) = jax.grad(loss, has_aux=True)(a)
+        return h, da, after
+
+    expected = f(params, a, c, nl.Sync(virtual_batch=8))
+    split = jax.tree.map(lambda v: v.reshape(devices, -1, *v.shape[1:]), (a, c))
+    sync = nl.Sync("d", virtual_batch=8)
+    h, da, after = mappers(devices)["pmap"](lambda p, s: f(p, *s, sync))(params, split)
+    assert gap((whole(h), whole(da)), expected[:2]) < 5e-6
+    for one in range(devices):
+        assert gap(jax.tree.map(lambda v, i=one: v[i], after), expected[2]) < 5e-6
