@@ -1,9 +1,11 @@
 """normlab: normalization in one equation, h = f(g · (a − μ) / σ + b), with explicit state."""
 
 from normlab.affine import Parts, affine, fold, invert
-from normlab.batch import batch_norm, batch_parts
+from normlab.batch import BatchState, batch_norm, batch_parts
 from normlab.collective import all_reduce
 from normlab.cosine import cosine_norm, cosine_parts
+from normlab.delayed import Delayed, exchange, init_delayed
+from normlab.drift import Drift, drift
 from normlab.example import (
     group_norm,
     group_parts,
@@ -14,6 +16,7 @@ from normlab.example import (
     rms_norm,
     rms_parts,
 )
+from normlab.gradients import global_gradient, global_mean
 from normlab.linear import Conv, Dense, Linear
 from normlab.moments import (
     Algorithm,
@@ -25,7 +28,14 @@ from normlab.moments import (
     moments,
 )
 from normlab.registry import INVARIANCES, Row, get, names, row
-from normlab.running import BadBatch, Running, init_running, pool_running, update_running
+from normlab.running import (
+    BadBatch,
+    Running,
+    init_running,
+    merge_running,
+    pool_running,
+    update_running,
+)
 from normlab.sync import AxisName, Gradient, Sync, ring
 from normlab.types import Affine, Norm, Params, Site, State, init_affine, shapes
 from normlab.weight import (
@@ -44,8 +54,11 @@ __all__ = [
     "Algorithm",
     "AxisName",
     "BadBatch",
+    "BatchState",
     "Conv",
+    "Delayed",
     "Dense",
+    "Drift",
     "Gradient",
     "Linear",
     "Moments",
@@ -63,13 +76,18 @@ __all__ = [
     "batch_parts",
     "cosine_norm",
     "cosine_parts",
+    "drift",
     "effective_sample_size",
     "empty",
+    "exchange",
     "fold",
     "get",
+    "global_gradient",
+    "global_mean",
     "group_norm",
     "group_parts",
     "init_affine",
+    "init_delayed",
     "init_running",
     "instance_norm",
     "instance_parts",
@@ -78,6 +96,7 @@ __all__ = [
     "layer_parts",
     "merge",
     "merge_axes",
+    "merge_running",
     "moments",
     "names",
     "pool_running",

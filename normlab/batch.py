@@ -22,15 +22,19 @@ from normlab.checks import (
     normalize_axes,
 )
 from normlab.collective import measure, smallest_group
-from normlab.moments import Algorithm, align_weights, check_algorithm
+from normlab.delayed import Delayed, check_delayed
+from normlab.moments import Algorithm, align_weights, check_algorithm, merge, moments
 from normlab.running import BadBatch, Running, check_batch, update_running
 from normlab.sync import AxisName, as_sync
+
+BatchState = Running | Delayed
+"""What batch norm keeps: `Delayed` with `Sync(every=...)`, otherwise `Running`."""
 
 
 def batch_norm(
     a: Array,
     params: Any = None,
-    state: Running | None = None,
+    state: BatchState | None = None,
     *,
     train: bool,
     decay: float = 0.9,
@@ -41,7 +45,7 @@ def batch_norm(
     channel_axis: int = -1,
     algorithm: Algorithm = "auto",
     bad_batch: BadBatch = "skip",
-) -> tuple[Array, Running | None]:
+) -> tuple[Array, BatchState | None]:
     """Batch normalization (Ioffe & Szegedy 2015, https://arxiv.org/abs/1502.03167).
 
     In training μ and σ² are the mean and the biased variance of each channel over the batch and
@@ -50,13 +54,15 @@ def batch_norm(
     Args:
       a: `[N, ..., C]`.
       params: `Affine(g [C], b [C])`, or `None`.
-      state: `Running`, from `init_running(C)`; `None` in training keeps no statistics.
+      state: `Running`, from `init_running(C)`; `None` in training keeps no statistics. With
+        `Sync(every=...)`, `Delayed` from `init_delayed(C)`.
       train: Whether to use, and take into the state, the statistics of this batch.
       decay: The weight of the old value in the running statistics, in [0, 1).
       eps: ε > 0, in squared units of `a`.
       ddof: 0 keeps the biased variance in the state, 1 the unbiased one. The batch itself is
         always normalized by the biased one.
-      axis_name: Mapped axes over which the batch is one: statistics are merged along them.
+      axis_name: Axes over which the batch is one: mapped ones, or those of the mesh in plain `jit`;
+        or a `Sync`, that is, groups of devices or of parts of their batches.
       weights: Importance of examples or positions, aligned with the leading axes of `a` other than
         the channels': `[N]`, `[N, H, W]`. Zero leaves out.
       channel_axis: The axis of the channels.
@@ -101,7 +107,7 @@ def batch_norm(
 def batch_parts(
     a: Array,
     params: Any,
-    state: Running | None,
+    state: BatchState | None,
     *,
     train: bool,
     decay: float = 0.9,
@@ -112,7 +118,7 @@ def batch_parts(
     channel_axis: int = -1,
     algorithm: Algorithm = "auto",
     bad_batch: BadBatch = "skip",
-) -> tuple[Parts, Running | None]:
+) -> tuple[Parts, BatchState | None]:
     """The parts and the next state of `batch_norm`, which see."""
     a = jnp.asarray(a)
     where = "batch norm"
@@ -123,25 +129,30 @@ def batch_parts(
     (channel,) = normalize_axes(where, channel_axis, a.ndim)
     g, b = gain_and_bias(where, params, a, channel)
     channels = a.shape[channel]
-    if state is not None and state.mean.shape != (channels,):
+    sync = as_sync(axis_name)
+    if train:
+        check_delayed(where, sync.every, state, channels)
+    running = state.running if isinstance(state, Delayed) else state
+    if running is not None and running.mean.shape != (channels,):
         raise invalid(
             where,
-            f"running statistics of shape {state.mean.shape} for an input of shape "
+            f"running statistics of shape {running.mean.shape} for an input of shape "
             f"{a.shape} with its channels on axis {channel}",
             f"shape ({channels},)",
             f"make the state with init_running({channels}), or set channel_axis",
         )
     if not train:
-        if state is None:
+        if running is None:
             raise invalid(
                 where,
                 "train=False without a state",
                 "running statistics to normalize with",
                 "pass the state that training returned, or train=True for batch statistics",
             )
-        mean, var = (expand(v.astype(g.dtype), a.ndim, channel) for v in (state.mean, state.var))
+        mean, var = (
+            expand(v.astype(g.dtype), a.ndim, channel) for v in (running.mean, running.var)
+        )
         return Parts(mean, jnp.sqrt(var + eps), g, b), state
-    sync = as_sync(axis_name)
     examples = a.shape[0] if channel else 1
     positions = a.size // max(1, channels * examples)
     if smallest_group(where, sync, examples) * positions == 1 and bad_batch != "propagate":
@@ -155,9 +166,15 @@ def batch_parts(
         )
     weights = align_weights(where, weights, a, channel)
     axes = [i for i in range(a.ndim) if i != channel]
-    m, population = measure(where, a, axes, sync, weights=weights, algorithm=algorithm)
+    if isinstance(state, Delayed):
+        own = moments(a, axes, weights=weights, algorithm=algorithm)
+        m = population = merge(own, state.others_like(own))
+        state = state.after(own)
+    else:
+        m, population = measure(where, a, axes, sync, weights=weights, algorithm=algorithm)
     m = check_batch(where, m, bad_batch)
-    if state is not None:
+    if running is not None:
         policy = "propagate" if bad_batch == "propagate" else "skip"  # "raise" has been seen to
-        state = update_running(state, population, decay=decay, ddof=ddof, bad_batch=policy)
+        running = update_running(running, population, decay=decay, ddof=ddof, bad_batch=policy)
+    state = state._replace(running=running) if isinstance(state, Delayed) else running
     return Parts(m.mean, m.scale(eps), g, b), state

@@ -17,10 +17,11 @@ import contextlib
 import functools
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 from jax.sharding import PartitionSpec
 
@@ -28,6 +29,8 @@ from normlab.checks import invalid
 from normlab.lowering import derivative_of
 from normlab.moments import Algorithm, Moments, merge_axes, moments
 from normlab.sync import AxisName, Plan, Sync, as_sync, plan
+
+Tree = TypeVar("Tree")
 
 
 def measure(
@@ -56,6 +59,7 @@ def measure(
     if not sync.names or _bound(sync.names):
         return _measure(where, a, tuple(axes), sync, weights, algorithm)
     # Plain jit: the same, in a shard_map over the mesh's axes.
+    _check_examples_first(where, axes)
     split, alike = PartitionSpec(sync.names), PartitionSpec()
     by_example = weights is not None and weights.shape[0] != 1
     run = jax.shard_map(
@@ -75,13 +79,7 @@ def _measure(
         local = moments(a, axes, weights=w, algorithm=algorithm)
         population = all_reduce(local, sync)
         return _differentiated(sync, local, population), population
-    if 0 not in axes:
-        raise invalid(
-            where,
-            "groups for an input whose first axis is that of the channels",
-            "the examples on the first axis",
-            "move the channels",
-        )
+    _check_examples_first(where, axes)
     devices, examples = _size(sync.names), a.shape[0]
     cut = plan(where, sync, devices, examples)
     a = a.reshape(cut.shards, -1, *a.shape[1:])
@@ -98,6 +96,16 @@ def _measure(
     return m, population
 
 
+def _check_examples_first(where: str, axes: Sequence[int]) -> None:
+    if 0 not in axes:
+        raise invalid(
+            where,
+            "parts of a batch whose first axis is that of the channels",
+            "the examples on the first axis",
+            "move the channels",
+        )
+
+
 def _merge(local: Moments, cut: Plan, names: tuple[str, ...]) -> tuple[Moments, Moments]:
     """Of `local [shards, ...]`, each shard merged with its members, and all of all devices."""
     shards = local.mean.shape[0]
@@ -110,13 +118,24 @@ def _merge(local: Moments, cut: Plan, names: tuple[str, ...]) -> tuple[Moments, 
     table = _gather(pack(local), names) if names else pack(local)[None]
     everything = unpack(table, local)
     population = merge_axes(jax.tree.map(_flat, lax.stop_gradient(everything)), 0)
-    if _typed(names):
-        table = lax.pcast(table, names, to="varying")  # once, so that its cotangents add up once
+    table = vary(table, names)  # at once, so that its cotangents are added up at once
     everything = jax.tree.map(_flat, unpack(table, local))
     rows = jnp.asarray(cut.members)
     if names:
         rows = lax.dynamic_slice_in_dim(rows, lax.axis_index(names) * shards, shards)
     return merge_members(everything, rows), population
+
+
+def gather(m: Moments, names: tuple[str, ...]) -> Moments:
+    """The moments of every device, fields `[D, ...]`: one collective."""
+    return unpack(_gather(pack(m), names), m)
+
+
+def gather_members(m: Moments, members: np.ndarray, names: tuple[str, ...]) -> Moments:
+    """The merged moments of those devices that this one's row of `members [D, D]` names."""
+    everything = gather(m, names)
+    row = lax.dynamic_slice_in_dim(jnp.asarray(members), lax.axis_index(names), 1)
+    return Moments(*(field[0] for field in merge_members(everything, row)))
 
 
 def merge_members(m: Moments, members: Array) -> Moments:
@@ -172,10 +191,10 @@ def all_reduce(m: Moments, axis_name: AxisName | None) -> Moments:
     m = m._replace(count=m.count.reshape((1,) * rank + m.count.shape))
     for names in [(name,) for name in reversed(sync.names)] if sync.staged else [sync.names]:
         if names:
-            everything = unpack(_gather(lax.stop_gradient(pack(m)), names), m)
+            everything = gather(lax.stop_gradient(m), names)
             merged = merge_axes(everything, 0)
             value = Moments(everything.count.sum(0), merged.mean[0], merged.m2[0])
-            m = _merged(m, value, names, _typed(names))
+            m = _merged(m, value, names, is_typed(names))
     return m
 
 
@@ -198,7 +217,7 @@ def _(names: tuple[str, ...], typed: bool, primals: Any, tangents: Any) -> Any:
         dm.m2 + (2 * m.count * dm.mean + delta * dm.count) * delta,
     )
     # Of collectives, vmap knows no other here.
-    return merged, unpack(lax.psum(_vary(pack(local), names if typed else ()), names), m)
+    return merged, unpack(lax.psum(vary(pack(local), names) if typed else pack(local), names), m)
 
 
 def pack(m: Moments) -> Array:
@@ -220,8 +239,8 @@ def unpack(v: Array, like: Moments) -> Moments:
 
 def _gather(v: Array, names: tuple[str, ...]) -> Array:
     """`v` of every device, `[D, ...]`; known to be alike on all where devices' types say so."""
-    if _typed(names):
-        return lax.all_gather(_vary(v, names), names, to="invarying")
+    if is_typed(names):
+        return lax.all_gather(vary(v, names), names, to="invarying")
     if len(names) == 1:
         return lax.all_gather(v, names[0])
     # vmap gathers no two axes at once, but it adds.
@@ -234,19 +253,23 @@ def _flat(field: Array) -> Array:
     return field.reshape(-1, *field.shape[2:])
 
 
-def _typed(names: tuple[str, ...]) -> bool:
+def is_typed(names: tuple[str, ...]) -> bool:
     """Whether the types of arrays say over which axes they vary: shard_map with check_vma."""
-    return bool(names) and bool(_varying(lax.axis_index(names)))
+    return bool(names) and bool(varying_axes(lax.axis_index(names)))
 
 
-def _varying(v: Array) -> frozenset[str]:
+def varying_axes(v: Array) -> frozenset[str]:
     return jax.typeof(v).manual_axis_type.varying  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def _vary(v: Array, names: tuple[str, ...]) -> Array:
-    """`v`, of a type that varies over all the names."""
-    missing = tuple(name for name in names if name not in _varying(v))
-    return lax.pcast(v, missing, to="varying") if missing else v
+def vary(tree: Tree, names: tuple[str, ...]) -> Tree:
+    """The arrays, of a type that varies over all the names where there are such types."""
+
+    def one(v: Array) -> Array:
+        missing = tuple(name for name in names if name not in varying_axes(v))
+        return lax.pcast(v, missing, to="varying") if missing else v
+
+    return jax.tree.map(one, tree) if is_typed(names) else tree
 
 
 def _size(names: tuple[str, ...]) -> int:

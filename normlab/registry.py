@@ -14,10 +14,11 @@ from normlab.affine import Parts
 from normlab.batch import batch_parts
 from normlab.checks import gain_and_bias, invalid, nearest
 from normlab.cosine import cosine_parts
+from normlab.delayed import init_delayed
 from normlab.example import Axes, group_parts, instance_parts, layer_parts, rms_parts
 from normlab.moments import Algorithm
 from normlab.running import BadBatch, init_running
-from normlab.sync import AxisName
+from normlab.sync import AxisName, as_sync
 from normlab.types import Norm, Params, Site, State, init_affine
 from normlab.weight import weight_norm_init, weight_parts, weight_standardization_parts
 
@@ -140,7 +141,8 @@ def batch(
 
     def init(site: Site) -> tuple[Params, State]:
         params = init_affine(site.channels, rescale=rescale, reshift=reshift)
-        state = init_running(site.channels, debias=debias)
+        start = init_delayed if as_sync(axis_name).every else init_running
+        state = start(site.channels, debias=debias)
         jax.eval_shape(lambda site: parts(params, state, site, train=False), site)
         return params, state
 

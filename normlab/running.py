@@ -173,3 +173,31 @@ def pool_running(state: Running, axis_name: AxisName) -> Running:
         updates=lax.pmax(state.updates, axis_name),
         skipped=lax.pmax(state.skipped, axis_name),
     )
+
+
+def merge_running(states: Running) -> Running:
+    """As `pool_running`, of the statistics of all devices in one place, stacked as `[D, ...]`.
+
+    So does a checkpoint of D devices come to another number of them: `merge_running`, then the
+    result for each.
+
+    Args:
+      states: `Running` whose fields have a leading axis of the devices.
+
+    Raises:
+      ValueError: If they have none, or it is empty.
+
+    >>> states = jax.tree.map(lambda v: jnp.stack([v, v]), init_running(3))
+    >>> merge_running(states).mean.shape
+    (3,)
+    """
+    if states.mass.ndim != 1 or not states.mass.size or states.mean.ndim != 2:
+        raise invalid(
+            "merge running",
+            f"a mass of shape {states.mass.shape} and a mean of shape {states.mean.shape}",
+            "(D,) and (D, C), of D devices",
+            "stack the devices' statistics along a new first axis",
+        )
+    return jax.tree.map(
+        lambda v: v[0], jax.vmap(lambda s: pool_running(s, "_"), axis_name="_")(states)
+    )

@@ -13,16 +13,16 @@ from jax.sharding import AbstractMesh, Mesh
 from normlab.checks import invalid, nearest
 
 Gradient = Literal["both", "forward", "backward", "none"]
-"""What the gradient sees of the synchronization. M are the merged moments, m the device's own.
+"""What the gradient sees of the synchronization.
 
-With x̂ = (x − μ)/σ of the moments that normalized, and ⟨·⟩ a mean over the examples,
+μ and σ normalize, x̂ = (x − μ)/σ; ⟨·⟩ is a mean over examples, and μ' is that of x over the same:
 
-    ∂L/∂x = g/σ · (dy − ⟨dy⟩ − x̂·⟨dy·x̂⟩)
+    ∂L/∂x = g · (dy/σ − ⟨dy/σ⟩ − (x − μ')·⟨dy·x̂/σ²⟩)
 
-`"both"`: μ, σ and both ⟨·⟩ are of M's examples: the gradient of the loss of all devices.
-`"forward"`: μ, σ of M, ⟨·⟩ over the device's own examples: the derivative of m stands in for that
-of M, and the backward pass has no collective. `"backward"`: μ, σ of m, ⟨·⟩ over M's examples.
-`"none"`: μ, σ of M, held constant: ∂L/∂x = g/σ · dy.
+`"both"`: μ, σ and ⟨·⟩ are over all examples that are merged: the gradient of the loss of all
+devices. `"forward"`: μ, σ over all, ⟨·⟩ over the device's own: the derivative of its own moments
+stands in for that of the merged ones, and the backward pass has no collective. `"backward"`: μ, σ
+over its own, ⟨·⟩ over all. `"none"`: μ, σ over all, held constant: without both ⟨·⟩.
 """
 
 
@@ -99,6 +99,9 @@ class Sync:
         if self.every and (self.shards > 1 or self.virtual_batch):
             change = "leave every out, or the shards"
             raise invalid("Sync", "every with parts of a batch", "whole devices", change)
+        if self.every and self.gradient != "both":
+            change = "leave gradient out: with every, the gradient sees the device's own moments"
+            raise invalid("Sync", f"every and gradient={self.gradient!r}", "one of them", change)
         if (self.every or self.staged) and not self.names:
             given = "every" if self.every else "staged"
             raise invalid("Sync", f"{given} without axes", "axes to merge over", "name the axes")

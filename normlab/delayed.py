@@ -1,0 +1,143 @@
+"""Delayed synchronization: other devices' statistics from the state, one collective for a net.
+
+With `Sync("data", every=k)` a norm merges what it measures now with what the other devices
+measured when `exchange` was last asked for it:
+
+    M = merge(mᵢ(t), others)        others = merge of mⱼ(t − age), j ≠ i
+
+The norm itself has no collective. `exchange`, once after each step, sends the moments of all norms
+of the net in one. The gradient sees mᵢ alone, with its share nᵢ/N of M.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+from jax.typing import DTypeLike
+
+from normlab.checks import invalid
+from normlab.collective import check_bound, gather_members, vary
+from normlab.moments import Moments, empty
+from normlab.running import Running, init_running
+from normlab.sync import AxisName, as_sync, plan
+
+
+class Delayed(NamedTuple):
+    """The state of a norm with delayed synchronization. It differs between devices.
+
+    Attributes:
+      running: The running statistics.
+      own: What this device measured last, fields `[C]`.
+      others: What the other devices of its group had measured when it last heard of them, fields
+        `[C]`; empty before the first exchange.
+      age: `[]` int32, how many batches ago that was; -1 before the first exchange.
+    """
+
+    running: Running
+    own: Moments
+    others: Moments
+    age: Array
+
+    def others_like(self, m: Moments) -> Moments:
+        """`others`, in the shape of `m`; without a gradient."""
+        return Moments(*(lax.stop_gradient(f).reshape(m.mean.shape) for f in self.others))
+
+    def after(self, m: Moments) -> Delayed:
+        """The state after a batch with the moments `m`."""
+        m = lax.stop_gradient(m)
+        own = (jnp.broadcast_to(f, m.mean.shape).reshape(self.own.mean.shape) for f in m)
+        age = jnp.where(self.age < 0, self.age, self.age + 1)
+        return self._replace(own=Moments(*own), age=age)
+
+
+def check_delayed(where: str, every: int, state: Any, channels: int) -> None:
+    """Raises ValueError unless the state is of the kind that `Sync(every=...)` has."""
+    if bool(every) == isinstance(state, Delayed):
+        return
+    raise invalid(
+        where,
+        f"a state of type {type(state).__name__} with every={every}",
+        "a Delayed state if, and only if, every is positive",
+        f"make the state with init_delayed({channels})"
+        if every
+        else "use Sync(..., every=1), or the state's running",
+    )
+
+
+def init_delayed(channels: int, *, debias: bool = True, dtype: DTypeLike = jnp.float32) -> Delayed:
+    """The state before the first batch.
+
+    Args:
+      channels: `C`.
+      debias: As in `init_running`.
+      dtype: The statistics' type, float32 or float64.
+    """
+    nothing = empty((channels,), dtype)
+    running = init_running(channels, debias=debias, dtype=dtype)
+    return Delayed(running, nothing, nothing, jnp.full((), -1, jnp.int32))
+
+
+def exchange(states: Any, axis_name: AxisName) -> Any:
+    """Tells every device what the others measured last: one collective for all norms together.
+
+    Call it after each training step, inside the map. Nothing is sent while the statistics are
+    younger than the `every` of the `Sync`, in batches; the ages are those of the first state.
+
+    Args:
+      states: A pytree with the `Delayed` states of all norms; whatever else it holds is returned
+        as it is.
+      axis_name: The `Sync` of the norms, whose `groups` or `members` are devices; a name stands for
+        one that exchanges on every call.
+
+    Raises:
+      ValueError: If an axis is not bound, or there is no `Delayed` state.
+    """
+    sync = as_sync(axis_name)
+    check_bound("exchange", sync.names)
+    leaves, structure = jax.tree.flatten(states, is_leaf=_is_delayed)
+    at = [i for i, leaf in enumerate(leaves) if _is_delayed(leaf)]
+    if not at:
+        raise invalid(
+            "exchange",
+            "a tree without a Delayed state",
+            "the states of norms with Sync(..., every=k)",
+            "pass what batch_norm returned",
+        )
+    delayed = [leaves[i] for i in at]
+    own = _together([s.own for s in delayed])
+    devices = lax.axis_size(sync.names)
+    members = plan("exchange", sync, devices, 1).members
+    if sync.whole:
+        members = np.ones((devices, devices), bool)
+    elif members is None:  # each device on its own
+        members = np.eye(devices, dtype=bool)
+    members = members & ~np.eye(devices, dtype=bool)
+
+    def ask(own: Moments, old: tuple[Moments, Array]) -> tuple[Moments, Array]:
+        return gather_members(own, members, sync.names), old[1] - old[1]
+
+    def wait(own: Moments, old: tuple[Moments, Array]) -> tuple[Moments, Array]:
+        del own
+        return old
+
+    age = delayed[0].age
+    due = (age < 0) | (age >= sync.every)
+    own, old = vary((own, (_together([s.others for s in delayed]), age)), sync.names)
+    others, age = lax.cond(due, ask, wait, own, old)
+    ends = np.cumsum([s.own.mean.shape[0] for s in delayed])[:-1]
+    split = zip(*(jnp.split(field, ends) for field in others), strict=True)
+    for i, fields in zip(at, split, strict=True):
+        leaves[i] = leaves[i]._replace(others=Moments(*fields), age=age)
+    return jax.tree.unflatten(structure, leaves)
+
+
+def _together(each: list[Moments]) -> Moments:
+    return Moments(*(jnp.concatenate(fields) for fields in zip(*each, strict=True)))
+
+
+def _is_delayed(leaf: Any) -> bool:
+    return isinstance(leaf, Delayed)
