@@ -6,6 +6,7 @@ from normlab.collective import all_reduce
 from normlab.cosine import cosine_norm, cosine_parts
 from normlab.delayed import Delayed, exchange, init_delayed
 from normlab.drift import Drift, drift
+from normlab.equivalence import Equivalence, equivalence
 from normlab.example import (
     group_norm,
     group_parts,
@@ -59,6 +60,7 @@ __all__ = [
     "Delayed",
     "Dense",
     "Drift",
+    "Equivalence",
     "Gradient",
     "Linear",
     "Moments",
@@ -79,6 +81,7 @@ __all__ = [
     "drift",
     "effective_sample_size",
     "empty",
+    "equivalence",
     "exchange",
     "fold",
     "get",

@@ -21,7 +21,7 @@ from normlab.checks import (
     invalid,
     normalize_axes,
 )
-from normlab.collective import measure, smallest_group
+from normlab.collective import measure, values_per_channel
 from normlab.delayed import Delayed, check_delayed
 from normlab.moments import Algorithm, align_weights, check_algorithm, merge, moments
 from normlab.running import BadBatch, Running, check_batch, update_running
@@ -153,9 +153,7 @@ def batch_parts(
             expand(v.astype(g.dtype), a.ndim, channel) for v in (running.mean, running.var)
         )
         return Parts(mean, jnp.sqrt(var + eps), g, b), state
-    examples = a.shape[0] if channel else 1
-    positions = a.size // max(1, channels * examples)
-    if smallest_group(where, sync, examples) * positions == 1 and bad_batch != "propagate":
+    if values_per_channel(where, sync, a.shape, channel) == 1 and bad_batch != "propagate":
         raise invalid(
             where,
             f"an input of shape {a.shape} in training, one value per channel",

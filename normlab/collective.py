@@ -47,7 +47,7 @@ def measure(
     Args:
       where: The caller, for errors.
       a: `[N, ...]`, with the examples first.
-      axes: Non-negative axes; with parts of a batch, the first must be one of them.
+      axes: Non-negative axes, the examples' among them.
       sync: What is merged.
       weights: As `align_weights` returns them.
       algorithm: As in `moments`.
@@ -59,7 +59,6 @@ def measure(
     if not sync.names or _bound(sync.names):
         return _measure(where, a, tuple(axes), sync, weights, algorithm)
     # Plain jit: the same, in a shard_map over the mesh's axes.
-    _check_examples_first(where, axes)
     split, alike = PartitionSpec(sync.names), PartitionSpec()
     by_example = weights is not None and weights.shape[0] != 1
     run = jax.shard_map(
@@ -79,7 +78,6 @@ def _measure(
         local = moments(a, axes, weights=w, algorithm=algorithm)
         population = all_reduce(local, sync)
         return _differentiated(sync, local, population), population
-    _check_examples_first(where, axes)
     devices, examples = _size(sync.names), a.shape[0]
     cut = plan(where, sync, devices, examples)
     a = a.reshape(cut.shards, -1, *a.shape[1:])
@@ -94,16 +92,6 @@ def _measure(
     chosen = _differentiated(sync, local, merged)
     m = Moments(*(jnp.repeat(f, examples // cut.shards, axis=0) for f in chosen))
     return m, population
-
-
-def _check_examples_first(where: str, axes: Sequence[int]) -> None:
-    if 0 not in axes:
-        raise invalid(
-            where,
-            "parts of a batch whose first axis is that of the channels",
-            "the examples on the first axis",
-            "move the channels",
-        )
 
 
 def _merge(local: Moments, cut: Plan, names: tuple[str, ...]) -> tuple[Moments, Moments]:
@@ -304,14 +292,35 @@ def layout(where: str, sync: Sync, examples: int) -> tuple[int, int]:
     return devices, examples // devices
 
 
-def smallest_group(where: str, sync: Sync, examples: int) -> int:
-    """How many examples the smallest group has; `examples` as in `layout`."""
-    devices, examples = layout(where, sync, examples)
+def values_per_channel(where: str, sync: Sync, shape: tuple[int, ...], channel: int) -> int:
+    """How many values the smallest group has of a channel.
+
+    Args:
+      where: The caller, for errors.
+      sync: What is merged.
+      shape: That of the input: of the device's where the axes are mapped, else of the whole one.
+      channel: The axis of the channels.
+
+    Raises:
+      ValueError: If the batch cannot be cut as `sync` says.
+    """
+    mapped = not sync.names or _bound(sync.names)
+    if mapped and sync.whole:
+        return _size(sync.names) * math.prod(shape) // max(1, shape[channel])
+    if channel == 0:
+        raise invalid(
+            where,
+            f"channel_axis=0 of {len(shape)} axes, and a batch that is cut in parts",
+            "the examples on the first axis",
+            "move the channels",
+        )
+    devices, examples = layout(where, sync, shape[0])
+    positions = math.prod(shape[1:]) // max(1, shape[channel])
     if sync.whole:
-        return devices * examples
+        return devices * examples * positions
     cut = plan(where, sync, devices, examples)
-    shards = cut.block if cut.members is None else cut.members.sum(1).min()
-    return int(shards) * (examples // cut.shards)
+    shards = cut.block if cut.members is None else int(cut.members.sum(1).min())
+    return shards * (examples // cut.shards) * positions
 
 
 def _bound(names: tuple[str, ...]) -> bool:

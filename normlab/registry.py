@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from normlab.affine import Parts
 from normlab.batch import batch_parts
-from normlab.checks import gain_and_bias, invalid, nearest
+from normlab.checks import gain_and_bias, invalid, nearest, promote_dtype
 from normlab.cosine import cosine_parts
 from normlab.delayed import init_delayed
 from normlab.example import Axes, group_parts, instance_parts, layer_parts, rms_parts
@@ -140,9 +140,10 @@ def batch(
         )
 
     def init(site: Site) -> tuple[Params, State]:
-        params = init_affine(site.channels, rescale=rescale, reshift=reshift)
+        dtype = promote_dtype(site.a)
+        params = init_affine(site.channels, rescale=rescale, reshift=reshift, dtype=dtype)
         start = init_delayed if as_sync(axis_name).every else init_running
-        state = start(site.channels, debias=debias)
+        state = start(site.channels, debias=debias, dtype=dtype)
         jax.eval_shape(lambda site: parts(params, state, site, train=False), site)
         return params, state
 
@@ -246,7 +247,8 @@ def _cosine(centred: bool, g: float | None, rescale: bool, reshift: bool) -> Nor
     def params(site: Site) -> Params:
         assert site.w is not None  # measured before
         gain = math.sqrt(math.prod(site.w.shape[:-1])) if g is None else g
-        return init_affine(site.channels, rescale=rescale, reshift=reshift, g=gain)
+        dtype = promote_dtype(site.a)
+        return init_affine(site.channels, rescale=rescale, reshift=reshift, g=gain, dtype=dtype)
 
     return _stateless(measure, rescale=rescale, reshift=reshift, params=params)
 
@@ -277,7 +279,8 @@ def _stateless(
         jax.eval_shape(lambda site: measure(None, site), site)  # say no before training starts
         if params is not None:
             return params(site), ()
-        return init_affine(site.channels, rescale=rescale, reshift=reshift), ()
+        dtype = promote_dtype(site.a)
+        return init_affine(site.channels, rescale=rescale, reshift=reshift, dtype=dtype), ()
 
     def parts(params: Params, state: State, site: Site, *, train: bool) -> tuple[Parts, State]:
         del train

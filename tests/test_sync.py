@@ -11,6 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 import normlab as nl
 from tests.helpers import MAPPERS, array, draw, gap, mappers, mesh
+from tests.test_devices import collectives
 
 D, N, C = 8, 4, 3  # devices, examples on each, channels
 TOLERANCE = {"float32": 5e-6, "float64": 1e-12}
@@ -84,6 +85,15 @@ def spec(topology, mode):
     """The topology; in plain jit with the mesh."""
     sync = TOPOLOGIES[topology]
     return dataclasses.replace(sync, mesh=mesh(d=D)) if mode == "jit" else sync
+
+
+def count(mode, f, params, sharded):
+    """The collectives of what `run` runs, the sum of a loss over devices not among them."""
+    if mode == "jit":
+        put = jax.device_put(sharded, NamedSharding(mesh(d=D), P("d")))
+        return collectives(jax.jit(f), params, *put)
+    split = jax.tree.map(lambda v: v.reshape(D, -1, *v.shape[1:]), sharded)
+    return collectives(mappers(D)[mode](lambda p, s: f(p, *s)), params, split)
 
 
 def whole(v):
@@ -189,3 +199,155 @@ def test_a_virtual_batch_gives_the_same_numbers_on_any_number_of_devices(devices
     assert gap((whole(h), whole(da)), expected[:2]) < 5e-6
     for one in range(devices):
         assert gap(jax.tree.map(lambda v, i=one: v[i], after), expected[2]) < 5e-6
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (
+            {"groups": 3},
+            r"groups of 3 for 8 devices; expected a size that divides.*use groups of 2",
+        ),
+        ({"groups": ((0, 1), (2, 3))}, r"do not partition 8 devices \(missing: 4, 5, 6, 7\)"),
+        ({"groups": ((*range(8),), ())}, r"empty groups at: 1"),
+        ({"groups": ((*range(8),), (3,))}, r"in more than one place: 3.*members may overlap"),
+        ({"groups": ((*range(7), 9),)}, r"missing: 7; not there: 9"),
+        ({"members": nl.ring(4)}, r"members for 4 shards where there are 8.*ring\(8\)"),
+        ({"members": ((),) * 8}, r"the members \(\) of shard 0"),
+        ({"members": ((8,),) * 8}, r"the members \(8,\) of shard 0.*0 to 7"),
+        ({"shards": 3, "groups": 1}, r"3 shards of a device's batch of 4.*use 2 shards"),
+        ({"virtual_batch": 5}, r"virtual batch of 5 examples for a batch of 32 \(8 x 4\).*of 4"),
+        ({"virtual_batch": 64}, r"virtual batch of 64 .*use a virtual batch of 32"),
+    ],
+)
+def test_a_batch_that_cannot_be_cut_so_is_an_error(options, says):
+    def f(a):
+        return nl.batch_norm(a, train=True, axis_name=nl.Sync("d", **options))[0]
+
+    with pytest.raises(ValueError, match=f"batch norm: got .*{says}"):
+        jax.vmap(f, axis_name="d")(jnp.ones((D, N, C)))
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"shards": 0}, "shards=0; expected at least 1"),
+        ({"groups": 0}, "groups=0"),
+        ({"every": -1}, "every=-1"),
+        ({"gradient": "forwards"}, "'forwards'.*did you mean 'forward'"),
+        ({"groups": 2, "virtual_batch": 4}, "groups and virtual_batch; expected one way"),
+        ({"groups": 2, "members": nl.ring(8)}, "groups and members"),
+        ({"groups": 2, "staged": True}, "groups and staged"),
+        ({"virtual_batch": 4, "shards": 2}, "virtual_batch and shards"),
+        ({"every": 1, "shards": 2}, "every with parts of a batch"),
+        ({"every": 1, "gradient": "none"}, "every and gradient='none'"),
+        ({"axes": (), "staged": True}, "staged without axes"),
+        ({"axes": (), "every": 1}, "every without axes"),
+    ],
+)
+def test_a_spec_that_means_nothing_is_an_error(options, says):
+    with pytest.raises(ValueError, match=f"Sync: got .*{says}"):
+        nl.Sync(**{"axes": "d"} | options)
+
+
+def test_an_unbound_axis_is_an_error_that_names_the_bound_ones():
+    def f(a):
+        return nl.batch_norm(a, train=True, axis_name=nl.Sync("replica", groups=2))[0]
+
+    with pytest.raises(ValueError, match=r"'replica'.*bound here: 'd'.*jax\.set_mesh"):
+        jax.vmap(f, axis_name="d")(jnp.ones((D, N, C)))
+    with pytest.raises(ValueError, match=r"'replica'.*bound here: none"):
+        f(jnp.ones((N, C)))
+    with jax.set_mesh(mesh(d=D)), pytest.raises(ValueError, match="'replica'"):
+        f(jnp.ones((N, C)))
+
+
+def test_a_batch_that_does_not_divide_over_the_mesh_is_an_error():
+    sync = nl.Sync("d", mesh=mesh(d=D))
+    with pytest.raises(
+        ValueError, match=r"a batch of 12 examples over the 8 devices.*multiple of 8"
+    ):
+        jax.jit(lambda a: nl.batch_norm(a, train=True, axis_name=sync)[0])(jnp.ones((12, C)))
+
+
+def test_groups_of_one_value_are_refused():
+    """The variance of one value is zero: the output would be the bias."""
+    for options in ({"groups": 1, "shards": 4}, {"virtual_batch": 1}, {"members": ((0,),) * D}):
+        shape = (D, 1, C) if "members" in options else (D, N, C)
+
+        def f(a, options=options):
+            return nl.batch_norm(a, train=True, axis_name=nl.Sync("d", **options))[0]
+
+        with pytest.raises(ValueError, match="one value per channel"):
+            jax.vmap(f, axis_name="d")(jnp.ones(shape))
+
+
+@pytest.mark.parametrize("options", [{"groups": 2, "shards": 2}, {"virtual_batch": 2}])
+def test_groups_want_the_examples_first(options):
+    with pytest.raises(ValueError, match="channel_axis=0 of 2 axes, and a batch that is cut"):
+        nl.batch_norm(jnp.ones((C, N)), train=True, axis_name=nl.Sync(**options), channel_axis=0)
+
+
+def test_a_spec_of_lists_is_one_of_tuples():
+    assert nl.Sync("d", groups=[[0, 1], [2, 3]]) == nl.Sync("d", groups=((0, 1), (2, 3)))
+    assert hash(nl.Sync("d", members=[[0], [1]])) == hash(nl.Sync("d", members=((0,), (1,))))
+
+
+@pytest.mark.parametrize("check_vma", [True, False])
+def test_a_staged_merge_is_the_whole_one(check_vma):
+    """One gather of 4 and one of 2 devices, in place of one of 8."""
+    params, a, c = problem("float32")
+    state = nl.init_running(C)
+
+    def f(params, a, c, axis_name):
+        def loss(a):
+            h, after = nl.batch_norm(a, params, state, train=True, axis_name=axis_name)
+            return (c * h).sum(), (h, after)
+
+        da, (h, after) = jax.grad(loss, has_aux=True)(a)
+        return h, da, after
+
+    step = jax.jit(
+        jax.shard_map(
+            lambda p, a, c: f(p, a, c, nl.Sync(("i", "j"), staged=True)),
+            mesh=mesh(i=2, j=4),
+            in_specs=(P(), P(("i", "j")), P(("i", "j"))),
+            out_specs=(P(("i", "j")), P(("i", "j")), P()),
+            check_vma=check_vma,
+        )
+    )
+    assert gap(step(params, a, c), f(params, a, c, None)) < 5e-6
+    # Where types say what varies, the cotangents are added up over both axes at once.
+    backward = ["all-reduce"] * (1 if check_vma else 2)
+    assert collectives(step, params, a, c) == ["all-gather"] * 2 + backward
+
+
+@pytest.mark.parametrize("mode", ["pmap", "shard_map", "shard_map, check_vma=False", "jit"])
+@pytest.mark.parametrize(
+    ("topology", "forward", "backward"),
+    [
+        ("all", ["all-gather"], ["all-reduce"]),
+        ("pairs", ["all-gather"], ["all-reduce"]),
+        ("uneven", ["all-gather"], ["all-reduce"]),
+        ("ring", ["all-gather"], ["all-reduce"]),
+        ("virtual, across devices", ["all-gather"], ["all-reduce"]),
+        ("virtual, within devices", [], []),
+        ("ghosts", [], []),
+    ],
+)
+def test_a_layer_costs_one_collective_each_way(topology, forward, backward, mode):
+    """Without a state; groups that lie within devices cost none."""
+    params, a, c = problem("float32")
+    axis_name = spec(topology, mode)
+
+    def h(params, a):
+        return nl.batch_norm(a, params, train=True, axis_name=axis_name)[0]
+
+    def both(params, a, c):
+        return jax.grad(lambda a: (c * h(params, a)).sum())(a)
+
+    assert count(mode, h, params, (a,)) == forward
+    found = count(mode, both, params, (a, c))
+    if topology != "all" and mode in ("pmap", "shard_map, check_vma=False"):
+        backward = [{"all-reduce": "reduce-scatter"}.get(k, k) for k in backward]
+    assert found == sorted(forward + backward)

@@ -1,0 +1,116 @@
+"""`equivalence`: every norm, every topology and every form is one device with the whole batch."""
+
+import inspect
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import normlab as nl
+from tests.helpers import draw
+from tests.test_sync import MODES, TOPOLOGIES
+
+D = 8
+TOLERANCE = {"float32": 5e-6, "float64": 1e-12}
+OPTIONS = {"group": {"groups": 1}}
+
+
+def maker(name):
+    """The norm by name, its batch in groups where it looks across one."""
+
+    def make(axis_name):
+        options = dict(OPTIONS.get(name, {}))
+        if "axis_name" in inspect.signature(nl.row(name).factory).parameters:
+            options["axis_name"] = axis_name
+        return nl.get(name, **options)
+
+    return make
+
+
+def pictures(name, dtype):
+    """What the norm needs to be measured on: instance norm wants positions."""
+    shape = (4 * D, 3, 5) if name == "instance" else (4 * D, 5)
+    return jnp.asarray(
+        draw(0, *shape) + np.repeat(draw(1, D), 4).reshape(-1, *(1,) * (len(shape) - 1)), dtype
+    )
+
+
+@pytest.mark.parametrize("topology", [name for name in TOPOLOGIES if name != "alone"])
+def test_batch_norm_in_every_topology(topology, precision):
+    report = nl.equivalence(
+        "batch", TOPOLOGIES[topology], D, form="pmap", x=pictures("batch", precision), recipes=()
+    )
+    assert {"h", "dx", "dw", "dg", "db", "state.mean", "state.var"} <= report.errors.keys()
+    assert report.worst < TOLERANCE[precision]
+
+
+@pytest.mark.parametrize("form", ["pmap", "shard_map"])
+@pytest.mark.parametrize("name", [name for name in nl.names() if name not in ("none", "batch")])
+def test_every_other_norm_is_the_same_on_many_devices(name, form):
+    x = pictures(name, "float32")
+    report = nl.equivalence(maker(name), "d", D, form=form, x=x, recipes=())
+    assert report.worst < 5e-6
+
+
+FACTORS = {
+    "typed": {"local loss": (8, 8), "pmean(loss)": (1, 1), "pmean(loss), pmean(grads)": (1, 1)},
+    "untyped": {
+        "local loss": (None, 8),
+        "local loss, pmean(grads)": (1, 8),
+        "pmean(loss)": (None, 8),
+        "pmean(loss), pmean(grads)": (1, 8),
+    },
+}
+
+
+@pytest.mark.parametrize("form", MODES)
+def test_the_convention_of_each_recipe_is_found(form):
+    report = nl.equivalence("batch", "d", D, form=form)
+    assert report.worst < 5e-6
+    found = report.conventions
+    if form == "jit":
+        assert found == {}
+    else:
+        expected = FACTORS["typed" if form == "shard_map" else "untyped"]
+        assert {recipe: found[recipe] for recipe in expected} == expected
+
+
+def test_masked_examples_are_left_out():
+    weights = jnp.asarray(np.arange(4 * D) % 5 > 0, jnp.float32)
+    assert nl.equivalence("batch", "d", D, form="shard_map", weights=weights).worst < 5e-6
+
+
+def test_a_norm_that_averages_variances_is_found_out():
+    """Batch norm that takes the mean of the devices' variances for that of the batch."""
+
+    def make(axis_name):
+        def parts(params, state, site, *, train):
+            del train
+            m = nl.moments(site.a, 0)
+            mean, var = m.mean, m.var()
+            if axis_name is not None:
+                mean, var = jax.lax.pmean((mean, var), axis_name.names)
+            return nl.Parts(mean, jnp.sqrt(var + 1e-5), params.g, params.b), state
+
+        return nl.Norm(lambda site: (nl.init_affine(site.channels), ()), parts)
+
+    report = nl.equivalence(make, "d", D)
+    assert report.errors["h"] > 0.05
+    assert report.errors["dx"] > 0.05
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"axis_name": nl.Sync("d", every=1)}, "no delay"),
+        ({"axis_name": ("i", "j")}, "one axis"),
+        ({"axis_name": nl.Sync("d", gradient="none")}, "gradient of both passes"),
+        ({"devices": 64}, r"64 devices; expected at most the 8.*device_count=64"),
+        ({"form": "xmap"}, "'xmap'.*Known: pmap"),
+        ({"norm": "bach"}, "did you mean 'batch'"),
+    ],
+)
+def test_what_cannot_be_compared_is_an_error(options, says):
+    with pytest.raises(ValueError, match=says):
+        nl.equivalence(**{"norm": "batch", "axis_name": "d", "devices": D} | options)
