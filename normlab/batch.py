@@ -21,7 +21,7 @@ from normlab.checks import (
     invalid,
     normalize_axes,
 )
-from normlab.collective import measure, values_per_channel
+from normlab.collective import differentiated, measure, values_per_channel
 from normlab.delayed import Delayed, check_delayed
 from normlab.moments import Algorithm, align_weights, check_algorithm, merge, moments
 from normlab.running import BadBatch, Running, check_batch, update_running
@@ -166,8 +166,8 @@ def batch_parts(
     axes = [i for i in range(a.ndim) if i != channel]
     if isinstance(state, Delayed):
         own = moments(a, axes, weights=weights, algorithm=algorithm)
-        m = population = merge(own, state.others_like(own))
-        state = state.after(own)
+        population = merge(own, state.others_like(own))
+        m, state = differentiated(sync, own, population), state.after(own)
     else:
         m, population = measure(where, a, axes, sync, weights=weights, algorithm=algorithm)
     m = check_batch(where, m, bad_batch)

@@ -77,7 +77,7 @@ def _measure(
     if sync.whole:
         local = moments(a, axes, weights=w, algorithm=algorithm)
         population = all_reduce(local, sync)
-        return _differentiated(sync, local, population), population
+        return differentiated(sync, local, population), population
     devices, examples = _size(sync.names), a.shape[0]
     cut = plan(where, sync, devices, examples)
     a = a.reshape(cut.shards, -1, *a.shape[1:])
@@ -89,7 +89,7 @@ def _measure(
     count = jnp.broadcast_to(local.count, (cut.shards, *local.count.shape[1:]))
     local = Moments(*(field[:, 0] for field in local._replace(count=count)))
     merged, population = _merge(local, cut, sync.names)
-    chosen = _differentiated(sync, local, merged)
+    chosen = differentiated(sync, local, merged)
     m = Moments(*(jnp.repeat(f, examples // cut.shards, axis=0) for f in chosen))
     return m, population
 
@@ -144,8 +144,14 @@ def merge_members(m: Moments, members: Array) -> Moments:
     return Moments(between.count[:, 0], between.mean[:, 0], between.m2[:, 0] + within)
 
 
-def _differentiated(sync: Sync, local: Moments, merged: Moments) -> Moments:
-    """The moments with the value and the derivative that `sync.gradient` asks for."""
+def differentiated(sync: Sync, local: Moments, merged: Moments) -> Moments:
+    """The moments with the value and the derivative that `sync.gradient` asks for.
+
+    Args:
+      sync: What is merged.
+      local: This device's own.
+      merged: The same, merged with those of others.
+    """
     if sync.gradient == "both":
         return merged
     value = lax.stop_gradient(local if sync.gradient == "backward" else merged)

@@ -6,7 +6,8 @@ measured when `exchange` was last asked for it:
     M = merge(mᵢ(t), others)        others = merge of mⱼ(t − age), j ≠ i
 
 The norm itself has no collective. `exchange`, once after each step, sends the moments of all norms
-of the net in one. The gradient sees mᵢ alone, with its share nᵢ/N of M.
+of the net in one. The gradient sees mᵢ alone: with its share nᵢ/N of M or, with
+`gradient="forward"`, as if mᵢ were M.
 """
 
 from __future__ import annotations

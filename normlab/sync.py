@@ -23,6 +23,9 @@ Gradient = Literal["both", "forward", "backward", "none"]
 devices. `"forward"`: μ, σ over all, ⟨·⟩ over the device's own: the derivative of its own moments
 stands in for that of the merged ones, and the backward pass has no collective. `"backward"`: μ, σ
 over its own, ⟨·⟩ over all. `"none"`: μ, σ over all, held constant: without both ⟨·⟩.
+
+With `every`, what came from other devices is constant: in `"both"` ⟨·⟩ is over the device's own
+examples and counts by their share n/N of all; in `"forward"` it counts whole.
 """
 
 
@@ -99,9 +102,10 @@ class Sync:
         if self.every and (self.shards > 1 or self.virtual_batch):
             change = "leave every out, or the shards"
             raise invalid("Sync", "every with parts of a batch", "whole devices", change)
-        if self.every and self.gradient != "both":
-            change = "leave gradient out: with every, the gradient sees the device's own moments"
-            raise invalid("Sync", f"every and gradient={self.gradient!r}", "one of them", change)
+        if self.every and self.gradient == "backward":
+            change = 'use gradient="forward", "none" or "both"'
+            given = "every and gradient='backward'"
+            raise invalid("Sync", given, "a gradient that asks no other device", change)
         if (self.every or self.staged) and not self.names:
             given = "every" if self.every else "staged"
             raise invalid("Sync", f"{given} without axes", "axes to merge over", "name the axes")

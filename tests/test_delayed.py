@@ -1,5 +1,7 @@
 """Delayed synchronization: other devices' statistics are those of an earlier step."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -90,6 +92,26 @@ def test_the_gradient_sees_the_own_batch_alone():
     (da,) = jax.vjp(lambda a: f(a, state), a)[1](dy)
     (expected,) = jax.vjp(lambda a: jax.vmap(fixed)(a, state.others), a)[1](dy)
     assert gap(da, expected) < 5e-6
+
+
+@pytest.mark.parametrize("gradient", ["forward", "none"])
+def test_the_own_batch_may_count_whole_in_the_gradient_or_not_at_all(gradient):
+    a, dy = array(batches()[0]), array(draw(5, D, N, C))
+    sync = nl.Sync("d", every=1, gradient=gradient)
+    (_, state), *_ = train("vmap", sync, batches()[:1])
+
+    def h(a):
+        f = functools.partial(nl.batch_norm, train=True, axis_name=sync)
+        return jax.vmap(lambda a, state: f(a, None, state)[0], axis_name="d")(a, state)
+
+    (da,) = jax.vjp(h, a)[1](dy)
+    for i in range(D):
+        m = nl.merge(nl.moments(a[i], 0), jax.tree.map(lambda f, i=i: f[i, None], state.others))
+        mu, sigma, x, d = m.mean, m.scale(1e-5), a[i], dy[i] / m.scale(1e-5)
+        if gradient == "forward":  # as the docstring of `Gradient` has it
+            seen = (d * (x - mu) / sigma**2).mean(0)
+            d = d - d.mean(0) - (x - x.mean(0)) * seen
+        assert gap(da[i], d) < 5e-6
 
 
 @pytest.mark.parametrize("mapper", ["pmap", "shard_map", "shard_map, check_vma=False"])

@@ -240,7 +240,7 @@ def test_a_batch_that_cannot_be_cut_so_is_an_error(options, says):
         ({"groups": 2, "staged": True}, "groups and staged"),
         ({"virtual_batch": 4, "shards": 2}, "virtual_batch and shards"),
         ({"every": 1, "shards": 2}, "every with parts of a batch"),
-        ({"every": 1, "gradient": "none"}, "every and gradient='none'"),
+        ({"every": 1, "gradient": "backward"}, "every and gradient='backward'"),
         ({"axes": (), "staged": True}, "staged without axes"),
         ({"axes": (), "every": 1}, "every without axes"),
     ],
