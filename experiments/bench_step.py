@@ -29,7 +29,7 @@ import normlab as nl
 from experiments import models
 from experiments.data import Dataset
 from experiments.rundir import VARIABLES, RunError
-from experiments.train import DeviceData, Trainer, minibatches
+from experiments.trainer import DeviceData, Trainer, minibatches
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+import signal
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,25 +24,42 @@ from rich.progress import (
 from rich.table import Table
 
 import normlab as nl
-from experiments import bench_report, bench_step, invariances, models, numerics
+from experiments import (
+    bench_report,
+    bench_step,
+    bench_sync,
+    invariances,
+    ledger,
+    models,
+    numerics,
+    questions,
+)
 from experiments.bench_ops import BenchOps, Ops
 from experiments.bench_step import BenchStep
+from experiments.bench_sync import BenchSync
 from experiments.compare import Compare, Comparison
 from experiments.data import NAMES, DataError, load
 from experiments.invariances import Invariances
+from experiments.launch import Launch, launch
+from experiments.ledger import Ledger
 from experiments.numerics import Numerics
+from experiments.processes import EXIT_FAILED, leave, together
+from experiments.questions import Ask
+from experiments.questions.engine import Answer, Verdict, answer
 from experiments.rundir import RunError
+from experiments.train import Train, explain, train
 
 console = Console()
 errors = Console(stderr=True)
 
 EXIT_USAGE = 2
 EXIT_INTERRUPTED = 130
+EXIT_TERMINATED = 143
 
 
 @dataclasses.dataclass(frozen=True)
 class List:
-    """Describe the norms, models and data sets that there are."""
+    """Describe the norms, models, data sets and questions that there are."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,16 +80,21 @@ class Bench:
     bench: (
         Annotated[BenchStep, tyro.conf.subcommand("step")]
         | Annotated[BenchOps, tyro.conf.subcommand("ops")]
+        | Annotated[BenchSync, tyro.conf.subcommand("sync")]
     )
 
 
 Command = (
     Annotated[Compare, tyro.conf.subcommand("compare")]
-    | Annotated[List, tyro.conf.subcommand("list")]
     | Annotated[Data, tyro.conf.subcommand("data")]
     | Annotated[Bench, tyro.conf.subcommand("bench")]
     | Annotated[Numerics, tyro.conf.subcommand("numerics")]
     | Annotated[Invariances, tyro.conf.subcommand("invariances")]
+    | Annotated[Ask, tyro.conf.subcommand("run")]
+    | Annotated[Ledger, tyro.conf.subcommand("ledger")]
+    | Annotated[Train, tyro.conf.subcommand("train")]
+    | Annotated[Launch, tyro.conf.subcommand("launch")]
+    | Annotated[List, tyro.conf.subcommand("list")]
 )
 
 
@@ -84,19 +108,7 @@ def main(arguments: list[str] | None = None) -> int:
             args=arguments,
             config=(tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes),
         )
-        if isinstance(command, Compare):
-            return compare(command)
-        if isinstance(command, Data):
-            return data(command)
-        if isinstance(command, Bench):
-            if isinstance(command.bench, BenchStep):
-                return benchmark_step(command.bench)
-            return benchmark_ops(command.bench)
-        if isinstance(command, Numerics):
-            return print_rows(numerics.HEADINGS, numerics.rows(command), command.markdown)
-        if isinstance(command, Invariances):
-            return print_rows(invariances.HEADINGS, invariances.rows(command), command.markdown)
-        return describe()
+        return HANDLERS[type(command)](command)
     except (RunError, DataError) as error:
         return report(error)
     except KeyboardInterrupt:
@@ -189,6 +201,42 @@ def remarks(comparison: Comparison) -> list[str]:
     return said
 
 
+def ask(command: Ask) -> int:
+    """Runs the questions one after the other and prints what each came to."""
+    exit_status = 0
+    for name, question, config, run_dir in command.questions():
+        with errors.status(name) as status:
+            found = answer(question, name, config, run_dir, lambda text: status.update(f"{text} …"))
+        print_answer(name, found)
+        if not found.complete:
+            errors.print("[yellow]interrupted:[/] what was measured is kept, without a verdict.")
+            exit_status = EXIT_INTERRUPTED
+            break
+    return exit_status
+
+
+def print_answer(name: str, found: Answer) -> None:
+    """The verdicts of a question and where its figure and its records are."""
+    result = Table("claim", "effect [95% interval]", "threshold", "verdict", title=name)
+    for verdict in found.verdicts:
+        result.add_row(verdict.claim, *_judged(verdict))
+    seeds = {verdict.seeds for verdict in found.verdicts}
+    result.caption = f"mean and interval over {', '.join(map(str, sorted(seeds)))} seeds" + (
+        "" if found.forms is None else f"; pmap and shard_map differ by {found.forms:.1e}"
+    )
+    if found.verdicts:
+        console.print(result)
+    console.print(f"{'run':>12}  {found.path}", highlight=False, soft_wrap=True)
+
+
+def _judged(v: Verdict) -> tuple[str, str, str]:
+    bounds = f"≥ {v.at_least:g}" if v.at_least > -math.inf else ""
+    if v.at_most < math.inf:
+        bounds += f"{', ' if bounds else ''}≤ {v.at_most:g}"
+    unit = f" {v.unit}" if v.unit else ""
+    return f"{v.effect:.3g}{unit} [{v.low:.3g}, {v.high:.3g}]", bounds, v.decision
+
+
 def data(command: Data) -> int:
     """Prepares data sets and prints what they hold."""
     result = Table("set", "training", "test", "image", "classes", "origin", "sha256")
@@ -258,6 +306,95 @@ def benchmark_ops(config: BenchOps) -> int:
     return exit_status
 
 
+def train_here(config: Train) -> int:
+    """Trains in this process, alone or with others, and prints what came out."""
+    try:
+        with errors.status("starting") as status:
+            result = train(config, say=lambda text: status.update(f"{text} …"))
+    except KeyboardInterrupt:
+        errors.print("[yellow]interrupted:[/] the same command goes on from the last checkpoint.")
+        return leave(EXIT_INTERRUPTED) if together() else EXIT_INTERRUPTED
+    except Exception as error:
+        usage = isinstance(error, RunError | DataError)
+        if not together():
+            raise
+        return leave(EXIT_USAGE if usage else EXIT_FAILED, explain(error))
+    if result.process == 0:
+        conclude(result.path, result.step, result.summary)
+    if result.summary is None:
+        return EXIT_INTERRUPTED if result.signal == signal.SIGINT else EXIT_TERMINATED
+    return 0
+
+
+def launch_run(config: Launch) -> int:
+    """Trains in processes that Ray holds together, and prints what came out."""
+    options = (tyro.conf.OmitArgPrefixes,)
+    config_of_run = tyro.cli(
+        Train, prog="python -m experiments launch -- train", args=config.command[1:], config=options
+    )
+
+    def tell(text: str) -> None:
+        errors.print(f"[yellow]restarted:[/] {escape(text)}", highlight=False, soft_wrap=True)
+
+    with errors.status("starting") as status:
+        outcome = launch(config, config_of_run, lambda text: status.update(f"{text} …"), tell)
+    if outcome.failure:
+        failed = f"failed {outcome.restarts + 1} times, " if outcome.restarts else "failed: "
+        report(RunError(f"the run {failed}{outcome.failure}"))
+    conclude(outcome.path, outcome.step, outcome.summary)
+    if outcome.failure:
+        return EXIT_USAGE if outcome.usage else EXIT_FAILED
+    if outcome.summary is None:
+        return EXIT_INTERRUPTED if outcome.signal == signal.SIGINT else EXIT_TERMINATED
+    return 0
+
+
+def conclude(path: Path, step: int, summary: dict[str, Any] | None) -> None:
+    """Prints the result of a run, or how to go on with it."""
+    if summary is None:
+        errors.print(
+            f"[yellow]stopped[/] with a checkpoint of step {step}: the same command with "
+            f"--run-dir {escape(str(path))} goes on from it.",
+            highlight=False,
+            soft_wrap=True,
+        )
+        return
+    console.print(
+        f"step {step}: test loss {summary['loss']:.4f}, accuracy {summary['accuracy']:.2%}, on "
+        f"{summary['devices']} devices in {summary['processes']} processes",
+        highlight=False,
+    )
+    console.print(f"{'summary':>12}  {path / 'summary.json'}", highlight=False, soft_wrap=True)
+
+
+def benchmark_sync(command: BenchSync) -> int:
+    """Times synced batch norm beside flax's and prints the table."""
+    print_rows(bench_sync.HEADINGS, bench_sync.rows(command), command.markdown)
+    console.print(bench_sync.remarks(command), highlight=False, markup=False)
+    return 0
+
+
+def account(config: Ledger) -> int:
+    """Prints the collectives of a step, and what the table leaves out."""
+    with errors.status("compiling") as status:
+        found = ledger.compile_all(config, say=lambda text: status.update(f"{text} …"))
+    headings, *rows = ledger.table(found)
+    print_rows(headings, rows, config.markdown)
+    for remark in ledger.remarks(found):
+        console.print(remark, highlight=False, markup=False)
+    return 0
+
+
+def print_numerics(config: Numerics) -> int:
+    """Measures numerical errors beside other libraries and prints the table."""
+    return print_rows(numerics.HEADINGS, numerics.rows(config), config.markdown)
+
+
+def print_invariances(config: Invariances) -> int:
+    """Measures what each norm is invariant to and prints the table."""
+    return print_rows(invariances.HEADINGS, invariances.rows(config), config.markdown)
+
+
 def print_rows(headings: Sequence[str], rows: Iterable[Sequence[str]], markdown: bool) -> int:
     """Prints a table, for the terminal or as Markdown."""
     with errors.status("measuring …"):
@@ -273,8 +410,9 @@ def print_rows(headings: Sequence[str], rows: Iterable[Sequence[str]], markdown:
     return 0
 
 
-def describe() -> int:
-    """Prints the norms with what they measure, the models and the data sets."""
+def describe(command: List) -> int:
+    """Prints the norms with what they measure, the models, the data sets and the questions."""
+    del command
     norms = Table("norm", "μ and σ look at", "shift μ", "scale σ", title="norms")
     for name in nl.names():
         row = nl.row(name)
@@ -283,11 +421,29 @@ def describe() -> int:
     others: dict[str, Any] = {"models": models.MODELS, "data sets": NAMES}
     for what, names in others.items():
         console.print(f"{what}: {', '.join(names)}", highlight=False)
-    console.print(
-        "commands: compare, data, bench, numerics, invariances, list; each has its own --help",
-        highlight=False,
-    )
+    asked = Table("question", "asks", title="questions, for `run`")
+    for name in questions.NAMES:
+        asked.add_row(name, questions.headline(name))
+    console.print(asked)
     return 0
+
+
+HANDLERS: dict[type, Callable[[Any], int]] = {
+    Compare: compare,
+    Data: data,
+    Bench: lambda command: HANDLERS[type(command.bench)](command.bench),
+    BenchStep: benchmark_step,
+    BenchOps: benchmark_ops,
+    BenchSync: benchmark_sync,
+    Numerics: print_numerics,
+    Invariances: print_invariances,
+    Ask: ask,
+    Ledger: account,
+    Train: train_here,
+    Launch: launch_run,
+    List: describe,
+}
+"""What runs each command."""
 
 
 def _spread(mean: float | None, sd: float | None) -> str:

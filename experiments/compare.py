@@ -29,7 +29,7 @@ import normlab as nl
 from experiments import figures, models
 from experiments.data import load
 from experiments.rundir import RunDirectory, RunError, environment
-from experiments.train import (
+from experiments.trainer import (
     AXIS,
     QUANTILES,
     DeviceData,

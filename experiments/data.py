@@ -108,7 +108,7 @@ def _digits() -> Dataset:
         from sklearn.datasets import load_digits
     except ImportError as error:
         raise DataError("digits come with scikit-learn: pip install scikit-learn") from error
-    pixels, labels = load_digits(return_X_y=True)
+    pixels, labels = map(np.asarray, load_digits(return_X_y=True))
     images = np.rint(pixels.reshape(-1, 8, 8, 1) * (255 / 16)).astype(np.uint8)
     labels = labels.astype(np.int32)
     split = images[:-360], labels[:-360], images[-360:], labels[-360:]

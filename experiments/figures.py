@@ -1,8 +1,9 @@
-"""The pictures of a comparison and of `bench ops`. A norm looks the same everywhere."""
+"""The pictures of comparisons, `bench ops` and questions. A norm looks the same everywhere."""
 
 from __future__ import annotations
 
 import io
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,6 +12,7 @@ import matplotlib
 matplotlib.use("agg")
 import matplotlib.pyplot as plt
 import numpy as np
+import scipy.stats
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
@@ -57,7 +59,7 @@ def curves(records: Records, title: str, chance: float) -> Figure:
     records = [r for r in records if r["step"] > 0]
     for name in _norms(records):
         for axes, key in ((left, "train_loss"), (right, "test_error")):
-            steps, values = _series([r for r in records if r["norm"] == name], key)
+            steps, values = series([r for r in records if r["norm"] == name], key)
             measured = np.isfinite(values).any(axis=1)  # a norm that diverged has none
             steps, values = steps[measured], values[measured]
             middle = np.nanmedian(values, axis=1)
@@ -71,7 +73,7 @@ def curves(records: Records, title: str, chance: float) -> Figure:
         right.axhline(100 * (1 - chance), color="grey", lw=0.8, ls=":")
         right.set_title("dotted: chance", fontsize=9, loc="right")
     for axes in (left, right):
-        _log_scale(axes)
+        log_scale(axes)
         axes.grid(alpha=0.3, which="both", lw=0.5)
     figure.legend(*left.get_legend_handles_labels(), loc="outside right center", frameon=False)
     figure.suptitle(title)
@@ -102,15 +104,15 @@ def parts(records: Records, title: str) -> Figure:
                 chosen = [
                     r for r in records if (r["norm"], r["layer"], r["part"]) == (name, layer, part)
                 ]
-                steps, low = _series(chosen, "p15")
-                _, middle = _series(chosen, "p50")
-                _, high = _series(chosen, "p85")
+                steps, low = series(chosen, "p15")
+                _, middle = series(chosen, "p50")
+                _, high = series(chosen, "p85")
                 with np.errstate(all="ignore"):
                     low, middle, high = (np.median(v, axis=1) for v in (low, middle, high))
                 axes.plot(steps, middle, label=name, **STYLE[name])
                 axes.fill_between(steps, low, high, color=STYLE[name]["color"], alpha=0.12, lw=0)
             if part == "scale":
-                _log_scale(axes)
+                log_scale(axes)
             if part == "rescale":  # a gain may be negative
                 axes.set_yscale("symlog", linthresh=0.1)
                 ticks = SymmetricalLogLocator(base=10, linthresh=0.1, subs=(1, 2, 5))
@@ -175,6 +177,56 @@ def ops(cases: Records, title: str) -> Figure:
     return figure
 
 
+def palette(names: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """A colour and a marker for each name, for what is not a norm."""
+    marks = itertools.cycle(zip(_COLOURS, _MARKERS, strict=True))
+    return {
+        name: {"color": colour, "marker": marker, "markersize": 4}
+        for name, (colour, marker) in zip(names, marks, strict=False)
+    }
+
+
+def spread(axes: Axes, x: Sequence[float], values: Sequence[Sequence[float]], **style: Any) -> None:
+    """Means over seeds, with their 95% intervals of Student's t."""
+    means = [np.mean(v) for v in values]
+    halves = [scipy.stats.t.ppf(0.975, max(1, len(v) - 1)) * _sem(v) for v in values]
+    axes.errorbar(x, means, halves, capsize=3, elinewidth=1, **style)
+
+
+def _sem(values: Sequence[float]) -> float:
+    return float(np.std(values, ddof=1) / np.sqrt(len(values))) if len(values) > 1 else 0.0
+
+
+def conditions(records: Records, title: str) -> Figure:
+    """The test error of each condition against steps, and at the end by seed."""
+    records = [r for r in records if r["kind"] == "evaluation"]
+    names = list(dict.fromkeys(r["condition"] for r in records))
+    styles = palette(names)
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.2), layout="constrained")
+    steps = sorted({r["step"] for r in records})
+    for at, name in enumerate(names):
+        here = [r for r in records if r["condition"] == name]
+        errors = [[100 - r["accuracy"] for r in here if r["step"] == step] for step in steps]
+        middle = [np.median(e) for e in errors]
+        left.plot(steps, middle, label=name, **styles[name])
+        low, high = ([f(e) for e in errors] for f in (min, max))
+        left.fill_between(steps, low, high, color=styles[name]["color"], alpha=0.12, lw=0)
+        right.plot([at] * len(errors[-1]), errors[-1], alpha=0.4, ls="", **styles[name])
+        spread(right, [at + 0.2], [errors[-1]], **styles[name])
+    left.set(xlabel="optimizer step", ylabel="test error (%)")
+    left.set_title("median seed, band of all seeds", fontsize=9, loc="left")
+    log_scale(left)
+    right.set_xticks(range(len(names)), names, rotation=30, ha="right")
+    right.set_title(
+        f"after {steps[-1]} steps: seeds, mean and 95% interval", fontsize=9, loc="left"
+    )
+    for axes in (left, right):
+        axes.grid(alpha=0.3, which="both", lw=0.5)
+    left.legend(frameon=False, fontsize=8)
+    figure.suptitle(title)
+    return figure
+
+
 def encode(figure: Figure, kind: str) -> bytes:
     """The figure as a file of type `png` or `svg`; closes it."""
     buffer = io.BytesIO()
@@ -184,7 +236,7 @@ def encode(figure: Figure, kind: str) -> bytes:
     return buffer.getvalue()
 
 
-def _log_scale(axes: Axes) -> None:
+def log_scale(axes: Axes) -> None:
     """A logarithmic axis with plain numbers: at 1, 2 and 5 where it spans few decades."""
     if not any((np.asarray(line.get_ydata()) > 0).any() for line in axes.get_lines()):
         return  # nothing finite to show
@@ -219,7 +271,7 @@ def _norms(records: Records) -> list[str]:
     return list(dict.fromkeys(r["norm"] for r in records))
 
 
-def _series(records: Records, key: str) -> tuple[np.ndarray, np.ndarray]:
+def series(records: Records, key: str) -> tuple[np.ndarray, np.ndarray]:
     """Returns `(steps [T], values [T, seeds])`; a missing or null value is NaN."""
     seeds = sorted({r["seed"] for r in records})
     steps = sorted({r["step"] for r in records})

@@ -8,62 +8,16 @@ compilers are installed: the extras `tpu` and `cuda`.
 
 from __future__ import annotations
 
-import importlib.util
 import itertools
-import math
-import os
-import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
-from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 from jax.stages import Compiled, Lowered
 
-TARGETS = {"cpu": "", "tpu": "libtpu", "cuda": "jax_plugins.xla_cuda13"}
-"""What can be compiled for, and the module that holds the compiler, if it is not jaxlib's."""
-
-
-class Missing(RuntimeError):
-    """The compiler of a target is not installed; the text says how to install it."""
-
-
-_H100 = """
-platform_name: "CUDA"
-gpu_device_info {
-  name: "NVIDIA H100 80GB HBM3"
-  cuda_compute_capability { major: 9 minor: 0 }
-  core_count: 132
-  fpus_per_core: 128
-  clock_rate_ghz: 1.98
-  device_memory_size: 85899345920
-  memory_bandwidth: 3352320000000
-  l2_cache_size: 52428800
-  shared_memory_per_core: 233472
-  shared_memory_per_block: 49152
-  shared_memory_per_block_optin: 232448
-  registers_per_core_limit: 65536
-  registers_per_block_limit: 65536
-  threads_per_warp: 32
-  threads_per_core_limit: 2048
-  threads_per_block_limit: 1024
-  block_dim_limit_x: 2147483647
-  block_dim_limit_y: 65535
-  block_dim_limit_z: 65535
-}
-"""
-"""What the compiler asks of a GPU: an H100 SXM's properties, as CUDA reports them."""
-
-
-def missing(target: str) -> str:
-    """Returns the command that installs the compiler of a target; empty where it is installed."""
-    module = TARGETS[target]
-    try:
-        installed = not module or importlib.util.find_spec(module)
-    except ModuleNotFoundError:  # of the package that would hold it
-        installed = False
-    return "" if installed else f"pip install -c constraints.txt -e '.[{target}]'"
+from experiments.hlo import Array, Computation, Instruction, parse
+from experiments.machines import compile_for
 
 
 def place(target: str) -> SingleDeviceSharding:
@@ -77,19 +31,9 @@ def place(target: str) -> SingleDeviceSharding:
     Raises:
       Missing: If its compiler is not installed.
     """
-    if command := missing(target):
-        raise Missing(f"there is no compiler for {target!r} here; to install it: {command}")
-    if target == "cpu":
-        devices = jax.devices("cpu")
-    elif target == "tpu":
-        os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # no cloud to ask which TPU this is
-        os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # processes share the compiler
-        # The smallest machine there is: a host with four chips, of which one is compiled for.
-        devices = topologies.get_topology_desc("v5e:2x2", "tpu").devices
-    else:
-        options = {"target_config": _H100, "topology": "1x1x1"}  # slices x hosts x GPUs
-        devices = topologies.get_topology_desc("h100", target, **options).devices
-    return SingleDeviceSharding(devices[0])
+    # The smallest machine there is: of a TPU, a host with four chips, of which one is taken.
+    smallest = {"cpu": "", "tpu": "v5e:2x2", "cuda": "h100:1x1x1"}[target]
+    return SingleDeviceSharding(compile_for(target, smallest)[0])
 
 
 def lower(f: Callable[..., Any], where: SingleDeviceSharding, *arguments: Any) -> Lowered:
@@ -146,59 +90,20 @@ def passes(compiled: Compiled | str, nbytes: int) -> Passes:
     return program.passes(program.entry)
 
 
-class _Array(NamedTuple):
-    size: int  # elements
-    nbytes: int
-    on_chip: bool
-
-
-class _Instruction(NamedTuple):
-    name: str
-    arrays: tuple[_Array, ...]  # the leaves of the result
-    opcode: str
-    operands: tuple[str, ...]
-    calls: tuple[str, ...]  # the computations that it runs
-    trips: int  # of a loop
-
-
-class _Computation(NamedTuple):
-    name: str
-    instructions: Mapping[str, _Instruction]
-    users: Mapping[str, Sequence[_Instruction]]
-    parameters: Mapping[int, str]
-    root: str
-
-    def behind(self, name: str) -> _Instruction:
-        """The instruction of this name, or the one of which it is a bitcast."""
-        i = self.instructions[name]
-        return self.behind(i.operands[0]) if i.opcode == "bitcast" else i
-
-
 class _Program:
     """The computations of an HLO text, and what they read and write."""
 
     def __init__(self, text: str, nbytes: int) -> None:
         self.nbytes = nbytes
-        self.computations: dict[str, _Computation] = {}
+        self.computations, self.entry = parse(text)
         self.demands: dict[tuple[str, str], int] = {}
-        # Vector memory is S(1) where layouts have tiles; a GPU calls another thing by that number.
-        tiled = re.search(r"\]\{[^}]*:T\(", text) is not None
-        self.entry, name, lines = "", "", []
-        for line in text.splitlines():
-            if head := re.match(r"(ENTRY )?%?([\w.\-]+) .*\{$", line):
-                name, lines = head[2], []
-                self.entry = name if head[1] else self.entry
-            elif line.startswith("}"):
-                self.computations[name] = _computation(name, lines, tiled)
-            elif line.startswith("  "):
-                lines.append(line)
 
     def passes(self, name: str) -> Passes:
         """Those of one computation."""
         c = self.computations[name]
         return _total(self._instruction(c, i) for i in c.instructions.values())
 
-    def _instruction(self, c: _Computation, i: _Instruction) -> Passes:
+    def _instruction(self, c: Computation, i: Instruction) -> Passes:
         opcode = i.opcode.removesuffix("-start")
         if opcode in _FREE or opcode.endswith("-done"):
             return Passes(0, 0)
@@ -232,16 +137,16 @@ class _Program:
             writes += self._counts(array)
         return Passes(len(reads), writes)
 
-    def _counts(self, array: _Array) -> bool:
+    def _counts(self, array: Array) -> bool:
         return array.nbytes >= self.nbytes and not array.on_chip
 
-    def _demand(self, c: _Computation, name: str) -> int:
+    def _demand(self, c: Computation, name: str) -> int:
         """How many elements of a value within a fusion the fusion needs."""
         if (c.name, name) not in self.demands:
             self.demands[c.name, name] = self._sum_of_demands(c, name)
         return self.demands[c.name, name]
 
-    def _sum_of_demands(self, c: _Computation, name: str) -> int:
+    def _sum_of_demands(self, c: Computation, name: str) -> int:
         size = max((a.size for a in c.instructions[name].arrays), default=0)
         needed = size if name == c.root else 0
         for user in c.users.get(name, ()):
@@ -257,7 +162,7 @@ class _Program:
         return min(size, needed)
 
 
-def _looked_at(opcode: str, index: int, size: int, results: Sequence[_Array], demand: int) -> int:
+def _looked_at(opcode: str, index: int, size: int, results: Sequence[Array], demand: int) -> int:
     """How many of the `size` elements of an operand go into `demand` elements of the result."""
     if opcode == "dynamic-update-slice" and index == 0:
         return 0  # in place
@@ -266,7 +171,7 @@ def _looked_at(opcode: str, index: int, size: int, results: Sequence[_Array], de
     return demand if results and results[0].size == size else size
 
 
-def _results(c: _Computation, i: _Instruction) -> list[_Array]:
+def _results(c: Computation, i: Instruction) -> list[Array]:
     """What an instruction writes; the tuple that starts one names its operands, too."""
     results = list(i.arrays)
     if i.opcode.endswith("-start") and i.opcode != "all-reduce-start":
@@ -293,51 +198,3 @@ _FREE = {
     "tuple",
 }
 _SLICES = {"slice", "dynamic-slice", "gather"}
-_ARRAY = re.compile(r"\b([a-z]+\d*)\w*\[([\d,<=]*)\](\{[^}]*\})?")
-_CALLS = re.compile(r"\b(?:calls|to_apply|condition|body|\w+_computations?)=(\{[^}]*\}|\S+)")
-_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
-_NAME = re.compile(r"%([\w.\-]+)")
-
-
-def _computation(name: str, lines: Iterable[str], tiled: bool) -> _Computation:
-    instructions: dict[str, _Instruction] = {}
-    users: dict[str, list[_Instruction]] = {}
-    parameters, root = {}, ""
-    for line in lines:
-        left, _, right = line.strip().partition(" = ")
-        end = _closing(right) if right.startswith("(") else right.index(" ")
-        opcode, _, tail = right[end:].strip().partition("(")
-        stop = _closing("(" + tail) - 2
-        own = _NAME.search(left)
-        i = _Instruction(
-            own[1] if own else left,
-            tuple(_array(found, tiled) for found in _ARRAY.finditer(right[:end])),
-            opcode,
-            tuple(_NAME.findall(tail[:stop])),
-            tuple(_NAME.findall(" ".join(_CALLS.findall(tail[stop:])))),
-            int(trips[1]) if (trips := _TRIPS.search(tail)) else 1,
-        )
-        instructions[i.name] = i
-        root = i.name if left.startswith("ROOT ") else root
-        if opcode == "parameter":
-            parameters[int(tail[:stop])] = i.name
-        for operand in set(i.operands):
-            users.setdefault(operand, []).append(i)
-    return _Computation(name, instructions, users, parameters, root)
-
-
-def _array(found: re.Match[str], tiled: bool) -> _Array:
-    kind, sizes, layout = found.groups()
-    bits = 8 if kind == "pred" else int(re.sub(r"\D", "", kind) or 0)
-    size = math.prod(int(n.strip("<=")) for n in sizes.split(",") if n)
-    return _Array(size, size * bits // 8, tiled and "S(1)" in (layout or ""))
-
-
-def _closing(text: str) -> int:
-    """The end of the brackets that `text` begins with."""
-    depth = 0
-    for at, c in enumerate(text):
-        depth += (c == "(") - (c == ")")
-        if depth == 0:
-            return at + 1
-    raise ValueError(f"passes: unbalanced brackets in {text[:80]!r}")

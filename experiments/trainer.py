@@ -1,4 +1,4 @@
-"""One trainer for every norm and model: data-parallel over `pmap`, seeds side by side.
+"""One trainer for every norm and model: data-parallel over `pmap` or `shard_map`, seeds together.
 
 Inside each device the steps are scanned and the seeds are vmapped, so a call trains all seeds for
 many steps without returning to Python. Parameters, the norms' states and the optimizer's state
@@ -12,7 +12,7 @@ and the whole batch).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import flax.linen as nn
 import jax
@@ -21,16 +21,26 @@ import numpy as np
 import optax
 from jax import Array, lax
 from jax.flatten_util import ravel_pytree
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from jax.typing import DTypeLike
 
 import normlab as nl
 from experiments import models
 from experiments.data import Dataset
+from normlab.collective import vary
 
 AXIS = "data"
 """The name of the mapped axis: devices that each hold a part of the batch."""
 
 QUANTILES = (0.15, 0.5, 0.85)
 """The percentiles of figure 1 in Ioffe & Szegedy (2015), used for the four parts."""
+
+
+Form = Literal["pmap", "shard_map"]
+"""How the step runs on the devices: `pmap`, or `shard_map` (with its `check_vma`) under `jit`."""
+
+FORMS: tuple[Form, ...] = get_args(Form)
 
 
 class TrainState(NamedTuple):
@@ -66,6 +76,9 @@ class Trainer:
         side by side.
       synced: Whether the devices share one running state (the norm merges its statistics) or
         keep their own, to be pooled for each evaluation.
+      form: How the step runs on the devices; the numbers are the same.
+      delayed: The `Sync(every=...)` of the norm, if it has one: the devices exchange their
+        statistics after each step.
     """
 
     def __init__(
@@ -76,15 +89,19 @@ class Trainer:
         kernels: Any,
         *,
         synced: bool,
+        form: Form = "pmap",
+        delayed: nl.Sync | None = None,
     ) -> None:
         self.model, self.optimizer, self.data = model, optimizer, data
-        self.kernels, self.synced = kernels, synced
+        self.kernels, self.synced, self.delayed = kernels, synced, delayed
         # The big arrays come as they lie, one copy per device; everything else is mapped.
-        self._train = jax.pmap(
-            self._train_device, AXIS, in_axes=(0, None, None, 0), donate_argnums=0
+        self._train = on_devices(
+            form, data.mesh, self._train_device, in_axes=(0, None, None, 0), donate=0
         )
         self._compiled: dict[int, Any] = {}
-        self._evaluate = jax.pmap(self._evaluate_device, AXIS, in_axes=(0, 0, 0, 0, None))
+        self._evaluate = on_devices(
+            form, data.mesh, self._evaluate_device, in_axes=(0, 0, 0, 0, None)
+        )
 
     @property
     def seeds(self) -> int:
@@ -163,8 +180,15 @@ class Trainer:
     def _train_device(
         self, state: TrainState, images: Array, labels: Array, indices: Array
     ) -> tuple[TrainState, Array]:
+        seeds = range(self.seeds)
+
         def step(state: TrainState, chosen: Array) -> tuple[TrainState, Array]:
-            return side_by_side(self._step)(state, images[chosen], labels[chosen])
+            state, losses = side_by_side(self._step)(state, images[chosen], labels[chosen])
+            if self.delayed:  # one collective for all layers of all seeds
+                each = [jax.tree.map(lambda v, i=i: v[i], state.norm_state) for i in seeds]
+                each = nl.exchange(each, self.delayed)
+                state = state._replace(norm_state=jax.tree.map(lambda *v: jnp.stack(v), *each))
+            return vary(state, (AXIS,)), losses
 
         # On one device two steps in a row save a copy of the carried parameters.
         unroll = 2 if self.data.devices == 1 else 1
@@ -205,17 +229,17 @@ class DeviceData:
       test: Images, labels and weights of the test set, `[devices, batches, b, ...]`; the last
         batch is padded with examples of weight zero.
       probe: A batch of training images, preprocessed, on which the parts are looked at.
+      dtype: The type of preprocessed images.
     """
 
     PROBE = 256
     TEST_BATCH = 256
 
-    def __init__(self, data: Dataset, devices: int) -> None:
-        self.devices = devices
-        mesh = jax.sharding.Mesh(jax.devices()[:devices], (AXIS,))
-        sharding = jax.sharding.NamedSharding
-        self.copied = sharding(mesh, jax.sharding.PartitionSpec())
-        self.mapped = sharding(mesh, jax.sharding.PartitionSpec(AXIS))
+    def __init__(self, data: Dataset, devices: int, dtype: DTypeLike = jnp.float32) -> None:
+        self.devices, self.dtype = devices, dtype
+        self.mesh = Mesh(jax.devices()[:devices], (AXIS,))
+        self.copied = NamedSharding(self.mesh, P())
+        self.mapped = NamedSharding(self.mesh, P(AXIS))
         self.examples = len(data.train_images)
         pixels = data.train_images[:10_000].astype(np.float32)
         self._mean, self._std = float(pixels.mean()), float(pixels.std())
@@ -232,8 +256,8 @@ class DeviceData:
         )
 
     def preprocess(self, images: Any) -> Array:
-        """Pixels as float32, shifted and scaled by two numbers taken from the training set."""
-        return (jnp.asarray(images).astype(jnp.float32) - self._mean) / self._std
+        """Pixels, shifted and scaled by two numbers taken from the training set."""
+        return (jnp.asarray(images).astype(self.dtype) - self._mean) / self._std
 
     def _split(self, v: np.ndarray) -> np.ndarray:
         batch = min(self.TEST_BATCH, -(-len(v) // self.devices))
@@ -241,6 +265,39 @@ class DeviceData:
         padded = np.zeros((self.devices * batches * batch, *v.shape[1:]), v.dtype)
         padded[: len(v)] = v
         return padded.reshape(self.devices, batches, batch, *v.shape[1:])
+
+
+def on_devices(
+    form: Form,
+    mesh: Mesh,
+    f: Callable[..., Any],
+    *,
+    in_axes: tuple[int | None, ...],
+    donate: int | tuple[int, ...] = (),
+) -> Any:
+    """Maps `f` over the devices of a mesh, in one of two forms that take and return the same.
+
+    Args:
+      form: A `Form`.
+      mesh: The devices, along `AXIS`.
+      f: Takes and returns what one device holds.
+      in_axes: For each argument 0, if it is `[devices, ...]`, or `None`, if all devices see all.
+      donate: The arguments whose buffers are reused.
+    """
+    if form == "pmap":
+        devices = mesh.devices.tolist()
+        return jax.pmap(f, AXIS, in_axes=in_axes, devices=devices, donate_argnums=donate)
+
+    def body(*args: Any) -> Any:
+        own = [
+            v if axis is None else jax.tree.map(lambda v: v[0], v)
+            for v, axis in zip(args, in_axes, strict=True)
+        ]
+        return jax.tree.map(lambda v: v[None], f(*own))
+
+    specs = tuple(P() if axis is None else P(AXIS) for axis in in_axes)
+    mapped = jax.shard_map(body, mesh=mesh, in_specs=specs, out_specs=P(AXIS))
+    return jax.jit(mapped, donate_argnums=donate)
 
 
 def minibatches(seed: int, examples: int, batch_size: int, steps: int) -> np.ndarray:

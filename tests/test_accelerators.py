@@ -17,8 +17,9 @@ import pytest
 from jax import lax
 
 import normlab as nl
-from experiments import passes as module
-from experiments.passes import Missing, Passes, lower, missing, passes, place
+from experiments import machines
+from experiments.machines import Missing, missing
+from experiments.passes import Passes, lower, passes, place
 
 ROOT = Path(__file__).resolve().parent.parent
 BARRIER = "optimization_barrier"
@@ -288,7 +289,7 @@ def test_compiles_ahead_of_time(target, op):
 
 
 def test_a_compiler_that_is_not_installed_is_named(monkeypatch):
-    monkeypatch.setitem(module.TARGETS, "tpu", "no_such.module")
+    monkeypatch.setitem(machines.TARGETS, "tpu", "no_such.module")
     with pytest.raises(Missing, match=r"pip install -c constraints\.txt -e '\.\[tpu\]'"):
         place("tpu")
 

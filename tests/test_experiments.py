@@ -17,10 +17,11 @@ import optax
 import pytest
 
 import normlab as nl
-from experiments import cli, figures, models, train
+from experiments import cli, figures, models
 from experiments.compare import COMMON, Compare, Comparison, stretches
 from experiments.data import Dataset
 from experiments.rundir import RunDirectory, RunError
+from experiments.trainer import AXIS, QUANTILES, DeviceData, Trainer, minibatches
 
 ROOT = Path(__file__).parent.parent
 TINY = ["--dataset", "digits", "--steps", "6", "--evaluations", "2", "--batch-size", "16"]
@@ -41,23 +42,21 @@ def data() -> Dataset:
 
 def make_trainer(
     data: Dataset, devices: int, model: str, name: str, *, seeds: int = 1, synced: bool = True
-) -> train.Trainer:
+) -> Trainer:
     options = {
-        "batch": {"axis_name": train.AXIS if synced and devices > 1 else None},
+        "batch": {"axis_name": AXIS if synced and devices > 1 else None},
         "group": {"groups": 4},
         "layer": {"axes": "all"},
         "weight": {"data_init": True},
     }
-    device_data = train.DeviceData(data, devices)
+    device_data = DeviceData(data, devices)
     kernels = models.draw_kernels(model, data.classes, range(seeds), device_data.probe)
     network = models.build(model, nl.get(name, **options.get(name, {})), data.classes)
-    return train.Trainer(network, optax.sgd(0.1, momentum=0.9), device_data, kernels, synced=synced)
+    return Trainer(network, optax.sgd(0.1, momentum=0.9), device_data, kernels, synced=synced)
 
 
-def run_steps(trainer: train.Trainer, steps: int, batch: int = 32):
-    indices = [
-        train.minibatches(s, trainer.data.examples, batch, steps) for s in range(trainer.seeds)
-    ]
+def run_steps(trainer: Trainer, steps: int, batch: int = 32):
+    indices = [minibatches(s, trainer.data.examples, batch, steps) for s in range(trainer.seeds)]
     return trainer.train(trainer.init(), np.stack(indices, axis=1))
 
 
@@ -79,7 +78,7 @@ class TestTrainer:
     def test_a_step_follows_the_gradient_of_the_global_loss(self, data, devices):
         trainer = make_trainer(data, devices, "mlp", "batch")
         before = jax.tree.map(lambda v: np.asarray(v[0, 0]), trainer.init())
-        chosen = train.minibatches(0, len(data.train_images), 32, 1)
+        chosen = minibatches(0, len(data.train_images), 32, 1)
         after, _ = trainer.train(trainer.init(), chosen[:, None])
 
         alone = make_trainer(data, 1, "mlp", "batch")
@@ -96,7 +95,7 @@ class TestTrainer:
         mean = np.asarray(state.norm_state["Normed_0"]["norm"].mean)  # [devices, seeds, C]
         assert np.abs(mean - mean[:1]).max() > 1e-3
         shift = trainer.evaluate(state).parts["Normed_0"].shift
-        pooled = np.quantile(mean[:, 0].mean(axis=0), train.QUANTILES)
+        pooled = np.quantile(mean[:, 0].mean(axis=0), QUANTILES)
         np.testing.assert_allclose(shift[0], pooled, rtol=1e-4, atol=1e-6)
 
     def test_a_seed_does_not_depend_on_its_neighbours(self, data):
@@ -107,7 +106,7 @@ class TestTrainer:
 
     @pytest.mark.parametrize("devices", [1, 8])
     def test_evaluation_counts_every_test_example_once(self, data, devices, monkeypatch):
-        monkeypatch.setattr(train.DeviceData, "TEST_BATCH", 5)  # 103 examples: padding in the last
+        monkeypatch.setattr(DeviceData, "TEST_BATCH", 5)  # 103 examples: padding in the last
         trainer = make_trainer(data, devices, "mlp", "layer")
         state = trainer.init()
         one = jax.tree.map(lambda v: v[0, 0], state)
@@ -148,9 +147,9 @@ class TestTrainer:
         np.testing.assert_allclose(h.std(0), 1, atol=1e-4)
 
     def test_minibatches_are_shuffled_epochs_fixed_by_the_seed(self):
-        first = train.minibatches(3, 100, 20, 10)
-        np.testing.assert_array_equal(first, train.minibatches(3, 100, 20, 10))
-        assert not np.array_equal(first, train.minibatches(4, 100, 20, 10))
+        first = minibatches(3, 100, 20, 10)
+        np.testing.assert_array_equal(first, minibatches(3, 100, 20, 10))
+        assert not np.array_equal(first, minibatches(4, 100, 20, 10))
         np.testing.assert_array_equal(np.sort(first[:5].ravel()), np.arange(100))
         np.testing.assert_array_equal(np.sort(first[5:].ravel()), np.arange(100))
         assert not np.array_equal(first[:5], first[5:])
@@ -368,7 +367,7 @@ class TestBadInput:
         def interrupt(*_):
             raise KeyboardInterrupt
 
-        monkeypatch.setattr(train.Trainer, "compile", interrupt)
+        monkeypatch.setattr(Trainer, "compile", interrupt)
         out = tmp_path / "run"
         assert cli.main(["compare", *TINY, "--run-dir", str(out)]) == cli.EXIT_INTERRUPTED
         assert "interrupted" in capsys.readouterr().err

@@ -1,0 +1,122 @@
+"""The checkpoints of a run, which another number of devices can read as well."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any, Protocol
+
+import jax
+import orbax.checkpoint as ocp
+from jax.sharding import NamedSharding
+
+import normlab as nl
+from experiments.rundir import RunError
+from experiments.trainer import TrainState
+
+
+class Layout(Protocol):
+    """How the state lies on the devices.
+
+    Attributes:
+      devices: How many there are, each with norm states of its own.
+      copied: The sharding of what is alike on all.
+    """
+
+    devices: int
+    copied: NamedSharding
+
+    def spread(self, copied: Any, split: Any) -> tuple[Any, Any]:
+        """Puts what one device has on all of them: copied, or stacked with one row for each."""
+        ...
+
+
+class Checkpoints:
+    """The checkpoints of a run: Orbax, written in the background.
+
+    Args:
+      path: The run directory.
+      keep: How many to keep.
+    """
+
+    def __init__(self, path: Path, keep: int) -> None:
+        logging.getLogger("absl").setLevel(logging.ERROR)
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
+        self.path = path / "checkpoints"
+        self.manager = ocp.CheckpointManager(
+            self.path, options=options, item_handlers=ocp.StandardCheckpointHandler()
+        )
+
+    def save(self, step: int, state: TrainState) -> None:
+        """Begins to save; returns when the state may change."""
+        if self.manager.latest_step() != step:
+            self.manager.save(step, args=ocp.args.StandardSave(state._asdict()), force=True)
+
+    def restore(self, program: Layout, new: TrainState) -> tuple[int, TrainState]:
+        """The latest checkpoint, or the new state if there is none.
+
+        The running statistics of another number of devices are merged.
+
+        Raises:
+          RunError: If the checkpoint is not of this model.
+        """
+        step = self.manager.latest_step()
+        if step is None:
+            return 0, new
+        there, here = _shapes(self.manager.item_metadata(step)), _shapes(new._asdict())
+        devices = next((v[0] for k, v in there.items() if k.startswith("norm_state")), 0)
+        devices = devices or program.devices
+        for name, shape in here.items():
+            expected = (devices, *shape[1:]) if name.startswith("norm_state") else shape
+            if there.get(name) != expected:
+                raise RunError(self._another(step, name, there.get(name), expected))
+        if extra := sorted(set(there) - set(here)):
+            raise RunError(self._another(step, extra[0], there[extra[0]], None))
+        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, new)
+        if devices != program.devices:
+            stacked = jax.tree.map(
+                lambda v: jax.ShapeDtypeStruct(
+                    (devices, *v.shape[1:]), v.dtype, sharding=program.copied
+                ),
+                new.norm_state,
+            )
+            abstract = abstract._replace(norm_state=stacked)
+        args = ocp.args.StandardRestore(abstract._asdict())
+        state = TrainState(**self.manager.restore(step, args=args))
+        if devices != program.devices:
+            merged = jax.jit(merge, out_shardings=program.copied)(state.norm_state)
+            state = state._replace(norm_state=program.spread((), merged)[1])
+        return step, state
+
+    def _another(self, step: int, name: str, there: Any, here: Any) -> str:
+        return (
+            f"the checkpoint of step {step} in {self.path} is not of this model: {name} is "
+            f"{there or 'not there'} in it and {here or 'not there'} here. Choose another "
+            "--run-dir."
+        )
+
+
+def merge(stacked: Any) -> Any:
+    """Merges norm states `[devices, ...]` of devices that are no more into one."""
+
+    def one(state: Any) -> Any:
+        if isinstance(state, nl.Running):
+            return nl.merge_running(state)
+        if isinstance(state, nl.Delayed):  # what the others measured is asked for anew
+            running = nl.merge_running(state.running)
+            return nl.init_delayed(running.mean.size, dtype=running.mean.dtype)._replace(
+                running=running
+            )
+        return state[0]
+
+    return jax.tree.map(one, stacked, is_leaf=lambda s: isinstance(s, nl.Running | nl.Delayed))
+
+
+def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+    """The shapes of the arrays of a tree, or of a checkpoint's description of one, by name."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(getattr(tree, "tree", tree))
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="."): tuple(v.shape)
+        for path, v in leaves
+        if hasattr(v, "shape")
+    }

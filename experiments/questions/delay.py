@@ -1,0 +1,114 @@
+"""Can the statistics of other devices be some steps old?
+
+Claim: Statistics that are one step or a few steps old serve as well as fresh ones, so that a net
+needs one collective per step or less. Against it: Yao et al. 2021 (cross-iteration batch norm,
+https://arxiv.org/abs/2002.05712) found that statistics of earlier iterations, taken as they are,
+do no good, because the weights have changed.
+
+Protocol: an MLP (three layers of 100 sigmoids) with 4 examples per device. Each device merges its
+own moments with those that the others had when statistics were last exchanged, every 1, 2, 4, …
+steps. Beside it fresh statistics of all devices, and each device alone. What is received carries no
+gradient, so that the gradient sees the device's own moments alone: with their share of the merged
+ones, or ("forward") as if they were the merged ones. "fresh, forward" and "fresh, constant" (no
+gradient through statistics) tell apart what is due to age and what to that.
+
+Command: python -m experiments run delay
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.figure import Figure
+
+import normlab as nl
+from experiments import figures
+from experiments.questions.engine import Config, Lab, Record, Verdict, accuracy, decide
+from experiments.trainer import AXIS
+
+LOSS = 0.5
+"""Points of test accuracy that old statistics may cost."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Delay(Config):
+    """The config.
+
+    Attributes:
+      every: After how many steps statistics are exchanged.
+      references: Whether to train with the two other gradients of fresh statistics.
+    """
+
+    every: tuple[int, ...] = (1, 2, 4, 8)
+    references: bool = True
+
+
+QUICK = Delay()
+FULL = Delay(
+    dataset="cifar10",
+    model="conv",
+    every=(1, 2, 4, 8, 16, 32),
+    steps=20_000,
+    evaluations=20,
+    seeds=10,
+)
+
+
+def run(config: Delay) -> Iterator[Record]:
+    """Trains with fresh statistics, with each delay, and with none of the others'."""
+    lab = Lab(config)
+    yield from lab.learn("fresh", nl.Sync(AXIS))
+    if config.references:
+        yield from lab.learn("fresh, forward", nl.Sync(AXIS, gradient="forward"))
+        yield from lab.learn("fresh, constant", nl.Sync(AXIS, gradient="none"))
+    for every in config.every:
+        yield from lab.learn(f"every {every}", nl.Sync(AXIS, every=every))
+        forward = nl.Sync(AXIS, every=every, gradient="forward")
+        yield from lab.learn(f"every {every}, forward", forward)
+    yield from lab.learn("local", nl.Sync(AXIS, groups=1))
+
+
+def verdict(records: Sequence[Record]) -> tuple[Verdict, ...]:
+    """What the delays cost against fresh statistics, and against none of the others'."""
+    fresh, local = accuracy(records, "fresh"), accuracy(records, "local")
+    names = dict.fromkeys(r["condition"] for r in records)
+    found = []
+    for name in (name for name in names if name.startswith("every")):
+        delayed = accuracy(records, name)
+        claim = f"statistics exchanged {name} serve as well as fresh ones (accuracy lost)"
+        found.append(decide(claim, fresh - delayed, at_most=LOSS, unit="points"))
+        claim = f"statistics exchanged {name} serve better than each device's own"
+        found.append(decide(claim, delayed - local, at_least=0, unit="points"))
+    return tuple(found)
+
+
+def figure(records: Sequence[Record]) -> Figure:
+    """The test error at the end against the delay, beside that of each reference."""
+    records = [r for r in records if r["kind"] == "evaluation"]
+    last = max(r["step"] for r in records)
+    errors: dict[str, list[float]] = {}
+    for r in records:
+        if r["step"] == last:
+            errors.setdefault(r["condition"], []).append(100 - r["accuracy"])
+    references = [name for name in errors if not name.startswith("every")]
+    delays = sorted({int(name.split()[1].strip(",")) for name in errors if name not in references})
+    gradients = {"": "own moments by their share", ", forward": "own moments whole"}
+    styles = figures.palette([*gradients, *references])
+    picture, axes = plt.subplots(figsize=(8, 4.2), layout="constrained")
+    for gradient, label in gradients.items():
+        values = [errors[f"every {delay}{gradient}"] for delay in delays]
+        figures.spread(axes, delays, values, label=f"old, {label}", **styles[gradient])
+    for at, name in enumerate(references, 1):
+        place = 2 * max(delays) * 1.25**at
+        figures.spread(axes, [place], [errors[name]], label=name, ls="", **styles[name])
+        axes.axhline(float(np.mean(errors[name])), color=styles[name]["color"], lw=0.8, ls=":")
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(delays, [str(delay) for delay in delays])
+    axes.set(xlabel="steps between exchanges", ylabel="test error (%)")
+    axes.grid(alpha=0.3, lw=0.5)
+    picture.legend(*axes.get_legend_handles_labels(), loc="outside right center", frameon=False)
+    picture.suptitle(f"Delayed statistics: {last} steps; mean and 95% interval", fontsize=10)
+    return picture

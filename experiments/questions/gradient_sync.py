@@ -1,0 +1,75 @@
+"""Must the gradient see the synchronization?
+
+Claim: It is enough to merge the statistics forward; a backward pass that sees each device's own
+moments alone, and needs no collective, trains as well. (Synced batch norm merges in both passes:
+Peng et al. 2018, https://arxiv.org/abs/1711.07240.) And: statistics that are held constant in the
+gradient do not do (Ioffe & Szegedy 2015, section 2, https://arxiv.org/abs/1502.03167: the gradient
+step must account for the normalization).
+
+Protocol: an MLP (three layers of 100 sigmoids) with 4 examples per device, statistics of all
+devices forward (except for "backward"), and four gradients: `Sync(gradient=...)`. Beside it, each
+device alone.
+
+Command: python -m experiments run gradient_sync
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+
+from matplotlib.figure import Figure
+
+import normlab as nl
+from experiments import figures
+from experiments.questions.engine import Config, Lab, Record, Verdict, accuracy, decide
+from experiments.trainer import AXIS
+
+LOSS = 0.5
+"""Points of test accuracy that a gradient of one pass may cost."""
+
+CONSTANT = 0.5
+"""Points of test accuracy that statistics held constant must cost at least."""
+
+
+@dataclasses.dataclass(frozen=True)
+class GradientSync(Config):
+    """The config.
+
+    Attributes:
+      gradients: What the gradient sees, beside "both".
+    """
+
+    gradients: tuple[nl.Gradient, ...] = ("forward", "backward", "none")
+
+
+QUICK = GradientSync()
+FULL = GradientSync(dataset="cifar10", model="conv", steps=20_000, evaluations=20, seeds=10)
+
+
+def run(config: GradientSync) -> Iterator[Record]:
+    """Trains with each gradient, and each device alone."""
+    lab = Lab(config)
+    yield from lab.learn("both", nl.Sync(AXIS))
+    for gradient in config.gradients:
+        yield from lab.learn(gradient, nl.Sync(AXIS, gradient=gradient))
+    yield from lab.learn("local", nl.Sync(AXIS, groups=1))
+
+
+def verdict(records: Sequence[Record]) -> tuple[Verdict, ...]:
+    """What each gradient costs against that of both passes."""
+    both, found = accuracy(records, "both"), []
+    for name in dict.fromkeys(r["condition"] for r in records):
+        lost = both - accuracy(records, name)
+        if name in ("forward", "backward"):
+            claim = f"{name} alone trains as well as both (accuracy lost)"
+            found.append(decide(claim, lost, at_most=LOSS, unit="points"))
+        if name == "none":
+            claim = "statistics held constant lose accuracy"
+            found.append(decide(claim, lost, at_least=CONSTANT, unit="points"))
+    return tuple(found)
+
+
+def figure(records: Sequence[Record]) -> Figure:
+    """Learning curves, and the test error at the end."""
+    return figures.conditions(records, "What the gradient sees")

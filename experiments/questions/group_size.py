@@ -1,0 +1,126 @@
+"""Does accuracy grow with the number of devices that are normalized together?
+
+Claim: At a few examples per device, batch norm over each device alone costs accuracy, the more the
+fewer there are (Wu & He 2018, https://arxiv.org/abs/1803.08494), and merging the statistics of a
+group of devices wins it back (Peng et al. 2018, https://arxiv.org/abs/1711.07240; Ying et al. 2018,
+https://arxiv.org/abs/1811.06992). The same should be so of parts of a device's batch ("ghost
+batches", Hoffer et al. 2017, https://arxiv.org/abs/1705.08741): what counts is how many examples
+are normalized together.
+
+Protocol: an MLP (three layers of 100 sigmoids), the same batches and kernels for all conditions;
+groups of 1, 2, 4 and 8 devices, and parts of a device's batch. The running statistics are those of
+all devices in every condition, so that only the training differs.
+
+Command: python -m experiments run group_size
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+
+import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
+
+import normlab as nl
+from experiments import figures
+from experiments.questions.engine import Config, Lab, Record, Verdict, accuracy, decide
+from experiments.trainer import AXIS
+
+GAIN = 0.5
+"""Points of test accuracy that all devices together must be better than each alone, and each
+device's batch than its smallest parts."""
+
+
+@dataclasses.dataclass(frozen=True)
+class GroupSize(Config):
+    """The config.
+
+    Attributes:
+      per_devices: Examples per device, in the place of `per_device`.
+      groups: Devices in a group.
+      ghost: Examples in the parts of a device's batch.
+    """
+
+    per_devices: tuple[int, ...] = (2, 8)
+    groups: tuple[int, ...] = (1, 2, 4, 8)
+    ghost: tuple[int, ...] = (2, 4)
+    steps: int = 600
+    evaluations: int = 5
+
+
+QUICK = GroupSize()
+FULL = GroupSize(
+    dataset="cifar10",
+    model="conv",
+    per_devices=(2, 4, 8),
+    steps=20_000,
+    evaluations=20,
+    seeds=10,
+)
+
+
+def run(config: GroupSize) -> Iterator[Record]:
+    """Trains each group size at each batch per device."""
+    for per_device in config.per_devices:
+        lab = Lab(dataclasses.replace(config, per_device=per_device))
+        for part in config.ghost:
+            if part < per_device:
+                sync = nl.Sync(AXIS, shards=per_device // part, groups=1)
+                name = f"{per_device} per device, parts of {part}"
+                yield from lab.learn(name, sync, per_device=per_device, together=part, group=0)
+        for group in config.groups:
+            sync = nl.Sync(AXIS, groups=group)
+            name = f"{per_device} per device, {group} together"
+            together = group * per_device
+            yield from lab.learn(name, sync, per_device=per_device, together=together, group=group)
+
+
+def verdict(records: Sequence[Record]) -> tuple[Verdict, ...]:
+    """All together against each alone, each alone against its parts, at every batch size."""
+    found = []
+    for per_device in sorted({r["per_device"] for r in records}):
+        here = [r for r in records if r["per_device"] == per_device]
+        most = max(r["group"] for r in here)
+        alone = accuracy(here, f"{per_device} per device, 1 together")
+        gain = accuracy(here, f"{per_device} per device, {most} together") - alone
+        claim = f"{per_device} per device: {most} devices together beat each alone"
+        found.append(decide(claim, gain, at_least=GAIN, unit="points"))
+        parts = sorted(r["together"] for r in here if not r["group"])
+        if parts:
+            loss = alone - accuracy(here, f"{per_device} per device, parts of {parts[0]}")
+            claim = f"{per_device} per device: a device's batch beats its parts of {parts[0]}"
+            found.append(decide(claim, loss, at_least=GAIN, unit="points"))
+    return tuple(found)
+
+
+def figure(records: Sequence[Record]) -> Figure:
+    """The test error at the end against the number of examples normalized together."""
+    records = [r for r in records if r["kind"] == "evaluation"]
+    last = max(r["step"] for r in records)
+    picture, axes = plt.subplots(figsize=(6.4, 4.2), layout="constrained")
+    sizes = sorted({r["per_device"] for r in records})
+    styles = figures.palette([str(size) for size in sizes])
+    for size in sizes:
+        here = [r for r in records if (r["per_device"], r["step"]) == (size, last)]
+        style = styles[str(size)]
+        for ghost, label in ((False, "devices"), (True, "parts of a device's batch")):
+            chosen = [r for r in here if (not r["group"]) == ghost]
+            places = sorted({r["together"] for r in chosen})
+            errors = [[100 - r["accuracy"] for r in chosen if r["together"] == n] for n in places]
+            if places:
+                figures.spread(
+                    axes,
+                    places,
+                    errors,
+                    label=f"{size} per device: {label}",
+                    **{**style, "ls": ":" if ghost else "-", "mfc": "w" if ghost else None},
+                )
+    axes.set(xlabel="examples normalized together", ylabel="test error (%)")
+    figures.log_scale(axes)
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.grid(alpha=0.3, lw=0.5)
+    axes.legend(frameon=False)
+    picture.suptitle(f"Group size: {last} steps; mean and 95% interval over seeds", fontsize=10)
+    return picture

@@ -1,0 +1,220 @@
+"""Is synced batch norm the batch norm of the whole batch?
+
+Claim: Synced batch norm on D devices equals batch norm on one device with the whole batch, forward
+and backward, to 1e-6 in float32 and 1e-14 in float64; and so does the training. Averaging the
+devices' variances, as if the variance between their means were nothing, must fail the same test.
+
+Protocol: real images through a random kernel; `nl.equivalence` runs the norm on one device
+and on D and compares output, running statistics and gradients. Then an MLP (three layers of 100
+sigmoids) is trained on one device and on D with the same batches and the losses are compared.
+
+Command: python -m experiments run synced_is_global
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Iterator, Sequence
+
+import jax
+import jax.numpy as jnp
+import matplotlib.pyplot as plt
+import numpy as np
+from jax import lax
+from matplotlib.figure import Figure
+
+import normlab as nl
+from experiments import figures
+from experiments.questions.engine import (
+    FIRST_STEPS,
+    Config,
+    Lab,
+    Record,
+    Verdict,
+    by_seed,
+    decide,
+    number,
+    relative,
+)
+from experiments.trainer import AXIS, FORMS, Form
+
+LAYER = {"float32": 1e-6, "float64": 1e-14}
+"""The largest error of a layer, relative to the largest value, forward and backward."""
+
+TRAINING = {"float32": 1e-3, "float64": 1e-10}
+"""The largest relative difference of the loss over the steps: rounding grows on the way."""
+
+QUICK = Config(dataset="mnist", per_device=8, steps=100)
+FULL = dataclasses.replace(QUICK, model="conv", steps=1000, seeds=10)
+
+CHANNELS = 100
+"""Of the layer."""
+
+PASSES = {"forward": ("h", "state.mean", "state.var"), "backward": ("dx", "dg", "db")}
+NORMS = ("synced", "variances averaged")
+
+
+def norm(name: str, axis_name: nl.AxisName | None) -> nl.Norm:
+    """Batch norm, synced by the library, or by averaging means and variances."""
+    inner = nl.get("batch", axis_name=axis_name if name == "synced" else None)
+    if name == "synced" or axis_name is None:
+        return inner
+    axis = nl.Sync(axis_name).names if isinstance(axis_name, str) else ()
+
+    def parts(
+        params: nl.Params, state: nl.State, site: nl.Site, *, train: bool
+    ) -> tuple[nl.Parts, nl.State]:
+        if not train:
+            return inner.parts(params, state, site, train=False)
+        own = nl.moments(site.a, range(site.a.ndim - 1))
+        mean, var = lax.pmean(own.mean, axis), lax.pmean(own.var(), axis)
+        count = own.count * lax.axis_size(axis)
+        state = nl.update_running(state, nl.Moments(count, mean, count * var), decay=0.9)
+        return nl.Parts(mean, jnp.sqrt(var + 1e-5), params.g, params.b), state
+
+    return nl.Norm(inner.init, parts)
+
+
+def run(config: Config) -> Iterator[Record]:
+    """One layer in both types and forms, then the training."""
+    for dtype in LAYER:
+        with jax.enable_x64(dtype == "float64"):
+            yield from layer(config, dtype)
+    for dtype in LAYER:
+        with jax.enable_x64(dtype == "float64"):
+            yield from training(config, dtype)
+
+
+def layer(config: Config, dtype: str) -> Iterator[Record]:
+    """The errors of one layer on real data, by seed, norm and form."""
+    lab = Lab(config, dtype)
+    images = np.asarray(lab.data.preprocess(lab.data.images[lab.indices[0]]), np.float64)
+    # The norm alone is to be compared: what goes into it is computed once. The seeds are channels
+    # side by side, which batch norm does not mix.
+    x = images.reshape(*images.shape[:2], -1)
+    w = np.random.default_rng(0).normal(size=(config.seeds, x.shape[-1], CHANNELS))
+    a = np.concatenate(list(x @ w / np.sqrt(x.shape[-1])), axis=-1)
+    for name, form in itertools.product(NORMS, FORMS):
+        found = nl.equivalence(
+            lambda axis_name, name=name: norm(name, axis_name),
+            AXIS,
+            config.devices,
+            form=form,
+            x=jnp.asarray(a, dtype),
+            w=jnp.eye(a.shape[1], dtype=dtype),
+        )
+        for seed, (which, names) in itertools.product(range(config.seeds), PASSES.items()):
+            own = slice(CHANNELS * seed, CHANNELS * (seed + 1))
+            many, one = ([of[n][..., own] for n in names] for of in (found.many, found.one))
+            yield {
+                "kind": "layer",
+                "condition": name,
+                "dtype": dtype,
+                "form": form,
+                "seed": seed,
+                "pass": which,
+                "error": number(relative(many, one)),
+            }
+
+
+def training(config: Config, dtype: str) -> Iterator[Record]:
+    """The losses of D devices beside those of one."""
+    one = Lab(config, dtype, devices=1)
+    trainer = one.trainer(norm("synced", None), "pmap")
+    _, expected = trainer.train(one.start(trainer), one.indices)
+    lab = Lab(config, dtype)
+    for name in NORMS:
+        losses = {}
+        forms: tuple[Form, ...] = FORMS if name == "synced" else (config.form,)
+        for form in forms:
+            trainer = lab.trainer(norm(name, AXIS), form)
+            _, losses[form] = trainer.train(lab.start(trainer), lab.indices)
+        base = {"condition": name, "dtype": dtype}
+        if len(losses) == len(FORMS):
+            gap = relative(*(of[:FIRST_STEPS] for of in losses.values()))
+            yield {"kind": "forms", **base, "steps": FIRST_STEPS, "loss_gap": gap}
+        gaps = np.abs(losses[config.form] - expected) / np.abs(expected)
+        for step in range(config.steps):
+            for seed in range(config.seeds):
+                yield {
+                    "kind": "training",
+                    **base,
+                    "seed": seed,
+                    "step": step + 1,
+                    "gap": number(gaps[step, seed]),
+                    "worst": number(gaps[: step + 1, seed].max()),
+                }
+
+
+def verdict(records: Sequence[Record]) -> tuple[Verdict, ...]:
+    """Each type and pass: synced passes, averaged variances do not."""
+    found = []
+    for name in NORMS:
+        for dtype in LAYER:
+            for which in PASSES:
+                # The worse form counts.
+                errors = np.max(
+                    [
+                        by_seed(
+                            records,
+                            "error",
+                            **{"condition": name, "dtype": dtype, "form": form, "pass": which},
+                        )
+                        for form in FORMS
+                    ],
+                    axis=0,
+                )
+                found.append(_decide(name, f"{dtype}, {which}", errors, LAYER[dtype]))
+            worst = by_seed(records, "worst", kind="training", condition=name, dtype=dtype)
+            steps = max(r["step"] for r in records if r["kind"] == "training")
+            said = f"{dtype}, losses of {steps} steps"
+            found.append(_decide(name, said, worst, TRAINING[dtype]))
+    return tuple(found)
+
+
+def _decide(name: str, what: str, errors: np.ndarray, threshold: float) -> Verdict:
+    if name == "synced":
+        claim = f"{what}: synced is one device with the whole batch"
+        return decide(claim, errors, at_most=threshold, unit="relative", geometric=True)
+    claim = f"{what}: averaged variances are not"
+    return decide(claim, errors, at_least=threshold, unit="relative", geometric=True)
+
+
+def figure(records: Sequence[Record]) -> Figure:
+    """The errors of a layer, and the difference of the losses over the steps."""
+    picture, (left, right) = plt.subplots(1, 2, figsize=(10, 4.2), layout="constrained")
+    styles = figures.palette([f"{name}, {dtype}" for name in NORMS for dtype in LAYER])
+    columns = [(dtype, which) for dtype in LAYER for which in PASSES]
+    tiny = np.finfo(np.float64).eps / 2
+    for at, (dtype, which) in enumerate(columns):
+        for name in NORMS:
+            chosen = [
+                r
+                for r in records
+                if r["kind"] == "layer"
+                and (r["condition"], r["dtype"], r["pass"]) == (name, dtype, which)
+            ]
+            style = {**styles[f"{name}, {dtype}"], "ls": ""}
+            left.plot([at] * len(chosen), [max(r["error"], tiny) for r in chosen], **style)
+        left.plot([at - 0.4, at + 0.4], [LAYER[dtype]] * 2, color="grey", lw=1, ls=":")
+    left.set_xticks(range(len(columns)), [f"{dtype}\n{which}" for dtype, which in columns])
+    left.set(yscale="log", ylabel="largest error, relative", title="one layer")
+    for name in NORMS:
+        for dtype in LAYER:
+            here = [
+                r
+                for r in records
+                if r["kind"] == "training" and (r["condition"], r["dtype"]) == (name, dtype)
+            ]
+            steps, values = figures.series(here, "gap")
+            worst = np.maximum(values.max(axis=1), tiny)
+            label = f"{name}, {dtype}"
+            right.plot(steps, worst, label=label, **{**styles[label], "marker": ""})
+    right.set(yscale="log", xlabel="optimizer step", ylabel="difference of the loss, relative")
+    right.set_title("training, the worst seed")
+    for axes in (left, right):
+        axes.grid(alpha=0.3, lw=0.5)
+    picture.legend(*right.get_legend_handles_labels(), loc="outside lower center", ncols=2)
+    picture.suptitle("D devices against one with the whole batch; dotted: threshold", fontsize=10)
+    return picture

@@ -1,0 +1,471 @@
+"""Runs of many processes: what ends one, what goes on, and that the numbers do not show it."""
+
+import contextlib
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import psutil
+import pytest
+
+import normlab as nl
+from experiments import cli, processes
+from experiments.checkpoints import Checkpoints
+from experiments.data import load
+from experiments.rundir import RunError
+from experiments.train import Program, Train, train
+
+ROOT = Path(__file__).parent.parent
+STEPS = 600
+TINY = ["--dataset", "digits", "--model", "mlp", "--batch-size", "32", "--steps", str(STEPS)]
+TINY += ["--log-every", "1", "--sync", "local"]
+OFTEN = ["--checkpoint-every", "10"]
+
+FAULT = """
+import os, sys, time
+from experiments import cli
+from experiments.train import Program
+
+whole = Program.batches
+
+def batches(self, start):
+    for step, batch in enumerate(whole(self, start), start + 1):
+        {fault}
+        yield batch
+
+Program.batches = batches
+sys.exit(cli.main())
+"""
+
+
+class Gang:
+    """Processes on this machine that believe Slurm has started them.
+
+    Args:
+      count: How many.
+      options: Those of `train`.
+      fault: Python that each runs before every step, which it knows as `step`.
+    """
+
+    def __init__(self, count: int, options: list[str], fault: str = "pass") -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        self.processes = []
+        for process in range(count):
+            slurm = {
+                "SLURM_JOB_ID": "1",
+                "SLURM_STEP_NODELIST": "127.0.0.1",
+                "SLURM_NTASKS": str(count),
+                "SLURM_PROCID": str(process),
+                "SLURM_LOCALID": str(process),
+                "JAX_COORDINATOR_PORT": str(port),
+            }
+            command = [sys.executable, "-c", FAULT.format(fault=fault), "train", *options]
+            self.processes.append(start(command, slurm if count > 1 else {}))
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        for process in self.processes:
+            process.kill()
+            process.communicate()
+
+    def end(self, *which: int, timeout: float = 60) -> list[tuple[int, str]]:
+        """Exit status and errors of the processes, all of them by default."""
+        ends = []
+        for process in [self.processes[i] for i in which] or self.processes:
+            _, errors = process.communicate(timeout=timeout)
+            ends.append((process.returncode, errors))
+        return ends
+
+
+def start(command: list[str], more: dict[str, str]) -> subprocess.Popen:
+    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    environment |= {"JAX_PLATFORMS": "cpu", "COLUMNS": "200", **more}
+    return subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def metrics(path: Path) -> list[dict]:
+    file = path / "metrics.jsonl"
+    lines = file.read_text().splitlines() if file.exists() else []
+    return [json.loads(line) for line in lines]
+
+
+def summary(path: Path) -> tuple[float, float]:
+    found = json.loads((path / "summary.json").read_text())
+    assert found["step"] == STEPS
+    return found["loss"], found["accuracy"]
+
+
+def wait_for(holds, seconds: float = 90) -> None:
+    end = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < end, "it did not come"
+        time.sleep(0.02)
+
+
+def steps(path: Path) -> int:
+    """The last step that is in the metrics."""
+    with contextlib.suppress(json.JSONDecodeError):  # it is being written
+        if lines := metrics(path):
+            return lines[-1]["step"]
+    return 0
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory) -> Path:
+    """One process with two devices, each with its own running statistics."""
+    path = tmp_path_factory.mktemp("undisturbed")
+    with Gang(1, [*TINY, "--devices", "2", "--run-dir", str(path)]) as alone:
+        assert alone.end()[0][0] == 0
+    return path
+
+
+def test_a_run_that_failed_in_every_way_is_the_run_that_did_not(tmp_path, undisturbed):
+    """Two processes under Slurm's variables, three times, then one, on one directory."""
+    path = tmp_path / "run"
+    options = [*TINY, *OFTEN, "--run-dir", str(path)]
+
+    raising = "if step == 14 and os.environ['SLURM_PROCID'] == '1': raise ValueError('bad example')"
+    with Gang(2, options, f"time.sleep(0.05)\n        {raising}") as gang:
+        (other, noticed), (status, errors) = gang.end()
+    assert (other, status) == (1, 1)
+    assert re.fullmatch(r"error: process 1: ValueError: bad example \(<string>:\d+\)\n", errors)
+    assert noticed.startswith("error: process 0: another process is gone")
+    assert steps(path) == 13
+
+    with Gang(2, [*options, "--step-timeout", "3"], "time.sleep(0.02)") as gang:
+        wait_for(lambda: steps(path) >= 24)
+        gang.processes[1].send_signal(signal.SIGSTOP)
+        [(status, errors)] = gang.end(0)
+        stopped_at = steps(path)
+    assert status == 1
+    assert f"error: process 0: step {stopped_at + 1} did not finish within 3 s" in errors
+
+    with Gang(2, options, "time.sleep(0.1)") as gang:
+        wait_for(lambda: steps(path) >= 34)
+        gang.processes[1].send_signal(signal.SIGTERM)
+        ends = gang.end()
+    assert [status for status, _ in ends] == [143, 143]
+    agreed = steps(path)
+    assert f"stopped with a checkpoint of step {agreed}: the same command" in ends[0][1]
+    assert (path / "checkpoints" / str(agreed)).is_dir()
+
+    with Gang(1, [*options, "--devices", "2", "--checkpoint-every", "200"]) as gang:
+        assert gang.end()[0][0] == 0
+    assert metrics(path) == metrics(undisturbed)
+    assert summary(path) == summary(undisturbed)
+    starts = [r["step"] for r in processes.read_diaries(path) if r["event"] == "start"]
+    assert starts[:6:2] == starts[1:6:2] == sorted(starts[:6:2])
+    assert starts[4] >= 10  # of a checkpoint that was being written, the one before it
+    assert starts[6:] == [agreed]
+
+
+@contextlib.contextmanager
+def launched(path: Path, *options: str):
+    """The driver of two workers, which is stopped, with all that it started, at the end."""
+    pytest.importorskip("ray")
+    command = [sys.executable, "-m", "experiments", "launch", "--workers", "2", *options]
+    driver = start(
+        [*command, "--", "train", *TINY, "--checkpoint-every", "20", "--run-dir", str(path)], {}
+    )
+    try:
+        yield driver
+    finally:
+        family = (
+            psutil.Process(driver.pid).children(recursive=True) if driver.poll() is None else []
+        )
+        for process in family:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        driver.kill()
+        driver.communicate()
+
+
+def pid(path: Path, process: int) -> int:
+    records = processes.read_diaries(path)
+    return [r["pid"] for r in records if r["process"] == process][-1]
+
+
+def strays(path: Path) -> list[str]:
+    """Processes of Ray, and its folders, that an earlier run left."""
+    del path
+    names = (" ".join(p.info["cmdline"] or []) for p in psutil.process_iter(["cmdline"]))
+    return [name for name in names if "normlab-ray-" in name]
+
+
+def test_a_run_under_ray_with_a_worker_killed_is_the_run_without(tmp_path, undisturbed):
+    path = tmp_path / "run"
+    with launched(path) as driver:
+        wait_for(lambda: steps(path) >= 25)
+        os.kill(pid(path, 1), signal.SIGKILL)
+        out, errors = driver.communicate(timeout=120)
+    assert driver.returncode == 0, errors
+    assert metrics(path) == metrics(undisturbed)
+    assert summary(path) == summary(undisturbed)
+    assert re.fullmatch(r"restarted: .*process 1 .* Started again from step \d+0\.\n", errors)
+    assert re.match(rf"step {STEPS}: test loss .* on 2 devices in 2 processes\n", out)
+    assert not strays(path)
+
+
+@pytest.mark.slow
+def test_a_run_under_ray_with_a_worker_stopped_is_the_run_without(tmp_path, undisturbed):
+    path = tmp_path / "run"
+    with launched(path) as driver:
+        wait_for(lambda: steps(path) >= 25)
+        os.kill(pid(path, 1), signal.SIGSTOP)
+        _, errors = driver.communicate(timeout=200)
+    assert driver.returncode == 0, errors
+    assert metrics(path) == metrics(undisturbed)
+    assert summary(path) == summary(undisturbed)
+    assert not strays(path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_launch_that_is_asked_to_stop_leaves_a_checkpoint_and_no_process(
+    tmp_path, undisturbed, number
+):
+    path = tmp_path / "run"
+    with launched(path) as driver:
+        wait_for(lambda: steps(path) >= 25)
+        driver.send_signal(number)
+        _, errors = driver.communicate(timeout=60)
+        assert driver.returncode == 128 + number
+    agreed = steps(path)
+    assert f"stopped with a checkpoint of step {agreed}" in errors
+    assert not strays(path)
+    with launched(path) as driver:
+        assert driver.communicate(timeout=120)[0]
+    assert metrics(path) == metrics(undisturbed)
+
+
+@pytest.mark.slow
+def test_a_launch_that_failed_too_often_says_why(tmp_path):
+    path = tmp_path / "run"
+    with launched(path, "--max-failures", "0") as driver:
+        wait_for(lambda: steps(path) >= 25)
+        os.kill(pid(path, 1), signal.SIGKILL)
+        _, errors = driver.communicate(timeout=60)
+    assert driver.returncode == cli.EXIT_FAILED
+    assert re.match(r"error: the run failed: .*process 1 .*\nstopped with a checkpoint", errors)
+    assert len(errors.splitlines()) == 2
+
+
+@pytest.mark.slow
+def test_the_death_of_process_0_ends_the_others(tmp_path, undisturbed):
+    path = tmp_path / "run"
+    options = [*TINY, *OFTEN, "--run-dir", str(path)]
+    with Gang(2, options, "time.sleep(0.05)") as gang:
+        wait_for(lambda: steps(path) >= 25)
+        gang.processes[0].kill()
+        [(status, _)] = gang.end(1)
+    assert status != 0
+    with Gang(2, options) as gang:
+        assert [status for status, _ in gang.end()] == [0, 0]
+    assert metrics(path) == metrics(undisturbed)
+
+
+WATCHED = """
+import ctypes, sys, time
+from pathlib import Path
+from experiments.processes import Diary, Watchdog
+Watchdog.LOCKED = 1.0
+with Watchdog(0.5, 60, Diary(Path(sys.argv[1]), 0)) as watchdog:
+    for step in range(5):
+        time.sleep(0.2)
+        watchdog.beat(f"step {{step + 2}}")
+    {hang}
+"""
+
+
+@pytest.mark.parametrize(
+    ("hang", "says"),
+    [
+        ("time.sleep(60)", r"error: process 0: step 6 did not finish within 0.5 s.*<string>:10"),
+        ("ctypes.PyDLL(None).sleep(60)", r"Timeout.*<string>\", line 10"),  # holds the interpreter
+    ],
+    ids=["python", "locked"],
+)
+def test_the_watchdog_ends_a_process_that_hangs_and_says_where(tmp_path, hang, says):
+    process = start([sys.executable, "-c", WATCHED.format(hang=hang), str(tmp_path)], {})
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 1
+    assert re.search(says, errors, re.DOTALL), errors
+
+
+def tiny(path: Path, **options) -> Train:
+    given = {"dataset": "digits", "model": "mlp", "batch_size": 32, "log_every": 1}
+    return Train(**{**given, "steps": 4, "checkpoint_every": 2, "run_dir": path, **options})
+
+
+def slow(*values: str) -> list:
+    return [pytest.param(value, marks=pytest.mark.slow) for value in values]
+
+
+@pytest.mark.parametrize("sync", ["every=2", *slow("all", "local", "groups=2", "ghost=2")])
+def test_a_run_that_goes_on_is_the_run_in_one_piece(tmp_path, sync):
+    train(tiny(tmp_path / "pieces", sync=sync, steps=2))
+    pieces = train(tiny(tmp_path / "pieces", sync=sync)).summary
+    whole = train(tiny(tmp_path / "whole", sync=sync)).summary
+    assert pieces is not None
+    assert whole is not None
+    assert (pieces["loss"], pieces["accuracy"]) == (whole["loss"], whole["accuracy"])
+    assert metrics(tmp_path / "pieces") == metrics(tmp_path / "whole")
+    assert [record["step"] for record in metrics(tmp_path / "whole")] == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("sync", ["every=2", *slow("local")])
+def test_running_statistics_of_other_devices_are_merged(tmp_path, sync, monkeypatch):
+    """Eight devices' checkpoint on four: every row is taken in, none dropped."""
+    config = tiny(tmp_path / "run", sync=sync)
+    train(config)
+    eight = restored(config)
+    devices = jax.devices()[:4]
+    monkeypatch.setattr(jax, "devices", lambda: devices)
+    monkeypatch.setattr(jax, "device_count", lambda: 4)
+    four = restored(config)
+    for before, after in zip(running(eight), running(four), strict=True):
+        assert np.ptp(before.mean, axis=0).max() > 1e-3  # the devices had their own
+        assert after.mean.shape == (4, *before.mean.shape[1:])
+        variance = before.var.mean(0) + before.mean.var(0)  # within and between
+        for mean, var in zip(after.mean, after.var, strict=True):
+            np.testing.assert_allclose(mean, before.mean.mean(0), rtol=1e-5, atol=1e-6)
+            np.testing.assert_allclose(var, variance, rtol=1e-5)
+
+
+def restored(config: Train):
+    data = load("digits")
+    program = Program(config, data)
+    assert config.run_dir is not None
+    step, state = Checkpoints(config.run_dir, 2).restore(program, program.init())
+    assert step == config.steps
+    return state
+
+
+def running(state) -> list[nl.Running]:
+    leaves = jax.tree.leaves(state.norm_state, is_leaf=lambda s: isinstance(s, nl.Running))
+    return [jax.tree.map(np.asarray, s) for s in leaves if isinstance(s, nl.Running)]
+
+
+@pytest.mark.parametrize("norm", ["none", *slow("layer", "weight", "cosine")])
+def test_norms_without_running_statistics_go_on_as_well(tmp_path, norm):
+    config = tiny(tmp_path / "run", norm=norm, steps=2)
+    train(config)
+    assert train(tiny(tmp_path / "run", norm=norm, steps=3)).step == 3
+
+
+def said(capsys, *arguments: str) -> str:
+    """What a wrong command prints: one line, or what the parser makes of it."""
+    try:
+        status = cli.main([*arguments])
+    except SystemExit as stop:  # the parser's own refusals, in a box
+        status = stop.code
+    out, errors = capsys.readouterr()
+    assert status == cli.EXIT_USAGE, errors
+    assert not out
+    assert "Traceback" not in errors
+    if "Value error" in errors:
+        return " ".join(errors.split())
+    assert errors.startswith("error: ")
+    assert errors.count("\n") == 1
+    return errors
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["launch", "--workers", "0", "--", "train"], "--workers: got 0; it must be at least 1"),
+        (["launch", "--workers", "2"], "there is nothing to launch; for example: launch --workers"),
+        (["launch", "--", "compare"], "cannot launch 'compare', only train; for example"),
+        (["launch", "--", "train", "--model", "mpl"], "unknown model 'mpl': did you mean 'mlp'"),
+        (["launch", "--workers", "3", "--", "train"], "--batch-size 128 does not divide over 3"),
+        (["train", "--norm", "bach"], "unknown norm 'bach': did you mean 'batch'"),
+        (["train", "--sync", "rings=1"], "--sync rings=1: unknown word 'rings'"),
+        (["train", "--dataset", "mnits"], "--dataset: got mnits; it must be one of mnist"),
+        (["train", "--steps", "0"], "--steps: got 0; it must be at least 1"),
+        (["train", "--process", "1"], "--process: got 1; it must be one of 0 to 0"),
+        (["train", "--processes", "2"], "--processes: got 2; it must be beside a --coordinator"),
+        (["train", "--devices", "3"], "--devices 3: "),
+        (["train", "--dataset", "digits", "--batch-size", "12"], "does not divide over 8 devices"),
+        (
+            ["train", "--dataset", "digits", "--sync", "groups=3", "--model", "mlp"],
+            "--sync groups=3: .*groups of 3 for 8 devices",
+        ),
+    ],
+    ids=lambda v: " ".join(v) if isinstance(v, list) else "",
+)
+def test_wrong_use_is_one_clear_line(tmp_path, capsys, monkeypatch, arguments, says):
+    monkeypatch.setattr("experiments.run.CHECKOUT", tmp_path)
+    assert re.search(says, said(capsys, *arguments))
+
+
+def test_a_directory_of_another_run_is_left_alone(tmp_path, capsys):
+    path = tmp_path / "run"
+    train(tiny(path, steps=2))
+    before = sorted(p.name for p in path.iterdir())
+    options = [*TINY, "--sync", "all"]
+    text = said(capsys, "train", *options, "--lr", "0.1", "--run-dir", str(path))
+    assert "is that of another run: --lr 0.05 and not 0.1" in text
+    text = said(capsys, "launch", "--", "train", *options, "--lr", "0.1", "--run-dir", str(path))
+    assert "is that of another run: --lr 0.05 and not 0.1" in text
+    assert sorted(p.name for p in path.iterdir()) == before
+    assert "is of step 2, after the last of --steps 1" in said(
+        capsys, "train", *options, "--steps", "1", "--run-dir", str(path)
+    )
+    assert "not the directory of a run" in said(
+        capsys, "train", *options, "--run-dir", str(path / "checkpoints")
+    )
+
+
+def test_a_checkpoint_of_another_model_is_refused(tmp_path, capsys):
+    path = tmp_path / "run"
+    train(tiny(path, steps=2, norm="none"))
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps({**config, "norm": "batch"}))
+    text = said(capsys, "train", *TINY, "--sync", "all", "--run-dir", str(path))
+    assert re.search(r"of step 2 in .* is not of this model: \S+ is not there in it and", text)
+
+
+def test_without_ray_the_error_says_how_to_install_it(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    text = said(capsys, "launch", "--", "train", *TINY, "--run-dir", str(tmp_path / "run"))
+    assert "pip install -c constraints.txt -e '.[launch]'" in text
+    assert not (tmp_path / "run").exists()
+
+
+def test_no_cluster_is_asked_where_there_is_none(monkeypatch):
+    """On a laptop nothing is waited for; where the others do not come, the error says so."""
+
+    def refuse(**given):
+        raise RuntimeError(f"asked with {given}")
+
+    options = {"start_timeout": 1, "heartbeat_timeout": 10, "shutdown_timeout": 8}
+    monkeypatch.setattr(jax.distributed, "initialize", refuse)
+    for name in processes.CLUSTERS:
+        monkeypatch.delenv(name, raising=False)
+    processes.form(None, 1, 0, cluster="auto", **options)
+    monkeypatch.setenv("SLURM_STEP_NODELIST", "node[1-4]")
+    processes.form(None, 1, 0, cluster="no", **options)
+    with pytest.raises(RunError, match=r"found Slurm \(srun\).*asked with.*--cluster no"):
+        processes.form(None, 1, 0, cluster="auto", **options)
+    with pytest.raises(RunError, match=r"--coordinator a:1.*'deactivate'"):
+        processes.form("a:1", 2, 1, cluster="auto", **options)
