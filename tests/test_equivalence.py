@@ -37,7 +37,18 @@ def pictures(name, dtype):
 
 
 @pytest.mark.parametrize("topology", [name for name in TOPOLOGIES if name != "alone"])
+@pytest.mark.parametrize("precision", ["float32", pytest.param("float64", marks=pytest.mark.slow)])
 def test_batch_norm_in_every_topology(topology, precision):
+    with jax.enable_x64(precision == "float64"):
+        check_batch_norm(topology, precision)
+
+
+@pytest.mark.parametrize("topology", ["all", "uneven"])
+def test_batch_norm_in_float64(topology, x64):
+    check_batch_norm(topology, "float64")
+
+
+def check_batch_norm(topology, precision):
     report = nl.equivalence(
         "batch", TOPOLOGIES[topology], D, form="pmap", x=pictures("batch", precision), recipes=()
     )
@@ -45,7 +56,7 @@ def test_batch_norm_in_every_topology(topology, precision):
     assert report.worst < TOLERANCE[precision]
 
 
-@pytest.mark.parametrize("form", ["pmap", "shard_map"])
+@pytest.mark.parametrize("form", ["pmap", pytest.param("shard_map", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", [name for name in nl.names() if name not in ("none", "batch")])
 def test_every_other_norm_is_the_same_on_many_devices(name, form):
     x = pictures(name, "float32")

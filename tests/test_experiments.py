@@ -60,11 +60,18 @@ def run_steps(trainer: Trainer, steps: int, batch: int = 32):
     return trainer.train(trainer.init(), np.stack(indices, axis=1))
 
 
+def slow(cases):
+    return [pytest.param(*case, marks=pytest.mark.slow) for case in cases]
+
+
 class TestTrainer:
     @pytest.mark.parametrize(
         ("model", "name"),
-        [("mlp", name) for name in COMMON if name != "instance"]
-        + [("conv", name) for name in ("batch", "instance", "cosine")],
+        [
+            *(("mlp", "batch"), ("mlp", "cosine"), ("conv", "batch")),
+            *slow(("mlp", name) for name in COMMON if name not in ("instance", "batch", "cosine")),
+            *slow(("conv", name) for name in ("instance", "cosine")),
+        ],
     )
     def test_eight_devices_take_the_steps_of_one_with_the_whole_batch(self, data, model, name):
         many, losses = run_steps(make_trainer(data, 8, model, name), 3)
@@ -156,7 +163,7 @@ class TestTrainer:
 
 
 class TestModels:
-    @pytest.mark.parametrize("size", [7, 8])
+    @pytest.mark.parametrize("size", [7, *slow([(8,)])])
     @pytest.mark.parametrize("strides", [1, 2, (2, 1)])
     @pytest.mark.parametrize("padding", ["SAME", "VALID", ((0, 2), (1, 0))])
     def test_matmul_conv_is_conv_with_its_gradients(self, size, strides, padding):
@@ -384,14 +391,18 @@ class TestBadInput:
         process = subprocess.Popen(
             command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
         )
-        metrics = out / "metrics.jsonl"
-        deadline = time.monotonic() + 120
-        while not (metrics.exists() and '"step": 300' in metrics.read_text()):
-            assert time.monotonic() < deadline, "no progress"
-            assert process.poll() is None, process.communicate()[0].decode()
-            time.sleep(0.2)
-        process.send_signal(signal.SIGINT)
-        printed = process.communicate(timeout=60)[0].decode()
+        try:
+            metrics = out / "metrics.jsonl"
+            deadline = time.monotonic() + 120
+            while not (metrics.exists() and '"step": 300' in metrics.read_text()):
+                assert time.monotonic() < deadline, "no progress"
+                assert process.poll() is None, process.communicate()[0].decode()
+                time.sleep(0.2)
+            process.send_signal(signal.SIGINT)
+            printed = process.communicate(timeout=60)[0].decode()
+        finally:
+            process.kill()
+            process.communicate()
         assert process.returncode == cli.EXIT_INTERRUPTED, printed
         assert "interrupted" in printed
         assert "Traceback" not in printed
@@ -407,7 +418,7 @@ class TestCommandLine:
     def test_list_names_everything_there_is(self, capsys):
         assert cli.main(["list"]) == 0
         printed = capsys.readouterr().out
-        for name in (*nl.names(), *models.MODELS, "mnist", "digits", "compare", "bench"):
+        for name in (*nl.names(), *models.MODELS, "mnist", "digits", "delay"):
             assert name in printed
 
     def test_data_says_where_a_set_came_from(self, capsys):
@@ -446,6 +457,7 @@ def test_the_table_of_algorithms_shows_which_are_safe(capsys):
     assert all(f"| {name} | {dtype} |" in document for name, dtype, *_ in rows)
 
 
+@pytest.mark.slow
 def test_the_table_of_invariances_shows_where_eps_breaks_them(capsys):
     """√ε is the spread at which a norm starts to scale by ε; where there is no ε nothing breaks."""
     _, _, *rows = markdown(capsys, "invariances", "--eps", "1e-9")

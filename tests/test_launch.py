@@ -215,7 +215,7 @@ def strays(path: Path) -> list[str]:
 def test_a_run_under_ray_with_a_worker_killed_is_the_run_without(tmp_path, undisturbed):
     path = tmp_path / "run"
     with launched(path) as driver:
-        wait_for(lambda: steps(path) >= 25)
+        wait_for(lambda: (path / "checkpoints" / "20").is_dir())
         os.kill(pid(path, 1), signal.SIGKILL)
         out, errors = driver.communicate(timeout=120)
     assert driver.returncode == 0, errors
@@ -300,7 +300,7 @@ with Watchdog(0.5, 60, Diary(Path(sys.argv[1]), 0)) as watchdog:
 @pytest.mark.parametrize(
     ("hang", "says"),
     [
-        ("time.sleep(60)", r"error: process 0: step 6 did not finish within 0.5 s.*<string>:10"),
+        ("time.sleep(60)", r"error: step 6 did not finish within 0.5 s.*<string>:10"),
         ("ctypes.PyDLL(None).sleep(60)", r"Timeout.*<string>\", line 10"),  # holds the interpreter
     ],
     ids=["python", "locked"],
@@ -414,7 +414,7 @@ def said(capsys, *arguments: str) -> str:
     ids=lambda v: " ".join(v) if isinstance(v, list) else "",
 )
 def test_wrong_use_is_one_clear_line(tmp_path, capsys, monkeypatch, arguments, says):
-    monkeypatch.setattr("experiments.run.CHECKOUT", tmp_path)
+    monkeypatch.setattr("experiments.train.CHECKOUT", tmp_path)
     assert re.search(says, said(capsys, *arguments))
 
 

@@ -51,8 +51,16 @@ def tiny(name: str) -> engine.Config:
     return dataclasses.replace(questions.require(name).QUICK, **TINY, **SMALL.get(name, {}))
 
 
-@pytest.mark.parametrize("name", questions.NAMES)
-def test_every_question_ends_in_a_figure_and_verdicts(name, tmp_path):
+# One trains, one compares types and forms; the others, which only train, take as long again.
+QUICK = ("local_drift", "synced_is_global")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=() if n in QUICK else pytest.mark.slow) for n in questions.NAMES],
+)
+def test_every_question_ends_in_a_figure_and_verdicts(name, tmp_path, monkeypatch):
+    monkeypatch.setattr(synced_is_global, "LAYER", {"float32": 1e-6})  # float64 takes as long again
     found = answer(questions.require(name), name, tiny(name), tmp_path / "run")
     assert found.complete
     assert found.forms is not None
