@@ -205,9 +205,8 @@ def pid(path: Path, process: int) -> int:
     return [r["pid"] for r in records if r["process"] == process][-1]
 
 
-def strays(path: Path) -> list[str]:
-    """Processes of Ray, and its folders, that an earlier run left."""
-    del path
+def strays() -> list[str]:
+    """Processes of Ray that a run left."""
     names = (" ".join(p.info["cmdline"] or []) for p in psutil.process_iter(["cmdline"]))
     return [name for name in names if "normlab-ray-" in name]
 
@@ -223,7 +222,7 @@ def test_a_run_under_ray_with_a_worker_killed_is_the_run_without(tmp_path, undis
     assert summary(path) == summary(undisturbed)
     assert re.fullmatch(r"restarted: .*process 1 .* Started again from step \d+0\.\n", errors)
     assert re.match(rf"step {STEPS}: test loss .* on 2 devices in 2 processes\n", out)
-    assert not strays(path)
+    assert not strays()
 
 
 @pytest.mark.slow
@@ -236,7 +235,7 @@ def test_a_run_under_ray_with_a_worker_stopped_is_the_run_without(tmp_path, undi
     assert driver.returncode == 0, errors
     assert metrics(path) == metrics(undisturbed)
     assert summary(path) == summary(undisturbed)
-    assert not strays(path)
+    assert not strays()
 
 
 @pytest.mark.slow
@@ -252,7 +251,7 @@ def test_a_launch_that_is_asked_to_stop_leaves_a_checkpoint_and_no_process(
         assert driver.returncode == 128 + number
     agreed = steps(path)
     assert f"stopped with a checkpoint of step {agreed}" in errors
-    assert not strays(path)
+    assert not strays()
     with launched(path) as driver:
         assert driver.communicate(timeout=120)[0]
     assert metrics(path) == metrics(undisturbed)

@@ -197,23 +197,25 @@ def test_plain_jit_finds_the_axes_of_the_mesh_that_is_set():
     assert h.sharding.spec == P("d")
 
 
+def step(params, a, c, axis_name):
+    """The output, its gradient by `a`, and the running statistics after it."""
+    state = nl.init_running(C)
+
+    def loss(a):
+        h, after = nl.batch_norm(a, params, state, train=True, axis_name=axis_name)
+        return (c * h).sum(), (h, after)
+
+    da, (h, after) = jax.grad(loss, has_aux=True)(a)
+    return h, da, after
+
+
 @pytest.mark.parametrize("devices", [1, 2, 4, 8])
 def test_a_virtual_batch_gives_the_same_numbers_on_any_number_of_devices(devices):
     params, a, c = problem("float32")
-    state = nl.init_running(C)
-
-    def f(params, a, c, axis_name):
-        def loss(a):
-            h, after = nl.batch_norm(a, params, state, train=True, axis_name=axis_name)
-            return (c * h).sum(), (h, after)
-
-        da, (h, after) = jax.grad(loss, has_aux=True)(a)
-        return h, da, after
-
-    one = jax.jit(lambda *args: f(*args, nl.Sync(virtual_batch=8)))(params, a, c)
+    one = jax.jit(lambda *args: step(*args, nl.Sync(virtual_batch=8)))(params, a, c)
     split = jax.tree.map(lambda v: v.reshape(devices, -1, *v.shape[1:]), (a, c))
     sync = nl.Sync("d", virtual_batch=8)
-    h, da, after = mappers(devices)["pmap"](lambda p, s: f(p, *s, sync))(params, split)
+    h, da, after = mappers(devices)["pmap"](lambda p, s: step(p, *s, sync))(params, split)
     assert gap((whole(h), whole(da)), one[:2]) < 5e-6
     for i in range(devices):
         assert gap(jax.tree.map(lambda v, i=i: v[i], after), one[2]) < 5e-6
@@ -315,29 +317,19 @@ def test_a_spec_of_lists_is_one_of_tuples():
 def test_a_staged_merge_is_the_whole_one(check_vma):
     """One gather of 4 and one of 2 devices, in place of one of 8."""
     params, a, c = problem("float32")
-    state = nl.init_running(C)
-
-    def f(params, a, c, axis_name):
-        def loss(a):
-            h, after = nl.batch_norm(a, params, state, train=True, axis_name=axis_name)
-            return (c * h).sum(), (h, after)
-
-        da, (h, after) = jax.grad(loss, has_aux=True)(a)
-        return h, da, after
-
-    step = jax.jit(
+    mapped = jax.jit(
         jax.shard_map(
-            lambda p, a, c: f(p, a, c, nl.Sync(("i", "j"), staged=True)),
+            lambda p, a, c: step(p, a, c, nl.Sync(("i", "j"), staged=True)),
             mesh=mesh(i=2, j=4),
             in_specs=(P(), P(("i", "j")), P(("i", "j"))),
             out_specs=(P(("i", "j")), P(("i", "j")), P()),
             check_vma=check_vma,
         )
     )
-    assert gap(step(params, a, c), f(params, a, c, None)) < 5e-6
+    assert gap(mapped(params, a, c), step(params, a, c, None)) < 5e-6
     # Where types say what varies, the cotangents are added up over both axes at once.
     backward = ["all-reduce"] * (1 if check_vma else 2)
-    assert collectives(step, params, a, c) == ["all-gather"] * 2 + backward
+    assert collectives(mapped, params, a, c) == ["all-gather"] * 2 + backward
 
 
 @pytest.mark.parametrize("mode", ["pmap", "shard_map", "shard_map, check_vma=False", "jit"])
