@@ -115,8 +115,8 @@ def remarks(config: BenchSync) -> str:
 
 
 def _normlab(x: Array, g: Array, b: Array) -> tuple[Array, Array]:
-    state = nl.init_running(x.shape[-1], debias=False)
-    y, after = nl.batch_norm(x, nl.Affine(g, b), state, train=True, decay=0.0, axis_name=AXIS)
+    state = nl.init_running(x.shape[-1], decay=0.0, debias=False)
+    y, after = nl.batch_norm(x, nl.Affine(g, b), state, train=True, axis_name=AXIS)
     assert isinstance(after, nl.Running)
     return y, after.var
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -50,7 +51,12 @@ class Checkpoints:
     def save(self, step: int, state: TrainState) -> None:
         """Begins to save; returns when the state may change."""
         if self.manager.latest_step() != step:
-            self.manager.save(step, args=ocp.args.StandardSave(state._asdict()), force=True)
+            self.manager.save(
+                step,
+                args=ocp.args.StandardSave(state._asdict()),
+                custom_metadata={"norm_state": nl.conventions(state.norm_state)},
+                force=True,
+            )
 
     def restore(self, program: Layout, new: TrainState) -> tuple[int, TrainState]:
         """The latest checkpoint, or the new state if there is none.
@@ -63,15 +69,16 @@ class Checkpoints:
         step = self.manager.latest_step()
         if step is None:
             return 0, new
+        kept = (self.manager.metadata(step).custom_metadata or {}).get("norm_state", {})
+        here = {f"norm_state.{k}": v for k, v in nl.conventions(new.norm_state).items()}
+        self._check(step, {f"norm_state.{k}": v for k, v in kept.items()}, here)
         there, here = _shapes(self.manager.item_metadata(step)), _shapes(new._asdict())
         devices = next((v[0] for k, v in there.items() if k.startswith("norm_state")), 0)
         devices = devices or program.devices
         for name, shape in here.items():
-            expected = (devices, *shape[1:]) if name.startswith("norm_state") else shape
-            if there.get(name) != expected:
-                raise RunError(self._another(step, name, there.get(name), expected))
-        if extra := sorted(set(there) - set(here)):
-            raise RunError(self._another(step, extra[0], there[extra[0]], None))
+            if name.startswith("norm_state"):
+                here[name] = (devices, *shape[1:])
+        self._check(step, there, here)
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, new)
         if devices != program.devices:
             stacked = jax.tree.map(
@@ -84,32 +91,23 @@ class Checkpoints:
         args = ocp.args.StandardRestore(abstract._asdict())
         state = TrainState(**self.manager.restore(step, args=args))
         if devices != program.devices:
-            merged = jax.jit(merge, out_shardings=program.copied)(state.norm_state)
+            merged = jax.jit(nl.merge_running, out_shardings=program.copied)(state.norm_state)
             state = state._replace(norm_state=program.spread((), merged)[1])
         return step, state
 
-    def _another(self, step: int, name: str, there: Any, here: Any) -> str:
-        return (
-            f"the checkpoint of step {step} in {self.path} is not of this model: {name} is "
-            f"{there or 'not there'} in it and {here or 'not there'} here. Choose another "
-            "--run-dir."
-        )
-
-
-def merge(stacked: Any) -> Any:
-    """Merges norm states `[devices, ...]` of devices that are no more into one."""
-
-    def one(state: Any) -> Any:
-        if isinstance(state, nl.Running):
-            return nl.merge_running(state)
-        if isinstance(state, nl.Delayed):  # what the others measured is asked for anew
-            running = nl.merge_running(state.running)
-            return nl.init_delayed(running.mean.size, dtype=running.mean.dtype)._replace(
-                running=running
+    def _check(self, step: int, there: dict[str, Any], here: dict[str, Any]) -> None:
+        """Raises RunError unless what is there, by name, is what is here."""
+        for name in [*here, *there]:
+            if there.get(name) == here.get(name):
+                continue
+            said = [side.get(name, "not there") for side in (there, here)]
+            missing = [side for side in (there, here) if name not in side]
+            near = get_close_matches(name, [k for side in missing for k in side], n=3)
+            nearest = f" (nearest: {', '.join(near)})" if near else ""
+            raise RunError(
+                f"the checkpoint of step {step} in {self.path} is not of this model: {name} is "
+                f"{said[0]} in it and {said[1]} here{nearest}. Choose another --run-dir."
             )
-        return state[0]
-
-    return jax.tree.map(one, stacked, is_leaf=lambda s: isinstance(s, nl.Running | nl.Delayed))
 
 
 def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:

@@ -77,6 +77,9 @@ class Compare:
     batch_size: int = 128
     """Examples per optimizer step, over all devices."""
 
+    microbatches: int = 1
+    """Parts, one after the other, into which a device cuts its share of a batch."""
+
     steps: int = 600
     """Optimizer steps."""
 
@@ -112,7 +115,15 @@ class Compare:
 
     def __post_init__(self) -> None:
         """Raises RunError for values that cannot be run."""
-        for name in ("devices", "batch_size", "steps", "seeds", "evaluations", "groups"):
+        for name in (
+            "devices",
+            "batch_size",
+            "microbatches",
+            "steps",
+            "seeds",
+            "evaluations",
+            "groups",
+        ):
             _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         _require(0 < self.lr < math.inf, "lr", self.lr, "positive and finite")
         _require(0 < self.eps < math.inf, "eps", self.eps, "positive and finite")
@@ -120,11 +131,14 @@ class Compare:
         _require(0 < self.target <= 1, "target", self.target, "a share in (0, 1]")
         _require(self.evaluations <= self.steps, "evaluations", self.evaluations, "at most --steps")
         _require(len(set(self.norms)) == len(self.norms), "norms", self.norms, "distinct")
-        if self.batch_size % self.devices:
-            near = self.batch_size // self.devices * self.devices
-            options = [str(b) for b in (near, near + self.devices) if b]
+        parts = self.devices * self.microbatches
+        if self.batch_size % parts:
+            near = self.batch_size // parts * parts
+            options = [str(b) for b in (near, near + parts) if b]
+            cut = f" times --microbatches {self.microbatches}" if self.microbatches > 1 else ""
             raise RunError(
-                f"--batch-size {self.batch_size} does not divide over --devices {self.devices}. "
+                f"--batch-size {self.batch_size} does not divide over --devices {self.devices}"
+                f"{cut}. "
                 f"Use a batch size of {' or '.join(options)}, or another number of devices."
             )
 
@@ -212,7 +226,12 @@ class Comparison:
         for name, norm in norms.items():
             model = models.build(config.model, norm, self.data.classes)
             trainers[name] = trainer = Trainer(
-                model, optimizer, device_data, kernels, synced=config.sync == "global"
+                model,
+                optimizer,
+                device_data,
+                kernels,
+                synced=config.sync == "global",
+                microbatches=config.microbatches,
             )
             _check_shapes(name, trainer)  # says no before anything is compiled or written
         self.run_dir = RunDirectory(config.run_dir, f"compare-{config.dataset}-{config.model}")

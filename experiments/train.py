@@ -33,7 +33,7 @@ from experiments.checkpoints import Checkpoints
 from experiments.compare import OPTIMIZERS, Compare
 from experiments.data import NAMES, Dataset, load
 from experiments.rundir import CHECKOUT, RunDirectory, RunError, environment
-from experiments.trainer import AXIS, TrainState, minibatches, pool
+from experiments.trainer import AXIS, TrainState, accumulate, minibatches
 
 PROBE = 256
 """Training images on which a data-dependent init looks."""
@@ -83,6 +83,12 @@ class Train:
 
     decay: float = 0.9
     """Weight of the old value in batch norm's running statistics."""
+
+    population: str = "debiased"
+    """What batch norm keeps: debiased, ema, cumulative, renorm, frozen, or batch (nothing)."""
+
+    microbatches: int = 1
+    """Parts, one after the other, into which a device cuts its share of a batch."""
 
     checkpoint_every: int = 50
     """Steps between checkpoints; there is one at the end and one at a stop as well."""
@@ -135,6 +141,7 @@ class Train:
         """Raises RunError for values that cannot be run."""
         for name in (
             *("batch_size", "steps", "keep", "log_every", "checkpoint_every", "processes"),
+            "microbatches",
             *("start_timeout", "heartbeat_timeout", "shutdown_timeout"),
         ):
             _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
@@ -151,6 +158,7 @@ class Train:
         try:
             models.require(self.model)
             nl.row(self.norm)
+            nl.init_population(self.population, 1)
         except ValueError as error:  # an unknown name
             raise RunError(str(error)) from None
         syncs.parse(self.sync, AXIS)
@@ -158,7 +166,8 @@ class Train:
     def build_norm(self, sync: nl.AxisName | None) -> nl.Norm:
         """The norm, with the options of this run."""
         if self.norm == "batch":
-            return nl.get("batch", decay=self.decay, axis_name=sync)
+            options = {} if self.population in ("cumulative", "batch") else {"decay": self.decay}
+            return nl.get("batch", population=self.population, axis_name=sync, **options)
         return Compare(devices=1, batch_size=1).norm(self.norm)
 
     def as_json(self) -> dict[str, Any]:
@@ -220,10 +229,12 @@ def default_path(config: Train) -> Path:
 
 def check_batch(config: Train, devices: int) -> None:
     """Raises RunError if the batch does not divide over the devices."""
-    if config.batch_size % devices:
-        near = max(config.batch_size // devices, 1) * devices
+    parts = devices * config.microbatches
+    if config.batch_size % parts:
+        near = max(config.batch_size // parts, 1) * parts
+        cut = f" times --microbatches {config.microbatches}" if config.microbatches > 1 else ""
         raise RunError(
-            f"--batch-size {config.batch_size} does not divide over {devices} devices. Use a "
+            f"--batch-size {config.batch_size} does not divide over {devices} devices{cut}. Use a "
             f"batch size of {near}, say."
         )
 
@@ -345,7 +356,7 @@ class Program:
         own = jax.tree.map(lambda v: v[0], state.norm_state)
         flat, unravel = ravel_pytree(state.params)  # one collective for all gradients
 
-        def loss(flat: Array) -> tuple[Array, Any]:
+        def loss(flat: Array, own: Any, images: Array, labels: Array) -> tuple[Array, Any]:
             logits, changed = self.model.apply(
                 {"params": unravel(flat), models.STATE: own},
                 self.preprocess(images),
@@ -355,8 +366,12 @@ class Program:
             losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
             return nl.global_mean(losses, AXIS), changed.get(models.STATE, own)
 
-        (value, after), grads = jax.value_and_grad(loss, has_aux=True)(flat)
+        parts = self.config.microbatches
+        value, after, grads = accumulate(loss, flat, own, (images, labels), parts)
+        if parts > 1:  # typed as if it varied over the devices
+            value = lax.pmean(value, AXIS)
         grads = unravel(nl.global_gradient(grads, AXIS))
+        after = nl.commit(after, jnp.isfinite(value))
         if isinstance(self.sync, nl.Sync) and self.sync.every:
             after = nl.exchange(after, self.sync)
         updates, opt_state = self.optimizer.update(grads, state.opt_state, state.params)
@@ -366,7 +381,7 @@ class Program:
     def _evaluate_shard(
         self, state: TrainState, images: Array, labels: Array, weights: Array
     ) -> tuple[Array, Array]:
-        merged = pool(jax.tree.map(lambda v: v[0], state.norm_state))
+        merged = nl.pool_running(jax.tree.map(lambda v: v[0], state.norm_state), AXIS)
         variables = {"params": state.params, models.STATE: merged}
         logits: Any = self.model.apply(variables, self.preprocess(images), train=False)
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)

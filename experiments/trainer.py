@@ -79,6 +79,7 @@ class Trainer:
       form: How the step runs on the devices; the numbers are the same.
       delayed: The `Sync(every=...)` of the norm, if it has one: the devices exchange their
         statistics after each step.
+      microbatches: Into how many parts, one after the other, a device cuts its share of a batch.
     """
 
     def __init__(
@@ -91,9 +92,11 @@ class Trainer:
         synced: bool,
         form: Form = "pmap",
         delayed: nl.Sync | None = None,
+        microbatches: int = 1,
     ) -> None:
         self.model, self.optimizer, self.data = model, optimizer, data
         self.kernels, self.synced, self.delayed = kernels, synced, delayed
+        self.microbatches = microbatches
         # The big arrays come as they lie, one copy per device; everything else is mapped.
         self._train = on_devices(
             form, data.mesh, self._train_device, in_axes=(0, None, None, 0), donate=0
@@ -169,11 +172,15 @@ class Trainer:
 
     def _step(self, state: TrainState, images: Array, labels: Array) -> tuple[TrainState, Array]:
         params, norm_state, opt_state = state
-        value_and_grad = jax.value_and_grad(self.loss, has_aux=True)
-        (loss, norm_state), grads = value_and_grad(params, norm_state, images, labels)
+        batch = (images, labels)
+        loss, norm_state, grads = accumulate(
+            self.loss, params, norm_state, batch, self.microbatches
+        )
+        whole = loss
         if self.data.devices > 1:
-            flat, unravel = ravel_pytree(grads)
-            grads = unravel(lax.pmean(flat, AXIS))  # packed: one collective for all parameters
+            flat, unravel = ravel_pytree((loss, grads))
+            whole, grads = unravel(lax.pmean(flat, AXIS))  # packed: one collective for everything
+        norm_state = nl.commit(norm_state, jnp.isfinite(whole))
         updates, opt_state = self.optimizer.update(grads, opt_state, params)
         return TrainState(optax.apply_updates(params, updates), norm_state, opt_state), loss
 
@@ -203,7 +210,7 @@ class Trainer:
         def one(state: TrainState) -> tuple[Array, Array, Any]:
             norm_state = state.norm_state
             if not self.synced:
-                norm_state = pool(norm_state)
+                norm_state = nl.pool_running(norm_state, AXIS)
             variables = {"params": state.params, models.STATE: norm_state}
 
             def batch(shard: tuple[Array, Array, Array]) -> tuple[Array, Array]:
@@ -312,6 +319,45 @@ def minibatches(seed: int, examples: int, batch_size: int, steps: int) -> np.nda
     return np.concatenate(rows)[:steps].astype(np.int32)
 
 
+def accumulate(
+    loss: Callable[..., tuple[Array, Any]],
+    params: Any,
+    norm_state: Any,
+    batch: tuple[Array, ...],
+    microbatches: int,
+) -> tuple[Array, Any, Any]:
+    """The mean loss and its gradient over the microbatches of one step.
+
+    Args:
+      loss: `(params, norm_state, *batch) -> (value, norm_state)`.
+      params: The parameters.
+      norm_state: The norms' states.
+      batch: Arrays `[examples, ...]`.
+      microbatches: Their number, which divides the examples.
+
+    Returns:
+      The loss, the states in a transaction that saw all microbatches, to be committed, and the
+      gradient by `params`.
+    """
+    run = jax.value_and_grad(loss, has_aux=True)
+    state = nl.begin(norm_state)
+    if microbatches == 1:
+        (value, state), grads = run(params, state, *batch)
+        return value, state, grads
+    params = vary(params, (AXIS,))  # so that the gradient is the device's own
+    parts = jax.tree.map(lambda v: v.reshape(microbatches, -1, *v.shape[1:]), batch)
+
+    def add(total: Any, part: Any) -> tuple[Any, None]:
+        sums, state = total
+        (value, state), grads = run(params, state, *part)
+        return vary((jax.tree.map(jnp.add, sums, (value, grads)), state), (AXIS,)), None
+
+    zeros = jax.tree.map(jnp.zeros_like, (jax.eval_shape(loss, params, state, *batch)[0], params))
+    (sums, state), _ = lax.scan(add, vary((zeros, state), (AXIS,)), parts)
+    value, grads = jax.tree.map(lambda v: v / microbatches, sums)
+    return value, state, grads
+
+
 def side_by_side(f: Callable[..., Any]) -> Callable[..., Any]:
     """`vmap` over the leading axis; a single seed is not batched, which is faster for one."""
 
@@ -321,15 +367,6 @@ def side_by_side(f: Callable[..., Any]) -> Callable[..., Any]:
         return jax.tree.map(lambda v: v[None], f(*jax.tree.map(lambda v: v[0], args)))
 
     return mapped
-
-
-def pool(norm_state: Any) -> Any:
-    """Merges every `Running` in a tree of norm states over the devices."""
-    return jax.tree.map(
-        lambda s: nl.pool_running(s, AXIS) if isinstance(s, nl.Running) else s,
-        norm_state,
-        is_leaf=lambda s: isinstance(s, nl.Running),
-    )
 
 
 def quantiles(v: Array, most: int = 4096) -> Array:

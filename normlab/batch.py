@@ -5,8 +5,10 @@ h = g · (a − μ) / σ + b        σ = √(var + ε)
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
@@ -16,19 +18,20 @@ from normlab.checks import (
     check_decay,
     check_eps,
     check_train,
-    expand,
     gain_and_bias,
     invalid,
     normalize_axes,
+    promote_dtype,
 )
 from normlab.collective import differentiated, measure, values_per_channel
 from normlab.delayed import Delayed, check_delayed
-from normlab.moments import Algorithm, align_weights, check_algorithm, merge, moments
-from normlab.running import BadBatch, Running, check_batch, update_running
-from normlab.sync import AxisName, as_sync
+from normlab.moments import Algorithm, Moments, align_weights, check_algorithm, merge, moments
+from normlab.population import Domains, Frozen, Renorm
+from normlab.running import BadBatch, Population, check_batch
+from normlab.sync import AxisName, Sync, as_sync
 
-BatchState = Running | Delayed
-"""What batch norm keeps: `Delayed` with `Sync(every=...)`, otherwise `Running`."""
+BatchState = Population | tuple[()]
+"""What batch norm keeps: a `Population`; or `()`, nothing, and inference uses its own batch."""
 
 
 def batch_norm(
@@ -37,9 +40,8 @@ def batch_norm(
     state: BatchState | None = None,
     *,
     train: bool,
-    decay: float = 0.9,
+    decay: ArrayLike | None = None,
     eps: float = 1e-5,
-    ddof: int = 0,
     axis_name: AxisName | None = None,
     weights: ArrayLike | None = None,
     channel_axis: int = -1,
@@ -54,13 +56,14 @@ def batch_norm(
     Args:
       a: `[N, ..., C]`.
       params: `Affine(g [C], b [C])`, or `None`.
-      state: `Running`, from `init_running(C)`; `None` in training keeps no statistics. With
-        `Sync(every=...)`, `Delayed` from `init_delayed(C)`.
+      state: A `Population`, such as `Running` from `init_running(C)`, or another of
+        `init_population`; it says how the statistics are kept. With `Sync(every=...)`, `Delayed`
+        from `init_delayed(C)`. `()` uses the batch's own statistics in inference too; `None`, in
+        training, keeps none.
       train: Whether to use, and take into the state, the statistics of this batch.
-      decay: The weight of the old value in the running statistics, in [0, 1).
+      decay: The weight of the old value in the running statistics, in [0, 1), may be traced (a
+        schedule); `None` for the state's own.
       eps: ε > 0, in squared units of `a`.
-      ddof: 0 keeps the biased variance in the state, 1 the unbiased one. The batch itself is
-        always normalized by the biased one.
       axis_name: Axes over which the batch is one: mapped ones, or those of the mesh in plain `jit`;
         or a `Sync`, that is, groups of devices or of parts of their batches.
       weights: Importance of examples or positions, aligned with the leading axes of `a` other than
@@ -94,7 +97,6 @@ def batch_norm(
         train=train,
         decay=decay,
         eps=eps,
-        ddof=ddof,
         axis_name=axis_name,
         weights=weights,
         channel_axis=channel_axis,
@@ -110,9 +112,8 @@ def batch_parts(
     state: BatchState | None,
     *,
     train: bool,
-    decay: float = 0.9,
+    decay: ArrayLike | None = None,
     eps: float = 1e-5,
-    ddof: int = 0,
     axis_name: AxisName | None = None,
     weights: ArrayLike | None = None,
     channel_axis: int = -1,
@@ -123,35 +124,23 @@ def batch_parts(
     a = jnp.asarray(a)
     where = "batch norm"
     check_eps(where, eps)
-    check_decay(where, decay)
+    if decay is not None:
+        check_decay(where, decay)
     check_algorithm(where, algorithm)
     check_train(where, train)
     (channel,) = normalize_axes(where, channel_axis, a.ndim)
     g, b = gain_and_bias(where, params, a, channel)
-    channels = a.shape[channel]
     sync = as_sync(axis_name)
-    if train:
-        check_delayed(where, sync.every, state, channels)
-    running = state.running if isinstance(state, Delayed) else state
-    if running is not None and running.mean.shape != (channels,):
-        raise invalid(
-            where,
-            f"running statistics of shape {running.mean.shape} for an input of shape "
-            f"{a.shape} with its channels on axis {channel}",
-            f"shape ({channels},)",
-            f"make the state with init_running({channels}), or set channel_axis",
-        )
-    if not train:
-        if running is None:
-            raise invalid(
-                where,
-                "train=False without a state",
-                "running statistics to normalize with",
-                "pass the state that training returned, or train=True for batch statistics",
-            )
-        mean, var = (
-            expand(v.astype(g.dtype), a.ndim, channel) for v in (running.mean, running.var)
-        )
+    _check_state(where, state, sync if train else None, a.shape, channel)
+
+    def like(v: Array) -> Array:
+        """`[C]` along the channels of `a`; `[N, C]` along its examples as well."""
+        shape = [1] * a.ndim
+        shape[channel], shape[0] = v.shape[-1], v.shape[0] if v.ndim > 1 else shape[0]
+        return v.astype(g.dtype).reshape(shape)
+
+    if isinstance(state, Population) and (not train or isinstance(state, Frozen)):
+        mean, var = map(like, state.read())
         return Parts(mean, jnp.sqrt(var + eps), g, b), state
     if values_per_channel(where, sync, a.shape, channel) == 1 and bad_batch != "propagate":
         raise invalid(
@@ -168,11 +157,74 @@ def batch_parts(
         own = moments(a, axes, weights=weights, algorithm=algorithm)
         population = merge(own, state.others_like(own))
         m, state = differentiated(sync, own, population), state.after(own)
+    elif isinstance(state, Domains) and state.current.ndim:
+        m, population = _by_domain(where, a, axes, sync, weights, algorithm, state)
     else:
         m, population = measure(where, a, axes, sync, weights=weights, algorithm=algorithm)
     m = check_batch(where, m, bad_batch)
-    if running is not None:
+    mu, sigma = m.mean, m.scale(eps)
+    if isinstance(state, Renorm):
+        mu, sigma = state.correct(mu, sigma, eps, like)
+    if isinstance(state, Population) and train:
         policy = "propagate" if bad_batch == "propagate" else "skip"  # "raise" has been seen to
-        running = update_running(running, population, decay=decay, ddof=ddof, bad_batch=policy)
-    state = state._replace(running=running) if isinstance(state, Delayed) else running
-    return Parts(m.mean, m.scale(eps), g, b), state
+        state = state.update(population, decay=decay, bad_batch=policy)
+    return Parts(mu, sigma, g, b), state
+
+
+def _check_state(
+    where: str, state: Any, sync: Sync | None, shape: tuple[int, ...], channel: int
+) -> None:
+    """Raises ValueError unless batch norm can use the state; without a `sync` for inference."""
+    channels = shape[channel]
+    if sync and not isinstance(state, Frozen):
+        check_delayed(where, sync.every, state, channels)
+    elif state is None and not sync:
+        raise invalid(
+            where,
+            "train=False without a state",
+            "running statistics to normalize with",
+            "pass the state that training returned; for the batch's own statistics train=True, or "
+            "the state ()",
+        )
+    if state is None or (isinstance(state, tuple) and not state):
+        return
+    if not isinstance(state, Population):
+        raise invalid(
+            where,
+            f"a state of type {type(state).__name__}",
+            "a Population, (), or None",
+            f"make it with init_running({channels})",
+        )
+    found = state.read()[0].shape
+    by_example = isinstance(state, Domains) and state.current.ndim and channel != 0
+    if found != ((shape[0], channels) if by_example else (channels,)):
+        raise invalid(
+            where,
+            f"running statistics of shape {found} for an input of shape "
+            f"{shape} with its channels on axis {channel}",
+            f"shape ({shape[0]}, {channels})" if by_example else f"shape ({channels},)",
+            f"make the state with init_running({channels}), or set channel_axis",
+        )
+
+
+def _by_domain(
+    where: str,
+    a: Array,
+    axes: list[int],
+    sync: Sync,
+    weights: Array | None,
+    algorithm: Algorithm,
+    state: Domains,
+) -> tuple[Moments, Moments]:
+    """As `measure`, of the examples of each domain: `m` of each example's, the rest `[D, ...]`."""
+    one = jnp.ones((), promote_dtype(a)) if weights is None else weights
+    member = state.current == jnp.arange(state.domains)[:, None]
+    member = member.reshape(*member.shape, *(1,) * (a.ndim - 1)).astype(one.dtype)
+    run = functools.partial(measure, where, a, axes, sync, algorithm=algorithm)
+    m, population = jax.vmap(lambda member: run(weights=member * one))(member)
+    examples = jnp.arange(a.shape[0])
+
+    def own(field: Array) -> Array:
+        return field[state.current, examples if field.shape[1] > 1 else 0]
+
+    return Moments(*map(own, m)), population

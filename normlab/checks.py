@@ -96,6 +96,17 @@ def check_decay(where: str, decay: float) -> None:
         )
 
 
+def check_ddof(where: str, ddof: int) -> None:
+    """Raises ValueError unless `ddof` is 0 or 1."""
+    if ddof not in (0, 1):
+        raise invalid(
+            where,
+            f"ddof={ddof!r}",
+            "0, the biased variance, or 1, the unbiased one",
+            "use 0 to keep the variance that normalized the batch, 1 for torch's",
+        )
+
+
 def check_train(where: str, train: bool) -> None:
     """Raises ValueError unless `train` is a Python bool."""
     if not isinstance(train, bool):

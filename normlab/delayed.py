@@ -23,7 +23,7 @@ from jax.typing import DTypeLike
 from normlab.checks import invalid
 from normlab.collective import check_bound, gather_members, vary
 from normlab.moments import Moments, empty
-from normlab.running import Running, init_running
+from normlab.running import BadBatch, init_running
 from normlab.sync import AxisName, as_sync, plan
 
 
@@ -31,17 +31,29 @@ class Delayed(NamedTuple):
     """The state of a norm with delayed synchronization. It differs between devices.
 
     Attributes:
-      running: The running statistics.
+      running: The running statistics, a `Population`.
       own: What this device measured last, fields `[C]`.
       others: What the other devices of its group had measured when it last heard of them, fields
         `[C]`; empty before the first exchange.
       age: `[]` int32, how many batches ago that was; -1 before the first exchange.
     """
 
-    running: Running
+    running: Any
     own: Moments
     others: Moments
     age: Array
+
+    def update(self, m: Moments, *, decay: Any = None, bad_batch: BadBatch = "skip") -> Delayed:
+        """Takes a batch into the running statistics."""
+        return self._replace(running=self.running.update(m, decay=decay, bad_batch=bad_batch))
+
+    def read(self) -> tuple[Array, Array]:
+        """Returns those of `running`."""
+        return self.running.read()
+
+    def pool(self, axis_name: AxisName) -> Delayed:
+        """Merges `running`; what the others measured is to be asked for anew."""
+        return delay(self.running.pool(axis_name))
 
     def others_like(self, m: Moments) -> Moments:
         """`others`, in the shape of `m`; without a gradient."""
@@ -69,16 +81,30 @@ def check_delayed(where: str, every: int, state: Any, channels: int) -> None:
     )
 
 
-def init_delayed(channels: int, *, debias: bool = True, dtype: DTypeLike = jnp.float32) -> Delayed:
+def init_delayed(
+    channels: int,
+    *,
+    decay: float = 0.9,
+    ddof: int = 0,
+    debias: bool = True,
+    dtype: DTypeLike = jnp.float32,
+) -> Delayed:
     """The state before the first batch.
 
     Args:
       channels: `C`.
+      decay: As in `init_running`.
+      ddof: As in `init_running`.
       debias: As in `init_running`.
       dtype: The statistics' type, float32 or float64.
     """
-    nothing = empty((channels,), dtype)
-    running = init_running(channels, debias=debias, dtype=dtype)
+    return delay(init_running(channels, decay=decay, ddof=ddof, debias=debias, dtype=dtype))
+
+
+def delay(running: Any) -> Delayed:
+    """The state before the first batch, around any `Population`."""
+    mean = running.read()[0]
+    nothing = empty(mean.shape, mean.dtype)
     return Delayed(running, nothing, nothing, jnp.full((), -1, jnp.int32))
 
 

@@ -19,7 +19,7 @@ from normlab.checks import invalid
 from normlab.collective import check_bound, gather
 from normlab.delayed import Delayed
 from normlab.moments import Moments, merge_axes
-from normlab.running import Running
+from normlab.running import Cumulative, Running
 from normlab.sync import AxisName, as_sync
 
 
@@ -47,12 +47,15 @@ class Drift(NamedTuple):
         return self.between / jnp.where(var > 0, var, 1)
 
 
-def drift(stats: Moments | Running | Delayed, axis_name: AxisName | None = None) -> Drift:
+def drift(
+    stats: Moments | Running | Cumulative | Delayed, axis_name: AxisName | None = None
+) -> Drift:
     """Compares the statistics of devices with those of all of them together.
 
     Args:
-      stats: `Moments` of `[..., C]`, or running statistics, which weigh as much as their mass. With
-        an axis name, this device's; without one, those of all devices, stacked as `[D, ...]`.
+      stats: `Moments` of `[..., C]`, or running statistics, which weigh as much as their mass
+        (`Cumulative` as their counts). With an axis name, this device's; without one, those of all
+        devices, stacked as `[D, ...]`.
       axis_name: Mapped axes.
 
     Raises:
@@ -93,6 +96,8 @@ def drift(stats: Moments | Running | Delayed, axis_name: AxisName | None = None)
     )
 
 
-def _moments(state: Running) -> Moments:
+def _moments(state: Running | Cumulative) -> Moments:
+    if isinstance(state, Cumulative):
+        return state.moments()
     mass = state.mass[..., None]
     return Moments(mass, state.mean, mass * state.var)

@@ -14,10 +14,11 @@ from normlab.affine import Parts
 from normlab.batch import batch_parts
 from normlab.checks import gain_and_bias, invalid, nearest, promote_dtype
 from normlab.cosine import cosine_parts
-from normlab.delayed import init_delayed
+from normlab.delayed import delay
 from normlab.example import Axes, group_parts, instance_parts, layer_parts, rms_parts
 from normlab.moments import Algorithm
-from normlab.running import BadBatch, init_running
+from normlab.population import init_population
+from normlab.running import BadBatch
 from normlab.sync import AxisName, as_sync
 from normlab.types import Norm, Params, Site, State, init_affine
 from normlab.weight import weight_norm_init, weight_parts, weight_standardization_parts
@@ -111,17 +112,22 @@ def none(*, reshift: bool = True) -> Norm:
 
 def batch(
     *,
-    decay: float = 0.9,
+    decay: float | None = None,
     eps: float = 1e-5,
-    ddof: int = 0,
+    ddof: int | None = None,
     axis_name: AxisName | None = None,
-    debias: bool = True,
+    population: str | Callable[..., Any] = "debiased",
     algorithm: Algorithm = "auto",
     bad_batch: BadBatch = "skip",
     rescale: bool = True,
     reshift: bool = True,
 ) -> Norm:
-    """`batch_norm`, with running statistics as its state."""
+    """`batch_norm`, with the state of `init_population(population, C)`.
+
+    `decay` and `ddof` are the population's; `None` is its own default, 0.9 and 0.
+    """
+    given = {"decay": decay, "ddof": ddof}
+    settings = {name: value for name, value in given.items() if value is not None}
 
     def parts(params: Params, state: State, site: Site, *, train: bool) -> tuple[Parts, State]:
         return batch_parts(
@@ -129,9 +135,7 @@ def batch(
             params,
             state,
             train=train,
-            decay=decay,
             eps=eps,
-            ddof=ddof,
             axis_name=axis_name,
             weights=site.weights,
             channel_axis=site.linear.channel_axis,
@@ -142,8 +146,8 @@ def batch(
     def init(site: Site) -> tuple[Params, State]:
         dtype = promote_dtype(site.a)
         params = init_affine(site.channels, rescale=rescale, reshift=reshift, dtype=dtype)
-        start = init_delayed if as_sync(axis_name).every else init_running
-        state = start(site.channels, debias=debias, dtype=dtype)
+        state = init_population(population, site.channels, dtype=dtype, **settings)
+        state = delay(state) if as_sync(axis_name).every else state
         jax.eval_shape(lambda site: parts(params, state, site, train=False), site)
         return params, state
 

@@ -207,7 +207,7 @@ CASES = (
     Case("batch-dense", "batch"),
     Case("batch-tokens", "batch", {"eps": 0.1, "decay": 0.5, "ddof": 1}, **TOKENS),
     Case("batch-conv", "batch", **VALID),
-    Case("batch-conv-first", "batch", {"reshift": False, "debias": False}, **FIRST),
+    Case("batch-conv-first", "batch", {"reshift": False, "population": "ema"}, **FIRST),
     Case("batch-weighted", "batch", {"rescale": False}, weights=IMPORTANCE),
     Case("batch-weighted-tokens", "batch", **TOKENS, weights=POSITIONS),
     Case("batch-two-pass", "batch", {"algorithm": "two_pass", "bad_batch": "raise"}, **TOKENS),

@@ -50,9 +50,16 @@ def test_the_docs_examples_run():
     assert jnp.abs(h).max(axis=-1).tolist() == pytest.approx([1, 1], abs=1e-4)
 
 
+@pytest.mark.parametrize("document", ["docs/population.md"])
+def test_the_examples_of_a_document_run(document):
+    names: dict = {"nl": nl, "jnp": jnp}
+    for block in python_blocks(document):
+        exec(block, names)
+
+
 @pytest.mark.parametrize(
     "document",
-    ["README.md", "docs/framework.md", "docs/data.md", "docs/numerics.md", "docs/speed.md"],
+    ["README.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md")))],
 )
 def test_links_and_files_that_are_named_exist(document):
     text = (ROOT / document).read_text()

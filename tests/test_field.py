@@ -379,7 +379,7 @@ def test_four_microbatches_are_one_batch():
     @compiled
     def accumulated(micro):
         m = functools.reduce(nl.merge, (nl.moments(batch, 0) for batch in micro))
-        return nl.update_running(nl.init_running(3), m, decay=0.9)
+        return nl.init_running(3).update(m)
 
     state = accumulated(array(micro))
     assert state.updates == 1
@@ -397,7 +397,7 @@ def test_a_forward_pass_that_is_run_again_updates_once():
 
     def loss(a):
         h, state = jax.checkpoint(
-            lambda a: nl.batch_norm(a, None, nl.init_running(3), train=True, ddof=1)
+            lambda a: nl.batch_norm(a, None, nl.init_running(3, ddof=1), train=True)
         )(a)
         return jnp.tanh(h).sum(), state
 

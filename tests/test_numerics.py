@@ -186,7 +186,7 @@ def test_a_bad_batch_is_skipped_taken_in_or_refused(case, compiled):
     a, weights, words = BAD[case]
     a = array(a)
     weights = None if weights is None else array(weights)
-    state = nl.update_running(nl.init_running(3), nl.moments(array(draw(0, 5, 3)), 0), decay=0.9)
+    state = nl.init_running(3).update(nl.moments(array(draw(0, 5, 3)), 0))
 
     def step(policy):
         def f(a, state):

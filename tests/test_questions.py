@@ -243,7 +243,7 @@ def test_averaging_the_running_statistics_leaves_out_what_lies_between():
     running = nl.Running(
         jnp.array([[[0.0]], [[4.0]]]),
         jnp.array([[[1.0]], [[3.0]]]),
-        *(jnp.ones((2, 1), dtype) for dtype in (jnp.float32, jnp.int32, jnp.int32)),
+        *(jnp.ones((2, 1), dtype) for dtype in ("float32", "float32", "int32", "int32")),
     )
     state = local_drift.averaged(TrainState((), {"layer": running}, ()))
     after = state.norm_state["layer"]

@@ -15,10 +15,10 @@ BATCHES = draw(0, 6, N, C, mean=2.0, scale=3.0) + draw(1, 6, 1, C)
 
 def after(batches, state=None, *, decay=0.9, ddof=0, weights=None):
     """The state after some batches."""
-    state = nl.init_running(C) if state is None else state
+    state = nl.init_running(C, ddof=ddof) if state is None else state
     for batch in batches:
         _, state = nl.batch_norm(
-            array(batch), None, state, train=True, decay=decay, ddof=ddof, weights=weights
+            array(batch), None, state, train=True, decay=decay, weights=weights
         )
     return state
 
@@ -55,12 +55,13 @@ def test_biased_is_the_plain_average_that_starts_at_mean_0_and_variance_1():
         assert gap((state.mean, state.var), (mean, var)) < 2e-6
 
 
-def test_registry_passes_decay_ddof_and_debias_on():
-    norm = nl.get("batch", decay=0.5, ddof=1, debias=False)
+def test_registry_passes_decay_ddof_and_population_on():
+    norm = nl.get("batch", decay=0.5, ddof=1, population="ema")
     site = nl.Site(array(BATCHES[0]))
     params, state = norm.init(site)
     _, state = norm.apply(params, state, site, train=True)
-    expected = after(BATCHES[:1], nl.init_running(C, debias=False), decay=0.5, ddof=1)
+    start = nl.init_running(C, decay=0.5, ddof=1, debias=False)
+    expected = after(BATCHES[:1], start, decay=None)
     assert gap(state, expected) == 0
 
 
@@ -77,7 +78,7 @@ def test_decay_zero_is_the_last_batch():
 def test_ddof_changes_the_running_variance_and_not_the_output():
     """Var = m/(m − 1) · E σ² (algorithm 2); the batch itself is normalized by σ."""
     h, biased = nl.batch_norm(array(BATCHES[0]), None, nl.init_running(C), train=True)
-    same, unbiased = nl.batch_norm(array(BATCHES[0]), None, nl.init_running(C), train=True, ddof=1)
+    same, unbiased = nl.batch_norm(array(BATCHES[0]), None, nl.init_running(C, ddof=1), train=True)
     assert gap(same, h) == 0
     assert gap(unbiased.mean, biased.mean) == 0
     assert gap(unbiased.var, BATCHES[0].var(0, ddof=1)) < 2e-6
@@ -87,7 +88,7 @@ def test_ddof_changes_the_running_variance_and_not_the_output():
 def test_ddof_counts_the_positions_of_a_convolution():
     """m' = m·p·q."""
     a = draw(0, 2, 3, 4, C)
-    _, state = nl.batch_norm(array(a), None, nl.init_running(C), train=True, ddof=1)
+    _, state = nl.batch_norm(array(a), None, nl.init_running(C, ddof=1), train=True)
     assert gap(state.var, a.reshape(-1, C).var(0, ddof=1)) < 2e-6
 
 

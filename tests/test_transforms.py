@@ -448,17 +448,16 @@ def test_training_or_not_may_be_chosen_by_a_traced_switch():
 MICRO = draw(0, 4, 6, C) + 3 * draw(1, 4, 1, C)  # four microbatches of six, of different means
 
 
-def commit(moments, state=None, **options):
+def commit(moments, state=None):
     """One update of the running statistics."""
-    state = nl.init_running(C) if state is None else state
-    return nl.update_running(state, moments, decay=0.9, **options)
+    return (nl.init_running(C) if state is None else state).update(moments)
 
 
 @pytest.mark.parametrize("ddof", [0, 1])
 @pytest.mark.parametrize("debias", [True, False])
 def test_merged_microbatches_committed_once_are_the_whole_batch(ddof, debias, precision):
     """In a scan, from `empty` on: one update, and the variance between microbatches is in it."""
-    start = nl.init_running(C, debias=debias, dtype=precision)
+    start = nl.init_running(C, ddof=ddof, debias=debias, dtype=precision)
     micro = array(MICRO, precision)
 
     @compiled
@@ -467,7 +466,7 @@ def test_merged_microbatches_committed_once_are_the_whole_batch(ddof, debias, pr
             return nl.merge(m, nl.moments(batch, 0)), None
 
         m, _ = lax.scan(add, nl.empty((1, C), precision), micro)
-        return commit(m, state, ddof=ddof)
+        return commit(m, state)
 
     state = accumulated(micro, start)
     whole = MICRO.reshape(-1, C)
@@ -528,7 +527,7 @@ def test_the_gradient_of_the_whole_batch_comes_from_microbatches(precision):
             return total + (c * jnp.tanh(nl.affine(parts, x @ w))).sum(), None
 
         total, _ = lax.scan(normalize, jnp.zeros((), dtype), (x, c))
-        return total, nl.update_running(start, m, decay=0.9)
+        return total, start.update(m)
 
     def at_once(w, params):
         h, state = nl.batch_norm(x.reshape(-1, 5) @ w, params, start, train=True, decay=0.9)

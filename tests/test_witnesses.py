@@ -179,7 +179,7 @@ BATCHES = draw(10, UPDATES, 6, 4, 8, mean=2.0, scale=3.0) + draw(11, UPDATES, 1,
 def trained(decays, *, ddof, channel_axis=-1, weights=None):
     """`[(h, gradients)], state` of normlab over the batches, each with its own decay."""
     _, _, g, b = numbers((8,))
-    options = {"ddof": ddof, "channel_axis": channel_axis, "weights": weights}
+    options = {"channel_axis": channel_axis, "weights": weights}
 
     @compiled
     def step(state, decay, a, c):
@@ -191,7 +191,7 @@ def trained(decays, *, ddof, channel_axis=-1, weights=None):
         h, pull, state = jax.vjp(run, a, array(g), array(b), has_aux=True)
         return (h, pull(c)), state
 
-    state, steps = nl.init_running(8, debias=False), []
+    state, steps = nl.init_running(8, ddof=ddof, debias=False), []
     for i, decay in enumerate(decays):
         a, c = (array(np.moveaxis(v, -1, channel_axis)) for v in (BATCHES[i], cotangent(i)))
         values, state = step(state, decay, a, c)

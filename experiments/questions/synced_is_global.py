@@ -70,7 +70,7 @@ def norm(name: str, axis_name: nl.AxisName | None) -> nl.Norm:
         own = nl.moments(site.a, range(site.a.ndim - 1))
         mean, var = lax.pmean(own.mean, axis), lax.pmean(own.var(), axis)
         count = own.count * lax.axis_size(axis)
-        state = nl.update_running(state, nl.Moments(count, mean, count * var), decay=0.9)
+        state = state.update(nl.Moments(count, mean, count * var))
         return nl.Parts(mean, jnp.sqrt(var + 1e-5), params.g, params.b), state
 
     return nl.Norm(inner.init, parts)

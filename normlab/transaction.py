@@ -1,0 +1,277 @@
+"""Transactions: one update of the running statistics, however many batches it is made of.
+
+An optimizer step may run a norm many times: over microbatches, in a layer that is shared, in a
+replay. Between `begin` and `commit` a norm only merges what it measures; then the running average
+takes one step, with the moments of all of it together:
+
+    states = begin(states)        each call: seen ← seen + batch
+    states = commit(states)       mean ← mean + rate·(mean of seen − mean), and so the variance
+
+`settle` instead of `commit` makes what was seen the population: PreciseBN.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.typing import ArrayLike
+
+from normlab.checks import invalid
+from normlab.moments import Moments
+from normlab.running import (
+    BadBatch,
+    Cumulative,
+    Estimator,
+    Population,
+    Running,
+    check_estimator,
+)
+from normlab.sync import AxisName
+
+
+class Pending(NamedTuple):
+    """Statistics with a transaction under way: they stay as they are until `commit`.
+
+    Attributes:
+      of: The statistics, as they were at `begin`.
+      seen: The batches since.
+      broken: `[]` bool, whether one of them was not finite.
+    """
+
+    of: Any
+    seen: Cumulative
+    broken: Array
+
+    @property
+    def updates(self) -> Array:
+        """Those of `of`: the transaction is not one yet."""
+        return self.of.updates
+
+    def update(self, m: Moments, *, decay: Any = None, bad_batch: BadBatch = "skip") -> Pending:
+        """Takes one batch into the transaction.
+
+        Raises:
+          ValueError: For a decay, which is the `commit`'s.
+        """
+        if decay is not None:
+            raise invalid(
+                "running statistics",
+                f"decay={decay!r} within a transaction",
+                "a decay with its commit: the average takes one step then",
+                "call commit(states, decay=...)",
+            )
+        m = lax.stop_gradient(m)
+        seen = self.seen.update(m, bad_batch="raise" if bad_batch == "raise" else "skip")
+        finite = jnp.isfinite(m.mean).all() & jnp.isfinite(m.m2).all()
+        return self._replace(seen=seen, broken=self.broken | ~finite)
+
+    def read(self) -> tuple[Array, Array]:
+        """Returns those of `of`."""
+        return self.of.read()
+
+    def pool(self, axis_name: AxisName) -> Pending:
+        """Merges what the devices saw, and `of`."""
+        broken = lax.pmax(self.broken.astype(jnp.int32), axis_name) > 0
+        return Pending(self.of.pool(axis_name), self.seen.pool(axis_name), broken)
+
+
+def begin(states: Any) -> Any:
+    """Begins a transaction in every running average of a pytree of states.
+
+    Args:
+      states: A state, or a pytree of states. What is under way already goes on; norms without
+        state, `()`, have nothing to begin.
+
+    Raises:
+      ValueError: If there are arrays, and no running average.
+    """
+    return _map("begin", states, _plain, _begin, "the states of batch norms")
+
+
+def _begin(state: Any) -> Pending:
+    if _is_pending(state):
+        return state
+    mean = state.read()[0]
+    zero, nought = jnp.zeros_like(mean), jnp.zeros(mean.shape[:-1], jnp.int32)
+    seen = Cumulative(zero, zero, zero, zero, nought, nought)
+    return Pending(state, seen, nought > 0)
+
+
+def commit(
+    states: Any,
+    ok: ArrayLike = True,
+    *,
+    decay: Any = None,
+    bad_batch: BadBatch = "skip",
+) -> Any:
+    """Ends a transaction: each running average takes one step with all that it saw.
+
+    The batches count as one: their values are pooled, and the variance between their means is part
+    of the result. Where a batch was not finite, nothing was seen, or the step as a whole is not
+    `ok`, the statistics stay as they were and `skipped` counts it; a norm that was not called stays
+    without.
+
+    Args:
+      states: A state, or a pytree of states, in a transaction.
+      ok: Whether the step may count, a bool or an array `[]`: that loss and gradients are finite.
+      decay: The weight of the old value; `None` for the state's own.
+      bad_batch: What becomes of a step that cannot be used.
+
+    Returns:
+      The states with the structure they had at `begin`.
+
+    Raises:
+      ValueError: If there is no transaction.
+
+    >>> from normlab import init_running, moments
+    >>> state = begin(init_running(1))
+    >>> for batch in ([[0.0], [2.0]], [[6.0], [8.0]]):
+    ...     state = state.update(moments(jnp.array(batch), 0))
+    >>> state = commit(state)
+    >>> state.mean.tolist(), state.var.tolist(), state.updates.item()
+    ([4.0], [10.0], 1)
+    """
+
+    def one(state: Pending) -> Any:
+        if state.broken.ndim:  # stacked
+            return jax.vmap(one)(state)
+        m = state.seen.moments()
+        good = jnp.asarray(ok) & ~state.broken
+        m = m._replace(mean=jnp.where(good, m.mean, jnp.nan))
+        new = state.of.update(m, decay=decay, bad_batch=bad_batch)
+        called = _called(state)
+        return jax.tree.map(lambda v, old: jnp.where(called, v, old), new, state.of)
+
+    return _map("commit", states, _is_pending, one, "states from begin")
+
+
+def settle(states: Any, *, estimator: Estimator = "pooled") -> Any:
+    """Ends a transaction: what it saw becomes the population, PreciseBN.
+
+    Run a network over many batches with its weights fixed, in training mode, and settle: the
+    statistics are those of all the batches, each weighted by its count (Wu & Johnson 2021,
+    https://arxiv.org/abs/2105.07576). A batch that cannot be used is left out, and counted.
+
+    Args:
+      states: A state, or a pytree of states, in a transaction. Where devices kept theirs
+        apart, `pool_running` or `merge_running` it first.
+      estimator: Of which deviations the variance is made, an `Estimator`.
+
+    Returns:
+      The states with the structure they had at `begin`. A norm that saw no batch stays as it was.
+
+    Raises:
+      ValueError: If there is no transaction, nothing was seen (where that can be known), or the
+        state cannot be replaced.
+    """
+    check_estimator("settle", estimator)
+
+    def one(state: Pending) -> Any:
+        if state.broken.ndim:  # stacked
+            return jax.vmap(one)(state)
+        seen = state.seen
+        if not isinstance(seen.updates, jax.core.Tracer) and not seen.updates.any():
+            raise invalid(
+                "settle",
+                f"a transaction of {int(seen.skipped.sum())} batches that could not be used, "
+                "and no other",
+                "one batch at least",
+                "run the network in training mode between begin and settle",
+            )
+        of = state.of
+        if isinstance(of, Cumulative):
+            new = seen._replace(ddof=of.ddof, estimator=of.estimator)
+        elif isinstance(of, Running):
+            mean, var = seen._replace(ddof=of.ddof, estimator=estimator).read()
+            batches = jnp.maximum(seen.updates, 1).astype(mean.dtype)
+            new = of._replace(
+                mean=mean,
+                var=var,
+                mass=jnp.ones_like(of.mass),
+                count=seen.count.mean(-1) / batches,
+                updates=seen.updates,
+                skipped=seen.skipped,
+            )
+        else:
+            raise invalid(
+                "settle",
+                f"statistics of type {type(of).__name__}",
+                "Running or Cumulative",
+                "read what was seen from Pending.seen",
+            )
+        used = seen.updates > 0
+        return jax.tree.map(lambda v, old: jnp.where(used, v, old), new, of)
+
+    return _map("settle", states, _is_pending, one, "states from begin")
+
+
+def precise(
+    step: Callable[[Any, Any], Any],
+    states: Any,
+    batches: Iterable[Any],
+    *,
+    estimator: Estimator = "pooled",
+) -> Any:
+    """Recomputes the population statistics of a network for the weights it has: PreciseBN.
+
+    On one device, or with norms that merge their statistics. Where each device keeps its own, call
+    `begin`, the steps, `pool_running` and `settle` in turn inside the map.
+
+    Args:
+      step: `(states, batch) -> states`, a forward pass in training mode with these weights, such as
+        averaged ones. It is compiled.
+      states: The norms' states; the old statistics count for nothing.
+      batches: Batches, of any sizes.
+      estimator: Of which deviations the variance is made, an `Estimator`.
+
+    Raises:
+      ValueError: If there is no running average, or no batch.
+
+    >>> from normlab import batch_norm, init_running
+    >>> def step(state, batch):
+    ...     return batch_norm(batch, None, state, train=True)[1]
+    >>> batches = [jnp.array([[0.0], [2.0]]), jnp.array([[4.0], [6.0], [8.0]])]
+    >>> [v.tolist() for v in precise(step, init_running(1), batches).read()]
+    [[4.0], [8.0]]
+    """
+    states, run = begin(states), jax.jit(step)
+    for batch in batches:
+        states = run(states, batch)
+    return settle(states, estimator=estimator)
+
+
+def _called(state: Pending) -> Array:
+    return (state.seen.updates + state.seen.skipped > 0) | state.broken
+
+
+def _is_pending(leaf: Any) -> bool:
+    return isinstance(leaf, Pending)
+
+
+def _plain(leaf: Any) -> bool:
+    """Whether it is a population that holds no other, or a transaction."""
+    if _is_pending(leaf):
+        return True
+    inner = jax.tree.leaves(list(leaf), is_leaf=_is_population) if isinstance(leaf, tuple) else []
+    return _is_population(leaf) and not any(map(_is_population, inner))
+
+
+def _is_population(leaf: Any) -> bool:
+    return isinstance(leaf, Population)
+
+
+def _map(where: str, states: Any, chosen: Any, change: Any, expected: str) -> Any:
+    leaves, structure = jax.tree.flatten(states, is_leaf=chosen)
+    if leaves and not any(map(chosen, leaves)):
+        first = where == "begin"
+        raise invalid(
+            where,
+            "a tree without " + ("running statistics" if first else "a transaction"),
+            expected,
+            "pass the norms' states" if first else "call begin(states) first",
+        )
+    return jax.tree.unflatten(structure, [change(v) if chosen(v) else v for v in leaves])

@@ -1,0 +1,267 @@
+"""One update per step, whatever it is made of; and the population from many batches."""
+
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax import lax
+
+import normlab as nl
+from tests.helpers import MAPPERS, array, draw, gap, mappers
+
+N, C = 6, 3
+MICRO = draw(0, 4, N, C) + 3 * draw(1, 4, 1, C)  # four microbatches, of different means
+WHOLE = MICRO.reshape(-1, C)
+
+
+def run(state, batches):
+    """The state after training on the batches."""
+    for batch in batches:
+        _, state = nl.batch_norm(array(batch), None, state, train=True)
+    return state
+
+
+# Microbatches: the case of FIELD, four times over.
+
+
+def test_four_microbatches_are_one_update_with_the_variance_between_them():
+    """Flax updates four times, and what lies between the microbatches is lost."""
+    after = nl.commit(run(nl.begin(nl.init_running(C, debias=False)), MICRO))
+    whole = run(nl.init_running(C, debias=False), [WHOLE])
+    assert (after.updates, after.skipped) == (1, 0)
+    assert gap(after, whole._replace(count=after.count)) < 1e-6
+    assert after.count == 4 * N
+
+    module = nn.BatchNorm(use_running_average=False, momentum=0.9, use_bias=False, use_scale=False)
+    stats = {"batch_stats": {"mean": jnp.zeros(C), "var": jnp.ones(C)}}
+    once = module.apply(stats, array(WHOLE), mutable="batch_stats")[1]["batch_stats"]
+    for batch in MICRO:
+        _, stats = module.apply(stats, array(batch), mutable="batch_stats")
+    flax = stats["batch_stats"]
+    assert gap((after.mean, after.var), (once["mean"], once["var"])) < 1e-6
+    within = 0.9**4 + (1 - 0.9**4) * MICRO.var(1).max(0)  # the most that four updates can keep
+    assert (np.asarray(flax["var"]) <= within * (1 + 1e-6)).all()
+    assert gap(flax["mean"], once["mean"]) > 0.5
+
+
+@pytest.mark.parametrize("population", ["debiased", "cumulative", "renorm", "domains"])
+def test_a_transaction_is_the_whole_batch_in_every_population(population):
+    start = nl.init_population(population, C)
+    after = nl.commit(run(nl.begin(start), MICRO))
+    whole = run(start, [WHOLE])
+    assert jax.tree.structure(after) == jax.tree.structure(start)
+    assert gap(after.read(), whole.read()) < 2e-6
+    updates = after.running if population == "renorm" else getattr(after, "of", after)
+    assert updates.updates.max() == 1
+
+
+def test_statistics_stay_until_commit():
+    start = run(nl.init_running(C), [WHOLE * 2])
+    pending = run(nl.begin(start), MICRO)
+    assert gap(pending.read(), start.read()) == 0
+    assert gap(pending.of, start) == 0
+    assert nl.begin(pending) is pending
+
+
+def test_a_scan_of_microbatches_under_remat_is_one_update():
+    """The replay of `jax.checkpoint` for the gradient counts for nothing."""
+    w = array(draw(2, C, C))
+
+    def loss(w, state):
+        @jax.checkpoint
+        def micro(state, x):
+            h, state = nl.batch_norm(jnp.tanh(x @ w), None, state, train=True)
+            return state, (h**3).sum()
+
+        state, losses = lax.scan(micro, nl.begin(state), array(MICRO))
+        return losses.sum(), nl.commit(state)
+
+    (_, after), _ = jax.jit(jax.value_and_grad(loss, has_aux=True))(w, nl.init_running(C))
+    whole = np.tanh(WHOLE @ np.asarray(w, np.float64))
+    assert after.updates == 1
+    assert gap(after.read(), (whole.mean(0), whole.var(0))) < 5e-6
+
+
+def test_a_shared_layer_that_is_called_twice_takes_one_update():
+    a, b = MICRO[0], MICRO[1] * 2
+
+    def step(state):
+        _, state = nl.batch_norm(array(a), None, state, train=True)
+        return nl.batch_norm(array(b), None, state, train=True)[1]
+
+    after = nl.commit(step(nl.begin(nl.init_running(C))))
+    both = np.concatenate([a, b])
+    assert after.updates == 1
+    assert gap(after.read(), (both.mean(0), both.var(0))) < 2e-6
+    assert step(nl.init_running(C)).updates == 2
+
+
+# What may not count.
+
+
+@pytest.mark.parametrize("ok", [False, jnp.array(False)])
+def test_a_step_that_is_not_ok_changes_nothing_and_is_counted(ok):
+    start = run(nl.init_running(C), [WHOLE * 2])
+    after = nl.commit(run(nl.begin(start), MICRO), ok)
+    assert gap(after, start._replace(skipped=jnp.int32(1))) == 0
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, 3e38])
+def test_one_microbatch_that_is_not_finite_spoils_the_step(value):
+    start = run(nl.init_running(C), [WHOLE * 2])
+    bad = MICRO.copy()
+    bad[2, 1, 0] = value
+    after = nl.commit(run(nl.begin(start), bad))
+    assert gap(after, start._replace(skipped=jnp.int32(1))) == 0
+    again = nl.commit(run(nl.begin(after), MICRO))
+    assert gap(again.mean, nl.commit(run(nl.begin(start), MICRO)).mean) == 0
+
+
+def test_a_masked_microbatch_counts_for_nothing():
+    state = nl.begin(nl.init_running(C))
+    state = run(state, MICRO[:2])
+    _, state = nl.batch_norm(array(MICRO[2]), None, state, train=True, weights=jnp.zeros(N))
+    after, rest = nl.commit(state), MICRO[:2].reshape(-1, C)
+    assert (after.updates, after.skipped) == (1, 0)
+    assert gap(after.read(), (rest.mean(0), rest.var(0))) < 2e-6
+
+
+def test_a_norm_that_was_not_called_stays_as_it_was():
+    states = {"used": nl.init_running(C), "not": run(nl.init_running(C), [WHOLE])}
+    pending = nl.begin(states)
+    pending["used"] = run(pending["used"], MICRO)
+    after = nl.commit(pending)
+    assert after["used"].updates == 1
+    assert gap(after["not"], states["not"]) == 0
+    frozen = nl.freeze(states["not"])
+    assert gap(nl.commit(run(nl.begin(frozen), MICRO)), frozen) == 0
+
+
+def test_the_decay_is_the_commits():
+    pending = run(nl.begin(nl.init_running(C, debias=False)), MICRO)
+    after = nl.commit(pending, decay=0.5)
+    assert gap(after.mean, 0.5 * WHOLE.mean(0)) < 1e-6
+    with pytest.raises(ValueError, match=r"decay=0.5 within a transaction.*commit\(states, decay"):
+        nl.batch_norm(array(WHOLE), None, nl.begin(nl.init_running(C)), train=True, decay=0.5)
+
+
+def test_without_a_transaction_there_is_nothing_to_end():
+    with pytest.raises(ValueError, match=r"commit: got a tree without a transaction.*begin"):
+        nl.commit({"norm": nl.init_running(C)})
+    with pytest.raises(ValueError, match=r"settle: got a tree without a transaction"):
+        nl.settle(nl.init_running(C))
+    with pytest.raises(ValueError, match=r"begin: got a tree without running statistics"):
+        nl.begin({"norm": jnp.ones(C)})
+    assert nl.commit(nl.begin({"layer norm": ()})) == {"layer norm": ()}
+    with pytest.raises(ValueError, match=r"settle: got a transaction of 0 batches"):
+        nl.settle(nl.begin(nl.init_running(C)))
+    with pytest.raises(ValueError, match=r"estimator='pooed'.*did you mean 'pooled'"):
+        nl.settle(nl.begin(nl.init_running(C)), estimator="pooed")
+
+
+@pytest.mark.parametrize("mapper", MAPPERS)
+def test_synced_microbatches_are_the_batch_of_all_devices(mapper):
+    shards = array(draw(5, 8, 4, N, C) + 2 * draw(6, 8, 4, 1, C))
+
+    def step(state, shard):
+        def micro(state, x):
+            return nl.batch_norm(x, None, state, train=True, axis_name="d")[1], None
+
+        state = nl.begin(state)
+        if mapper == "shard_map":  # a carry has one type: what is merged is alike on all devices
+            for x in shard:
+                state, _ = micro(state, x)
+        else:
+            state, _ = lax.scan(micro, state, shard)
+        return nl.commit(state)
+
+    after = mappers()[mapper](step)(nl.init_running(C), shards)
+    whole = np.asarray(shards, np.float64).reshape(-1, C)
+    assert (np.asarray(after.updates) == 1).all()
+    for d in range(8):
+        assert gap((after.mean[d], after.var[d]), (whole.mean(0), whole.var(0))) < 5e-6
+
+
+def test_a_transaction_of_stacked_states_commits_each():
+    """States `[seeds, ...]` outside their vmap."""
+    start = jax.tree.map(lambda v: jnp.stack([v, v]), nl.init_running(C))
+    train = jax.vmap(lambda a, s: nl.batch_norm(a, None, s, train=True)[1])
+    pending = nl.begin(start)
+    for i in (0, 2):
+        pending = train(array(MICRO[i : i + 2]), pending)
+    after = nl.commit(pending)
+    assert jax.tree.structure(after) == jax.tree.structure(start)
+    for i in range(2):
+        seen = MICRO[[i, i + 2]].reshape(-1, C)
+        assert gap((after.mean[i], after.var[i]), (seen.mean(0), seen.var(0))) < 2e-6
+
+
+# PreciseBN.
+
+
+def forward(params, states, x):
+    """Two layers with batch norm."""
+    h, first = nl.batch_norm(x @ params[0], None, states["first"], train=True)
+    _, second = nl.batch_norm(jnp.tanh(h) @ params[1], None, states["second"], train=True)
+    return {"first": first, "second": second}
+
+
+@pytest.mark.parametrize("averaged", [False, True])
+def test_precise_statistics_weigh_batches_by_their_count(averaged):
+    """facebookresearch/fvcore#152 weighs batches of 6, 6 and 2 alike. Also on averaged weights."""
+    params = [array(draw(3, C, C)), array(draw(4, C, C))]
+    if averaged:
+        params = optax.incremental_update([p * 3 for p in params], params, 0.25)
+    states = {"first": run(nl.init_running(C), [WHOLE * 9]), "second": nl.init_running(C)}
+    batches = [MICRO[0], MICRO[1], MICRO[2, :2]]
+    after = nl.precise(functools.partial(forward, params), states, map(array, batches))
+    a = np.concatenate([b @ np.asarray(params[0], np.float64) for b in batches])
+    assert gap(after["first"].read(), (a.mean(0), a.var(0))) < 5e-6
+    assert after["first"].mass == 1
+    assert after["first"].updates == 3
+    assert jax.tree.structure(after) == jax.tree.structure(states)
+    means = np.stack([(b @ np.asarray(params[0])).mean(0) for b in batches])
+    assert gap(means.mean(0), a.mean(0)) > 0.02  # what equal weights would give
+
+
+@pytest.mark.parametrize("ddof", [0, 1])
+def test_precise_has_both_published_estimators(ddof):
+    state = run(nl.begin(nl.init_running(C, ddof=ddof)), MICRO)
+    pooled, within = nl.settle(state), nl.settle(state, estimator="within")
+    assert gap(pooled.var, WHOLE.var(0, ddof=ddof)) < 2e-6
+    assert gap(within.var, MICRO.var(1, ddof=ddof).mean(0)) < 2e-6
+    assert gap(within.mean, WHOLE.mean(0)) < 2e-6
+
+
+def test_precise_leaves_a_bad_batch_out_and_counts_it():
+    bad = MICRO[1] * np.nan
+    state = nl.settle(run(nl.begin(nl.init_running(C)), [MICRO[0], bad, MICRO[2]]))
+    rest = MICRO[[0, 2]].reshape(-1, C)
+    assert gap(state.read(), (rest.mean(0), rest.var(0))) < 2e-6
+    assert (state.updates, state.skipped) == (2, 1)
+
+
+@pytest.mark.parametrize("mapper", MAPPERS)
+def test_precise_over_devices_is_all_their_batches(mapper):
+    shards = array(draw(5, 8, 2, N, C) + 2 * draw(6, 8, 2, 1, C))
+    masks = jnp.asarray(np.random.default_rng(0).integers(0, 2, (8, 2, N)), jnp.float32)
+
+    def measure(state, sharded):
+        state = nl.begin(state)
+        for x, mask in zip(*sharded, strict=True):
+            _, state = nl.batch_norm(x, None, state, train=True, weights=mask)
+        return nl.settle(nl.pool_running(state, "d"))
+
+    after = mappers()[mapper](measure)(nl.init_running(C), (shards, masks))
+    whole = np.asarray(shards, np.float64)[np.asarray(masks) > 0]
+    for d in range(8):
+        assert gap((after.mean[d], after.var[d]), (whole.mean(0), whole.var(0))) < 5e-6
+
+
+def test_precise_without_batches_is_an_error():
+    with pytest.raises(ValueError, match=r"settle: got a transaction of 0 batches"):
+        nl.precise(lambda states, _: states, {"norm": nl.init_running(C)}, [])
