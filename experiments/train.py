@@ -34,6 +34,7 @@ from experiments.compare import OPTIMIZERS, Compare
 from experiments.data import NAMES, Dataset, load
 from experiments.rundir import CHECKOUT, RunDirectory, RunError, environment
 from experiments.trainer import AXIS, TrainState, accumulate, minibatches
+from normlab.population import require as require_population
 
 PROBE = 256
 """Training images on which a data-dependent init looks."""
@@ -158,7 +159,7 @@ class Train:
         try:
             models.require(self.model)
             nl.row(self.norm)
-            nl.init_population(self.population, 1)
+            require_population(self.population)
         except ValueError as error:  # an unknown name
             raise RunError(str(error)) from None
         syncs.parse(self.sync, AXIS)

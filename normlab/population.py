@@ -386,16 +386,20 @@ def init_population(population: str | Callable[..., Any], channels: int, **optio
     [1.0, 1.0, 1.0]
     """
     if not callable(population):
-        if population not in POPULATIONS:
-            raise ValueError(
-                f"unknown population {population!r}: {nearest(str(population), POPULATIONS)}"
-            )
-        known = inspect.signature(POPULATIONS[population]).parameters
+        make = require(population)
+        known = inspect.signature(make).parameters
         for option in options:
             if option not in known and "options" not in known:  # those that hold another pass it on
                 raise ValueError(
                     f"population {population!r}: unknown option {option!r}: "
                     f"{nearest(option, [name for name in known if name != 'channels'])}"
                 )
-        population = POPULATIONS[population]
+        population = make
     return population(channels, **options)
+
+
+def require(name: str) -> Callable[..., Any]:
+    """Returns what makes the population of that name; raises ValueError for an unknown one."""
+    if name not in POPULATIONS:
+        raise ValueError(f"unknown population {name!r}: {nearest(str(name), POPULATIONS)}")
+    return POPULATIONS[name]

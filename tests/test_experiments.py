@@ -41,7 +41,14 @@ def data() -> Dataset:
 
 
 def make_trainer(
-    data: Dataset, devices: int, model: str, name: str, *, seeds: int = 1, synced: bool = True
+    data: Dataset,
+    devices: int,
+    model: str,
+    name: str,
+    *,
+    seeds: int = 1,
+    synced: bool = True,
+    **more,
 ) -> Trainer:
     options = {
         "batch": {"axis_name": AXIS if synced and devices > 1 else None},
@@ -52,7 +59,8 @@ def make_trainer(
     device_data = DeviceData(data, devices)
     kernels = models.draw_kernels(model, data.classes, range(seeds), device_data.probe)
     network = models.build(model, nl.get(name, **options.get(name, {})), data.classes)
-    return Trainer(network, optax.sgd(0.1, momentum=0.9), device_data, kernels, synced=synced)
+    optimizer = optax.sgd(0.1, momentum=0.9)
+    return Trainer(network, optimizer, device_data, kernels, synced=synced, **more)
 
 
 def run_steps(trainer: Trainer, steps: int, batch: int = 32):
@@ -80,6 +88,47 @@ class TestTrainer:
         first, last = (jax.tree.map(lambda v, i=i: v[i], many) for i in (0, 7))
         chex.assert_trees_all_close(first, jax.tree.map(lambda v: v[0], one), rtol=2e-4, atol=2e-5)
         chex.assert_trees_all_equal(first, last)
+
+    @pytest.mark.parametrize(("devices", "form"), [(1, "pmap"), (8, "shard_map")])
+    def test_microbatches_have_the_gradient_of_the_batch(self, data, devices, form):
+        options = {"form": form, "synced": True}
+        whole, _ = run_steps(make_trainer(data, devices, "mlp", "none", **options), 2, 64)
+        trainer = make_trainer(data, devices, "mlp", "none", **options, microbatches=4)
+        chex.assert_trees_all_close(
+            run_steps(trainer, 2, 64)[0].params, whole.params, rtol=1e-4, atol=1e-6
+        )
+
+    @pytest.mark.parametrize(("devices", "form"), [(1, "pmap"), (8, "shard_map")])
+    def test_microbatches_are_one_update_of_the_statistics(self, data, devices, form):
+        """Those of the first norm, whose input no norm has changed, are the whole batch's."""
+        trainer = make_trainer(data, devices, "mlp", "batch", form=form, microbatches=4)
+        state, _ = run_steps(trainer, 1, 64)
+        norm = jax.tree.map(lambda v: v[:, 0], state.norm_state["Normed_0"]["norm"])
+        assert (norm.updates == 1).all()
+        np.testing.assert_allclose(norm.count, 64)
+        chosen = data.train_images[minibatches(0, len(data.train_images), 64, 1)[0]]
+        x = np.asarray(trainer.data.preprocess(chosen), np.float64).reshape(64, -1)
+        a = x @ np.asarray(trainer.kernels["Normed_0"]["kernel"][0], np.float64)
+        for device in range(devices):
+            np.testing.assert_allclose(norm.mean[device], a.mean(0), rtol=1e-4, atol=1e-5)
+            np.testing.assert_allclose(norm.var[device], a.var(0), rtol=1e-4)
+
+    @pytest.mark.parametrize("microbatches", [1, 2])
+    def test_statistics_of_a_step_that_is_not_finite_are_not_committed(self, data, microbatches):
+        trainer = make_trainer(data, 1, "mlp", "batch", microbatches=microbatches)
+        start = trainer.init()
+        params = jax.tree.map(lambda v: v * np.nan, start.params["Dense_0"])
+        spoiled = start._replace(params={**start.params, "Dense_0": params})
+        before = jax.tree.map(np.asarray, start.norm_state)
+        rows = minibatches(0, len(data.train_images), 32, 1)[:, None]
+        after, losses = trainer.train(spoiled, rows)
+        assert np.isnan(losses).all()
+        for layer, norm in after.norm_state.items():
+            expected = before[layer]["norm"]
+            chex.assert_trees_all_equal(
+                norm["norm"], expected._replace(skipped=norm["norm"].skipped)
+            )
+            assert (norm["norm"].skipped == 1).all()
 
     @pytest.mark.parametrize("devices", [1, 8])
     def test_a_step_follows_the_gradient_of_the_global_loss(self, data, devices):

@@ -405,6 +405,8 @@ def said(capsys, *arguments: str) -> str:
         (["train", "--processes", "2"], "--processes: got 2; it must be beside a --coordinator"),
         (["train", "--devices", "3"], "--devices 3: "),
         (["train", "--dataset", "digits", "--batch-size", "12"], "does not divide over 8 devices"),
+        (["train", "--dataset", "digits", "--microbatches", "3"], "8 devices times --microbatch"),
+        (["train", "--population", "renrm"], "unknown population 'renrm': did you mean 'renorm'"),
         (
             ["train", "--dataset", "digits", "--sync", "groups=3", "--model", "mlp"],
             "--sync groups=3: .*groups of 3 for 8 devices",

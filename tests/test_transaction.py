@@ -1,6 +1,11 @@
 """One update per step, whatever it is made of; and the population from many batches."""
 
 import functools
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
 
 import flax.linen as nn
 import jax
@@ -260,6 +265,56 @@ def test_precise_over_devices_is_all_their_batches(mapper):
     whole = np.asarray(shards, np.float64)[np.asarray(masks) > 0]
     for d in range(8):
         assert gap((after.mean[d], after.var[d]), (whole.mean(0), whole.var(0))) < 5e-6
+
+
+WORKER = """
+import sys
+import jax, jax.numpy as jnp, numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+import normlab as nl
+
+process, port = int(sys.argv[1]), sys.argv[2]
+jax.config.update("jax_num_cpu_devices", 2)
+jax.distributed.initialize(f"127.0.0.1:{port}", 2, process, initialization_timeout=60)
+a = np.random.default_rng(0).normal(size=(4, 3, 5, 2)).astype(np.float32)
+a += np.arange(4)[:, None, None, None]
+mesh = Mesh(jax.devices(), ("d",))
+rows = jax.make_array_from_callback(a.shape, NamedSharding(mesh, P("d")), a.__getitem__)
+
+@jax.jit
+@jax.shard_map(mesh=mesh, in_specs=P("d"), out_specs=P())
+def measure(rows):
+    state = nl.begin(nl.init_running(2))
+    for batch in rows[0]:
+        _, state = nl.batch_norm(batch, None, state, train=True)
+    return nl.settle(nl.pool_running(state, "d"))
+
+state = jax.tree.map(np.asarray, measure(rows))
+whole = a.astype(np.float64).reshape(-1, 2)
+np.testing.assert_allclose(state.mean, whole.mean(0), rtol=1e-5)
+np.testing.assert_allclose(state.var, whole.var(0), rtol=1e-5)
+assert state.updates == 12
+"""
+
+
+def test_precise_over_processes_is_all_their_batches():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    environment["PYTHONPATH"] = str(Path(nl.__file__).parents[1])
+    workers = [
+        subprocess.Popen(
+            [sys.executable, "-c", WORKER, str(process), port],
+            env=environment,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for process in range(2)
+    ]
+    for worker in workers:
+        _, errors = worker.communicate(timeout=120)
+        assert worker.returncode == 0, errors
 
 
 def test_precise_without_batches_is_an_error():

@@ -577,7 +577,7 @@ def test_the_state_keeps_its_types_whatever_the_input(dtype, state_dtype, x64):
 
     after, h = jax.jit(lambda state, a: lax.scan(body, state, a))(state, batches)
     assert h.dtype == ("float32" if dtype == "int8" else dtype)
-    assert [v.dtype for v in after] == [state_dtype] * 3 + ["int32"] * 2
+    assert [v.dtype for v in jax.tree.leaves(after)] == [state_dtype] * 4 + ["int32"] * 2
     expected = np.asarray(batches, np.float64)
     weights = np.array([1, 2, 4]) / 7
     statistics = (
@@ -653,7 +653,7 @@ def test_the_state_can_be_donated():
     step = jax.jit(lambda state, a: nl.batch_norm(a, None, state, train=True)[1], donate_argnums=0)
     state = jax.tree.map(jnp.array, nl.init_running(C))
     old, state = state, step(state, array(draw(0, N, C)))
-    assert all(leaf.is_deleted() for leaf in old)
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(old))
     assert state.updates == 1
 
 
