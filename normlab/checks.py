@@ -85,7 +85,7 @@ def check_eps(where: str, eps: float) -> None:
         )
 
 
-def check_decay(where: str, decay: float) -> None:
+def check_decay(where: str, decay: Any) -> None:
     """Raises ValueError unless `decay` is in [0, 1); a traced one (a schedule) is trusted."""
     if not isinstance(decay, Tracer) and not 0 <= decay < 1:
         raise invalid(

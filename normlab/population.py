@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.core import Tracer
 from jax.typing import ArrayLike, DTypeLike
 
 from normlab.checks import invalid, nearest
@@ -272,7 +273,7 @@ def select_domain(states: Any, domain: ArrayLike) -> Any:
         )
     index = jnp.asarray(domain, jnp.int32)
     for state in found:
-        traced = isinstance(index, jax.core.Tracer)
+        traced = isinstance(index, Tracer)
         inside = traced or ((index >= 0) & (index < state.domains)).all()
         if index.shape != state.current.shape[-index.ndim or state.current.ndim :] or not inside:
             raise invalid(

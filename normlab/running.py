@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
+from jax.core import Tracer
 from jax.typing import DTypeLike
 
 from normlab.checks import check_ddof, check_decay, invalid, nearest
@@ -233,7 +234,7 @@ def change_ddof(state: Running, ddof: int, *, count: float | None = None) -> Run
     """
     check_ddof("change ddof", ddof)
     n = jnp.asarray(state.count if count is None else count, state.var.dtype)
-    if not isinstance(n, jax.core.Tracer) and not n > 1:
+    if not isinstance(n, Tracer) and not n > 1:
         raise invalid(
             "change ddof",
             f"{n:g} values of a channel in a batch",

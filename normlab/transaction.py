@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.core import Tracer
 from jax.typing import ArrayLike
 
 from normlab.checks import invalid
@@ -174,7 +175,7 @@ def settle(states: Any, *, estimator: Estimator = "pooled") -> Any:
         if state.broken.ndim:  # stacked
             return jax.vmap(one)(state)
         seen = state.seen
-        if not isinstance(seen.updates, jax.core.Tracer) and not seen.updates.any():
+        if not isinstance(seen.updates, Tracer) and not seen.updates.any():
             raise invalid(
                 "settle",
                 f"a transaction of {int(seen.skipped.sum())} batches that could not be used, "

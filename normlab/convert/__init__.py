@@ -1,0 +1,35 @@
+"""Norms of other libraries as normlab's, and back, without loss.
+
+Each `from_*` returns a `Converted`, each `to_*` takes one and returns `Exported(variables,
+arguments)`; one is the inverse of the other. No library is imported: what is read are arrays,
+names and attributes. A convention that the other side cannot hold is an error that names it, and
+`allow=` loses it knowingly.
+"""
+
+from normlab.convert.equinox import from_equinox, to_equinox
+from normlab.convert.haiku import from_haiku, to_haiku
+from normlab.convert.keras import from_keras, to_keras
+from normlab.convert.linen import from_linen, to_linen
+from normlab.convert.model import from_model, to_model
+from normlab.convert.nnx import from_nnx, to_nnx
+from normlab.convert.torch import from_torch, to_torch
+from normlab.convert.value import Converted, Exported
+
+__all__ = [
+    "Converted",
+    "Exported",
+    "from_equinox",
+    "from_haiku",
+    "from_keras",
+    "from_linen",
+    "from_model",
+    "from_nnx",
+    "from_torch",
+    "to_equinox",
+    "to_haiku",
+    "to_keras",
+    "to_linen",
+    "to_model",
+    "to_nnx",
+    "to_torch",
+]

@@ -1,0 +1,153 @@
+"""What a library calls its norms: classes, arguments, defaults, and what normlab cannot say."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from normlab.checks import invalid, nearest
+from normlab.example import Axes
+
+REQUIRED = object()
+"""In place of a default: the library has none, so it must be given."""
+
+ADVICE = {
+    "axis": "pass channel_axis to normlab's norm",
+    "data_format": "pass channel_axis to normlab's norm",
+    "feature_axes": "normlab's parameters lie along channel_axis",
+    "param_axis": "normlab's parameters lie along channel_axis",
+    "axis_name": "pass axis_name to normlab's norm",
+    "cross_replica_axis": "pass axis_name to normlab's norm",
+    "axis_index_groups": "pass axis_name=normlab.Sync(...) to normlab's norm",
+    "cross_replica_axis_index_groups": "pass axis_name=normlab.Sync(...) to normlab's norm",
+    "synchronized": "pass axis_name to normlab's norm",
+    "dtype": "normlab's output has its input's type: cast around it",
+    "compute_dtype": "normlab's output has its input's type: cast around it",
+    "force_float32_reductions": "normlab's statistics are float32 at least",
+    "trainable": "normlab.freeze(state) freezes the statistics",
+    "mode": "in training it normalizes by the running statistics, normlab by those of the batch",
+    "track_running_stats": "normlab's instance norm measures each example at evaluation too",
+    "renorm": "build the state with normlab.get('batch', population='renorm') instead",
+}
+"""What to do about an argument that is not carried over."""
+
+
+class Layer(NamedTuple):
+    """What a library calls one kind of norm.
+
+    Attributes:
+      classes: The names of its classes.
+      arguments: Those that are carried over, with the library's own defaults.
+      fixed: Those that are not, each with the value at which nothing is lost.
+    """
+
+    classes: tuple[str, ...]
+    arguments: dict[str, Any]
+    fixed: dict[str, Any] = {}  # noqa: RUF012
+
+
+def settings(
+    where: str,
+    layers: Mapping[str, Layer],
+    home: str,
+    layer: Any,
+    given: Mapping[str, Any],
+    allow: Sequence[str],
+) -> tuple[str, dict[str, Any]]:
+    """Returns the kind of a layer and its arguments, under the library's own names.
+
+    Args:
+      where: The converter, for the errors.
+      layers: The library's norms by kind.
+      home: The package that the library's classes are from.
+      layer: A kind by name, whose arguments are the library's defaults, or a layer object.
+      given: Arguments by name, which come first.
+      allow: The arguments that may be lost.
+
+    Raises:
+      ValueError: If the kind, the class or an argument is unknown, an argument is missing, or one
+        cannot be carried over.
+    """
+    kind = layer if isinstance(layer, str) else _kind(where, layers, home, layer)
+    if kind not in layers:
+        change = f"use a known one: {nearest(kind, layers)}"
+        raise invalid(where, f"the kind {kind!r}", "a norm that the library has", change)
+    known = {**layers[kind].arguments, **layers[kind].fixed}
+    for name in given:
+        if name not in known:
+            expected = f"an argument of {kind} norm that its numbers depend on"
+            raise invalid(where, f"{name}={given[name]!r}", expected, nearest(name, known))
+    own = {} if isinstance(layer, str) else _attributes(layer, known)
+    values = {**known, **own, **given}
+    for name, value in values.items():
+        if value is REQUIRED:
+            change = f"pass {name}=..., with which the layer was made"
+            raise invalid(where, f"no {name}", "it: the library has no default for it", change)
+    lost = {
+        name: f"{values[name]!r} and not {value!r}: {ADVICE.get(name, 'normlab has no such thing')}"
+        for name, value in layers[kind].fixed.items()
+        if values[name] != value
+    }
+    refuse(where, lost, allow)
+    return kind, values
+
+
+def refuse(where: str, lost: Mapping[str, str], allow: Sequence[str]) -> None:
+    """Raises ValueError if a convention would be lost that is not allowed to be.
+
+    Args:
+      where: The converter.
+      lost: The convention's name -> what it is, and how to keep it.
+      allow: The names of those that may be lost.
+    """
+    allow = (allow,) if isinstance(allow, str) else tuple(allow)
+    left = {name: text for name, text in lost.items() if name not in allow}
+    if left:
+        raise invalid(
+            where,
+            "what cannot be carried over: " + "; ".join(f"{n} ({t})" for n, t in left.items()),
+            "a norm of which nothing is lost",
+            f"follow these hints, or lose it knowingly with allow={(*allow, *left)!r}",
+        )
+
+
+def supported(where: str, layers: Mapping[str, Layer], kind: str, change: str = "") -> None:
+    """Raises ValueError if a library has no such norm."""
+    if kind not in layers:
+        change = change or "write the layer in that library by hand"
+        raise invalid(where, f"a {kind} norm", f"one of {', '.join(layers)}", change)
+
+
+def axes_from(axes: Any) -> Axes:
+    """Returns a library's numbers of axes as normlab's `axes`; -1 alone is the channels."""
+    axes = tuple(axes) if isinstance(axes, Sequence) else (axes,)
+    return "channels" if axes == (-1,) else axes
+
+
+def axes_to(where: str, axes: Axes) -> int | tuple[int, ...]:
+    """Returns normlab's `axes` as numbers; `"channels"` is -1.
+
+    Raises:
+      ValueError: For `"all"`, which is as many axes as the input has.
+    """
+    if axes == "all":
+        change = "say them: Converted._replace(axes=(1, 2, 3)) for an image"
+        raise invalid(where, "axes='all'", "axes by number", change)
+    return -1 if axes == "channels" else axes  # pyright: ignore[reportReturnType]
+
+
+def _kind(where: str, layers: Mapping[str, Layer], home: str, layer: Any) -> str:
+    name, package = type(layer).__name__, type(layer).__module__
+    kinds = {cls: kind for kind, entry in layers.items() for cls in entry.classes}
+    if name in kinds and package.startswith(home):
+        return kinds[name]
+    raise invalid(
+        where,
+        f"a layer of type {package}.{name}",
+        f"a norm of {home}, or the kind of norm that it is",
+        f"pass one of {', '.join(layers)}, and its arguments ({nearest(name, kinds)})",
+    )
+
+
+def _attributes(layer: Any, names: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: getattr(layer, name) for name in names if hasattr(layer, name)}

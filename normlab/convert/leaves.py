@@ -1,0 +1,130 @@
+"""Leaves by their names: found, none missing and none too many, and read without loss."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from normlab.checks import invalid
+
+
+def flatten(where: str, tree: Mapping[Any, Any]) -> dict[str, Any]:
+    """Returns the leaves of nested mappings under their paths, joined by `/`.
+
+    Raises:
+      ValueError: If `tree` is no mapping; `where` names the converter.
+    """
+    if not hasattr(tree, "items"):
+        change = "pass the variables as the library has them"
+        raise invalid(where, f"variables of type {type(tree).__name__}", "a mapping", change)
+    leaves = {}
+    for key, value in tree.items():
+        name = "/".join(map(str, key)) if isinstance(key, tuple) else str(key)
+        if hasattr(value, "items"):
+            leaves |= {f"{name}/{rest}": leaf for rest, leaf in flatten(where, value).items()}
+        else:
+            leaves[name] = value
+    return leaves
+
+
+def nest(path: str, value: Any) -> Any:
+    """Returns `value` inside a mapping for each part of `path`; as it is for the path `""`."""
+    for part in reversed(path.split("/") if path else []):
+        value = {part: value}
+    return value
+
+
+def take(
+    where: str, leaves: Mapping[str, Any], wanted: Mapping[str, str], within: Sequence[str]
+) -> dict[str, Array]:
+    """Returns the wanted leaves, by the names that normlab has for them.
+
+    Args:
+      where: The converter, for the error.
+      leaves: All leaves by name.
+      wanted: normlab's name -> the library's.
+      within: Prefixes under which there must be no other leaves.
+
+    Raises:
+      ValueError: If a leaf is missing, or there is another, or one is not a numeric array.
+    """
+    names = set(wanted.values())
+    missing = [name for name in wanted.values() if name not in leaves]
+    extra = [name for name in leaves if name.startswith(tuple(within)) and name not in names]
+    if missing or extra:
+        parts = []
+        if missing:
+            parts += [f"no leaf {_listed(missing)} (the nearest are {_near(missing, leaves)})"]
+        if extra:
+            parts += [f"further leaves {_listed(extra)}"]
+        raise invalid(
+            where,
+            " and ".join(parts),
+            f"just the leaves {_listed(wanted.values())}",
+            "name the layer by path=..., or say by the layer's own arguments what it has",
+        )
+    return {ours: read(where, theirs, leaves[theirs]) for ours, theirs in wanted.items()}
+
+
+def read(where: str, name: str, value: Any) -> Array:
+    """Returns a leaf of any library as a JAX array of the same values and, if floating, type.
+
+    Raises:
+      ValueError: If it is no numeric array, or JAX has no room for its type.
+    """
+    if hasattr(value, "detach"):  # a torch tensor, of a type that NumPy has or of bfloat16
+        half = str(value.dtype) == "torch.bfloat16"
+        value = value.detach().cpu()
+        value = value.float().numpy().astype(jnp.bfloat16) if half else value.numpy()
+    given = np.asarray(value)
+    if given.dtype == bool:
+        given = given.astype(np.int32)
+    if not jnp.issubdtype(given.dtype, np.number):
+        change = "pass the library's own variables, unboxed"
+        raise invalid(where, f"{name} of type {type(value).__name__}", "an array", change)
+    array = jnp.array(given)
+    if np.array_equal(given, array, equal_nan=jnp.issubdtype(given.dtype, np.floating)) and (
+        array.dtype == given.dtype or jnp.issubdtype(given.dtype, np.integer)
+    ):
+        return array
+    change = "set jax_enable_x64, or cast it before"
+    raise invalid(where, f"{name} in {given.dtype}", "a type that JAX keeps as it is", change)
+
+
+def vector(where: str, name: str, value: Array) -> Array:
+    """Returns `[C]` from an array of which at most one axis is longer than 1."""
+    if value.size != max(value.shape, default=1):
+        raise invalid(
+            where,
+            f"{name} of shape {value.shape}",
+            "one value per channel",
+            "convert a layer whose parameters vary along the channels alone",
+        )
+    return value.reshape(-1)
+
+
+def numbers(values: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """Returns NumPy copies, which may be written to, of those that are not `None`."""
+    return {name: np.array(value) for name, value in values.items() if value is not None}
+
+
+def given(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns those values that are not `None`."""
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def _listed(names: Iterable[str]) -> str:
+    names = [repr(name) for name in names]
+    more = f" and {len(names) - 8} more" if len(names) > 8 else ""
+    return ", ".join(names[:8]) + more
+
+
+def _near(missing: Sequence[str], leaves: Iterable[str]) -> str:
+    leaves = list(leaves)
+    near = {n: None for m in missing for n in difflib.get_close_matches(m, leaves, 3, cutoff=0.3)}
+    return _listed(near or leaves) or "none: there are no leaves at all"

@@ -1,0 +1,102 @@
+"""The norms of a whole model, by a rule that names them by path."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from normlab.checks import invalid
+from normlab.convert.leaves import flatten
+from normlab.convert.value import Converted, Exported
+from normlab.paths import matches
+
+_INSIDE = ("/layer_instance", ".parametrizations.weight", "/~/mean_ema", "/~/var_ema")
+"""Where libraries keep some of a norm's leaves, below the path of the norm."""
+
+
+def from_model(
+    read: Callable[..., Converted],
+    variables: Any,
+    rule: Mapping[str, Any],
+    *,
+    allow: Sequence[str] = (),
+) -> dict[str, Converted]:
+    """Returns the norms of a model by path.
+
+    Args:
+      read: `from_torch`, `from_linen`, `from_nnx`, `from_haiku` or `from_keras`.
+      variables: The variables of the whole model, as `read` wants them.
+      rule: The path of a norm, or a regular expression for the whole of one, to its kind or module,
+        or to a pair of that and the arguments by name. Each must fit a layer, and no layer two.
+      allow: The conventions that may be lost.
+
+    Raises:
+      ValueError: If a pattern fits nothing or a norm cannot be converted.
+
+    >>> import numpy as np
+    >>> leaves = {f"{i}.weight": np.ones(2, "float32") for i in range(3)}
+    >>> from normlab.convert.torch import from_torch
+    >>> sorted(from_model(from_torch, leaves, {"[01]": "rms", "2": ("rms", {"eps": 1e-6})}))
+    ['0', '1', '2']
+    """
+    norms = {}
+    for path, value, _ in matches("from model", rule, _paths(variables)):
+        layer, arguments = value if isinstance(value, tuple) else (value, {})
+        norms[path] = read(variables, layer, path=path, allow=allow, **arguments)
+    return norms
+
+
+def to_model(
+    write: Callable[..., Exported],
+    norms: Mapping[str, Converted],
+    *,
+    allow: Sequence[str] = (),
+    **options: Any,
+) -> Exported:
+    """Returns the variables of many norms in one, and their arguments by path.
+
+    Args:
+      write: `to_torch`, `to_linen`, `to_nnx`, `to_haiku` or `to_keras`.
+      norms: The norms by path.
+      allow: The conventions that may be lost.
+      **options: Options of `write` for all.
+
+    Raises:
+      ValueError: If a norm cannot be converted.
+    """
+    written = {path: write(norm, path=path, allow=allow, **options) for path, norm in norms.items()}
+    variables: Any = {}
+    for exported in written.values():
+        if isinstance(exported.variables, tuple):
+            variables = variables or ({}, {})
+            for tree, more in zip(variables, exported.variables, strict=True):
+                _merge(tree, more)
+        else:
+            _merge(variables, exported.variables)
+    return Exported(variables, {path: exported.arguments for path, exported in written.items()})
+
+
+def _paths(variables: Any) -> list[str]:
+    """The paths under which there are leaves, in the order of the leaves."""
+    if isinstance(variables, tuple):  # haiku's params and state
+        trees = list(variables)
+    elif isinstance(variables, Mapping):  # in linen's collections, or as it is
+        trees = list(variables.values()) if "params" in variables else [variables]
+    else:
+        given = f"variables of type {type(variables).__name__}"
+        raise invalid("from model", given, "nested mappings", "pass its state_dict or nnx.State")
+    names = [name for tree in trees for name in flatten("from model", tree)]
+    separator = "/" if any("/" in name for name in names) else "."
+    paths = [name.rpartition(separator)[0] for name in names]
+    for inside in _INSIDE:
+        paths = [path.removesuffix(inside) for path in paths]
+    return list(dict.fromkeys(paths))
+
+
+def _merge(tree: dict[Any, Any], more: Mapping[Any, Any]) -> None:
+    """Adds nested mappings to others, of which no leaf is there already."""
+    for name, value in more.items():
+        if isinstance(value, Mapping) and name in tree:
+            _merge(tree[name], value)
+        else:
+            tree[name] = value

@@ -1,0 +1,131 @@
+"""The statistics of batch norm: what other libraries keep, as a state of normlab, and back."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.typing import ArrayLike
+
+from normlab.checks import invalid
+from normlab.convert.value import Converted
+from normlab.running import Population, Running, init_running
+
+ROUNDING = 1e-6
+"""A mass that is so near to 1 is 1: the recursion in float32 comes no nearer."""
+
+
+def running(
+    where: str,
+    found: Mapping[str, Array],
+    *,
+    decay: Any,
+    ddof: int = 0,
+    mass: Any = 1,
+    updates: Any = 0,
+) -> Running:
+    """Returns the average with a mean, a variance and a mass; by default the plain one.
+
+    Raises:
+      ValueError: If the decay is outside [0, 1), or the statistics are of less than float32.
+    """
+    mean, var = found["mean"], found["var"]
+    for v in (mean, var):
+        statistics_dtype(where, v)
+    empty = init_running(mean.size, decay=float(decay), ddof=ddof, dtype=mean.dtype)
+    return empty._replace(
+        mean=mean,
+        var=var,
+        mass=jnp.asarray(mass, mean.dtype),
+        updates=jnp.asarray(updates, jnp.int32),
+    )
+
+
+def statistics_dtype(where: str, v: Array) -> Any:
+    """Returns the type of `v`; raises ValueError if it is too narrow for statistics."""
+    if jnp.finfo(v.dtype).bits >= 32:
+        return v.dtype
+    change = "cast them to float32 before, and keep them so in the layer"
+    raise invalid(where, f"running statistics in {v.dtype}", "float32 or float64", change)
+
+
+def mean_and_var(
+    where: str, norm: Converted, lost: dict[str, str], *, ddof: int = 0, holds: tuple[str, ...] = ()
+) -> tuple[Array, Array]:
+    """Returns what a library without a mass keeps, and adds to `lost` what it cannot keep.
+
+    Args:
+      where: The converter.
+      norm: A batch norm.
+      lost: The convention's name -> what it is, and how to keep it; changed.
+      ddof: That of the library's variance.
+      holds: The counters that the library has.
+
+    Raises:
+      ValueError: If there are no statistics at all.
+    """
+    state = norm.state
+    if not isinstance(state, Population):
+        change = "convert a state with statistics, or keep none in the other library"
+        given = f"a state without statistics, of type {type(state).__name__}"
+        raise invalid(where, given, "a population of batch norm", change)
+    if not isinstance(state, Running):
+        lost["population"] = f"{type(state).__name__}: only what it reads now would be kept"
+        return state.read()
+    if not abs(float(state.mass) - 1) <= ROUNDING:
+        lost["debias"] = (
+            f"a mass of {float(state.mass):g}: the other average counts as complete, so that the "
+            "next updates would weigh less"
+        )
+    if state.ddof != ddof:
+        lost["ddof"] = (
+            f"{state.ddof}, the other variance has {ddof}: with n values of a channel in a batch, "
+            f"norm._replace(state=normlab.change_ddof(norm.state, {ddof}, count=n))"
+        )
+    for name in ("updates", "skipped", "count"):
+        if name not in holds and float(getattr(state, name)):
+            lost[name] = f"{float(getattr(state, name)):g}: the other library has no such counter"
+    return state.read()
+
+
+def decay_of(norm: Converted, name: str) -> dict[str, Any]:
+    """Returns the decay as an argument of that name; none of a state that has no decay."""
+    return {name: norm.state.decay} if isinstance(norm.state, Running) else {}
+
+
+@functools.partial(jax.jit, static_argnames="dtype")
+def mass_after(updates: ArrayLike, decay: ArrayLike, dtype: Any) -> Array:
+    """1 − decay^updates, to the bit as a jitted program of these libraries has it."""
+    return 1 - jnp.power(jnp.asarray(decay, dtype), jnp.asarray(updates).astype(dtype))
+
+
+def counted(where: str, norm: Converted, lost: dict[str, str]) -> tuple[Array, Array, int]:
+    """Returns the mean, the variance and the updates for a library with mass 1 − decay^updates.
+
+    Adds to `lost` what it cannot keep. A mass of 1 is written as that of very many updates.
+    """
+    state = norm.state
+    if not isinstance(state, Running):
+        return (*mean_and_var(where, norm, lost), 0)
+    mean, var = mean_and_var(where, norm, lost, holds=("updates",))
+    lost.pop("debias", None)
+    updates, mass = int(state.updates), float(state.mass)
+    if np.isclose(mass, mass_after(updates, state.decay, state.mean.dtype), rtol=1e-4, atol=0):
+        return mean, var, updates
+    if abs(mass - 1) <= ROUNDING:
+        many = endless(state.decay)
+        lost["updates"] = f"{updates} at a mass of 1, which the other has only after {many} updates"
+        return mean, var, many
+    lost["mass"] = f"{mass:g} after {updates} updates: the other has 1 - decay ** updates"
+    return mean, var, updates
+
+
+def endless(decay: float) -> int:
+    """The number of updates after which 1 − decay^updates is 1 in float64, and so in float32."""
+    return 1 if decay == 0 else math.ceil(-60 * math.log(2) / math.log(decay))

@@ -1,0 +1,718 @@
+"""Conversions: nothing is lost on the way there and back, and both sides compute the same."""
+
+import doctest
+import functools
+import inspect
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import flax.linen as nn
+import haiku as hk
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import normlab as nl
+from normlab import convert
+from normlab.convert import equinox as equinox_table
+from normlab.convert import haiku as haiku_table
+from normlab.convert import linen as linen_table
+from normlab.convert import nnx as nnx_table
+from normlab.convert.layers import REQUIRED
+from tests.helpers import array, draw, gap
+
+X = array(draw(0, 4, 3, 2, 6, mean=0.5, scale=1.5))
+C = X.shape[-1]
+KINDS = ("batch", "layer", "rms", "group", "instance", "weight")
+
+
+class Case(NamedTuple):
+    """A layer of another library, with values far from the initial ones."""
+
+    library: str
+    variables: Any
+    norm: convert.Converted
+    back: Any  # norm -> Exported
+    call: Any  # (variables, train) -> (h [N, H, W, C], variables)
+    read: Any  # variables -> norm
+
+
+def scramble(tree, seed=1):
+    """Every floating leaf replaced by values in [0.5, 2], which suit a variance too."""
+    rng = np.random.default_rng(seed)
+
+    def fill(v):
+        if not (hasattr(v, "dtype") and jnp.issubdtype(v.dtype, jnp.floating)):
+            return v
+        return jnp.asarray(rng.uniform(0.5, 2, v.shape), v.dtype)
+
+    return jax.tree.map(fill, tree)
+
+
+def use(norm, x, train):
+    """The converted norm by name, with the options it names. Returns h and its next state."""
+
+    def compute(norm, x):
+        if norm.kind == "weight":
+            linear = nl.Dense() if norm.kernel.ndim == 2 else nl.Conv()
+            return linear(x, nl.weight_norm(norm.kernel, norm.params.g)) + norm.params.b, ()
+        apply = nl.get(norm.kind, **norm.options).apply
+        return apply(norm.params, norm.state, nl.Site(x), train=train)
+
+    return jax.jit(compute)(norm, x)
+
+
+def same(actual, expected, but=()):
+    """Bit for bit, with names, shapes and types; the leaves under the names `but` to one ulp."""
+    assert jax.tree.structure(actual) == jax.tree.structure(expected)
+    pairs = zip(jax.tree.leaves_with_path(actual), jax.tree.leaves(expected), strict=True)
+    for (path, a), e in pairs:
+        assert a.dtype == e.dtype
+        if any(name in jax.tree_util.keystr(path) for name in but):
+            np.testing.assert_array_max_ulp(a, e, 1)
+        else:
+            np.testing.assert_array_equal(a, e)
+
+
+# --- flax.linen
+
+LINEN = {
+    "batch": nn.BatchNorm(momentum=0.8, epsilon=1e-3, use_running_average=True),
+    "layer": nn.LayerNorm(use_bias=False),
+    "rms": nn.RMSNorm(reduction_axes=(1, 2, 3)),
+    "group": nn.GroupNorm(num_groups=None, group_size=2, epsilon=1e-4),
+    "instance": nn.InstanceNorm(use_scale=False),
+    "weight": nn.WeightNorm(nn.Conv(5, (3, 3))),
+}
+
+
+def linen(kind) -> Case:
+    module = LINEN[kind]
+    variables = scramble(jax.eval_shape(module.init, jax.random.key(0), X))
+
+    def call(variables, train):
+        used = module.clone(use_running_average=False) if train else module
+        apply = jax.jit(functools.partial(used.apply, mutable=["batch_stats"]))
+        h, new = apply(variables, X)
+        return h, {**variables, **new}
+
+    def read(variables):
+        return convert.from_linen(variables, module)
+
+    return Case("linen", variables, read(variables), convert.to_linen, call, read)
+
+
+# --- flax.nnx
+
+
+def nnx_module(kind):
+    options = {"rngs": nnx.Rngs(0)}
+    if kind == "weight":
+        return nnx.WeightNorm(nnx.Conv(C, 5, (3, 3), **options), **options)
+    made = {
+        "batch": lambda: nnx.BatchNorm(C, momentum=0.8, use_running_average=True, **options),
+        "layer": lambda: nnx.LayerNorm(C, epsilon=1e-3, **options),
+        "rms": lambda: nnx.RMSNorm(C, **options),
+        "group": lambda: nnx.GroupNorm(C, num_groups=3, use_bias=False, **options),
+        "instance": lambda: nnx.InstanceNorm(C, **options),
+    }
+    return made[kind]()
+
+
+def nnx_(kind) -> Case:
+    module = nnx_module(kind)
+    variables = scramble(nnx.to_pure_dict(nnx.state(module)))
+
+    def filled(variables):
+        module = nnx_module(kind)
+        nnx.update(module, variables)
+        return module
+
+    def call(variables, train):
+        module = filled(variables)
+        if train:
+            module.use_running_average = False
+        h = nnx.jit(lambda module: module(X))(module)
+        return h, nnx.to_pure_dict(nnx.state(module))
+
+    def read(variables):
+        return convert.from_nnx(filled(variables))
+
+    return Case("nnx", variables, read(variables), convert.to_nnx, call, read)
+
+
+# --- dm-haiku
+
+BOTH = {"create_scale": True, "create_offset": True}
+HAIKU = {
+    "batch": (hk.BatchNorm, {**BOTH, "decay_rate": 0.8}),
+    "layer": (hk.LayerNorm, {**BOTH, "axis": -1, "param_axis": -1}),
+    "rms": (hk.RMSNorm, {"axis": slice(1, None), "eps": 1e-3}),
+    "group": (hk.GroupNorm, {"groups": 2, "create_offset": False}),
+    "instance": (hk.InstanceNorm, {"create_scale": False, "create_offset": True}),
+}
+
+
+def haiku(kind) -> Case:
+    make, options = HAIKU[kind]
+    flags = {"is_training": True} if kind == "batch" else {}
+
+    def forward(x, **flags):
+        return make(**options, name="norm")(x, **flags)
+
+    init, apply = hk.transform_with_state(forward)
+    apply = jax.jit(apply, static_argnames="is_training")
+    params, state = init(None, X, **flags)
+    for step in range(3 * (kind == "batch")):
+        _, state = apply(params, state, None, X * (step + 1.0) + step, is_training=True)
+
+    def call(variables, train):
+        flags = {"is_training": train} if kind == "batch" else {}
+        h, state = apply(*variables, None, X, **flags)
+        return h, (variables[0], state)
+
+    def read(variables):
+        return convert.from_haiku(variables, kind, path="norm", **options)
+
+    def back(norm):
+        return convert.to_haiku(norm, path="norm", ndim=4)
+
+    variables = (scramble(params), dict(state))
+    return Case("haiku", variables, read(variables), back, call, read)
+
+
+# --- equinox
+
+
+def equinox_module(kind):
+    key = jax.random.key(0)
+    made = {
+        "batch": lambda: eqx.nn.BatchNorm(C, "batch", momentum=0.8, mode="batch"),
+        "layer": lambda: eqx.nn.LayerNorm(C, use_bias=False),
+        "rms": lambda: eqx.nn.RMSNorm(C, eps=1e-3),
+        "group": lambda: eqx.nn.GroupNorm(2, C),
+        "weight": lambda: eqx.nn.WeightNorm(eqx.nn.Conv2d(C, 5, 3, padding="SAME", key=key)),
+    }
+    return eqx.nn.make_with_state(made[kind])()
+
+
+def equinox(kind) -> Case:
+    module, state = equinox_module(kind)
+    module = scramble(module)
+    first = jnp.moveaxis(X, -1, 1)
+    if kind == "batch":
+        train = eqx.filter_jit(mapped(module))
+        for step in range(3):
+            _, state = train(first * (step + 1.0) + step, state)
+    names = {"weight": ("weight", "bias", "g")}.get(kind, ("weight", "bias"))
+    held = module.layer if kind == "weight" else module
+    variables = {n: getattr(held, n, getattr(module, n, None)) for n in names}
+    variables = {name: v for name, v in variables.items() if v is not None}
+    if kind == "batch":
+        variables |= {n: state.get(getattr(module, n)) for n in EQUINOX_STATE}
+
+    def fill(variables):
+        """The module and the state with these values."""
+        if kind != "batch":
+            return module, state
+        full = state
+        for name in EQUINOX_STATE:
+            full = clone(full).set(getattr(module, name), variables[name])
+        return module, full
+
+    def call(variables, train):
+        module, full = fill(variables)
+        if kind == "batch":
+            module = eqx.nn.inference_mode(module, not train)
+            h, full = eqx.filter_jit(mapped(module))(first, full)
+            new = {name: clone(full).get(getattr(module, name)) for name in EQUINOX_STATE}
+            return jnp.moveaxis(h, 1, -1), {**variables, **new}
+        if kind in ("layer", "rms"):
+            return jax.jit(jax.vmap(jax.vmap(jax.vmap(module))))(X), variables
+        return jnp.moveaxis(jax.jit(jax.vmap(module))(first), 1, -1), variables
+
+    def read(variables):
+        module, full = fill(variables)
+        return convert.from_equinox(module, state=full)
+
+    return Case("equinox", variables, read(variables), convert.to_equinox, call, read)
+
+
+EQUINOX_STATE = ("batch_counter", "batch_state_index")
+
+
+def mapped(module):
+    return jax.vmap(module, axis_name="batch", in_axes=(0, None), out_axes=(0, None))
+
+
+def clone(state):
+    """A State says no to being read twice."""
+    leaves, structure = jax.tree.flatten(state)
+    return jax.tree.unflatten(structure, leaves)
+
+
+CASES = {
+    f"{library.__name__.rstrip('_')}-{kind}": (library, kind)
+    for library in (linen, nnx_, haiku, equinox)
+    for kind in KINDS
+    if (library, kind) not in ((haiku, "weight"), (equinox, "instance"))
+}
+
+
+PRODUCTS = {"haiku": (("mass",), ("hidden",)), "equinox": (("mean", "var"), ("batch_state_index",))}
+"""The leaves of ours and of theirs of which one is the other times, or by, the mass.
+
+Neither side has all three, and a float has no room for the factors of a product.
+"""
+
+
+@functools.cache
+def make(name):
+    library, kind = CASES[name]
+    with jax.numpy_dtype_promotion("standard"):
+        return library(kind)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_there_and_back_is_the_identity_to_the_bit(name):
+    case = make(name)
+    exported = case.back(case.norm)
+    ours, theirs = PRODUCTS.get(case.library, ((), ()))
+    same(exported.variables, case.variables, but=theirs)
+    same(case.read(exported.variables), case.norm, but=ours)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_at_evaluation_both_compute_the_same(name):
+    case = make(name)
+    with jax.numpy_dtype_promotion("standard"):
+        expected, _ = case.call(case.variables, train=False)
+    h, _ = use(case.norm, X, train=False)
+    assert gap(h, expected) < 1e-6
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if "batch" in name])
+def test_in_training_both_compute_and_keep_the_same(name):
+    case = make(name)
+    with jax.numpy_dtype_promotion("standard"):
+        expected, variables = case.call(case.variables, train=True)
+        after = case.read(variables)
+    h, state = use(case.norm, X, train=True)
+    assert gap(h, expected) < 1e-5
+    assert gap(state.read(), after.state.read()) < 1e-5
+
+
+# --- from normlab and back
+
+
+def trained(debias, *, decay=0.9, ddof=0):
+    """A batch norm of normlab after four steps of its own."""
+    state = nl.init_running(C, decay=decay, ddof=ddof, debias=debias)
+    for step in range(4):
+        _, state = nl.batch_norm(X * (1.0 + step), None, state, train=True)
+    return convert.Converted("batch", nl.Affine(jnp.ones(C), jnp.zeros(C)), state, eps=1e-5)
+
+
+def forget_counters(norm, *names):
+    """As if the state had never counted."""
+    state = norm.state
+    for name in names or ("updates", "skipped", "count"):
+        state = state._replace(**{name: jnp.zeros_like(getattr(state, name))})
+    return norm._replace(state=state)
+
+
+LOOPS = {
+    "linen": (
+        convert.to_linen,
+        lambda v, a: convert.from_linen(v, "batch", **a),
+    ),
+    "nnx": (convert.to_nnx, lambda v, a: convert.from_nnx(v, "batch", **a)),
+    "keras": (convert.to_keras, lambda v, a: convert.from_keras(v, "batch", **a)),
+    "torch": (convert.to_torch, lambda v, a: convert.from_torch(v, "batch", **a)),
+    "haiku": (
+        lambda norm, **options: convert.to_haiku(norm, path="n", ndim=4, **options),
+        lambda v, a: convert.from_haiku(v, "batch", path="n", **a),
+    ),
+    "equinox": (convert.to_equinox, lambda v, a: convert.from_equinox(v, "batch", **a)),
+}
+PLAIN = ("linen", "nnx", "keras")
+
+
+@pytest.mark.parametrize("library", LOOPS)
+def test_a_state_of_normlab_that_is_not_refused_comes_back(library):
+    to, back = LOOPS[library]
+    counts = library in ("torch", "haiku", "equinox")
+    norm = trained(debias=library in ("haiku", "equinox"), ddof=int(library == "torch"))
+    norm = forget_counters(norm, "count" if counts else "updates", "count")
+    exported = to(norm)
+    ours, _ = PRODUCTS.get(library, ((), ()))
+    again = back(*exported)
+    assert (again.state.decay, again.state.ddof, again.eps) == (0.9, norm.state.ddof, norm.eps)
+    if library == "equinox":  # whose mass is 1 - decay ** updates in its own arithmetic
+        assert gap(again.state.mass, norm.state.mass) < 1e-6
+        again = again._replace(state=again.state._replace(mass=norm.state.mass))
+    same(again, norm, but=ours)
+
+
+def lost(call, *names):
+    """Asserts that the call is refused for just these conventions, and succeeds without them."""
+    with pytest.raises(ValueError, match="cannot be carried over") as error:
+        call(allow=())
+    assert f"allow={names!r}" in str(error.value)
+    for name in names:
+        rest = tuple(other for other in names if other != name)
+        with pytest.raises(ValueError, match=name):
+            call(allow=rest)
+    return call(allow=names)
+
+
+@pytest.mark.parametrize("library", PLAIN)
+def test_a_plain_average_refuses_what_it_cannot_say(library):
+    norm = trained(debias=True, ddof=1)
+    norm = norm._replace(state=norm.state._replace(skipped=jnp.ones((), jnp.int32)))
+    to, back = LOOPS[library]
+    names = ("debias", "ddof", "updates", "skipped", "count")
+    exported = lost(lambda allow: to(norm, allow=allow), *names)
+    again = back(*exported)
+    same(again.state.read(), norm.state.read())
+    assert (again.state.mass, again.state.ddof) == (1, 0)
+
+
+def test_haiku_and_equinox_hold_a_plain_average_as_one_of_very_many_updates():
+    norm = forget_counters(trained(debias=False))
+    for library in ("haiku", "equinox"):
+        to, back = LOOPS[library]
+        again = back(*lost(lambda allow, to=to: to(norm, allow=allow), "updates"))
+        assert again.state.mass == 1
+        assert again.state.updates > 100
+        same(again.state.read(), norm.state.read())
+
+
+def test_the_variance_of_another_ddof_goes_over_by_change_ddof():
+    norm = forget_counters(trained(debias=False, ddof=1), "updates")
+    fixed = norm._replace(state=nl.change_ddof(norm.state, 0))  # by the count of its own batches
+    values = X.size / C
+    fixed = forget_counters(fixed)
+    var = convert.to_linen(fixed).variables["batch_stats"]["var"]
+    assert gap(var, norm.state.var * (values - 1) / values) < 1e-6
+
+
+def test_a_mass_within_rounding_of_one_is_one():
+    norm = forget_counters(trained(debias=True, decay=0.5))
+    state = norm.state._replace(mass=jnp.float32(1 - 6e-8))
+    assert convert.to_linen(norm._replace(state=state)).arguments["momentum"] == 0.5
+
+
+def test_equinox_keeps_its_too_large_variance_but_not_at_the_start():
+    module, state = eqx.nn.make_with_state(eqx.nn.BatchNorm)(C, "batch", mode="batch")
+    norm = lost(
+        lambda allow: convert.from_equinox(module, state=state, allow=allow), "batch_counter"
+    )
+    assert norm.state.read()[1].tolist() == [1] * C
+    _, state = eqx.filter_jit(mapped(module))(jnp.moveaxis(X, -1, 1), state)
+    norm = convert.from_equinox(module, state=state)
+    true = np.asarray(X, np.float64).var((0, 1, 2))
+    assert gap(norm.state.var, true + 99) < 1e-5  # 0.99 / (1 - 0.99), the start divided by the mass
+
+
+@pytest.mark.filterwarnings("ignore:When `eqx.nn.BatchNorm")
+def test_equinoxs_moving_mode_is_refused_and_then_evaluates_the_same():
+    module, state = eqx.nn.make_with_state(eqx.nn.BatchNorm)(C, "batch", mode="ema")
+    with pytest.raises(ValueError, match="has seen no batch"):
+        convert.from_equinox(module, state=state, allow=("mode",))
+    first = jnp.moveaxis(X, -1, 1)
+    _, state = eqx.filter_jit(mapped(module))(first, state)
+    norm = lost(lambda allow: convert.from_equinox(module, state=state, allow=allow), "mode")
+    evaluate = eqx.filter_jit(mapped(eqx.nn.inference_mode(module)))
+    expected, _ = evaluate(first, state)
+    h, _ = use(norm, X, train=False)
+    assert gap(h, jnp.moveaxis(expected, 1, -1)) < 1e-6
+
+
+# --- paths, names and shapes
+
+
+def test_a_layer_is_found_in_a_models_variables_and_put_back():
+    class Model(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            x = nn.BatchNorm(use_running_average=True, name="bn")(x)
+            return nn.WeightNorm(nn.Dense(3))(x)
+
+    variables = scramble(Model().init(jax.random.key(0), X[:, 0, 0]))
+    bn = convert.from_linen(variables, "batch", path="bn")
+    dense = convert.from_linen(variables, "weight", path="Dense_0")
+    parts = [
+        convert.to_linen(bn, path="bn").variables["params"],
+        convert.to_linen(dense, path="Dense_0").variables["params"],
+    ]
+    same({**parts[0], **parts[1]}, variables["params"])
+    same(convert.to_linen(bn, path="bn").variables["batch_stats"], variables["batch_stats"])
+
+
+def test_a_path_goes_there_and_back_in_every_library():
+    norm = convert.Converted("layer", nl.Affine(jnp.ones(C), jnp.zeros(C)), eps=1e-5)
+    for to, back in (
+        (convert.to_nnx, convert.from_nnx),
+        (convert.to_torch, convert.from_torch),
+        (convert.to_keras, convert.from_keras),
+        (convert.to_linen, convert.from_linen),
+    ):
+        variables, arguments = to(norm, path="deep")
+        same(back(variables, "layer", path="deep", **arguments), norm)
+
+
+def refused(match, call):
+    with pytest.raises(ValueError, match=match) as error:
+        call()
+    assert "To fix it" in str(error.value)
+
+
+LEAVES = {"scale": jnp.ones(C), "bias": jnp.zeros(C)}
+STATS = {"mean": jnp.zeros(C), "var": jnp.ones(C)}
+
+
+@pytest.mark.parametrize(
+    ("match", "variables", "layer", "options"),
+    [
+        ("no leaf 'scale' .*nearest are 'scales'", {"scales": jnp.ones(C)}, "rms", {}),
+        ("further leaves 'mean', 'var'", {**LEAVES, **STATS}, "layer", {}),
+        ("further leaves 'bias'", LEAVES, "rms", {}),
+        ("no leaf 'a/scale'", {"b": LEAVES}, "layer", {"path": "a"}),
+        ("there are no leaves at all", {}, "layer", {}),
+        ("one value per channel", {**LEAVES, "bias": jnp.ones(5)}, "layer", {}),
+        ("one value per channel", {"scale": jnp.ones((2, C))}, "rms", {}),
+        ("epsilom=1.*did you mean 'epsilon'", LEAVES, "layer", {"epsilom": 1}),
+        ("the kind 'layr'.*did you mean 'layer'", LEAVES, "layr", {}),
+        ("axis_name \\('i' and not None", LEAVES, "layer", {"axis_name": "i"}),
+        ("a positive number", LEAVES, "layer", {"epsilon": -1.0}),
+        ("a number in \\[0, 1\\)", {**LEAVES, **STATS}, "batch", {"momentum": 1.5}),
+        ("scale of type str", {**LEAVES, "scale": "one"}, "layer", {}),
+        ("num_groups=3, group_size=4", LEAVES, "group", {"num_groups": 3, "group_size": 4}),
+        ("in float64", {"scale": np.ones(C)}, "rms", {}),
+        (
+            "in bfloat16",
+            {**LEAVES, "mean": jnp.ones(C, jnp.bfloat16), "var": STATS["var"]},
+            "batch",
+            {},
+        ),
+    ],
+)
+def test_what_does_not_fit_is_an_error_that_names_it(match, variables, layer, options):
+    refused(match, lambda: convert.from_nnx(variables, layer, **options))
+
+
+def test_a_module_of_another_kind_is_an_error_that_lists_the_kinds():
+    refused("flax.linen.linear.Dense", lambda: convert.from_linen({}, nn.Dense(3)))
+    refused("a norm of flax.nnx", lambda: convert.from_nnx(nn.LayerNorm()))
+    refused("no decay_rate", lambda: convert.from_haiku(({}, {}), "batch", path="n", **BOTH))
+    refused("no state", lambda: convert.from_equinox(equinox_module("batch")[0]))
+
+
+def test_what_a_library_does_not_have_is_an_error_that_says_what_to_do():
+    gain = nl.Affine(jnp.ones(C), None)
+    norm = convert.Converted("weight", gain, kernel=jnp.ones((2, C)))
+    refused("a weight norm", lambda: convert.to_haiku(norm, path="n"))
+    refused("a weight norm", lambda: convert.to_keras(norm))
+    instance = convert.Converted("instance", gain, eps=1e-5)
+    refused("kind='group', groups=C", lambda: convert.to_equinox(instance))
+    everything = convert.Converted("layer", gain, eps=1e-5, axes="all")
+    refused("axes='all'", lambda: convert.to_linen(everything))
+    assert convert.to_haiku(everything, path="n").arguments["axis"] == slice(1, None)
+    rms = convert.Converted("rms", nl.Affine(jnp.ones(C), jnp.ones(C)), eps=1e-5)
+    for to in (convert.to_linen, convert.to_nnx, convert.to_torch, convert.to_keras):
+        refused("RMS norm has none", lambda to=to: to(rms))
+    assert convert.to_equinox(rms).arguments["use_bias"]
+    refused("no eps", lambda: convert.to_linen(convert.Converted("layer", gain)))
+    batch = convert.Converted("batch", gain, (), eps=1e-5)
+    refused("a state without statistics, of type tuple", lambda: convert.to_linen(batch))
+    half = lost(lambda allow: convert.to_equinox(norm_of_group(gain), allow=allow), "affine")
+    assert half.variables["bias"].tolist() == [0] * C
+
+
+def norm_of_group(params):
+    return convert.Converted("group", params, eps=1e-5, groups=2)
+
+
+def test_flaxs_epsilon_under_the_root_is_refused_where_it_shows():
+    variables = {
+        "layer_instance": {"kernel": 1e-5 * jnp.ones((2, 3))},
+        "scales": {"kernel": jnp.ones(3)},
+    }
+    refused("epsilon", lambda: convert.from_nnx(variables, "weight"))
+    norm = convert.from_nnx(variables, "weight", allow=("epsilon",))
+    lengths = jnp.linalg.norm(nl.weight_norm(norm.kernel, norm.params.g), axis=0)
+    assert gap(lengths, np.ones(3)) < 1e-6  # with the ε of Flax it would be 0.999998
+
+
+def test_another_population_is_refused_and_then_written_as_it_reads():
+    cumulative = nl.init_cumulative(C)
+    _, cumulative = nl.batch_norm(X, None, cumulative, train=True)
+    norm = trained(debias=True)._replace(state=cumulative)
+    variables, arguments = lost(lambda allow: convert.to_linen(norm, allow=allow), "population")
+    assert "momentum" not in arguments
+    same(variables["batch_stats"]["var"], cumulative.read()[1])
+
+
+def test_converted_is_a_pytree_of_its_arrays():
+    norm = trained(debias=True)
+    doubled = jax.tree.map(lambda v: v * 2, norm)
+    assert (doubled.kind, doubled.eps, doubled.state.decay) == (norm.kind, norm.eps, 0.9)
+    same(doubled.params.g, 2 * norm.params.g)
+
+
+def defaults_of(layers, home):
+    """By kind and argument, the default in our table and the one in the class of the library."""
+    for kind, layer in layers.items():
+        for cls in layer.classes:
+            signature = inspect.signature(getattr(home, cls).__init__).parameters
+            for name, ours in {**layer.arguments, **layer.fixed}.items():
+                if name in signature:
+                    theirs = signature[name].default
+                    required = theirs is inspect.Parameter.empty
+                    yield f"{kind} {name}", ours, REQUIRED if required else theirs
+
+
+@pytest.mark.parametrize(
+    ("layers", "home", "but"),
+    [
+        (linen_table.LAYERS, nn, ()),
+        (nnx_table.LAYERS, nnx, ()),
+        # None stands for -1
+        (haiku_table.LAYERS, hk, ("layer param_axis", "rms param_axis")),
+        # a dict of leaves may leave them out; "legacy" stands for "ema", with a warning
+        (equinox_table.LAYERS, eqx.nn, ("layer shape", "rms shape", "batch mode")),
+    ],
+    ids=("linen", "nnx", "haiku", "equinox"),
+)
+def test_the_defaults_are_those_of_the_installed_library(layers, home, but):
+    found = list(defaults_of(layers, home))
+    assert len(found) > 10
+    assert {name for name, ours, theirs in found if ours != theirs} == set(but)
+
+
+# --- whole models
+
+
+def test_the_norms_of_a_model_go_there_and_back_by_a_rule():
+    module = nn.BatchNorm(momentum=0.8, use_running_average=True)
+
+    class Model(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            for i in range(2):
+                x = nn.BatchNorm(True, momentum=0.8, name=f"bn_{i}")(nn.Dense(C)(x))
+            return nn.LayerNorm(epsilon=1e-4)(x)
+
+    variables = scramble(Model().init(jax.random.key(0), X[:, 0, 0]))
+    rule = {r"bn_\d": module, "LayerNorm_0": ("layer", {"epsilon": 1e-4})}
+    norms = convert.from_model(convert.from_linen, variables, rule)
+    assert [norm.eps for norm in norms.values()] == [1e-5, 1e-5, 1e-4]
+    exported = convert.to_model(convert.to_linen, norms)
+    assert exported.arguments["bn_1"]["momentum"] == 0.8
+    expected = {name: v for name, v in variables["params"].items() if "Dense" not in name}
+    same(exported.variables, {"params": expected, "batch_stats": variables["batch_stats"]})
+    state = jax.tree.map(lambda norm: norm.state, norms, is_leaf=lambda v: hasattr(v, "state"))
+    assert nl.conventions(state)["bn_0"] == "Running(decay=0.8, ddof=0)"
+    refused(
+        "did you mean 'bn_0'",
+        lambda: convert.from_model(convert.from_linen, variables, {"b_0": module}),
+    )
+
+
+def test_the_norms_of_a_model_of_haiku_keep_their_two_trees():
+    options = {**BOTH, "decay_rate": 0.9}
+    norms = {f"net/~/bn_{i}": trained(debias=True) for i in range(2)}
+    norms = {path: forget_counters(norm, "count") for path, norm in norms.items()}
+    variables, _ = convert.to_model(convert.to_haiku, norms, ndim=4)
+    assert sorted(variables[1])[:2] == ["net/~/bn_0/~/mean_ema", "net/~/bn_0/~/var_ema"]
+    again = convert.from_model(convert.from_haiku, variables, {r"net/~/bn_\d": ("batch", options)})
+    same(again, norms, but=("mass",))
+
+
+def test_variables_that_are_no_mapping_are_an_error():
+    for read in (convert.from_linen, convert.from_torch, convert.from_keras):
+        refused("variables of type list", lambda read=read: read([jnp.ones(3)], "layer"))
+    refused("a pair", lambda: convert.from_haiku({}, "instance", path="n", **BOTH))
+    refused("a layer of type builtins.dict", lambda: convert.from_nnx({}))
+    rule = {"a": "layer"}
+    refused("nested mappings", lambda: convert.from_model(convert.from_torch, None, rule))
+
+
+@pytest.mark.parametrize("name", convert.__all__)
+def test_what_is_public_documents_its_arguments(name):
+    value = getattr(convert, name)
+    doc = inspect.getdoc(value)
+    names = getattr(value, "_fields", None) or inspect.signature(value).parameters
+    assert doc
+    assert all(f"{word}: " in doc for word in names)
+
+
+def test_the_examples_of_the_documentation_run():
+    text = (Path(__file__).parent.parent / "docs/convert.md").read_text()
+    names: dict = {}
+    for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
+        exec(block, names)
+    assert names["kernel"].shape == (3, 5)
+    assert "allow=('ddof', 'updates')" in names["message"]
+
+
+def test_a_chain_through_the_libraries_with_a_plain_average_loses_nothing():
+    norm = forget_counters(trained(debias=False))
+    through = norm
+    for library in (*PLAIN, *PLAIN[::-1]):
+        to, back = LOOPS[library]
+        through = back(*to(through))
+    same(through, norm)
+    assert through.options == norm.options
+
+
+def test_float64_goes_there_and_back(x64):
+    variables = scramble(
+        {name: jnp.ones(C, jnp.float64) for name in ("scale", "bias", "mean", "var")}
+    )
+    norm = convert.from_nnx(variables, "batch")
+    assert norm.state.mass.dtype == jnp.float64
+    same(convert.to_nnx(norm).variables, variables)
+
+
+def test_weight_norm_without_a_gain():
+    kernel = scramble({"kernel": jnp.ones((2, 3))})
+    for to, back, variables in (
+        (convert.to_linen, convert.from_linen, {"params": {"layer_instance": kernel}}),
+        (convert.to_nnx, convert.from_nnx, {"layer_instance": kernel}),
+    ):
+        norm = back(variables, "weight", use_scale=False)
+        exported = to(norm)
+        same(exported.variables, variables)
+        assert exported.arguments["use_scale"] is False
+        refused("no leaf", lambda back=back, variables=variables: back(variables, "weight"))
+    exported = lost(lambda allow: convert.to_torch(norm, allow=allow), "gain")
+    assert exported.variables["parametrizations.weight.original0"].tolist() == [[1]] * 3
+
+
+def test_a_bias_that_flax_normalizes_too_is_an_error():
+    module = nn.WeightNorm(nn.Dense(3), variable_filter=None)
+    variables = scramble(jax.eval_shape(module.init, jax.random.key(0), X))
+    refused(
+        "further leaves 'params/layer_instance/bias/scale'",
+        lambda: convert.from_linen(variables, "weight"),
+    )
+
+
+def test_the_converters_load_no_library():
+    code = "import sys, normlab.convert; print(*{name.partition('.')[0] for name in sys.modules})"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    others = {"flax", "haiku", "equinox", "torch", "keras"}
+    assert others.isdisjoint(run.stdout.split())
+
+
+@pytest.mark.parametrize("module", [linen_table, nnx_table], ids=("linen", "nnx"))
+def test_the_examples_of_the_converters_run(module):
+    assert doctest.testmod(module).failed == 0
