@@ -62,7 +62,8 @@ class Compare:
     """mnist, fashion_mnist, cifar10 or digits (tiny, needs no download)."""
 
     model: str = "conv"
-    """conv (three 3×3 convolutions, ReLU) or mlp (three layers of 100 sigmoids)."""
+    """conv (three 3×3 convolutions, ReLU), mlp (three layers of 100 sigmoids), or another of
+    `python -m experiments list`."""
 
     norms: tuple[str, ...] = ()
     """Which norms (`python -m experiments list`); by default the eight common ones, without
@@ -145,7 +146,7 @@ class Compare:
     def chosen(self) -> tuple[str, ...]:
         """The norms to compare: those asked for, or the default ones that fit the model."""
         return self.norms or tuple(
-            name for name in COMMON if name != "instance" or self.model != "mlp"
+            name for name in COMMON if name != "instance" or self.model not in models.FLAT
         )
 
     def norm(self, name: str) -> nl.Norm:

@@ -55,7 +55,7 @@ class Ledger:
     """
 
     model: str = "conv"
-    """mlp, conv."""
+    """conv, mlp, or another of `python -m experiments list`."""
 
     widths: tuple[int, ...] = ()
     """Channels of the layers; by default the model's own."""
@@ -379,7 +379,7 @@ def _model(config: Ledger, name: str, sync: str, count: int) -> nn.Module:
         mapped = config.mode != "jit"
         settings["axis_name"] = syncs.parse(sync, config.axes, count, mapped=mapped)
     norm = _Named(*nl.get(name, **settings))
-    return models.require(config.model)(norm=norm, classes=CLASSES, **options)
+    return models.build(config.model, norm, CLASSES, **options)
 
 
 def _synced(norm: str) -> bool:

@@ -34,7 +34,7 @@ from experiments.compare import OPTIMIZERS, Compare
 from experiments.data import NAMES, Dataset, load
 from experiments.rundir import CHECKOUT, RunDirectory, RunError, environment
 from experiments.trainer import AXIS, TrainState, accumulate, minibatches
-from normlab.population import require as require_population
+from normlab.population.names import require as require_population
 
 PROBE = 256
 """Training images on which a data-dependent init looks."""
@@ -62,7 +62,8 @@ class Train:
     """Over which devices batch norm measures: all, local, groups=2, ring=1, virtual=64, ghost=4."""
 
     model: str = "conv"
-    """conv (three 3×3 convolutions, ReLU) or mlp (three layers of 100 sigmoids)."""
+    """conv (three 3×3 convolutions, ReLU), mlp (three layers of 100 sigmoids), or another of
+    `python -m experiments list`."""
 
     dataset: str = "mnist"
     """mnist, fashion_mnist, cifar10 or digits (tiny, needs no download)."""

@@ -17,6 +17,10 @@ from normlab.example import (
     rms_norm,
     rms_parts,
 )
+from normlab.folding.layer import Folded, fold_norm
+from normlab.folding.model import fold_model
+from normlab.folding.plain import plain_weights
+from normlab.folding.report import FoldedLayer, FoldReport
 from normlab.gradients import global_gradient, global_mean
 from normlab.linear import Conv, Dense, Linear
 from normlab.moments import (
@@ -28,33 +32,17 @@ from normlab.moments import (
     merge_axes,
     moments,
 )
-from normlab.population import (
-    Domains,
-    Frozen,
-    Renorm,
-    freeze,
-    init_domains,
-    init_population,
-    init_renorm,
-    select_domain,
-    thaw,
-)
+from normlab.population.cumulative import Cumulative, Estimator, init_cumulative
+from normlab.population.domains import Domains, select_domain
+from normlab.population.frozen import Frozen, freeze, thaw
+from normlab.population.names import init_domains, init_population
+from normlab.population.pool import conventions, merge_running, pool_running
+from normlab.population.protocol import BadBatch, Population
+from normlab.population.renorm import Renorm, init_renorm
+from normlab.population.running import Running, change_ddof, init_running
+from normlab.population.transaction import Pending, begin, commit, precise, settle
 from normlab.registry import INVARIANCES, Row, get, names, row
-from normlab.running import (
-    BadBatch,
-    Cumulative,
-    Estimator,
-    Population,
-    Running,
-    change_ddof,
-    conventions,
-    init_cumulative,
-    init_running,
-    merge_running,
-    pool_running,
-)
 from normlab.sync import AxisName, Gradient, Sync, ring
-from normlab.transaction import Pending, begin, commit, precise, settle
 from normlab.types import Affine, Norm, Params, Site, State, init_affine, shapes
 from normlab.weight import (
     weight_norm,
@@ -81,6 +69,9 @@ __all__ = [
     "Drift",
     "Equivalence",
     "Estimator",
+    "FoldReport",
+    "Folded",
+    "FoldedLayer",
     "Frozen",
     "Gradient",
     "Linear",
@@ -112,6 +103,8 @@ __all__ = [
     "equivalence",
     "exchange",
     "fold",
+    "fold_model",
+    "fold_norm",
     "freeze",
     "get",
     "global_gradient",
@@ -135,6 +128,7 @@ __all__ = [
     "merge_running",
     "moments",
     "names",
+    "plain_weights",
     "pool_running",
     "precise",
     "ring",

@@ -26,8 +26,10 @@ from normlab.checks import (
 from normlab.collective import differentiated, measure, values_per_channel
 from normlab.delayed import Delayed, check_delayed
 from normlab.moments import Algorithm, Moments, align_weights, check_algorithm, merge, moments
-from normlab.population import Domains, Frozen, Renorm
-from normlab.running import BadBatch, Population, check_batch
+from normlab.population.domains import Domains
+from normlab.population.frozen import Frozen
+from normlab.population.protocol import BadBatch, Population, check_batch
+from normlab.population.renorm import Renorm
 from normlab.sync import AxisName, Sync, as_sync
 
 BatchState = Population | tuple[()]

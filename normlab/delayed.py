@@ -23,7 +23,8 @@ from jax.typing import DTypeLike
 from normlab.checks import invalid
 from normlab.collective import check_bound, gather_members, vary
 from normlab.moments import Moments, empty
-from normlab.running import BadBatch, init_running
+from normlab.population.protocol import BadBatch
+from normlab.population.running import init_running
 from normlab.sync import AxisName, as_sync, plan
 
 
@@ -105,7 +106,7 @@ def delay(running: Any) -> Delayed:
     """The state before the first batch, around any `Population`."""
     mean = running.read()[0]
     nothing = empty(mean.shape, mean.dtype)
-    return Delayed(running, nothing, nothing, jnp.full((), -1, jnp.int32))
+    return Delayed(running, nothing, nothing, jnp.full(mean.shape[:-1], -1, jnp.int32))
 
 
 def exchange(states: Any, axis_name: AxisName) -> Any:

@@ -19,7 +19,8 @@ from normlab.checks import invalid
 from normlab.collective import check_bound, gather
 from normlab.delayed import Delayed
 from normlab.moments import Moments, merge_axes
-from normlab.running import Cumulative, Running
+from normlab.population.cumulative import Cumulative
+from normlab.population.running import Running
 from normlab.sync import AxisName, as_sync
 
 

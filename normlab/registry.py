@@ -17,8 +17,8 @@ from normlab.cosine import cosine_parts
 from normlab.delayed import delay
 from normlab.example import Axes, group_parts, instance_parts, layer_parts, rms_parts
 from normlab.moments import Algorithm
-from normlab.population import init_population
-from normlab.running import BadBatch
+from normlab.population.names import init_population
+from normlab.population.protocol import BadBatch
 from normlab.sync import AxisName, as_sync
 from normlab.types import Norm, Params, Site, State, init_affine
 from normlab.weight import weight_norm_init, weight_parts, weight_standardization_parts

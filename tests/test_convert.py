@@ -19,6 +19,8 @@ import pytest
 from flax import nnx
 
 import normlab as nl
+import normlab.linen
+import normlab.nnx
 from normlab import convert
 from normlab.convert import equinox as equinox_table
 from normlab.convert import haiku as haiku_table
@@ -716,3 +718,21 @@ def test_the_converters_load_no_library():
 @pytest.mark.parametrize("module", [linen_table, nnx_table], ids=("linen", "nnx"))
 def test_the_examples_of_the_converters_run(module):
     assert doctest.testmod(module).failed == 0
+
+
+@pytest.mark.parametrize("home", [nn, normlab.linen], ids=["flax", "normlab"])
+def test_our_flax_norms_are_converted_as_flaxs_are(home):
+    layer = home.BatchNorm(use_running_average=False, momentum=0.8, epsilon=1e-3)
+    variables = layer.init(jax.random.key(0), jnp.ones((4, C)))
+    norm = convert.from_linen(variables, layer)
+    assert (norm.eps, norm.state.decay) == (1e-3, 0.8)
+    nnx_home = nnx if home is nn else normlab.nnx
+    norm = convert.from_nnx(nnx_home.BatchNorm(C, momentum=0.8, rngs=nnx.Rngs(0)))
+    assert (norm.kind, norm.eps, norm.state.decay) == ("batch", 1e-5, 0.8)
+
+
+def test_a_population_that_flax_does_not_have_is_named():
+    layer = normlab.linen.BatchNorm(use_running_average=False, population="debiased")
+    variables = layer.init(jax.random.key(0), jnp.ones((4, C)))
+    with pytest.raises(ValueError, match=r"population \('debiased' and not 'ema'"):
+        convert.from_linen(variables, layer)

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import normlab as nl
-from normlab.folding import fold_norm
+from normlab.folding.layer import fold_norm
 from tests.helpers import array, draw, gap
 
 LINEAR = {

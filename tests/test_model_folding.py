@@ -10,8 +10,8 @@ import pytest
 from flax import nnx
 
 import normlab as nl
-from normlab.model_folding import fold_model
-from normlab.plain import plain_weights
+from normlab.folding.model import fold_model
+from normlab.folding.plain import plain_weights
 from tests.helpers import array, draw, gap
 from tests.test_docs import python_blocks
 

@@ -220,13 +220,17 @@ def test_frozen_statistics_normalize_training_and_stay():
 
 def test_layers_are_frozen_by_path():
     states = {"stem": {"norm": nl.init_running(2)}, "head": {"norm": nl.init_running(2)}}
-    frozen = nl.freeze(states, "stem/")
+    frozen = nl.freeze(states, "stem/.*")
     assert isinstance(frozen["stem"]["norm"], nl.Frozen)
     assert isinstance(frozen["head"]["norm"], nl.Running)
     assert isinstance(nl.freeze(states, lambda path: "head" in path)["head"]["norm"], nl.Frozen)
     assert jax.tree.structure(nl.thaw(frozen)) == jax.tree.structure(states)
-    with pytest.raises(ValueError, match=r"freeze: got the rule 'stm'.*'stem/norm'.*head/norm"):
-        nl.freeze(states, "stm")
+    with pytest.raises(
+        ValueError, match=r"freeze: got a rule for 'stm/norm'.*'stem/norm'.*head/norm"
+    ):
+        nl.freeze(states, "stm/norm")
+    with pytest.raises(ValueError, match=r"thaw: got a rule that chooses none.*head/norm, stem/no"):
+        nl.thaw(states, lambda path: False)
 
 
 def test_without_a_population_inference_uses_its_own_batch():

@@ -176,12 +176,7 @@ def test_synced_microbatches_are_the_batch_of_all_devices(mapper):
         def micro(state, x):
             return nl.batch_norm(x, None, state, train=True, axis_name="d")[1], None
 
-        state = nl.begin(state)
-        if mapper == "shard_map":  # a carry has one type: what is merged is alike on all devices
-            for x in shard:
-                state, _ = micro(state, x)
-        else:
-            state, _ = lax.scan(micro, state, shard)
+        state, _ = lax.scan(micro, nl.begin(state), shard)
         return nl.commit(state)
 
     after = mappers()[mapper](step)(nl.init_running(C), shards)
@@ -295,6 +290,27 @@ np.testing.assert_allclose(state.mean, whole.mean(0), rtol=1e-5)
 np.testing.assert_allclose(state.var, whole.var(0), rtol=1e-5)
 assert state.updates == 12
 """
+
+
+@pytest.mark.parametrize("kind", ["debiased", "ema", "cumulative", "renorm", "pending", "delayed"])
+def test_stacked_states_are_pooled_each_by_itself(kind):
+    """As many in the stack as channels, so that a wrong alignment would not show as an error."""
+    inits = {
+        "pending": lambda: nl.begin(nl.init_running(C)),
+        "delayed": lambda: nl.init_delayed(C),
+    }
+    start = inits.get(kind, functools.partial(nl.init_population, kind, C))()
+    sync = nl.Sync("d", every=1) if kind == "delayed" else None
+    a = array(draw(0, 4, C, N, C) + 2 * draw(1, 4, C, 1, C))  # four devices, C states on each
+
+    def own(a):
+        return nl.batch_norm(a, None, start, train=True, axis_name=sync)[1]
+
+    states = jax.vmap(jax.vmap(own), axis_name="d")(a)
+    stacked = nl.merge_running(states)
+    for t in range(C):
+        alone = nl.merge_running(jax.tree.map(lambda v, t=t: v[:, t], states))
+        assert gap(jax.tree.map(lambda v, t=t: v[t], stacked), alone) < 1e-6
 
 
 def test_precise_over_processes_is_all_their_batches():

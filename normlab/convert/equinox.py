@@ -19,10 +19,10 @@ from normlab.convert.leaves import given, take
 from normlab.convert.statistics import counted, decay_of, mass_after, running, statistics_dtype
 from normlab.convert.value import Converted, Exported, check
 from normlab.example import Axes
-from normlab.running import Running
+from normlab.population.running import Running
 from normlab.types import Affine
 
-HOME = "equinox"
+HOME = ("equinox",)
 COUNTERS = {"batch": "batch_counter", "ema": "ema_first_time_index"}
 FLAGS = {"use_weight": True, "use_bias": True}
 

@@ -25,10 +25,10 @@ from normlab.convert.layers import (
 from normlab.convert.leaves import flatten, take, vector
 from normlab.convert.statistics import counted, decay_of, mass_after, running, statistics_dtype
 from normlab.convert.value import Converted, Exported, check
-from normlab.running import Running
+from normlab.population.running import Running
 from normlab.types import Affine
 
-HOME = "haiku"
+HOME = ("haiku",)
 AFFINE = {"create_scale": REQUIRED, "create_offset": REQUIRED, "eps": 1e-5}
 FORMAT = {"data_format": "channels_last"}
 SYNC = {"cross_replica_axis": None, "cross_replica_axis_index_groups": None}

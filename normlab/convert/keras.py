@@ -11,7 +11,7 @@ from normlab.convert.statistics import decay_of, mean_and_var, running
 from normlab.convert.value import Converted, Exported, check
 from normlab.types import Affine
 
-HOME = "keras"
+HOME = ("keras",)
 AFFINE = {"epsilon": 1e-3, "scale": True, "center": True}
 FLOAT = {"compute_dtype": "float32"}
 BATCH = {"axis": -1, "renorm": False, "synchronized": False, "trainable": True, **FLOAT}

@@ -49,7 +49,7 @@ class Layer(NamedTuple):
 def settings(
     where: str,
     layers: Mapping[str, Layer],
-    home: str,
+    home: tuple[str, ...],
     layer: Any,
     given: Mapping[str, Any],
     allow: Sequence[str],
@@ -59,7 +59,7 @@ def settings(
     Args:
       where: The converter, for the errors.
       layers: The library's norms by kind.
-      home: The package that the library's classes are from.
+      home: The packages that have the library's classes.
       layer: A kind by name, whose arguments are the library's defaults, or a layer object.
       given: Arguments by name, which come first.
       allow: The arguments that may be lost.
@@ -136,7 +136,7 @@ def axes_to(where: str, axes: Axes) -> int | tuple[int, ...]:
     return -1 if axes == "channels" else axes  # pyright: ignore[reportReturnType]
 
 
-def _kind(where: str, layers: Mapping[str, Layer], home: str, layer: Any) -> str:
+def _kind(where: str, layers: Mapping[str, Layer], home: tuple[str, ...], layer: Any) -> str:
     name, package = type(layer).__name__, type(layer).__module__
     kinds = {cls: kind for kind, entry in layers.items() for cls in entry.classes}
     if name in kinds and package.startswith(home):
@@ -144,7 +144,7 @@ def _kind(where: str, layers: Mapping[str, Layer], home: str, layer: Any) -> str
     raise invalid(
         where,
         f"a layer of type {package}.{name}",
-        f"a norm of {home}, or the kind of norm that it is",
+        f"a norm of {' or '.join(home)}, or the kind of norm that it is",
         f"pass one of {', '.join(layers)}, and its arguments ({nearest(name, kinds)})",
     )
 

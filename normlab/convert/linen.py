@@ -15,7 +15,7 @@ from normlab.convert.statistics import decay_of, mean_and_var, running
 from normlab.convert.value import Converted, Exported, check
 from normlab.types import Affine
 
-HOME = "flax.linen"
+HOME = ("flax.linen", "normlab.linen")
 SYNC = {"axis_name": None, "axis_index_groups": None}
 NUMBERS = {"dtype": None, "force_float32_reductions": True}
 AFFINE = {"epsilon": 1e-6, "use_scale": True, "use_bias": True}
@@ -24,7 +24,7 @@ LAYERS = {
     "batch": Layer(
         ("BatchNorm",),
         {**AFFINE, "epsilon": 1e-5, "momentum": 0.99},
-        {"axis": -1, **SYNC, **NUMBERS},
+        {"axis": -1, "population": "ema", **SYNC, **NUMBERS},
     ),
     "layer": Layer(
         ("LayerNorm",), {**AFFINE, "reduction_axes": -1}, {"feature_axes": -1, **SYNC, **NUMBERS}

@@ -16,7 +16,7 @@ from normlab.convert.linen import (
 )
 from normlab.convert.value import Converted, Exported, check
 
-HOME = "flax.nnx"
+HOME = ("flax.nnx", "normlab.nnx")
 LAYERS = {
     kind: Layer(
         layer.classes,

@@ -15,7 +15,8 @@ from jax.typing import ArrayLike
 
 from normlab.checks import invalid
 from normlab.convert.value import Converted
-from normlab.running import Population, Running, init_running
+from normlab.population.protocol import Population
+from normlab.population.running import Running, init_running
 
 ROUNDING = 1e-6
 """A mass that is so near to 1 is 1: the recursion in float32 comes no nearer."""

@@ -19,10 +19,11 @@ from normlab.convert.leaves import flatten, numbers, take
 from normlab.convert.statistics import mean_and_var, running
 from normlab.convert.value import Converted, Exported, check
 from normlab.example import Axes
-from normlab.running import Cumulative, Running, init_cumulative
+from normlab.population.cumulative import Cumulative, init_cumulative
+from normlab.population.running import Running
 from normlab.types import Affine
 
-HOME = "torch"
+HOME = ("torch",)
 ELEMENTWISE = {"normalized_shape": None, "elementwise_affine": True}
 
 LAYERS = {

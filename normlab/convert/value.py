@@ -8,7 +8,8 @@ from jax import Array
 
 from normlab.checks import check_eps, invalid, nearest
 from normlab.example import Axes
-from normlab.running import Population, Running, register
+from normlab.population.protocol import Population, register
+from normlab.population.running import Running
 from normlab.types import Affine, Params, State
 
 KINDS = ("batch", "layer", "rms", "group", "instance", "weight")

@@ -22,15 +22,11 @@ from jax.core import Tracer
 from jax.typing import ArrayLike
 
 from normlab.checks import invalid
+from normlab.lowering import zeros_of
 from normlab.moments import Moments
-from normlab.running import (
-    BadBatch,
-    Cumulative,
-    Estimator,
-    Population,
-    Running,
-    check_estimator,
-)
+from normlab.population.cumulative import Cumulative, Estimator, check_estimator
+from normlab.population.protocol import BadBatch, Population
+from normlab.population.running import Running
 from normlab.sync import AxisName
 
 
@@ -97,7 +93,8 @@ def _begin(state: Any) -> Pending:
     if _is_pending(state):
         return state
     mean = state.read()[0]
-    zero, nought = jnp.zeros_like(mean), jnp.zeros(mean.shape[:-1], jnp.int32)
+    zero = zeros_of(mean)
+    nought = zero.any(-1).astype(jnp.int32)
     seen = Cumulative(zero, zero, zero, zero, nought, nought)
     return Pending(state, seen, nought > 0)
 

@@ -13,8 +13,8 @@ from jax.typing import DTypeLike
 
 from normlab.affine import Parts, fold
 from normlab.checks import check_eps, invalid, nearest, promote_dtype
-from normlab.fold_report import Apply, FoldedLayer, FoldReport, check_applies, checked
-from normlab.folding import check_finite, rounding
+from normlab.folding.layer import check_finite, rounding
+from normlab.folding.report import Apply, FoldedLayer, FoldReport, check_applies, checked
 from normlab.paths import Key, Layer, flatten, layers_of, matches
 
 _NEUTRAL = {"mean": 0.0, "bias": 0.0, "scale": 1.0, "var": 1.0}

@@ -10,8 +10,8 @@ from jax import Array
 from jax.typing import DTypeLike
 
 from normlab.checks import invalid, nearest, promote
-from normlab.fold_report import Apply, FoldedLayer, FoldReport, check_applies, checked
-from normlab.folding import check_finite, rounding
+from normlab.folding.layer import check_finite, rounding
+from normlab.folding.report import Apply, FoldedLayer, FoldReport, check_applies, checked
 from normlab.paths import Key, Layer, flatten, layers_of, matches
 
 

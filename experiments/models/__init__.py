@@ -1,0 +1,165 @@
+"""The networks of the experiments, in Flax, with the norm as an argument.
+
+Every network takes the same arguments beside its own sizes (`Network`): the norm, its placement
+before or after the activation, and which layers carry it.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax.traverse_util import flatten_dict
+from jax.typing import ArrayLike
+
+import normlab as nl
+from experiments.models.feedforward import ConvNet, Mlp, Nin, Vgg
+from experiments.models.layers import (
+    PARTS,
+    STATE,
+    MatmulConv,
+    Network,
+    Normed,
+    Placement,
+    Where,
+    conv,
+)
+from experiments.models.recurrent import Gru, Lstm
+from experiments.models.resnet import ResNet
+from experiments.models.vit import Vit
+from normlab.checks import nearest
+
+__all__ = [
+    "FLAT",
+    "MODELS",
+    "PARTS",
+    "STATE",
+    "ConvNet",
+    "Gru",
+    "Lstm",
+    "MatmulConv",
+    "Mlp",
+    "Network",
+    "Nin",
+    "Normed",
+    "Placement",
+    "ResNet",
+    "Vgg",
+    "Vit",
+    "Where",
+    "build",
+    "complete",
+    "conv",
+    "draw_kernels",
+    "parts_by_layer",
+    "require",
+    "split",
+]
+
+MODELS: dict[str, Callable[..., nn.Module]] = {
+    "mlp": Mlp,
+    "conv": ConvNet,
+    "vgg": Vgg,
+    "nin": Nin,
+    "resnet20": functools.partial(ResNet, n=3),
+    "resnet32": functools.partial(ResNet, n=5),
+    "resnet56": functools.partial(ResNet, n=9),
+    "resnet110": functools.partial(ResNet, n=18),
+    "lstm": Lstm,
+    "gru": Gru,
+    "vit": Vit,
+}
+"""Every model by name: what makes it from `norm`, `classes` and its options."""
+
+
+FLAT = ("mlp", "lstm", "gru")
+"""Those whose layers have no positions, which instance norm measures over."""
+
+
+def require(name: str) -> Callable[..., nn.Module]:
+    """Returns the model called `name`; raises ValueError, with the nearest name, for another."""
+    if name not in MODELS:
+        raise ValueError(f"unknown model {name!r}: {nearest(name, MODELS)}")
+    return MODELS[name]
+
+
+def build(name: str, norm: nl.Norm, classes: int, **options: Any) -> nn.Module:
+    """Returns the model called `name` with a norm.
+
+    Args:
+      name: One of `MODELS`.
+      norm: The norm.
+      classes: The size of the output.
+      **options: `activation`, `placement` and `where`, which every model takes, and the model's
+        own; its docstring lists them.
+
+    Raises:
+      ValueError: For an unknown name or option, with the nearest known one.
+
+    >>> sorted(build("resnet20", nl.get("layer"), 10, where="stem|.*conv1").carriers())[-2:]
+    ['stage2_block2_conv1', 'stem']
+    """
+    model = require(name)
+    known = set(inspect.signature(model).parameters) - {"parent", "name"}
+    for option in options:
+        if option not in known:
+            raise ValueError(f"{name}: unknown option {option!r}: {nearest(option, sorted(known))}")
+    return model(norm=norm, classes=classes, **options)
+
+
+def draw_kernels(
+    name: str, classes: int, seeds: Iterable[int], example: ArrayLike, **options: Any
+) -> Any:
+    """Draws the kernels and the output layer of a model, for all norms to start from.
+
+    Args:
+      name: The model.
+      classes: The size of the output.
+      seeds: One draw for each.
+      example: A preprocessed batch, for its shape.
+      **options: As in `build`.
+
+    Returns:
+      A tree of parameters `[seeds, ...]`, to be completed by `complete`.
+    """
+    model = build(name, nl.get("none", reshift=False), classes, **options)
+    draw = jax.jit(lambda seed: model.init(jax.random.key(seed), example, train=False)["params"])
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *map(draw, seeds))
+
+
+def complete(model: nn.Module, kernels: Any, example: ArrayLike) -> Any:
+    """Returns the model's variables: these kernels, and the norms' initial params and states."""
+    rngs = {"params": jax.random.key(0)}  # asked for by Flax; the norms draw nothing
+    _, variables = model.apply(
+        {"params": _without_norms(kernels)},
+        example,
+        train=False,
+        rngs=rngs,
+        mutable=["params", STATE],
+    )
+    return variables
+
+
+def _without_norms(params: Any) -> Any:
+    if not isinstance(params, dict):
+        return params
+    return {name: _without_norms(value) for name, value in params.items() if name != "norm"}
+
+
+def split(variables: Any) -> tuple[Any, Any]:
+    """Splits a model's variables into what the optimizer changes and the norms' states."""
+    return variables["params"], variables.get(STATE, {})
+
+
+def parts_by_layer(variables: Any) -> dict[str, nl.Parts]:
+    """The parts that the last call sowed, by layer, in the order of the layers.
+
+    A layer is named by its path, and the parts of all time steps of a recurrent one are stacked.
+    """
+    sown: Any = flatten_dict(variables[PARTS], is_leaf=lambda _, v: isinstance(v, tuple))
+    return {"/".join(path[:-1]): parts[0] for path, parts in sown.items()}

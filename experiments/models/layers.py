@@ -1,0 +1,296 @@
+"""The layer that every network is made of: a linear map, a norm and an activation.
+
+    before    h = f(norm(w·x))          the bias is the norm's
+    after     h = norm(f(w·x + b))
+
+Every norm of the registry can stand before the activation. After it there is no linear map any
+more: a norm that looks at w or x cannot stand there, and says so.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+import normlab as nl
+from normlab.checks import invalid, nearest
+
+PARTS = "parts"
+"""The variable collection into which every layer sows its four parts."""
+
+STATE = "norm_state"
+"""The variable collection of the norms' states."""
+
+Placement = Literal["before", "after"]
+"""Where a norm stands: before the activation or after it."""
+
+Where = str | tuple[str, ...] | Callable[[str], bool]
+"""Which layers carry the norm: a regular expression that matches the whole name, the names
+themselves, or a predicate of the name."""
+
+NONE = nl.get("none")
+"""What stands in a layer that does not carry the norm: a bias."""
+
+
+@jax.tree_util.register_static
+@dataclass(frozen=True)
+class MatmulConv(nl.Conv):
+    """`nl.Conv` over images [N, H, W, K], as one matrix product over gathered windows.
+
+    The same numbers. XLA's own convolution is several times slower on a CPU, above all its
+    gradient and under vmap, where each seed has a kernel of its own.
+    """
+
+    def __call__(self, x: Array, w: Array) -> Array:
+        if self.dilation != 1 or self.groups != 1 or self.channel_axis != -1:
+            return super().__call__(x, w)
+        height, width, _, channels = w.shape
+        strides = (self.strides, self.strides) if isinstance(self.strides, int) else self.strides
+        pads = self.padding
+        if isinstance(pads, str):
+            pads = lax.padtype_to_pads(x.shape[1:3], (height, width), strides, pads)
+        x = jnp.pad(x, ((0, 0), *pads, (0, 0)))
+        rows, columns = (
+            (size - window) // stride + 1
+            for size, window, stride in zip(x.shape[1:3], (height, width), strides, strict=True)
+        )
+        windows = [
+            x[:, i : i + strides[0] * rows : strides[0], j : j + strides[1] * columns : strides[1]]
+            for i in range(height)
+            for j in range(width)
+        ]
+        windows = [v[:, :rows, :columns] for v in windows]
+        return jnp.concatenate(windows, -1) @ w.reshape(-1, channels)
+
+
+def conv(**options: Any) -> nl.Conv:
+    """The fastest convolution of the default backend."""
+    return (MatmulConv if jax.default_backend() == "cpu" else nl.Conv)(**options)
+
+
+class Normed(nn.Module):
+    """A linear map, a norm and an activation: f(norm(w·x) + r), or norm(f(w·x + b + r)).
+
+    Attributes:
+      linear: The linear map.
+      norm: The norm; `NONE` for a bias alone.
+      kernel_shape: The shape of w.
+      activation: f; `None` for none.
+      placement: Where the norm stands.
+      kernel_init: How w is drawn.
+      gain: What the norm's initial rescale is multiplied by.
+      steps: Keeps a state of the norm for each of so many time steps; `None` keeps one.
+    """
+
+    linear: nl.Linear
+    norm: nl.Norm
+    kernel_shape: tuple[int, ...]
+    activation: Callable[[Array], Array] | None = None
+    placement: Placement = "before"
+    kernel_init: nn.initializers.Initializer = nn.initializers.lecun_normal()
+    gain: float = 1.0
+    steps: int | None = None
+
+    @nn.compact
+    def __call__(
+        self, x: Array, train: bool, *, added: Array | None = None, step: Array | None = None
+    ) -> Array:
+        """`added` is r, a shortcut; `step` is the time step, with `steps`."""
+        f = self.activation or (lambda a: a)
+        w = self.param("kernel", self.kernel_init, self.kernel_shape)
+        a = self.linear(x, w)
+        if self.placement == "before":
+            site = nl.Site(a, x, w, linear=self.linear)
+            a = normalize(self, site, train, step=step)
+            return f(a if added is None else a + added)
+        a = a + self.param("bias", nn.initializers.zeros, self.kernel_shape[-1:])
+        h = f(a if added is None else a + added)
+        if needs_kernel(self.norm, h):
+            raise invalid(
+                "/".join(self.path),
+                'placement="after" for a norm that looks at w or x',
+                "a norm of activations: behind f there is no linear map to look at",
+                'use placement="before", where such a norm changes w·x itself',
+            )
+        return normalize(self, nl.Site(h, linear=self.linear), train, step=step)
+
+
+class Activation(nn.Module):
+    """A norm of an activation [N, ..., C] that no linear map of its own made.
+
+    Attributes:
+      norm: A norm that looks at activations alone.
+      gain: As in `Normed`.
+      steps: As in `Normed`.
+    """
+
+    norm: nl.Norm
+    gain: float = 1.0
+    steps: int | None = None
+
+    @nn.compact
+    def __call__(self, a: Array, train: bool, *, step: Array | None = None) -> Array:
+        if needs_kernel(self.norm, a):
+            raise invalid(
+                "/".join(self.path),
+                "a norm that looks at w or x",
+                "a norm of activations: no linear map of its own stands here",
+                "let `where` name linear layers only, or choose another norm",
+            )
+        return normalize(self, nl.Site(a), train, step=step)
+
+
+def normalize(
+    layer: Normed | Activation, site: nl.Site, train: bool, *, step: Array | None = None
+) -> Array:
+    """Applies a layer's norm: its parameters and its state are the layer's variables.
+
+    Args:
+      layer: The layer, inside its call.
+      site: What the norm may look at.
+      train: Whether to train.
+      step: The time step, where there is a state of each; steps beyond the last share that one.
+
+    Returns:
+      The normalized activation. The parts are sown into `PARTS` where that may change.
+    """
+
+    def init_params() -> Any:
+        params = layer.norm.init(site)[0]
+        if layer.gain == 1 or getattr(params, "g", None) is None:
+            return params
+        return params._replace(g=layer.gain * params.g)
+
+    def init_state() -> Any:
+        state = layer.norm.init(site)[1]
+        if layer.steps is None:
+            return state
+        return jax.tree.map(lambda v: jnp.broadcast_to(v, (layer.steps, *v.shape)), state)
+
+    params = layer.param("norm", lambda _: init_params())
+    states = layer.variable(STATE, "norm", init_state)
+    state = states.value if layer.steps is None else _at(states.value, step)
+    if layer.is_mutable_collection(PARTS) and not layer.is_initializing():
+        parts, _ = layer.norm.parts(params, state, site, train=train)
+        layer.sow(PARTS, "norm", parts)
+    h, after = layer.norm.apply(params, state, site, train=train)
+    if train and not layer.is_initializing():
+        states.value = after if layer.steps is None else _put(states.value, step, after)
+    return h
+
+
+def _at(states: Any, step: Any) -> Any:
+    return jax.tree.map(lambda v: v[_row(v, step)], states)
+
+
+def _put(states: Any, step: Any, state: Any) -> Any:
+    return jax.tree.map(lambda v, new: v.at[_row(v, step)].set(new), states, state)
+
+
+def _row(v: Array, step: Any) -> Any:
+    return jnp.minimum(step, v.shape[0] - 1)
+
+
+def needs_kernel(norm: nl.Norm, a: Array) -> bool:
+    """Whether a norm looks at w or x, so that `a` alone is not enough for it.
+
+    Raises:
+      ValueError: The norm's own, if it fits `a` in neither way.
+    """
+    try:
+        jax.eval_shape(norm.init, nl.Site(a))
+    except ValueError as error:
+        w = jnp.eye(a.shape[-1], dtype=a.dtype)
+        try:
+            jax.eval_shape(norm.init, nl.Site(a, a, w))
+        except ValueError:
+            raise error from None
+        return True
+    return False
+
+
+class Network(nn.Module):
+    """What the networks have in common.
+
+    Attributes:
+      norm: The norm.
+      classes: The size of the output.
+      activation: f.
+      placement: Where the norm stands, of each layer that carries it.
+      where: Which layers of `layers` carry it; `None` for the model's default, the hidden layers.
+    """
+
+    norm: nl.Norm
+    classes: int
+    activation: Callable[[Array], Array] = nn.relu
+    placement: Placement = "before"
+    where: Where | None = None
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """The names of the layers that may carry the norm, in order."""
+        raise NotImplementedError
+
+    def carriers(self) -> frozenset[str]:
+        """The names of the layers that carry the norm.
+
+        Raises:
+          ValueError: If `where` matches none, or names one that there is not.
+        """
+        name = type(self).__name__
+        if self.placement not in get_args(Placement):
+            raise invalid(
+                name, f"placement={self.placement!r}", "'before' or 'after'", "use one of the two"
+            )
+        return frozenset(
+            self.layers if self.where is None else choose(name, self.where, self.layers)
+        )
+
+    def layer(self, name: str, linear: nl.Linear, shape: tuple[int, ...], **options: Any) -> Normed:
+        """The layer called `name`, with the norm if it carries it, with a bias if not."""
+        if name not in self.carriers():
+            return Normed(linear, NONE, shape, name=name, **options)
+        return Normed(linear, self.norm, shape, placement=self.placement, name=name, **options)
+
+
+def choose(model: str, where: Where, layers: tuple[str, ...]) -> tuple[str, ...]:
+    """The names among `layers` that `where` chooses.
+
+    Args:
+      model: The model, for the error.
+      where: The rule.
+      layers: All names.
+
+    Raises:
+      ValueError: If there is none, with the nearest names.
+
+    >>> choose("mlp", "hidden[01]", ("hidden0", "hidden1", "hidden2"))
+    ('hidden0', 'hidden1')
+    """
+
+    def wrong(given: str, word: str) -> ValueError:
+        expected = "a regular expression, names or a predicate that choose a layer"
+        return invalid(model, given, expected, f"choose a layer: {nearest(word, layers)}")
+
+    if isinstance(where, str):
+        try:
+            chosen = [name for name in layers if re.fullmatch(where, name)]
+        except re.error as error:
+            raise wrong(f"where={where!r} ({error})", where) from None
+    elif callable(where):
+        chosen = [name for name in layers if where(name)]
+    else:
+        for name in where:
+            if name not in layers:
+                raise wrong(f"where={where!r}, and there is no layer {name!r}", name)
+        chosen = [name for name in layers if name in where]
+    if not chosen:
+        raise wrong(f"where={where!r}, which matches no layer", str(where))
+    return tuple(chosen)

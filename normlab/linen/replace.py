@@ -1,0 +1,162 @@
+"""Norms of the registry as modules, and the exchange of the norms of a model."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.typing import ArrayLike
+
+from normlab import skin
+from normlab.checks import invalid
+from normlab.linen.batch import stored
+from normlab.skin.rule import Choice, Rule, by_name, is_norm
+from normlab.types import Affine, Site
+
+
+class RegistryNorm(nn.Module):
+    """Any norm of the registry that looks at the pre-activation alone, its channels last.
+
+    The parameters are `scale` and `bias`, a state is the variable `population` of `batch_stats`.
+
+    Attributes:
+      norm: Its name, as in `normlab.get`.
+      options: Its options.
+      use_running_average: As in `BatchNorm`, for a norm with a state.
+
+    >>> layer = RegistryNorm("group", {"groups": 2})
+    >>> jax.tree.map(jnp.shape, layer.init(jax.random.key(0), jnp.ones((4, 6))))
+    {'params': {'bias': (6,), 'scale': (6,)}}
+    """
+
+    norm: str
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    use_running_average: bool | None = None
+
+    @nn.compact
+    def __call__(
+        self, x: ArrayLike, use_running_average: bool | None = None, *, mask: Any = None
+    ) -> Array:
+        """Normalizes `x`; arguments as those of `BatchNorm`."""
+        norm = skin.from_registry(self.norm, self.options)
+        x = jnp.asarray(x)
+        site = Site(x, weights=skin.weights(self.norm, mask, x.shape))
+        (g, b), fresh = norm.init(site)
+        train, init = True, self.is_initializing()
+        if jax.tree.leaves(fresh):
+            train = not nn.merge_param(
+                "use_running_average", self.use_running_average, use_running_average
+            )
+        state, write = stored(self, fresh, train)
+        scale = None if g is None else self.param("scale", lambda key: g)
+        bias = None if b is None else self.param("bias", lambda key: b)
+        # Variables are made with the statistics of inference: any one example will do.
+        train = train and not init
+        h, state = norm.apply(Affine(scale, bias), state, site, train=train)
+        if train:
+            write(state)
+        return h
+
+
+class Swapped(nn.Module):
+    """A model with other norms; its variables have the names they have in the model.
+
+    Attributes:
+      plan: The model, the rule and the method: what `swap` was given.
+    """
+
+    plan: _Plan
+
+    @nn.compact
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Calls the model's method; each norm that the rule names is replaced where it is called.
+
+        Raises:
+          ValueError: If a pattern of the rule matches no norm.
+        """
+        choice, made = Choice(self.plan.rule), []
+        start = len(self.path)
+
+        def intercept(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
+            old = context.module
+            mine = any(old is new for new in made)
+            if context.method_name != "__call__" or mine or not is_norm(old):
+                return call(*args, **kwargs)
+            new = choice.find("/".join(old.path[start:]), old)
+            if new is None:
+                return call(*args, **kwargs)
+            new = _module(new, old).clone(parent=old.scope, name=None)
+            made.append(new)
+            return new(*args, **kwargs)
+
+        model = self.plan.model.clone(parent=self.scope, name=None)
+        with nn.intercept_methods(intercept):
+            out = getattr(model, self.plan.method)(*args, **kwargs)
+        choice.check()
+        return out
+
+
+class _Plan:
+    """What a `Swapped` holds: in an object of its own, where Flax does not take it for a layer."""
+
+    def __init__(self, model: nn.Module, rule: Rule, method: str) -> None:
+        self.model, self.rule, self.method = model, rule, method
+
+
+def swap(model: nn.Module, rule: Rule, *, method: str = "__call__") -> Swapped:
+    """Returns the model with other norms, by path.
+
+    A norm is a module whose class has a name that ends in `Norm`. Its replacement takes its place
+    in the tree of variables: parameters of the same name and shape are found there again. A class
+    takes over those arguments of the old norm that it has too. What `nn.jit` has compiled
+    does not ask which norm to use, which is an error: put `jax.jit` around the whole.
+
+    Args:
+      model: A module that is not bound; one made inside another must have parent=None.
+      rule: Which norms become what, a `normlab.skin.rule.Rule`.
+      method: The method of the model that is called.
+
+    Returns:
+      A module with `init` and `apply`. Calling it raises ValueError if a pattern matches nothing.
+
+    Raises:
+      ValueError: If the model has a parent, or a pattern is no regular expression.
+
+    >>> model = nn.Sequential([nn.Dense(4), nn.LayerNorm()])
+    >>> other = swap(model, {"layers_1": "rms"})
+    >>> jax.tree.map(jnp.shape, other.init(jax.random.key(0), jnp.ones((2, 3)))["params"])
+    {'layers_0': {'bias': (4,), 'kernel': (3, 4)}, 'layers_1': {'bias': (4,), 'scale': (4,)}}
+    """
+    if isinstance(model.parent, nn.Module):
+        raise invalid(
+            "swap",
+            f"a {type(model).__name__} that is a part of {type(model.parent).__name__}",
+            "a module without a parent",
+            "make it with parent=None",
+        )
+    Choice(rule)
+    return Swapped(_Plan(model, rule, method), name=model.name)
+
+
+def _module(new: Any, old: nn.Module) -> nn.Module:
+    """The replacement of `old` that the rule names."""
+    named = by_name(new)
+    if named:
+        return RegistryNorm(*named, getattr(old, "use_running_average", None))
+    if isinstance(new, type) and issubclass(new, nn.Module):
+        taken = {f.name for f in dataclasses.fields(new) if f.init} - {"parent", "name"}
+        have = {f.name for f in dataclasses.fields(old)}  # pyright: ignore[reportArgumentType]
+        return new(**{name: getattr(old, name) for name in sorted(taken & have)})
+    if isinstance(new, nn.Module):
+        return new
+    raise invalid(
+        "swap",
+        f"{new!r}",
+        "a module, a class of modules, a name of the registry, or a pair of name and options",
+        "return None to leave the norm",
+    )

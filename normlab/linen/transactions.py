@@ -1,0 +1,83 @@
+"""Ends of a transaction: the collection that `BatchNorm` filled becomes new statistics.
+
+A call with `mutable=["transaction"]` in training merges what it measures into that collection and
+leaves `batch_stats` as they are; in evaluation it begins one that has seen nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from flax import core, traverse_util
+from jax.typing import ArrayLike
+
+from normlab.checks import invalid, nearest
+from normlab.population import transaction as transactions
+from normlab.population.cumulative import Estimator
+from normlab.skin import stacked
+
+
+def commit(variables: Mapping[str, Any], transaction: Any, ok: ArrayLike = True) -> Any:
+    """Returns the `batch_stats` after one update with all that the transaction saw.
+
+    Args:
+      variables: The variables, of which `batch_stats` is looked at.
+      transaction: The collection `"transaction"` that the calls returned.
+      ok: Whether the step may count, a bool or an array `[]`; see `normlab.commit`.
+
+    Raises:
+      ValueError: If the transaction is empty, or is not one of these variables.
+    """
+    return _end(variables, transaction, lambda states: transactions.commit(states, ok))
+
+
+def settle(
+    variables: Mapping[str, Any], transaction: Any, *, estimator: Estimator = "pooled"
+) -> Any:
+    """Returns the `batch_stats` that are what the transaction saw: PreciseBN.
+
+    Args:
+      variables: The variables, of which `batch_stats` is looked at.
+      transaction: The collection `"transaction"` that the calls returned.
+      estimator: Of which deviations the variance is made; see `normlab.settle`.
+
+    Raises:
+      ValueError: As `commit`, and if no batch was seen.
+    """
+    return _end(
+        variables, transaction, lambda states: transactions.settle(states, estimator=estimator)
+    )
+
+
+def _end(variables: Mapping[str, Any], transaction: Any, end: Callable[[Any], Any]) -> Any:
+    frozen = isinstance(variables["batch_stats"], core.FrozenDict)
+    stats: dict[Any, Any] = traverse_util.flatten_dict(core.unfreeze(variables["batch_stats"]))
+    pending = traverse_util.flatten_dict(core.unfreeze(transaction))
+    if not pending:
+        raise invalid(
+            "transaction",
+            "one without any BatchNorm",
+            "the collection that a call with mutable=['transaction'] returned",
+            "call the model in training with batch_stats immutable",
+        )
+    for path, states in pending.items():
+        layer = path[:-1]
+        new = stacked(end, states)
+        if (*layer, "population") in stats:
+            stats[*layer, "population"] = new
+        elif (*layer, "mean") in stats:
+            for name, value in (("mean", new.mean), ("var", new.var)):
+                old = stats[*layer, name]
+                stats[*layer, name] = value.reshape(old.shape).astype(old.dtype)
+        else:
+            known = sorted({"/".join(p[:-1]) for p in stats})
+            name = "/".join(layer)
+            raise invalid(
+                "transaction",
+                f"a transaction of {name!r}, which has no batch_stats",
+                "a transaction of these variables",
+                f"pass the variables of its model: {nearest(name, known)}",
+            )
+    stats = traverse_util.unflatten_dict(stats)
+    return core.freeze(stats) if frozen else stats

@@ -1,0 +1,199 @@
+"""Norms of the registry as modules, and the exchange of the norms of a model."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+from jax.typing import ArrayLike
+
+from normlab import skin
+from normlab.checks import invalid
+from normlab.nnx.transactions import Stateful
+from normlab.skin.rule import Choice, Rule, by_name, is_norm
+from normlab.types import Affine, Site
+
+
+class RegistryNorm(Stateful):
+    """Any norm of the registry that looks at the pre-activation alone, its channels last.
+
+    The parameters are `scale` and `bias`, a state is the `BatchStat` `population`.
+
+    >>> layer = RegistryNorm("group", 6, {"groups": 2})
+    >>> layer(jnp.ones((4, 6))).shape
+    (4, 6)
+    """
+
+    def __init__(
+        self,
+        norm: str,
+        num_features: int,
+        options: Mapping[str, Any] | None = None,
+        *,
+        use_running_average: bool | None = False,
+    ) -> None:
+        """Makes the variables.
+
+        Args:
+          norm: Its name, as in `normlab.get`.
+          num_features: The number of channels.
+          options: Its options.
+          use_running_average: As in `BatchNorm`, for a norm with a state.
+        """
+        self.norm = norm
+        self.num_features = num_features
+        self.options = tuple(sorted((options or {}).items()))
+        self.use_running_average = use_running_average
+        some: Any = jax.ShapeDtypeStruct((2, 2, 2, num_features), jnp.float32)
+        params, state = skin.from_registry(norm, dict(self.options)).init(Site(some))
+        self.scale = nnx.data(None if params.g is None else nnx.Param(params.g))
+        self.bias = nnx.data(None if params.b is None else nnx.Param(params.b))
+        self.keep(state)
+        self.pending = nnx.data(None)
+
+    def __call__(
+        self, x: ArrayLike, use_running_average: bool | None = None, *, mask: Any = None
+    ) -> Array:
+        """Normalizes `x`; arguments as those of `BatchNorm`."""
+        train = skin.is_training(self.norm, use_running_average, self.use_running_average)
+        norm = skin.from_registry(self.norm, dict(self.options))
+        x = jnp.asarray(x)
+        site = Site(x, weights=skin.weights(self.norm, mask, x.shape))
+        state, write = self.kept(train)
+        params = Affine(*(None if v is None else v[...] for v in (self.scale, self.bias)))
+        h, state = norm.apply(params, state, site, train=train)
+        if train:
+            write(state)
+        return h
+
+    def set_view(self, use_running_average: bool | None = None) -> None:
+        """Changes the mode, for `nnx.view`."""
+        if use_running_average is not None:
+            self.use_running_average = use_running_average
+
+
+def swap(model: Any, rule: Rule, *, rngs: nnx.Rngs | None = None) -> Any:
+    """Exchanges norms of a model, in place, by path.
+
+    A norm is a module whose class has a name that ends in `Norm`. A replacement by a class takes
+    over those arguments of the old norm that it has too, and, if it is of the same name (flax's
+    `BatchNorm` by this library's), its variables; one of another kind begins with new variables.
+    A replacement by a module is a copy of it. A norm that is shared is replaced wherever it is.
+
+    Args:
+      model: A module.
+      rule: Which norms become what, a `normlab.skin.rule.Rule`.
+      rngs: For new variables; `nnx.Rngs(0)` if not given.
+
+    Returns:
+      The model; its replacement, if it is itself a norm.
+
+    Raises:
+      ValueError: If a pattern matches nothing; the model is then unchanged.
+
+    >>> rngs = nnx.Rngs(0)
+    >>> model = nnx.Sequential(nnx.Linear(3, 4, rngs=rngs), nnx.LayerNorm(4, rngs=rngs))
+    >>> type(swap(model, {"layers/1": "rms"}).layers[1]).__name__
+    'RegistryNorm'
+    """
+    choice, top = Choice(rule), {"": model}
+    places: dict[int, list[tuple[Any, Any]]] = {}
+    chosen: dict[int, tuple[Any, Any]] = {}
+    for path, parent, key, old in _norms(top, (), set()):
+        places.setdefault(id(old), []).append((parent, key))
+        new = choice.find("/".join(map(str, path[1:])), old)
+        if new is not None:
+            chosen.setdefault(id(old), (new, old))
+    choice.check()
+    for which in chosen:
+        for parent, key in places[which]:
+            _check_place(parent, key)
+    rngs = nnx.Rngs(0) if rngs is None else rngs
+    made = {which: _module(new, old, rngs) for which, (new, old) in chosen.items()}
+    for which, new in made.items():
+        for parent, key in places[which]:
+            _put(parent, key, new)
+    return top[""]
+
+
+def _norms(node: Any, path: tuple[Any, ...], seen: set[int]) -> Any:
+    """Every place of a norm below `node`: its path, the node that holds it, its key, the norm."""
+    if id(node) in seen:
+        return
+    seen.add(id(node))
+    for key, child in _children(node):
+        if isinstance(child, nnx.Module) and is_norm(child):
+            yield (*path, key), node, key, child
+        else:
+            yield from _norms(child, (*path, key), seen)
+
+
+def _children(node: Any) -> list[tuple[Any, Any]]:
+    if isinstance(node, nnx.List | list | tuple):
+        return list(enumerate(node))
+    if isinstance(node, nnx.Dict | dict):
+        return list(node.items())
+    if isinstance(node, nnx.Module):
+        return [(k, v) for k, v in vars(node).items() if not k.startswith("_pytree__")]
+    return []
+
+
+def _check_place(parent: Any, key: Any) -> None:
+    if isinstance(parent, tuple):
+        raise invalid(
+            "swap",
+            f"a norm in a tuple, at {key}",
+            "norms in attributes, lists and dicts",
+            "make the tuple an nnx.List",
+        )
+
+
+def _put(parent: Any, key: Any, new: Any) -> None:
+    if isinstance(parent, nnx.List | list | nnx.Dict | dict):
+        parent[key] = new
+    else:
+        setattr(parent, key, new)
+
+
+def _module(new: Any, old: Any, rngs: nnx.Rngs) -> Any:
+    """The replacement of `old` that the rule names."""
+    named = by_name(new)
+    if named:
+        mode = getattr(old, "use_running_average", False)
+        name, options = named
+        return RegistryNorm(name, _features(old), options, use_running_average=mode)
+    if isinstance(new, type) and issubclass(new, nnx.Module):
+        return _converted(new, old, rngs)
+    if isinstance(new, nnx.Module):
+        return nnx.clone(new)
+    raise invalid(
+        "swap",
+        f"{new!r}",
+        "a module, a class of modules, a name of the registry, or a pair of name and options",
+        "return None to leave the norm",
+    )
+
+
+def _features(old: Any) -> int:
+    if hasattr(old, "num_features"):
+        return old.num_features
+    return old.num_groups * old.group_size
+
+
+def _converted(new: type, old: Any, rngs: nnx.Rngs) -> Any:
+    names = set(inspect.signature(new.__init__).parameters) - {"self", "rngs", "num_features"}
+    if "num_groups" in names:
+        names.discard("group_size")  # an attribute that follows from the number
+    given = {name: getattr(old, name) for name in sorted(names) if hasattr(old, name)}
+    given = {name: value for name, value in given.items() if not isinstance(value, nnx.Variable)}
+    module = new(_features(old), **given, rngs=rngs)
+    if type(old).__name__ == new.__name__:
+        for name, value in vars(old).items():
+            if isinstance(value, nnx.Variable):
+                setattr(module, name, value)
+    return module

@@ -1,0 +1,124 @@
+"""Modules that keep population statistics, and transactions of all those of a model.
+
+begin(model)      from here on a call in training merges what it measured into `pending`
+commit(model)     one update with all of it; or settle(model), which makes it the population
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from flax import nnx
+from jax.typing import ArrayLike
+
+from normlab import skin
+from normlab.checks import invalid
+from normlab.population import transaction as transactions
+from normlab.population.cumulative import Estimator
+
+
+class Transaction(nnx.Variable):
+    """The kind of variable that holds a transaction under way."""
+
+
+class Stateful(nnx.Module):
+    """A module with a state: Flax's pair `mean` and `var`, or the one variable `population`."""
+
+    mean: Any
+    var: Any
+    population: Any
+    pending: Any
+    momentum: float
+
+    def kept(self, train: bool) -> tuple[Any, Callable[[Any], None]]:
+        """The state, and how to write it back: the transaction's, in training during one."""
+        if self.pending is not None and train:
+            return self.pending.get_value(), self.pending.set_value
+        return self.statistics()
+
+    def keep(self, state: Any) -> None:
+        """Makes the variable `population`; none for a state that holds nothing."""
+        self.population = nnx.BatchStat(state) if jax.tree.leaves(state) else nnx.data(None)
+
+    def statistics(self) -> tuple[Any, Callable[[Any], None]]:
+        """The state, and how to write it back."""
+        if hasattr(self, "population"):
+            kept = self.population
+            return (
+                (kept.get_value(), kept.set_value) if kept is not None else ((), lambda new: None)
+            )
+        mean, var = self.mean, self.var
+
+        def write(new: Any) -> None:
+            mean.set_value(new.mean.astype(mean.dtype))
+            var.set_value(new.var.astype(var.dtype))
+
+        return skin.average(mean.get_value(), var.get_value(), self.momentum), write
+
+
+def begin(model: nnx.Module) -> None:
+    """Begins a transaction in every norm of a model that keeps running averages.
+
+    Args:
+      model: A model. What is under way already goes on.
+
+    Raises:
+      ValueError: If there is none.
+    """
+    modules = [m for m in _stateful(model) if skin.has_average(m.statistics()[0])]
+    if not modules:
+        raise _nothing("begin", "running averages")
+    for module in modules:
+        if module.pending is None:
+            module.pending = Transaction(transactions.begin(module.statistics()[0]))
+
+
+def commit(model: nnx.Module, ok: ArrayLike = True) -> None:
+    """Ends a transaction: each running average takes one step with all that it saw.
+
+    Args:
+      model: The model.
+      ok: Whether the step may count, a bool or an array `[]`; see `normlab.commit`.
+
+    Raises:
+      ValueError: If there is no transaction.
+    """
+    _end("commit", model, lambda states: transactions.commit(states, ok))
+
+
+def settle(model: nnx.Module, *, estimator: Estimator = "pooled") -> None:
+    """Ends a transaction: what it saw becomes the population, PreciseBN.
+
+    Args:
+      model: The model.
+      estimator: Of which deviations the variance is made; see `normlab.settle`.
+
+    Raises:
+      ValueError: If there is no transaction, or a norm saw no batch.
+    """
+    _end("settle", model, lambda states: transactions.settle(states, estimator=estimator))
+
+
+def _end(where: str, model: nnx.Module, end: Callable[[Any], Any]) -> None:
+    modules = [m for m in _stateful(model) if m.pending is not None]
+    if not modules:
+        raise _nothing(where, "a transaction under way")
+    ended = [skin.stacked(end, module.pending.get_value()) for module in modules]
+    for module, state in zip(modules, ended, strict=True):
+        module.statistics()[1](state)
+        module.pending = nnx.data(None)
+
+
+def _stateful(model: nnx.Module) -> list[Stateful]:
+    return [m for _, m in nnx.iter_modules(model) if isinstance(m, Stateful)]
+
+
+def _nothing(where: str, missing: str) -> ValueError:
+    return invalid(
+        where,
+        f"a model without {missing}",
+        "normlab.nnx.BatchNorm in it",
+        "exchange the norms of flax with swap" if where == "begin" else "call begin(model) first",
+    )

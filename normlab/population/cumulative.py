@@ -1,0 +1,167 @@
+"""All batches pooled into one.
+
+N = Σ n, μ = Σ n·mean / N, and the squared deviations within the batches and between their means,
+each of which the variance may count.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, NamedTuple, get_args
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.typing import DTypeLike
+
+from normlab.checks import check_ddof, invalid, nearest
+from normlab.collective import all_reduce
+from normlab.moments import Moments, merge
+from normlab.population.protocol import BadBatch, check_batch, register, usable
+from normlab.sync import AxisName
+
+Estimator = Literal["pooled", "within"]
+"""Of which deviations a variance over many batches is made.
+
+`"pooled"`: from the mean of all, as if they had been one batch (Wu & Johnson 2021,
+https://arxiv.org/abs/2105.07576). `"within"`: from the mean of their own batch, which is the
+average of the batches' variances (Ioffe & Szegedy 2015, algorithm 2).
+"""
+
+
+class Cumulative(NamedTuple):
+    """All batches pooled into one, each weighted by its count; float32 at least.
+
+    Attributes:
+      count: `[C]`, N, the number of values (or weight) of a channel in all batches.
+      mean: `[C]`, their mean.
+      within: `[C]`, the sum of the squared deviations from the mean of the batch.
+      between: `[C]`, the sum of the squared deviations of the batches' means, times their counts.
+      updates: `[]` int32, the number of batches taken in.
+      skipped: `[]` int32, the number of batches left out: empty, or not finite.
+      ddof: 0 for the variance of the values seen, 1 for the unbiased one; not a leaf.
+      estimator: The `Estimator` of the variance; not a leaf.
+    """
+
+    count: Array  # pyright: ignore[reportIncompatibleMethodOverride]
+    mean: Array
+    within: Array
+    between: Array
+    updates: Array
+    skipped: Array
+    ddof: int = 0
+    estimator: Estimator = "pooled"
+
+    def update(self, m: Moments, *, decay: Any = None, bad_batch: BadBatch = "skip") -> Cumulative:
+        """Takes one batch in. Carries no gradient.
+
+        Args:
+          m: The batch's moments, `C` values in each of mean and m2, in any shape.
+          decay: Must be `None`: every value weighs the same.
+          bad_batch: What becomes of a bad batch.
+
+        Raises:
+          ValueError: For a decay, or an unknown policy.
+          FloatingPointError: For a bad batch with the policy `"raise"`.
+        """
+        if decay is not None:
+            raise invalid(
+                "cumulative statistics",
+                f"decay={decay!r}",
+                "no decay: every value weighs the same",
+                "leave it out, or keep an average that forgets, from init_running",
+            )
+        m = check_batch("cumulative statistics", lax.stop_gradient(m), bad_batch)
+        good = usable(m) | (bad_batch == "propagate")
+        m = Moments(*(jnp.broadcast_to(f, m.mean.shape).reshape(self.mean.shape) for f in m))
+        m = jax.tree.map(lambda f: f.astype(self.mean.dtype), m)
+        means = Moments(self.count, self.mean, self.between)
+        merged = merge(means, m._replace(m2=jnp.zeros_like(m.m2)))
+
+        def keep(new: Array, old: Array) -> Array:
+            return jnp.where(good, new, old).astype(old.dtype)
+
+        return self._replace(
+            count=keep(merged.count, self.count),
+            mean=keep(merged.mean, self.mean),
+            within=keep(self.within + m.m2, self.within),
+            between=keep(merged.m2, self.between),
+            updates=self.updates + good.astype(jnp.int32),
+            skipped=self.skipped + (~good).astype(jnp.int32),
+        )
+
+    def moments(self) -> Moments:
+        """The moments of all values together, fields `[C]`."""
+        return Moments(self.count, self.mean, self.within + self.between)
+
+    def read(self) -> tuple[Array, Array]:
+        """Returns the mean and the variance, `[C]`; 0 and 1 before the first batch.
+
+        The variance is (within + between) / (N − ddof), or with the estimator `"within"`
+        within / (N − ddof·batches).
+        """
+        if self.estimator == "pooled":
+            var = self.moments().var(self.ddof)
+        else:
+            lost = self.ddof * self.updates.astype(self.mean.dtype)
+            var = Moments(self.count - lost, self.mean, self.within).var()
+        return self.mean, jnp.where(self.count > self.ddof, var, 1)
+
+    def pool(self, axis_name: AxisName) -> Cumulative:
+        """Merges with those of the other devices, each weighted by its count."""
+        if self.updates.ndim:  # stacked
+            return jax.vmap(lambda state: state.pool(axis_name))(self)
+        means = all_reduce(Moments(self.count, self.mean, self.between), axis_name)
+        within, updates, skipped = lax.psum((self.within, self.updates, self.skipped), axis_name)
+        return self._replace(
+            count=means.count.reshape(self.count.shape),
+            mean=means.mean,
+            within=within,
+            between=means.m2,
+            updates=updates,
+            skipped=skipped,
+        )
+
+
+register(Cumulative, "ddof", "estimator")
+
+
+def init_cumulative(
+    channels: int,
+    *,
+    ddof: int = 0,
+    estimator: Estimator = "pooled",
+    dtype: DTypeLike = jnp.float32,
+) -> Cumulative:
+    """Returns the statistics of no batch at all.
+
+    Args:
+      channels: `C`.
+      ddof: 0 for the variance of the values seen, 1 for the unbiased one.
+      estimator: Of which deviations the variance is made, an `Estimator`.
+      dtype: The statistics' type, float32 or float64.
+
+    Raises:
+      ValueError: If `ddof` is neither 0 nor 1, or the estimator is unknown.
+
+    >>> from normlab import moments
+    >>> state = init_cumulative(1)
+    >>> for batch in ([[1.0], [3.0]], [[8.0]]):
+    ...     state = state.update(moments(jnp.array(batch), 0))
+    >>> [v.round(3).tolist() for v in state.read()]
+    [[4.0], [8.667000770568848]]
+    """
+    check_ddof("cumulative statistics", ddof)
+    check_estimator("cumulative statistics", estimator)
+    zeros, zero = jnp.zeros(channels, dtype), jnp.zeros((), jnp.int32)
+    return Cumulative(zeros, zeros, zeros, zeros, zero, zero, ddof, estimator)
+
+
+def check_estimator(where: str, estimator: str) -> None:
+    """Raises ValueError unless `estimator` is an `Estimator`."""
+    if estimator not in get_args(Estimator):
+        raise invalid(
+            where,
+            f"estimator={estimator!r}",
+            "the name of an estimator",
+            f"use a known one: {nearest(str(estimator), get_args(Estimator))}",
+        )

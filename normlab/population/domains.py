@@ -1,0 +1,106 @@
+"""Statistics per domain."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.core import Tracer
+from jax.typing import ArrayLike
+
+from normlab.checks import invalid
+from normlab.moments import Moments
+from normlab.population.protocol import BadBatch
+from normlab.sync import AxisName
+
+
+class Domains(NamedTuple):
+    """Statistics per domain: train on several data sets, or on clean and perturbed examples, apart.
+
+    A batch is of one domain, or each of its examples says its own: then the examples of a domain
+    are normalized together, whatever else is in the batch.
+
+    Attributes:
+      of: The statistics of all domains, stacked along a first axis.
+      current: `[]` int32, the domain of the next batch, or `[N]`, of each of its examples;
+        `select_domain` sets it.
+    """
+
+    of: Any
+    current: Array
+
+    @property
+    def domains(self) -> int:
+        """Their number."""
+        return jax.tree.leaves(self.of)[0].shape[0]
+
+    def update(self, m: Moments, *, decay: Any = None, bad_batch: BadBatch = "skip") -> Domains:
+        """Takes a batch of the current domain in; or moments `[domains, ...]`, if there are many.
+
+        A domain of which the batch has no example stays as it was.
+        """
+        if not self.current.ndim:
+            one = jax.tree.map(lambda v: v[self.current], self.of)
+            new = one.update(m, decay=decay, bad_batch=bad_batch)
+            of = jax.tree.map(lambda all_, v: all_.at[self.current].set(v), self.of, new)
+            return self._replace(of=of)
+
+        def each(old: Any, m: Moments) -> Any:
+            new = old.update(m, decay=decay, bad_batch=bad_batch)
+            seen = (m.count > 0).any()
+            return jax.tree.map(lambda v, w: jnp.where(seen, v, w), new, old)
+
+        return self._replace(of=jax.vmap(each)(self.of, m))
+
+    def read(self) -> tuple[Array, Array]:
+        """Returns those of the current domain, `[C]`, or of each example's, `[N, C]`."""
+        mean, var = jax.vmap(lambda s: s.read())(self.of)
+        return mean[self.current], var[self.current]
+
+    def pool(self, axis_name: AxisName) -> Domains:
+        """Merges each domain's."""
+        return self._replace(of=jax.vmap(lambda s: s.pool(axis_name))(self.of))
+
+
+def select_domain(states: Any, domain: ArrayLike) -> Any:
+    """Says of which domain the next batch is, in every `Domains` of a pytree.
+
+    Args:
+      states: A state, or a pytree of them.
+      domain: `[]` or `[N]`, as `current` has it.
+
+    Raises:
+      ValueError: If there is no `Domains`, the shape is another, or a domain is not there.
+    """
+    found = [leaf for leaf in jax.tree.leaves(states, is_leaf=_is_domains) if _is_domains(leaf)]
+    if not found:
+        raise invalid(
+            "select domain",
+            "a tree without domains",
+            "states made with init_domains",
+            'make the norm with population="domains"',
+        )
+    index = jnp.asarray(domain, jnp.int32)
+    for state in found:
+        traced = isinstance(index, Tracer)
+        inside = traced or ((index >= 0) & (index < state.domains)).all()
+        if index.shape != state.current.shape[-index.ndim or state.current.ndim :] or not inside:
+            raise invalid(
+                "select domain",
+                f"domain={domain!r}" if index.ndim == 0 else f"domains of shape {index.shape}",
+                f"shape {state.current.shape}, each from 0 to {state.domains - 1}",
+                "give one number per batch, or with init_domains(..., examples=N) N of them",
+            )
+
+    def one(leaf: Any) -> Any:
+        if not _is_domains(leaf):
+            return leaf
+        return leaf._replace(current=jnp.broadcast_to(index, leaf.current.shape))
+
+    return jax.tree.map(one, states, is_leaf=_is_domains)
+
+
+def _is_domains(leaf: Any) -> bool:
+    return isinstance(leaf, Domains)

@@ -1,0 +1,98 @@
+"""Statistics that no batch changes, with which training normalizes as well."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+from jax import Array
+
+from normlab.checks import invalid
+from normlab.moments import Moments
+from normlab.paths import matches
+from normlab.population.protocol import BadBatch, Population
+from normlab.sync import AxisName
+
+
+class Frozen(NamedTuple):
+    """Statistics that no batch changes, with which training normalizes as well.
+
+    Attributes:
+      of: The statistics.
+    """
+
+    of: Any
+
+    def update(self, m: Moments, *, decay: Any = None, bad_batch: BadBatch = "skip") -> Frozen:
+        """Returns itself."""
+        del m, decay, bad_batch
+        return self
+
+    def read(self) -> tuple[Array, Array]:
+        """Returns those of `of`."""
+        return self.of.read()
+
+    def pool(self, axis_name: AxisName) -> Frozen:
+        """Merges `of`."""
+        return Frozen(self.of.pool(axis_name))
+
+
+def freeze(states: Any, rule: str | Callable[[str], bool] | None = None) -> Any:
+    """Freezes the statistics of a network, or of some of its layers.
+
+    Args:
+      states: A state, or a pytree of states.
+      rule: Which layers: a path, such as `"encoder/block_1/norm"`, a regular expression for the
+        whole of one, or a function of it; `None` for all.
+
+    Raises:
+      ValueError: If nothing matches, with the paths there are.
+
+    >>> from normlab import init_running
+    >>> states = {"stem": init_running(1), "head": init_running(1)}
+    >>> [type(state).__name__ for state in freeze(states, "stem").values()]
+    ['Running', 'Frozen']
+    """
+    return _where("freeze", states, rule, lambda s: s if isinstance(s, Frozen) else Frozen(s))
+
+
+def thaw(states: Any, rule: str | Callable[[str], bool] | None = None) -> Any:
+    """Undoes `freeze`.
+
+    Args:
+      states: A state, or a pytree of states.
+      rule: Which layers, as in `freeze`.
+
+    Raises:
+      ValueError: If nothing matches, with the paths there are.
+    """
+    return _where("thaw", states, rule, lambda s: s.of if isinstance(s, Frozen) else s)
+
+
+def _where(
+    where: str,
+    states: Any,
+    rule: str | Callable[[str], bool] | None,
+    change: Callable[[Any], Any],
+) -> Any:
+    is_leaf = lambda leaf: isinstance(leaf, Population)  # noqa: E731
+    leaves, structure = jax.tree_util.tree_flatten_with_path(states, is_leaf=is_leaf)
+    paths = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves]
+    known = [path for path, (_, leaf) in zip(paths, leaves, strict=True) if is_leaf(leaf)]
+    if isinstance(rule, str):
+        chosen = {path for path, _, _ in matches(where, {rule: None}, known)}
+    else:
+        chosen = {path for path in known if rule is None or rule(path)}
+    if not chosen:
+        raise invalid(
+            where,
+            "a rule that chooses none" if known else "a tree without running statistics",
+            "running statistics to choose",
+            f"choose some of {', '.join(known)}" if known else "pass what batch norm returned",
+        )
+    new = [
+        change(leaf) if path in chosen else leaf
+        for path, (_, leaf) in zip(paths, leaves, strict=True)
+    ]
+    return jax.tree.unflatten(structure, new)

@@ -1,0 +1,103 @@
+"""Populations by name: what batch norm can keep."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from normlab.checks import invalid, nearest
+from normlab.population.cumulative import init_cumulative
+from normlab.population.domains import Domains
+from normlab.population.frozen import Frozen
+from normlab.population.renorm import init_renorm
+from normlab.population.running import init_running
+
+
+def init_domains(
+    channels: int,
+    *,
+    domains: int = 2,
+    examples: int | None = None,
+    population: str | Callable[..., Any] = "debiased",
+    dtype: DTypeLike = jnp.float32,
+    **options: Any,
+) -> Domains:
+    """Returns the initial statistics of every domain; domain 0 is current.
+
+    Args:
+      channels: `C`.
+      domains: Their number.
+      examples: N, if each example of a batch says its own domain; `None` for one per batch.
+      population: What is kept of each, as in `init_population`.
+      dtype: The statistics' type, float32 or float64.
+      **options: Those of that population.
+    """
+    if domains < 1:
+        raise invalid("domains", f"domains={domains}", "at least 1", "count the domains")
+    one = init_population(population, channels, dtype=dtype, **options)
+    of = jax.tree.map(lambda v: jnp.broadcast_to(v, (domains, *v.shape)), one)
+    return Domains(of, jnp.zeros(() if examples is None else (examples,), jnp.int32))
+
+
+def _frozen(channels: int, *, population: str = "debiased", **options: Any) -> Frozen:
+    return Frozen(init_population(population, channels, **options))
+
+
+def _batch(channels: int, *, dtype: DTypeLike = jnp.float32) -> tuple[()]:
+    del channels, dtype
+    return ()
+
+
+POPULATIONS: dict[str, Callable[..., Any]] = {
+    "debiased": init_running,
+    "ema": functools.partial(init_running, debias=False),
+    "cumulative": init_cumulative,
+    "renorm": init_renorm,
+    "domains": init_domains,
+    "frozen": _frozen,
+    "batch": _batch,
+}
+"""What batch norm can keep, by name, each with the function that makes it for `C` channels."""
+
+
+def init_population(population: str | Callable[..., Any], channels: int, **options: Any) -> Any:
+    """Returns the initial state of batch norm for a name.
+
+    Args:
+      population: `"debiased"` and `"ema"` (`init_running`, without and with a bias towards 0 and
+        1), `"cumulative"` (`init_cumulative`), `"renorm"` (`init_renorm`), `"domains"`
+        (`init_domains`), `"frozen"` (`Frozen`), `"batch"` (nothing is kept: inference
+        normalizes with its own batch); or a function of the channels.
+      channels: `C`.
+      **options: Those of the function it stands for.
+
+    Raises:
+      ValueError: For an unknown name or option, with the nearest.
+
+    >>> init_population("cumulative", 3).read()[1].tolist()
+    [1.0, 1.0, 1.0]
+    """
+    if not callable(population):
+        make = require(population)
+        known = inspect.signature(make).parameters
+        for option in options:
+            if option not in known and "options" not in known:  # those that hold another pass it on
+                raise ValueError(
+                    f"population {population!r}: unknown option {option!r}: "
+                    f"{nearest(option, [name for name in known if name != 'channels'])}"
+                )
+        population = make
+    return population(channels, **options)
+
+
+def require(name: str) -> Callable[..., Any]:
+    """Returns what makes the population of that name; raises ValueError for an unknown one."""
+    if name not in POPULATIONS:
+        raise ValueError(f"unknown population {name!r}: {nearest(str(name), POPULATIONS)}")
+    return POPULATIONS[name]

@@ -1,0 +1,117 @@
+"""What every population is, and what becomes of a batch that cannot be used."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, Literal, Protocol, Self, get_args, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+
+from normlab.checks import invalid, nearest
+from normlab.moments import Moments
+from normlab.sync import AxisName
+
+BadBatch = Literal["skip", "propagate", "raise"]
+"""What becomes of a batch that is empty, fully masked, or holds a NaN or an Inf.
+
+`"skip"`: the running statistics stay as they were, and `skipped` counts it. `"propagate"`: the
+batch is taken in as it is, and an empty one as NaN. `"raise"`: as skip, with an error; under `jit`
+JAX raises it, as a `JaxRuntimeError`, once the batch has been computed.
+"""
+
+
+@runtime_checkable
+class Population(Protocol):
+    """A state of batch norm: a pytree that takes batches in and says what inference uses.
+
+    Any NamedTuple with these methods is one. What it keeps keeps its structure, shapes and types.
+    """
+
+    def update(self, m: Moments, *, decay: Any = None, bad_batch: BadBatch = "skip") -> Self:
+        """Takes one batch in. Carries no gradient.
+
+        Args:
+          m: The batch's moments, `C` values in each of mean and m2, in any shape.
+          decay: The weight of the old value, if it is not the state's own.
+          bad_batch: What becomes of a bad batch: one that is empty (or has no more than `ddof`
+            values), or whose statistics are not finite.
+        """
+        ...
+
+    def read(self) -> tuple[Array, Array]:
+        """Returns the mean and the variance that inference normalizes with, `[C]`."""
+        ...
+
+    def pool(self, axis_name: AxisName) -> Self:
+        """Merges with those of the other devices along a named axis."""
+        ...
+
+
+def register(cls: type, *settings: str) -> None:
+    """Makes the `settings` of a NamedTuple static, the other fields its pytree's leaves."""
+    fields: tuple[str, ...] = getattr(cls, "_fields")  # noqa: B009
+    arrays = [name for name in fields if name not in settings]
+
+    def flatten(state: Any) -> tuple[Any, Any]:
+        return [getattr(state, name) for name in arrays], tuple(
+            getattr(state, name) for name in settings
+        )
+
+    def flatten_with_keys(state: Any) -> tuple[Any, Any]:
+        leaves, static = flatten(state)
+        return list(zip(map(jax.tree_util.GetAttrKey, arrays), leaves, strict=True)), static
+
+    def unflatten(static: Any, leaves: Any) -> Any:
+        return cls(**dict(zip((*arrays, *settings), (*leaves, *static), strict=True)))
+
+    jax.tree_util.register_pytree_with_keys(cls, flatten_with_keys, unflatten, flatten)
+
+
+def usable(m: Moments, ddof: int = 0) -> Array:
+    """Whether there is a value (more than `ddof`) in every channel, and all are finite."""
+    finite = jnp.isfinite(m.mean).all() & jnp.isfinite(m.var(ddof)).all()
+    return (m.count > ddof).all() & finite
+
+
+def check_batch(where: str, m: Moments, bad_batch: BadBatch, ddof: int = 0) -> Moments:
+    """Returns the moments of a batch as the policy has them, or says that they are bad.
+
+    Args:
+      where: The caller, for the error.
+      m: The batch's moments.
+      bad_batch: `"propagate"` makes the moments of an empty batch NaN, `"raise"` raises.
+      ddof: A batch of no more than this many values has no variance.
+    """
+    if bad_batch not in get_args(BadBatch):
+        raise invalid(
+            where,
+            f"bad_batch={bad_batch!r}",
+            "the name of a policy",
+            f"use a known one: {nearest(str(bad_batch), get_args(BadBatch))}",
+        )
+    if bad_batch == "propagate":
+        seen = m.count > ddof
+        return m._replace(mean=jnp.where(seen, m.mean, jnp.nan), m2=jnp.where(seen, m.m2, jnp.nan))
+    if bad_batch == "raise":
+        check = functools.partial(_raise_if_bad, where, ddof)
+        jax.debug.callback(check, *lax.stop_gradient(m))
+    return m
+
+
+def _raise_if_bad(where: str, ddof: int, *m: Array) -> None:
+    count, mean, m2 = map(np.asarray, m)
+    if not (count > ddof).all():
+        given = f"a batch with {count.min():g} values (or weight) per channel"
+        expected = f"more than {ddof}"
+    elif not (np.isfinite(mean).all() and np.isfinite(m2).all()):
+        bad = np.flatnonzero(~(np.isfinite(mean) & np.isfinite(m2)))
+        given = f"a batch with a NaN or an Inf in {bad.size} of {mean.size} channels, "
+        given += f"the first of them {bad[0]}"
+        expected = "finite values"
+    else:
+        return
+    change = 'give these examples the weight 0, or pass bad_batch="skip"'
+    raise FloatingPointError(str(invalid(where, given, expected, change)))

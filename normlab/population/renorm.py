@@ -1,0 +1,139 @@
+"""Batch renormalization: training normalizes as inference does, within limits."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+from jax.core import Tracer
+from jax.typing import ArrayLike, DTypeLike
+
+from normlab.checks import invalid
+from normlab.moments import Moments
+from normlab.population.protocol import BadBatch
+from normlab.population.running import init_running
+from normlab.sync import AxisName
+
+
+class Renorm(NamedTuple):
+    """Batch renormalization (Ioffe 2017, https://arxiv.org/abs/1702.03275).
+
+    Training normalizes by the statistics of the batch, corrected towards the running ones:
+
+        h = g · ((a − μ_B)/σ_B · r + d) + b      r = clip(σ_B/σ, 1/r_max, r_max)
+                                                 d = clip((μ_B − μ)/σ, −d_max, d_max)
+
+    r and d carry no gradient. With r = 1, d = 0, until `begin` and before the first update, this is
+    batch norm. From there the limits grow linearly with the number of updates, r_max from 1 until
+    `r_end`, d_max from 0 until `d_end`. Another schedule is `state._replace(r_max=...)`.
+
+    Attributes:
+      running: The running statistics, μ and σ² = var + ε.
+      r_max: `[]`, the last limit of r, at least 1.
+      d_max: `[]`, the last limit of d, at least 0.
+      begin: `[]` int32, the number of updates up to which this is batch norm.
+      r_end: `[]` int32, that from which on r_max holds.
+      d_end: `[]` int32, that from which on d_max holds.
+    """
+
+    running: Any
+    r_max: Array
+    d_max: Array
+    begin: Array
+    r_end: Array
+    d_end: Array
+
+    def update(self, m: Moments, *, decay: Any = None, bad_batch: BadBatch = "skip") -> Renorm:
+        """Takes the batch into the running statistics."""
+        return self._replace(running=self.running.update(m, decay=decay, bad_batch=bad_batch))
+
+    def read(self) -> tuple[Array, Array]:
+        """Returns those of `running`."""
+        return self.running.read()
+
+    def pool(self, axis_name: AxisName) -> Renorm:
+        """Merges `running`."""
+        return self._replace(running=self.running.pool(axis_name))
+
+    def limits(self) -> tuple[Array, Array]:
+        """The limits of r and of d that hold now."""
+        r = 1 + (self.r_max - 1) * self._grown(self.r_end)
+        return r, self.d_max * self._grown(self.d_end)
+
+    def _grown(self, end: Array) -> Array:
+        since = (self.running.updates - self.begin).astype(self.r_max.dtype)
+        span = jnp.maximum(end - self.begin, 1).astype(self.r_max.dtype)
+        return jnp.clip(since / span, 0, 1)
+
+    def correct(self, mu: Array, sigma: Array, eps: float, like: Any) -> tuple[Array, Array]:
+        """Returns the shift μ_B − d·σ_B/r and the scale σ_B/r.
+
+        Args:
+          mu: μ_B, broadcastable to the input.
+          sigma: σ_B, the same.
+          eps: ε.
+          like: Puts `C` values along the channels of the input.
+        """
+        mean, var = (like(lax.stop_gradient(v)) for v in self.read())
+        r_max, d_max = self.limits()
+        known = self.running.updates > 0
+        old = jnp.sqrt(var + eps)
+        new_mu, new_sigma = lax.stop_gradient((mu, sigma))
+        r = jnp.where(known, jnp.clip(new_sigma / old, 1 / r_max, r_max), 1)
+        d = jnp.where(known, jnp.clip((new_mu - mean) / old, -d_max, d_max), 0)
+        scale = sigma / r
+        # Where nothing was measured σ is infinite, and there is nothing to correct.
+        return mu - d * jnp.where(jnp.isfinite(scale), scale, 0), scale
+
+
+def init_renorm(
+    channels: int,
+    *,
+    r_max: ArrayLike = 3.0,
+    d_max: ArrayLike = 5.0,
+    begin: int = 5000,
+    r_end: int = 40000,
+    d_end: int = 25000,
+    decay: float = 0.9,
+    ddof: int = 0,
+    debias: bool = True,
+    dtype: DTypeLike = jnp.float32,
+) -> Renorm:
+    """Returns the state of batch renormalization; its defaults are the paper's limits.
+
+    Args:
+      channels: `C`.
+      r_max: The last limit of r, at least 1.
+      d_max: The last limit of d, at least 0.
+      begin: The number of updates up to which this is batch norm.
+      r_end: That from which on `r_max` holds.
+      d_end: That from which on `d_max` holds.
+      decay: As in `init_running`.
+      ddof: As in `init_running`.
+      debias: As in `init_running`.
+      dtype: The statistics' type, float32 or float64.
+
+    Raises:
+      ValueError: If r_max < 1, d_max < 0, or a limit's end comes before `begin`.
+    """
+    where = "batch renorm"
+    known = not any(isinstance(v, Tracer) for v in (r_max, d_max))
+    if known and not (np.all(np.asarray(r_max) >= 1) and np.all(np.asarray(d_max) >= 0)):
+        raise invalid(
+            where,
+            f"r_max={r_max} and d_max={d_max}",
+            "r_max of at least 1 and d_max of at least 0",
+            "use 1 and 0 for batch norm, 3 and 5 as in the paper",
+        )
+    if not 0 <= begin <= min(r_end, d_end):
+        raise invalid(
+            where,
+            f"begin={begin}, r_end={r_end}, d_end={d_end}",
+            "0 <= begin <= r_end and d_end, in updates",
+            "let the limits grow after begin",
+        )
+    running = init_running(channels, decay=decay, ddof=ddof, debias=debias, dtype=dtype)
+    limits = (jnp.asarray(v, dtype) for v in (r_max, d_max))
+    return Renorm(running, *limits, *(jnp.int32(v) for v in (begin, r_end, d_end)))

@@ -1,0 +1,179 @@
+"""The exponential moving average of the batches' means and variances.
+
+It knows its own mass, which makes it exact from the first update on (no bias towards its initial
+value):
+
+    mass  ← decay·mass + (1 − decay)          rate = (1 − decay) / mass
+    mean  ← mean + rate·(batch mean − mean)   var ← var + rate·(batch var − var)
+
+From mass 0 this is the debiased average of Adam; from mass 1 the rate stays 1 − decay, which is
+the plain average that starts at mean 0 and variance 1.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.core import Tracer
+from jax.typing import DTypeLike
+
+from normlab.checks import check_ddof, check_decay, invalid
+from normlab.collective import all_reduce
+from normlab.moments import Moments
+from normlab.population.protocol import BadBatch, check_batch, register, usable
+from normlab.sync import AxisName
+
+
+class Running(NamedTuple):
+    """The exponential moving average of the batches' means and variances, float32 at least.
+
+    Attributes:
+      mean: `[C]`, the running mean.
+      var: `[C]`, the running variance, of which `ddof` is that of the updates.
+      mass: `[]`, the sum of the weights of all updates: 0 before the first, towards 1.
+      count: `[]`, the number of values (or weight) of a channel in a batch, averaged as the mean
+        is, from the first update on; 0 if it is not known.
+      updates: `[]` int32, the number of batches taken in.
+      skipped: `[]` int32, the number of batches left out: empty, or not finite.
+      decay: The weight of the old value in an update that names no other; not a leaf.
+      ddof: 0 for the variance that normalized the batch, 1 for the unbiased one; not a leaf.
+    """
+
+    mean: Array
+    var: Array
+    mass: Array
+    count: Array  # pyright: ignore[reportIncompatibleMethodOverride]
+    updates: Array
+    skipped: Array
+    decay: float = 0.9
+    ddof: int = 0
+
+    def update(self, m: Moments, *, decay: Any = None, bad_batch: BadBatch = "skip") -> Running:
+        """Takes one batch in. Carries no gradient.
+
+        Args:
+          m: The batch's moments, `C` values in each of mean and m2, in any shape.
+          decay: The weight of the old value, in [0, 1], may be traced; `None` for the state's.
+          bad_batch: What becomes of a bad batch.
+
+        Raises:
+          ValueError: If `decay` is outside [0, 1), or the policy is unknown.
+          FloatingPointError: For a bad batch with the policy `"raise"`.
+        """
+        decay = self.decay if decay is None else decay
+        check_decay("running statistics", decay)
+        m = check_batch("running statistics", lax.stop_gradient(m), bad_batch, self.ddof)
+        mean = m.mean.reshape(self.mean.shape).astype(self.mean.dtype)
+        var = m.var(self.ddof).reshape(self.var.shape).astype(self.var.dtype)
+        mass = decay * self.mass + (1 - decay)
+        rate = (1 - decay) / jnp.where(mass > 0, mass, 1)
+        count = m.count.mean().astype(self.count.dtype)
+        known = jnp.where(self.count > 0, rate, 1)
+        good = usable(m, self.ddof) | (bad_batch == "propagate")
+
+        def keep(new: Array, old: Array) -> Array:
+            return jnp.where(good, new, old).astype(old.dtype)
+
+        return self._replace(
+            mean=keep(self.mean + rate * (mean - self.mean), self.mean),
+            var=keep(self.var + rate * (var - self.var), self.var),
+            mass=keep(mass, self.mass),
+            count=keep(self.count + known * (count - self.count), self.count),
+            updates=self.updates + good.astype(jnp.int32),
+            skipped=self.skipped + (~good).astype(jnp.int32),
+        )
+
+    def read(self) -> tuple[Array, Array]:
+        """Returns `(mean, var)`, `[C]`."""
+        return self.mean, self.var
+
+    def pool(self, axis_name: AxisName) -> Running:
+        """Merges with those of the other devices, each of which weighs as much as its mass.
+
+        The variance between the devices' means is part of the result; averaging the variances
+        would lose it. `updates` and `skipped` are the largest of any device.
+        """
+        if self.mass.ndim:  # stacked
+            return jax.vmap(lambda state: state.pool(axis_name))(self)
+        m = all_reduce(Moments(self.mass, self.mean, self.mass * self.var), axis_name)
+        seen = m.count > 0
+        return self._replace(
+            mean=jnp.where(seen, m.mean, lax.pmean(self.mean, axis_name)),
+            var=jnp.where(seen, m.var(), lax.pmean(self.var, axis_name)),
+            mass=lax.pmean(self.mass, axis_name),
+            count=lax.pmean(self.count, axis_name),
+            updates=lax.pmax(self.updates, axis_name),
+            skipped=lax.pmax(self.skipped, axis_name),
+        )
+
+
+register(Running, "decay", "ddof")
+
+
+def init_running(
+    channels: int,
+    *,
+    decay: float = 0.9,
+    ddof: int = 0,
+    debias: bool = True,
+    dtype: DTypeLike = jnp.float32,
+) -> Running:
+    """Returns running statistics with mean 0 and variance 1.
+
+    Args:
+      channels: `C`.
+      decay: The weight of the old value in an update, in [0, 1).
+      ddof: 0 averages the variance that normalized the batch, 1 the unbiased one, for which
+        weights are counts.
+      debias: Whether the initial values are to weigh nothing (the default) or as much as a batch
+        seen forever ago, as in most libraries.
+      dtype: The statistics' type, float32 or float64.
+
+    Raises:
+      ValueError: If `decay` is outside [0, 1), or `ddof` neither 0 nor 1.
+    """
+    check_decay("running statistics", decay)
+    check_ddof("running statistics", ddof)
+    return Running(
+        mean=jnp.zeros(channels, dtype),
+        var=jnp.ones(channels, dtype),
+        mass=jnp.full((), 0 if debias else 1, dtype),
+        count=jnp.zeros((), dtype),
+        updates=jnp.zeros((), jnp.int32),
+        skipped=jnp.zeros((), jnp.int32),
+        decay=decay,
+        ddof=ddof,
+    )
+
+
+def change_ddof(state: Running, ddof: int, *, count: float | None = None) -> Running:
+    """Returns the state with its variance biased (`ddof=0`) or unbiased (`ddof=1`).
+
+    var ← var · (n − old ddof) / (n − ddof) with n values of a channel in a batch; exact if all
+    batches had as many.
+
+    Args:
+      state: The state.
+      ddof: 0 or 1.
+      count: n; `None` for the average of the state's own updates.
+
+    Raises:
+      ValueError: If n is not known, or not above 1.
+
+    >>> state = init_running(1)._replace(var=jnp.array([3.0]))
+    >>> change_ddof(state, 1, count=4).var.tolist()
+    [4.0]
+    """
+    check_ddof("change ddof", ddof)
+    n = jnp.asarray(state.count if count is None else count, state.var.dtype)
+    if not isinstance(n, Tracer) and not n > 1:
+        raise invalid(
+            "change ddof",
+            f"{n:g} values of a channel in a batch",
+            "more than 1: the variances differ by the factor n / (n - 1)",
+            "pass count=, the examples of a batch times the positions of each",
+        )
+    return state._replace(var=state.var * (n - state.ddof) / (n - ddof), ddof=ddof)

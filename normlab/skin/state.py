@@ -1,0 +1,100 @@
+"""The state of a Flax batch norm: its arguments, and its pair of running statistics."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from normlab.checks import invalid, promote
+from normlab.delayed import delay
+from normlab.population.names import init_population
+from normlab.population.protocol import Population
+from normlab.population.running import Running
+from normlab.population.transaction import Pending
+from normlab.sync import as_sync
+
+
+def check_momentum(where: str, momentum: float) -> float:
+    """Returns Flax's momentum as a decay; raises ValueError unless it is in [0, 1)."""
+    if not 0 <= momentum < 1:
+        raise invalid(
+            where,
+            f"momentum={momentum!r}",
+            "a number in [0, 1), the weight of the old value",
+            'pass for example momentum=0.9, or, for statistics that stay, population="frozen"',
+        )
+    return float(momentum)
+
+
+def is_training(where: str, *use_running_average: bool | None) -> bool:
+    """Whether the first that is given says so; raises ValueError if none is."""
+    for given in use_running_average:
+        if given is not None:
+            return not given
+    raise invalid(
+        where,
+        "no use_running_average",
+        "True or False",
+        "pass it to the module or to the call, or call model.train() or model.eval()",
+    )
+
+
+def has_average(state: Any) -> bool:
+    """Whether a state holds something that batches update."""
+    leaves = jax.tree.leaves(state, is_leaf=lambda s: isinstance(s, Population))
+    return any(isinstance(leaf, Population) for leaf in leaves)
+
+
+def population(
+    name: str | Callable[[int], Any], features: int, *, decay: float, axis_name: Any
+) -> Any:
+    """The initial state of a batch norm, with the decay if that kind has one.
+
+    Args:
+      name: As in `init_population`.
+      features: Their number.
+      decay: The weight of the old value.
+      axis_name: What the batch is one over; with `Sync(every=...)` the state is a `Delayed`.
+    """
+    options = {} if callable(name) or name in ("cumulative", "batch") else {"decay": decay}
+    with jax.ensure_compile_time_eval():  # a module asks anew each time it is traced
+        state = init_population(name, features, **options)
+        return delay(state) if as_sync(axis_name).every else state
+
+
+def check_whole(where: str, axis_name: Any) -> None:
+    """Raises ValueError where `mean` and `var` alone cannot hold the state."""
+    if as_sync(axis_name).every:
+        raise invalid(
+            where,
+            f"axis_name={axis_name} with population='ema'",
+            "a population that keeps more than mean and var: those of other devices",
+            'pass population="debiased"',
+        )
+
+
+def stacked(end: Callable[[Any], Any], states: Any) -> Any:
+    """`end(states)`, for each of the layers that a lifted transformation has stacked."""
+    found = jax.tree.leaves(states, is_leaf=lambda s: isinstance(s, Pending))
+    depth = max((s.broken.ndim for s in found if isinstance(s, Pending)), default=0)
+    for _ in range(depth):
+        end = jax.vmap(end)
+    return end(states)
+
+
+def average(mean: Array, var: Array, decay: float) -> Running:
+    """Flax's pair of running statistics as a `Running`: biased towards mean 0 and variance 1.
+
+    Args:
+      mean: `[..., C]`.
+      var: `[..., C]`.
+      decay: The weight of the old value.
+    """
+    zero = jnp.zeros(mean.shape[:-1], jnp.int32)
+    mean, var = promote(mean), promote(var)
+    one = jnp.ones(zero.shape, mean.dtype)
+    return Running(mean, var, one, 0 * one, zero, zero, decay=decay, ddof=0)

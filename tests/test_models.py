@@ -1,0 +1,473 @@
+"""The networks of the experiments: every norm in every network, and each network by hand."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax.traverse_util import flatten_dict
+
+import normlab as nl
+from experiments import models
+from experiments.data import Dataset
+from experiments.models.layers import choose
+from experiments.models.resnet import shortcut
+from experiments.trainer import AXIS, FORMS, DeviceData, Trainer
+from tests.helpers import draw, gap
+
+CLASSES = 3
+SIZES = {
+    "mlp": {"widths": (4,)},
+    "conv": {"widths": (4,)},
+    "vgg": {"widths": (4,), "depth": 2},
+    "nin": {"widths": ((4, 4),)},
+    "resnet20": {"widths": (4,), "n": 1},
+    "lstm": {"widths": (4,)},
+    "gru": {"widths": (4,)},
+    "vit": {"width": 8, "depth": 1, "heads": 2},
+}
+"""Of every kind of network, one that is small enough to be compiled with each norm."""
+
+FLAT = ("mlp", "lstm", "gru")
+"""Those whose activations have no positions, which instance norm needs."""
+
+ON_W = ("weight", "weight_standardization", "cosine", "centred_cosine")
+IMAGES = draw(0, 4, 8, 8, 1).astype(np.float32)
+LABELS = np.array([0, 1, 2, 0])
+
+
+def norm(name: str, **options) -> nl.Norm:
+    return nl.get(name, **{"group": {"groups": 2}}.get(name, {}), **options)
+
+
+def make(model: str, name: str = "batch", **options):
+    return models.build(model, norm(name), CLASSES, **{**SIZES.get(model, {}), **options})
+
+
+FAST = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+if jax.__version_info__ < (0, 11):  # later it is gone
+    FAST["xla_cpu_use_fusion_emitters"] = False
+
+
+def compiled(f):
+    """Compiles `f` in a quarter of the time, for a program that runs but once."""
+    return jax.jit(f, compiler_options=FAST)
+
+
+def random(network, x, scale: float = 1.0):
+    """Random parameters, drawn without compiling anything."""
+    made = jax.eval_shape(lambda: network.init(jax.random.key(0), x, train=False)["params"])
+    rng = np.random.default_rng(1)
+    return jax.tree.map(lambda v: array(scale * rng.normal(size=v.shape)), made)
+
+
+def variables(network, x=IMAGES):
+    """Random parameters, and the initial states of the norms."""
+    made = compiled(lambda: models.split(network.init(jax.random.key(0), x, train=False))[1])
+    return random(network, x), made()
+
+
+def leaves(params) -> list[tuple[tuple[str, ...], Any]]:
+    return list(flatten_dict(params).items())
+
+
+def array(v):
+    return jnp.asarray(v, jnp.float32)
+
+
+def apply(network, params, state, x, *, train, mutable=(models.STATE,)):
+    return network.apply(
+        {"params": params, models.STATE: state}, x, train=train, mutable=list(mutable)
+    )
+
+
+@pytest.fixture(autouse=True)
+def plain_convolutions(monkeypatch):
+    """XLA's own convolution: slower to run, much faster to compile, the same numbers."""
+    monkeypatch.setattr(models.MatmulConv, "__call__", nl.Conv.__call__)
+
+
+class TestEveryNorm:
+    @pytest.mark.parametrize("name", nl.names())
+    @pytest.mark.parametrize("model", SIZES)
+    def test_two_steps_under_every_norm_bring_the_loss_down(self, model, name):
+        if name == "instance" and model in FLAT:
+            with pytest.raises(ValueError, match="with positions between examples and channels"):
+                jax.eval_shape(
+                    lambda: make(model, name).init(jax.random.key(0), IMAGES, train=True)
+                )
+            return
+        network = make(model, name)
+
+        def loss(params, state):
+            logits, changed = apply(network, params, state, IMAGES, train=True)
+            losses = optax.softmax_cross_entropy_with_integer_labels(logits, LABELS)
+            return losses.mean(), changed.get(models.STATE, state)
+
+        def step(carry, _):
+            (value, state), grads = jax.value_and_grad(loss, has_aux=True)(*carry)
+            length = jnp.sqrt(sum(jnp.square(g).sum() for g in jax.tree.leaves(grads)))
+            params = jax.tree.map(lambda v, g: v - 0.003 * g / length, carry[0], grads)
+            return (params, state), value
+
+        def train(kernels):
+            start = models.split(models.complete(network, kernels, IMAGES))
+            return start, *jax.lax.scan(step, start, length=2)
+
+        start, end, losses = compiled(train)(random(network, IMAGES, scale=0.5))
+        assert losses[1] < losses[0]
+        moved = flatten_dict(jax.tree.map(lambda a, b: (a != b).any(), start[0], end[0]))
+        assert [path for path in moved if path[-1] == "kernel" and not moved[path]] == []
+        assert all(np.isfinite(v).all() for v in jax.tree.leaves(end))
+        assert jax.tree.structure(start) == jax.tree.structure(end)
+        states = jax.tree.leaves(end[1], is_leaf=lambda v: isinstance(v, nl.Running))
+        assert bool(states) == (name == "batch")
+        assert all((state.updates == 2).all() for state in states)
+
+
+class TestEveryModel:
+    @pytest.mark.parametrize(
+        ("model", "millions"),
+        [
+            *(("resnet20", 0.27), ("resnet32", 0.46), ("resnet56", 0.85), ("resnet110", 1.7)),
+            *(("nin", 0.97), ("vgg", 4.66)),
+        ],
+    )
+    def test_the_sizes_are_those_of_the_papers(self, model, millions):
+        network = models.build(model, norm("batch"), 10)
+        image = np.zeros((1, 32, 32, 3), np.float32)
+        params = jax.eval_shape(lambda: network.init(jax.random.key(0), image, train=False))
+        count = sum(v.size for v in jax.tree.leaves(params["params"]))
+        assert f"{count / 1e6:.{len(str(millions)) - 2}f}" == str(millions)
+
+    @pytest.mark.parametrize("model", models.MODELS)
+    def test_the_layers_that_carry_a_norm_are_those_that_are_named(self, model):
+        network = make(model, where=lambda name: True)
+        made = jax.eval_shape(lambda: network.init(jax.random.key(0), IMAGES, train=False))
+        carrying = {
+            "/".join(path[:-1])
+            for path, affine in leaves(made["params"])
+            if path[-1] == "norm" and affine.g is not None
+        }
+        assert carrying == set(network.layers)
+
+    def test_resnets_have_6n_plus_2_layers(self):
+        for depth in (20, 32, 56, 110):
+            network = models.build(f"resnet{depth}", norm("batch"), 10)
+            assert len(network.layers) + 1 == depth
+
+    def test_a_shortcut_takes_every_other_position_and_pads_channels_with_zeros(self):
+        x = array(draw(0, 2, 4, 5, 3))
+        y = shortcut(x, 2, 5)
+        assert y.shape == (2, 2, 3, 5)
+        assert (y[..., :3] == x[:, ::2, ::2]).all()
+        assert (y[..., 3:] == 0).all()
+
+
+class TestPlacement:
+    def batch(self, a, params):
+        return nl.batch_norm(a, params, nl.init_running(a.shape[-1]), train=True)[0]
+
+    @pytest.mark.parametrize("placement", ["before", "after"])
+    def test_the_norm_stands_before_the_activation_or_after_it(self, placement):
+        network = make("mlp", placement=placement)
+        params, state = variables(network)
+        layer, last = params["Normed_0"], params["Dense_0"]
+        a = IMAGES.reshape(4, -1) @ layer["kernel"]
+        if placement == "before":
+            h = jax.nn.sigmoid(self.batch(a, layer["norm"]))
+        else:
+            h = self.batch(jax.nn.sigmoid(a + layer["bias"]), layer["norm"])
+        got, _ = apply(network, params, state, IMAGES, train=True)
+        assert gap(got, h @ last["kernel"] + last["bias"]) < 1e-6
+
+    @pytest.mark.parametrize("placement", ["before", "after"])
+    def test_a_residual_block_adds_its_shortcut_in_front_of_the_activation(self, placement):
+        network = make("resnet20", placement=placement)
+        params, state = variables(network)
+
+        def layer(name, x, added: Any = 0.0):
+            p = params[name]
+            a = nl.Conv()(x, p["kernel"])
+            if placement == "before":
+                return jax.nn.relu(self.batch(a, p["norm"]) + added)
+            return self.batch(jax.nn.relu(a + p["bias"] + added), p["norm"])
+
+        x = layer("stem", IMAGES)
+        x = layer("stage0_block0_conv1", layer("stage0_block0_conv0", x), x)
+        got, _ = apply(network, params, state, IMAGES, train=True)
+        want = x.mean((1, 2)) @ params["Dense_0"]["kernel"] + params["Dense_0"]["bias"]
+        assert gap(got, want) < 1e-5
+
+    @pytest.mark.parametrize("placement", ["before", "after"])
+    def test_a_transformer_is_pre_norm_or_post_norm(self, placement):
+        network = make("vit", "layer", placement=placement)
+        params, state = variables(network)
+        norms = {
+            name: functools.partial(nl.layer_norm, params=params[name]["norm"])
+            for name in network.carriers()
+        }
+
+        def dense(name, x):
+            p = params[name]
+            b = p["norm"].b if "norm" in p else p["bias"]
+            return x @ p["kernel"] + b
+
+        def attention(x):
+            q, k, v = np.split(np.asarray(dense("block0_qkv", x)), 3, -1)
+            q, k, v = (m.reshape(4, 5, 2, 4).swapaxes(1, 2) for m in (q, k, v))
+            h = jax.nn.softmax(q @ k.swapaxes(-1, -2) / 2, -1) @ v
+            return dense("block0_out", h.swapaxes(1, 2).reshape(4, 5, 8))
+
+        def mlp(x):
+            return dense("block0_down", jax.nn.gelu(dense("block0_up", x)))
+
+        patches = [IMAGES[:, i : i + 4, j : j + 4].reshape(4, 16) for i in (0, 4) for j in (0, 4)]
+        x = dense("embed", np.stack(patches, 1))
+        first = jnp.broadcast_to(params["first"], (4, 1, 8))
+        x = jnp.concatenate([first, x], 1) + params["positions"]
+        for name, f in (("block0_norm0", attention), ("block0_norm1", mlp)):
+            x = x + f(norms[name](x)) if placement == "before" else norms[name](x + f(x))
+        if placement == "before":
+            x = norms["last_norm"](x)
+        got, _ = apply(network, params, state, IMAGES, train=False)
+        assert gap(got, dense("Dense_0", x[:, 0])) < 1e-5
+
+    @pytest.mark.parametrize("name", ON_W)
+    def test_a_norm_that_looks_at_w_has_no_place_after_the_activation(self, name):
+        for model, where in (("mlp", "Normed_0"), ("vit", "linear layer")):
+            network = make(model, name, placement="after")
+            with pytest.raises(ValueError, match=rf"{where}.*use placement=\"before\""):
+                jax.eval_shape(lambda: network.init(jax.random.key(0), IMAGES, train=True))  # noqa: B023
+
+    def test_norms_of_weights_stand_in_the_linear_layers_of_a_transformer(self):
+        def carriers(name):
+            return sorted(make("vit", name).carriers())
+
+        assert carriers("layer") == ["block0_norm0", "block0_norm1", "last_norm"]
+        linear = ["block0_down", "block0_out", "block0_qkv", "block0_up"]
+        assert all(carriers(name) == linear for name in ON_W)
+
+    def test_other_placements_are_refused(self):
+        with pytest.raises(
+            ValueError, match="got placement='behind'; expected 'before' or 'after'"
+        ):
+            make("mlp", placement="behind").carriers()
+        with pytest.raises(ValueError, match="gate's sigmoid sees the sum of two"):
+            make("lstm", placement="after").carriers()
+
+
+class TestWhere:
+    def test_an_expression_names_or_a_predicate_choose_the_same_layers(self):
+        layers = make("resnet20", n=2).layers
+        names = ("stem", "stage0_block0_conv0", "stage0_block1_conv0")
+        for where in ("stem|.*conv0", names, lambda name: name.endswith(("stem", "conv0"))):
+            assert choose("resnet20", where, layers) == names
+
+    def test_layers_that_are_not_chosen_have_a_bias_instead(self):
+        network = make("mlp", widths=(4, 4), where="Normed_1")
+        made = jax.eval_shape(lambda: network.init(jax.random.key(0), IMAGES, train=False))
+        params, state = models.split(made)
+        assert params["Normed_0"]["norm"].g is None
+        assert params["Normed_0"]["norm"].b.shape == (4,)
+        assert state["Normed_0"]["norm"] == ()
+        assert isinstance(state["Normed_1"]["norm"], nl.Running)
+
+    @pytest.mark.parametrize(
+        ("where", "message"),
+        [
+            (
+                "conv_0",
+                "'conv_0', which matches no layer.*did you mean 'conv0'. Known: conv0, conv1",
+            ),
+            ((), "matches no layer.*Known: conv0, conv1"),
+            (("conv0", "cnv1"), "there is no layer 'cnv1'.*did you mean 'conv1'"),
+            ("conv(", r"unterminated subpattern.*Known: conv0, conv1"),
+            (lambda name: False, "matches no layer.*Known: conv0, conv1"),
+        ],
+    )
+    def test_a_rule_that_matches_nothing_lists_the_nearest_names(self, where, message):
+        with pytest.raises(ValueError, match=f"Vgg: got where=.*{message}"):
+            make("vgg", where=where).carriers()
+
+    def test_a_norm_of_weights_cannot_stand_where_there_are_none(self):
+        for model, place in (("lstm", "layer0/cell"), ("vit", "block0_norm0")):
+            network = make(model, "weight", where=(place,))
+            with pytest.raises(ValueError, match=f"{place}: got a norm that looks at w or x"):
+                jax.eval_shape(lambda: network.init(jax.random.key(0), IMAGES, train=True))  # noqa: B023
+
+
+class TestBuild:
+    def test_an_unknown_model_or_option_gets_the_nearest_name(self):
+        with pytest.raises(ValueError, match="unknown model 'resnet21': did you mean 'resnet"):
+            models.build("resnet21", norm("batch"), 10)
+        with pytest.raises(ValueError, match="nin: unknown option 'width': did you mean 'widths'"):
+            models.build("nin", norm("batch"), 10, width=3)
+
+
+def sigmoid(v):
+    return 1 / (1 + np.exp(-v))
+
+
+class Reference:
+    """Recurrent networks in NumPy, a loop over time, with batch norm wherever there is a place.
+
+    Keeps, of every place and step, the mean and the variance it normalized with: the batch's, or
+    those of `states` at evaluation.
+    """
+
+    def __init__(self, params, states=None):
+        double = jax.tree.map(lambda v: np.asarray(v, np.float64), params)
+        self.params, self.states, self.seen = double["layer0"], states, {}
+        self.last = double["Dense_0"]
+
+    def norm(self, place, a):
+        seen = self.seen.setdefault(place, [])
+        if self.states is None:
+            mean, var = a.mean(0), a.var(0)
+        else:
+            state = self.states["layer0"][place]["norm"]
+            t = min(len(seen), len(state.mean) - 1)
+            mean, var = (np.asarray(v[t], np.float64) for v in state.read())
+        seen.append((mean, var))
+        g, b = self.params[place]["norm"]
+        return g * (a - mean) / np.sqrt(var + 1e-5) + b
+
+    def linear(self, place, x):
+        return self.norm(place, x @ self.params[place]["kernel"])
+
+    def lstm(self, x):
+        c = h = np.zeros((len(x), 4))
+        for t in range(x.shape[1]):
+            gates = self.linear("vertical", x[:, t]) + self.linear("recurrent", h)
+            f, i, o, g = np.split(gates, 4, -1)
+            c = sigmoid(f + 1) * c + sigmoid(i) * np.tanh(g)
+            h = sigmoid(o) * np.tanh(self.norm("cell", c))
+        return h @ self.last["kernel"] + self.last["bias"]
+
+    def gru(self, x):
+        h = np.zeros((len(x), 4))
+        for t in range(x.shape[1]):
+            gates = self.linear("vertical_gates", x[:, t]) + self.linear("recurrent_gates", h)
+            z, r = np.split(sigmoid(gates), 2, -1)
+            up, on = self.linear("vertical", x[:, t]), self.linear("recurrent", h)
+            h = (1 - z) * h + z * np.tanh(up + r * on)
+        return h @ self.last["kernel"] + self.last["bias"]
+
+
+class TestRecurrent:
+    SHORT = draw(2, 5, 3, 2).astype(np.float32)
+    LONG = draw(3, 5, 6, 2).astype(np.float32)
+
+    @staticmethod
+    @functools.cache
+    def trained(model):
+        """A network that has seen `SHORT`: with its parameters, states and logits."""
+        network = make(model, where=".*")
+        params, state = variables(network, TestRecurrent.SHORT)
+        run = functools.partial(apply, network, train=True)
+        logits, changed = compiled(run)(params, state, TestRecurrent.SHORT)
+        return network, params, changed[models.STATE], logits
+
+    @pytest.mark.parametrize("model", ["lstm", "gru"])
+    def test_training_is_the_loop_over_time(self, model):
+        _, params, states, logits = self.trained(model)
+        reference = Reference(params)
+        assert gap(logits, getattr(reference, model)(self.SHORT)) < 1e-4
+        for place, seen in reference.seen.items():
+            mean, var = states["layer0"][place]["norm"].read()
+            assert gap((mean, var), tuple(map(np.stack, zip(*seen, strict=True)))) < 1e-4
+            assert not np.allclose(mean[0], mean[1], atol=1e-2) or place.startswith("recurrent")
+
+    @pytest.mark.parametrize("model", ["lstm", "gru"])
+    def test_evaluation_has_statistics_for_each_step_and_the_last_for_all_after(self, model):
+        network, params, states, _ = self.trained(model)
+        got, _ = compiled(functools.partial(apply, network, train=False))(params, states, self.LONG)
+        assert gap(got, getattr(Reference(params, states), model)(self.LONG)) < 1e-4
+
+    def test_within_a_transaction_the_steps_that_share_a_state_are_pooled(self):
+        network = make("lstm", max_steps=2)
+        params, state = variables(network, self.LONG)
+
+        def step(params, state):
+            _, changed = apply(network, params, nl.begin(state), self.LONG, train=True)
+            return nl.commit(changed[models.STATE])
+
+        states = compiled(step)(params, state)["layer0"]["vertical"]["norm"]
+        a = self.LONG @ np.asarray(params["layer0"]["vertical"]["kernel"])
+        assert gap(states.mean, np.stack([a[:, 0].mean(0), a[:, 1:].mean((0, 1))])) < 1e-5
+        assert gap(states.var, np.stack([a[:, 0].var(0), a[:, 1:].var((0, 1))])) < 1e-5
+        assert states.updates.tolist() == [1, 1]
+
+    def test_the_program_does_not_grow_with_the_sequence(self):
+        def size(length):
+            network, x = make("lstm", max_steps=2), np.zeros((2, length, 1), np.float32)
+            made = jax.eval_shape(lambda: network.init(jax.random.key(0), x, train=False))
+            traced = jax.jit(functools.partial(apply, network, train=True)).trace(
+                *models.split(made), x
+            )
+            return len(str(traced.jaxpr).splitlines())
+
+        assert size(784) == size(3)
+
+    def test_images_are_read_by_rows_or_by_pixels(self):
+        rows = IMAGES[..., 0]
+        for read, x in (("rows", rows), ("pixels", rows.reshape(4, 64, 1))):
+            network = make("gru", "none", read=read)
+            params, state = variables(network)
+            image, sequence = (
+                apply(network, params, state, v, train=False)[0] for v in (IMAGES, x)
+            )
+            assert (image == sequence).all()
+        with pytest.raises(ValueError, match="read='columns'; expected 'rows' or 'pixels'"):
+            make("gru", read="columns").init(jax.random.key(0), IMAGES, train=False)
+        with pytest.raises(ValueError, match=r"shape \(4, 64\); expected a sequence"):
+            make("gru").init(jax.random.key(0), IMAGES.reshape(4, 64), train=False)
+
+    def test_gates_can_start_small(self):
+        def gains():
+            params = make("gru", gain=0.1).init(jax.random.key(0), IMAGES, train=False)["params"]
+            return [affine.g for path, affine in leaves(params) if path[-1] == "norm"]
+
+        drawn = compiled(gains)()
+        assert len(drawn) == 4
+        assert all((g == jnp.float32(0.1)).all() for g in drawn)
+
+    def test_the_parts_of_all_steps_are_sown(self):
+        network, params, states, _ = self.trained("lstm")
+        _, sown = apply(network, params, states, self.LONG, train=False, mutable=[models.PARTS])
+        parts = models.parts_by_layer(sown)
+        assert sorted(parts) == sorted(network.layers)
+        shift = parts["layer0/vertical"].shift
+        mean = states["layer0"]["vertical"]["norm"].mean
+        assert gap(shift.reshape(6, -1), mean[jnp.array([0, 1, 2, 2, 2, 2])]) == 0
+
+
+class TestDevices:
+    @pytest.mark.slow
+    @pytest.mark.parametrize("form", FORMS)
+    @pytest.mark.parametrize("model", ["lstm", "gru", "resnet20", "vit"])
+    def test_devices_take_the_steps_of_one_with_the_whole_batch(self, model, form):
+        rng = np.random.default_rng(0)
+        images = rng.integers(0, 255, (32, 8, 8, 1)).astype(np.uint8)
+        labels = rng.integers(0, CLASSES, 32, dtype=np.int32)
+        data = Dataset("noise", images, labels, images, labels, CLASSES, "made here", "")
+        ends = []
+        for devices in (1, 2):
+            held = DeviceData(data, devices)
+            drawn = models.draw_kernels(model, CLASSES, [0], held.probe, **SIZES[model])
+            network = models.build(
+                model,
+                nl.get("batch", axis_name=AXIS if devices > 1 else None),
+                CLASSES,
+                **SIZES[model],
+            )
+            trainer = Trainer(network, optax.sgd(0.1), held, drawn, synced=True, form=form)
+            state, losses = trainer.train(trainer.init(), np.arange(32).reshape(2, 1, 16))
+            evaluation = trainer.evaluate(state)
+            ends.append((losses, jax.tree.map(lambda v: v[0], state), evaluation.loss))
+        for got, expected in zip(*map(jax.tree.leaves, reversed(ends)), strict=True):
+            np.testing.assert_allclose(got, expected, rtol=2e-4, atol=2e-5)
