@@ -15,7 +15,6 @@ from jax.typing import ArrayLike
 from normlab.checks import invalid, nearest
 from normlab.population import transaction as transactions
 from normlab.population.cumulative import Estimator
-from normlab.skin import stacked
 
 
 def commit(variables: Mapping[str, Any], transaction: Any, ok: ArrayLike = True) -> Any:
@@ -63,7 +62,7 @@ def _end(variables: Mapping[str, Any], transaction: Any, end: Callable[[Any], An
         )
     for path, states in pending.items():
         layer = path[:-1]
-        new = stacked(end, states)
+        new = end(states)
         if (*layer, "population") in stats:
             stats[*layer, "population"] = new
         elif (*layer, "mean") in stats:

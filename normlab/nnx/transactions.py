@@ -105,7 +105,7 @@ def _end(where: str, model: nnx.Module, end: Callable[[Any], Any]) -> None:
     modules = [m for m in _stateful(model) if m.pending is not None]
     if not modules:
         raise _nothing(where, "a transaction under way")
-    ended = [skin.stacked(end, module.pending.get_value()) for module in modules]
+    ended = [end(module.pending.get_value()) for module in modules]
     for module, state in zip(modules, ended, strict=True):
         module.statistics()[1](state)
         module.pending = nnx.data(None)

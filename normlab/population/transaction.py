@@ -169,8 +169,6 @@ def settle(states: Any, *, estimator: Estimator = "pooled") -> Any:
     check_estimator("settle", estimator)
 
     def one(state: Pending) -> Any:
-        if state.broken.ndim:  # stacked
-            return jax.vmap(one)(state)
         seen = state.seen
         if not isinstance(seen.updates, Tracer) and not seen.updates.any():
             raise invalid(
@@ -180,6 +178,8 @@ def settle(states: Any, *, estimator: Estimator = "pooled") -> Any:
                 "one batch at least",
                 "run the network in training mode between begin and settle",
             )
+        if state.broken.ndim:  # stacked
+            return jax.vmap(one)(state)
         of = state.of
         if isinstance(of, Cumulative):
             new = seen._replace(ddof=of.ddof, estimator=of.estimator)

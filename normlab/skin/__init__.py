@@ -37,7 +37,6 @@ from normlab.skin.state import (
     has_average,
     is_training,
     population,
-    stacked,
 )
 
 __all__ = [
@@ -64,7 +63,6 @@ __all__ = [
     "make_call",
     "normalized_kernel",
     "population",
-    "stacked",
     "sync",
     "weights",
 ]

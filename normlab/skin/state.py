@@ -14,7 +14,6 @@ from normlab.delayed import delay
 from normlab.population.names import init_population
 from normlab.population.protocol import Population
 from normlab.population.running import Running
-from normlab.population.transaction import Pending
 from normlab.sync import as_sync
 
 
@@ -75,15 +74,6 @@ def check_whole(where: str, axis_name: Any) -> None:
             "a population that keeps more than mean and var: those of other devices",
             'pass population="debiased"',
         )
-
-
-def stacked(end: Callable[[Any], Any], states: Any) -> Any:
-    """`end(states)`, for each of the layers that a lifted transformation has stacked."""
-    found = jax.tree.leaves(states, is_leaf=lambda s: isinstance(s, Pending))
-    depth = max((s.broken.ndim for s in found if isinstance(s, Pending)), default=0)
-    for _ in range(depth):
-        end = jax.vmap(end)
-    return end(states)
 
 
 def average(mean: Array, var: Array, decay: float) -> Running:
