@@ -72,8 +72,7 @@ def register(cls: type, *settings: str) -> None:
 
 def usable(m: Moments, ddof: int = 0) -> Array:
     """Whether there is a value (more than `ddof`) in every channel, and all are finite."""
-    finite = jnp.isfinite(m.mean).all() & jnp.isfinite(m.var(ddof)).all()
-    return (m.count > ddof).all() & finite
+    return (m.count > ddof).all() & (jnp.isfinite(m.mean) & jnp.isfinite(m.m2)).all()
 
 
 def check_batch(where: str, m: Moments, bad_batch: BadBatch, ddof: int = 0) -> Moments:

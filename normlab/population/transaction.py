@@ -63,7 +63,7 @@ class Pending(NamedTuple):
             )
         m = lax.stop_gradient(m)
         seen = self.seen.update(m, bad_batch="raise" if bad_batch == "raise" else "skip")
-        finite = jnp.isfinite(m.mean).all() & jnp.isfinite(m.m2).all()
+        finite = (jnp.isfinite(m.mean) & jnp.isfinite(m.m2)).all()
         return self._replace(seen=seen, broken=self.broken | ~finite)
 
     def read(self) -> tuple[Array, Array]:
