@@ -17,7 +17,7 @@ from normlab.cosine import cosine_parts
 from normlab.delayed import delay
 from normlab.example import Axes, group_parts, instance_parts, layer_parts, rms_parts
 from normlab.moments import Algorithm
-from normlab.population.names import init_population
+from normlab.population.names import init_population, require
 from normlab.population.protocol import BadBatch
 from normlab.sync import AxisName, as_sync
 from normlab.types import Norm, Params, Site, State, init_affine
@@ -128,6 +128,8 @@ def batch(
     """
     given = {"decay": decay, "ddof": ddof}
     settings = {name: value for name, value in given.items() if value is not None}
+    if not callable(population):
+        require(population)
 
     def parts(params: Params, state: State, site: Site, *, train: bool) -> tuple[Parts, State]:
         return batch_parts(

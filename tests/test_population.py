@@ -87,6 +87,8 @@ def test_what_devices_kept_apart_is_pooled(name, mapper):
 def test_an_unknown_population_or_option_is_an_error_with_the_nearest():
     with pytest.raises(ValueError, match=r"unknown population 'cumulativ': did you mean 'cumu"):
         nl.init_population("cumulativ", C)
+    with pytest.raises(ValueError, match=r"unknown population 'emma': did you mean 'ema'"):
+        nl.get("batch", population="emma")
     with pytest.raises(ValueError, match=r"'cumulative': unknown option 'decay': Known: ddof, es"):
         nl.init_population("cumulative", C, decay=0.5)
     with pytest.raises(ValueError, match=r"'renorm': unknown option 'rmax': did you mean 'r_max'"):
@@ -390,5 +392,9 @@ def test_a_domain_that_is_not_there_is_an_error():
         nl.select_domain(state, 2)
     with pytest.raises(ValueError, match=r"select domain: got domains of shape \(4,\)"):
         nl.select_domain(state, jnp.zeros(4, int))
+    with pytest.raises(ValueError, match=r"select domain: got a domain of type float32.*integers"):
+        nl.select_domain(state, 1.5)
+    with pytest.raises(ValueError, match=r"change ddof: got a state of type Domains"):
+        nl.change_ddof(state, 1)
     with pytest.raises(ValueError, match=r"select domain: got a tree without domains"):
         nl.select_domain({"norm": nl.init_running(C)}, 0)

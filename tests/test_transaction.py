@@ -142,7 +142,23 @@ def test_a_norm_that_was_not_called_stays_as_it_was():
     after = nl.commit(pending)
     assert after["used"].updates == 1
     assert gap(after["not"], states["not"]) == 0
-    frozen = nl.freeze(states["not"])
+    pending = nl.begin(states)
+    pending["used"] = run(pending["used"], MICRO)
+    settled = nl.settle(pending)
+    assert gap(settled["used"].mean, WHOLE.mean(0)) < 2e-6
+    assert gap(settled["not"], states["not"]) == 0
+
+
+def test_what_is_frozen_takes_no_part():
+    frozen = nl.freeze(run(nl.init_running(C), [WHOLE]))
+    states = {"frozen": frozen, "not": nl.init_running(C)}
+    pending = nl.begin(states)
+    assert isinstance(pending["frozen"], nl.Frozen)
+    for end in (nl.commit, nl.settle):
+        pending = nl.begin(states)
+        after = end({name: run(state, MICRO) for name, state in pending.items()})
+        assert gap(after["frozen"], frozen) == 0
+        assert after["not"].updates > 0
     assert gap(nl.commit(run(nl.begin(frozen), MICRO)), frozen) == 0
 
 

@@ -82,7 +82,12 @@ def select_domain(states: Any, domain: ArrayLike) -> Any:
             "states made with init_domains",
             'make the norm with population="domains"',
         )
-    index = jnp.asarray(domain, jnp.int32)
+    index = jnp.asarray(domain)
+    if not jnp.issubdtype(index.dtype, jnp.integer):
+        raise invalid(
+            "select domain", f"a domain of type {index.dtype}", "integers", "number the domains"
+        )
+    index = index.astype(jnp.int32)
     for state in found:
         traced = isinstance(index, Tracer)
         inside = traced or ((index >= 0) & (index < state.domains)).all()

@@ -168,6 +168,13 @@ def change_ddof(state: Running, ddof: int, *, count: float | None = None) -> Run
     [4.0]
     """
     check_ddof("change ddof", ddof)
+    if not isinstance(state, Running):
+        raise invalid(
+            "change ddof",
+            f"a state of type {type(state).__name__}",
+            "a Running",
+            "change what it holds, or, of a Cumulative, state._replace(ddof=...)",
+        )
     n = jnp.asarray(state.count if count is None else count, state.var.dtype)
     if not isinstance(n, Tracer) and not n > 1:
         raise invalid(

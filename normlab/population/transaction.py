@@ -25,6 +25,7 @@ from normlab.checks import invalid
 from normlab.lowering import zeros_of
 from normlab.moments import Moments
 from normlab.population.cumulative import Cumulative, Estimator, check_estimator
+from normlab.population.frozen import Frozen
 from normlab.population.protocol import BadBatch, Population
 from normlab.population.running import Running
 from normlab.sync import AxisName
@@ -81,7 +82,7 @@ def begin(states: Any) -> Any:
 
     Args:
       states: A state, or a pytree of states. What is under way already goes on; norms without
-        state, `()`, have nothing to begin.
+        state, `()`, and `Frozen` ones have nothing to begin.
 
     Raises:
       ValueError: If there are arrays, and no running average.
@@ -169,18 +170,9 @@ def settle(states: Any, *, estimator: Estimator = "pooled") -> Any:
     check_estimator("settle", estimator)
 
     def one(state: Pending) -> Any:
-        seen = state.seen
-        if not isinstance(seen.updates, Tracer) and not seen.updates.any():
-            raise invalid(
-                "settle",
-                f"a transaction of {int(seen.skipped.sum())} batches that could not be used, "
-                "and no other",
-                "one batch at least",
-                "run the network in training mode between begin and settle",
-            )
         if state.broken.ndim:  # stacked
             return jax.vmap(one)(state)
-        of = state.of
+        of, seen = state.of, state.seen
         if isinstance(of, Cumulative):
             new = seen._replace(ddof=of.ddof, estimator=of.estimator)
         elif isinstance(of, Running):
@@ -204,6 +196,16 @@ def settle(states: Any, *, estimator: Estimator = "pooled") -> Any:
         used = seen.updates > 0
         return jax.tree.map(lambda v, old: jnp.where(used, v, old), new, of)
 
+    pending = [s for s in jax.tree.leaves(states, is_leaf=_is_pending) if _is_pending(s)]
+    updates = [s.seen.updates for s in pending]
+    if pending and not any(isinstance(n, Tracer) or n.any() for n in updates):
+        raise invalid(
+            "settle",
+            f"a transaction of {max(int(s.seen.skipped.sum()) for s in pending)} batches that "
+            "could not be used, and no other",
+            "one batch at least",
+            "run the network in training mode between begin and settle",
+        )
     return _map("settle", states, _is_pending, one, "states from begin")
 
 
@@ -263,8 +265,10 @@ def _is_population(leaf: Any) -> bool:
 
 
 def _map(where: str, states: Any, chosen: Any, change: Any, expected: str) -> Any:
-    leaves, structure = jax.tree.flatten(states, is_leaf=chosen)
-    if leaves and not any(map(chosen, leaves)):
+    """Changes what is chosen, outside of what is frozen."""
+    frozen = lambda leaf: isinstance(leaf, Frozen)  # noqa: E731
+    leaves, structure = jax.tree.flatten(states, is_leaf=lambda v: chosen(v) or frozen(v))
+    if not all(map(frozen, leaves)) and not any(map(chosen, leaves)):
         first = where == "begin"
         raise invalid(
             where,
