@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Protocol
 
 import jax
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from jax.sharding import NamedSharding
 
@@ -91,7 +93,8 @@ class Checkpoints:
         args = ocp.args.StandardRestore(abstract._asdict())
         state = TrainState(**self.manager.restore(step, args=args))
         if devices != program.devices:
-            merged = jax.jit(nl.merge_running, out_shardings=program.copied)(state.norm_state)
+            merge = functools.partial(_merge, devices=program.devices)
+            merged = jax.jit(merge, out_shardings=program.copied)(state.norm_state)
             state = state._replace(norm_state=program.spread((), merged)[1])
         return step, state
 
@@ -108,6 +111,14 @@ class Checkpoints:
                 f"the checkpoint of step {step} in {self.path} is not of this model: {name} is "
                 f"{said[0]} in it and {said[1]} here{nearest}. Choose another --run-dir."
             )
+
+
+def _merge(states: Any, devices: int) -> Any:
+    """What each of `devices` keeps of the states of other devices, which are stacked."""
+    leaves = [(v == v[:1]).all() for v in jax.tree.leaves(states)]
+    alike = jnp.stack(leaves).all() if leaves else True  # synced: each has seen everything
+    shared = nl.share_running(nl.merge_running(states), devices)
+    return jax.tree.map(lambda v, one: jnp.where(alike, v[0], one), states, shared)
 
 
 def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:

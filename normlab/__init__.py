@@ -36,7 +36,7 @@ from normlab.population.cumulative import Cumulative, Estimator, init_cumulative
 from normlab.population.domains import Domains, select_domain
 from normlab.population.frozen import Frozen, freeze, thaw
 from normlab.population.names import init_domains, init_population
-from normlab.population.pool import conventions, merge_running, pool_running
+from normlab.population.pool import conventions, merge_running, pool_running, share_running
 from normlab.population.protocol import BadBatch, Population
 from normlab.population.renorm import Renorm, init_renorm
 from normlab.population.running import Running, change_ddof, init_running
@@ -138,6 +138,7 @@ __all__ = [
     "select_domain",
     "settle",
     "shapes",
+    "share_running",
     "thaw",
     "weight_norm",
     "weight_norm_init",

@@ -198,7 +198,8 @@ def _check_state(
             f"make it with init_running({channels})",
         )
     found = state.read()[0].shape
-    by_example = isinstance(state, Domains) and state.current.ndim and channel != 0
+    inner = state.of if isinstance(state, Frozen) else state
+    by_example = isinstance(inner, Domains) and inner.current.ndim and channel != 0
     if found != ((shape[0], channels) if by_example else (channels,)):
         raise invalid(
             where,
@@ -220,11 +221,11 @@ def _by_domain(
 ) -> tuple[Moments, Moments]:
     """As `measure`, of the examples of each domain: `m` of each example's, the rest `[D, ...]`."""
     one = jnp.ones((), promote_dtype(a)) if weights is None else weights
-    member = state.current == jnp.arange(state.domains)[:, None]
+    member = state.current == jnp.arange(state.domains, dtype=jnp.int32)[:, None]
     member = member.reshape(*member.shape, *(1,) * (a.ndim - 1)).astype(one.dtype)
     run = functools.partial(measure, where, a, axes, sync, algorithm=algorithm)
     m, population = jax.vmap(lambda member: run(weights=member * one))(member)
-    examples = jnp.arange(a.shape[0])
+    examples = jnp.arange(a.shape[0], dtype=jnp.int32)
 
     def own(field: Array) -> Array:
         return field[state.current, examples if field.shape[1] > 1 else 0]

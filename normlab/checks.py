@@ -87,6 +87,10 @@ def check_eps(where: str, eps: float) -> None:
 
 def check_decay(where: str, decay: Any) -> None:
     """Raises ValueError unless `decay` is in [0, 1); a traced one (a schedule) is trusted."""
+    if jnp.ndim(decay):
+        raise invalid(
+            where, f"a decay of shape {jnp.shape(decay)}", "one number", "use one for all channels"
+        )
     if not isinstance(decay, Tracer) and not 0 <= decay < 1:
         raise invalid(
             where,

@@ -61,11 +61,20 @@ def measure(
     # Plain jit: the same, in a shard_map over the mesh's axes.
     split, alike = PartitionSpec(sync.names), PartitionSpec()
     by_example = weights is not None and weights.shape[0] != 1
+    same = sync.whole and sync.gradient in ("both", "none")  # or its derivative is the device's own
+
+    def body(a: Array, w: Array | None) -> tuple[Moments, Moments]:
+        m, population = _measure(where, a, tuple(axes), sync, w, algorithm)
+        if not same:
+            m = jax.tree.map(lambda f: jnp.broadcast_to(f, (a.shape[0], *f.shape[1:])), m)
+            m = vary(m, sync.names)
+        return m, population
+
     run = jax.shard_map(
-        lambda a, w: _measure(where, a, tuple(axes), sync, w, algorithm),
+        body,
         mesh=sync.mesh,
         in_specs=(split, split if by_example else alike),
-        out_specs=(alike if sync.whole else split, alike),
+        out_specs=(alike if same else split, alike),
         axis_names=set(sync.names),
     )
     return run(a, weights)

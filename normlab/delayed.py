@@ -23,7 +23,10 @@ from jax.typing import DTypeLike
 from normlab.checks import invalid
 from normlab.collective import check_bound, gather_members, vary
 from normlab.moments import Moments, empty
+from normlab.population.domains import Domains
+from normlab.population.frozen import Frozen
 from normlab.population.protocol import BadBatch
+from normlab.population.renorm import Renorm
 from normlab.population.running import init_running
 from normlab.sync import AxisName, as_sync, plan
 
@@ -63,6 +66,8 @@ class Delayed(NamedTuple):
     def after(self, m: Moments) -> Delayed:
         """The state after a batch with the moments `m`."""
         m = lax.stop_gradient(m)
+        good = (jnp.isfinite(m.mean) & jnp.isfinite(m.m2)).all()  # or it says nothing to others
+        m = jax.tree.map(lambda f: jnp.where(good, f, 0), m)
         own = (jnp.broadcast_to(f, m.mean.shape).reshape(self.own.mean.shape) for f in m)
         age = jnp.where(self.age < 0, self.age, self.age + 1)
         return self._replace(own=Moments(*own), age=age)
@@ -103,10 +108,17 @@ def init_delayed(
 
 
 def delay(running: Any) -> Delayed:
-    """The state before the first batch, around any `Population`."""
+    """The state before the first batch, around a `Population` that leaves training as it is."""
+    if isinstance(running, Renorm | Domains) or running == ():
+        raise invalid(
+            "delayed",
+            f"statistics of type {type(running).__name__}",
+            "those that do not change how training normalizes",
+            "use an average, or a Sync without every",
+        )
     mean = running.read()[0]
-    nothing = empty(mean.shape, mean.dtype)
-    return Delayed(running, nothing, nothing, jnp.full(mean.shape[:-1], -1, jnp.int32))
+    own, others = (empty(mean.shape, mean.dtype) for _ in range(2))
+    return Delayed(running, own, others, jnp.full(mean.shape[:-1], -1, jnp.int32))
 
 
 def exchange(states: Any, axis_name: AxisName) -> Any:
@@ -126,8 +138,10 @@ def exchange(states: Any, axis_name: AxisName) -> Any:
     """
     sync = as_sync(axis_name)
     check_bound("exchange", sync.names)
-    leaves, structure = jax.tree.flatten(states, is_leaf=_is_delayed)
-    at = [i for i, leaf in enumerate(leaves) if _is_delayed(leaf)]
+    leaves, structure = jax.tree.flatten(states, is_leaf=lambda v: isinstance(v, Delayed | Frozen))
+    at = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Delayed)]
+    if not at and any(isinstance(leaf, Frozen) for leaf in leaves):
+        return states
     if not at:
         raise invalid(
             "exchange",
@@ -165,7 +179,3 @@ def exchange(states: Any, axis_name: AxisName) -> Any:
 
 def _together(each: list[Moments]) -> Moments:
     return Moments(*(jnp.concatenate(fields) for fields in zip(*each, strict=True)))
-
-
-def _is_delayed(leaf: Any) -> bool:
-    return isinstance(leaf, Delayed)

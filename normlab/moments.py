@@ -84,8 +84,7 @@ def empty(shape: Sequence[int] = (), dtype: DTypeLike = jnp.float32) -> Moments:
       shape: The shape of each field.
       dtype: Their type, float32 or float64.
     """
-    zero = jnp.zeros(shape, dtype)
-    return Moments(zero, zero, zero)
+    return Moments(*(jnp.zeros(shape, dtype) for _ in Moments._fields))
 
 
 def moments(

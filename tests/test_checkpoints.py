@@ -95,10 +95,11 @@ def test_on_another_number_of_devices_all_that_was_seen_is_merged(tmp_path, devi
     few = Devices(devices)
     _, back = saved(tmp_path, state).restore(few, few.state(KINDS))
     merged = nl.merge_running(state.norm_state)
+    shares = nl.share_running(merged, devices)
     assert gap(back.params, state.params) == 0
     for name, norm in back.norm_state.items():
         assert jax.tree.structure(norm) == jax.tree.structure(merged[name])
-        for new, old in zip(*map(jax.tree.leaves, (norm, merged[name])), strict=True):
+        for new, old in zip(*map(jax.tree.leaves, (norm, shares[name])), strict=True):
             assert new.shape == (devices, *old.shape)
             assert gap(new, np.broadcast_to(old, new.shape)) < 1e-6
     a = draw(0, 8, 6, C) + 2 * draw(1, 8, 1, C)
@@ -106,6 +107,19 @@ def test_on_another_number_of_devices_all_that_was_seen_is_merged(tmp_path, devi
     mean, var = merged["cumulative"].read()
     assert gap((mean, var), (whole.mean(0), whole.var(0))) < 5e-6
     assert merged["cumulative"].updates == 8
+    again = nl.merge_running(back.norm_state["cumulative"])
+    assert gap((again.read(), again.count), ((mean, var), merged["cumulative"].count)) < 5e-6
+
+
+def test_synced_states_are_copied_and_not_counted_twice(tmp_path):
+    """Each device has seen everything: what is merged is what each had."""
+    eight, four = Devices(8), Devices(4)
+    state = eight.trained(["cumulative"])
+    alike = jax.tree.map(lambda v: jnp.broadcast_to(v[:1], v.shape), state.norm_state)
+    state = state._replace(norm_state=jax.device_put(alike, eight.split))
+    _, back = saved(tmp_path, state).restore(four, four.state(["cumulative"]))
+    for new, old in zip(*map(jax.tree.leaves, (back.norm_state, alike)), strict=True):
+        assert np.array_equal(new, old[:4])
 
 
 def refused(path: Path, state: TrainState, new: TrainState) -> str:

@@ -256,3 +256,13 @@ def test_keras_in_half_precision_is_refused(keras):
     layer = keras.layers.LayerNormalization(dtype="mixed_bfloat16")
     layer.build(X.shape)
     lost(lambda allow: convert.from_keras(layer, allow=allow), "compute_dtype")
+
+
+def test_a_module_of_a_live_model_says_its_own_arguments():
+    torch = pytest.importorskip("torch")
+    net = torch.nn.Sequential(torch.nn.Conv2d(3, 6, 3), torch.nn.BatchNorm2d(6, 1e-3, 0.5))
+    norm = convert.from_torch(net, "batch", path="1")
+    assert (norm.eps, norm.state.decay) == (1e-3, 0.5)
+    conv = torch.nn.utils.parametrizations.weight_norm(torch.nn.ConvTranspose2d(6, 6, 3))
+    with pytest.raises(ValueError, match=r"ConvTranspose2d, whose kernel has its inputs first"):
+        convert.from_torch(torch.nn.Sequential(conv), "weight", path="0")

@@ -852,3 +852,19 @@ def test_changing_the_import_keeps_the_losses_and_the_checkpoints():
         loaded = serialization.from_bytes(template, serialization.to_bytes(saved))
         other = theirs if module is ours else ours
         assert gap(call(module, loaded, X, False), call(other, saved, X, False)) < 1e-5
+
+
+def test_a_step_counts_for_every_norm_of_a_model_or_for_none():
+    class Two(nn.Module):
+        @nn.compact
+        def __call__(self, x, y):
+            first = nll.BatchNorm(use_running_average=False)(x)
+            return first, nll.BatchNorm(use_running_average=False)(y)
+
+    x = jnp.arange(8.0).reshape(4, 2)
+    variables = Two().init(jax.random.key(0), x, x)
+    _, seen = Two().apply(variables, x, x * jnp.nan, mutable=["transaction"])
+    stats = nll.commit(variables, seen["transaction"])
+    assert gap(stats, variables["batch_stats"]) == 0
+    with pytest.raises(ValueError, match=r"transaction: got variables with BatchNorm_0"):
+        nll.commit(variables["batch_stats"], seen["transaction"])

@@ -466,3 +466,12 @@ def test_torch_folds_the_same(transposed):
     parts = nl.Parts(mean, jnp.sqrt(var + norm.eps), *params)
     kernel, bias = nl.fold(parts, ours(layer.weight), ours(layer.bias), unit_axis=unit_axis)
     assert gap((kernel, bias), (ours(fused.weight), ours(fused.bias))) < 1e-6
+
+
+def test_an_apply_that_does_not_look_at_its_argument_is_refused():
+    variables = {
+        "Dense_0": {"kernel": jnp.array([[2.0]]), "bias": jnp.array([1.0])},
+        "BatchNorm_0": {"mean": jnp.array([3.0]), "var": jnp.array([0.75])},
+    }
+    with pytest.raises(ValueError, match=r"fold_model: got an apply whose outputs do not depend"):
+        fold_model(variables, {"BatchNorm_0": "Dense_0"}, apply=lambda _: jnp.ones(3))

@@ -423,3 +423,9 @@ def test_metadata_reaches_the_parameters():
     make = functools.partial(nlx.LayerNorm, 6, rngs=nnx.Rngs(0))
     module = make(scale_metadata={"note": "gain"})
     assert module.scale.get_metadata("note") == "gain"
+
+
+def test_a_model_can_be_tabulated():
+    model = nlx.BatchNorm(4, rngs=nnx.Rngs(0))
+    assert "BatchNorm" in nnx.tabulate(model, jnp.ones((2, 4)))
+    assert model(jnp.arange(8.0).reshape(2, 4)).shape == (2, 4)

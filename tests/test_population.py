@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import normlab as nl
-from tests.helpers import MAPPERS, array, draw, gap, mappers
+from tests.helpers import MAPPERS, array, draw, gap, mappers, mesh
 
 N, C, D = 8, 3, 4
 BATCHES = draw(0, 5, N, C, mean=2.0, scale=3.0) + draw(1, 5, 1, C)
@@ -398,3 +398,47 @@ def test_a_domain_that_is_not_there_is_an_error():
         nl.change_ddof(state, 1)
     with pytest.raises(ValueError, match=r"select domain: got a tree without domains"):
         nl.select_domain({"norm": nl.init_running(C)}, 0)
+
+
+def test_a_domain_of_each_example_may_be_said_for_any_number_of_examples():
+    state = nl.select_domain(nl.init_domains(C, domains=2, examples=N), jnp.zeros(4, jnp.int32))
+    h, _ = nl.batch_norm(array(BATCHES[0][:4]), None, state, train=False, eps=1e-9)
+    assert gap(h, BATCHES[0][:4]) < 1e-6
+    frozen = nl.freeze(state)
+    assert gap(nl.batch_norm(array(BATCHES[0][:4]), None, frozen, train=True)[0], h) < 1e-4
+
+
+@pytest.mark.parametrize("population", ["renorm", "frozen", "batch", "domains"])
+def test_what_changes_training_is_not_held_by_another(population):
+    with pytest.raises(ValueError, match=r"domains: got a population of type"):
+        nl.init_domains(C, population=population)
+    if population != "frozen":
+        norm = nl.get("batch", population=population, axis_name=nl.Sync("d", every=2))
+        with pytest.raises(ValueError, match=r"delayed: got statistics of type"):
+            norm.init(nl.Site(array(BATCHES[0])))
+
+
+def test_a_function_of_the_channels_is_a_population():
+    norm = nl.get("batch", population=lambda channels: nl.init_running(channels, decay=0.5))
+    assert norm.init(nl.Site(array(BATCHES[0])))[1].decay == 0.5
+
+
+@pytest.mark.parametrize("gradient", ["forward", "backward", "none"])
+def test_plain_jit_knows_every_gradient(gradient):
+    sync = nl.Sync("d", gradient=gradient)
+    a, c = array(draw(0, 8, 4, C) + draw(1, 8, 1, C)), array(draw(2, 8, 4, C))
+
+    def loss(a, c, state):
+        h, state = nl.batch_norm(a, None, state, train=True, axis_name=sync)
+        return (c * h**2).sum(), state
+
+    def plain(a, c):
+        (_, state), da = jax.value_and_grad(loss, has_aux=True)(a, c, nl.init_running(C))
+        return da, state
+
+    with jax.set_mesh(mesh(d=8)):
+        da, state = jax.jit(plain)(a.reshape(-1, C), c.reshape(-1, C))
+    mapped = mappers()["vmap"](lambda _, v: plain(*v))
+    expected, states = mapped((), (a, c))
+    assert gap(da.reshape(a.shape), expected) < 5e-6
+    assert gap(state, jax.tree.map(lambda v: v[0], states)) < 5e-6

@@ -280,3 +280,33 @@ def test_the_docs_name_tests_that_are_there():
     assert len(named) > 15
     for name in named:
         assert f"def {name}(" in tests, name
+
+
+@pytest.mark.parametrize("home", ["linen", "nnx"])
+def test_what_a_replacement_cannot_take_over_is_an_error(home):
+    """An axis, a type or a bias that is left out would be lost without a word."""
+    x = jnp.ones((4, 3, 6))
+    for options, new, lost in [
+        ({"axis": 1}, ("group", {"groups": 3}), "axis=1"),
+        ({"use_bias": False}, "layer", "use_bias=False"),
+        ({"axis_name": "d"}, "batch", "axis_name='d'"),
+    ]:
+        if home == "linen":
+            model = nn.Sequential([nn.BatchNorm(use_running_average=True, **options)])
+            other = nll.swap(model, {"layers_0": new})
+            run = lambda other=other: other.init(jax.random.key(0), x)  # noqa: E731
+        else:
+            size = 3 if "axis" in options else 6
+            model = nnx.Sequential(nnx.BatchNorm(size, rngs=nnx.Rngs(0), **options))
+            run = lambda model=model, new=new: nlx.swap(model, {"layers/0": new})  # noqa: E731
+        with pytest.raises(ValueError, match=rf"swap: got a BatchNorm with {lost}"):
+            run()
+
+
+def test_a_partial_is_a_class_with_arguments():
+    model = nn.Sequential([nn.LayerNorm(epsilon=0.5)])
+    rule = {"layers_0": functools.partial(nll.RMSNorm, epsilon=1e-3)}
+    x = jnp.arange(6.0).reshape(2, 3) + 1
+    h, _ = nll.swap(model, rule).init_with_output(jax.random.key(0), x)
+    assert gap(h, x / jnp.sqrt(jnp.mean(jnp.square(x), -1, keepdims=True) + 1e-3)) < 1e-6
+    assert isinstance(hash(nll.RegistryNorm("rms")), int)

@@ -135,6 +135,73 @@ def test_a_masked_microbatch_counts_for_nothing():
     assert gap(after.read(), (rest.mean(0), rest.var(0))) < 2e-6
 
 
+def test_a_step_counts_for_every_norm_or_for_none():
+    pending = nl.begin({"a": nl.init_running(C), "b": nl.init_running(C)})
+    pending["a"] = run(pending["a"], MICRO)
+    pending["b"] = run(pending["b"], [MICRO[0] * np.nan])
+    after = nl.commit(pending)
+    assert [(s.updates, s.skipped) for s in after.values()] == [(0, 1), (0, 1)]
+
+
+@pytest.mark.parametrize("bad_batch", ["propagate", "raise"])
+def test_a_step_that_is_not_ok_is_no_bad_batch(bad_batch):
+    start = run(nl.init_running(C), [WHOLE * 2])
+    pending = run(nl.begin(start), MICRO)
+    after = nl.commit(pending, False, bad_batch=bad_batch)
+    assert gap(after, start._replace(skipped=jnp.int32(1))) == 0
+    good = nl.commit(pending, bad_batch=bad_batch)
+    assert gap(good, nl.commit(pending)) < 1e-6
+    broken = run(pending, [MICRO[0] * np.nan])
+    if bad_batch == "propagate":
+        assert np.isnan(nl.commit(broken, bad_batch=bad_batch).mean).all()
+    else:
+
+        def ended():
+            jax.block_until_ready(nl.commit(broken, bad_batch=bad_batch))
+            jax.effects_barrier()
+
+        with pytest.raises((FloatingPointError, jax.errors.JaxRuntimeError), match="NaN"):
+            ended()
+
+
+def test_what_is_frozen_in_a_transaction_leaves_it():
+    start = nl.init_running(C)
+    pending = {"a": run(nl.begin(start), MICRO), "b": nl.begin(start)}
+    after = nl.commit(nl.freeze(pending, "a"))
+    assert jax.tree.structure(after["a"]) == jax.tree.structure(nl.Frozen(start))
+    assert gap(after["a"].of, start) == 0
+
+
+def test_each_of_a_stack_may_be_ok_or_not():
+    """As many seeds as channels."""
+    start = jax.tree.map(lambda v: jnp.stack([v] * C), nl.init_running(C))
+    train = jax.vmap(lambda a, s: nl.batch_norm(a, None, s, train=True)[1])
+    pending = train(array(MICRO[:C]), nl.begin(start))
+    after = nl.commit(pending, jnp.array([True, False, True]))
+    assert after.updates.tolist() == [1, 0, 1]
+    assert after.skipped.tolist() == [0, 1, 0]
+    assert gap(after.mean[1], np.zeros(C)) == 0
+    with pytest.raises(ValueError, match=r"commit: got ok of shape \(2,\)"):
+        nl.commit(pending, jnp.array([True, False]))
+
+
+@pytest.mark.parametrize(
+    "make", [nl.init_cumulative, nl.init_delayed, nl.init_renorm, nl.init_running]
+)
+def test_a_state_can_be_donated_from_the_first_step_on(make):
+    sync = nl.Sync("d", every=1) if make is nl.init_delayed else None
+    state = nl.begin(make(C)) if make is nl.init_running else make(C)
+    state = jax.tree.map(lambda v: v[None], state) if sync else state
+
+    def step(state, a):
+        return nl.batch_norm(a, None, state, train=True, axis_name=sync)[1]
+
+    mapped = jax.vmap(step, axis_name="d") if sync else step
+    a = array(WHOLE)[None] if sync else array(WHOLE)
+    after = jax.jit(mapped, donate_argnums=0)(state, a)
+    assert np.isfinite(jax.tree.leaves(after)[0]).all()
+
+
 def test_a_norm_that_was_not_called_stays_as_it_was():
     states = {"used": nl.init_running(C), "not": run(nl.init_running(C), [WHOLE])}
     pending = nl.begin(states)
@@ -251,6 +318,13 @@ def test_precise_has_both_published_estimators(ddof):
     assert gap(pooled.var, WHOLE.var(0, ddof=ddof)) < 2e-6
     assert gap(within.var, MICRO.var(1, ddof=ddof).mean(0)) < 2e-6
     assert gap(within.mean, WHOLE.mean(0)) < 2e-6
+
+
+def test_what_is_cumulative_names_its_estimator():
+    state = run(nl.begin(nl.init_cumulative(C, ddof=1, estimator="within")), MICRO)
+    assert gap(nl.settle(state).read()[1], MICRO.var(1, ddof=1).mean(0)) < 2e-6
+    with pytest.raises(ValueError, match=r"estimator='pooled' for statistics with 'within'"):
+        nl.settle(state, estimator="pooled")
 
 
 def test_precise_leaves_a_bad_batch_out_and_counts_it():

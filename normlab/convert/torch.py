@@ -67,8 +67,9 @@ def from_torch(
 
     Args:
       variables: The module, or a `state_dict`, of tensors or of NumPy arrays.
-      layer: The module, if `variables` is not it, or a kind: `"batch"`, `"layer"`, `"rms"`,
-        `"group"`, `"instance"` or `"weight"`, which a module of weight norm needs too.
+      layer: The module, if `variables` is none, or a kind: `"batch"`, `"layer"`, `"rms"`,
+        `"group"`, `"instance"` or `"weight"`, which a module of weight norm needs too. Where
+        `variables` is a module, the one at `path` says its own arguments.
       path: The prefix in the `state_dict` of a model, as `"layer1.0.bn1"`.
       count: With `momentum=None`, the number of values of a channel in a batch (the examples times
         the positions), which has to be the same for all batches.
@@ -85,14 +86,16 @@ def from_torch(
     1e-05
     """
     where = "from torch"
-    leaves = variables
+    leaves = module = variables
     if hasattr(variables, "state_dict"):
-        leaves, layer = variables.state_dict(), variables if layer is None else layer
+        leaves = variables.state_dict()
+        module = variables.get_submodule(path)
+        layer = layer if layer == "weight" or not isinstance(layer, str | None) else module
     kind, values = settings(where, LAYERS, HOME, layer, arguments, allow)
     leaves = flatten(where, leaves)
     root = path + "." if path else ""
     if kind == "weight":
-        return _from_weight(where, leaves, root, variables)
+        return _from_weight(where, leaves, root, module)
     statistics = kind == "batch" and values["track_running_stats"]
     wanted = {ours: root + name for ours, name in _affine(values).items()}
     if statistics:

@@ -73,7 +73,7 @@ def check_applies(
 def checked(
     where: str,
     variables: Mapping[str, Any],
-    new: Mapping[Key, Any],
+    new: dict[Key, Any],
     changed: list[Key],
     report: FoldReport,
     dtype: DTypeLike | None,
@@ -99,6 +99,15 @@ def checked(
             moved[key] = (value.astype(np.float64) * by).astype(value.dtype)
             floor = max(floor, eps / 2)
         floor = max(floor, _gap(folded_apply(unflatten(moved)), after))
+    spoiled = new | {key: jnp.full_like(new[key], jnp.nan) for key in changed}
+    if changed and np.isfinite(_gap(folded_apply(unflatten(spoiled)), after)):
+        raise invalid(
+            where,
+            "an apply whose outputs do not depend on the folded numbers",
+            "the outputs of the model for the variables it is given",
+            "use its argument, lambda variables: model.apply(variables, x, train=False), and "
+            "return numbers, not classes",
+        )
     if not error <= TOLERANCE * floor:
         raise invalid(
             where,

@@ -9,13 +9,14 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax import core
 from jax import Array
 from jax.typing import ArrayLike
 
 from normlab import skin
 from normlab.checks import invalid
 from normlab.linen.batch import stored
-from normlab.skin.rule import Choice, Rule, by_name, is_norm
+from normlab.skin.rule import Choice, Rule, by_class, by_name, check_taken, is_norm
 from normlab.types import Affine, Site
 
 
@@ -35,7 +36,7 @@ class RegistryNorm(nn.Module):
     """
 
     norm: str
-    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    options: Mapping[str, Any] = dataclasses.field(default_factory=core.FrozenDict)
     use_running_average: bool | None = None
 
     @nn.compact
@@ -147,11 +148,17 @@ def _module(new: Any, old: nn.Module) -> nn.Module:
     """The replacement of `old` that the rule names."""
     named = by_name(new)
     if named:
-        return RegistryNorm(*named, getattr(old, "use_running_average", None))
-    if isinstance(new, type) and issubclass(new, nn.Module):
-        taken = {f.name for f in dataclasses.fields(new) if f.init} - {"parent", "name"}
+        name, options = named
+        check_taken(old, options, synced=name == "batch")
+        mode = getattr(old, "use_running_average", None)
+        return RegistryNorm(name, core.freeze(dict(options)), mode)
+    made = by_class(new, nn.Module)
+    if made:
+        cls, given = made
+        taken = {f.name for f in dataclasses.fields(cls) if f.init} - {"parent", "name"}
+        check_taken(old, taken, synced="use_running_average" in taken)
         have = {f.name for f in dataclasses.fields(old)}  # pyright: ignore[reportArgumentType]
-        return new(**{name: getattr(old, name) for name in sorted(taken & have)})
+        return cls(**{name: getattr(old, name) for name in sorted(taken & have)} | dict(given))
     if isinstance(new, nn.Module):
         return new
     raise invalid(

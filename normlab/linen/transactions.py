@@ -32,7 +32,7 @@ def commit(variables: Mapping[str, Any], transaction: Any, ok: ArrayLike = True)
 
 
 def settle(
-    variables: Mapping[str, Any], transaction: Any, *, estimator: Estimator = "pooled"
+    variables: Mapping[str, Any], transaction: Any, *, estimator: Estimator | None = None
 ) -> Any:
     """Returns the `batch_stats` that are what the transaction saw: PreciseBN.
 
@@ -50,6 +50,13 @@ def settle(
 
 
 def _end(variables: Mapping[str, Any], transaction: Any, end: Callable[[Any], Any]) -> Any:
+    if "batch_stats" not in variables:
+        raise invalid(
+            "transaction",
+            f"variables with {', '.join(map(str, variables)) or 'nothing'}",
+            "all of the model's, batch_stats among them",
+            "pass what the model was applied to",
+        )
     frozen = isinstance(variables["batch_stats"], core.FrozenDict)
     stats: dict[Any, Any] = traverse_util.flatten_dict(core.unfreeze(variables["batch_stats"]))
     pending = traverse_util.flatten_dict(core.unfreeze(transaction))
@@ -60,9 +67,9 @@ def _end(variables: Mapping[str, Any], transaction: Any, end: Callable[[Any], An
             "the collection that a call with mutable=['transaction'] returned",
             "call the model in training with batch_stats immutable",
         )
-    for path, states in pending.items():
+    ended = end(list(pending.values()))  # all at once: a step counts for every norm or for none
+    for path, new in zip(pending, ended, strict=True):
         layer = path[:-1]
-        new = end(states)
         if (*layer, "population") in stats:
             stats[*layer, "population"] = new
         elif (*layer, "mean") in stats:

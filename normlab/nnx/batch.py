@@ -90,7 +90,7 @@ class BatchNorm(Stateful):
             self.var = nnx.BatchStat(jnp.ones((num_features,), jnp.float32))
         else:
             state = skin.population(population, num_features, decay=decay, axis_name=axis_name)
-            self.keep(state)
+            self._keep(state)
         self.pending = nnx.data(None)
         make_params(
             self,
@@ -126,7 +126,7 @@ class BatchNorm(Stateful):
             aligned with its first or with its last axes.
         """
         train = skin.is_training("BatchNorm", use_running_average, self.use_running_average)
-        state, write = self.kept(train)
+        state, write = self._kept(train)
         scale, bias = values(self)
         dtype = result_dtype(self, x, *self.measured(), scale, bias)
         call = skin.make_call("BatchNorm", x, self.axis, mask, dtype)

@@ -15,7 +15,7 @@ from jax.typing import ArrayLike
 from normlab import skin
 from normlab.checks import invalid
 from normlab.nnx.transactions import Stateful
-from normlab.skin.rule import Choice, Rule, by_name, is_norm
+from normlab.skin.rule import Choice, Rule, by_class, by_name, check_taken, is_norm
 from normlab.types import Affine, Site
 
 
@@ -53,7 +53,7 @@ class RegistryNorm(Stateful):
         params, state = skin.from_registry(norm, dict(self.options)).init(Site(some))
         self.scale = nnx.data(None if params.g is None else nnx.Param(params.g))
         self.bias = nnx.data(None if params.b is None else nnx.Param(params.b))
-        self.keep(state)
+        self._keep(state)
         self.pending = nnx.data(None)
 
     def __call__(
@@ -64,7 +64,7 @@ class RegistryNorm(Stateful):
         norm = skin.from_registry(self.norm, dict(self.options))
         x = jnp.asarray(x)
         site = Site(x, weights=skin.weights(self.norm, mask, x.shape))
-        state, write = self.kept(train)
+        state, write = self._kept(train)
         params = Affine(*(None if v is None else v[...] for v in (self.scale, self.bias)))
         h, state = norm.apply(params, state, site, train=train)
         if train:
@@ -166,9 +166,11 @@ def _module(new: Any, old: Any, rngs: nnx.Rngs) -> Any:
     if named:
         mode = getattr(old, "use_running_average", False)
         name, options = named
+        check_taken(old, options, synced=name == "batch")
         return RegistryNorm(name, _features(old), options, use_running_average=mode)
-    if isinstance(new, type) and issubclass(new, nnx.Module):
-        return _converted(new, old, rngs)
+    made = by_class(new, nnx.Module)
+    if made:
+        return _converted(*made, old, rngs)
     if isinstance(new, nnx.Module):
         return nnx.clone(new)
     raise invalid(
@@ -182,16 +184,24 @@ def _module(new: Any, old: Any, rngs: nnx.Rngs) -> Any:
 def _features(old: Any) -> int:
     if hasattr(old, "num_features"):
         return old.num_features
-    return old.num_groups * old.group_size
+    if hasattr(old, "num_groups"):
+        return old.num_groups * old.group_size
+    raise invalid(
+        "swap",
+        f"a {type(old).__name__} without num_features",
+        "a norm that knows the number of its features",
+        "give the new module itself",
+    )
 
 
-def _converted(new: type, old: Any, rngs: nnx.Rngs) -> Any:
+def _converted(new: type, keywords: Mapping[str, Any], old: Any, rngs: nnx.Rngs) -> Any:
     names = set(inspect.signature(new.__init__).parameters) - {"self", "rngs", "num_features"}
+    check_taken(old, names, synced="use_running_average" in names)
     if "num_groups" in names:
         names.discard("group_size")  # an attribute that follows from the number
     given = {name: getattr(old, name) for name in sorted(names) if hasattr(old, name)}
     given = {name: value for name, value in given.items() if not isinstance(value, nnx.Variable)}
-    module = new(_features(old), **given, rngs=rngs)
+    module = new(_features(old), **{**given, **keywords}, rngs=rngs)
     if type(old).__name__ == new.__name__:
         for name, value in vars(old).items():
             if isinstance(value, nnx.Variable):

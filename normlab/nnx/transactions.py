@@ -32,17 +32,17 @@ class Stateful(nnx.Module):
     pending: Any
     momentum: float
 
-    def kept(self, train: bool) -> tuple[Any, Callable[[Any], None]]:
+    def _kept(self, train: bool) -> tuple[Any, Callable[[Any], None]]:
         """The state, and how to write it back: the transaction's, in training during one."""
         if self.pending is not None and train:
             return self.pending.get_value(), self.pending.set_value
-        return self.statistics()
+        return self._statistics()
 
-    def keep(self, state: Any) -> None:
+    def _keep(self, state: Any) -> None:
         """Makes the variable `population`; none for a state that holds nothing."""
         self.population = nnx.BatchStat(state) if jax.tree.leaves(state) else nnx.data(None)
 
-    def statistics(self) -> tuple[Any, Callable[[Any], None]]:
+    def _statistics(self) -> tuple[Any, Callable[[Any], None]]:
         """The state, and how to write it back."""
         if hasattr(self, "population"):
             kept = self.population
@@ -67,12 +67,12 @@ def begin(model: nnx.Module) -> None:
     Raises:
       ValueError: If there is none.
     """
-    modules = [m for m in _stateful(model) if skin.has_average(m.statistics()[0])]
+    modules = [m for m in _stateful(model) if skin.has_average(m._statistics()[0])]
     if not modules:
         raise _nothing("begin", "running averages")
     for module in modules:
         if module.pending is None:
-            module.pending = Transaction(transactions.begin(module.statistics()[0]))
+            module.pending = Transaction(transactions.begin(module._statistics()[0]))
 
 
 def commit(model: nnx.Module, ok: ArrayLike = True) -> None:
@@ -88,7 +88,7 @@ def commit(model: nnx.Module, ok: ArrayLike = True) -> None:
     _end("commit", model, lambda states: transactions.commit(states, ok))
 
 
-def settle(model: nnx.Module, *, estimator: Estimator = "pooled") -> None:
+def settle(model: nnx.Module, *, estimator: Estimator | None = None) -> None:
     """Ends a transaction: what it saw becomes the population, PreciseBN.
 
     Args:
@@ -105,9 +105,10 @@ def _end(where: str, model: nnx.Module, end: Callable[[Any], Any]) -> None:
     modules = [m for m in _stateful(model) if m.pending is not None]
     if not modules:
         raise _nothing(where, "a transaction under way")
-    ended = [end(module.pending.get_value()) for module in modules]
+    # All at once: a step counts for every norm or for none.
+    ended = end([module.pending.get_value() for module in modules])
     for module, state in zip(modules, ended, strict=True):
-        module.statistics()[1](state)
+        module._statistics()[1](state)
         module.pending = nnx.data(None)
 
 

@@ -31,6 +31,8 @@ average of the batches' variances (Ioffe & Szegedy 2015, algorithm 2).
 class Cumulative(NamedTuple):
     """All batches pooled into one, each weighted by its count; float32 at least.
 
+    Sums in float32 hold about a million batches; for more, make it with dtype float64.
+
     Attributes:
       count: `[C]`, N, the number of values (or weight) of a channel in all batches.
       mean: `[C]`, their mean.
@@ -100,11 +102,11 @@ class Cumulative(NamedTuple):
         within / (N − ddof·batches).
         """
         if self.estimator == "pooled":
-            var = self.moments().var(self.ddof)
+            m, lost = self.moments(), jnp.full((), self.ddof, self.mean.dtype)
         else:
+            m = Moments(self.count, self.mean, self.within)
             lost = self.ddof * self.updates.astype(self.mean.dtype)
-            var = Moments(self.count - lost, self.mean, self.within).var()
-        return self.mean, jnp.where(self.count > self.ddof, var, 1)
+        return self.mean, jnp.where(m.count > lost, m._replace(count=m.count - lost).var(), 1)
 
     def pool(self, axis_name: AxisName) -> Cumulative:
         """Merges with those of the other devices, each weighted by its count."""
@@ -152,8 +154,16 @@ def init_cumulative(
     """
     check_ddof("cumulative statistics", ddof)
     check_estimator("cumulative statistics", estimator)
-    zeros, zero = jnp.zeros(channels, dtype), jnp.zeros((), jnp.int32)
-    return Cumulative(zeros, zeros, zeros, zeros, zero, zero, ddof, estimator)
+    return Cumulative(
+        count=jnp.zeros(channels, dtype),
+        mean=jnp.zeros(channels, dtype),
+        within=jnp.zeros(channels, dtype),
+        between=jnp.zeros(channels, dtype),
+        updates=jnp.zeros((), jnp.int32),
+        skipped=jnp.zeros((), jnp.int32),
+        ddof=ddof,
+        estimator=estimator,
+    )
 
 
 def check_estimator(where: str, estimator: str) -> None:

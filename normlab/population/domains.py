@@ -69,7 +69,8 @@ def select_domain(states: Any, domain: ArrayLike) -> Any:
 
     Args:
       states: A state, or a pytree of them.
-      domain: `[]` or `[N]`, as `current` has it.
+      domain: `[]` or, if `current` is of each example, `[N]`, with any N. Where it is traced, it
+        is taken to be one of the domains.
 
     Raises:
       ValueError: If there is no `Domains`, the shape is another, or a domain is not there.
@@ -89,20 +90,22 @@ def select_domain(states: Any, domain: ArrayLike) -> Any:
         )
     index = index.astype(jnp.int32)
     for state in found:
-        traced = isinstance(index, Tracer)
-        inside = traced or ((index >= 0) & (index < state.domains)).all()
-        if index.shape != state.current.shape[-index.ndim or state.current.ndim :] or not inside:
+        inside = isinstance(index, Tracer) or ((index >= 0) & (index < state.domains)).all()
+        if index.ndim > state.current.ndim or not inside:
             raise invalid(
                 "select domain",
                 f"domain={domain!r}" if index.ndim == 0 else f"domains of shape {index.shape}",
-                f"shape {state.current.shape}, each from 0 to {state.domains - 1}",
-                "give one number per batch, or with init_domains(..., examples=N) N of them",
+                f"{'one' if not state.current.ndim else 'one for each example'}, each from 0 to "
+                f"{state.domains - 1}",
+                "give one number per batch, or with init_domains(..., examples=N) one per example",
             )
 
     def one(leaf: Any) -> Any:
         if not _is_domains(leaf):
             return leaf
-        return leaf._replace(current=jnp.broadcast_to(index, leaf.current.shape))
+        shape = leaf.current.shape
+        shape = (*shape[:-1], *index.shape) if index.ndim else shape  # of any number of examples
+        return leaf._replace(current=jnp.broadcast_to(index, shape))
 
     return jax.tree.map(one, states, is_leaf=_is_domains)
 

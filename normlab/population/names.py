@@ -15,7 +15,7 @@ from normlab.checks import invalid, nearest
 from normlab.population.cumulative import init_cumulative
 from normlab.population.domains import Domains
 from normlab.population.frozen import Frozen
-from normlab.population.renorm import init_renorm
+from normlab.population.renorm import Renorm, init_renorm
 from normlab.population.running import init_running
 
 
@@ -41,6 +41,13 @@ def init_domains(
     if domains < 1:
         raise invalid("domains", f"domains={domains}", "at least 1", "count the domains")
     one = init_population(population, channels, dtype=dtype, **options)
+    if isinstance(one, Renorm | Frozen | Domains) or one == ():
+        raise invalid(
+            "domains",
+            f"a population of type {type(one).__name__}",
+            "one that does not change how training normalizes",
+            "keep an average of each domain; freeze all of them together",
+        )
     of = jax.tree.map(lambda v: jnp.broadcast_to(v, (domains, *v.shape)), one)
     return Domains(of, jnp.zeros(() if examples is None else (examples,), jnp.int32))
 
@@ -73,7 +80,8 @@ def init_population(population: str | Callable[..., Any], channels: int, **optio
       population: `"debiased"` and `"ema"` (`init_running`, without and with a bias towards 0 and
         1), `"cumulative"` (`init_cumulative`), `"renorm"` (`init_renorm`), `"domains"`
         (`init_domains`), `"frozen"` (`Frozen`), `"batch"` (nothing is kept: inference
-        normalizes with its own batch); or a function of the channels.
+        normalizes with its own batch); or a function of the channels (and of the options
+        that are given, and of `dtype` if it has one).
       channels: `C`.
       **options: Those of the function it stands for.
 
@@ -92,7 +100,10 @@ def init_population(population: str | Callable[..., Any], channels: int, **optio
                     f"population {population!r}: unknown option {option!r}: "
                     f"{nearest(option, [name for name in known if name != 'channels'])}"
                 )
-        population = make
+        return make(channels, **options)
+    known = inspect.signature(population).parameters
+    if "dtype" not in known:
+        options.pop("dtype", None)
     return population(channels, **options)
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 
 from normlab.checks import invalid
+from normlab.population.cumulative import Cumulative
 from normlab.population.protocol import Population
 from normlab.sync import AxisName
 
@@ -43,6 +44,8 @@ def merge_running(states: Any) -> Any:
     (3,)
     """
     leaves = jax.tree.leaves(states)
+    if not leaves:
+        return states
     devices = {v.shape[0] if v.ndim else 0 for v in leaves}
     if len(devices) > 1 or 0 in devices:
         some = next((v.shape for v in leaves if not v.ndim or not v.shape[0]), None)
@@ -89,6 +92,25 @@ def _describe(state: Any) -> str:
         if isinstance(value, Population | int | float | str)
     ]
     return f"{type(state).__name__}({', '.join(said)})"
+
+
+def share_running(states: Any, devices: int) -> Any:
+    """What each of some devices keeps of merged statistics, so that pooling gives them back.
+
+    An average is the same on all; of what is counted, each device takes its share.
+
+    Args:
+      states: A state, or a pytree of states, as `merge_running` returned it.
+      devices: Their number.
+    """
+
+    def share(state: Any) -> Any:
+        if not isinstance(state, Cumulative):
+            return state
+        counted = {name: getattr(state, name) / devices for name in ("count", "within", "between")}
+        return state._replace(**counted, updates=-(-state.updates // devices))
+
+    return jax.tree.map(share, states, is_leaf=lambda leaf: isinstance(leaf, Cumulative))
 
 
 def map_populations(f: Any, states: Any) -> Any:

@@ -26,8 +26,9 @@ class Renorm(NamedTuple):
                                                  d = clip((μ_B − μ)/σ, −d_max, d_max)
 
     r and d carry no gradient. With r = 1, d = 0, until `begin` and before the first update, this is
-    batch norm. From there the limits grow linearly with the number of updates, r_max from 1 until
-    `r_end`, d_max from 0 until `d_end`. Another schedule is `state._replace(r_max=...)`.
+    batch norm, operation by operation to the bit. From there the limits grow linearly with the
+    number of updates, r_max from 1 until `r_end`, d_max from 0 until `d_end`. Another schedule is
+    `state._replace(r_max=...)`.
 
     Attributes:
       running: The running statistics, μ and σ² = var + ε.
@@ -77,7 +78,7 @@ class Renorm(NamedTuple):
           like: Puts `C` values along the channels of the input.
         """
         mean, var = (like(lax.stop_gradient(v)) for v in self.read())
-        r_max, d_max = self.limits()
+        r_max, d_max = (v.astype(mean.dtype) for v in self.limits())
         known = self.running.updates > 0
         old = jnp.sqrt(var + eps)
         new_mu, new_sigma = lax.stop_gradient((mu, sigma))
@@ -135,5 +136,5 @@ def init_renorm(
             "let the limits grow after begin",
         )
     running = init_running(channels, decay=decay, ddof=ddof, debias=debias, dtype=dtype)
-    limits = (jnp.asarray(v, dtype) for v in (r_max, d_max))
+    limits = (jnp.array(v, dtype) for v in (r_max, d_max))
     return Renorm(running, *limits, *(jnp.int32(v) for v in (begin, r_end, d_end)))

@@ -56,7 +56,8 @@ class Running(NamedTuple):
 
         Args:
           m: The batch's moments, `C` values in each of mean and m2, in any shape.
-          decay: The weight of the old value, in [0, 1], may be traced; `None` for the state's.
+          decay: The weight of the old value, in [0, 1); a traced one is trusted, and may be 1.
+            `None` for the state's.
           bad_batch: What becomes of a bad batch.
 
         Raises:
@@ -65,6 +66,8 @@ class Running(NamedTuple):
         """
         decay = self.decay if decay is None else decay
         check_decay("running statistics", decay)
+        if isinstance(decay, Array):
+            decay = decay.astype(self.mass.dtype)
         m = check_batch("running statistics", lax.stop_gradient(m), bad_batch, self.ddof)
         mean = m.mean.reshape(self.mean.shape).astype(self.mean.dtype)
         var = m.var(self.ddof).reshape(self.var.shape).astype(self.var.dtype)

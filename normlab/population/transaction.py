@@ -12,6 +12,7 @@ takes one step, with the moments of all of it together:
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
@@ -94,10 +95,15 @@ def _begin(state: Any) -> Pending:
     if _is_pending(state):
         return state
     mean = state.read()[0]
-    zero = zeros_of(mean)
-    nought = zero.any(-1).astype(jnp.int32)
-    seen = Cumulative(zero, zero, zero, zero, nought, nought)
-    return Pending(state, seen, nought > 0)
+    seen = Cumulative(  # an array for each, which may be donated
+        count=zeros_of(mean),
+        mean=zeros_of(mean),
+        within=zeros_of(mean),
+        between=zeros_of(mean),
+        updates=zeros_of(mean).any(-1).astype(jnp.int32),
+        skipped=zeros_of(mean).any(-1).astype(jnp.int32),
+    )
+    return Pending(state, seen, zeros_of(mean).any(-1))
 
 
 def commit(
@@ -134,21 +140,31 @@ def commit(
     >>> state.mean.tolist(), state.var.tolist(), state.updates.item()
     ([4.0], [10.0], 1)
     """
+    whole = _whole_step(states, jnp.asarray(ok))
+    ok = whole if bad_batch == "skip" else jnp.asarray(ok)  # the other policies look themselves
 
-    def one(state: Pending) -> Any:
+    def one(state: Pending, ok: Array = ok) -> Any:
         if state.broken.ndim:  # stacked
-            return jax.vmap(one)(state)
-        m = state.seen.moments()
-        good = jnp.asarray(ok) & ~state.broken
-        m = m._replace(mean=jnp.where(good, m.mean, jnp.nan))
-        new = state.of.update(m, decay=decay, bad_batch=bad_batch)
+            ok = ok.reshape(ok.shape + (1,) * (state.broken.ndim - ok.ndim))
+            return jax.vmap(one)(state, jnp.broadcast_to(ok, state.broken.shape))
+        m, of = state.seen.moments(), state.of
+        spoiled = m._replace(mean=jnp.full_like(m.mean, jnp.nan))
+        m = jax.tree.map(lambda bad, v: jnp.where(state.broken, bad, v), spoiled, m)
+        if bad_batch != "skip":
+            rejected = of.update(spoiled, decay=decay)
+            quiet = jax.tree.map(lambda v: jnp.where(ok, v, 2), m)  # not ok is no bad batch
+            new = of.update(quiet, decay=decay, bad_batch=bad_batch)
+            new = jax.tree.map(lambda v, w: jnp.where(ok, v, w), new, rejected)
+        else:
+            m = jax.tree.map(lambda v, bad: jnp.where(ok, v, bad), m, spoiled)
+            new = of.update(m, decay=decay)
         called = _called(state)
-        return jax.tree.map(lambda v, old: jnp.where(called, v, old), new, state.of)
+        return jax.tree.map(lambda v, old: jnp.where(called, v, old), new, of)
 
     return _map("commit", states, _is_pending, one, "states from begin")
 
 
-def settle(states: Any, *, estimator: Estimator = "pooled") -> Any:
+def settle(states: Any, *, estimator: Estimator | None = None) -> Any:
     """Ends a transaction: what it saw becomes the population, PreciseBN.
 
     Run a network over many batches with its weights fixed, in training mode, and settle: the
@@ -158,7 +174,8 @@ def settle(states: Any, *, estimator: Estimator = "pooled") -> Any:
     Args:
       states: A state, or a pytree of states, in a transaction. Where devices kept theirs
         apart, `pool_running` or `merge_running` it first.
-      estimator: Of which deviations the variance is made, an `Estimator`.
+      estimator: Of which deviations the variance is made, an `Estimator`; `None` for `"pooled"`, or
+        a `Cumulative`'s own.
 
     Returns:
       The states with the structure they had at `begin`. A norm that saw no batch stays as it was.
@@ -167,16 +184,24 @@ def settle(states: Any, *, estimator: Estimator = "pooled") -> Any:
       ValueError: If there is no transaction, nothing was seen (where that can be known), or the
         state cannot be replaced.
     """
-    check_estimator("settle", estimator)
+    if estimator is not None:
+        check_estimator("settle", estimator)
 
     def one(state: Pending) -> Any:
         if state.broken.ndim:  # stacked
             return jax.vmap(one)(state)
         of, seen = state.of, state.seen
         if isinstance(of, Cumulative):
+            if estimator not in (None, of.estimator):
+                raise invalid(
+                    "settle",
+                    f"estimator={estimator!r} for statistics with {of.estimator!r}",
+                    "the estimator that the state names",
+                    "leave it out, or make the state with init_cumulative(..., estimator=...)",
+                )
             new = seen._replace(ddof=of.ddof, estimator=of.estimator)
         elif isinstance(of, Running):
-            mean, var = seen._replace(ddof=of.ddof, estimator=estimator).read()
+            mean, var = seen._replace(ddof=of.ddof, estimator=estimator or "pooled").read()
             batches = jnp.maximum(seen.updates, 1).astype(mean.dtype)
             new = of._replace(
                 mean=mean,
@@ -214,7 +239,7 @@ def precise(
     states: Any,
     batches: Iterable[Any],
     *,
-    estimator: Estimator = "pooled",
+    estimator: Estimator | None = None,
 ) -> Any:
     """Recomputes the population statistics of a network for the weights it has: PreciseBN.
 
@@ -226,7 +251,7 @@ def precise(
         averaged ones. It is compiled.
       states: The norms' states; the old statistics count for nothing.
       batches: Batches, of any sizes.
-      estimator: Of which deviations the variance is made, an `Estimator`.
+      estimator: As in `settle`.
 
     Raises:
       ValueError: If there is no running average, or no batch.
@@ -242,6 +267,24 @@ def precise(
     for batch in batches:
         states = run(states, batch)
     return settle(states, estimator=estimator)
+
+
+def _whole_step(states: Any, ok: Array) -> Array:
+    """Whether the step may count: it is ok, and no norm of it saw a batch that was not finite."""
+    broken = [s.broken for s in jax.tree.leaves(states, is_leaf=_is_pending) if _is_pending(s)]
+    shapes = {b.shape for b in broken}
+    if not any(shape[: ok.ndim] == ok.shape for shape in shapes or {ok.shape}):
+        raise invalid(
+            "commit",
+            f"ok of shape {ok.shape} for states that are stacked as {sorted(shapes)}",
+            "one value, or one for each of the stack",
+            "reduce it, for example with all()",
+        )
+    if len(shapes) == 1:
+        return functools.reduce(
+            lambda ok, b: ok.reshape(ok.shape + (1,) * (b.ndim - ok.ndim)) & ~b, broken, ok
+        )
+    return ok & ~jnp.stack([b.any() for b in broken]).any() if broken else ok
 
 
 def _called(state: Pending) -> Array:
@@ -265,7 +308,7 @@ def _is_population(leaf: Any) -> bool:
 
 
 def _map(where: str, states: Any, chosen: Any, change: Any, expected: str) -> Any:
-    """Changes what is chosen, outside of what is frozen."""
+    """Changes what is chosen; what is frozen takes no part, and ends what was under way."""
     frozen = lambda leaf: isinstance(leaf, Frozen)  # noqa: E731
     leaves, structure = jax.tree.flatten(states, is_leaf=lambda v: chosen(v) or frozen(v))
     if not all(map(frozen, leaves)) and not any(map(chosen, leaves)):
@@ -276,4 +319,11 @@ def _map(where: str, states: Any, chosen: Any, change: Any, expected: str) -> An
             expected,
             "pass the norms' states" if first else "call begin(states) first",
         )
-    return jax.tree.unflatten(structure, [change(v) if chosen(v) else v for v in leaves])
+
+    def ended(leaf: Any) -> Any:
+        if chosen(leaf):
+            return change(leaf)
+        within = lambda v: v.of if _is_pending(v) else v  # noqa: E731
+        return jax.tree.map(within, leaf, is_leaf=_is_pending)
+
+    return jax.tree.unflatten(structure, list(map(ended, leaves)))

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
+
+import jax.numpy as jnp
 
 from normlab.checks import invalid, nearest
 
@@ -12,9 +14,9 @@ Rule = Mapping[str, Any] | Callable[[str, Any], Any]
 """Patterns of paths with what is to stand there, or a function of path and module.
 
 A pattern is a path such as `"encoder/block_0/norm"`, or a regular expression for the whole of one;
-the first that matches holds. What is to stand there is a module, a class of modules, the name of a
-norm in the registry, or a pair of name and options. A function returns one of these, or `None` to
-leave the norm.
+the first that matches holds. What is to stand there is a module, a class of modules or a
+`functools.partial` of one, the name of a norm in the registry, or a pair of name and options. A
+function returns one of these, or `None` to leave the norm.
 """
 
 
@@ -90,4 +92,42 @@ def by_name(new: Any) -> tuple[str, Mapping[str, Any]] | None:
         return new, {}
     if isinstance(new, tuple) and len(new) == 2 and isinstance(new[0], str):
         return new
+    return None
+
+
+_ARGUMENTS = {"axis": -1, "dtype": None, "param_dtype": jnp.float32}
+_ARGUMENTS |= {"axis_name": None, "axis_index_groups": None, "use_bias": True, "use_scale": True}
+_OPTIONS = {"use_bias": "reshift", "use_scale": "rescale", "axis_name": "axis_name"}
+
+
+def check_taken(old: Any, taken: Iterable[str], *, synced: bool = True) -> None:
+    """Raises ValueError if an argument of the old norm, which says something, is lost.
+
+    Args:
+      old: The old norm.
+      taken: The arguments, or the options of a norm of the registry, that its replacement has.
+      synced: Whether the replacement measures a batch, so that `axis_name` means something.
+    """
+    taken = set(taken)
+    lost = [
+        f"{name}={getattr(old, name)!r}"
+        for name, default in _ARGUMENTS.items()
+        if not {name, _OPTIONS.get(name, name)} & taken
+        and getattr(old, name, default) != default
+        and (synced or not name.startswith("axis_"))
+    ]
+    if lost:
+        raise invalid(
+            "swap",
+            f"a {type(old).__name__} with {', '.join(lost)}",
+            "arguments that its replacement has too",
+            "name a class that has them, a module, or functools.partial(SomeNorm, ...)",
+        )
+
+
+def by_class(new: Any, kind: type) -> tuple[type, Mapping[str, Any]] | None:
+    """The class and the arguments if a replacement is a class of modules, or a `partial` of one."""
+    function = getattr(new, "func", new)
+    if isinstance(function, type) and issubclass(function, kind):
+        return function, getattr(new, "keywords", {})
     return None
