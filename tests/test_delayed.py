@@ -175,3 +175,34 @@ def test_an_exchange_of_nothing_is_an_error():
         jax.vmap(lambda s: nl.exchange({"a": s}, nl.Sync("d", every=1)), axis_name="d")(jnp.ones(2))
     with pytest.raises(ValueError, match="exchange: got axis_name='d'"):
         nl.exchange(nl.init_delayed(C), nl.Sync("d", every=1))
+
+
+def test_a_frozen_layer_does_not_stop_the_exchange_of_the_others():
+    """It has no age of its own that could stand for theirs."""
+    sync = nl.Sync("d", every=2)
+    states = {"frozen": nl.freeze(start()), "layer": start()}
+
+    def step(states, a):
+        new = {
+            name: nl.batch_norm(a, None, state, train=True, axis_name=sync)[1]
+            for name, state in states.items()
+        }
+        return nl.exchange(new, sync)
+
+    run, ages = jax.jit(jax.vmap(step, axis_name="d")), []
+    for batch in batches():
+        states = run(states, array(batch))
+        ages.append(int(states["layer"].age[0]))
+    assert ages == [0, 1, 0, 1, 0, 1]
+    assert gap(states["frozen"], nl.freeze(start())) == 0
+
+
+def test_a_batch_that_is_not_finite_says_nothing_to_the_other_devices():
+    a = batches()
+    a[2, 0, 1, 1] = np.nan
+    found = train("vmap", nl.Sync("d", every=1), a)
+    for t, (h, state) in enumerate(found):
+        finite = np.isfinite(h).all(axis=(1, 2))
+        assert finite.tolist() == [t != 2] + [True] * (D - 1)
+        assert np.isfinite(state.running.mean).all()
+    assert found[2][1].own.count[0].max() == 0
