@@ -35,6 +35,7 @@ from experiments.data import NAMES, Dataset, load
 from experiments.rundir import CHECKOUT, RunDirectory, RunError, environment
 from experiments.trainer import AXIS, TrainState, accumulate, minibatches
 from normlab.population.names import require as require_population
+from normlab.population.names import takes
 
 PROBE = 256
 """Training images on which a data-dependent init looks."""
@@ -168,7 +169,7 @@ class Train:
     def build_norm(self, sync: nl.AxisName | None) -> nl.Norm:
         """The norm, with the options of this run."""
         if self.norm == "batch":
-            options = {} if self.population in ("cumulative", "batch") else {"decay": self.decay}
+            options = {"decay": self.decay} if takes(self.population, "decay") else {}
             return nl.get("batch", population=self.population, axis_name=sync, **options)
         return Compare(devices=1, batch_size=1).norm(self.norm)
 

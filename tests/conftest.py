@@ -10,7 +10,7 @@ if _FLAG not in os.environ.get("XLA_FLAGS", ""):
     # Each worker compiles on one thread: there are as many workers as cores.
     _FLAGS = f"{_FLAG}=8 --xla_cpu_parallel_codegen_split_count=1"
     if version("jax").startswith("0.10."):
-        # Compiles in two thirds of the time, and the tests do little else. Later ones have no flag.
+        # Compiles faster, and the tests do little else. Later versions have no such flag.
         _FLAGS += " --xla_cpu_use_fusion_emitters=false"
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_FLAGS}".strip()
 os.environ.setdefault("JAX_PLATFORMS", "cpu")

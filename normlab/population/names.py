@@ -95,7 +95,7 @@ def init_population(population: str | Callable[..., Any], channels: int, **optio
         make = require(population)
         known = inspect.signature(make).parameters
         for option in options:
-            if option not in known and "options" not in known:  # those that hold another pass it on
+            if not takes(population, option):
                 raise ValueError(
                     f"population {population!r}: unknown option {option!r}: "
                     f"{nearest(option, [name for name in known if name != 'channels'])}"
@@ -105,6 +105,11 @@ def init_population(population: str | Callable[..., Any], channels: int, **optio
     if "dtype" not in known:
         options.pop("dtype", None)
     return population(channels, **options)
+
+
+def takes(name: str, option: str) -> bool:
+    """Whether the population of that name has an option, or holds another that may have it."""
+    return not {option, "options"}.isdisjoint(inspect.signature(require(name)).parameters)
 
 
 def require(name: str) -> Callable[..., Any]:

@@ -11,7 +11,7 @@ from jax import Array
 
 from normlab.checks import invalid, promote
 from normlab.delayed import delay
-from normlab.population.names import init_population
+from normlab.population.names import init_population, takes
 from normlab.population.protocol import Population
 from normlab.population.running import Running
 from normlab.sync import as_sync
@@ -59,7 +59,7 @@ def population(
       decay: The weight of the old value.
       axis_name: What the batch is one over; with `Sync(every=...)` the state is a `Delayed`.
     """
-    options = {} if callable(name) or name in ("cumulative", "batch") else {"decay": decay}
+    options = {} if callable(name) or not takes(name, "decay") else {"decay": decay}
     with jax.ensure_compile_time_eval():  # a module asks anew each time it is traced
         state = init_population(name, features, **options)
         return delay(state) if as_sync(axis_name).every else state
