@@ -1,5 +1,6 @@
 # make compare   set up, fetch MNIST, train eight norms side by side (the main job)
 # make test      set up, run the tests
+# make report    set up, run every question's quick profile, write runs/report.html
 # Options of the main job: make compare ARGS="--dataset cifar10 --steps 2000"
 
 PYTHON ?= python3
@@ -8,10 +9,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 
-.PHONY: compare test test-slow lint bench lock clean
+.PHONY: compare report test test-slow lint bench lock clean
 
 compare: $(INSTALLED)-experiments
 	$(BIN)/python -m experiments compare $(ARGS)
+
+# About half an hour on two cores; what is finished is not run again.
+report: $(INSTALLED)-experiments
+	$(BIN)/python -m experiments report $(ARGS)
 
 test: $(INSTALLED)-dev
 	$(BIN)/python -m pytest -n auto $(ARGS)

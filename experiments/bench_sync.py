@@ -29,9 +29,9 @@ from jax.sharding import PartitionSpec as P
 
 import normlab as nl
 from experiments.collectives import collectives
-from experiments.compare import set_devices
 from experiments.machines import Machine, machine, missing
 from experiments.rundir import RunError
+from experiments.trainer import set_devices
 
 AXIS = "data"
 MEAN = 1e3

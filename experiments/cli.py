@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import signal
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -25,6 +24,7 @@ from rich.table import Table
 
 import normlab as nl
 from experiments import (
+    asking,
     bench_report,
     bench_step,
     bench_sync,
@@ -44,8 +44,6 @@ from experiments.launch import Launch, launch
 from experiments.ledger import Ledger
 from experiments.numerics import Numerics
 from experiments.processes import EXIT_FAILED, leave, together
-from experiments.questions import Ask
-from experiments.questions.engine import Answer, Verdict, answer
 from experiments.rundir import RunError
 from experiments.train import Train, explain, train
 
@@ -90,7 +88,9 @@ Command = (
     | Annotated[Bench, tyro.conf.subcommand("bench")]
     | Annotated[Numerics, tyro.conf.subcommand("numerics")]
     | Annotated[Invariances, tyro.conf.subcommand("invariances")]
-    | Annotated[Ask, tyro.conf.subcommand("run")]
+    | Annotated[asking.Run, tyro.conf.subcommand("run")]
+    | Annotated[asking.Report, tyro.conf.subcommand("report")]
+    | Annotated[asking.Verify, tyro.conf.subcommand("verify")]
     | Annotated[Ledger, tyro.conf.subcommand("ledger")]
     | Annotated[Train, tyro.conf.subcommand("train")]
     | Annotated[Launch, tyro.conf.subcommand("launch")]
@@ -100,14 +100,20 @@ Command = (
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs one command; returns the exit status."""
+    given = sys.argv[1:] if arguments is None else arguments
+    own, rest = given, []
+    if given[:1] == ["run"] and "--" in given:
+        own, rest = given[: given.index("--")], given[given.index("--") + 1 :]
     try:
         command = tyro.cli(
             Command,
             prog="python -m experiments",
             description="Compare normalizations on real data. Each command has its own --help.",
-            args=arguments,
+            args=own,
             config=(tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes),
         )
+        if rest:
+            command = dataclasses.replace(command, config=tuple(rest))
         return HANDLERS[type(command)](command)
     except (RunError, DataError) as error:
         return report(error)
@@ -199,42 +205,6 @@ def remarks(comparison: Comparison) -> list[str]:
         if row["step"] < comparison.config.steps:
             said.append(f"{row['norm']}: stopped after {row['step']} steps")
     return said
-
-
-def ask(command: Ask) -> int:
-    """Runs the questions one after the other and prints what each came to."""
-    exit_status = 0
-    for name, question, config, run_dir in command.questions():
-        with errors.status(name) as status:
-            found = answer(question, name, config, run_dir, lambda text: status.update(f"{text} …"))
-        print_answer(name, found)
-        if not found.complete:
-            errors.print("[yellow]interrupted:[/] what was measured is kept, without a verdict.")
-            exit_status = EXIT_INTERRUPTED
-            break
-    return exit_status
-
-
-def print_answer(name: str, found: Answer) -> None:
-    """The verdicts of a question and where its figure and its records are."""
-    result = Table("claim", "effect [95% interval]", "threshold", "verdict", title=name)
-    for verdict in found.verdicts:
-        result.add_row(verdict.claim, *_judged(verdict))
-    seeds = {verdict.seeds for verdict in found.verdicts}
-    result.caption = f"mean and interval over {', '.join(map(str, sorted(seeds)))} seeds" + (
-        "" if found.forms is None else f"; pmap and shard_map differ by {found.forms:.1e}"
-    )
-    if found.verdicts:
-        console.print(result)
-    console.print(f"{'run':>12}  {found.path}", highlight=False, soft_wrap=True)
-
-
-def _judged(v: Verdict) -> tuple[str, str, str]:
-    bounds = f"≥ {v.at_least:g}" if v.at_least > -math.inf else ""
-    if v.at_most < math.inf:
-        bounds += f"{', ' if bounds else ''}≤ {v.at_most:g}"
-    unit = f" {v.unit}" if v.unit else ""
-    return f"{v.effect:.3g}{unit} [{v.low:.3g}, {v.high:.3g}]", bounds, v.decision
 
 
 def data(command: Data) -> int:
@@ -423,7 +393,7 @@ def describe(command: List) -> int:
         console.print(f"{what}: {', '.join(names)}", highlight=False)
     asked = Table("question", "asks", title="questions, for `run`")
     for name in questions.NAMES:
-        asked.add_row(name, questions.headline(name))
+        asked.add_row(name, questions.describe(name)["question"])
     console.print(asked)
     return 0
 
@@ -437,7 +407,9 @@ HANDLERS: dict[type, Callable[[Any], int]] = {
     BenchSync: benchmark_sync,
     Numerics: print_numerics,
     Invariances: print_invariances,
-    Ask: ask,
+    asking.Run: asking.run,
+    asking.Report: asking.report,
+    asking.Verify: asking.verify,
     Ledger: account,
     Train: train_here,
     Launch: launch_run,

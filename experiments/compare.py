@@ -10,9 +10,7 @@ them equally far.
 from __future__ import annotations
 
 import concurrent.futures
-import contextlib
 import dataclasses
-import itertools
 import math
 import shutil
 import statistics
@@ -23,7 +21,6 @@ from typing import Any, Literal
 
 import jax
 import numpy as np
-import optax
 
 import normlab as nl
 from experiments import figures, models
@@ -31,20 +28,16 @@ from experiments.data import load
 from experiments.rundir import RunDirectory, RunError, environment
 from experiments.trainer import (
     AXIS,
+    OPTIMIZERS,
     QUANTILES,
     DeviceData,
     Evaluation,
     Trainer,
     TrainState,
     minibatches,
+    set_devices,
+    stretches,
 )
-
-OPTIMIZERS: dict[str, Callable[[float], optax.GradientTransformation]] = {
-    "sgd": optax.sgd,
-    "momentum": lambda lr: optax.sgd(lr, momentum=0.9),
-    "adam": optax.adam,
-}
-
 
 COMMON = ("none", "batch", "layer", "rms", "group", "instance", "weight", "cosine")
 """The norms that are compared by default."""
@@ -378,23 +371,6 @@ class Comparison:
                 content = figures.encode(figure, kind)
                 paths[f"{name}.{kind}"] = self.run_dir.write_bytes(f"{name}.{kind}", content)
         return paths
-
-
-def stretches(steps: int, count: int) -> list[tuple[int, int]]:
-    """Cuts `steps` into `count` stretches `(start, stop)` that differ by one step at most."""
-    marks = [round(i * steps / count) for i in range(count + 1)]
-    return list(itertools.pairwise(marks))
-
-
-def set_devices(count: int) -> None:
-    """Makes `count` devices on a CPU; raises RunError where there are fewer."""
-    with contextlib.suppress(RuntimeError):  # raised when the devices are there already
-        jax.config.update("jax_num_cpu_devices", count)
-    if jax.device_count() < count:
-        raise RunError(
-            f"--devices {count}, but there are {jax.device_count()} "
-            f"({jax.default_backend()}). Ask for at most that many."
-        )
 
 
 def _check_shapes(name: str, trainer: Trainer) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import itertools
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -49,6 +50,10 @@ _PEER_STYLE = {
     "equinox": ("#E69F00", "v"),
     "torch": ("#D55E00", "P"),
 }
+
+# Of an SVG: its unit is 1/72 inch, so that a hundredth of it cannot be seen.
+_COORDINATES = re.compile(rb' (?:d|x|y)="[^"]+"')
+_DIGITS = re.compile(rb"(\.\d\d)\d+")
 
 Records = Sequence[dict[str, Any]]
 
@@ -228,12 +233,19 @@ def conditions(records: Records, title: str) -> Figure:
 
 
 def encode(figure: Figure, kind: str) -> bytes:
-    """The figure as a file of type `png` or `svg`; closes it."""
+    """The figure as a file of type `png` or `svg`, which closes it.
+
+    An SVG has its text as text, and the same bytes for the same figure.
+    """
     buffer = io.BytesIO()
-    figure.savefig(buffer, format=kind, dpi=150)
-    if kind == "svg":
-        plt.close(figure)
-    return buffer.getvalue()
+    if kind != "svg":
+        figure.savefig(buffer, format=kind, dpi=150)
+        return buffer.getvalue()
+    metadata = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "normlab"}):
+        figure.savefig(buffer, format=kind, metadata=metadata)
+    plt.close(figure)
+    return _COORDINATES.sub(lambda found: _DIGITS.sub(rb"\1", found[0]), buffer.getvalue())
 
 
 def log_scale(axes: Axes) -> None:

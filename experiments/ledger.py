@@ -37,9 +37,9 @@ from jax.sharding import PartitionSpec as P
 import normlab as nl
 from experiments import models, syncs
 from experiments.collectives import Collective, collectives, shape_of
-from experiments.compare import set_devices
 from experiments.machines import Machine, machine
 from experiments.rundir import RunError
+from experiments.trainer import set_devices
 
 CLASSES = 10
 SCOPE = "norm"

@@ -53,7 +53,8 @@ class RunDirectory:
 
     def write_bytes(self, name: str, content: bytes) -> Path:
         """Writes a file; it appears whole or not at all."""
-        path, partial = self.path / name, self.path / f".{name}.partial"
+        path = self.path / name
+        partial = path.with_name(f".{path.name}.{os.getpid()}")
         try:
             partial.write_bytes(content)
             partial.replace(path)

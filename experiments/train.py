@@ -30,10 +30,10 @@ from jax.sharding import PartitionSpec as P
 import normlab as nl
 from experiments import models, processes, syncs
 from experiments.checkpoints import Checkpoints
-from experiments.compare import OPTIMIZERS, Compare
+from experiments.compare import Compare
 from experiments.data import NAMES, Dataset, load
 from experiments.rundir import CHECKOUT, RunDirectory, RunError, environment
-from experiments.trainer import AXIS, TrainState, accumulate, minibatches
+from experiments.trainer import AXIS, OPTIMIZERS, TrainState, accumulate, minibatches
 from normlab.population.names import require as require_population
 from normlab.population.names import takes
 

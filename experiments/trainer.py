@@ -11,6 +11,8 @@ and the whole batch).
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 from collections.abc import Callable, Iterable
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -28,6 +30,7 @@ from jax.typing import DTypeLike
 import normlab as nl
 from experiments import models
 from experiments.data import Dataset
+from experiments.rundir import RunError
 from normlab.collective import vary
 
 AXIS = "data"
@@ -41,6 +44,14 @@ Form = Literal["pmap", "shard_map"]
 """How the step runs on the devices: `pmap`, or `shard_map` (with its `check_vma`) under `jit`."""
 
 FORMS: tuple[Form, ...] = get_args(Form)
+
+OPTIMIZERS: dict[str, Callable[[float], optax.GradientTransformation]] = {
+    "sgd": lambda lr: optax.sgd(lr),
+    "momentum": lambda lr: optax.sgd(lr, momentum=0.9),
+    "rmsprop": lambda lr: optax.rmsprop(lr),
+    "adam": lambda lr: optax.adam(lr),
+}
+"""Every optimizer by name, of a learning rate; momentum is 0.9."""
 
 
 class TrainState(NamedTuple):
@@ -159,20 +170,30 @@ class Trainer:
         first = jax.tree.map(lambda v: np.asarray(v[0]), (loss, accuracy, parts))
         return Evaluation(*first)
 
-    def loss(self, params: Any, norm_state: Any, images: Array, labels: Array) -> tuple[Array, Any]:
-        """The mean cross-entropy of a device's share of the batch, and the norms' next state."""
+    def loss(
+        self, params: Any, norm_state: Any, images: Array, labels: Array, chosen: Array
+    ) -> tuple[Array, Any]:
+        """The mean cross-entropy of a device's share of the batch, and the norms' next state.
+
+        `chosen` are the examples' places in the data set: what they are decides what dropout
+        leaves out, so that no state is needed to repeat a step.
+        """
+        drawn = jax.random.fold_in(jax.random.key(chosen[0]), chosen[-1])
         logits, changed = self.model.apply(
             {"params": params, models.STATE: norm_state},
             self.data.preprocess(images),
             train=True,
             mutable=[models.STATE],
+            rngs={"dropout": drawn},
         )
         loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
         return loss, changed.get(models.STATE, norm_state)
 
-    def _step(self, state: TrainState, images: Array, labels: Array) -> tuple[TrainState, Array]:
+    def _step(
+        self, state: TrainState, images: Array, labels: Array, chosen: Array
+    ) -> tuple[TrainState, Array]:
         params, norm_state, opt_state = state
-        batch = (images, labels)
+        batch = (images, labels, chosen)
         loss, norm_state, grads = accumulate(
             self.loss, params, norm_state, batch, self.microbatches
         )
@@ -190,7 +211,7 @@ class Trainer:
         seeds = range(self.seeds)
 
         def step(state: TrainState, chosen: Array) -> tuple[TrainState, Array]:
-            state, losses = side_by_side(self._step)(state, images[chosen], labels[chosen])
+            state, losses = side_by_side(self._step)(state, images[chosen], labels[chosen], chosen)
             if self.delayed:  # one collective for all layers of all seeds
                 each = [jax.tree.map(lambda v, i=i: v[i], state.norm_state) for i in seeds]
                 each = nl.exchange(each, self.delayed)
@@ -235,7 +256,8 @@ class DeviceData:
       images, labels: The training set, a copy on each device.
       test: Images, labels and weights of the test set, `[devices, batches, b, ...]`; the last
         batch is padded with examples of weight zero.
-      probe: A batch of training images, preprocessed, on which the parts are looked at.
+      probe, probe_labels: A batch of training images, preprocessed, on which the parts are looked
+        at, and its labels.
       dtype: The type of preprocessed images.
     """
 
@@ -249,10 +271,14 @@ class DeviceData:
         self.mapped = NamedSharding(self.mesh, P(AXIS))
         self.examples = len(data.train_images)
         pixels = data.train_images[:10_000].astype(np.float32)
-        self._mean, self._std = float(pixels.mean()), float(pixels.std())
+        floating = np.issubdtype(data.train_images.dtype, np.floating)
+        self._mean, self._std = (
+            (0.0, 1.0) if floating else (float(pixels.mean()), float(pixels.std()))
+        )
         self.images = jax.device_put(data.train_images, self.copied)
         self.labels = jax.device_put(data.train_labels, self.copied)
         self.probe = np.asarray(self.preprocess(data.train_images[: self.PROBE]))
+        self.probe_labels = data.train_labels[: self.PROBE]
         self.test = tuple(
             jax.device_put(self._split(v), self.mapped)
             for v in (
@@ -263,7 +289,7 @@ class DeviceData:
         )
 
     def preprocess(self, images: Any) -> Array:
-        """Pixels, shifted and scaled by two numbers taken from the training set."""
+        """Pixels, shifted and scaled by two numbers of the training set; floats as they are."""
         return (jnp.asarray(images).astype(self.dtype) - self._mean) / self._std
 
     def _split(self, v: np.ndarray) -> np.ndarray:
@@ -317,6 +343,23 @@ def minibatches(seed: int, examples: int, batch_size: int, steps: int) -> np.nda
         for _ in range(epochs)
     ]
     return np.concatenate(rows)[:steps].astype(np.int32)
+
+
+def stretches(steps: int, count: int) -> list[tuple[int, int]]:
+    """Cuts `steps` into `count` stretches `(start, stop)` that differ by one step at most."""
+    marks = [round(i * steps / count) for i in range(count + 1)]
+    return list(itertools.pairwise(marks))
+
+
+def set_devices(count: int) -> None:
+    """Makes `count` devices on a CPU; raises RunError where there are fewer."""
+    with contextlib.suppress(RuntimeError):  # raised when the devices are there already
+        jax.config.update("jax_num_cpu_devices", count)
+    if jax.device_count() < count:
+        raise RunError(
+            f"--devices {count}, but there are {jax.device_count()} "
+            f"({jax.default_backend()}). Ask for at most that many."
+        )
 
 
 def accumulate(

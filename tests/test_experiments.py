@@ -18,10 +18,10 @@ import pytest
 
 import normlab as nl
 from experiments import cli, figures, models
-from experiments.compare import COMMON, Compare, Comparison, stretches
+from experiments.compare import COMMON, Compare, Comparison
 from experiments.data import Dataset
 from experiments.rundir import RunDirectory, RunError
-from experiments.trainer import AXIS, QUANTILES, DeviceData, Trainer, minibatches
+from experiments.trainer import AXIS, QUANTILES, DeviceData, Trainer, minibatches, stretches
 
 ROOT = Path(__file__).parent.parent
 TINY = ["--dataset", "digits", "--steps", "6", "--evaluations", "2", "--batch-size", "16"]
@@ -138,10 +138,8 @@ class TestTrainer:
         after, _ = trainer.train(trainer.init(), chosen[:, None])
 
         alone = make_trainer(data, 1, "mlp", "batch")
-        images, labels = data.train_images[chosen[0]], data.train_labels[chosen[0]]
-        expected = jax.grad(lambda p: alone.loss(p, before.norm_state, images, labels)[0])(
-            before.params
-        )
+        batch = data.train_images[chosen[0]], data.train_labels[chosen[0]], jnp.array(chosen[0])
+        expected = jax.grad(lambda p: alone.loss(p, before.norm_state, *batch)[0])(before.params)
         moved = jax.tree.map(lambda old, new: (old - new[0, 0]) / 0.1, before.params, after.params)
         chex.assert_trees_all_close(moved, expected, rtol=1e-3, atol=1e-5)
 

@@ -1,9 +1,9 @@
-"""The questions: each runs to its figure and verdicts; verdicts decide rightly; forms agree."""
+"""The questions: each says what it asks; those of devices decide rightly, and their forms agree."""
 
 import dataclasses
 import functools
 import json
-import math
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -12,18 +12,18 @@ import optax
 import pytest
 
 import normlab as nl
-from experiments import cli, models, questions
+from experiments import models, questions
 from experiments.data import load
+from experiments.engine import Config, Record
+from experiments.engine.ask import Answer, ask
+from experiments.engine.devices import forms_gap, relative
 from experiments.questions import (
     delay,
-    engine,
     gradient_sync,
     group_size,
     local_drift,
     synced_is_global,
 )
-from experiments.questions.engine import answer, decide
-from experiments.rundir import RunError
 from experiments.trainer import FORMS, DeviceData, Trainer, TrainState, minibatches
 
 TINY = {
@@ -47,84 +47,53 @@ def tiny_model(monkeypatch):
     monkeypatch.setitem(models.MODELS, "tiny", functools.partial(models.Mlp, widths=(8,)))
 
 
-def tiny(name: str) -> engine.Config:
-    return dataclasses.replace(questions.require(name).QUICK, **TINY, **SMALL.get(name, {}))
+def tiny(name: str) -> Config:
+    """The quick config with as little as it goes with."""
+    quick = questions.require(name).QUICK
+    fields = {field.name for field in dataclasses.fields(quick)}
+    values = {k: v for k, v in {**TINY, **SMALL.get(name, {})}.items() if k in fields}
+    return dataclasses.replace(quick, **values)
 
 
-# One trains, one compares types and forms; the others, which only train, take as long again.
-QUICK = ("local_drift", "synced_is_global")
+def ask_tiny(name: str, where: Path) -> Answer:
+    (found,) = ask([(name, questions.require(name), tiny(name))], root=where, jobs=0)
+    assert not found.failed
+    return found
 
 
-@pytest.mark.parametrize(
-    "name",
-    [pytest.param(n, marks=() if n in QUICK else pytest.mark.slow) for n in questions.NAMES],
-)
-def test_every_question_ends_in_a_figure_and_verdicts(name, tmp_path, monkeypatch):
-    monkeypatch.setattr(synced_is_global, "LAYER", {"float32": 1e-6})  # float64 takes as long again
-    found = answer(questions.require(name), name, tiny(name), tmp_path / "run")
-    assert found.complete
-    assert found.forms is not None
-    assert found.forms < 1e-6
-    kept = {path.name for path in found.path.iterdir()}
-    assert kept == {
-        *("config.json", "environment.json", "records.jsonl"),
-        *("verdict.json", "figure.png", "figure.svg"),
-    }
-    records = [json.loads(r) for r in (found.path / "records.jsonl").read_text().splitlines()]
-    assert questions.require(name).verdict(records) == found.verdicts
+def test_a_study_of_devices_ends_in_a_figure_and_verdicts(tmp_path):
+    found = ask_tiny("gradient_sync", tmp_path)
+    gap = forms_gap(found.records)
+    assert gap is not None
+    assert gap < 1e-6
     written = json.loads((found.path / "verdict.json").read_text())
     assert [v["decision"] for v in written] == [v.decision for v in found.verdicts]
     assert {v.seeds for v in found.verdicts} == {2}
-    environment = json.loads((found.path / "environment.json").read_text())
-    assert environment["dataset"]["name"] == "digits"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", questions.NAMES)
+def test_every_question_ends_in_a_figure_and_verdicts(name, tmp_path):
+    found = ask_tiny(name, tmp_path)
+    assert found.verdicts
+    assert (found.path / "figure.svg").stat().st_size < 200_000
+    (again,) = ask([(name, questions.require(name), tiny(name))], root=tmp_path, jobs=0)
+    assert again.verdicts == found.verdicts
 
 
 @pytest.mark.parametrize("name", questions.NAMES)
 def test_every_question_says_what_it_asks(name):
     question = questions.require(name)
-    assert questions.headline(name).endswith("?")
-    for word in ("Claim: ", "Protocol: ", f"Command: python -m experiments run {name}"):
-        assert word in question.__doc__
+    told = questions.describe(name)
+    assert told["question"].endswith("?")
+    assert set(told) - {"Found"} == {"question", "Claim", "Source", "Protocol", "Command"}
+    assert told["Command"] == f"python -m experiments run {name}"
+    assert "https://" in told["Source"]
     assert question.QUICK.seeds >= 3
     assert question.QUICK != question.FULL
 
 
-class TestDecide:
-    @pytest.mark.parametrize(
-        ("effects", "bounds", "decision"),
-        [
-            ([1.0, 1.1, 0.9], {"at_least": 0.5}, "holds"),
-            ([0.1, 0.2, 0.0], {"at_least": 0.5}, "fails"),
-            ([0.1, 0.6, 0.9], {"at_least": 0.5}, "undecided"),
-            ([0.1, 0.2, 0.0], {"at_most": 0.5}, "holds"),
-            ([1.0, 1.1, 0.9], {"at_most": 0.5}, "fails"),
-            ([0.1, 0.2, 0.0], {"at_least": -0.5, "at_most": 0.5}, "holds"),
-            ([-1.0, -1.1, -0.9], {"at_least": -0.5, "at_most": 0.5}, "fails"),
-            ([1.0], {"at_least": 0.5}, "undecided"),
-            ([], {"at_least": 0.5}, "undecided"),
-            ([1.0, math.nan, 1.0], {"at_least": 0.5}, "undecided"),
-            ([0.0, 0.0, 0.0], {"at_most": 0.5}, "holds"),
-        ],
-    )
-    def test_a_claim_holds_if_its_whole_interval_does(self, effects, bounds, decision):
-        assert decide("", effects, **bounds).decision == decision
-
-    def test_the_interval_is_students(self):
-        found = decide("", [1.0, 2.0, 3.0])
-        assert (found.effect, found.seeds) == (2, 3)
-        half = 4.302652729911275 / math.sqrt(3)  # t of 2 degrees of freedom, times s/√n
-        assert (found.low, found.high) == pytest.approx((2 - half, 2 + half))
-
-    def test_orders_of_magnitude_are_judged_by_their_logarithm(self):
-        errors = [1e-8, 1e-7, 2e-8]
-        assert decide("", errors, at_most=1e-6).decision == "holds"
-        found = decide("", errors, at_most=1e-5, geometric=True)
-        assert found.effect == pytest.approx(np.prod(errors) ** (1 / 3))
-        assert 0 < found.low < 1e-8
-        assert found.decision == "holds"
-
-
-def evaluations(final: dict, **labels) -> list[engine.Record]:
+def evaluations(final: dict, **labels) -> list[Record]:
     """Records of a run in which every condition ended with these accuracies."""
     return [
         {"kind": "evaluation", "condition": name, "seed": seed, "step": step, **labels}
@@ -156,8 +125,8 @@ def test_gradient_sync_decides_by_the_accuracy_lost(forward, decision):
 )
 def test_group_size_decides_by_the_accuracy_gained(alone, decision):
     records = [
-        *evaluations({"2 per device, 1 together": alone}, per_device=2, group=1, together=2),
-        *evaluations({"2 per device, 8 together": SAME}, per_device=2, group=8, together=16),
+        *evaluations({"alone": alone}, per_device=2, group=1, together=2),
+        *evaluations({"together": SAME}, per_device=2, group=8, together=16),
     ]
     assert [v.decision for v in group_size.verdict(records)] == [decision]
 
@@ -233,7 +202,7 @@ def test_the_forms_take_the_same_steps(sync):
         state, losses = trainer.train(trainer.init(), indices)
         evaluation = trainer.evaluate(state)
         found.append((state, losses, evaluation.loss, evaluation.parts))
-    assert engine.relative(*found) < 1e-6
+    assert relative(*found) < 1e-6
     if sync.every:
         (norm,) = jax.tree.leaves(found[0][0].norm_state, is_leaf=lambda s: hasattr(s, "age"))
         assert (np.asarray(norm.others.count) == 12).all()  # three other devices of four examples
@@ -252,59 +221,3 @@ def test_averaging_the_running_statistics_leaves_out_what_lies_between():
     merged = nl.merge_running(jax.tree.map(lambda v: v[:, 0], running))
     assert merged.var.tolist() == [6.0]
     np.testing.assert_allclose(local_drift.shares(running), [4 / 6], rtol=1e-6)
-
-
-class TestCommand:
-    def test_an_unknown_question_names_the_nearest(self, capsys):
-        with pytest.raises(SystemExit) as stop:
-            cli.main(["run", "group_sise"])
-        assert stop.value.code == cli.EXIT_USAGE
-        assert "did you mean 'group_size'" in capsys.readouterr().err
-
-    def test_the_questions_are_listed(self, capsys):
-        assert cli.main(["list"]) == 0
-        out = capsys.readouterr().out
-        assert all(name in out for name in questions.NAMES)
-
-    def test_it_prints_a_verdict_and_keeps_the_run(self, capsys, tmp_path, monkeypatch):
-        monkeypatch.setattr(gradient_sync, "QUICK", tiny("gradient_sync"))
-        where = ["--run-dir", str(tmp_path / "runs"), "--form", "shard_map"]
-        assert cli.main(["run", "gradient_sync", *where]) == 0
-        out = capsys.readouterr().out
-        assert "forward alone" in out
-        assert "2 seeds" in out
-        config = json.loads((tmp_path / "runs/gradient_sync/config.json").read_text())
-        assert config["form"] == "shard_map"
-        assert cli.main(["run", "gradient_sync", *where]) == cli.EXIT_USAGE
-        assert "exists already" in capsys.readouterr().err
-
-
-class _Stopped:
-    """A question that is interrupted after `count` records."""
-
-    def __init__(self, count: int) -> None:
-        self.count = count
-
-    def run(self, config):
-        del config
-        yield from evaluations({"fresh": GOOD})[: self.count]
-        raise KeyboardInterrupt
-
-
-def test_an_interrupted_question_keeps_what_it_measured(tmp_path):
-    found = answer(_Stopped(3), "stopped", tiny("delay"), tmp_path / "run")
-    assert not found.complete
-    assert len((found.path / "records.jsonl").read_text().splitlines()) == 3
-
-
-def test_interrupted_before_a_record_nothing_is_left(tmp_path):
-    with pytest.raises(KeyboardInterrupt):
-        answer(_Stopped(0), "stopped", tiny("delay"), tmp_path / "run")
-    assert not (tmp_path / "run").exists()
-
-
-def test_a_batch_larger_than_the_data_is_refused(tmp_path):
-    config = dataclasses.replace(tiny("delay"), per_device=500)
-    with pytest.raises(RunError, match="2000 examples"):
-        answer(delay, "delay", config, tmp_path / "run")
-    assert not (tmp_path / "run").exists()

@@ -20,8 +20,10 @@ from jax.typing import ArrayLike
 import normlab as nl
 from experiments.models.feedforward import ConvNet, Mlp, Nin, Vgg
 from experiments.models.layers import (
+    ACTIVATIONS,
     PARTS,
     STATE,
+    Activations,
     MatmulConv,
     Network,
     Normed,
@@ -35,10 +37,12 @@ from experiments.models.vit import Vit
 from normlab.checks import nearest
 
 __all__ = [
+    "ACTIVATIONS",
     "FLAT",
     "MODELS",
     "PARTS",
     "STATE",
+    "Activations",
     "ConvNet",
     "Gru",
     "Lstm",
@@ -52,6 +56,7 @@ __all__ = [
     "Vgg",
     "Vit",
     "Where",
+    "activations_by_layer",
     "build",
     "complete",
     "conv",
@@ -163,3 +168,9 @@ def parts_by_layer(variables: Any) -> dict[str, nl.Parts]:
     """
     sown: Any = flatten_dict(variables[PARTS], is_leaf=lambda _, v: isinstance(v, tuple))
     return {"/".join(path[:-1]): parts[0] for path, parts in sown.items()}
+
+
+def activations_by_layer(variables: Any) -> dict[str, Activations]:
+    """What flowed through each layer in the last call, by its path, in the order of the layers."""
+    sown: Any = flatten_dict(variables[ACTIVATIONS], is_leaf=lambda _, v: isinstance(v, tuple))
+    return {"/".join(path[:-1]): flowed[0] for path, flowed in sown.items()}

@@ -23,10 +23,12 @@ class Mlp(Network):
 
     Attributes:
       widths: The units of the hidden layers.
+      dropout: The share of each hidden layer's outputs that training leaves out.
     """
 
     widths: tuple[int, ...] = (100, 100, 100)
     activation: Callable[[Array], Array] = nn.sigmoid
+    dropout: float = 0.0
 
     @property
     def layers(self) -> tuple[str, ...]:
@@ -39,6 +41,7 @@ class Mlp(Network):
         for name, width in zip(self.layers, self.widths, strict=True):
             shape = (x.shape[-1], width)
             x = self.layer(name, nl.Dense(), shape, activation=self.activation)(x, train)
+            x = nn.Dropout(self.dropout, deterministic=not train)(x)
         return nn.Dense(self.classes)(x)
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import flax.linen as nn
 import jax
@@ -24,6 +24,9 @@ from normlab.checks import invalid, nearest
 
 PARTS = "parts"
 """The variable collection into which every layer sows its four parts."""
+
+ACTIVATIONS = "activations"
+"""The variable collection into which every layer sows what flows through it."""
 
 STATE = "norm_state"
 """The variable collection of the norms' states."""
@@ -75,6 +78,20 @@ def conv(**options: Any) -> nl.Conv:
     return (MatmulConv if jax.default_backend() == "cpu" else nl.Conv)(**options)
 
 
+class Activations(NamedTuple):
+    """What flows through a layer.
+
+    Attributes:
+      a: `[N, ..., C]`, w·x, without a bias.
+      z: What enters the activation function.
+      h: What leaves the layer.
+    """
+
+    a: Array
+    z: Array
+    h: Array
+
+
 class Normed(nn.Module):
     """A linear map, a norm and an activation: f(norm(w·x) + r), or norm(f(w·x + b + r)).
 
@@ -108,10 +125,12 @@ class Normed(nn.Module):
         a = self.linear(x, w)
         if self.placement == "before":
             site = nl.Site(a, x, w, linear=self.linear)
-            a = normalize(self, site, train, step=step)
-            return f(a if added is None else a + added)
-        a = a + self.param("bias", nn.initializers.zeros, self.kernel_shape[-1:])
-        h = f(a if added is None else a + added)
+            z = normalize(self, site, train, step=step)
+            z = z if added is None else z + added
+            return self._show(a, z, f(z))
+        z = a + self.param("bias", nn.initializers.zeros, self.kernel_shape[-1:])
+        z = z if added is None else z + added
+        h = f(z)
         if needs_kernel(self.norm, h):
             raise invalid(
                 "/".join(self.path),
@@ -119,7 +138,12 @@ class Normed(nn.Module):
                 "a norm of activations: behind f there is no linear map to look at",
                 'use placement="before", where such a norm changes w·x itself',
             )
-        return normalize(self, nl.Site(h, linear=self.linear), train, step=step)
+        return self._show(a, z, normalize(self, nl.Site(h, linear=self.linear), train, step=step))
+
+    def _show(self, a: Array, z: Array, h: Array) -> Array:
+        if not self.is_initializing():
+            self.sow(ACTIVATIONS, "layer", Activations(a, z, h))
+        return h
 
 
 class Activation(nn.Module):

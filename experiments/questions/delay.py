@@ -1,9 +1,10 @@
 """Can the statistics of other devices be some steps old?
 
 Claim: Statistics that are one step or a few steps old serve as well as fresh ones, so that a net
-needs one collective per step or less. Against it: Yao et al. 2021 (cross-iteration batch norm,
-https://arxiv.org/abs/2002.05712) found that statistics of earlier iterations, taken as they are,
-do no good, because the weights have changed.
+needs one collective per step or less. Against it: statistics of earlier iterations, taken as they
+are, were found to do no good, because the weights have changed.
+
+Source: Yao et al. 2021, cross-iteration batch norm, https://arxiv.org/abs/2002.05712
 
 Protocol: an MLP (three layers of 100 sigmoids) with 4 examples per device. Each device merges its
 own moments with those that the others had when statistics were last exchanged, every 1, 2, 4, …
@@ -26,7 +27,8 @@ from matplotlib.figure import Figure
 
 import normlab as nl
 from experiments import figures
-from experiments.questions.engine import Config, Lab, Record, Verdict, accuracy, decide
+from experiments.engine import Condition, Record, Verdict, accuracy, decide
+from experiments.engine.devices import Config, learn
 from experiments.trainer import AXIS
 
 LOSS = 0.5
@@ -46,6 +48,8 @@ class Delay(Config):
     references: bool = True
 
 
+SECONDS = 150
+
 QUICK = Delay()
 FULL = Delay(
     dataset="cifar10",
@@ -57,18 +61,17 @@ FULL = Delay(
 )
 
 
-def run(config: Delay) -> Iterator[Record]:
+def run(config: Delay) -> Iterator[Condition]:
     """Trains with fresh statistics, with each delay, and with none of the others'."""
-    lab = Lab(config)
-    yield from lab.learn("fresh", nl.Sync(AXIS))
+    syncs = {"fresh": nl.Sync(AXIS), "local": nl.Sync(AXIS, groups=1)}
     if config.references:
-        yield from lab.learn("fresh, forward", nl.Sync(AXIS, gradient="forward"))
-        yield from lab.learn("fresh, constant", nl.Sync(AXIS, gradient="none"))
+        syncs["fresh, forward"] = nl.Sync(AXIS, gradient="forward")
+        syncs["fresh, constant"] = nl.Sync(AXIS, gradient="none")
     for every in config.every:
-        yield from lab.learn(f"every {every}", nl.Sync(AXIS, every=every))
-        forward = nl.Sync(AXIS, every=every, gradient="forward")
-        yield from lab.learn(f"every {every}, forward", forward)
-    yield from lab.learn("local", nl.Sync(AXIS, groups=1))
+        syncs[f"every {every}"] = nl.Sync(AXIS, every=every)
+        syncs[f"every {every}, forward"] = nl.Sync(AXIS, every=every, gradient="forward")
+    for name, sync in syncs.items():
+        yield Condition({"condition": name}, learn(config, sync))
 
 
 def verdict(records: Sequence[Record]) -> tuple[Verdict, ...]:

@@ -1,10 +1,11 @@
 """Must the gradient see the synchronization?
 
 Claim: It is enough to merge the statistics forward; a backward pass that sees each device's own
-moments alone, and needs no collective, trains as well. (Synced batch norm merges in both passes:
-Peng et al. 2018, https://arxiv.org/abs/1711.07240.) And: statistics that are held constant in the
-gradient do not do (Ioffe & Szegedy 2015, section 2, https://arxiv.org/abs/1502.03167: the gradient
-step must account for the normalization).
+moments alone, and needs no collective, trains as well. Statistics that are held constant in the
+gradient do not do: the gradient step must account for the normalization.
+
+Source: Peng et al. 2018, who merge in both passes, https://arxiv.org/abs/1711.07240; Ioffe &
+Szegedy 2015, section 2, https://arxiv.org/abs/1502.03167
 
 Protocol: an MLP (three layers of 100 sigmoids) with 4 examples per device, statistics of all
 devices forward (except for "backward"), and four gradients: `Sync(gradient=...)`. Beside it, each
@@ -22,7 +23,8 @@ from matplotlib.figure import Figure
 
 import normlab as nl
 from experiments import figures
-from experiments.questions.engine import Config, Lab, Record, Verdict, accuracy, decide
+from experiments.engine import Condition, Record, Verdict, accuracy, decide
+from experiments.engine.devices import Config, learn
 from experiments.trainer import AXIS
 
 LOSS = 0.5
@@ -43,17 +45,18 @@ class GradientSync(Config):
     gradients: tuple[nl.Gradient, ...] = ("forward", "backward", "none")
 
 
+SECONDS = 80
+
 QUICK = GradientSync()
 FULL = GradientSync(dataset="cifar10", model="conv", steps=20_000, evaluations=20, seeds=10)
 
 
-def run(config: GradientSync) -> Iterator[Record]:
+def run(config: GradientSync) -> Iterator[Condition]:
     """Trains with each gradient, and each device alone."""
-    lab = Lab(config)
-    yield from lab.learn("both", nl.Sync(AXIS))
-    for gradient in config.gradients:
-        yield from lab.learn(gradient, nl.Sync(AXIS, gradient=gradient))
-    yield from lab.learn("local", nl.Sync(AXIS, groups=1))
+    syncs = {"both": nl.Sync(AXIS), "local": nl.Sync(AXIS, groups=1)}
+    syncs |= {gradient: nl.Sync(AXIS, gradient=gradient) for gradient in config.gradients}
+    for name, sync in syncs.items():
+        yield Condition({"condition": name}, learn(config, sync))
 
 
 def verdict(records: Sequence[Record]) -> tuple[Verdict, ...]:

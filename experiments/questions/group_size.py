@@ -1,11 +1,13 @@
 """Does accuracy grow with the number of devices that are normalized together?
 
 Claim: At a few examples per device, batch norm over each device alone costs accuracy, the more the
-fewer there are (Wu & He 2018, https://arxiv.org/abs/1803.08494), and merging the statistics of a
-group of devices wins it back (Peng et al. 2018, https://arxiv.org/abs/1711.07240; Ying et al. 2018,
-https://arxiv.org/abs/1811.06992). The same should be so of parts of a device's batch ("ghost
-batches", Hoffer et al. 2017, https://arxiv.org/abs/1705.08741): what counts is how many examples
-are normalized together.
+fewer there are, and merging the statistics of a group of devices wins it back. The same should be
+so of parts of a device's batch ("ghost batches"): what counts is how many examples are normalized
+together.
+
+Source: Wu & He 2018, https://arxiv.org/abs/1803.08494; Peng et al. 2018,
+https://arxiv.org/abs/1711.07240; Ying et al. 2018, https://arxiv.org/abs/1811.06992; Hoffer et al.
+2017, https://arxiv.org/abs/1705.08741
 
 Protocol: an MLP (three layers of 100 sigmoids), the same batches and kernels for all conditions;
 groups of 1, 2, 4 and 8 devices, and parts of a device's batch. The running statistics are those of
@@ -24,7 +26,8 @@ from matplotlib.figure import Figure
 
 import normlab as nl
 from experiments import figures
-from experiments.questions.engine import Config, Lab, Record, Verdict, accuracy, decide
+from experiments.engine import Condition, Record, Verdict, accuracy, decide
+from experiments.engine.devices import Config, learn
 from experiments.trainer import AXIS
 
 GAIN = 0.5
@@ -49,6 +52,8 @@ class GroupSize(Config):
     evaluations: int = 5
 
 
+SECONDS = 150
+
 QUICK = GroupSize()
 FULL = GroupSize(
     dataset="cifar10",
@@ -60,20 +65,19 @@ FULL = GroupSize(
 )
 
 
-def run(config: GroupSize) -> Iterator[Record]:
+def run(config: GroupSize) -> Iterator[Condition]:
     """Trains each group size at each batch per device."""
     for per_device in config.per_devices:
-        lab = Lab(dataclasses.replace(config, per_device=per_device))
+        here = dataclasses.replace(config, per_device=per_device)
         for part in config.ghost:
             if part < per_device:
                 sync = nl.Sync(AXIS, shards=per_device // part, groups=1)
-                name = f"{per_device} per device, parts of {part}"
-                yield from lab.learn(name, sync, per_device=per_device, together=part, group=0)
+                labels = {"per_device": per_device, "together": part, "group": 0}
+                yield Condition(labels, learn(here, sync))
         for group in config.groups:
-            sync = nl.Sync(AXIS, groups=group)
-            name = f"{per_device} per device, {group} together"
             together = group * per_device
-            yield from lab.learn(name, sync, per_device=per_device, together=together, group=group)
+            labels = {"per_device": per_device, "together": together, "group": group}
+            yield Condition(labels, learn(here, nl.Sync(AXIS, groups=group)))
 
 
 def verdict(records: Sequence[Record]) -> tuple[Verdict, ...]:
@@ -82,13 +86,13 @@ def verdict(records: Sequence[Record]) -> tuple[Verdict, ...]:
     for per_device in sorted({r["per_device"] for r in records}):
         here = [r for r in records if r["per_device"] == per_device]
         most = max(r["group"] for r in here)
-        alone = accuracy(here, f"{per_device} per device, 1 together")
-        gain = accuracy(here, f"{per_device} per device, {most} together") - alone
+        alone = accuracy(here, group=1)
+        gain = accuracy(here, group=most) - alone
         claim = f"{per_device} per device: {most} devices together beat each alone"
         found.append(decide(claim, gain, at_least=GAIN, unit="points"))
         parts = sorted(r["together"] for r in here if not r["group"])
         if parts:
-            loss = alone - accuracy(here, f"{per_device} per device, parts of {parts[0]}")
+            loss = alone - accuracy(here, group=0, together=parts[0])
             claim = f"{per_device} per device: a device's batch beats its parts of {parts[0]}"
             found.append(decide(claim, loss, at_least=GAIN, unit="points"))
     return tuple(found)

@@ -2,9 +2,11 @@
 
 Claim: Where every device draws from all data, the statistics of its batches differ from the others'
 by sampling and by no more, all through training; averaging the devices' running variances then
-costs nothing at evaluation. Where the devices' data differ in their classes they drift apart (Hsieh
-et al. 2020, https://arxiv.org/abs/1910.00189), and an average of variances, which leaves out the
-variance between devices, costs accuracy; merging (`nl.pool_running`) keeps it.
+costs nothing at evaluation. Where the devices' data differ in their classes they drift apart, and
+an average of variances, which leaves out the variance between devices, costs accuracy; merging
+(`nl.pool_running`) keeps it.
+
+Source: Hsieh et al. 2020, https://arxiv.org/abs/1910.00189
 
 Protocol: an MLP (three layers of 100 sigmoids), 4 examples per device, every device normalized on
 its own, gradients averaged. "shuffled": minibatches of all data; "sorted": the data sorted by class
@@ -19,6 +21,7 @@ Command: python -m experiments run local_drift
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 
 import jax
@@ -28,7 +31,8 @@ from matplotlib.figure import Figure
 
 import normlab as nl
 from experiments import figures
-from experiments.questions.engine import Config, Lab, Record, Verdict, by_seed, decide, number
+from experiments.engine import Checkpoint, Condition, Record, Verdict, by_seed, decide, number
+from experiments.engine.devices import Config, Lab
 from experiments.trainer import AXIS, Trainer, TrainState
 
 SAMPLING = (0.8, 1.25)
@@ -41,12 +45,23 @@ where it does."""
 APART = 0.1
 """The least share of variance between running statistics that have drifted apart."""
 
+SECONDS = 60
+
 QUICK = Config(evaluations=20)
 FULL = Config(dataset="cifar10", model="conv", steps=20_000, evaluations=40, seeds=10)
 
 
-def run(config: Config) -> Iterator[Record]:
+def run(config: Config) -> Iterator[Condition]:
     """Trains on shuffled and on sorted data, and measures the drift on the way."""
+    for condition in ("shuffled", "sorted"):
+        labels = {"condition": condition}
+        yield Condition(labels, functools.partial(train, config, condition == "sorted"))
+
+
+def train(
+    config: Config, by_class: bool, resume: Checkpoint | None
+) -> Iterator[Record | Checkpoint]:
+    """Trains each device on its own, and measures how far they drift apart."""
     lab = Lab(config)
     expected = (config.devices - 1) / (config.devices * config.per_device - 1)
 
@@ -71,9 +86,8 @@ def run(config: Config) -> Iterator[Record]:
 
     # Delayed statistics that are never exchanged are local, and remember the last batch.
     own = nl.Sync(AXIS, every=1)
-    yield from lab.learn("shuffled", own, exchanged=False, measure=measure)
-    pieces = sort_by_class(lab, config)
-    yield from lab.learn("sorted", own, exchanged=False, measure=measure, indices=pieces)
+    pieces = sort_by_class(lab, config) if by_class else None
+    yield from lab.learn(own, resume, exchanged=False, measure=measure, indices=pieces)
 
 
 def shares(stats: nl.Moments | nl.Running) -> np.ndarray:

@@ -4,6 +4,9 @@ Claim: Synced batch norm on D devices equals batch norm on one device with the w
 and backward, to 1e-6 in float32 and 1e-14 in float64; and so does the training. Averaging the
 devices' variances, as if the variance between their means were nothing, must fail the same test.
 
+Source: Peng et al. 2018, https://arxiv.org/abs/1711.07240; how Chan, Golub & LeVeque 1983 merge
+variances, https://doi.org/10.1080/00031305.1983.10483115
+
 Protocol: real images through a random kernel; `nl.equivalence` runs the norm on one device
 and on D and compares output, running statistics and gradients. Then an MLP (three layers of 100
 sigmoids) is trained on one device and on D with the same batches and the losses are compared.
@@ -15,7 +18,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -26,17 +29,8 @@ from matplotlib.figure import Figure
 
 import normlab as nl
 from experiments import figures
-from experiments.questions.engine import (
-    FIRST_STEPS,
-    Config,
-    Lab,
-    Record,
-    Verdict,
-    by_seed,
-    decide,
-    number,
-    relative,
-)
+from experiments.engine import Condition, Record, Verdict, by_seed, decide, exact, number
+from experiments.engine.devices import FIRST_STEPS, Config, Lab, relative
 from experiments.trainer import AXIS, FORMS, Form
 
 LAYER = {"float32": 1e-6, "float64": 1e-14}
@@ -44,6 +38,8 @@ LAYER = {"float32": 1e-6, "float64": 1e-14}
 
 TRAINING = {"float32": 1e-3, "float64": 1e-10}
 """The largest relative difference of the loss over the steps: rounding grows on the way."""
+
+SECONDS = 60
 
 QUICK = Config(dataset="mnist", per_device=8, steps=100)
 FULL = dataclasses.replace(QUICK, model="conv", steps=1000, seeds=10)
@@ -76,14 +72,20 @@ def norm(name: str, axis_name: nl.AxisName | None) -> nl.Norm:
     return nl.Norm(inner.init, parts)
 
 
-def run(config: Config) -> Iterator[Record]:
-    """One layer in both types and forms, then the training."""
-    for dtype in LAYER:
-        with jax.enable_x64(dtype == "float64"):
-            yield from layer(config, dtype)
-    for dtype in LAYER:
-        with jax.enable_x64(dtype == "float64"):
-            yield from training(config, dtype)
+def run(config: Config) -> Iterator[Condition]:
+    """One layer in both types and forms, and the training."""
+    for measure in (layer, training):
+        for dtype in LAYER:
+            labels = {"measured": measure.__name__, "dtype": dtype}
+            yield Condition(labels, exact(in_precision, measure, config, dtype))
+
+
+def in_precision(
+    measure: Callable[[Config, str], Iterator[Record]], config: Config, dtype: str
+) -> Iterator[Record]:
+    """Measures with float64 switched on if it is asked for."""
+    with jax.enable_x64(dtype == "float64"):
+        yield from measure(config, dtype)
 
 
 def layer(config: Config, dtype: str) -> Iterator[Record]:

@@ -1,0 +1,53 @@
+"""The engine behind the questions: what a question file imports is here.
+
+question.py    Config, Condition: what a question is
+learn.py       training as a condition: lanes side by side, instruments on the way
+devices.py     training over several devices as a condition
+verdict.py     a claim, its effect, its interval over seeds, its threshold
+kept.py        the directory of a run: records, checkpoints, the lock
+sources.py     which version of the code a run is of
+pool.py        one worker process for each core
+ask.py         asking: keep what is finished, measure the rest, decide
+"""
+
+from experiments.engine.learn import Instrument, Lane, Net, lanes, learn
+from experiments.engine.question import (
+    Checkpoint,
+    Condition,
+    Config,
+    Measure,
+    Question,
+    Record,
+    exact,
+)
+from experiments.engine.verdict import (
+    Verdict,
+    accuracy,
+    by_seed,
+    decide,
+    number,
+    select,
+    steps_to,
+)
+
+__all__ = [
+    "Checkpoint",
+    "Condition",
+    "Config",
+    "Instrument",
+    "Lane",
+    "Measure",
+    "Net",
+    "Question",
+    "Record",
+    "Verdict",
+    "accuracy",
+    "by_seed",
+    "decide",
+    "exact",
+    "lanes",
+    "learn",
+    "number",
+    "select",
+    "steps_to",
+]

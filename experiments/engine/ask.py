@@ -1,0 +1,233 @@
+"""Asking questions: what is finished is kept, the rest is measured, and each ends in verdicts."""
+
+from __future__ import annotations
+
+import os
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from experiments import figures
+from experiments.data import DataError, Dataset
+from experiments.engine import kept, pool
+from experiments.engine.kept import Kept, verdict_json
+from experiments.engine.learn import dataset
+from experiments.engine.question import Condition, Config, Question, Record
+from experiments.engine.sources import version
+from experiments.engine.verdict import Verdict
+from experiments.rundir import RunError
+
+
+class Asked(NamedTuple):
+    """A question with all that decides its numbers.
+
+    Attributes:
+      name: Its name.
+      question: The module.
+      config: Its config.
+      conditions: What is to be measured.
+      kept: Its directory.
+      files: The conditions' files.
+    """
+
+    name: str
+    question: Question
+    config: Config
+    conditions: list[Condition]
+    kept: Kept
+    files: list[str]
+
+    def left(self) -> list[int]:
+        """The conditions that are not finished."""
+        return [i for i, file in enumerate(self.files) if self.kept.records(file) is None]
+
+    def records(self) -> list[Record]:
+        """Everything that was measured."""
+        found: list[Record] = []
+        for file in self.files:
+            found += self.kept.records(file) or []
+        return found
+
+
+class Answer(NamedTuple):
+    """What became of a question.
+
+    Attributes:
+      name: The question.
+      config: Its config.
+      path: Its directory; `None` if it was not run.
+      verdicts: One for each claim.
+      records: Everything that was measured.
+      failed: Why it has no verdict, if it has none.
+    """
+
+    name: str
+    config: Config
+    path: Path | None
+    verdicts: tuple[Verdict, ...] = ()
+    records: tuple[Record, ...] = ()
+    failed: str = ""
+
+    @property
+    def seconds(self) -> float:
+        """What it cost, on its core."""
+        return sum(r["seconds"] for r in self.records if r["kind"] == "cost")
+
+    @property
+    def diverged(self) -> tuple[str, ...]:
+        """The lanes whose loss was not finite, in words."""
+        first: dict[str, int] = {}
+        for record in self.records:
+            if record.get("diverged") is not None:
+                first.setdefault(_lane(record), record["diverged"])
+        return tuple(f"{lane}: not finite from step {step}" for lane, step in first.items())
+
+
+def _lane(record: Record) -> str:
+    spoken = [k for k, v in record.items() if isinstance(v, str | int | float) and k != "kind"]
+    named = spoken[: spoken.index("step")]  # what is measured comes after
+    return ", ".join(
+        str(record[k]) if k in ("norm", "condition") else f"{k} {record[k]}" for k in named
+    )
+
+
+Say = Callable[[str], None]
+
+
+def ask(
+    questions: Sequence[tuple[str, Question, Config]],
+    *,
+    root: Path | None = None,
+    jobs: int | None = None,
+    pinned: bool = True,
+    again: bool = False,
+    say: Say = lambda text: None,
+    tell: Callable[[str, float], None] = lambda name, share: None,
+) -> Iterator[Answer]:
+    """Runs questions and yields an answer for each, as they come to their ends.
+
+    What was measured before with the same config, code and data is not measured again. A question
+    that cannot be run is answered with the reason, and the others go on.
+
+    Args:
+      questions: Names, modules and configs.
+      root: Where their directories lie; by default `kept.ROOT`.
+      jobs: Worker processes, by default one for each core; 0 works in this process.
+      pinned: Whether a worker has one core to itself.
+      again: Whether what is finished is measured again.
+      say: Receives short messages.
+      tell: Hears which share of a question is done.
+
+    Raises:
+      RunError: If the directory cannot be had, or a worker was killed.
+    """
+    if jobs is None:
+        cores = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))(0)
+        jobs = len(cores)
+    asked: dict[str, Asked] = {}
+    try:
+        for name, question, config in questions:
+            say(f"reading the data of {name}")
+            try:
+                data = [dataset(d, config.data_dir) for d in config.datasets]
+            except DataError as error:
+                yield Answer(name, config, None, failed=str(error))
+                continue
+            asked[name] = _begin(name, question, config, data, root or kept.ROOT, again)
+        yield from _answer(asked, jobs, pinned, say, tell)
+    finally:
+        for one in asked.values():
+            one.kept.release()
+
+
+def _begin(
+    name: str,
+    question: Question,
+    config: Config,
+    data: Sequence[Dataset],
+    root: Path,
+    again: bool,
+) -> Asked:
+    code = version(f"experiments.questions.{name}")
+    conditions = list(question.run(config))
+    if len({c.name for c in conditions}) < len(conditions):
+        raise RunError(f"{name}: two of its conditions have the same labels. Tell them apart.")
+    directory = Kept(
+        root.expanduser().resolve(), name, kept.key(config, code, [d.checksum for d in data])
+    )
+    directory.lock()
+    files = [directory.file(i, condition) for i, condition in enumerate(conditions)]
+    if again:
+        for file in files:
+            (directory.path / file).unlink(missing_ok=True)
+            (directory.path / file).with_suffix(".partial").unlink(missing_ok=True)
+    asked = Asked(name, question, config, conditions, directory, files)
+    if asked.left():
+        (directory.path / "verdict.json").unlink(missing_ok=True)
+        sets = [{"name": d.name, "origin": d.origin, "sha256": d.checksum} for d in data]
+        origin = {"code": code, "data": sets}
+        directory.write_json("config.json", {"question": name, **kept.as_json(config), **origin})
+    return asked
+
+
+def _answer(
+    asked: dict[str, Asked],
+    jobs: int,
+    pinned: bool,
+    say: Say,
+    tell: Callable[[str, float], None],
+) -> Iterator[Answer]:
+    left = {name: one.left() for name, one in asked.items()}
+    for name, one in asked.items():
+        if not left[name]:
+            yield finish(one)
+    tasks = []
+    for name in sorted(left, key=lambda name: -asked[name].question.SECONDS):  # the longest first
+        one = asked[name]
+        share = 1 / len(one.files)
+        tasks += [pool.Task(name, one.config, i, one.kept, share) for i in left[name]]
+        tell(name, 1 - len(left[name]) * share)
+    done: dict[str, dict[int, float]] = {name: {} for name in left}
+
+    def hear(task: pool.Task, share: float) -> None:
+        done[task.question][task.index] = share
+        rest = len(left[task.question]) - sum(done[task.question].values())
+        tell(task.question, 1 - rest * task.weight)
+
+    if not tasks:
+        return
+    say("starting")
+    waiting = {name: len(indices) for name, indices in left.items() if indices}
+    failures: dict[str, str] = {}
+    for ended in pool.work(tasks, min(jobs, len(tasks)), hear, pinned=pinned):
+        name = ended.task.question
+        waiting[name] -= 1
+        if ended.error is not None:
+            failures.setdefault(name, _explain(ended.error))
+        if not waiting[name]:
+            one = asked[name]
+            if name in failures:
+                yield Answer(name, one.config, one.kept.path, failed=failures[name])
+            else:
+                yield finish(one)
+
+
+def finish(one: Asked) -> Answer:
+    """The verdicts and the figure of a question that was measured, kept beside its records."""
+    records = one.records()
+    measured = [record for record in records if record["kind"] != "cost"]
+    verdicts = tuple(one.question.verdict(measured))
+    one.kept.write_json("verdict.json", [verdict_json(v) for v in verdicts])
+    picture = one.question.figure(measured)
+    for kind in ("png", "svg"):
+        one.kept.write_bytes(f"figure.{kind}", figures.encode(picture, kind))
+    return Answer(one.name, one.config, one.kept.path, verdicts, tuple(records))
+
+
+def _explain(error: Exception) -> str:
+    if isinstance(error, RunError | DataError):
+        return str(error)
+    where = "".join(f" ({note})" for note in getattr(error, "__notes__", []))
+    last = traceback.format_exception_only(error)[0].strip()
+    return f"{last}{where}"

@@ -1,0 +1,197 @@
+"""Training over several devices as a condition: what the studies of synchronization share."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.typing import DTypeLike
+
+import normlab as nl
+from experiments import models
+from experiments.engine import question
+from experiments.engine.learn import dataset
+from experiments.engine.question import Checkpoint, Measure, Record
+from experiments.engine.verdict import number
+from experiments.rundir import RunError
+from experiments.trainer import (
+    FORMS,
+    DeviceData,
+    Form,
+    Trainer,
+    TrainState,
+    minibatches,
+    set_devices,
+    stretches,
+)
+
+FIRST_STEPS = 5
+"""Steps over which `pmap` and `shard_map` are compared: later ones add up rounding."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(question.Config):
+    """One network with batch norm, data-parallel.
+
+    Attributes:
+      devices: How many share a batch.
+      per_device: Examples of each batch on each device, in the place of `batch_size`.
+      optimizer: SGD with momentum 0.9.
+      decay: Weight of the old value in the running statistics.
+      form: How the step runs on the devices; the other form is compared with it.
+    """
+
+    dataset: str = "fashion_mnist"
+    optimizer: str = "momentum"
+    lr: float = 0.05
+    seeds: int = 5
+    devices: int = 8
+    per_device: int = 4
+    decay: float = 0.9
+    form: Form = "pmap"
+
+
+class Lab:
+    """A data set on the devices, with kernels and minibatches that all conditions share.
+
+    Args:
+      config: What to train.
+      dtype: In which type.
+      devices: If not those of the config, how many.
+    """
+
+    def __init__(
+        self, config: Config, dtype: DTypeLike = jnp.float32, devices: int | None = None
+    ) -> None:
+        self.config, self.dtype = config, dtype
+        set_devices(config.devices)
+        data = dataset(config.dataset, config.data_dir)
+        batch = config.devices * config.per_device
+        if batch > len(data.train_images):
+            raise RunError(
+                f"a batch of {batch} examples, but {config.dataset} has {len(data.train_images)}. "
+                "Lower per_device."
+            )
+        self.classes, self.labels = data.classes, data.train_labels
+        self.data = DeviceData(data, devices or config.devices, dtype)
+        with jax.enable_x64(False):  # the same numbers in every type
+            kernels = models.draw_kernels(
+                config.model,
+                data.classes,
+                range(config.seeds),
+                self.data.probe.astype(np.float32),
+            )
+        self.kernels = jax.tree.map(lambda v: np.asarray(v, self.data.probe.dtype), kernels)
+        each = [
+            minibatches(seed, self.data.examples, batch, config.steps)
+            for seed in range(config.seeds)
+        ]
+        self.indices = np.stack(each, axis=1)  # [steps, seeds, batch]
+
+    def trainer(self, norm: nl.Norm, form: Form, *, synced: bool = True, **options: Any) -> Trainer:
+        """A trainer of the config's model with this norm; the options are those of `Trainer`."""
+        model = models.build(self.config.model, norm, self.classes)
+        optimizer = optax.sgd(self.config.lr, momentum=0.9)
+        return Trainer(
+            model, optimizer, self.data, self.kernels, synced=synced, form=form, **options
+        )
+
+    def batch_norm(self, sync: nl.Sync) -> nl.Norm:
+        """Batch norm over these devices and parts of their batches."""
+        return nl.get("batch", axis_name=sync, decay=self.config.decay)
+
+    def start(self, trainer: Trainer) -> TrainState:
+        """The initial state, in the laboratory's type."""
+        state = trainer.init()
+        if self.dtype == jnp.float32:
+            return state
+        cast = jax.tree.map(
+            lambda v: np.asarray(v, self.dtype if v.dtype == jnp.float32 else v.dtype), state
+        )
+        return jax.device_put(cast, self.data.mapped)
+
+    def learn(
+        self,
+        sync: nl.Sync,
+        resume: Checkpoint | None = None,
+        *,
+        exchanged: bool = True,
+        indices: np.ndarray | None = None,
+        measure: Callable[[Trainer, TrainState], Iterable[Record]] = lambda *_: (),
+    ) -> Iterator[Record | Checkpoint]:
+        """Trains batch norm under a `Sync`; yields evaluations, and how far the forms differ.
+
+        Args:
+          sync: Which examples are one batch.
+          resume: Where to go on.
+          exchanged: Whether delayed statistics are exchanged after each step.
+          indices: The minibatches, if not the laboratory's.
+          measure: Yields further records at each evaluation.
+        """
+        config = self.config
+        indices = self.indices if indices is None else indices
+        norm = self.batch_norm(sync)
+        options: dict[str, Any] = {"synced": bool(sync.names) and not sync.every}
+        if sync.every and exchanged:
+            options["delayed"] = sync
+        trainer = self.trainer(norm, config.form, **options)
+        marks, state = stretches(config.steps, config.evaluations), self.start(trainer)
+        lengths = {stop - start for start, stop in marks}
+        if resume is None:
+            first = indices[: marks[0][1]]
+            (other_form,) = set(FORMS) - {config.form}
+            other = self.trainer(norm, other_form, **options)
+            with concurrent.futures.ThreadPoolExecutor(1) as pool:  # both compile at once
+                there = pool.submit(lambda: other.train(self.start(other), first)[1])
+                trainer.compile(state, lengths, indices.shape[-1])
+            state, losses = trainer.train(state, first)
+            gap = relative(there.result()[:FIRST_STEPS], losses[:FIRST_STEPS])
+            yield {"kind": "forms", "steps": min(FIRST_STEPS, len(first)), "loss_gap": gap}
+        else:
+            whole = jax.tree.unflatten(jax.tree.structure(state), resume.leaves)
+            state, losses = jax.device_put(whole, self.data.mapped), np.empty(0)
+        for start, stop in marks:
+            if resume is not None and start < resume.step:
+                continue
+            if start:
+                state, losses = trainer.train(state, indices[start:stop])
+            evaluation = trainer.evaluate(state)
+            for seed in range(config.seeds):
+                yield {
+                    "kind": "evaluation",
+                    "seed": seed,
+                    "step": stop,
+                    "train_loss": number(losses[:, seed].mean()),
+                    "test_loss": number(evaluation.loss[seed]),
+                    "accuracy": number(100 * evaluation.accuracy[seed]),
+                }
+            for record in measure(trainer, state):
+                yield {**record, "step": stop}
+            yield Checkpoint(stop, jax.tree.leaves(state))
+
+
+def learn(config: Config, sync: nl.Sync) -> Measure:
+    """Trains batch norm under a `Sync`, as `Lab.learn` does."""
+    return lambda resume: Lab(config).learn(sync, resume)
+
+
+def forms_gap(records: Iterable[Record]) -> float | None:
+    """The largest difference between `pmap` and `shard_map`; `None` if they were not compared."""
+    gaps = [record["loss_gap"] for record in records if record["kind"] == "forms"]
+    return max(gaps, default=None)
+
+
+def relative(actual: Any, expected: Any) -> float:
+    """The largest difference of any leaf, relative to the largest value of that leaf."""
+    worst = 0.0
+    for a, e in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        a, e = np.asarray(a, np.float64), np.asarray(e, np.float64)
+        gap = np.abs(a - e).max(initial=0) / (np.abs(e).max(initial=0) or 1)
+        worst = float(np.maximum(worst, gap))
+    return worst

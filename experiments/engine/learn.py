@@ -1,0 +1,231 @@
+"""Training as a condition: one norm, many lanes side by side, with instruments on the way."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import Array
+
+import normlab as nl
+from experiments import models
+from experiments.data import Dataset, load
+from experiments.engine.question import Checkpoint, Config, Measure, Record
+from experiments.engine.verdict import number
+from experiments.trainer import OPTIMIZERS, DeviceData, Trainer, TrainState, minibatches, stretches
+
+Lane = Mapping[str, Any]
+"""What sets one of the nets apart that are trained side by side: its `seed`, and perhaps its `lr`
+and the `sd` of its initial kernels. Its records say so."""
+
+
+class Net(NamedTuple):
+    """A net on its way, as an instrument sees it.
+
+    Attributes:
+      model: The model.
+      params: Its parameters.
+      norm_state: Its norms' states.
+      images, labels: A batch of training examples, preprocessed, the same at every evaluation.
+      lr: The learning rate.
+    """
+
+    model: nn.Module
+    params: Any
+    norm_state: Any
+    images: Array
+    labels: Array
+    lr: Array
+
+    def loss(self, params: Any) -> Array:
+        """The training loss on the batch, with its own statistics, as a function of the params."""
+        variables = {"params": params, models.STATE: self.norm_state}
+        logits, _ = self.model.apply(variables, self.images, train=True, mutable=[models.STATE])
+        return optax.softmax_cross_entropy_with_integer_labels(logits, self.labels).mean()
+
+    def activations(self, *, train: bool = False) -> dict[str, models.Activations]:
+        """What flows through each layer that has a norm or could have one, on the batch."""
+        variables = {"params": self.params, models.STATE: self.norm_state}
+        mutable = [models.ACTIVATIONS, *([models.STATE] if train else [])]
+        _, sown = self.model.apply(variables, self.images, train=train, mutable=mutable)
+        return models.activations_by_layer(sown)
+
+
+Instrument = Callable[[Net], Mapping[str, Array]]
+"""Measures a net, under `jit` and `vmap`; what it returns is in the record of the evaluation."""
+
+
+@functools.lru_cache(maxsize=3)
+def dataset(name: str, data_dir: Path | None) -> Dataset:
+    """The data set, read once."""
+    return load(name, data_dir)
+
+
+def lanes(config: Config, **values: Sequence[Any]) -> list[Lane]:
+    """Every seed with every combination of values.
+
+    >>> lanes(Config(seeds=2), lr=(0.1, 1.0))[1]
+    {'lr': 0.1, 'seed': 1}
+    """
+    rows = itertools.product(*values.values(), range(config.seeds))
+    return [dict(zip((*values, "seed"), row, strict=True)) for row in rows]
+
+
+def learn(
+    config: Config,
+    norm: nl.Norm,
+    *,
+    side_by_side: Sequence[Lane] | None = None,
+    prepare: Callable[[Dataset], Dataset] = lambda data: data,
+    instrument: Instrument = lambda net: {},
+    **options: Any,
+) -> Measure:
+    """Trains nets with a norm and yields a record of each lane at each evaluation.
+
+    The records have `kind="evaluation"`, the lane's values, `step`, `train_loss` (nats, the mean
+    since the last evaluation), `test_loss`, `accuracy` (percent, of the test set), `diverged` (the
+    first step whose loss was not finite, or null), and what the instrument measured.
+
+    Args:
+      config: What to train; another batch size or number of steps by `dataclasses.replace`.
+      norm: The norm.
+      side_by_side: The lanes; by default the seeds of the config.
+      prepare: Changes the data set first. Images of a floating type are taken as they are; others
+        are shifted and scaled by two numbers.
+      instrument: What else to measure.
+      **options: Of the model, as in `models.build`.
+    """
+    rows = lanes(config) if side_by_side is None else side_by_side
+
+    def run(resume: Checkpoint | None) -> Iterator[Record | Checkpoint]:
+        trainer, state = start(config, norm, rows, prepare, options)
+        data, marks = trainer.data, stretches(config.steps, config.evaluations)
+        look = _looking(trainer, instrument, rows, config)
+        diverged = np.full(len(rows), -1)
+        trainer.compile(state, {stop - begin for begin, stop in marks}, config.batch_size)
+        done = 0
+        if resume is None:
+            yield from _evaluate(trainer, state, look, rows, 0, None, diverged)
+        else:
+            done, (diverged, *leaves) = resume.step, resume.leaves
+            diverged = np.array(diverged)
+            whole = jax.tree.unflatten(jax.tree.structure(state), leaves)
+            state = jax.device_put(whole, data.mapped)
+        epochs = {
+            seed: minibatches(seed, data.examples, config.batch_size, config.steps)
+            for seed in {row["seed"] for row in rows}
+        }
+        for begin, stop in marks:
+            if begin < done:
+                continue
+            indices = np.stack([epochs[row["seed"]][begin:stop] for row in rows], axis=1)
+            state, losses = trainer.train(state, indices)
+            bad = ~np.isfinite(losses)
+            first = np.where(bad.any(axis=0), begin + 1 + bad.argmax(axis=0), -1)
+            diverged = np.where(diverged < 0, first, diverged)
+            yield from _evaluate(trainer, state, look, rows, stop, losses.mean(axis=0), diverged)
+            yield Checkpoint(stop, [diverged, *jax.tree.leaves(state)])
+
+    return run
+
+
+def start(
+    config: Config,
+    norm: nl.Norm,
+    rows: Sequence[Lane],
+    prepare: Callable[[Dataset], Dataset] = lambda data: data,
+    options: Mapping[str, Any] = {},
+) -> tuple[Trainer, TrainState]:
+    """A trainer of these lanes on one device, and their initial state."""
+    data = prepare(dataset(config.dataset, config.data_dir))
+    device_data = DeviceData(data, 1)
+    seeds = sorted({row["seed"] for row in rows})
+    draws = models.draw_kernels(config.model, data.classes, seeds, device_data.probe, **options)
+    by_seed = {
+        seed: jax.tree.map(lambda v, i=i: np.asarray(v[i]), draws) for i, seed in enumerate(seeds)
+    }
+    each = [gaussian(by_seed[row["seed"]], row) for row in rows]
+    kernels = jax.tree.map(lambda *leaves: np.stack(leaves), *each)
+    rates = [row.get("lr", config.lr) for row in rows]
+    optimizer = OPTIMIZERS[config.optimizer](rates[0])
+    if len(set(rates)) > 1:
+        optimizer = optax.inject_hyperparams(OPTIMIZERS[config.optimizer])(rates[0])
+    model = models.build(config.model, norm, data.classes, **options)
+    trainer = Trainer(model, optimizer, device_data, kernels, synced=True)
+    state = trainer.init()
+    if len(set(rates)) > 1:
+        (name,) = state.opt_state.hyperparams  # type: ignore[union-attr]
+        values = jax.device_put(np.array([rates], np.float32), device_data.mapped)
+        opt_state = state.opt_state._replace(hyperparams={name: values})  # type: ignore[union-attr]
+        state = state._replace(opt_state=opt_state)
+    return trainer, state
+
+
+def gaussian(kernels: Any, lane: Lane) -> Any:
+    """The kernels, or if the lane has an `sd`, Gaussian ones of it; biases stay."""
+    if "sd" not in lane:
+        return kernels
+    rng = np.random.default_rng(lane["seed"])
+    return jax.tree.map(
+        lambda v: (lane["sd"] * rng.standard_normal(v.shape)).astype(v.dtype) if v.ndim > 1 else v,
+        kernels,
+    )
+
+
+Look = Callable[[TrainState], dict[str, np.ndarray]]
+
+
+def _looking(
+    trainer: Trainer, instrument: Instrument, rows: Sequence[Lane], config: Config
+) -> Look:
+    labels = jnp.asarray(trainer.data.probe_labels)
+    images = jnp.asarray(trainer.data.probe)
+    rates = jnp.array([row.get("lr", config.lr) for row in rows], jnp.float32)
+
+    @jax.jit
+    @jax.vmap
+    def one(params: Any, norm_state: Any, lr: Array) -> Any:
+        return instrument(Net(trainer.model, params, norm_state, images, labels, lr))
+
+    def look(state: TrainState) -> dict[str, np.ndarray]:
+        params, norm_state = jax.tree.map(lambda v: v[0], (state.params, state.norm_state))
+        return {name: np.asarray(v) for name, v in one(params, norm_state, rates).items()}
+
+    return look
+
+
+def _evaluate(
+    trainer: Trainer,
+    state: TrainState,
+    look: Look,
+    rows: Sequence[Lane],
+    step: int,
+    losses: np.ndarray | None,
+    diverged: np.ndarray,
+) -> Iterator[Record]:
+    evaluation, measured = trainer.evaluate(state), look(state)
+    for i, row in enumerate(rows):
+        yield {
+            "kind": "evaluation",
+            **row,
+            "step": step,
+            "train_loss": None if losses is None else number(losses[i]),
+            "test_loss": number(evaluation.loss[i]),
+            "accuracy": number(100 * evaluation.accuracy[i]),
+            "diverged": None if diverged[i] < 0 else int(diverged[i]),
+            **{name: as_json(v[i]) for name, v in measured.items()},
+        }
+
+
+def as_json(value: Any) -> Any:
+    """An array as nested lists of JSON numbers."""
+    array = np.asarray(value)
+    return number(array) if array.ndim == 0 else [as_json(v) for v in array]

@@ -1,0 +1,161 @@
+"""The workers: conditions are measured in processes of their own, one for each core.
+
+A worker of the quick profile has one core to itself. So the two cores of a laptop train two
+conditions side by side, and the numbers do not depend on how many cores there are.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import dataclasses
+import multiprocessing
+import os
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing.queues import SimpleQueue
+from typing import Any
+
+from experiments.engine.kept import Kept
+from experiments.engine.question import Config
+from experiments.rundir import RunError
+from experiments.trainer import set_devices
+
+DEVICES = 8
+"""Devices that every worker makes on a CPU, for the questions that need several."""
+
+ALLOCATION = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "100000000000"}
+"""Environment of the workers: memory that was freed is used again, and not given back first."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """A condition to measure.
+
+    Attributes:
+      question: The question's name.
+      config: Its config.
+      index: Which of its conditions.
+      kept: Where its records go.
+      weight: What it costs, as a share of all that is to be done.
+    """
+
+    question: str
+    config: Config
+    index: int
+    kept: Kept
+    weight: float
+
+
+@dataclasses.dataclass
+class Done:
+    """A task that came to its end.
+
+    Attributes:
+      task: Which.
+      error: What went wrong, if something did.
+    """
+
+    task: Task
+    error: Exception | None = None
+
+
+Tell = Callable[[Task, float], None]
+"""Hears which share of a task is done."""
+
+
+def work(tasks: Sequence[Task], jobs: int, tell: Tell, *, pinned: bool) -> Iterator[Done]:
+    """Measures tasks, in this order, and yields each that ends.
+
+    Args:
+      tasks: The tasks.
+      jobs: How many processes; 0 works in this one.
+      tell: Hears of progress.
+      pinned: Whether each process has a core of its own.
+
+    Raises:
+      RunError: If a process was killed.
+    """
+    if not jobs:
+        for task in tasks:
+            yield _attempt(task, lambda share, task=task: tell(task, share))
+        return
+    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+    context = multiprocessing.get_context("spawn")
+    places, heard = context.SimpleQueue(), context.SimpleQueue()
+    for i in range(jobs):
+        places.put(cores[i % len(cores)] if cores and pinned else None)
+    for name, value in ALLOCATION.items():
+        os.environ.setdefault(name, value)
+    devices = max([DEVICES, *(getattr(task.config, "devices", 1) for task in tasks)])
+    pool = concurrent.futures.ProcessPoolExecutor(
+        jobs, mp_context=context, initializer=_begin, initargs=(places, heard, devices)
+    )
+    threading.Thread(target=_listen, args=(heard, tasks, tell), daemon=True).start()
+    futures = {pool.submit(_measure, i, task): task for i, task in enumerate(tasks)}
+    try:
+        for future in concurrent.futures.as_completed(futures):
+            try:
+                yield Done(futures[future], future.result())
+            except BrokenProcessPool:
+                raise RunError(
+                    "a worker was killed: by hand, or because the memory ran out. What was "
+                    "measured is kept, and the same command goes on from there; --jobs 1 needs "
+                    "less memory."
+                ) from None
+    finally:
+        processes = list((pool._processes or {}).values())
+        pool.shutdown(wait=False, cancel_futures=True)
+        for process in processes:  # idle, or on a task that nobody waits for
+            process.terminate()
+        heard.put(None)
+
+
+_heard: Any = None
+
+
+def _begin(places: SimpleQueue[int | None], heard: SimpleQueue[Any], devices: int) -> None:
+    """What a worker does first."""
+    global _heard
+    _heard = heard
+    core = places.get()
+    if core is not None:
+        os.sched_setaffinity(0, {core})
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def follow() -> None:  # a worker whose parent was killed would measure for nobody
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()
+    set_devices(devices)
+
+
+def _measure(number: int, task: Task) -> Exception | None:
+    return _attempt(task, lambda share: _heard.put((number, share))).error
+
+
+def _attempt(task: Task, tell: Callable[[float], None]) -> Done:
+    import jax
+
+    from experiments.questions import require
+
+    conditions = list(require(task.question).run(task.config))
+    condition = conditions[task.index]
+    file = task.kept.file(task.index, condition)
+    try:
+        task.kept.measure(file, condition, lambda step: tell(step / task.config.steps))
+    except Exception as error:
+        error.add_note(f"in {task.question}, {condition.name}")
+        return Done(task, error)
+    finally:
+        jax.clear_caches()
+    tell(1.0)
+    return Done(task)
+
+
+def _listen(heard: SimpleQueue[Any], tasks: Sequence[Task], tell: Tell) -> None:
+    while (message := heard.get()) is not None:
+        number, share = message
+        tell(tasks[number], min(share, 1.0))

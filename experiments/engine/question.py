@@ -1,0 +1,117 @@
+"""What a question is: a config, conditions that are measured apart, a figure and verdicts."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+from matplotlib.figure import Figure
+
+from experiments.engine.verdict import Verdict
+
+Record = dict[str, Any]
+"""A measurement: JSON values by name; `None` where one is not finite."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """What all questions have in common; a question adds its own fields.
+
+    Attributes:
+      dataset: A name of `data.NAMES`, or "" for a question that needs none.
+      model: A name of `models.MODELS`.
+      batch_size: Examples in each batch.
+      steps: Optimizer steps.
+      evaluations: How often to measure on the way.
+      optimizer: A name of `trainer.OPTIMIZERS`.
+      lr: Learning rate.
+      seeds: Seeds 0, 1, …, each with kernels and minibatches of its own.
+      data_dir: Where prepared data sets are kept.
+    """
+
+    dataset: str = "mnist"
+    model: str = "mlp"
+    batch_size: int = 60
+    steps: int = 1000
+    evaluations: int = 10
+    optimizer: str = "sgd"
+    lr: float = 0.1
+    seeds: int = 3
+    data_dir: Path | None = None
+
+    @property
+    def datasets(self) -> tuple[str, ...]:
+        """Every data set that the question reads."""
+        return (self.dataset,) if self.dataset else ()
+
+
+class Checkpoint(NamedTuple):
+    """Where a measurement stands, to go on from.
+
+    Attributes:
+      step: Steps done.
+      leaves: The leaves of the state, as arrays.
+    """
+
+    step: int
+    leaves: list[Any]
+
+
+class Measure(Protocol):
+    """Measures one condition."""
+
+    def __call__(self, resume: Checkpoint | None) -> Iterator[Record | Checkpoint]:
+        """Yields records, and checkpoints from which another call can go on."""
+        ...
+
+
+class Condition(NamedTuple):
+    """What is measured under one setting, apart from the others and perhaps beside them.
+
+    Attributes:
+      labels: What sets it apart; every record gets them.
+      measure: Measures it.
+    """
+
+    labels: Mapping[str, Any]
+    measure: Measure
+
+    @property
+    def name(self) -> str:
+        """The labels in words."""
+        return ", ".join(
+            str(v) if k in ("norm", "condition") else f"{k} {v}" for k, v in self.labels.items()
+        )
+
+
+def exact(measure: Callable[..., Iterator[Record]], *args: Any, **kwargs: Any) -> Measure:
+    """A measurement of seconds, which has no checkpoints: `measure(*args, **kwargs)`."""
+
+    def run(resume: Checkpoint | None) -> Iterator[Record | Checkpoint]:
+        del resume
+        yield from measure(*args, **kwargs)
+
+    return run
+
+
+class Question(Protocol):
+    """What a file of `experiments.questions` is."""
+
+    QUICK: Config
+    FULL: Config
+    SECONDS: float
+    """What `QUICK` costs on one core, about: for the order of the work and the time left."""
+
+    def run(self, config: Any) -> Iterator[Condition]:
+        """Yields the conditions; nothing is computed yet, and each time they are the same."""
+        ...
+
+    def figure(self, records: Sequence[Record]) -> Figure:
+        """Draws the records."""
+        ...
+
+    def verdict(self, records: Sequence[Record]) -> Sequence[Verdict]:
+        """Decides each claim."""
+        ...

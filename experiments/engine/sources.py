@@ -1,0 +1,85 @@
+"""Which version of the code a question ran: a checksum over the sources that decide its numbers."""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import importlib.metadata
+from collections.abc import Iterator
+from pathlib import Path
+
+from experiments.rundir import CHECKOUT
+
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy")
+"""Those whose versions count."""
+
+SHOWS = ("figure", "verdict")
+"""The functions of a question that only look at its records."""
+
+ASIDE = ("experiments.figures", "experiments.engine.draw", "experiments.rundir")
+"""Modules that numbers do not depend on."""
+
+
+def version(module: str) -> str:
+    """The checksum over a module and all of this repository that it imports, and over `PACKAGES`.
+
+    Comments, docstrings and layout do not count, nor does how a question shows its records.
+    """
+    total = hashlib.sha256()
+    for package in PACKAGES:
+        total.update(f"{package} {importlib.metadata.version(package)}\n".encode())
+    for name, tree in sorted(_closure(module).items()):
+        body = ast.Module([part for part in tree.body if not _shows(name, part)], [])
+        total.update(f"{name}\n{ast.dump(_without_docstrings(body))}\n".encode())
+    return total.hexdigest()
+
+
+def _shows(module: str, part: ast.stmt) -> bool:
+    asks = module.startswith("experiments.questions.")
+    return asks and isinstance(part, ast.FunctionDef) and part.name in SHOWS
+
+
+def _closure(module: str) -> dict[str, ast.Module]:
+    found: dict[str, ast.Module] = {}
+    waiting = [module]
+    while waiting:
+        name = waiting.pop()
+        path = _file(name)
+        if path is None or name in found or name in ASIDE:
+            continue
+        found[name] = tree = ast.parse(path.read_text())
+        waiting += _imports(tree)
+    return found
+
+
+def _imports(tree: ast.Module) -> Iterator[str]:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def _file(module: str) -> Path | None:
+    if module.split(".")[0] not in ("normlab", "experiments"):
+        return None
+    path = CHECKOUT.joinpath(*module.split("."))
+    files = (path / "__init__.py", path.with_suffix(".py"))
+    return next((file for file in files if file.is_file()), None)
+
+
+def _without_docstrings(tree: ast.Module) -> ast.Module:
+    for node in ast.walk(tree):
+        body = getattr(node, "body", None)
+        if isinstance(body, list):
+            node.body = [part for part in body if not _is_text(part)]  # type: ignore[attr-defined]
+    return tree
+
+
+def _is_text(part: ast.stmt) -> bool:
+    return (
+        isinstance(part, ast.Expr)
+        and isinstance(part.value, ast.Constant)
+        and isinstance(part.value.value, str)
+    )

@@ -1,0 +1,114 @@
+"""Verdicts: what a claim comes to, by its effect in each seed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import scipy.stats
+
+Decision = Literal["holds", "fails", "undecided"]
+
+CONFIDENCE = 0.95
+"""Of every interval."""
+
+
+class Verdict(NamedTuple):
+    """What became of a claim.
+
+    Attributes:
+      claim: That the effect lies between `at_least` and `at_most`.
+      decision: `holds` if the whole interval does, `fails` if none of it does, else `undecided`.
+      effect: The mean over seeds.
+      low, high: Its confidence interval, of Student's t over the seeds.
+      at_least, at_most: The thresholds, which were written before the run.
+      unit: Of the effect.
+      seeds: How many there were.
+    """
+
+    claim: str
+    decision: Decision
+    effect: float
+    low: float
+    high: float
+    at_least: float
+    at_most: float
+    unit: str
+    seeds: int
+
+
+def decide(
+    claim: str,
+    effects: Iterable[float],
+    *,
+    at_least: float = -math.inf,
+    at_most: float = math.inf,
+    unit: str = "",
+    geometric: bool = False,
+) -> Verdict:
+    """Decides a claim by the effect in each seed.
+
+    One seed, or an effect that is not finite, has no interval: the claim is undecided. With
+    `geometric`, for positive effects of any order of magnitude, mean and interval are those of the
+    logarithm.
+
+    >>> decide("it is small", [0.1, 0.12, 0.11], at_most=0.5).decision
+    'holds'
+    """
+    values = np.asarray(list(effects), float)
+    if geometric:
+        values = np.log(np.maximum(values, np.finfo(float).tiny))
+    mean, low, high = float(values.mean()) if values.size else math.nan, -math.inf, math.inf
+    if values.size > 1 and np.isfinite(values).all():
+        low = high = mean  # Student's t has no interval where all seeds agree
+        if np.ptp(values):
+            interval = scipy.stats.ttest_1samp(values, 0.0).confidence_interval(CONFIDENCE)
+            low, high = float(interval.low), float(interval.high)
+    if geometric:
+        with np.errstate(over="ignore"):
+            mean, low, high = (float(np.exp(v)) for v in (mean, low, high))
+    decision: Decision = "undecided"
+    if at_least <= low and high <= at_most:
+        decision = "holds"
+    elif high < at_least or low > at_most:
+        decision = "fails"
+    return Verdict(claim, decision, mean, low, high, at_least, at_most, unit, values.size)
+
+
+def number(value: Any) -> float | None:
+    """A JSON number; null where it is not finite."""
+    return float(value) if math.isfinite(value) else None
+
+
+def select(records: Iterable[dict[str, Any]], **wanted: Any) -> list[dict[str, Any]]:
+    """The records that say what is wanted."""
+    return [r for r in records if all(r.get(k) == v for k, v in wanted.items())]
+
+
+def by_seed(records: Iterable[dict[str, Any]], key: str, **wanted: Any) -> np.ndarray:
+    """The last value of `key` in each seed, of the records that say what is wanted."""
+    last: dict[int, float] = {}
+    for record in select(records, **wanted):
+        if key in record:
+            last[record["seed"]] = math.nan if record[key] is None else record[key]
+    return np.array([last[seed] for seed in sorted(last)])
+
+
+def accuracy(records: Iterable[dict[str, Any]], condition: Any = None, **wanted: Any) -> np.ndarray:
+    """The test accuracy of each seed at the end, in percent."""
+    if condition is not None:
+        wanted["condition"] = condition
+    return by_seed(records, "accuracy", kind="evaluation", **wanted)
+
+
+def steps_to(records: Iterable[dict[str, Any]], target: float, **wanted: Any) -> np.ndarray:
+    """The first evaluation of each seed at which the accuracy is `target` percent; inf if none."""
+    first: dict[int, float] = {}
+    for record in select(records, kind="evaluation", **wanted):
+        seed, value = record["seed"], record["accuracy"]
+        first.setdefault(seed, math.inf)
+        if value is not None and value >= target:
+            first[seed] = min(first[seed], record["step"])
+    return np.array([first[seed] for seed in sorted(first)])

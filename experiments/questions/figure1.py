@@ -1,0 +1,158 @@
+"""Does batch norm learn faster, and does it keep the distribution of activations still?
+
+Claim: With batch norm the network reaches a higher test accuracy, in fewer steps, and the
+distribution of the inputs to a typical sigmoid of the last hidden layer is much more stable over
+training.
+
+Source: Ioffe & Szegedy 2015, figure 1, https://arxiv.org/abs/1502.03167
+
+Protocol: The paper's network and run: binary MNIST, three hidden layers of 100 sigmoids, small
+Gaussian initial weights, batches of 60, 50,000 steps of plain SGD. The paper names neither the
+learning rate nor the size of the initial weights: rate 0.1 with standard deviations 0.1 and 0.01
+here, and rate 0.5 and standard deviation 1 beside them. The distribution is that of each unit's
+input over 256 training images: its median wanders over training, measured in units of its width
+(from the 15th to the 85th percentile), and the median unit counts.
+
+Command: python -m experiments run figure1
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from matplotlib.figure import Figure
+
+import normlab as nl
+from experiments.data import Dataset
+from experiments.engine import (
+    Condition,
+    Config,
+    Net,
+    Record,
+    Verdict,
+    accuracy,
+    decide,
+    draw,
+    lanes,
+    learn,
+    select,
+    steps_to,
+)
+
+GAIN = 0.3
+"""Points of test accuracy that batch norm is better at the end, at least."""
+
+SPEED = 0.75
+"""Its steps to `TARGET` percent, as a share of those without a norm, at most."""
+
+TARGET = 95.0
+
+STILLER = 2.0
+"""The factor by which the median wanders less with batch norm, at least."""
+
+SECONDS = 600
+
+
+@dataclasses.dataclass(frozen=True)
+class Figure1(Config):
+    """The config.
+
+    Attributes:
+      norms: What stands before each sigmoid.
+      starts: Pairs of the initial kernels' standard deviation and the learning rate.
+    """
+
+    norms: tuple[str, ...] = ("none", "batch")
+    starts: tuple[tuple[float, float], ...] = ((0.1, 0.1), (0.01, 0.1), (0.1, 0.5), (1.0, 0.1))
+    steps: int = 50_000
+    evaluations: int = 50
+
+
+QUICK = Figure1()
+FULL = Figure1(seeds=10, evaluations=100)
+
+
+def run(config: Figure1) -> Iterator[Condition]:
+    """Each norm, with all starts and seeds side by side."""
+    rows = [lane for sd, lr in config.starts for lane in lanes(config, sd=[sd], lr=[lr])]
+    for name in config.norms:
+        measure = learn(config, nl.get(name), side_by_side=rows, prepare=binary, instrument=inputs)
+        yield Condition({"norm": name}, measure)
+
+
+def binary(data: Dataset) -> Dataset:
+    """Pixels of 0 and 1."""
+    train, test = ((v > 127).astype(np.float32) for v in (data.train_images, data.test_images))
+    return data._replace(train_images=train, test_images=test)
+
+
+def inputs(net: Net) -> dict[str, Array]:
+    """The percentiles of what enters the sigmoids of the last hidden layer, `[3, units]`."""
+    *_, flowing = net.activations(train=True).values()
+    return {"percentiles": jnp.quantile(flowing.z, jnp.array([0.15, 0.5, 0.85]), axis=0)}
+
+
+def wander(records: Sequence[Record], **wanted: object) -> np.ndarray:
+    """The range of each unit's median over its mean width; the median unit of each seed."""
+    found = []
+    for seed in sorted({r["seed"] for r in records}):
+        here = select(records, kind="evaluation", seed=seed, **wanted)
+        low, middle, high = np.array([r["percentiles"] for r in here if r["step"] > 0]).swapaxes(
+            0, 1
+        )
+        found.append(np.median(np.ptp(middle, axis=0) / (high - low).mean(axis=0)))
+    return np.array(found)
+
+
+def verdict(records: Sequence[Record]) -> tuple[Verdict, ...]:
+    """Accuracy, steps and stability, at the paper's small initial weights and beside them."""
+    found = []
+    for sd, lr in dict.fromkeys((r["sd"], r["lr"]) for r in records):
+        where = f"sd {sd:g}, rate {lr:g}: "
+        none, batch = ({"norm": norm, "sd": sd, "lr": lr} for norm in ("none", "batch"))
+        gain = accuracy(records, **batch) - accuracy(records, **none)
+        claim = where + "batch norm ends more accurate"
+        found.append(decide(claim, gain, at_least=GAIN, unit="points"))
+        steps = [steps_to(records, TARGET, **which) for which in (none, batch)]
+        last = max(r["step"] for r in records)
+        share = steps[1] / np.minimum(steps[0], last)  # one that never comes there took all steps
+        claim = where + f"it is at {TARGET:g}% in fewer steps (as a share)"
+        found.append(decide(claim, share, at_most=SPEED))
+        claim = where + "the medians of the last layer's inputs wander less (factor)"
+        factor = wander(records, **none) / wander(records, **batch)
+        found.append(decide(claim, factor, at_least=STILLER, geometric=True))
+    return tuple(found)
+
+
+def figure(records: Sequence[Record]) -> Figure:
+    """The paper's figure: accuracy, and the percentiles of a typical input without and with."""
+    starts = list(dict.fromkeys((r["sd"], r["lr"]) for r in records))
+    picture, grid = draw.canvas(3, len(starts), height=2.9)
+    for (sd, lr), row in zip(starts, grid, strict=True):
+        here = select(records, sd=sd, lr=lr)
+        draw.over_steps(row[0], [r for r in here if r["step"] > 0], "accuracy")
+        row[0].set(ylabel="test accuracy (%)", title=f"sd {sd:g}, rate {lr:g}")
+        for axes, norm in zip(row[1:], ("none", "batch"), strict=True):
+            mine = select(here, norm=norm, seed=0)
+            steps = [r["step"] for r in mine]
+            values = np.array([r["percentiles"] for r in mine])  # [T, 3, units]
+            unit = typical(values)
+            colour = draw.styles(["none", "batch"])[norm]["color"]
+            for at, look in enumerate((":", "-", ":")):
+                axes.plot(steps, values[:, at, unit], color=colour, ls=look, label=norm)
+            axes.set(title=f"{norm}, unit {unit}", xlabel="optimizer step")
+            axes.set_ylabel("input to the sigmoid")
+    draw.legend(picture, grid[0, 0])
+    picture.suptitle("Accuracy; 15th, 50th, 85th percentile of an input that wanders typically")
+    return picture
+
+
+def typical(values: np.ndarray) -> int:
+    """The unit whose median wanders as much as the median unit's."""
+    low, middle, high = values[1:].swapaxes(0, 1)
+    wandered = np.ptp(middle, axis=0) / (high - low).mean(axis=0)
+    return int(np.argsort(wandered)[len(wandered) // 2])

@@ -1,0 +1,430 @@
+"""The engine of the questions: verdicts, resuming, keeping, faults."""
+
+import dataclasses
+import errno
+import functools
+import itertools
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+import types
+from pathlib import Path
+
+import jax
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+
+import normlab as nl
+from experiments import cli, models, questions
+from experiments.engine import (
+    Checkpoint,
+    Condition,
+    Config,
+    accuracy,
+    by_seed,
+    decide,
+    exact,
+    kept,
+    lanes,
+    learn,
+    select,
+    sources,
+    steps_to,
+)
+from experiments.engine.ask import ask
+from experiments.engine.kept import Kept
+from experiments.rundir import CHECKOUT, RunError
+
+TINY = Config(dataset="digits", model="tiny", batch_size=16, steps=6, evaluations=3, seeds=2)
+
+
+@pytest.fixture(autouse=True)
+def tiny_model(monkeypatch):
+    """One layer of eight sigmoids: what takes time here is compiling."""
+    monkeypatch.setitem(models.MODELS, "tiny", functools.partial(models.Mlp, widths=(8,)))
+
+
+@pytest.fixture
+def make(monkeypatch):
+    """Makes questions of conditions; returns what `ask` wants."""
+    made = {}
+    monkeypatch.setattr(questions, "require", made.__getitem__)
+
+    def make(name, conditions, config=TINY):
+        made[name] = types.SimpleNamespace(
+            SECONDS=1,
+            run=lambda config: iter(conditions),
+            figure=lambda records: plt.figure(),
+            verdict=lambda records: (decide("one", [r["value"] for r in records], at_least=0),),
+        )
+        return name, made[name], config
+
+    return make
+
+
+def values(*numbers):
+    """A condition that measures these."""
+    found = [{"kind": "value", "seed": i, "value": v} for i, v in enumerate(numbers)]
+    return exact(lambda: iter(found))
+
+
+class TestDecide:
+    @pytest.mark.parametrize(
+        ("effects", "bounds", "decision"),
+        [
+            ([1.0, 1.1, 0.9], {"at_least": 0.5}, "holds"),
+            ([0.1, 0.2, 0.0], {"at_least": 0.5}, "fails"),
+            ([0.1, 0.6, 0.9], {"at_least": 0.5}, "undecided"),
+            ([0.1, 0.2, 0.0], {"at_most": 0.5}, "holds"),
+            ([1.0, 1.1, 0.9], {"at_most": 0.5}, "fails"),
+            ([0.1, 0.2, 0.0], {"at_least": -0.5, "at_most": 0.5}, "holds"),
+            ([-1.0, -1.1, -0.9], {"at_least": -0.5, "at_most": 0.5}, "fails"),
+            ([1.0], {"at_least": 0.5}, "undecided"),
+            ([], {"at_least": 0.5}, "undecided"),
+            ([1.0, math.nan, 1.0], {"at_least": 0.5}, "undecided"),
+            ([0.0, 0.0, 0.0], {"at_most": 0.5}, "holds"),
+        ],
+    )
+    def test_a_claim_holds_if_its_whole_interval_does(self, effects, bounds, decision):
+        assert decide("", effects, **bounds).decision == decision
+
+    def test_the_interval_is_students(self):
+        found = decide("", [1.0, 2.0, 3.0])
+        assert (found.effect, found.seeds) == (2, 3)
+        half = 4.302652729911275 / math.sqrt(3)  # t of 2 degrees of freedom, times s/√n
+        assert (found.low, found.high) == pytest.approx((2 - half, 2 + half))
+
+    def test_orders_of_magnitude_are_judged_by_their_logarithm(self):
+        errors = [1e-8, 1e-7, 2e-8]
+        assert decide("", errors, at_most=1e-6).decision == "holds"
+        found = decide("", errors, at_most=1e-5, geometric=True)
+        assert found.effect == pytest.approx(np.prod(errors) ** (1 / 3))
+        assert 0 < found.low < 1e-8
+        assert found.decision == "holds"
+
+
+def test_the_last_value_of_each_seed_counts():
+    records = [
+        {"kind": "evaluation", "norm": norm, "seed": seed, "step": step, "accuracy": a}
+        for norm, seed, step, a in [
+            ("a", 0, 1, 50.0),
+            ("a", 0, 2, 90.0),
+            ("a", 1, 1, 92.0),
+            ("a", 1, 2, None),
+            ("b", 0, 2, 10.0),
+        ]
+    ]
+    np.testing.assert_equal(accuracy(records, norm="a"), [90.0, math.nan])
+    assert by_seed(records, "accuracy", norm="b").tolist() == [10.0]
+    assert steps_to(records, 90, norm="a").tolist() == [2, 1]
+    assert steps_to(records, 95, norm="a").tolist() == [math.inf, math.inf]
+    assert len(select(records, norm="a", seed=1)) == 2
+
+
+def instrument(net):
+    return {
+        "z": net.activations()["Normed_0"].z.mean(),
+        "loss": net.loss(net.params),
+        "rate": net.lr,
+    }
+
+
+def two_rates():
+    """Two rates side by side, of which one is far too large."""
+    rows = lanes(TINY, lr=(0.1, 1e38), sd=(0.5,))
+    return learn(TINY, nl.get("batch"), side_by_side=rows, instrument=instrument)
+
+
+def keep(found):
+    """A record, or a checkpoint whose buffers the next step does not take."""
+    return (
+        found._replace(leaves=jax.device_get(found.leaves))
+        if isinstance(found, Checkpoint)
+        else found
+    )
+
+
+@pytest.fixture(scope="module")
+def trained():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(models.MODELS, "tiny", functools.partial(models.Mlp, widths=(8,)))
+        return list(map(keep, two_rates()(None)))
+
+
+class TestLearn:
+    def test_every_lane_is_evaluated_before_the_first_step_and_after_each_stretch(self, trained):
+        records = [r for r in trained if not isinstance(r, Checkpoint)]
+        assert len(records) == 4 * 4
+        assert [r["step"] for r in records[::4]] == [0, 2, 4, 6]
+        assert {(r["seed"], r["lr"], r["sd"]) for r in records} == {
+            (seed, lr, 0.5) for seed, lr in itertools.product((0, 1), (0.1, 1e38))
+        }
+        assert json.loads(json.dumps(records)) == records
+        assert {type(r["rate"]) for r in records if r["lr"] == 0.1} == {float}
+
+    def test_a_seed_that_diverges_is_a_result(self, trained):
+        records = [r for r in trained if not isinstance(r, Checkpoint) and r["step"] == 6]
+        for record in records:
+            if record["lr"] == 0.1:
+                assert record["diverged"] is None
+                assert record["accuracy"] > 10
+            else:
+                assert record["diverged"] == 2  # the first update is not finite
+                assert record["test_loss"] is None
+                assert 0 <= record["accuracy"] <= 30  # what it predicts is still counted
+
+    def test_it_goes_on_from_a_checkpoint_to_the_same_numbers(self, trained, tmp_path):
+        at = [i for i, r in enumerate(trained) if isinstance(r, Checkpoint)]
+        # As the directory keeps it, and brings it back.
+        directory = Kept(tmp_path, "test", "key")
+        directory.write_bytes("conditions/00.partial", kept._pack([], 0.0, trained[at[0]]))
+        _, _, checkpoint = directory._partial("conditions/00.partial")
+        again = list(map(keep, two_rates()(checkpoint)))
+        expected = trained[at[0] + 1 :]
+        assert [r for r in again if not isinstance(r, Checkpoint)] == [
+            r for r in expected if not isinstance(r, Checkpoint)
+        ]
+        np.testing.assert_equal(again[-1].leaves, expected[-1].leaves)
+
+
+class _Stops:
+    """A measurement of six steps with a checkpoint after each, stopped once after some."""
+
+    def __init__(self, after=None):
+        self.after, self.calls = after, []
+
+    def __call__(self, resume):
+        start = 0 if resume is None else resume.step
+        self.calls.append(start)
+        total = 0.0 if resume is None else float(resume.leaves[0])
+        for step in range(start + 1, 7):
+            if self.after == step:
+                self.after = None
+                raise KeyboardInterrupt
+            total += 1 / step
+            yield {"kind": "value", "seed": step, "step": step, "value": total}
+            yield Checkpoint(step, [np.float64(total)])
+
+
+class TestKept:
+    def test_an_interrupted_condition_goes_on_to_the_same_numbers(
+        self, make, tmp_path, monkeypatch
+    ):
+        monkeypatch.setattr(kept, "PAUSE", 0)
+        whole, stopped = _Stops(), _Stops(after=4)
+        (expected,) = ask([make("whole", [Condition({"a": 1}, whole)])], root=tmp_path, jobs=0)
+        question = make("stopped", [Condition({"a": 1}, stopped)])
+        with pytest.raises(KeyboardInterrupt):
+            list(ask([question], root=tmp_path, jobs=0))
+        assert list(tmp_path.glob("stopped-*/conditions/*.partial"))
+        (found,) = ask([question], root=tmp_path, jobs=0)
+        assert stopped.calls == [0, 3]
+        assert [r for r in found.records if r["kind"] == "value"] == [
+            r for r in expected.records if r["kind"] == "value"
+        ]
+        assert not list(tmp_path.glob("stopped-*/conditions/*.partial"))
+
+    def test_what_is_finished_is_not_measured_again_unless_asked(self, make, tmp_path):
+        measure = _Stops()
+        question = make("finished", [Condition({"a": 1}, measure)])
+        for again, calls in ((False, 1), (False, 1), (True, 2)):
+            (found,) = ask([question], root=tmp_path, jobs=0, again=again)
+            assert len(measure.calls) == calls
+            assert found.verdicts[0].decision == "holds"
+        name, module, config = question
+        longer = dataclasses.replace(config, steps=7)
+        list(ask([(name, module, longer)], root=tmp_path, jobs=0))
+        assert len(measure.calls) == 3  # another config is another run
+        moved = dataclasses.replace(config, data_dir=tmp_path)
+        list(ask([(name, module, moved)], root=tmp_path, jobs=0))
+        assert len(measure.calls) == 3  # the place of the data is not
+
+    def test_the_directory_holds_all_that_was_asked_and_measured(self, make, tmp_path):
+        labels = {"norm": "batch", "lr": 0.5}
+        (found,) = ask([make("all", [Condition(labels, values(1, 2))])], root=tmp_path, jobs=0)
+        assert {str(p.relative_to(found.path)) for p in found.path.rglob("*") if p.is_file()} == {
+            *("config.json", "environment.json", "verdict.json", ".lock"),
+            *("figure.png", "figure.svg", "conditions/00-batch-lr-0.5.jsonl"),
+        }
+        config = json.loads((found.path / "config.json").read_text())
+        assert config["steps"] == TINY.steps
+        assert [d["name"] for d in config["data"]] == ["digits"]
+        assert all({**r, **labels} == r for r in found.records)
+        assert found.seconds == found.records[-1]["seconds"]
+
+    def test_two_runs_do_not_write_into_one_directory(self, make, tmp_path):
+        question = make("twice", [Condition({"a": 1}, values(1))])
+        first = ask([question], root=tmp_path, jobs=0)
+        next(first)
+        with pytest.raises(RunError, match="another run is writing"):
+            list(ask([question], root=tmp_path, jobs=0))
+        first.close()
+        assert len(list(ask([question], root=tmp_path, jobs=0))) == 1
+
+    def test_a_full_disk_is_said_and_nothing_measured_before_is_lost(
+        self, make, tmp_path, monkeypatch
+    ):
+        write = Kept.write_bytes
+
+        def full(self, name, content):
+            if name.startswith("conditions/01"):
+                raise self._failed(name, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
+            return write(self, name, content)
+
+        conditions = [Condition({"a": i}, values(i)) for i in range(3)]
+        question = make("full", conditions)
+        with monkeypatch.context() as patch:
+            patch.setattr(Kept, "write_bytes", full)
+            (found,) = ask([question], root=tmp_path, jobs=0)
+        assert "No space left on device" in found.failed
+        assert "Free some space" in found.failed
+        assert not found.verdicts
+        assert len(list(found.path.glob("conditions/*.jsonl"))) == 2
+        (found,) = ask([question], root=tmp_path, jobs=0)
+        assert [r["value"] for r in found.records if r["kind"] == "value"] == [0, 1, 2]
+
+    def test_conditions_of_the_same_name_are_refused(self, make, tmp_path):
+        conditions = [Condition({"a": 1}, values(1))] * 2
+        with pytest.raises(RunError, match="the same labels"):
+            list(ask([make("same", conditions)], root=tmp_path, jobs=0))
+
+
+class TestFaults:
+    def test_without_a_data_set_the_other_questions_go_on(self, make, tmp_path):
+        nowhere = dataclasses.replace(TINY, dataset="mnist", data_dir=tmp_path / "none")
+        (tmp_path / "none").write_text("")  # not a folder: nothing can be prepared in it
+        asked = [
+            make("without", [Condition({"a": 1}, values(1))], nowhere),
+            make("with", [Condition({"a": 1}, values(1))]),
+        ]
+        without, with_ = ask(asked, root=tmp_path / "runs", jobs=0)
+        assert (without.name, with_.name) == ("without", "with")
+        assert "mnist" in without.failed
+        assert without.path is None
+        assert with_.verdicts
+
+    def test_an_error_in_one_question_does_not_stop_the_others(self, make, tmp_path):
+        def wrong():
+            yield {"kind": "value", "seed": 0, "value": 1.0}
+            raise ZeroDivisionError("of a kind")
+
+        asked = [
+            make("wrong", [Condition({"norm": "batch"}, exact(wrong))]),
+            make("right", [Condition({"a": 1}, values(1, 1))]),
+        ]
+        wrong, right = ask(asked, root=tmp_path, jobs=0)
+        assert wrong.failed == "ZeroDivisionError: of a kind (in wrong, batch)"
+        assert right.verdicts[0].decision == "holds"
+
+    def test_a_lane_that_diverged_is_named(self, make, tmp_path):
+        found = [
+            {"kind": "value", "seed": seed, "lr": 3.0, "step": step, "value": 1.0}
+            | {"diverged": 7 if seed else None}
+            for seed in (0, 1)
+            for step in (5, 10)
+        ]
+        condition = Condition({"norm": "none"}, exact(lambda: iter(found)))
+        (answer,) = ask([make("nan", [condition])], root=tmp_path, jobs=0)
+        assert answer.diverged == ("none, seed 1, lr 3.0: not finite from step 7",)
+
+
+class TestVersion:
+    @pytest.fixture
+    def files(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(sources, "CHECKOUT", tmp_path)
+
+        def write(name, text):
+            path = tmp_path / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text)
+            return sources.version("experiments.questions.asked")
+
+        write("normlab/__init__.py", "from normlab.sums import mean\n")
+        write("normlab/sums.py", "def mean(x):\n    return sum(x) / len(x)\n")
+        write("experiments/other.py", "A = 1\n")
+        write("experiments/questions/asked.py", "import normlab\ndef figure(r): return 1\n")
+        return write
+
+    def test_it_changes_with_every_source_that_is_imported(self, files):
+        first = files("normlab/sums.py", "def mean(x):\n    return sum(x) / len(x)\n")
+        assert files("experiments/other.py", "A = 2\n") == first
+        second = files("normlab/sums.py", "def mean(x):\n    return sum(x) / (len(x) + 1)\n")
+        assert second != first
+        asked = "import normlab\nTHRESHOLD = 3\ndef figure(r): return 1\n"
+        assert files("experiments/questions/asked.py", asked) != second
+
+    def test_words_and_pictures_do_not_count(self, files):
+        first = files("experiments/other.py", "A = 1\n")
+        sums = '"""Sums."""\n\n\ndef mean(x):  # the\n    """Mean."""\n    return sum(x) / len(x)\n'
+        assert files("normlab/sums.py", sums) == first
+        asked = '"""Asked?"""\nimport normlab\ndef figure(r): return 2\ndef verdict(r): return 3\n'
+        assert files("experiments/questions/asked.py", asked) == first
+
+    def test_a_question_depends_on_the_norms_and_the_trainer_and_not_on_the_page(self):
+        modules = sources._closure("experiments.questions.figure1")
+        assert {"normlab.batch", "experiments.trainer", "experiments.engine.learn"} <= set(modules)
+        assert not {"experiments.report", "experiments.cli", "experiments.figures"} & set(modules)
+
+
+class TestCommand:
+    def test_an_unknown_question_names_the_nearest(self, capsys):
+        with pytest.raises(SystemExit) as stop:
+            cli.main(["run", "group_sise"])
+        assert stop.value.code == cli.EXIT_USAGE
+        assert "did you mean 'group_size'" in capsys.readouterr().err
+
+    def test_the_questions_are_listed(self, capsys):
+        assert cli.main(["list"]) == 0
+        out = capsys.readouterr().out
+        assert all(name in out for name in questions.NAMES)
+
+    def test_an_unknown_field_of_the_config_is_refused(self, capsys):
+        with pytest.raises(SystemExit):
+            cli.main(["run", "group_size", "--", "--speed", "3"])
+        assert "--speed" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+class TestProcesses:
+    COMMAND = (
+        *(sys.executable, "-m", "experiments", "run", "figure1", "--jobs", "2"),
+        *("--run-dir",),
+    )
+    CONFIG = ("--", "--steps", "4000", "--evaluations", "40", "--seeds", "2")
+
+    def start(self, where: Path) -> subprocess.Popen:
+        command = [*self.COMMAND, str(where), *self.CONFIG]
+        return subprocess.Popen(
+            command, cwd=CHECKOUT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+
+    def records(self, where: Path) -> dict[str, list]:
+        return {
+            path.name: [r for r in map(json.loads, path.read_text().splitlines())][:-1]
+            for path in sorted(where.glob("figure1-*/conditions/*.jsonl"))
+        }
+
+    def test_killed_in_the_middle_it_goes_on_to_the_same_numbers(self, tmp_path, monkeypatch):
+        """kill -9 of everything while a checkpoint is there, and then of one worker."""
+        whole = self.start(tmp_path / "whole")
+        whole.communicate()
+        assert whole.returncode == 0
+        killed = self.start(tmp_path / "killed")
+        until = time.monotonic() + 300
+        while not list((tmp_path / "killed").glob("*/conditions/*.partial")):
+            assert time.monotonic() < until
+            assert killed.poll() is None, killed.communicate()[0]
+            time.sleep(0.1)
+        killed.send_signal(signal.SIGKILL)
+        killed.communicate()
+        again = self.start(tmp_path / "killed")
+        text, _ = again.communicate()
+        assert again.returncode == 0, text
+        expected = self.records(tmp_path / "whole")
+        assert len(expected) == 2
+        assert self.records(tmp_path / "killed") == expected
