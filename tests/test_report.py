@@ -131,7 +131,7 @@ def test_nothing_is_loaded_from_elsewhere(page, tree):
 def test_what_is_said_is_escaped(tree):
     assert not list(tree.iter(HTML + "script"))
     hostile = next(e for e in tree.iter() if e.get("id") == "q-hostile")
-    # headline, lead, claim, unit, diverged, four parts, data (2), config (2) and its data (2)
+    # headline, lead, claim, unit, diverged, four parts, data (2), config (2) and its data
     assert "".join(hostile.itertext()).count("<script>alert(1)</script> &") == 14
 
 

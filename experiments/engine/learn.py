@@ -63,6 +63,18 @@ Instrument = Callable[[Net], Mapping[str, Array]]
 """Measures a net, under `jit` and `vmap`; what it returns is in the record of the evaluation."""
 
 
+Optimizer = Callable[[float], optax.GradientTransformation]
+"""Makes an optimizer of a learning rate, which is traced where the lanes have several."""
+
+Draw = Callable[[int, Dataset, Config], np.ndarray]
+"""Draws the examples of every step, `[steps, batch_size]`, for a seed."""
+
+
+def shuffled(seed: int, data: Dataset, config: Config) -> np.ndarray:
+    """Minibatches from epochs shuffled by the seed."""
+    return minibatches(seed, len(data.train_images), config.batch_size, config.steps)
+
+
 @functools.lru_cache(maxsize=3)
 def dataset(name: str, data_dir: Path | None) -> Dataset:
     """The data set, read once."""
@@ -85,6 +97,8 @@ def learn(
     *,
     side_by_side: Sequence[Lane] | None = None,
     prepare: Callable[[Dataset], Dataset] = lambda data: data,
+    draw: Draw = shuffled,
+    optimizer: Optimizer | None = None,
     instrument: Instrument = lambda net: {},
     **options: Any,
 ) -> Measure:
@@ -100,14 +114,18 @@ def learn(
       side_by_side: The lanes; by default the seeds of the config.
       prepare: Changes the data set first. Images of a floating type are taken as they are; others
         are shifted and scaled by two numbers.
+      draw: Draws the minibatches of a seed.
+      optimizer: Makes the optimizer of a learning rate; by default that of the config.
       instrument: What else to measure.
       **options: Of the model, as in `models.build`.
     """
     rows = lanes(config) if side_by_side is None else side_by_side
 
     def run(resume: Checkpoint | None) -> Iterator[Record | Checkpoint]:
-        trainer, state = start(config, norm, rows, prepare, options)
-        data, marks = trainer.data, stretches(config.steps, config.evaluations)
+        data = prepare(dataset(config.dataset, config.data_dir))
+        make = optimizer or OPTIMIZERS[config.optimizer]
+        trainer, state = start(config, norm, rows, data, make, options)
+        marks = stretches(config.steps, config.evaluations)
         look = _looking(trainer, instrument, rows, config)
         diverged = np.full(len(rows), -1)
         trainer.compile(state, {stop - begin for begin, stop in marks}, config.batch_size)
@@ -118,15 +136,12 @@ def learn(
             done, (diverged, *leaves) = resume.step, resume.leaves
             diverged = np.array(diverged)
             whole = jax.tree.unflatten(jax.tree.structure(state), leaves)
-            state = jax.device_put(whole, data.mapped)
-        epochs = {
-            seed: minibatches(seed, data.examples, config.batch_size, config.steps)
-            for seed in {row["seed"] for row in rows}
-        }
+            state = jax.device_put(whole, trainer.data.mapped)
+        drawn = {seed: draw(seed, data, config) for seed in {row["seed"] for row in rows}}
         for begin, stop in marks:
             if begin < done:
                 continue
-            indices = np.stack([epochs[row["seed"]][begin:stop] for row in rows], axis=1)
+            indices = np.stack([drawn[row["seed"]][begin:stop] for row in rows], axis=1)
             state, losses = trainer.train(state, indices)
             bad = ~np.isfinite(losses)
             first = np.where(bad.any(axis=0), begin + 1 + bad.argmax(axis=0), -1)
@@ -155,9 +170,9 @@ def start(
     each = [gaussian(by_seed[row["seed"]], row) for row in rows]
     kernels = jax.tree.map(lambda *leaves: np.stack(leaves), *each)
     rates = [row.get("lr", config.lr) for row in rows]
-    optimizer = OPTIMIZERS[config.optimizer](rates[0])
+    optimizer = make(rates[0])
     if len(set(rates)) > 1:
-        optimizer = optax.inject_hyperparams(OPTIMIZERS[config.optimizer])(rates[0])
+        optimizer = optax.inject_hyperparams(make)(rates[0])
     model = models.build(config.model, norm, data.classes, **options)
     trainer = Trainer(model, optimizer, device_data, kernels, synced=True)
     state = trainer.init()
