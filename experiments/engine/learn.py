@@ -156,11 +156,11 @@ def start(
     config: Config,
     norm: nl.Norm,
     rows: Sequence[Lane],
-    prepare: Callable[[Dataset], Dataset] = lambda data: data,
-    options: Mapping[str, Any] = {},
+    data: Dataset,
+    make: Optimizer,
+    options: Mapping[str, Any],
 ) -> tuple[Trainer, TrainState]:
     """A trainer of these lanes on one device, and their initial state."""
-    data = prepare(dataset(config.dataset, config.data_dir))
     device_data = DeviceData(data, 1)
     seeds = sorted({row["seed"] for row in rows})
     draws = models.draw_kernels(config.model, data.classes, seeds, device_data.probe, **options)
