@@ -51,6 +51,7 @@ from normlab.weight import (
     weight_standardization,
     weight_standardization_parts,
 )
+from normlab.whiten import Whitening, whiten, whitening
 
 __version__ = "0.1.0"
 
@@ -87,6 +88,7 @@ __all__ = [
     "Site",
     "State",
     "Sync",
+    "Whitening",
     "affine",
     "all_reduce",
     "batch_norm",
@@ -145,4 +147,6 @@ __all__ = [
     "weight_parts",
     "weight_standardization",
     "weight_standardization_parts",
+    "whiten",
+    "whitening",
 ]

@@ -50,7 +50,7 @@ def test_the_docs_examples_run():
     assert jnp.abs(h).max(axis=-1).tolist() == pytest.approx([1, 1], abs=1e-4)
 
 
-@pytest.mark.parametrize("document", ["docs/population.md"])
+@pytest.mark.parametrize("document", ["docs/instruments.md", "docs/population.md"])
 def test_the_examples_of_a_document_run(document):
     names: dict = {"nl": nl, "jnp": jnp}
     for block in python_blocks(document):

@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 
 import normlab as nl
-from experiments import cli, models, questions
+from experiments import asking, cli, models, questions
 from experiments.engine import (
     Checkpoint,
     Condition,
@@ -387,6 +387,67 @@ class TestCommand:
         with pytest.raises(SystemExit):
             cli.main(["run", "group_size", "--", "--speed", "3"])
         assert "--speed" in capsys.readouterr().err
+
+
+class TestReport:
+    """`report` and `verify` over two questions, of which one lacks its data."""
+
+    @pytest.fixture
+    def asked(self, make, tmp_path, monkeypatch):
+        text = {"question": "Is it so?", "Claim": "It is.", "Source": "A paper."}
+        monkeypatch.setattr(questions, "describe", lambda name: text)
+        monkeypatch.setattr(questions, "NAMES", ("has", "lacks"))
+        (tmp_path / "none").write_text("")
+
+        def asked(*found, lacks=True):
+            _, module, _ = make("has", [Condition({"norm": "batch"}, values(*found))])
+            module.QUICK = TINY
+            _, module, _ = make("lacks", [Condition({"norm": "batch"}, values(1, 2))])
+            module.QUICK = dataclasses.replace(TINY, dataset="mnist" if lacks else "digits")
+
+        return asked
+
+    def command(self, name, tmp_path, *more):
+        where = ["--run-dir", str(tmp_path / "runs"), "--data-dir", str(tmp_path / "none")]
+        return cli.main([name, "--jobs", "0", *where, *map(str, more)])
+
+    def test_the_page_says_what_is_missing(self, asked, tmp_path, capsys):
+        asked(1.0, 1.1)
+        out = tmp_path / "out" / "page.html"
+        assert self.command("report", tmp_path, "--out", out) == asking.EXIT_MISSING
+        said = capsys.readouterr()
+        assert "lacks has no answer" in said.err
+        assert str(out) in said.out.replace("\n", "")
+        page = out.read_text()
+        assert "Is it so?" in page
+        assert "mnist" in page
+        verdicts = json.loads(out.with_suffix(".json").read_text())["verdicts"]
+        assert [v["decision"] for v in verdicts["has"]] == ["holds"]
+        assert verdicts["lacks"] == []
+
+    def test_verify_tells_a_verdict_that_differs(self, asked, tmp_path, capsys):
+        asked(1.0, 1.1, lacks=False)
+        out = tmp_path / "page.html"
+        assert self.command("report", tmp_path, "--out", out) == 0
+        against = ("--against", out.with_suffix(".json"))
+        assert self.command("verify", tmp_path, *against) == 0
+        asked(-1.0, -1.1, lacks=False)
+        capsys.readouterr()
+        assert self.command("verify", tmp_path, "--again", *against) == asking.EXIT_MISSING
+        said = capsys.readouterr().out
+        assert "holds, 1.05" in said
+        assert "fails, -1.05" in said
+        assert self.command("verify", tmp_path, "--against", tmp_path / "no.json") == cli.EXIT_USAGE
+
+    def test_a_failing_verdict_does_not_fail_the_command(self, asked, tmp_path, capsys):
+        asked(-1.0, -1.1, lacks=False)
+        assert self.command("run", tmp_path, "has") == 0
+        assert "fails" in capsys.readouterr().out
+
+    def test_a_page_that_cannot_be_written_is_said(self, asked, tmp_path, capsys):
+        asked(1.0, lacks=False)
+        assert self.command("report", tmp_path, "--out", tmp_path / "none" / "x.html") == 2
+        assert "Choose another place with --out" in capsys.readouterr().err
 
 
 @pytest.mark.slow

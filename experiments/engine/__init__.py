@@ -10,7 +10,7 @@ pool.py        one worker process for each core
 ask.py         asking: keep what is finished, measure the rest, decide
 """
 
-from experiments.engine.learn import Instrument, Lane, Net, lanes, learn
+from experiments.engine.learn import Instrument, Lane, Net, dataset, lanes, learn
 from experiments.engine.question import (
     Checkpoint,
     Condition,
@@ -43,6 +43,7 @@ __all__ = [
     "Verdict",
     "accuracy",
     "by_seed",
+    "dataset",
     "decide",
     "exact",
     "lanes",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -109,7 +110,13 @@ def legend(picture: Figure, axes: Axes) -> None:
 
 
 def last(records: Records) -> list[dict[str, Any]]:
-    """The records of the last evaluation."""
-    records = [r for r in records if r["kind"] == "evaluation"]
-    step = max(r["step"] for r in records)
-    return [r for r in records if r["step"] == step]
+    """The record of the last evaluation of each net."""
+    found = {}
+    for record in records:
+        if record["kind"] == "evaluation":
+            labels = itertools.takewhile(lambda item: item[0] != "step", record.items())
+            found[tuple(labels)] = record
+    return list(found.values())
+
+
+last_of = last

@@ -21,7 +21,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Sequence
 
-import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from matplotlib.figure import Figure
@@ -42,6 +41,7 @@ from experiments.engine import (
     select,
     steps_to,
 )
+from normlab import instruments
 
 GAIN = 0.3
 """Points of test accuracy that batch norm is better at the end, at least."""
@@ -93,7 +93,7 @@ def binary(data: Dataset) -> Dataset:
 def inputs(net: Net) -> dict[str, Array]:
     """The percentiles of what enters the sigmoids of the last hidden layer, `[3, units]`."""
     *_, flowing = net.activations(train=True).values()
-    return {"percentiles": jnp.quantile(flowing.z, jnp.array([0.15, 0.5, 0.85]), axis=0)}
+    return {"percentiles": instruments.percentiles(flowing.z)}
 
 
 def wander(records: Sequence[Record], **wanted: object) -> np.ndarray:

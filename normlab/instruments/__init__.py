@@ -1,0 +1,44 @@
+"""Instruments: what can be measured in a training loop, as pure functions.
+
+Each takes arrays or pytrees and returns arrays or NamedTuples of them, so that it runs under `jit`
+and, over seeds, under `vmap`. Activations have their channels last, `[N, ..., C]`.
+"""
+
+from normlab.drift import Drift, drift
+from normlab.instruments.activations import (
+    Gaussianity,
+    cancellation,
+    dead_units,
+    gaussianity,
+    percentiles,
+    saturation,
+)
+from normlab.instruments.curvature import AlongStep, HessianMax, along_step, hessian_max
+from normlab.instruments.gradients import CovariateShift, covariate_shift, gradient_norms
+from normlab.instruments.weights import angular_update, effective_lr
+from normlab.instruments.whiteness import correlations, distance_to_uncorrelated, distance_to_white
+from normlab.whiten import condition_number
+
+__all__ = [
+    "AlongStep",
+    "CovariateShift",
+    "Drift",
+    "Gaussianity",
+    "HessianMax",
+    "along_step",
+    "angular_update",
+    "cancellation",
+    "condition_number",
+    "correlations",
+    "covariate_shift",
+    "dead_units",
+    "distance_to_uncorrelated",
+    "distance_to_white",
+    "drift",
+    "effective_lr",
+    "gaussianity",
+    "gradient_norms",
+    "hessian_max",
+    "percentiles",
+    "saturation",
+]

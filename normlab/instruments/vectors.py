@@ -1,0 +1,54 @@
+"""Lengths, cosines and angles of vectors, and of pytrees taken as one vector."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from normlab.checks import promote
+
+Axes = int | Sequence[int] | None
+
+
+def as_vector(tree: Any) -> Array:
+    """Returns all leaves, one after the other, in float32 at least."""
+    leaves = [promote(leaf).ravel() for leaf in jax.tree.leaves(tree)]
+    return jnp.concatenate(leaves) if leaves else jnp.zeros(0)
+
+
+def norm(v: Array, axes: Axes = None, *, keepdims: bool = False) -> Array:
+    """‖v‖₂, taken after division by max|v|: neither 1e-30 nor 1e30 is squared."""
+    axes = tuple(axes) if isinstance(axes, Sequence) else axes
+    peak = jnp.max(jnp.abs(v), axes, keepdims=True, initial=0)
+    peak = jnp.where((peak > 0) & jnp.isfinite(peak), peak, 1)
+    length = peak * jnp.sqrt(jnp.square(v / peak).sum(axes, keepdims=True))
+    return length if keepdims else length.squeeze(axes)
+
+
+def unit(v: Array, axes: Axes = None) -> Array:
+    """v/‖v‖; zero stays zero."""
+    length = norm(v, axes, keepdims=True)
+    return v / jnp.where(length > 0, length, 1)
+
+
+def cosine(v: Array, w: Array) -> Array:
+    """v·w / ‖v‖‖w‖; 0 where one of them is zero."""
+    return jnp.clip((unit(v) * unit(w)).sum(), -1, 1)
+
+
+def angle(v: Array, w: Array, axes: Axes = None) -> Array:
+    """The angle from v to w in radians, to rounding even where it is tiny.
+
+    With d = w − v, split into d∥ along v and d⊥ across it, it is atan2(‖d⊥‖, ‖v‖ + d∥).
+    """
+    direction, length = unit(v, axes), norm(v, axes, keepdims=True)
+    d = w - v
+    along = (d * direction).sum(axes, keepdims=True)
+    across = norm(d - along * direction, axes, keepdims=True)
+    defined = (length > 0) & (norm(w, axes, keepdims=True) > 0)
+    theta = jnp.where(defined, jnp.arctan2(across, length + along), 0)
+    return theta.squeeze(axes)
