@@ -25,6 +25,8 @@ from rich.table import Table
 import normlab as nl
 from experiments import (
     asking,
+    bench_conv,
+    bench_figure1,
     bench_report,
     bench_step,
     bench_sync,
@@ -34,6 +36,8 @@ from experiments import (
     numerics,
     questions,
 )
+from experiments.bench_conv import BenchConv
+from experiments.bench_figure1 import BenchFigure1
 from experiments.bench_ops import BenchOps, Ops
 from experiments.bench_step import BenchStep
 from experiments.bench_sync import BenchSync
@@ -78,6 +82,8 @@ class Bench:
     bench: (
         Annotated[BenchStep, tyro.conf.subcommand("step")]
         | Annotated[BenchOps, tyro.conf.subcommand("ops")]
+        | Annotated[BenchFigure1, tyro.conf.subcommand("figure1")]
+        | Annotated[BenchConv, tyro.conf.subcommand("conv")]
         | Annotated[BenchSync, tyro.conf.subcommand("sync")]
     )
 
@@ -244,6 +250,56 @@ def benchmark_step(command: BenchStep) -> int:
     return 0
 
 
+def benchmark_figure1(config: BenchFigure1) -> int:
+    """Times the runs of figure 1 beside PyTorch and prints what all its steps would take."""
+    with errors.status("starting") as status:
+        result = bench_figure1.run(config, lambda text: status.update(f"{text} …"))
+    rows = Table(title=f"figure 1: {len(bench_figure1.NETS)} nets, {config.seeds} seeds")
+    rows.add_column("")
+    for heading in ("ms per step", "range", "start s", f"{config.whole:,} steps s", "÷ normlab"):
+        rows.add_column(heading, justify="right")
+    for name, ms in result["ms_per_step"].items():
+        low, high = result["range_ms"][name]
+        rows.add_row(
+            name,
+            f"{ms:.2f}",
+            f"{low:.2f} – {high:.2f}",
+            f"{result['start_s'][name]:.1f}",
+            f"{result['whole_s'][name]:.0f}",
+            f"{result['ratios'][name]:.2f}",
+        )
+    rows.caption = (
+        f"A step of all nets and seeds, median of {config.rounds} turns of {config.steps} steps; "
+        f"the seconds are extrapolated from it. Losses agree to {result['loss_gap']:.0e}. "
+        f"{result['cores']} cores; "
+        + ", ".join(f"{name}={value}" for name, value in result["variables"].items())
+    )
+    console.print(rows)
+    return 0
+
+
+def benchmark_conv(config: BenchConv) -> int:
+    """Times forms of a convolution beside PyTorch and prints the table."""
+    with errors.status("starting") as status:
+        results = bench_conv.run(config, lambda text: status.update(f"{text} …"))
+    forms = list(results[0]["ms_per_step"])
+    rows = Table("3×3 convolution", *forms, "MatmulConv / torch", title="ms per step [range]")
+    for result in results:
+        ms = result["ms_per_step"]
+        cells = [
+            f"{ms[form]:.2f} [{low:.2f}, {high:.2f}]"
+            for form, (low, high) in result["range_ms"].items()
+        ]
+        rows.add_row(result["label"], *cells, f"{ms['MatmulConv'] / ms['torch']:.2f}")
+    rows.caption = (
+        f"forward and backward in a scan, batch {config.batch_size}, {config.seeds} seeds side by "
+        f"side, {config.cores} cores, memory "
+        + ("reused" if config.reuse_memory else "as the system has it")
+    )
+    console.print(rows)
+    return 0
+
+
 def benchmark_ops(config: BenchOps) -> int:
     """Times ops beside other libraries, then prints the tables and the paths."""
     with errors.status("starting") as status:
@@ -404,6 +460,8 @@ HANDLERS: dict[type, Callable[[Any], int]] = {
     Bench: lambda command: HANDLERS[type(command.bench)](command.bench),
     BenchStep: benchmark_step,
     BenchOps: benchmark_ops,
+    BenchFigure1: benchmark_figure1,
+    BenchConv: benchmark_conv,
     BenchSync: benchmark_sync,
     Numerics: print_numerics,
     Invariances: print_invariances,

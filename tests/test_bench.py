@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import os
 import sys
 import warnings
 from types import SimpleNamespace
@@ -10,8 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tyro
 
-from experiments import bench_jax, bench_ops, bench_report, cli
+from experiments import bench_conv, bench_figure1, bench_jax, bench_ops, bench_report, cli, models
 from experiments.bench_worker import BOTH, COPY, DIRECTIONS, EPS, FORWARD, GROUPS, Case, Server
 from experiments.rundir import RunError
 from tests import oracles
@@ -32,6 +34,12 @@ ORACLES = {
 def run(out, *arguments: str) -> int:
     tiny = ("--rounds", "1", "--turn-ms", "0.1", "--run-dir", str(out))
     return cli.main(["bench", "ops", *arguments, *tiny])
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _tyro_has_looked_for_torch():
+    """At its first call it imports what `sys.modules` names, also where a test says None."""
+    tyro.cli(int, args=["1"])
 
 
 @pytest.fixture(autouse=True)
@@ -296,6 +304,117 @@ class TestCommandLine:
         monkeypatch.setitem(sys.modules, "torch", None)
         assert cli.main(["bench", "step", "--steps", "2"]) == cli.EXIT_USAGE
         assert "pip install -c constraints.txt -e '.[peers]'" in capsys.readouterr().err
+
+
+class TestFigure1:
+    def test_both_libraries_do_the_same_work(self, monkeypatch):
+        pytest.importorskip("torch")
+        monkeypatch.setattr(bench_figure1, "EXAMPLES", 100)
+        monkeypatch.setattr(
+            bench_figure1.Trainer, "compile", lambda *_: None
+        )  # the first turn does
+        config = bench_figure1.BenchFigure1(seeds=2, batch_size=6, steps=4)
+        ours, theirs = (
+            np.concatenate([turn(), turn()], 1)
+            for turn in (
+                bench_figure1.build_normlab(config, bench_figure1.NETS),
+                bench_figure1.build_torch(config, bench_figure1.NETS),
+            )
+        )
+        assert ours.shape == (2, 8, 2)
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4)
+        assert not np.allclose(ours[0], ours[1], rtol=1e-2)
+
+    def test_a_process_starts_with_its_cores_and_variables_and_leaves_ours(self, monkeypatch):
+        if not hasattr(os, "sched_getaffinity"):
+            pytest.skip("this system cannot pin a process")
+        before = os.sched_getaffinity(0)
+        monkeypatch.delenv("NORMLAB_TEST", raising=False)
+        with bench_figure1.process() as pool:
+            with bench_figure1.inherited({min(before)}, {"NORMLAB_TEST": "7"}):
+                found = pool.submit(os.sched_getaffinity, 0), pool.submit(os.getenv, "NORMLAB_TEST")
+            assert [future.result() for future in found] == [{min(before)}, "7"]
+        assert os.sched_getaffinity(0) == before
+        assert "NORMLAB_TEST" not in os.environ
+
+    @pytest.mark.parametrize(
+        ("given", "words"),
+        [({"seeds": 0}, "--seeds: got 0"), ({"batch_size": 10**6}, "--batch-size: got 1000000")],
+    )
+    def test_refuses_with_the_option_and_the_value(self, given, words):
+        with pytest.raises(RunError, match=words):
+            bench_figure1.BenchFigure1(**given)
+
+
+class TestConv:
+    def test_every_form_takes_the_same_step(self):
+        x = np.random.default_rng(0).standard_normal((4, 7, 7, 3), np.float32)
+        w = np.random.default_rng(1).standard_normal((3, 3, 3, 5), np.float32)
+
+        def gradients(form):
+            x_, w_ = bench_conv.training_step(form, 2)(jnp.zeros_like(x), jnp.asarray(w))
+            assert (x_.shape, w_.shape) == (x.shape, w.shape)
+            y, pull_back = jax.vjp(lambda x, w: form(x, w, 2), x, w)
+            return y, *pull_back(y)
+
+        expected = gradients(bench_conv.FORMS["XLA"])
+        for name, form in bench_conv.FORMS.items():
+            assert gap(gradients(form), expected) < 1e-5, name
+
+    def test_blocks_of_images_are_one_product_with_derivatives_of_both_modes(self, monkeypatch):
+        rng = np.random.default_rng(0)
+        x = jnp.asarray(rng.standard_normal((6, 5, 5, 2), np.float32))
+        w = jnp.asarray(rng.standard_normal((3, 3, 2, 3), np.float32))
+        conv = models.MatmulConv()
+        assert conv.images_per_block(x, w) == 6
+        monkeypatch.setattr(models.MatmulConv, "BLOCK", 4 * 25 * 18 * 4)
+        assert conv.images_per_block(x, w) == 6  # four blocks' worth is not cut
+        monkeypatch.setattr(models.MatmulConv, "BLOCK", 4 * 25 * 18)
+        assert conv.images_per_block(x, w) == 1
+        monkeypatch.setattr(models.MatmulConv, "BLOCK", 1)
+        assert conv.images_per_block(x, w) == 1
+
+        def second(f):
+            grad = jax.grad(lambda w: jnp.sin(f(x, w)).sum())
+            return f(x, w), grad(w), jax.jvp(grad, (w,), (jnp.ones_like(w),))[1]
+
+        assert gap(second(conv), second(conv.product)) < 1e-5
+
+    def test_refuses_with_the_option_and_the_value(self):
+        with pytest.raises(RunError, match="--batch-size: got 0"):
+            bench_conv.BenchConv(batch_size=0)
+        with pytest.raises(RunError, match=r"--cores: got 999, and there are \d+"):
+            bench_conv.BenchConv(cores=999)
+
+
+@pytest.mark.parametrize("bench", ["figure1", "conv"])
+def test_a_bench_without_torch_says_how_to_install_it(bench, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch", None)
+    module = {"figure1": bench_figure1, "conv": bench_conv}[bench]
+    config = {"figure1": bench_figure1.BenchFigure1, "conv": bench_conv.BenchConv}[bench]()
+    with pytest.raises(RunError, match=rf"bench {bench}.*pip install"):
+        module.run(config)
+
+
+@pytest.mark.slow
+def test_figure1_extrapolates_the_median_turn():
+    pytest.importorskip("torch")
+    config = bench_figure1.BenchFigure1(seeds=2, steps=5, rounds=2, whole=1000)
+    result = bench_figure1.run(config)
+    assert list(result["whole_s"]) == ["normlab", "torch", "torch, a process per net"]
+    for name, seconds in result["whole_s"].items():
+        assert seconds == pytest.approx(result["start_s"][name] + result["ms_per_step"][name])
+    assert result["ratios"]["normlab"] == 1
+    assert result["loss_gap"] < 1e-5
+
+
+@pytest.mark.slow
+def test_conv_measures_every_form_of_every_case(monkeypatch):
+    pytest.importorskip("torch")
+    monkeypatch.setattr(bench_conv, "CASES", ((5, 1, 2, 1),))
+    (row,) = bench_conv.run(bench_conv.BenchConv(batch_size=2, rounds=1))
+    assert list(row["ms_per_step"]) == ["XLA", "one product", "MatmulConv", "torch"]
+    assert all(ms > 0 for ms in row["ms_per_step"].values())
 
 
 @pytest.mark.slow

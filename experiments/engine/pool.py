@@ -83,7 +83,7 @@ def work(tasks: Sequence[Task], jobs: int, tell: Tell, *, pinned: bool) -> Itera
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
     context = multiprocessing.get_context("spawn")
     places, heard = context.SimpleQueue(), context.SimpleQueue()
-    for i in range(jobs):
+    for i in range(os.getpid(), os.getpid() + jobs):  # two runs with one job each meet seldom
         places.put(cores[i % len(cores)] if cores and pinned else None)
     for name, value in ALLOCATION.items():
         os.environ.setdefault(name, value)

@@ -9,10 +9,11 @@ more: a norm that looks at w or x cannot stand there, and says so.
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, ClassVar, Literal, NamedTuple, get_args
 
 import flax.linen as nn
 import jax
@@ -45,18 +46,40 @@ NONE = nl.get("none")
 @jax.tree_util.register_static
 @dataclass(frozen=True)
 class MatmulConv(nl.Conv):
-    """`nl.Conv` over images [N, H, W, K], as one matrix product over gathered windows.
+    """`nl.Conv` over images [N, H, W, K], as matrix products over gathered windows.
 
-    The same numbers. XLA's own convolution is several times slower on a CPU, above all its
-    gradient and under vmap, where each seed has a kernel of its own.
+    The same numbers. XLA's own convolution is many times slower inside a scan on a CPU, and a norm
+    is compared inside one. Windows take up as many times the image as a window has places: where
+    they would not stay in the processor's cache, a few images are taken at a time, and their
+    windows gathered anew for the gradient (`python -m experiments bench conv`).
     """
+
+    BLOCK: ClassVar[int] = 2**18
+    """Bytes of the windows of one block. Up to four times as much is not cut."""
 
     def __call__(self, x: Array, w: Array) -> Array:
         if self.dilation != 1 or self.groups != 1 or self.channel_axis != -1:
             return super().__call__(x, w)
+        images = self.images_per_block(x, w)
+        if images == len(x):
+            return self.product(x, w)
+        product = jax.checkpoint(self.product)
+        y = lax.map(lambda block: product(block, w), x.reshape(-1, images, *x.shape[1:]))
+        return y.reshape(-1, *y.shape[2:])
+
+    def images_per_block(self, x: Array, w: Array) -> int:
+        """How many images are taken at a time: all of them, or a number that divides them."""
+        windows = math.prod(x.shape[1:3]) // math.prod(self._strides())
+        image = windows * math.prod(w.shape[:-1]) * x.dtype.itemsize
+        if len(x) * image <= 4 * self.BLOCK:
+            return len(x)
+        fit = range(1, max(1, self.BLOCK // image) + 1)
+        return max(n for n in fit if len(x) % n == 0)
+
+    def product(self, x: Array, w: Array) -> Array:
+        """The convolution as one product over the windows of all images."""
         height, width, _, channels = w.shape
-        strides = (self.strides, self.strides) if isinstance(self.strides, int) else self.strides
-        pads = self.padding
+        strides, pads = self._strides(), self.padding
         if isinstance(pads, str):
             pads = lax.padtype_to_pads(x.shape[1:3], (height, width), strides, pads)
         x = jnp.pad(x, ((0, 0), *pads, (0, 0)))
@@ -71,6 +94,9 @@ class MatmulConv(nl.Conv):
         ]
         windows = [v[:, :rows, :columns] for v in windows]
         return jnp.concatenate(windows, -1) @ w.reshape(-1, channels)
+
+    def _strides(self) -> Sequence[int]:
+        return (self.strides, self.strides) if isinstance(self.strides, int) else self.strides
 
 
 def conv(**options: Any) -> nl.Conv:
