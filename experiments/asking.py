@@ -160,7 +160,7 @@ def verify(command: Verify) -> int:
             differ |= not same
             said = "–" if then is None else f"{then['decision']}, {_number(then['effect'])}"
             here = f"{verdict.decision}, {_number(verdict.effect)}"
-            table.add_row(answer.name, verdict.claim, said, here, "same" if same else "differs")
+            table.add_row(answer.name, escape(verdict.claim), said, here, "same" if same else "differs")
     console.print(table)
     return _exit(answers) or (EXIT_MISSING if differ else 0)
 
@@ -253,7 +253,7 @@ def print_answer(answer: Answer) -> None:
         return
     result = Table("claim", "effect [95% interval]", "threshold", "verdict", title=answer.name)
     for verdict in answer.verdicts:
-        result.add_row(verdict.claim, *_judged(verdict))
+        result.add_row(escape(verdict.claim), *_judged(verdict))
     seeds = {verdict.seeds for verdict in answer.verdicts}
     gap = forms_gap(answer.records)
     result.caption = f"mean and interval over {', '.join(map(str, sorted(seeds)))} seeds" + (

@@ -107,6 +107,15 @@ class TestDecide:
         assert 0 < found.low < 1e-8
         assert found.decision == "holds"
 
+    def test_an_error_of_zero_counts_as_the_smallest_that_is_not(self):
+        found = decide("", [0.0, 1e-16, 1e-16], at_most=1e-12, geometric=True)
+        assert (found.decision, found.effect) == ("holds", pytest.approx(1e-16))
+        assert decide("", [0.0, 0.0], at_most=1e-12, geometric=True).decision == "holds"
+
+    def test_effects_that_agree_to_rounding_have_an_interval(self):
+        found = decide("", [1.0, 1.0 + 1e-16, 1.0 + 3e-16], at_least=0.5)
+        assert found.decision == "holds"
+
 
 def test_the_last_value_of_each_seed_counts():
     records = [

@@ -44,6 +44,14 @@ def test_debiased_is_the_weighted_average_of_the_batches_from_the_first_on(decay
     assert abs(state.mass - (1 - decay**steps)) < 1e-6
 
 
+def test_the_first_update_is_the_batch_to_the_last_digit():
+    x = 1e-3 * np.random.default_rng(0).standard_normal((64, 5)).astype(np.float32)
+    m = nl.moments(jnp.asarray(x), 0)
+    mean, var = nl.init_running(5).update(m).read()
+    assert (mean == m.mean.ravel()).all()
+    assert (var == m.var().ravel()).all()
+
+
 def test_biased_is_the_plain_average_that_starts_at_mean_0_and_variance_1():
     mean, var = np.zeros(C), np.ones(C)
     state = nl.init_running(C, debias=False)

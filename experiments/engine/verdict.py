@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterable
 from typing import Any, Literal, NamedTuple
 
@@ -51,20 +52,24 @@ def decide(
     """Decides a claim by the effect in each seed.
 
     One seed, or an effect that is not finite, has no interval: the claim is undecided. With
-    `geometric`, for positive effects of any order of magnitude, mean and interval are those of the
-    logarithm.
+    `geometric`, for effects of any order of magnitude, which are not negative, mean and interval are
+    those of the logarithm.
 
     >>> decide("it is small", [0.1, 0.12, 0.11], at_most=0.5).decision
     'holds'
     """
     values = np.asarray(list(effects), float)
-    if geometric:
-        values = np.log(np.maximum(values, np.finfo(float).tiny))
+    if geometric:  # a zero, below all resolution, counts as the smallest that is not
+        positive = values[values > 0]
+        least = positive.min() if positive.size else np.finfo(float).tiny
+        values = np.log(np.where(values == 0, least, values))
     mean, low, high = float(values.mean()) if values.size else math.nan, -math.inf, math.inf
     if values.size > 1 and np.isfinite(values).all():
         low = high = mean  # Student's t has no interval where all seeds agree
         if np.ptp(values):
-            interval = scipy.stats.ttest_1samp(values, 0.0).confidence_interval(CONFIDENCE)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", RuntimeWarning)  # they agree to rounding
+                interval = scipy.stats.ttest_1samp(values, 0.0).confidence_interval(CONFIDENCE)
             low, high = float(interval.low), float(interval.high)
     if geometric:
         with np.errstate(over="ignore"):

@@ -4,7 +4,7 @@ It knows its own mass, which makes it exact from the first update on (no bias to
 value):
 
     mass  ← decay·mass + (1 − decay)          rate = (1 − decay) / mass
-    mean  ← mean + rate·(batch mean − mean)   var ← var + rate·(batch var − var)
+    mean  ← mean + rate·(batch mean − mean)   var ← (1 − rate)·var + rate·batch var
 
 From mass 0 this is the debiased average of Adam; from mass 1 the rate stays 1 − decay, which is
 the plain average that starts at mean 0 and variance 1.
@@ -82,7 +82,7 @@ class Running(NamedTuple):
 
         return self._replace(
             mean=keep(self.mean + rate * (mean - self.mean), self.mean),
-            var=keep(self.var + rate * (var - self.var), self.var),
+            var=keep((1 - rate) * self.var + rate * var, self.var),  # from 1, no digit is lost
             mass=keep(mass, self.mass),
             count=keep(self.count + known * (count - self.count), self.count),
             updates=self.updates + good.astype(jnp.int32),
