@@ -160,7 +160,9 @@ def verify(command: Verify) -> int:
             differ |= not same
             said = "–" if then is None else f"{then['decision']}, {_number(then['effect'])}"
             here = f"{verdict.decision}, {_number(verdict.effect)}"
-            table.add_row(answer.name, escape(verdict.claim), said, here, "same" if same else "differs")
+            table.add_row(
+                answer.name, escape(verdict.claim), said, here, "same" if same else "differs"
+            )
     console.print(table)
     return _exit(answers) or (EXIT_MISSING if differ else 0)
 

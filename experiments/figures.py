@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import itertools
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import matplotlib
@@ -182,7 +182,7 @@ def ops(cases: Records, title: str) -> Figure:
     return figure
 
 
-def palette(names: Sequence[str]) -> dict[str, dict[str, Any]]:
+def palette(names: Iterable[Any]) -> dict[Any, dict[str, Any]]:
     """A colour and a marker for each name, for what is not a norm."""
     marks = itertools.cycle(zip(_COLOURS, _MARKERS, strict=True))
     return {

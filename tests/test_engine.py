@@ -15,6 +15,7 @@ import types
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
@@ -38,6 +39,7 @@ from experiments.engine import (
 )
 from experiments.engine.ask import ask
 from experiments.engine.kept import Kept
+from experiments.engine.learn import optimizer
 from experiments.rundir import CHECKOUT, RunError
 
 TINY = Config(dataset="digits", model="tiny", batch_size=16, steps=6, evaluations=3, seeds=2)
@@ -199,6 +201,23 @@ class TestLearn:
             r for r in expected if not isinstance(r, Checkpoint)
         ]
         np.testing.assert_equal(again[-1].leaves, expected[-1].leaves)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "shares"),
+    [
+        ("constant", [1, 1, 1, 1, 1]),
+        ("linear", [1, 0.75, 0.5, 0.25, 0]),
+        ("cosine", [(1 + math.cos(math.pi * step / 4)) / 2 for step in range(5)]),
+    ],
+)
+def test_a_schedule_takes_the_rate_to_zero_at_the_last_step(schedule, shares):
+    made = optimizer(dataclasses.replace(TINY, steps=4, schedule=schedule))(0.1)
+    state, taken = made.init(jnp.zeros(())), []
+    for _ in range(5):
+        step, state = made.update(jnp.ones(()), state)
+        taken.append(float(step))
+    np.testing.assert_allclose(taken, -0.1 * np.array(shares), atol=1e-8)
 
 
 class _Stops:

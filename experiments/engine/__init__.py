@@ -10,7 +10,7 @@ pool.py        one worker process for each core
 ask.py         asking: keep what is finished, measure the rest, decide
 """
 
-from experiments.engine.learn import Instrument, Lane, Net, dataset, lanes, learn
+from experiments.engine.learn import Instrument, Lane, Net, dataset, lanes, learn, start
 from experiments.engine.question import (
     Checkpoint,
     Condition,
@@ -18,6 +18,7 @@ from experiments.engine.question import (
     Measure,
     Question,
     Record,
+    Schedule,
     exact,
 )
 from experiments.engine.verdict import (
@@ -25,9 +26,11 @@ from experiments.engine.verdict import (
     accuracy,
     by_seed,
     decide,
+    last,
     number,
     select,
     steps_to,
+    tuned,
 )
 
 __all__ = [
@@ -40,6 +43,7 @@ __all__ = [
     "Net",
     "Question",
     "Record",
+    "Schedule",
     "Verdict",
     "accuracy",
     "by_seed",
@@ -47,8 +51,11 @@ __all__ = [
     "decide",
     "exact",
     "lanes",
+    "last",
     "learn",
     "number",
     "select",
+    "start",
     "steps_to",
+    "tuned",
 ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -34,11 +34,14 @@ def canvas(columns: int = 1, rows: int = 1, *, width: float = 4.6, height: float
 
 
 def styles(names: Iterable[Any]) -> dict[Any, dict[str, Any]]:
-    """The colour and the marker of each norm; for what is not a norm, those of a palette."""
+    """The colour and the marker of each norm; what is not a norm gets one that no norm here has."""
     names = list(names)
-    if all(name in figures.STYLE for name in names):
-        return {name: dict(figures.STYLE[name]) for name in names}
-    return dict(zip(names, figures.palette([str(name) for name in names]).values(), strict=True))
+    found = {name: dict(figures.STYLE[name]) for name in names if name in figures.STYLE}
+    taken = {style["color"] for style in found.values()}
+    free = [s for s in figures.palette(range(10)).values() if s["color"] not in taken]
+    others = (name for name in names if name not in found)
+    found |= {name: dict(style) for name, style in zip(others, itertools.cycle(free), strict=False)}
+    return {name: found[name] for name in names}
 
 
 def value(record: dict[str, Any], key: Value) -> float:
@@ -81,7 +84,7 @@ def against(
             figures.spread(axes, places, values, label=str(name), **{**style, **look})
 
 
-def columns(axes: Axes, groups: dict[str, Sequence[float]], **look: Any) -> None:
+def columns(axes: Axes, groups: Mapping[str, Sequence[float]], **look: Any) -> None:
     """A column of points for each group, a point for each seed, with mean and 95% interval."""
     for at, (name, style) in enumerate(styles(groups).items()):
         points = [v for v in groups[name] if math.isfinite(v)]
@@ -107,16 +110,3 @@ def legend(picture: Figure, axes: Axes) -> None:
     picture.legend(
         handles, labels, loc="outside lower center", ncols=min(6, len(labels)), frameon=False
     )
-
-
-def last(records: Records) -> list[dict[str, Any]]:
-    """The record of the last evaluation of each net."""
-    found = {}
-    for record in records:
-        if record["kind"] == "evaluation":
-            labels = itertools.takewhile(lambda item: item[0] != "step", record.items())
-            found[tuple(labels)] = record
-    return list(found.values())
-
-
-last_of = last

@@ -63,9 +63,6 @@ Instrument = Callable[[Net], Mapping[str, Array]]
 """Measures a net, under `jit` and `vmap`; what it returns is in the record of the evaluation."""
 
 
-Optimizer = Callable[[float], optax.GradientTransformation]
-"""Makes an optimizer of a learning rate, which is traced where the lanes have several."""
-
 Draw = Callable[[int, Dataset, Config], np.ndarray]
 """Draws the examples of every step, `[steps, batch_size]`, for a seed."""
 
@@ -98,8 +95,7 @@ def learn(
     side_by_side: Sequence[Lane] | None = None,
     prepare: Callable[[Dataset], Dataset] = lambda data: data,
     draw: Draw = shuffled,
-    optimizer: Optimizer | None = None,
-    instrument: Instrument = lambda net: {},
+    instrument: Instrument | None = None,
     **options: Any,
 ) -> Measure:
     """Trains nets with a norm and yields a record of each lane at each evaluation.
@@ -115,24 +111,22 @@ def learn(
       prepare: Changes the data set first. Images of a floating type are taken as they are; others
         are shifted and scaled by two numbers.
       draw: Draws the minibatches of a seed.
-      optimizer: Makes the optimizer of a learning rate; by default that of the config.
-      instrument: What else to measure.
+      instrument: What else to measure; with one, before the first step too.
       **options: Of the model, as in `models.build`.
     """
     rows = lanes(config) if side_by_side is None else side_by_side
 
     def run(resume: Checkpoint | None) -> Iterator[Record | Checkpoint]:
         data = prepare(dataset(config.dataset, config.data_dir))
-        make = optimizer or OPTIMIZERS[config.optimizer]
-        trainer, state = start(config, norm, rows, data, make, options)
+        trainer, state = start(config, norm, rows, data, **options)
         marks = stretches(config.steps, config.evaluations)
-        look = _looking(trainer, instrument, rows, config)
+        look = _looking(trainer, instrument or (lambda net: {}), rows, config)
         diverged = np.full(len(rows), -1)
         trainer.compile(state, {stop - begin for begin, stop in marks}, config.batch_size)
         done = 0
-        if resume is None:
+        if resume is None and instrument is not None:
             yield from _evaluate(trainer, state, look, rows, 0, None, diverged)
-        else:
+        if resume is not None:
             done, (diverged, *leaves) = resume.step, resume.leaves
             diverged = np.array(diverged)
             whole = jax.tree.unflatten(jax.tree.structure(state), leaves)
@@ -157,10 +151,9 @@ def start(
     norm: nl.Norm,
     rows: Sequence[Lane],
     data: Dataset,
-    make: Optimizer,
-    options: Mapping[str, Any],
+    **options: Any,
 ) -> tuple[Trainer, TrainState]:
-    """A trainer of these lanes on one device, and their initial state."""
+    """A trainer of these lanes on one device, and their initial state; options as in `learn`."""
     device_data = DeviceData(data, 1)
     seeds = sorted({row["seed"] for row in rows})
     draws = models.draw_kernels(config.model, data.classes, seeds, device_data.probe, **options)
@@ -170,18 +163,30 @@ def start(
     each = [gaussian(by_seed[row["seed"]], row) for row in rows]
     kernels = jax.tree.map(lambda *leaves: np.stack(leaves), *each)
     rates = [row.get("lr", config.lr) for row in rows]
-    optimizer = make(rates[0])
-    if len(set(rates)) > 1:
-        optimizer = optax.inject_hyperparams(make)(rates[0])
+    make = optimizer(config)
+    several = len(set(rates)) > 1
+    made = optax.inject_hyperparams(make)(rates[0]) if several else make(rates[0])
     model = models.build(config.model, norm, data.classes, **options)
-    trainer = Trainer(model, optimizer, device_data, kernels, synced=True)
+    trainer = Trainer(model, made, device_data, kernels, synced=True)
     state = trainer.init()
-    if len(set(rates)) > 1:
+    if several:
         (name,) = state.opt_state.hyperparams  # type: ignore[union-attr]
         values = jax.device_put(np.array([rates], np.float32), device_data.mapped)
         opt_state = state.opt_state._replace(hyperparams={name: values})  # type: ignore[union-attr]
         state = state._replace(opt_state=opt_state)
     return trainer, state
+
+
+def optimizer(config: Config) -> Callable[[float], optax.GradientTransformation]:
+    """What makes the config's optimizer, with its schedule, of a learning rate."""
+    make = OPTIMIZERS[config.optimizer]
+    if config.schedule == "constant":
+        return make
+    shares = {"linear": optax.linear_schedule(1.0, 0.0, config.steps)}
+    shares["cosine"] = optax.cosine_decay_schedule(1.0, config.steps)
+    share = shares[config.schedule]
+    falling = optax.scale_by_schedule(lambda step: share(jnp.float32(step)))
+    return lambda lr: optax.chain(make(lr), falling)
 
 
 def gaussian(kernels: Any, lane: Lane) -> Any:

@@ -145,7 +145,7 @@ def _attempt(task: Task, tell: Callable[[float], None]) -> Done:
     condition = conditions[task.index]
     file = task.kept.file(task.index, condition)
     try:
-        task.kept.measure(file, condition, lambda step: tell(step / task.config.steps))
+        task.kept.measure(file, condition, lambda step: tell(step / max(1, task.config.steps)))
     except Exception as error:
         error.add_note(f"in {task.question}, {condition.name}")
         return Done(task, error)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 from matplotlib.figure import Figure
 
@@ -13,6 +13,9 @@ from experiments.engine.verdict import Verdict
 
 Record = dict[str, Any]
 """A measurement: JSON values by name; `None` where one is not finite."""
+
+
+Schedule = Literal["constant", "linear", "cosine"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,6 +30,7 @@ class Config:
       evaluations: How often to measure on the way.
       optimizer: A name of `trainer.OPTIMIZERS`.
       lr: Learning rate.
+      schedule: How the rate falls to 0 over the steps, or "constant".
       seeds: Seeds 0, 1, …, each with kernels and minibatches of its own.
       data_dir: Where prepared data sets are kept.
     """
@@ -38,6 +42,7 @@ class Config:
     evaluations: int = 10
     optimizer: str = "sgd"
     lr: float = 0.1
+    schedule: Schedule = "constant"
     seeds: int = 3
     data_dir: Path | None = None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import warnings
 from collections.abc import Iterable
@@ -52,8 +53,8 @@ def decide(
     """Decides a claim by the effect in each seed.
 
     One seed, or an effect that is not finite, has no interval: the claim is undecided. With
-    `geometric`, for effects of any order of magnitude, which are not negative, mean and interval are
-    those of the logarithm.
+    `geometric`, for effects of any order of magnitude, none of them negative, mean and interval
+    are those of the logarithm.
 
     >>> decide("it is small", [0.1, 0.12, 0.11], at_most=0.5).decision
     'holds'
@@ -90,6 +91,26 @@ def number(value: Any) -> float | None:
 def select(records: Iterable[dict[str, Any]], **wanted: Any) -> list[dict[str, Any]]:
     """The records that say what is wanted."""
     return [r for r in records if all(r.get(k) == v for k, v in wanted.items())]
+
+
+def last(records: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The record of the last evaluation of each net; a net is what stands before the `step`."""
+    found = {}
+    for record in select(records, kind="evaluation"):
+        labels = itertools.takewhile(lambda item: item[0] != "step", record.items())
+        found[tuple(labels)] = record
+    return list(found.values())
+
+
+def tuned(records: Iterable[dict[str, Any]], *labels: str) -> list[dict[str, Any]]:
+    """The last evaluations of each setting of the labels, at its best rate on average."""
+    ends, found = last(records), []
+    for setting in dict.fromkeys(tuple(r[label] for label in labels) for r in ends):
+        here = select(ends, **dict(zip(labels, setting, strict=True)))
+        rates = sorted({r["lr"] for r in here})
+        best = max(rates, key=lambda lr: accuracy(here, lr=lr).mean())
+        found += select(here, lr=best)
+    return found
 
 
 def by_seed(records: Iterable[dict[str, Any]], key: str, **wanted: Any) -> np.ndarray:

@@ -1,0 +1,202 @@
+"""Is the paper's hand-derived backward pass of batch norm right, and what does it say of the scale?
+
+Claim: The backward pass that the paper derives equals automatic differentiation and central
+differences. BN((cW)u) = BN(Wu); the gradient by cW is 1/c of the gradient by W, and the gradient
+by W is orthogonal to W: batch norm steadies the growth of the weights.
+
+Source: Ioffe & Szegedy 2015, sections 3 and 3.3, https://arxiv.org/abs/1502.03167. The letter for
+the factor is a there. Orthogonality follows from the first two by Euler's theorem.
+
+Protocol: Random inputs and weights of 8 examples, 5 features and 3 channels in float64, the sum of
+the output times a random cotangent for a loss. The six equations of the paper in NumPy beside
+`jax.grad` of the library's batch norm and central differences of it. The scale c runs from 0.01 to
+100, with ε = 1e-30 for the theorem's 0, and with 1e-5 to see what an ε does to it.
+
+Command: python -m experiments run backward
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+
+import jax
+import numpy as np
+from jax import Array
+from matplotlib.figure import Figure
+
+import normlab as nl
+from experiments.engine import (
+    Condition,
+    Config,
+    Record,
+    Verdict,
+    decide,
+    draw,
+    exact,
+    select,
+)
+from experiments.engine.devices import relative
+
+RIGHT = 1e-8
+"""The largest error, relative to the largest value, of every statement."""
+
+STEP = 1e-5
+"""Of the central differences."""
+
+SECONDS = 5
+
+
+@dataclasses.dataclass(frozen=True)
+class Backward(Config):
+    """The config.
+
+    Attributes:
+      channels: How many channels.
+      inputs: How many features each has as its input.
+      scales: The factors c.
+      epsilons: ε of the statements about the scale; the verdicts are of the smallest.
+    """
+
+    dataset: str = ""
+    batch_size: int = 8
+    seeds: int = 5
+    channels: int = 3
+    inputs: int = 5
+    scales: tuple[float, ...] = (0.01, 0.1, 10.0, 100.0)
+    epsilons: tuple[float, ...] = (1e-30, 1e-5)
+
+
+QUICK = Backward()
+FULL = Backward(seeds=20, batch_size=60, channels=10, inputs=20)
+
+
+def run(config: Backward) -> Iterator[Condition]:
+    """The derivatives, and the scale of the weights."""
+    yield Condition({"measured": "derivatives"}, exact(derivatives, config))
+    for eps in config.epsilons:
+        yield Condition({"measured": "scale", "eps": eps}, exact(scaled, config, eps))
+
+
+def by_hand(x: np.ndarray, dy: np.ndarray, g: np.ndarray, eps: float) -> tuple[np.ndarray, ...]:
+    """The paper's gradients by x, γ and β, step by step; `x` and `dy` are `[m, C]`."""
+    m, mu = len(x), x.mean(0)
+    var = ((x - mu) ** 2).mean(0)
+    x_hat = (x - mu) / np.sqrt(var + eps)
+    dx_hat = dy * g
+    dvar = (dx_hat * (x - mu)).sum(0) * -0.5 * (var + eps) ** -1.5
+    dmu = -dx_hat.sum(0) / np.sqrt(var + eps) + dvar * (-2 * (x - mu)).mean(0)
+    dx = dx_hat / np.sqrt(var + eps) + dvar * 2 * (x - mu) / m + dmu / m
+    return dx, (dy * x_hat).sum(0), dy.sum(0)
+
+
+def central(f: Callable[..., float], values: tuple[np.ndarray, ...]) -> tuple[np.ndarray, ...]:
+    """The gradient of `f(*values)` by central differences, one entry after the other."""
+    found = []
+    for i, value in enumerate(values):
+        slope = np.zeros_like(value)
+        for place in np.ndindex(value.shape):
+            up, down = value.copy(), value.copy()
+            up[place] += STEP
+            down[place] -= STEP
+            high, low = (f(*values[:i], moved, *values[i + 1 :]) for moved in (up, down))
+            slope[place] = (high - low) / (2 * STEP)
+        found.append(slope)
+    return tuple(found)
+
+
+def derivatives(config: Backward) -> Iterator[Record]:
+    """How far the hand-derived gradients are from those of JAX and from differences."""
+    shape = (config.batch_size, config.channels)
+
+    @jax.jit
+    def loss(x: Array, g: Array, b: Array, dy: Array) -> Array:
+        return (dy * nl.batch_norm(x, nl.Affine(g, b), train=True)[0]).sum()
+
+    gradient = jax.jit(jax.grad(loss, (0, 1, 2)))
+    with jax.enable_x64(True):
+        for seed in range(config.seeds):
+            rng = np.random.default_rng(seed)
+            x, dy, g, b = (rng.normal(size=s) for s in (shape, shape, shape[1:], shape[1:]))
+            hand = by_hand(x, dy, g, 1e-5)
+            others = {
+                "autodiff": gradient(x, g, b, dy),
+                "differences": central(lambda *v, dy=dy: float(loss(*v, dy)), (x, g, b)),
+            }
+            for name, other in others.items():
+                error = relative(hand, other)
+                yield {"kind": "error", "seed": seed, "statement": name, "error": error}
+
+
+def scaled(config: Backward, eps: float) -> Iterator[Record]:
+    """What a factor of the weights does to the output and to the gradient."""
+    n, c, k = config.batch_size, config.channels, config.inputs
+
+    def loss(w: Array, u: Array, dh: Array) -> tuple[Array, Array]:
+        h, _ = nl.batch_norm(u @ w, train=True, eps=eps)
+        return (dh * h).sum(), h
+
+    run = jax.jit(jax.grad(loss, has_aux=True))
+    with jax.enable_x64(True):
+        for seed in range(config.seeds):
+            rng = np.random.default_rng(seed)
+            w, u, dh = (rng.normal(size=s) for s in ((k, c), (n, k), (n, c)))
+            gradient, h = map(np.asarray, run(w, u, dh))
+            lengths = np.linalg.norm(w, axis=0) * np.linalg.norm(gradient, axis=0)
+            cosine = np.abs((w * gradient).sum(0) / lengths).max()
+            base = {"kind": "error", "seed": seed}
+            yield {**base, "statement": "orthogonal", "scale": 1.0, "error": float(cosine)}
+            for scale in config.scales:
+                other, h_other = map(np.asarray, run(scale * w, u, dh))
+                errors = {"output": relative(h_other, h)}
+                errors["gradient"] = relative(scale * other, gradient)
+                for name, error in errors.items():
+                    yield {**base, "statement": name, "scale": scale, "error": error}
+
+
+STATEMENTS = {
+    "autodiff": "the hand-derived backward pass equals automatic differentiation",
+    "differences": "the hand-derived backward pass equals central differences",
+    "output": "BN((cW)u) = BN(Wu)",
+    "gradient": "the gradient by cW is 1/c of that by W",
+    "orthogonal": "the gradient by W is orthogonal to W, by their cosine",
+}
+
+
+def worst(records: Sequence[Record], statement: str) -> list[float]:
+    """The error of each seed with the smallest ε, at the worst scale."""
+    smallest = min(r["eps"] for r in records if "eps" in r)
+    mine = [r for r in select(records, statement=statement) if r.get("eps", smallest) == smallest]
+    seeds = sorted({r["seed"] for r in mine})
+    return [max(r["error"] for r in select(mine, seed=seed)) for seed in seeds]
+
+
+def verdict(records: Sequence[Record]) -> tuple[Verdict, ...]:
+    """Each statement, the worst scale of each seed."""
+    return tuple(
+        decide(f"{words} (relative error)", worst(records, name), at_most=RIGHT)
+        for name, words in STATEMENTS.items()
+    )
+
+
+def figure(records: Sequence[Record]) -> Figure:
+    """The error of each statement; and what ε makes of the invariance."""
+    picture, (left, right) = draw.canvas(2)
+    smallest, largest = (f(r["eps"] for r in records if "eps" in r) for f in (min, max))
+    for at, name in enumerate(STATEMENTS):
+        errors = [max(error, 1e-17) for error in worst(records, name)]
+        left.plot([at] * len(errors), errors, "o", color="black", alpha=0.4, markersize=4)
+    left.set_xticks(range(len(STATEMENTS)), list(STATEMENTS), rotation=30, ha="right")
+    draw.threshold(left, RIGHT)
+    left.set(yscale="log", ylabel="relative error", title=f"ε = {smallest:g}, dotted: threshold")
+    for eps, style in draw.styles([smallest, largest]).items():
+        mine = select(records, statement="output", eps=eps)
+        style = {**style, "ls": "", "alpha": 0.6, "label": f"ε = {eps:g}"}
+        right.plot([r["scale"] for r in mine], [r["error"] for r in mine], **style)
+    draw.threshold(right, RIGHT)
+    right.set(xscale="log", yscale="log", xlabel="factor c of the weights")
+    right.set(ylabel="change of the output, relative", title=f"what ε = {largest:g} does to it")
+    right.legend(frameon=False)
+    for axes in (left, right):
+        axes.minorticks_off()
+    return picture

@@ -1,0 +1,155 @@
+"""What does a small batch cost a perceptron with batch norm, and what without?
+
+Claim: Batch norm's error rises steeply when its statistics come from a few examples; group norm and
+layer norm, which look at each example alone, do not depend on the batch.
+
+Source: Wu & He 2018, figure 1 and table 2 (ResNet-50 on ImageNet, 32 to 2 images for each GPU),
+https://arxiv.org/abs/1803.08494; the thresholds are those of a pilot of ours on MNIST.
+
+Protocol: MNIST, three layers of 100 ReLUs, SGD with a rate that falls to zero. Two batches are
+varied apart. The normalization batch: every step sees 128 examples, of which 128, 16, 4 or 2 are
+normalized together on one device, and only batch norm's statistics differ. The true batch: 128 or 4
+examples in a step, the rate in proportion (from 0.1 at 128), and as many examples in all; without a
+norm this shows what the batch costs the optimizer. The running statistics remember as many examples
+at every batch. An epoch; in the full profile twenty, and every size.
+
+Command: python -m experiments run batch_size
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+
+import flax.linen as nn
+import numpy as np
+from matplotlib.figure import Figure
+
+import normlab as nl
+from experiments.engine import (
+    Condition,
+    Config,
+    Record,
+    Schedule,
+    Verdict,
+    accuracy,
+    decide,
+    draw,
+    learn,
+    select,
+)
+
+FOUR = 1.5
+"""Points by which batch norm's error rises over 4 examples, at least."""
+
+TWO = 20.0
+"""Points by which it rises over 2 examples, at least."""
+
+STILL = 0.5
+"""Points by which the error of a norm of single examples may move with the true batch."""
+
+NAMES = {"none": "no norm", "layer": "layer norm", "group": "group norm"}
+"""The norms of single examples in words."""
+
+SECONDS = 150
+
+
+@dataclasses.dataclass(frozen=True)
+class BatchSize(Config):
+    """The config; steps and rate are those of the largest batch.
+
+    Attributes:
+      norms: What stands before each ReLU when the true batch is varied.
+      together: How many examples of a batch are normalized together.
+      batches: The true batches below `batch_size`; they divide it.
+    """
+
+    norms: tuple[str, ...] = ("none", "batch", "layer", "group")
+    together: tuple[int, ...] = (16, 4, 2)
+    batches: tuple[int, ...] = (4,)
+    batch_size: int = 128
+    schedule: Schedule = "cosine"
+    steps: int = 468
+    evaluations: int = 1
+    seeds: int = 5
+
+
+QUICK = BatchSize()
+FULL = BatchSize(
+    together=(32, 16, 8, 4, 2), batches=(32, 16, 8, 4, 2), steps=9360, evaluations=20, seeds=10
+)
+
+
+def run(config: BatchSize) -> Iterator[Condition]:
+    """Batch norm over each part of a batch, and each norm at each true batch."""
+    whole = config.batch_size
+    rows = [("batch", whole, together) for together in config.together]
+    rows += [(name, size, size) for name in config.norms for size in (whole, *config.batches)]
+    for name, size, together in rows:
+        here = dataclasses.replace(
+            config,
+            batch_size=size,
+            steps=config.steps * whole // size,
+            lr=config.lr * size / whole,
+        )
+        measure = learn(
+            here,
+            make(name, size, together, whole),
+            activation=nn.relu,
+        )
+        yield Condition({"norm": name, "batch": size, "together": together}, measure)
+
+
+def make(name: str, batch: int, together: int, whole: int) -> nl.Norm:
+    """The norm; batch norm's running statistics remember ten of the largest batches."""
+    if name == "group":
+        return nl.get("group", groups=10)
+    if name != "batch":
+        return nl.get(name)
+    parts = nl.Sync(virtual_batch=together)
+    return nl.get("batch", axis_name=parts, decay=1 - 0.1 * batch / whole, ddof=1)
+
+
+def rise(records: Sequence[Record], norm: str, *, batch: int, together: int) -> np.ndarray:
+    """Points by which each seed's error is above that at the largest batch."""
+    whole = max(r["batch"] for r in records)
+    best = accuracy(records, norm=norm, batch=whole, together=whole)
+    return best - accuracy(records, norm=norm, batch=batch, together=together)
+
+
+def verdict(records: Sequence[Record]) -> tuple[Verdict, ...]:
+    """How far the error moves from the largest batch to batches of 4 and of 2."""
+    whole = max(r["batch"] for r in records)
+    four = rise(records, "batch", batch=whole, together=4)
+    two = rise(records, "batch", batch=whole, together=2)
+    small = rise(records, "batch", batch=4, together=4)
+    found = [
+        decide("batch norm over 4: its error rises", four, at_least=FOUR, unit="points"),
+        decide("batch norm over 2: its error rises", two, at_least=TWO, unit="points"),
+        decide("batch norm at batch 4: its error rises", small, at_least=FOUR, unit="points"),
+    ]
+    for name in dict.fromkeys(r["norm"] for r in records if r["norm"] != "batch"):
+        moved = rise(records, name, batch=4, together=4)
+        claim = f"{NAMES[name]} at batch 4: its error stays"
+        found.append(decide(claim, moved, at_least=-STILL, at_most=STILL, unit="points"))
+    claim = f"in circulation: batch norm's error falls from {whole} to 4 examples together"
+    return (*found, decide(claim, -four, at_least=0, unit="points"))
+
+
+def figure(records: Sequence[Record]) -> Figure:
+    """The error at the end against either batch."""
+    seen = max(r["step"] * r["batch"] for r in records)
+    final = [r for r in records if r["step"] * r["batch"] == seen]
+    whole = max(r["batch"] for r in records)
+    picture, (left, right) = draw.canvas(2)
+    draw.against(left, select(final, norm="batch", batch=whole), "together", draw.test_error)
+    draw.against(right, [r for r in final if r["batch"] == r["together"]], "batch", draw.test_error)
+    left.set(xlabel=f"examples normalized together, of {whole}", ylabel="test error (%)")
+    right.set(xlabel="examples in a batch", ylabel="test error (%)")
+    for axes in (left, right):
+        draw.log_y(axes)
+        axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_formatter("{x:g}")
+    draw.legend(picture, right)
+    picture.suptitle("Left: only statistics differ. Right: the step's batch. Mean, 95% interval")
+    return picture

@@ -1,0 +1,108 @@
+"""Does a deep net of sigmoids learn with batch norm only?
+
+Claim: A net with five or more hidden layers of sigmoids stays near chance without a norm, and
+learns with batch norm before each sigmoid.
+
+Source: Ioffe & Szegedy 2015, section 4.2.2, https://arxiv.org/abs/1502.03167: Inception with
+sigmoids reaches 69.8% on ImageNet with batch norm, and never more than chance without.
+
+Protocol: MNIST, five and eight hidden layers of 100 sigmoids, kernels of variance 1/inputs,
+batches of 60, 2,000 steps of SGD with momentum 0.9, each net at the best of four learning rates.
+Measured is the test accuracy at the end. The thresholds are those of our first look at the paper's
+figure 1 with small initial weights: 30% and 94%.
+
+Command: python -m experiments run deep_sigmoid
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+
+from matplotlib.figure import Figure
+
+import normlab as nl
+from experiments.engine import (
+    Condition,
+    Config,
+    Record,
+    Verdict,
+    accuracy,
+    decide,
+    draw,
+    lanes,
+    learn,
+    select,
+    tuned,
+)
+
+STUCK = 30.0
+"""Percent of the test set that a net which does not learn gets right, at most."""
+
+LEARNS = 94.0
+"""Percent of the test set that a net which learns gets right, at least."""
+
+
+@dataclasses.dataclass(frozen=True)
+class DeepSigmoid(Config):
+    """The config.
+
+    Attributes:
+      norms: What stands before each sigmoid.
+      depths: Numbers of hidden layers.
+      rates: Learning rates, of which each net has its best.
+      width: Units in each hidden layer.
+    """
+
+    norms: tuple[str, ...] = ("none", "batch")
+    depths: tuple[int, ...] = (5, 8)
+    rates: tuple[float, ...] = (0.03, 0.1, 0.3, 1.0)
+    width: int = 100
+    optimizer: str = "momentum"
+    steps: int = 2000
+
+
+SECONDS = 110
+
+QUICK = DeepSigmoid()
+FULL = DeepSigmoid(depths=(3, 5, 8, 12), steps=50_000, evaluations=50, seeds=10)
+
+
+def run(config: DeepSigmoid) -> Iterator[Condition]:
+    """Each depth and norm, with all rates and seeds side by side."""
+    rows = lanes(config, lr=config.rates)
+    for depth in config.depths:
+        for norm in config.norms:
+            widths = (config.width,) * depth
+            measure = learn(config, nl.get(norm), side_by_side=rows, widths=widths)
+            yield Condition({"norm": norm, "depth": depth}, measure)
+
+
+def verdict(records: Sequence[Record]) -> tuple[Verdict, ...]:
+    """The accuracy at each depth, without and with batch norm."""
+    found, best = [], tuned(records, "depth", "norm")
+    for depth in sorted({r["depth"] for r in best}):
+        where = f"{depth} hidden layers of sigmoids: "
+        stuck = accuracy(best, depth=depth, norm="none")
+        claim = f"{where}without a norm at most {STUCK:g}% accuracy"
+        found.append(decide(claim, stuck, at_most=STUCK, unit="%"))
+        learned = accuracy(best, depth=depth, norm="batch")
+        claim = f"{where}with batch norm at least {LEARNS:g}% accuracy"
+        found.append(decide(claim, learned, at_least=LEARNS, unit="%"))
+    return tuple(found)
+
+
+def figure(records: Sequence[Record]) -> Figure:
+    """The accuracy on the way, at each net's best rate, a panel for each depth."""
+    best = {(r["depth"], r["norm"]): r["lr"] for r in tuned(records, "depth", "norm")}
+    depths = sorted({depth for depth, _ in best})
+    picture, grid = draw.canvas(len(depths), width=4)
+    for axes, depth in zip(grid, depths, strict=True):
+        here = [r for r in select(records, kind="evaluation", depth=depth)]
+        here = [r for r in here if r["lr"] == best[depth, r["norm"]]]
+        draw.over_steps(axes, here, "accuracy")
+        for at in (STUCK, LEARNS):
+            draw.threshold(axes, at)
+        axes.set(ylabel="test accuracy (%)", title=f"{depth} hidden layers", ylim=(0, 100))
+    draw.legend(picture, grid[0])
+    return picture

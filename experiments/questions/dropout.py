@@ -1,0 +1,132 @@
+"""Does a net with batch norm need less dropout?
+
+Claim: Batch norm does some of what dropout is for: with it dropout can be left out, and the net is
+no less accurate.
+
+Source: Ioffe & Szegedy 2015, sections 3.4 and 4.2.1, https://arxiv.org/abs/1502.03167, where
+Inception with batch norm has no dropout.
+
+Protocol: 2,000 examples of MNIST, few enough to be learned by heart; three hidden layers of 100
+ReLUs, batches of 60, 1,500 steps of SGD with momentum 0.9, over which the learning rate falls
+linearly to 0. Dropout behind each ReLU leaves out 0, 20 or 50% of the outputs. Each net has the
+better of two first rates. What dropout wins is the accuracy at the better of the two positive
+shares less that without. What counts as a difference is ours: as many points as batch norm has to
+win in figure 1.
+
+Command: python -m experiments run dropout
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+
+import flax.linen as nn
+import numpy as np
+from matplotlib.figure import Figure
+
+import normlab as nl
+from experiments.data import Dataset
+from experiments.engine import (
+    Condition,
+    Config,
+    Record,
+    Schedule,
+    Verdict,
+    accuracy,
+    decide,
+    draw,
+    lanes,
+    learn,
+    tuned,
+)
+
+POINTS = 0.3
+"""Points of test accuracy: dropout wins at least so many more without a norm, and with batch norm
+so many at most."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Dropout(Config):
+    """The config.
+
+    Attributes:
+      norms: What stands before each ReLU.
+      shares: What dropout leaves out.
+      rates: First learning rates, of which each net has its best.
+      examples: Training examples.
+    """
+
+    norms: tuple[str, ...] = ("none", "batch")
+    shares: tuple[float, ...] = (0.0, 0.2, 0.5)
+    rates: tuple[float, ...] = (0.03, 0.1)
+    examples: int = 2000
+    optimizer: str = "momentum"
+    schedule: Schedule = "linear"
+    steps: int = 1500
+    evaluations: int = 2
+    seeds: int = 5
+
+
+SECONDS = 110
+
+QUICK = Dropout()
+FULL = Dropout(shares=(0.0, 0.1, 0.2, 0.3, 0.5), steps=20_000, evaluations=20, seeds=10)
+
+
+def run(config: Dropout) -> Iterator[Condition]:
+    """Each norm and share, with all rates and seeds side by side."""
+    rows = lanes(config, lr=config.rates)
+
+    def few(data: Dataset) -> Dataset:
+        images, labels = data.train_images[: config.examples], data.train_labels[: config.examples]
+        return data._replace(train_images=images, train_labels=labels)
+
+    for norm in config.norms:
+        for share in config.shares:
+            options = {"prepare": few, "activation": nn.relu, "dropout": share}
+            measure = learn(config, nl.get(norm), side_by_side=rows, **options)
+            yield Condition({"norm": norm, "dropout": share}, measure)
+
+
+def best_share(best: Sequence[Record], norm: str) -> np.ndarray:
+    """The accuracy of each seed at the positive share that is best on average."""
+    shares = sorted({r["dropout"] for r in best} - {0.0})
+    return max((accuracy(best, norm=norm, dropout=p) for p in shares), key=np.mean)
+
+
+def verdict(records: Sequence[Record]) -> tuple[Verdict, ...]:
+    """What dropout wins without and with batch norm, and one in the place of the other."""
+    best = tuned(records, "norm", "dropout")
+    dropped = {norm: best_share(best, norm) for norm in ("none", "batch")}
+    plain = {norm: accuracy(best, norm=norm, dropout=0.0) for norm in dropped}
+    won = {norm: dropped[norm] - plain[norm] for norm in dropped}
+    return (
+        decide(
+            f"dropout wins {POINTS:g} points more without a norm than with batch norm",
+            won["none"] - won["batch"],
+            at_least=POINTS,
+            unit="points",
+        ),
+        decide(
+            f"with batch norm dropout wins at most {POINTS:g} points",
+            won["batch"],
+            at_most=POINTS,
+            unit="points",
+        ),
+        decide(
+            f"batch norm without dropout is at most {POINTS:g} points below dropout without a norm",
+            plain["batch"] - dropped["none"],
+            at_least=-POINTS,
+            unit="points",
+        ),
+    )
+
+
+def figure(records: Sequence[Record]) -> Figure:
+    """The test error at the end against the share that is left out."""
+    picture, (axes,) = draw.canvas(width=5.5)
+    draw.against(axes, tuned(records, "norm", "dropout"), "dropout", draw.test_error)
+    axes.set(xlabel="share that dropout leaves out", ylabel="test error (%)")
+    axes.legend(frameon=False)
+    return picture

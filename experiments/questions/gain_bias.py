@@ -1,0 +1,121 @@
+"""Does batch norm need its gain and its bias?
+
+Claim: Without a gain and a bias a normalized sigmoid stays in its nearly linear part, so that the
+net represents less. Before a ReLU the gain can be left out, since the next layer can take it over,
+and the bias cannot.
+
+Source: Ioffe & Szegedy 2015, section 3, https://arxiv.org/abs/1502.03167, gives the reason for the
+pair; the paper has no experiment on it. That the gain may go before a ReLU is what the libraries'
+manuals say (`scale=False` in Flax and in Keras).
+
+Protocol: MNIST, three hidden layers of 100 sigmoids or ReLUs, batches of 60, 1,000 steps of plain
+SGD, over which the learning rate falls linearly to 0. Batch norm has both, the gain alone, the bias
+alone, or neither, each at the best of four first rates. Measured is what leaving out costs, in
+points of test accuracy. What counts as a cost is ours: as many points as batch norm has to win in
+figure 1.
+
+Command: python -m experiments run gain_bias
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+
+import flax.linen as nn
+from matplotlib.figure import Figure
+
+import normlab as nl
+from experiments.engine import (
+    Condition,
+    Config,
+    Record,
+    Schedule,
+    Verdict,
+    accuracy,
+    decide,
+    draw,
+    lanes,
+    learn,
+    select,
+    tuned,
+)
+
+COST = 0.3
+"""Points of test accuracy: what is needed costs at least as much when it is left out, what is not
+needed costs or wins no more."""
+
+VARIANTS = {
+    "both": (True, True),
+    "gain alone": (True, False),
+    "bias alone": (False, True),
+    "neither": (False, False),
+}
+"""Whether batch norm has a gain, and a bias."""
+
+
+@dataclasses.dataclass(frozen=True)
+class GainBias(Config):
+    """The config.
+
+    Attributes:
+      activations: Names of functions of `flax.linen`.
+      rates: First learning rates, of which each net has its best.
+    """
+
+    activations: tuple[str, ...] = ("sigmoid", "relu")
+    rates: tuple[float, ...] = (0.3, 1.0, 3.0, 10.0)
+    schedule: Schedule = "linear"
+    evaluations: int = 2
+    seeds: int = 4
+
+
+SECONDS = 110
+
+QUICK = GainBias()
+FULL = GainBias(dataset="cifar10", model="vgg", batch_size=128, steps=30_000, seeds=10)
+
+
+def run(config: GainBias) -> Iterator[Condition]:
+    """Each activation and variant, with all rates and seeds side by side."""
+    rows = lanes(config, lr=config.rates)
+    for activation in config.activations:
+        for variant, (gain, bias) in VARIANTS.items():
+            norm = nl.get("batch", rescale=gain, reshift=bias)
+            f = getattr(nn, activation)
+            measure = learn(config, norm, side_by_side=rows, activation=f)
+            yield Condition({"activation": activation, "variant": variant}, measure)
+
+
+def verdict(records: Sequence[Record]) -> tuple[Verdict, ...]:
+    """What each variant costs with each activation."""
+    found, best = [], tuned(records, "activation", "variant")
+    for activation in dict.fromkeys(r["activation"] for r in best):
+        both = accuracy(best, activation=activation, variant="both")
+        for variant in ("neither", "gain alone", "bias alone"):
+            cost = both - accuracy(best, activation=activation, variant=variant)
+            where = (
+                f"{activation}, batch norm with {variant.replace('neither', 'no gain and bias')}"
+            )
+            if (activation, variant) == ("relu", "bias alone"):
+                claim = f"{where}: the accuracy is the same within {COST:g} points"
+                found.append(decide(claim, cost, at_least=-COST, at_most=COST, unit="points"))
+            else:
+                claim = f"{where}: costs at least {COST:g} points"
+                found.append(decide(claim, cost, at_least=COST, unit="points"))
+    return tuple(found)
+
+
+def figure(records: Sequence[Record]) -> Figure:
+    """The test error at the end of each variant, a panel for each activation."""
+    best = tuned(records, "activation", "variant")
+    activations = list(dict.fromkeys(r["activation"] for r in best))
+    picture, grid = draw.canvas(len(activations), width=4)
+    for axes, activation in zip(grid, activations, strict=True):
+        here = select(best, activation=activation)
+        errors: dict[str, Sequence[float]] = {
+            v: (100 - accuracy(here, variant=v)).tolist() for v in VARIANTS
+        }
+        draw.columns(axes, errors)
+        axes.set(ylabel="test error (%)", title=activation)
+    return picture

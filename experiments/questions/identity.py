@@ -1,0 +1,149 @@
+"""Can batch norm represent the identity, and with which gain?
+
+Claim: With γ = √(Var + ε) and β = E[x] batch norm is the identity. With the paper's γ = √Var it is
+smaller by the factor √(Var / (Var + ε)): nothing for a variance of 1, and a half where the
+variance is ε/3.
+
+Source: Ioffe & Szegedy 2015, section 3 (the remark after the definition of γ and β),
+https://arxiv.org/abs/1502.03167. The factor is ours.
+
+Protocol: Random inputs of 64 examples and 16 channels with standard deviations from 1e-4 to 10,
+means as large, and ε = 1e-5, in float64, through the library's batch norm, with the statistics of
+the batch and with population statistics that have seen it. Measured: the largest difference
+between output and input, relative to the largest deviation of the input from its mean.
+
+Command: python -m experiments run identity
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from matplotlib.figure import Figure
+
+import normlab as nl
+from experiments.engine import (
+    Condition,
+    Config,
+    Record,
+    Verdict,
+    by_seed,
+    decide,
+    draw,
+    exact,
+    select,
+)
+
+ROUNDING = 1e-12
+"""The largest error of the identity, relative."""
+
+AGREES = 1e-6
+"""How far the loss of γ = √Var may be from 1 − √(Var / (Var + ε)), relative to it."""
+
+SMALL, SEEN = 1e-2, 0.01
+"""At this standard deviation the output of γ = √Var is off by this share, at least."""
+
+GAINS = {"√(Var + ε)": 1.0, "√Var": 0.0}
+"""How often ε stands beside the variance under the root of γ."""
+
+SECONDS = 5
+
+
+@dataclasses.dataclass(frozen=True)
+class Identity(Config):
+    """The config.
+
+    Attributes:
+      eps: ε.
+      spreads: The standard deviations of the input.
+      channels: How many channels it has.
+    """
+
+    dataset: str = ""
+    batch_size: int = 64
+    seeds: int = 5
+    eps: float = 1e-5
+    spreads: tuple[float, ...] = (1e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 1.0, 10.0)
+    channels: int = 16
+
+
+QUICK = Identity()
+FULL = Identity(seeds=20, channels=256)
+
+
+def run(config: Identity) -> Iterator[Condition]:
+    """Both gains, with either kind of statistics."""
+    for name in GAINS:
+        for statistics in ("batch", "population"):
+            labels = {"condition": f"γ = {name}", "statistics": statistics}
+            measure = exact(errors, config, share=GAINS[name], train=statistics == "batch")
+            yield Condition(labels, measure)
+
+
+def errors(config: Identity, *, share: float, train: bool) -> Iterator[Record]:
+    """How far the output is from the input, beside what is expected of it."""
+
+    def one(x: Array) -> tuple[Array, Array]:
+        mean, var = x.mean(0), x.var(0)
+        params = nl.Affine(jnp.sqrt(var + share * config.eps), mean)
+        state = nl.init_cumulative(config.channels, dtype=x.dtype).update(nl.moments(x, 0))
+        h, _ = nl.batch_norm(x, params, state, train=train, eps=config.eps)
+        error = jnp.abs(h - x).max(0) / jnp.abs(x - mean).max(0)
+        factor = jnp.sqrt((var + share * config.eps) / (var + config.eps))
+        return error.max(), (1 - factor).max()
+
+    draws = [np.random.default_rng(seed) for seed in range(config.seeds)]
+    z = np.stack([rng.normal(1.0, 1.0, (config.batch_size, config.channels)) for rng in draws])
+    run = jax.jit(jax.vmap(one))
+    with jax.enable_x64(True):
+        for spread in config.spreads:
+            each = run(spread * z)
+            for seed, (error, expected) in enumerate(zip(*map(np.asarray, each), strict=True)):
+                found = {"error": float(error), "expected": float(expected)}
+                yield {"kind": "error", "seed": seed, "sd": spread, **found}
+
+
+def verdict(records: Sequence[Record]) -> tuple[Verdict, ...]:
+    """The identity, and what ε takes of it."""
+    found = []
+    exactly, paper = (f"γ = {name}" for name in GAINS)
+    for statistics in ("batch", "population"):
+        where = f"statistics of the {statistics}: "
+        mine = select(records, statistics=statistics)
+        claim = where + "γ = √(Var + ε) gives the identity (relative error)"
+        found.append(decide(claim, worst(select(mine, condition=exactly)), at_most=ROUNDING))
+        mine = select(mine, condition=paper)
+        apart = [r | {"error": abs(r["error"] / r["expected"] - 1)} for r in mine]
+        claim = where + "γ = √Var shrinks the output by √(Var / (Var + ε)) (relative error of that)"
+        found.append(decide(claim, worst(apart), at_most=AGREES))
+        claim = where + f"γ = √Var is not the identity at a standard deviation of {SMALL:g} (share)"
+        found.append(decide(claim, by_seed(mine, "error", sd=SMALL), at_least=SEEN))
+    return tuple(found)
+
+
+def worst(records: Sequence[Record]) -> list[float]:
+    """The largest error of each seed."""
+    seeds = sorted({r["seed"] for r in records})
+    return [max(r["error"] for r in records if r["seed"] == seed) for seed in seeds]
+
+
+def figure(records: Sequence[Record]) -> Figure:
+    """The error of each gain against the spread of the input."""
+    picture, (axes,) = draw.canvas(width=6.4, height=4.2)
+    draw.against(axes, select(records, statistics="population"), "sd", "error", by="condition")
+    paper = [r for r in records if r["expected"] > 0]
+    spreads = sorted({r["sd"] for r in paper})
+    middle = [np.median([r["expected"] for r in paper if r["sd"] == spread]) for spread in spreads]
+    axes.plot(
+        spreads, middle, color="grey", lw=1, ls="--", zorder=5, label="1 − √(Var / (Var + ε))"
+    )
+    draw.threshold(axes, ROUNDING)
+    axes.set(xscale="log", yscale="log", xlabel="standard deviation of the input")
+    axes.set(ylabel="|output − input|, relative", title="Batch norm set to be the identity")
+    draw.legend(picture, axes)
+    return picture

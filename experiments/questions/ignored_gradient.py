@@ -1,0 +1,144 @@
+"""What happens if gradient descent ignores that the mean depends on the bias it shifts?
+
+Claim: If a step treats the mean as a constant, the bias before it grows without bound while the
+output and the loss stay as they are. If the gradient passes through the mean, the bias rests.
+
+Source: Ioffe & Szegedy 2015, section 2, https://arxiv.org/abs/1502.03167
+
+Protocol: One unit, x = u + b over 60 random examples u, normalized by the library's batch norm;
+the loss is the squared distance of its output from random targets. Plain gradient descent on b
+alone, at rate 0.1, in float64, with the gradient through the mean and with `stop_gradient` around
+it. Exact: the step is the same each time, so that b grows tenfold between a tenth of the steps and
+the last.
+
+Command: python -m experiments run ignored_gradient
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+from matplotlib.figure import Figure
+
+import normlab as nl
+from experiments.engine import (
+    Condition,
+    Config,
+    Record,
+    Verdict,
+    by_seed,
+    decide,
+    draw,
+    exact,
+    select,
+)
+
+GROWTH = (9.9, 10.1)
+"""|b| at the end over |b| after a tenth of the steps, if the gradient of the mean is ignored."""
+
+STILL = 1e-6
+"""How far the loss moves at most; and the bias, if the gradient is whole."""
+
+SECONDS = 5
+
+
+@dataclasses.dataclass(frozen=True)
+class IgnoredGradient(Config):
+    """The config: the data are drawn, a unit for each seed."""
+
+    dataset: str = ""
+    evaluations: int = 100
+    seeds: int = 5
+
+
+QUICK = IgnoredGradient()
+FULL = IgnoredGradient(seeds=10, steps=10_000)
+
+
+def run(config: IgnoredGradient) -> Iterator[Condition]:
+    """The gradient of the mean ignored, and the whole gradient."""
+    for name in ("ignored", "whole"):
+        yield Condition({"condition": name}, exact(descend, config, ignored=name == "ignored"))
+
+
+def descend(config: IgnoredGradient, *, ignored: bool) -> Iterator[Record]:
+    """The bias and the loss of each seed's unit over the steps."""
+    draws = [np.random.default_rng(seed) for seed in range(config.seeds)]
+    data = np.stack([rng.normal(size=(2, config.batch_size, 1)) for rng in draws], axis=1)
+    with jax.enable_x64(True):
+        each = jax.vmap(lambda u, t: path(u, t, config.lr, config.steps, ignored))
+        biases, losses = map(np.asarray, each(*jnp.asarray(data)))  # [seeds, steps + 1]
+    for seed in range(config.seeds):
+        for step in range(0, config.steps + 1, config.steps // config.evaluations):
+            found = {"b": float(biases[seed, step]), "loss": float(losses[seed, step])}
+            yield {"kind": "step", "seed": seed, "step": step, **found}
+
+
+def path(u: Array, t: Array, lr: float, steps: int, ignored: bool) -> tuple[Array, Array]:
+    """The bias and the loss before each step and after the last, `[steps + 1]`."""
+
+    def loss(b: Array) -> Array:
+        x = u + b
+        parts, _ = nl.batch_parts(x, None, None, train=True)
+        if ignored:
+            parts = parts._replace(shift=lax.stop_gradient(parts.shift))
+        return jnp.square(nl.affine(parts, x) - t).mean() / 2
+
+    def step(b: Array, _: None) -> tuple[Array, tuple[Array, Array]]:
+        value, gradient = jax.value_and_grad(loss)(b)
+        return b - lr * gradient, (b, value)
+
+    return lax.scan(step, jnp.zeros(()), length=steps + 1)[1]
+
+
+def verdict(records: Sequence[Record]) -> tuple[Verdict, ...]:
+    """The growth, the loss, and the same with the whole gradient."""
+    last = max(r["step"] for r in records)
+    b = {
+        (name, step): np.abs(by_seed(records, "b", condition=name, step=step))
+        for name in ("ignored", "whole")
+        for step in (last // 10, last)
+    }
+    losses = select(records, condition="ignored")
+    moved = [
+        np.ptp([r["loss"] for r in losses if r["seed"] == seed])
+        for seed in sorted({r["seed"] for r in losses})
+    ]
+    low, high = GROWTH
+    ignored = "gradient of the mean ignored: "
+    return (
+        decide(
+            ignored + f"the bias grows linearly (|b| after {last} steps over {last // 10})",
+            np.round(b["ignored", last] / b["ignored", last // 10], 9),
+            at_least=low,
+            at_most=high,
+        ),
+        decide(ignored + "the loss stays as it is (its range)", moved, at_most=STILL),
+        decide("whole gradient: the bias rests (|b|)", b["whole", last], at_most=STILL),
+    )
+
+
+def figure(records: Sequence[Record]) -> Figure:
+    """|b| and the change of the loss over the steps."""
+    picture, (left, right) = draw.canvas(2)
+    first = {(r["condition"], r["seed"]): r["loss"] for r in records if r["step"] == 0}
+
+    def change(r: Record) -> float:
+        return r["loss"] - first[r["condition"], r["seed"]]
+
+    draw.over_steps(left, records, lambda r: abs(r["b"]), by="condition")
+    draw.over_steps(right, select(records, condition="ignored"), change, by="condition")
+    left.set(ylabel="|b| (units of the input)", title="the bias")
+    right.set(
+        ylabel="loss minus its start",
+        ylim=(-1e-6, 1e-6),
+        title="the loss, gradient of the mean ignored",
+    )
+    draw.legend(picture, left)
+    picture.suptitle("The gradient through the mean, ignored or whole: median seed and band")
+    return picture

@@ -1,0 +1,139 @@
+"""Does batch norm smooth the landscape along the step?
+
+Claim: Along the gradient from where training stands, the loss of a net with batch norm ranges over
+less, and its gradient changes less: the landscape is smoother, and that, not a still distribution,
+is why batch norm helps.
+
+Source: Santurkar et al. 2018, section 3.1 and figure 4, https://arxiv.org/abs/1805.11604
+
+Protocol: Ten hidden layers of 100 ReLUs on MNIST, batches of 60, SGD. At several places of
+training, one batch of 256 examples: the loss and its gradient at w − t·∇L for t from half the rate
+to four times the rate, as in the paper's figure. The width of the loss is its range there; the
+effective β is the largest change of the gradient over the length of the step. Each is averaged over
+training. The paper's nets are VGG and a deep linear net.
+
+Command: python -m experiments run landscape
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from matplotlib.figure import Figure
+
+import normlab as nl
+from experiments.engine import (
+    Condition,
+    Config,
+    Net,
+    Record,
+    Verdict,
+    decide,
+    draw,
+    learn,
+    select,
+)
+from normlab import instruments
+
+NARROWER = 3.0
+"""The factor by which the loss ranges over less with batch norm, at least."""
+
+SMOOTHER = 3.0
+"""The factor by which its effective β is smaller, at least."""
+
+SECONDS = 45
+
+STEPS = tuple(0.5 * k for k in range(1, 9))
+"""The lengths along the gradient, in units of the learning rate."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Landscape(Config):
+    """The config.
+
+    Attributes:
+      depth: Hidden layers.
+    """
+
+    depth: int = 10
+    steps: int = 500
+    evaluations: int = 10
+    lr: float = 0.1
+
+
+QUICK = Landscape()
+FULL = Landscape(steps=15_000, evaluations=100, seeds=10)
+
+
+def run(config: Landscape) -> Iterator[Condition]:
+    """Without a norm and with batch norm."""
+    for name in ("none", "batch"):
+        measure = learn(
+            config,
+            nl.get(name),
+            instrument=walk,
+            widths=(100,) * config.depth,
+            activation=jax.nn.relu,
+        )
+        yield Condition({"norm": name}, measure)
+
+
+def walk(net: Net) -> dict[str, Array]:
+    """The range of the loss, of the change of the gradient, and the effective β along the step."""
+    along = instruments.along_step(
+        net.loss, net.params, jax.grad(net.loss)(net.params), jnp.array(STEPS) * net.lr
+    )
+    return {
+        "lowest": along.losses.min(),
+        "highest": along.losses.max(),
+        "width": along.losses.max() - along.losses.min(),
+        "beta": along.beta,
+    }
+
+
+def over_training(records: Sequence[Record], key: str, norm: str) -> np.ndarray:
+    """The mean over training of each seed; the initialization does not count."""
+    here = [r for r in select(records, kind="evaluation", norm=norm) if r["step"] > 0]
+    seeds = sorted({r["seed"] for r in here})
+    found = [[draw.value(r, key) for r in here if r["seed"] == seed] for seed in seeds]
+    return np.array([np.mean(values) for values in found])
+
+
+def verdict(records: Sequence[Record]) -> tuple[Verdict, ...]:
+    """How much less the loss and the gradient range over with batch norm."""
+    found = []
+    for claim, key, limit in (
+        ("the loss along the step ranges over less with batch norm (factor)", "width", NARROWER),
+        ("the gradient along the step is smoother with batch norm (factor of β)", "beta", SMOOTHER),
+    ):
+        factor = over_training(records, key, "none") / over_training(records, key, "batch")
+        claim = f"ten ReLU layers, MNIST: {claim}"
+        found.append(decide(claim, factor, at_least=limit, geometric=True))
+    return tuple(found)
+
+
+def figure(records: Sequence[Record]) -> Figure:
+    """The loss along the step as a band, the effective β, and the accuracy, over training."""
+    picture, (left, middle, right) = draw.canvas(3, width=3.7)
+    shown = [r for r in records if r["step"] > 0]
+    for norm, style in draw.styles(dict.fromkeys(r["norm"] for r in shown)).items():
+        here = select(shown, norm=norm)
+        steps = sorted({r["step"] for r in here})
+        low, high = (
+            [np.median([draw.value(r, key) for r in here if r["step"] == step]) for step in steps]
+            for key in ("lowest", "highest")
+        )
+        left.fill_between(steps, low, high, color=style["color"], alpha=0.3, lw=0)
+    left.set(xlabel="optimizer step", ylabel="loss along the step (nats)", title="median seed")
+    draw.over_steps(middle, shown, "beta")
+    middle.set(ylabel="effective β")
+    draw.log_y(middle)
+    draw.over_steps(right, shown, "accuracy")
+    right.set(ylabel="test accuracy (%)")
+    draw.legend(picture, middle)
+    return picture

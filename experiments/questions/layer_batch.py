@@ -1,0 +1,128 @@
+"""Does layer norm stand a small batch better than batch norm?
+
+Claim: On permutation-invariant MNIST, layer norm trains as well with 4 examples in a batch as with
+128, while batch norm gets worse.
+
+Source: Ba, Kiros & Hinton 2016, section 6.6 and figure 6, https://arxiv.org/abs/1607.06450
+
+Protocol: MNIST, a perceptron with ReLUs (three layers of 256; in the full profile the paper's two
+of 1000), Adam, one epoch with batches of 128 and one with batches of 4, from the same kernels. The
+rate begins with 0.001 at 128, goes with the root of the batch (Malladi et al. 2022,
+https://arxiv.org/abs/2205.10287) and falls to zero (a cosine), since a constant one leaves seeds
+and steps apart by as much as is asked for here. Batch norm's running statistics remember as many
+examples at either batch. All norms stand in the hidden layers; the paper's batch norm stands at the
+output too, which our perceptron has no place for.
+
+Command: python -m experiments run layer_batch
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Iterator, Sequence
+
+import flax.linen as nn
+from matplotlib.figure import Figure
+
+from experiments.engine import (
+    Condition,
+    Config,
+    Record,
+    Schedule,
+    Verdict,
+    accuracy,
+    decide,
+    draw,
+    learn,
+)
+from experiments.questions.batch_size import make, rise
+
+STILL = 0.5
+"""Points by which layer norm's error may move."""
+
+WORSE = 1.5
+"""Points by which batch norm's error rises, at least."""
+
+SECONDS = 120
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerBatch(Config):
+    """The config; steps and rate are those of the large batch.
+
+    Attributes:
+      norms: What stands before each ReLU.
+      small: The small batch, which divides the large one.
+      widths: The units of the hidden layers.
+    """
+
+    norms: tuple[str, ...] = ("batch", "layer")
+    small: int = 4
+    widths: tuple[int, ...] = (256, 256, 256)
+    batch_size: int = 128
+    schedule: Schedule = "cosine"
+    steps: int = 468
+    evaluations: int = 6
+    optimizer: str = "adam"
+    lr: float = 0.001
+
+
+QUICK = LayerBatch()
+FULL = LayerBatch(
+    norms=("none", "batch", "layer"), widths=(1000, 1000), steps=9360, evaluations=20, seeds=10
+)
+
+
+def run(config: LayerBatch) -> Iterator[Condition]:
+    """Each norm with large and with small batches."""
+    whole = config.batch_size
+    for name in config.norms:
+        for size in (whole, config.small):
+            here = dataclasses.replace(
+                config,
+                batch_size=size,
+                steps=config.steps * whole // size,
+                lr=config.lr * math.sqrt(size / whole),
+            )
+            measure = learn(
+                here,
+                make(name, size, size, whole),
+                activation=nn.relu,
+                widths=config.widths,
+            )
+            yield Condition({"norm": name, "batch": size, "together": size}, measure)
+
+
+def verdict(records: Sequence[Record]) -> tuple[Verdict, ...]:
+    """How far the small batch moves each error, and which norm is better at it."""
+    small, whole = (f(r["batch"] for r in records) for f in (min, max))
+    moved = {n: rise(records, n, batch=small, together=small) for n in ("layer", "batch")}
+    layer, batch = (accuracy(records, norm=n, batch=small) for n in ("layer", "batch"))
+    points = functools.partial(decide, unit="points")
+    stays = f"layer norm from batch {whole} to {small}: its error stays"
+    rises = f"batch norm from batch {whole} to {small}: its error rises"
+    better = f"at batch {small} layer norm is more accurate than batch norm"
+    return (
+        points(stays, moved["layer"], at_least=-STILL, at_most=STILL),
+        points(rises, moved["batch"], at_least=WORSE),
+        points(better, layer - batch, at_least=0),
+    )
+
+
+def figure(records: Sequence[Record]) -> Figure:
+    """The test error against the examples seen, with either batch."""
+    sizes = sorted({r["batch"] for r in records}, reverse=True)
+    picture, grid = draw.canvas(len(sizes))
+    for size, axes in zip(sizes, grid, strict=True):
+        here = [r for r in records if r["batch"] == size and r["step"] > 0]
+        draw.over_steps(axes, here, draw.test_error, marker=True)
+        axes.set(ylabel="test error (%)", title=f"batches of {size}")
+        draw.log_y(axes)
+    lows, highs = zip(*(axes.get_ylim() for axes in grid), strict=True)
+    for axes in grid:
+        axes.set_ylim(min(lows), max(highs))
+    draw.legend(picture, grid[0])
+    picture.suptitle("Median and band of all seeds")
+    return picture

@@ -1,0 +1,185 @@
+"""Does batch norm allow higher learning rates, and fewer steps?
+
+Claim: A net with batch norm learns at rates at which one without diverges. With the rate raised it
+is where the other ends after a small part of the steps, and goes on to a higher accuracy.
+
+Source: Ioffe & Szegedy 2015, section 4.2.2, https://arxiv.org/abs/1502.03167: Inception needs
+31.0 million steps to its best accuracy; with batch norm 13.3 at the same rate, 2.1 at 5 times that,
+2.7 at 30 times, where it ends 2.6 points higher.
+
+Protocol: MNIST, three hidden layers of 100 ReLUs, batches of 60, 1,500 steps of SGD with momentum
+0.9. A rate is stable if the loss stays finite and the net ends with 90% accuracy. The baseline is
+the net without a norm at its best rate, on average over the seeds; its best accuracy is what the
+others have to reach. It is measured 30 times on the way, on 5,000 of the test images. The paper's
+factors are those of a deep conv net on ImageNet, where the baseline trains for weeks.
+
+Command: python -m experiments run learning_rate
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+
+import flax.linen as nn
+import numpy as np
+from matplotlib.figure import Figure
+
+import normlab as nl
+from experiments.data import Dataset
+from experiments.engine import (
+    Condition,
+    Config,
+    Record,
+    Verdict,
+    accuracy,
+    decide,
+    draw,
+    lanes,
+    last,
+    learn,
+    select,
+)
+
+STABLE = 90.0
+"""Percent of the test set that a net with a stable rate gets right at the end, at least."""
+
+HIGHER = 10.0
+"""The largest stable rate with a norm over that without, at least."""
+
+FEWER = {1.0: 2.0, 5.0: 14.0, 30.0: 11.0}
+"""By the factor of the rate: the steps of the baseline over those with batch norm, at least. They
+are the paper's, rounded down."""
+
+BETTER = 2.6
+"""Points of accuracy that batch norm at 30 times the rate ends above the baseline, at least."""
+
+
+@dataclasses.dataclass(frozen=True)
+class LearningRate(Config):
+    """The config.
+
+    Attributes:
+      norms: What stands before each ReLU.
+      rates: The learning rates of every norm.
+      starts: Those among which the baseline finds its best; batch norm has the multiples of each.
+      tests: How many test images are read.
+    """
+
+    norms: tuple[str, ...] = ("none", "batch", "layer")
+    rates: tuple[float, ...] = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
+    starts: tuple[float, ...] = (0.003, 0.01, 0.03)
+    tests: int = 5000
+    optimizer: str = "momentum"
+    steps: int = 1500
+    evaluations: int = 30
+
+
+SECONDS = 100
+
+QUICK = LearningRate()
+FULL = LearningRate(
+    dataset="cifar10", model="vgg", batch_size=128, steps=30_000, tests=10_000, seeds=10
+)
+
+
+def run(config: LearningRate) -> Iterator[Condition]:
+    """Each norm, with all rates and seeds side by side."""
+    multiples = {multiple(lr, factor) for lr in config.starts for factor in FEWER}
+
+    def fewer(data: Dataset) -> Dataset:
+        images, labels = data.test_images[: config.tests], data.test_labels[: config.tests]
+        return data._replace(test_images=images, test_labels=labels)
+
+    for norm in config.norms:
+        rates = sorted({*config.rates, *(multiples if norm == "batch" else ())})
+        rows = lanes(config, lr=rates)
+        options = {"side_by_side": rows, "prepare": fewer, "activation": nn.relu}
+        yield Condition({"norm": norm}, learn(config, nl.get(norm), **options))
+
+
+def multiple(lr: float, factor: float) -> float:
+    """A multiple of a rate, without the float's last digits."""
+    return round(lr * factor, 9)
+
+
+def tuned(records: Sequence[Record], *labels: str) -> list[Record]:
+    """The last evaluations of each setting of the labels, at its best rate on average."""
+    ends, found = last(records), []
+    for setting in dict.fromkeys(tuple(r[label] for label in labels) for r in ends):
+        here = select(ends, **dict(zip(labels, setting, strict=True)))
+        rates = sorted({r["lr"] for r in here})
+        best = max(rates, key=lambda lr: accuracy(here, lr=lr).mean())
+        found += select(here, lr=best)
+    return found
+
+
+def largest_stable(records: Sequence[Record], norm: str) -> np.ndarray:
+    """The largest stable rate of each seed, of those that all norms had; NaN if none is."""
+    rates = {r["lr"] for r in records if r["norm"] == "none" and r["kind"] == "evaluation"}
+    ends = [r for r in last(records) if r["norm"] == norm and r["lr"] in rates]
+    found = []
+    for seed in sorted({r["seed"] for r in ends}):
+        stable = [r for r in select(ends, seed=seed, diverged=None) if r["accuracy"] >= STABLE]
+        found.append(max((r["lr"] for r in stable), default=np.nan))
+    return np.array(found)
+
+
+def speed(records: Sequence[Record], factor: float) -> np.ndarray:
+    """The baseline's steps to its best accuracy over those with batch norm, of each seed.
+
+    A net that never comes there is taken to come there with its last step.
+    """
+    rate = tuned(select(records, norm="none"), "norm")[0]["lr"]
+    found = []
+    for seed in sorted({r["seed"] for r in records if "seed" in r}):
+        mine = select(records, kind="evaluation", seed=seed)
+        base = select(mine, norm="none", lr=rate)
+        batch = select(mine, norm="batch", lr=multiple(rate, factor))
+        target = max(r["accuracy"] for r in base)
+        first = min(r["step"] for r in base if r["accuracy"] >= target)
+        there = [r["step"] for r in batch if r["accuracy"] >= target and r["step"] > 0]
+        found.append(first / min([*there, max(r["step"] for r in batch)]))
+    return np.array(found)
+
+
+def verdict(records: Sequence[Record]) -> tuple[Verdict, ...]:
+    """Stable rates, steps at each multiple of the baseline's rate, and the accuracy at the end."""
+    found = []
+    plain = largest_stable(records, "none")
+    for norm in ("batch", "layer"):
+        claim = f"{norm} norm: the largest stable rate is {HIGHER:g} times that without a norm"
+        factor = largest_stable(records, norm) / plain
+        found.append(decide(claim, factor, at_least=HIGHER, unit="times", geometric=True))
+    for factor, fewer in FEWER.items():
+        claim = f"batch norm at {factor:g} times the rate: there in {fewer:g} times fewer steps"
+        found.append(
+            decide(claim, speed(records, factor), at_least=fewer, unit="times", geometric=True)
+        )
+    base = tuned(select(records, norm="none"), "norm")
+    high = accuracy(records, norm="batch", lr=multiple(base[0]["lr"], 30))
+    claim = f"batch norm at 30 times the rate ends {BETTER:g} points more accurate"
+    found.append(decide(claim, high - accuracy(base), at_least=BETTER, unit="points"))
+    return tuple(found)
+
+
+def figure(records: Sequence[Record]) -> Figure:
+    """The error at the end against the rate, and on the way at the baseline's rate and above."""
+    picture, (left, right) = draw.canvas(2)
+    draw.against(left, last(records), "lr", draw.test_error)
+    left.set(xscale="log", xlabel="learning rate", ylabel="test error at the end (%)")
+    draw.threshold(left, 100 - STABLE)
+    draw.log_y(left)
+    left.legend(frameon=False)
+    rate = tuned(select(records, norm="none"), "norm")[0]["lr"]
+    way = [r for r in records if r["kind"] == "evaluation" and r["step"] > 0]
+    base = select(way, norm="none", lr=rate)
+    draw.over_steps(right, base, draw.test_error, label=f"none, rate {rate:g}")
+    for factor, line in zip(FEWER, ("-", "--", ":"), strict=True):
+        lr = multiple(rate, factor)
+        batch = select(way, norm="batch", lr=lr)
+        draw.over_steps(right, batch, draw.test_error, label=f"batch, rate {lr:g}", ls=line)
+    right.set_ylabel("test error (%)")
+    draw.log_y(right)
+    right.legend(frameon=False)
+    return picture

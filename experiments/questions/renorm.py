@@ -1,0 +1,191 @@
+"""Does batch renormalization mend batch norm on batches that are small, or not shuffled?
+
+Claim: Where 4 examples are normalized together, batch renormalization wins back what batch norm
+loses. Where each minibatch holds only two classes, batch norm with a moving average breaks at
+inference and batch renormalization does not. With r = 1 and d = 0 it is batch norm.
+
+Source: Ioffe 2017, sections 4.2 and 4.3, https://arxiv.org/abs/1702.03275 (over 4 examples batch
+norm is at 74.2%, batch renormalization at 76.5%); the thresholds and the two classes are ours.
+
+Protocol: MNIST, three layers of 100 ReLUs, SGD, 128 examples in each step, the rate 0.1 or falling
+from there to zero: while the weights still change, so do the statistics. Small: shuffled
+minibatches, of which 4 examples are normalized together; beside it batch norm over all. Classes:
+each minibatch holds 64 examples of one class and 64 of another, drawn anew for each step, and all
+of it is normalized together; the net without a norm shows what such minibatches cost by themselves.
+The limits r ≤ 3 and d ≤ 5 grow over the same share of training as in the paper; the decay is 0.99.
+
+Command: python -m experiments run renorm
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from matplotlib.figure import Figure
+
+import normlab as nl
+from experiments.data import Dataset
+from experiments.engine import (
+    Condition,
+    Config,
+    Record,
+    Verdict,
+    accuracy,
+    by_seed,
+    decide,
+    draw,
+    exact,
+    learn,
+    number,
+    select,
+)
+
+WON = 0.5
+"""The share of what batch norm loses over 4 examples that renormalization wins back, at least."""
+
+BREAKS = 10.0
+"""Points of test accuracy that minibatches of two classes cost batch norm, at least, and batch
+renormalization, at most."""
+
+SECONDS = 160
+
+
+@dataclasses.dataclass(frozen=True)
+class Renorm(Config):
+    """The config.
+
+    Attributes:
+      together: Examples normalized together, where they are few.
+      r_max, d_max: The last limits of renormalization.
+      decay: Weight of the old value in the running statistics.
+      rates: "constant" and "falling".
+    """
+
+    together: int = 4
+    r_max: float = 3.0
+    d_max: float = 5.0
+    decay: float = 0.99
+    rates: tuple[str, ...] = ("constant", "falling")
+    batch_size: int = 128
+    steps: int = 1000
+    evaluations: int = 5
+    seeds: int = 5
+
+
+QUICK = Renorm()
+FULL = Renorm(steps=20_000, evaluations=20, seeds=10)
+
+
+def run(config: Renorm) -> Iterator[Condition]:
+    """Few examples together, two classes in a minibatch, and one layer with r = 1 and d = 0."""
+    every, few = config.batch_size, config.together
+    rows = [("shuffled", "batch", every), ("shuffled", "batch", few), ("shuffled", "renorm", few)]
+    rows += [("two classes", name, every) for name in ("none", "batch", "renorm")]
+    for rate in config.rates:
+        for drawn, name, together in rows:
+            options: dict[str, Any] = {"draw": two_classes} if drawn == "two classes" else {}
+            schedule = "cosine" if rate == "falling" else "constant"
+            here = dataclasses.replace(config, schedule=schedule)
+            labels = {"rate": rate, "drawn": drawn, "norm": name, "together": together}
+            norm = make(config, name, together)
+            yield Condition(labels, learn(here, norm, activation=nn.relu, **options))
+    yield Condition({"norm": "both", "together": 8}, exact(compare, config.seeds))
+
+
+def make(config: Renorm, name: str, together: int) -> nl.Norm:
+    """No norm, batch norm or batch renormalization over so many examples."""
+    if name == "none":
+        return nl.get("none")
+    options = {"axis_name": nl.Sync(virtual_batch=together), "decay": config.decay}
+    if name == "batch":
+        return nl.get("batch", **options)
+    begin, d_end, r_end = (config.steps * share // 160 for share in (5, 25, 40))
+    limits = {"r_max": config.r_max, "d_max": config.d_max}
+    growing = {"begin": begin, "r_end": r_end, "d_end": d_end}
+    renorm = functools.partial(nl.init_renorm, **limits, **growing)
+    return nl.get("batch", population=renorm, **options)
+
+
+def two_classes(seed: int, data: Dataset, config: Config) -> np.ndarray:
+    """Indices `[steps, batch]`: half of each minibatch of one class, half of another."""
+    rng = np.random.default_rng(seed)
+    half = config.batch_size // 2
+    members = [np.flatnonzero(data.train_labels == label) for label in range(data.classes)]
+    rows = []
+    for _ in range(config.steps):
+        pair = rng.choice(data.classes, 2, replace=False)
+        rows.append(np.concatenate([rng.choice(members[label], half) for label in pair]))
+    return np.stack(rows).astype(np.int32)
+
+
+def compare(seeds: int) -> Iterator[Record]:
+    """The largest gap between batch norm and renormalization with r = 1 and d = 0."""
+    for seed in range(seeds):
+        drawn = np.random.default_rng(seed).normal(1, 2, (2, 8, 5)).astype(np.float32)
+        a, cotangent = jnp.asarray(drawn)
+        running = nl.init_running(5).update(nl.moments(3 * a, 0))
+        held = nl.init_renorm(5, r_max=1, d_max=0, begin=0)._replace(running=running)
+        pairs = zip(
+            forth_and_back(running, a, cotangent), forth_and_back(held, a, cotangent), strict=True
+        )
+        yield {
+            "kind": "layer",
+            "seed": seed,
+            "gap": number(max(abs(v - w).max() for v, w in pairs)),
+        }
+
+
+def forth_and_back(state: nl.BatchState, a: Array, cotangent: Array) -> tuple[Array, Array]:
+    """The output of batch norm in training, and its gradient by the input."""
+    h, back = jax.vjp(lambda a: nl.batch_norm(a, None, state, train=True)[0], a)
+    return h, back(cotangent)[0]
+
+
+def verdict(records: Sequence[Record]) -> tuple[Verdict, ...]:
+    """What is won back over few examples, what two classes cost, and the identity."""
+    found = []
+    every, few = (f(r["together"] for r in select(records, drawn="shuffled")) for f in (max, min))
+    for rate in dict.fromkeys(r["rate"] for r in select(records, drawn="shuffled")):
+        final = functools.partial(accuracy, records, rate=rate)
+        best = final(drawn="shuffled", norm="batch", together=every)
+        batch = final(drawn="shuffled", norm="batch", together=few)
+        renorm = final(drawn="shuffled", norm="renorm", together=few)
+        claim = f"{rate} rate: batch renorm over {few} wins back a share of batch norm's loss"
+        found.append(decide(claim, (renorm - batch) / (best - batch), at_least=WON))
+        points, lost = functools.partial(decide, unit="points"), "two classes in a minibatch: lost"
+        broken, mended = (best - final(drawn="two classes", norm=n) for n in ("batch", "renorm"))
+        found.append(points(f"{rate} rate: batch norm, {lost}", broken, at_least=BREAKS))
+        found.append(points(f"{rate} rate: batch renorm, {lost}", mended, at_most=BREAKS))
+    claim = "batch renorm with r = 1 and d = 0 is batch norm, forth and back (gap)"
+    return (*found, decide(claim, by_seed(records, "gap"), at_most=0))
+
+
+def figure(records: Sequence[Record]) -> Figure:
+    """The test error over training: few examples together, and two classes in a minibatch."""
+    said = {"none": "no norm", "batch": "batch norm", "renorm": "batch renorm"}
+    styles = draw.styles(said)
+    rates = list(dict.fromkeys(r["rate"] for r in records if "rate" in r))
+    picture, grid = draw.canvas(2, len(rates), height=2.9)
+    for rate, row in zip(rates, np.atleast_2d(grid), strict=True):
+        for drawn, axes in zip(("shuffled", "two classes"), row, strict=True):
+            here = [r for r in select(records, rate=rate, drawn=drawn) if r["step"] > 0]
+            few = min(r["together"] for r in here)
+            for name, together in dict.fromkeys((r["norm"], r["together"]) for r in here):
+                look = {**styles[name], "marker": "", "ls": "-" if together == few else ":"}
+                look["label"] = said[name] + (f" over {together}" if name != "none" else "")
+                mine = select(here, norm=name, together=together)
+                draw.over_steps(axes, mine, draw.test_error, **look)
+            axes.set(ylabel="test error (%)", title=f"{rate} rate, {drawn}")
+            draw.log_y(axes)
+            if rate == rates[0]:
+                axes.legend(frameon=False, fontsize=8)
+    picture.suptitle("Median and band of all seeds; dotted: for comparison")
+    return picture

@@ -1,0 +1,193 @@
+"""What do gain and bias give back, and how far from whitening does a norm stay?
+
+Claim: After a norm a pre-activation has mean b and variance g². Without gain and bias that confines
+a sigmoid to the linear middle of its range; with them the net can be whatever it was before, also
+the same function as without a norm, and learns better from there. And the norm only scales: the
+correlations between channels stay, far from whitened activations.
+
+Source: Ioffe & Szegedy 2015, sections 2 and 3, https://arxiv.org/abs/1502.03167
+
+Protocol: 3×100 sigmoids on MNIST, batches of 60, SGD: no norm, batch norm, batch norm without gain
+and bias, and batch norm whose g = √(var + ε) and b = mean of a batch make it the identity there, so
+that it starts as the net without a norm. Beside the loss on that batch: the share of inputs to the
+last layer's sigmoids within ±1, where a sigmoid is off its tangent by less than 0.02; and, over
+4,096 training images, the distance ‖Cov − I‖/√C of its normalized inputs from white ones
+(independent channels would be at 0.16). Mean and variance are checked in float64, with gains and
+biases drawn at random, for batch norm (per channel) and layer norm (per example).
+
+Command: python -m experiments run reparametrization
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from matplotlib.figure import Figure
+
+import normlab as nl
+from experiments.data import Dataset
+from experiments.engine import (
+    Condition,
+    Config,
+    Instrument,
+    Net,
+    Record,
+    Verdict,
+    by_seed,
+    dataset,
+    decide,
+    draw,
+    exact,
+    learn,
+    select,
+)
+from normlab import instruments
+
+OFF = 1e-8
+"""What mean and variance may be off b and g², relative to g, as ε → 0."""
+
+LINEAR = 0.6
+"""The share of inputs within ±1 without gain and bias, at least. A Gaussian has 0.68."""
+
+LEAVES = 0.1
+"""By how much gain and bias lower that share, at least."""
+
+SAME = 1e-5
+"""The relative difference of two losses that are those of one function, at most."""
+
+LOWER = 1.1
+"""The training loss without a norm over that with it, at the end, at least."""
+
+WHITE = 0.5
+"""The distance from white that batch norm's output keeps, at least: ten times what counts as
+whitened in decorrelated batch norm, https://arxiv.org/abs/1804.08450."""
+
+SECONDS = 75
+
+IMAGES = 4096
+"""Over which the distance from white is measured."""
+
+
+QUICK = Config(steps=1000, evaluations=10, lr=0.5, seeds=5)
+FULL = Config(steps=50_000, evaluations=50, lr=0.5, seeds=10)
+
+
+def run(config: Config) -> Iterator[Condition]:
+    """The exact part, then each norm."""
+    yield Condition({"condition": "mean and variance"}, exact(moments, config))
+    norms = {
+        "none": nl.get("none"),
+        "batch": nl.get("batch"),
+        "batch, no gain or bias": nl.get("batch", rescale=False, reshift=False),
+        "batch, from the identity": from_identity(),
+    }
+    for name, norm in norms.items():
+        measure = learn(config, norm, prepare=standard, instrument=look(config))
+        yield Condition({"condition": name}, measure)
+
+
+def from_identity() -> nl.Norm:
+    """Batch norm whose gain and bias start as what the first batch has: it is the identity."""
+    batch = nl.get("batch")
+
+    def init(site: nl.Site) -> tuple[nl.Params, nl.State]:
+        params, state = batch.init(site)
+        parts, state = batch.parts(params, state, site, train=True)
+        return nl.Affine(parts.scale.ravel(), parts.shift.ravel()), state
+
+    return nl.Norm(init, batch.parts)
+
+
+def standard(data: Dataset) -> Dataset:
+    """Pixels shifted and scaled by two numbers, as float32."""
+    mu, sigma = data.train_images.mean(), data.train_images.std()
+    train, test = (
+        ((v - mu) / sigma).astype(np.float32) for v in (data.train_images, data.test_images)
+    )
+    return data._replace(train_images=train, test_images=test)
+
+
+def look(config: Config) -> Instrument:
+    """The loss on the first batch, and the shares and distances of the module's docstring."""
+
+    def instrument(net: Net) -> dict[str, Array]:
+        data = standard(dataset(config.dataset, config.data_dir))
+        more = net._replace(images=jnp.asarray(data.train_images[:IMAGES]))
+        *_, (a, z, _) = more.activations(train=True).values()
+        normalized = nl.affine(nl.get("batch").parts(None, (), nl.Site(a), train=True)[0], a)
+        return {
+            "first_loss": net.loss(net.params),
+            "linear": (jnp.abs(z) <= 1).mean(),
+            "from_white": instruments.distance_to_white(normalized),
+        }
+
+    return instrument
+
+
+def moments(config: Config) -> Iterator[Record]:
+    """How far mean and variance of a norm's output are off b and g², at two ε."""
+    data = standard(dataset(config.dataset, config.data_dir))
+    for seed in range(config.seeds):
+        rng = np.random.default_rng(seed)
+        x = data.train_images[rng.choice(len(data.train_images), 64, replace=False)]
+        x = x.reshape(64, -1).astype(np.float64)
+        a = x @ rng.standard_normal((x.shape[1], 50))
+        with jax.enable_x64(True):
+            for norm, axis, size in (("batch", 0, 50), ("layer", 1, 1)):  # one g for an example
+                g, b = rng.uniform(0.1, 10, size), rng.uniform(-10, 10, size)
+                params = nl.Affine(jnp.full(50, g), jnp.full(50, b))
+                site = nl.Site(jnp.asarray(a))
+                parts, _ = nl.get(norm, eps=1e-12).parts(params, (), site, train=True)
+                h = np.asarray(nl.affine(parts, site.a))
+                off = np.abs(h.mean(axis) - b) / g, np.abs(h.var(axis) / g**2 - 1)
+                yield {"kind": "exact", "norm": norm, "seed": seed, "off": float(np.max(off))}
+
+
+def verdict(records: Sequence[Record]) -> tuple[Verdict, ...]:
+    """Each sentence of the claim."""
+    found = []
+    for norm in ("batch", "layer"):
+        claim = f"{norm} norm: the output has mean b and variance g² (largest relative difference)"
+        off = by_seed(records, "off", norm=norm)
+        found.append(decide(claim, off, at_most=OFF, geometric=True))
+
+    def end(key: str, condition: str, **wanted: object) -> np.ndarray:
+        return by_seed(records, key, condition=condition, **wanted)
+
+    bare = end("linear", "batch, no gain or bias")
+    claim = "batch norm without gain and bias keeps a sigmoid's inputs within ±1 (share, trained)"
+    found.append(decide(claim, bare, at_least=LINEAR))
+    claim = "gain and bias take a sigmoid's inputs out of ±1 (loss of share, trained)"
+    found.append(decide(claim, bare - end("linear", "batch"), at_least=LEAVES))
+    first = [end("first_loss", name, step=0) for name in ("none", "batch, from the identity")]
+    claim = "batch norm with g = √(var + ε), b = mean is the net without a norm (change of loss)"
+    found.append(decide(claim, np.abs(first[1] / first[0] - 1), at_most=SAME))
+    last = [end("train_loss", name) for name in ("none", "batch, from the identity")]
+    claim = "from the same function, batch norm ends lower (training loss without, over with)"
+    found.append(decide(claim, last[0] / last[1], at_least=LOWER, geometric=True))
+    claim = "batch norm's normalized activations are far from white (distance, trained)"
+    found.append(decide(claim, end("from_white", "batch"), at_least=WHITE))
+    return tuple(found)
+
+
+def figure(records: Sequence[Record]) -> Figure:
+    """The loss, the share in the linear range, and the distance from white, against steps."""
+    picture, grid = draw.canvas(3, width=3.7)
+    shown = select(records, kind="evaluation")
+    for axes, key, label in zip(
+        grid,
+        ("first_loss", "linear", "from_white"),
+        ("loss on the first batch (nats)", "share of inputs within ±1", "distance from white"),
+        strict=True,
+    ):
+        draw.over_steps(axes, shown, key, by="condition")
+        axes.set(ylabel=label)
+    draw.log_y(grid[0])
+    draw.threshold(grid[1], LINEAR)
+    draw.threshold(grid[2], WHITE)
+    draw.legend(picture, grid[0])
+    return picture

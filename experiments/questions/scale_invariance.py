@@ -1,0 +1,243 @@
+"""Is the learning rate of weights before batch norm nothing but lr/‖w‖²?
+
+Claim: Weights before batch norm, made c times as long, go through the same functions if their
+learning rate is c²·lr and their weight decay λ/c². At one rate, longer weights turn more slowly:
+a step turns them in proportion to 1/‖w‖².
+
+Source: van Laarhoven 2017, sections 2 and 3, https://arxiv.org/abs/1706.05350
+
+Protocol: Real images through two batch-normalized layers of 32 ReLUs and a dense output layer, in
+float64 with ε = 1e-30 for the theorem's 0, trained by gradient descent with weight decay in batches
+of 60, at rate 0.1 and λ = 1e-3. The kernels before the norms start c times as long, with the rate
+and decay of the claim (adjusted) or with the same as all others (unchanged). Measured: the largest
+difference of the logits of 256 training images from those at c = 1, relative; and how far the first
+step turns a unit's weights, as the tangent of the angle: a step at a right angle to the weights
+has the tangent lr·‖∇‖/‖w‖, however large it is.
+
+Command: python -m experiments run scale_invariance
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import Array, lax
+from matplotlib.figure import Figure
+
+import normlab as nl
+from experiments.engine import (
+    Condition,
+    Config,
+    Record,
+    Verdict,
+    by_seed,
+    dataset,
+    decide,
+    draw,
+    exact,
+    select,
+)
+from experiments.engine.devices import relative
+from experiments.trainer import minibatches, stretches
+from normlab import instruments
+
+SAME = 1e-6
+"""How far the logits may be from those at c = 1, relative, at any time."""
+
+OTHER = 1e-2
+"""How far they are at the end, at least, if rate and decay are left unchanged."""
+
+SLOPE = 0.02
+"""How far the slope of the first step's turn by c, both in logarithms, may be from −2 (unchanged)
+and from 0 (adjusted)."""
+
+SECONDS = 14
+
+
+@dataclasses.dataclass(frozen=True)
+class ScaleInvariance(Config):
+    """The config.
+
+    Attributes:
+      scales: The factors c beside 1.
+      decay: λ.
+      width: The units of each layer.
+    """
+
+    seeds: int = 3
+    steps: int = 200
+    evaluations: int = 10
+    scales: tuple[float, ...] = (0.3, 3.0, 10.0)
+    decay: float = 1e-3
+    width: int = 32
+
+
+QUICK = ScaleInvariance()
+FULL = ScaleInvariance(seeds=10, steps=2000, width=100)
+
+Params = dict[str, Array]
+
+
+def run(config: ScaleInvariance) -> Iterator[Condition]:
+    """Rate and decay as the claim says, and unchanged."""
+    for name in ("adjusted", "unchanged"):
+        yield Condition({"condition": name}, exact(trajectories, config, name == "adjusted"))
+
+
+def trajectories(config: ScaleInvariance, adjusted: bool) -> Iterator[Record]:
+    """How the net at each c learns, beside the one at c = 1."""
+    data = dataset(config.dataset, config.data_dir)
+    images = data.train_images.reshape(len(data.train_images), -1)
+    scales = (1.0, *config.scales)
+    rates = np.array([c**2 if adjusted else 1.0 for c in scales])
+    first, *rest = stretches(config.steps, config.evaluations)
+    with jax.enable_x64(True):
+        for seed in range(config.seeds):
+            rng = np.random.default_rng(seed)
+            begin = kernels(rng, images.shape[1], config.width, data.classes)
+            each = [{k: v if k == "v" else c * v for k, v in begin.items()} for c in scales]
+            params = {k: np.stack([one[k] for one in each]) for k in begin}
+            chosen = minibatches(seed, len(images), config.batch_size, config.steps)
+            for start, stop in [(0, 1), (1, first[1]), *rest]:
+                x, y = images[chosen[start:stop]] / 255.0, data.train_labels[chosen[start:stop]]
+                after, losses = advance(params, rates, x, y, config.lr, config.decay)
+                z = np.asarray(outputs(after, images[:256] / 255.0))
+                angles = instruments.angular_update(params["w0"], after["w0"], axes=1)
+                for i, c in enumerate(scales):
+                    yield {
+                        "kind": "step",
+                        "seed": seed,
+                        "scale": c,
+                        "step": stop,
+                        "gap": relative(z[i], z[0]),
+                        "loss": float(losses[:, i].mean()),
+                        "turn": float(jnp.tan(angles[i]).mean()) if stop == 1 else None,
+                    }
+                params = after
+
+
+def kernels(
+    rng: np.random.Generator, inputs: int, width: int, classes: int
+) -> dict[str, np.ndarray]:
+    """Gaussian kernels: `w0`, `w1` before a norm, `v` behind the last."""
+    sizes = {"w0": (inputs, width), "w1": (width, width), "v": (width, classes)}
+    return {k: rng.normal(size=s) / np.sqrt(s[0]) for k, s in sizes.items()}
+
+
+def logits(params: Params, x: Array) -> Array:
+    """The net, with the statistics of the batch."""
+    for name in ("w0", "w1"):
+        x = jax.nn.relu(nl.batch_norm(x @ params[name], train=True, eps=1e-30)[0])
+    return x @ params["v"]
+
+
+outputs = jax.jit(jax.vmap(logits, (0, None)))
+"""Of all nets on the same images."""
+
+
+@jax.jit
+def advance(
+    params: Params, rates: Array, x: Array, y: Array, lr: float, decay: float
+) -> tuple[Params, Array]:
+    """A step of all nets for each batch of `x`, `[steps, N, ...]`; and the losses.
+
+    Before a norm the learning rate is `rates`·lr and the weight decay λ/`rates`.
+    """
+
+    def loss(params: Params, x: Array, y: Array) -> Array:
+        z = logits(params, x)
+        return optax.softmax_cross_entropy_with_integer_labels(z, y).mean()
+
+    def one(params: Params, rate: Array, x: Array, y: Array) -> tuple[Params, Array]:
+        value, grads = jax.value_and_grad(loss)(params, x, y)
+        new = {}
+        for k, v in params.items():
+            scale = 1.0 if k == "v" else rate
+            new[k] = v - lr * scale * (grads[k] + decay / scale * v)
+        return new, value
+
+    def step(params: Params, batch: Any) -> tuple[Params, Array]:
+        return jax.vmap(one, (0, 0, None, None))(params, rates, *batch)
+
+    return lax.scan(step, params, (x, y))
+
+
+def slope(records: Sequence[Record]) -> list[float]:
+    """The slope of the logarithm of the first step's turn by that of c, of each seed."""
+    first = [r for r in records if r["turn"] is not None]
+    found = []
+    for seed in sorted({r["seed"] for r in first}):
+        mine = select(first, seed=seed)
+        c, turns = (np.log([r[key] for r in mine]) for key in ("scale", "turn"))
+        found.append(round(float(np.polyfit(c, turns, 1)[0]), 9))
+    return found
+
+
+def verdict(records: Sequence[Record]) -> tuple[Verdict, ...]:
+    """The trajectory in function space, and how far a step turns the weights."""
+    adjusted, unchanged = (select(records, condition=c) for c in ("adjusted", "unchanged"))
+    last = max(r["step"] for r in records)
+    scales = sorted({r["scale"] for r in records} - {1.0})
+    seeds = sorted({r["seed"] for r in records})
+    worst = [max(r["gap"] for r in select(adjusted, seed=seed)) for seed in seeds]
+    ends = [by_seed(unchanged, "gap", scale=c, step=last) for c in scales]
+    return (
+        decide(
+            f"(c·w, c²·lr, λ/c²): the same function through {last} steps (relative difference)",
+            worst,
+            at_most=SAME,
+            geometric=True,
+        ),
+        decide(
+            f"(c·w, lr, λ): another function after {last} steps (relative difference)",
+            np.min(ends, axis=0),
+            at_least=OTHER,
+            geometric=True,
+        ),
+        decide(
+            "(c·w, lr, λ): a step turns the weights 1/c² as far (slope of the logarithms)",
+            slope(unchanged),
+            at_least=-2 - SLOPE,
+            at_most=-2 + SLOPE,
+        ),
+        decide(
+            "(c·w, c²·lr, λ/c²): a step turns them as far as at c = 1 (slope of the logarithms)",
+            slope(adjusted),
+            at_least=-SLOPE,
+            at_most=SLOPE,
+        ),
+    )
+
+
+def figure(records: Sequence[Record]) -> Figure:
+    """The loss and the distance from c = 1 over the steps, and the turn against c."""
+    picture, (left, middle, right) = draw.canvas(3, width=4)
+    lines = {"adjusted": "-", "unchanged": "--"}
+    for name, ls in lines.items():
+        mine = select(records, condition=name)
+        shown = [r | {"c": f"c = {r['scale']:g}, {name}"} for r in mine]
+        scales = sorted({r["scale"] for r in mine})
+        for c, style in draw.styles(scales).items():
+            if c not in ((1.0, scales[-1]) if name == "adjusted" else set(scales) - {1.0}):
+                continue  # the lines of all adjusted nets are one
+            look = {"ls": ls, "color": style["color"]}
+            here = select(shown, scale=c)
+            draw.over_steps(left, [r for r in here if r["step"] > 1], "loss", by="c", **look)
+            away = [r for r in here if r["step"] > 1 and r["gap"] > 0]
+            draw.over_steps(middle, away, "gap", by="c", **look)
+        draw.against(right, mine, "scale", "turn", by="condition", ls=ls)
+    draw.threshold(middle, SAME)
+    left.set(ylabel="training loss (nats)", title="the loss")
+    middle.set(yscale="log", ylabel="difference of the logits, relative", title="from c = 1")
+    right.set(xscale="log", yscale="log", xlabel="c", ylabel="tangent of the first step's angle")
+    right.set_title("the effective rate")
+    right.legend(frameon=False)
+    handles = left.get_legend_handles_labels()
+    picture.legend(*handles, loc="outside lower center", ncols=4, frameon=False)
+    return picture

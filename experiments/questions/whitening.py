@@ -1,0 +1,222 @@
+"""Does whitening the data make a net learn faster, and does batch norm make that needless?
+
+Claim: Features on one scale (min-max), of mean 0 and variance 1 (z-score), and uncorrelated (PCA,
+ZCA) are better and better conditioned, and a net learns faster from them. Features of 0–1 beside
+features of 0–1000 make learning slow at any rate; batch norm on the first layer repairs that.
+
+Source: LeCun, Bottou, Orr & Müller 1998, "Efficient BackProp", section 4.3,
+https://doi.org/10.1007/3-540-49430-8_2; Ioffe & Szegedy 2015, section 2,
+https://arxiv.org/abs/1502.03167
+
+Protocol: MNIST, averaged to 14×14 pixels, each a feature, transformed by what is measured on the
+training set; the condition number is that of the covariance of 2,000 images. A net of 100
+sigmoids, batches of 60, SGD, without a norm and with batch norm, at the best of several rates.
+Before PCA and ZCA learn, the variances get a floor of 0.01 (of pixels from 0 to 1), as is usual:
+without it, noise in pixels that hardly vary is blown up. "Mixed" data are pixels from 0 to 1, a
+random half of them times 1000.
+
+Command: python -m experiments run whitening
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, cast
+
+import jax
+import numpy as np
+from matplotlib.figure import Figure
+
+import normlab as nl
+from experiments.data import Dataset
+from experiments.engine import (
+    Condition,
+    Config,
+    Record,
+    Verdict,
+    accuracy,
+    by_seed,
+    dataset,
+    decide,
+    draw,
+    exact,
+    lanes,
+    learn,
+    select,
+    steps_to,
+    tuned,
+)
+from normlab.whiten import Method, condition_number, whiten, whitening
+
+WHITE = 1.1
+"""The condition number after PCA and ZCA, at most."""
+
+COLOURED = 1000.0
+"""The condition number after min-max and z-score, at least."""
+
+SPEED = 0.75
+"""Steps to `TARGET` percent as a share of those from min-max data, at most."""
+
+TARGET = 90.0
+
+LOSS = 1.0
+"""Points of accuracy that mixed features cost a net without a norm, at least."""
+
+REPAIRED = 0.5
+"""Points that they cost a net with batch norm, at most."""
+
+FLOOR = 0.01
+"""What is added to each variance before PCA and ZCA learn."""
+
+measure = jax.jit(whitening, static_argnames=("method", "eps"))
+measure_condition = jax.jit(condition_number)
+
+METHODS = ("minmax", "zscore", "pca", "zca")
+
+SECONDS = 120
+
+
+@dataclasses.dataclass(frozen=True)
+class Whiten(Config):
+    """The config.
+
+    Attributes:
+      rates: Learning rates, of which each kind of data has its best.
+      measured: Images whose condition number is taken.
+    """
+
+    rates: tuple[float, ...] = (1e-6, 1e-4, 0.01, 0.3, 2.0)
+    measured: int = 2000
+    steps: int = 600
+    evaluations: int = 10
+
+
+QUICK = Whiten()
+FULL = Whiten(
+    rates=(1e-6, 1e-5, 1e-4, 1e-3, 0.01, 0.1, 0.3, 1.0, 2.0),
+    measured=10_000,
+    steps=10_000,
+    evaluations=100,
+    seeds=10,
+)
+
+
+def run(config: Whiten) -> Iterator[Condition]:
+    """The condition numbers, then each kind of data without a norm and with batch norm."""
+    yield Condition({"data": "all", "norm": "none"}, exact(conditions, config))
+    for norm in ("none", "batch"):
+        for name in (*METHODS, "mixed"):
+            train = learn(
+                config,
+                nl.get(norm),
+                side_by_side=lanes(config, lr=config.rates),
+                prepare=mixed if name == "mixed" else by_method(name, FLOOR),
+                widths=(100,),
+            )
+            yield Condition({"data": name, "norm": norm}, train)
+
+
+def by_method(method: str, floor: float) -> Callable[[Dataset], Dataset]:
+    """Transforms the pixels by what is measured on the training images."""
+
+    def prepare(data: Dataset) -> Dataset:
+        train, test = flat(data)
+        eps = floor if method in ("pca", "zca") else 0.0
+        w = measure(train, method=cast(Method, method), eps=eps)
+        train, test = (np.asarray(whiten(x, w)) for x in (train, test))
+        return data._replace(train_images=train, test_images=test)
+
+    return prepare
+
+
+def mixed(data: Dataset) -> Dataset:
+    """Pixels from 0 to 1, a random half of them times 1000."""
+    train, test = flat(data)
+    scale = np.ones(train.shape[1], np.float32)
+    scale[np.random.default_rng(0).permutation(scale.size)[::2]] = 1000
+    return data._replace(train_images=train * scale, test_images=test * scale)
+
+
+def flat(data: Dataset) -> list[np.ndarray]:
+    """Training and test images as rows of pixels from 0 to 1, each the mean of four."""
+    found = []
+    for v in (data.train_images, data.test_images):
+        n, height, width, _ = v.shape
+        pooled = v.reshape(n, height // 2, 2, width // 2, 2).mean((2, 4), dtype=np.float32)
+        found.append(pooled.reshape(n, -1) / 255)
+    return found
+
+
+def conditions(config: Whiten) -> Iterator[Record]:
+    """The condition number after each method, of a random part of the images for each seed."""
+    data = dataset(config.dataset, config.data_dir)
+    for seed in range(config.seeds):
+        rng = np.random.default_rng(seed)
+        count = min(config.measured, len(data.train_images))
+        chosen = rng.choice(len(data.train_images), count, replace=False)
+        images = data.train_images[chosen]
+        part = data._replace(train_images=images, test_images=images[:1])
+        for name in (*METHODS, "mixed"):
+            prepare = mixed if name == "mixed" else by_method(name, 0.0)
+            number = float(measure_condition(prepare(part).train_images))
+            yield {"kind": "condition", "method": name, "seed": seed, "number": number}
+
+
+def best(records: Sequence[Record], **wanted: Any) -> dict[str, Any]:
+    """What to select for the rate that ends most accurate."""
+    return {"lr": tuned(select(records, **wanted))[0]["lr"], **wanted}
+
+
+def verdict(records: Sequence[Record]) -> tuple[Verdict, ...]:
+    """Conditioning, speed, and what mixed scales cost."""
+    found = []
+    for name in ("minmax", "zscore"):
+        claim = f"{name} leaves the data ill conditioned (condition number)"
+        numbers = by_seed(records, "number", method=name)
+        found.append(decide(claim, numbers, at_least=COLOURED, geometric=True))
+    for name in ("pca", "zca"):
+        claim = f"{name} whitens: no direction varies more than another (condition number)"
+        numbers = by_seed(records, "number", method=name)
+        found.append(decide(claim, numbers, at_most=WHITE, geometric=True))
+    last = max(r["step"] for r in records if "step" in r)
+
+    def steps(name: str, norm: str) -> np.ndarray:
+        where = best(records, data=name, norm=norm)
+        return np.minimum(steps_to(records, TARGET, **where), last)
+
+    for norm in ("none", "batch"):
+        words = "no norm" if norm == "none" else "batch norm"
+        for name in METHODS[1:]:
+            claim = f"{words}: from {name} data {TARGET:g}% takes fewer steps than from min-max "
+            share = steps(name, norm) / steps("minmax", norm)
+            found.append(decide(claim + "data (as a share)", share, at_most=SPEED))
+    lost = {
+        norm: accuracy(records, **best(records, data="minmax", norm=norm))
+        - accuracy(records, **best(records, data="mixed", norm=norm))
+        for norm in ("none", "batch")
+    }
+    claim = "no norm: features of 0–1 beside 0–1000 cost accuracy at the best of all rates"
+    found.append(decide(claim, lost["none"], at_least=LOSS, unit="points"))
+    claim = "batch norm on the first layer repairs features of 0–1 beside 0–1000 (what they cost)"
+    found.append(decide(claim, lost["batch"], at_most=REPAIRED, unit="points"))
+    return tuple(found)
+
+
+def figure(records: Sequence[Record]) -> Figure:
+    """Condition numbers, and the error against steps at the best rate."""
+    picture, (left, *rest) = draw.canvas(3, width=3.7)
+    names = (*METHODS, "mixed")
+    draw.columns(left, {name: [*by_seed(records, "number", method=name)] for name in names})
+    draw.log_y(left)
+    left.set(ylabel="condition number of the covariance", title="the data")
+    for axes, norm in zip(rest, ("none", "batch"), strict=True):
+        shown = []
+        for name in names:
+            shown += select(records, **best(records, data=name, norm=norm))
+        draw.over_steps(axes, [r for r in shown if r["step"] > 0], draw.test_error, by="data")
+        draw.threshold(axes, 100 - TARGET)
+        draw.log_y(axes)
+        axes.set(ylabel="test error (%)", title=f"{norm}, at the best rate")
+    draw.legend(picture, rest[0])
+    return picture

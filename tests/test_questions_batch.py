@@ -1,0 +1,212 @@
+"""The questions of the batch: each verdict decides by what it says it does."""
+
+import dataclasses
+import math
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import normlab as nl
+from experiments.data import load
+from experiments.questions import batch_size, batch_size_conv, layer_batch, precise, renorm
+
+SEEDS = range(3)
+
+
+def evaluation(seed: int, accuracy: float, step: int = 1, **values: object) -> dict:
+    return {"kind": "evaluation", "seed": seed, "step": step, "accuracy": accuracy, **values}
+
+
+def decisions(verdicts) -> list[str]:
+    return [v.decision for v in verdicts]
+
+
+def by_batch(errors: dict[tuple[str, int, int], float]) -> list[dict]:
+    """Records that end with these errors by norm, true batch and examples together."""
+    return [
+        evaluation(seed, 100 - error * (1 + seed / 100), norm=norm, batch=batch, together=together)
+        for (norm, batch, together), error in errors.items()
+        for seed in SEEDS
+    ]
+
+
+class TestBatchSize:
+    def errors(self, four: float, two: float, layer: float) -> list[dict]:
+        return by_batch(
+            {
+                ("batch", 128, 128): 2.0,
+                ("batch", 128, 4): four,
+                ("batch", 128, 2): two,
+                ("batch", 4, 4): four,
+                ("layer", 128, 128): 2.2,
+                ("layer", 4, 4): layer,
+            }
+        )
+
+    def test_it_holds_where_batch_norm_alone_gets_worse(self):
+        found = batch_size.verdict(self.errors(4.1, 45.0, 2.3))
+        assert decisions(found) == ["holds", "holds", "holds", "holds", "fails"]
+
+    def test_it_fails_where_the_batch_does_not_matter(self):
+        found = batch_size.verdict(self.errors(1.9, 2.0, 3.0))
+        assert decisions(found) == ["fails", "fails", "fails", "fails", "holds"]
+
+    def test_the_effect_is_the_rise_in_points(self):
+        records = self.errors(4.1, 45.0, 2.3)
+        rise = batch_size.rise(records, "batch", batch=128, together=2)
+        np.testing.assert_allclose(rise, [43, 43.43, 43.86])
+
+    def test_running_statistics_remember_as_many_examples_at_every_batch(self):
+        site = nl.shapes(jnp.zeros((8, 3)), jnp.zeros((3, 5)))
+        for batch in (128, 16, 4):
+            state = batch_size.make("batch", batch, batch, 128).init(site)[1]
+            assert batch / (1 - state.decay) == pytest.approx(1280)
+            assert state.ddof == 1
+
+    def test_every_condition_sees_as_many_examples(self):
+        config = batch_size.QUICK
+        assert all(config.batch_size % size == 0 for size in config.batches)
+
+
+class TestBatchSizeConv:
+    def records(self, four: float, two: float, loss: float, gap: float) -> list[dict]:
+        rows = [("batch", 64, 11.0), ("batch", 4, four), ("batch", 2, two), ("batch", 1, 30.0)]
+        return [
+            evaluation(
+                seed, 100 - error * (1 + seed / 100), norm=norm, together=together, train_loss=loss
+            )
+            for norm, together, error in [*rows, ("group", 1, 12.0), ("instance", 1, 12.5)]
+            for seed in SEEDS
+        ] + [{"kind": "layer", "norm": "both", "together": 1, "seed": s, "gap": gap} for s in SEEDS]
+
+    def test_it_holds_where_convolutions_hide_the_damage(self):
+        found = batch_size_conv.verdict(self.records(11.4, 12.9, 0.4, 1e-7))
+        assert decisions(found) == ["holds"] * 6
+
+    def test_it_fails_where_they_do_not(self):
+        found = batch_size_conv.verdict(self.records(15.0, 45.0, 2.3, 1e-3))
+        assert decisions(found) == ["fails", "fails", "holds", "holds", "fails", "fails"]
+
+    def test_batch_norm_over_one_image_is_instance_norm(self):
+        found = list(batch_size_conv.compare(2))
+        assert [r["seed"] for r in found] == [0, 1]
+        assert all(0 <= r["gap"] < 1e-6 for r in found)
+
+
+class TestLayerBatch:
+    @pytest.mark.parametrize(
+        ("batch", "layer", "expected"),
+        [(4.7, 2.3, ["holds"] * 3), (2.0, 3.5, ["fails"] * 3)],
+    )
+    def test_it_decides_by_the_rise_at_the_small_batch(self, batch, layer, expected):
+        records = by_batch(
+            {
+                ("batch", 128, 128): 2.0,
+                ("batch", 4, 4): batch,
+                ("layer", 128, 128): 2.1,
+                ("layer", 4, 4): layer,
+            }
+        )
+        assert decisions(layer_batch.verdict(records)) == expected
+
+
+class TestPrecise:
+    def records(self, early: float, end: float) -> list[dict]:
+        """Runs in which PreciseBN wins so many points, but at the last evaluation."""
+        rows = [("constant", 0.1), ("constant", 3.0), ("falling", 3.0)]
+        return [
+            evaluation(seed, 90.0, step, average="ema", decay=0.9, rate=rate, lr=lr)
+            | {"with_average": 90.0, "with_precise": 90.0 + won + seed / 100, "with_batch": 89.0}
+            for rate, lr in rows
+            for seed in SEEDS
+            for step in (0, 30, 60)
+            for won in [end if rate == "falling" and step == 60 else early]
+        ]
+
+    def test_it_holds_where_the_average_lags_and_then_does_not(self):
+        assert decisions(precise.verdict(self.records(2.0, 0.0))) == ["holds"] * 4
+
+    def test_it_fails_where_the_average_never_lags_but_at_the_end(self):
+        assert decisions(precise.verdict(self.records(0.0, 2.0))) == ["fails"] * 4
+
+    def test_the_gain_is_a_mean_over_a_share_of_the_run(self):
+        records = self.records(2.0, 1.0)
+        np.testing.assert_allclose(precise.gain(records, 1, 1, rate="falling"), [1, 1.01, 1.02])
+        np.testing.assert_allclose(precise.gain(records, 0, 1, rate="falling"), [1.5, 1.51, 1.52])
+
+    def test_pixels_lie_between_minus_one_and_one(self):
+        images = precise.floats(load("digits")).train_images
+        assert (images.min(), images.max(), images.dtype) == (-1, 1, np.float32)
+
+    def test_batches_are_whole(self):
+        assert precise.batches(np.arange(7), 3).tolist() == [[0, 1, 2], [3, 4, 5]]
+
+
+class TestRenorm:
+    def records(self, few: float, two: float) -> list[dict]:
+        """Records by the accuracies of batch renorm over few examples and on two classes."""
+        rows = [
+            ("shuffled", "batch", 128, 98.0),
+            ("shuffled", "batch", 4, 94.0),
+            ("shuffled", "renorm", 4, few),
+            ("two classes", "batch", 128, 60.0),
+            ("two classes", "renorm", 128, two),
+        ]
+        return [
+            evaluation(
+                seed,
+                value + seed / 10 * (norm == "renorm"),
+                rate="constant",
+                drawn=drawn,
+                norm=norm,
+                together=together,
+            )
+            for drawn, norm, together, value in rows
+            for seed in SEEDS
+        ] + [{"kind": "layer", "seed": seed, "gap": 0.0} for seed in SEEDS]
+
+    def test_it_holds_where_renormalization_mends(self):
+        assert decisions(renorm.verdict(self.records(97.0, 96.0))) == ["holds"] * 4
+
+    def test_it_fails_where_it_does_not(self):
+        found = decisions(renorm.verdict(self.records(95.0, 70.0)))
+        assert found == ["fails", "holds", "fails", "holds"]
+
+    def test_with_r_1_and_d_0_it_is_batch_norm(self):
+        assert [r["gap"] for r in renorm.compare(2)] == [0.0] * 2
+
+    def test_minibatches_hold_half_of_each_of_two_classes(self):
+        data = load("digits")
+        config = dataclasses.replace(renorm.QUICK, batch_size=20, steps=30)
+        indices = renorm.two_classes(0, data, config)
+        assert (indices.shape, indices.dtype) == ((30, 20), np.int32)
+        for row in data.train_labels[indices]:
+            assert sorted(np.unique(row, return_counts=True)[1]) == [10, 10]
+        assert not np.array_equal(indices, renorm.two_classes(1, data, config))
+
+    def test_the_limits_grow_over_the_papers_share_of_the_run(self):
+        config = dataclasses.replace(renorm.QUICK, steps=160_000)
+        site = nl.shapes(jnp.zeros((8, 3)), jnp.zeros((3, 5)))
+        state = renorm.make(config, "renorm", 4).init(site)[1]
+        assert [int(v) for v in (state.begin, state.d_end, state.r_end)] == [5000, 25000, 40000]
+        assert (float(state.r_max), float(state.d_max), state.running.decay) == (3, 5, 0.99)
+
+
+@pytest.mark.parametrize("profile", ["QUICK", "FULL"])
+@pytest.mark.parametrize(
+    "question",
+    [batch_size, batch_size_conv, layer_batch, precise, renorm],
+    ids=lambda q: q.__name__,
+)
+def test_the_conditions_differ_and_need_no_data(question, profile):
+    config = dataclasses.replace(getattr(question, profile), data_dir=Path("nowhere"))
+    names = [condition.name for condition in question.run(config)]
+    assert len(set(names)) == len(names) > 3
+
+
+def test_thresholds_are_those_of_the_claims():
+    assert (batch_size.FOUR, batch_size.TWO, batch_size.STILL) == (1.5, 20, 0.5)
+    assert (layer_batch.WORSE, layer_batch.STILL) == (1.5, 0.5)
+    assert math.isclose(batch_size_conv.FOUR, batch_size.FOUR)

@@ -1,0 +1,385 @@
+"""What batch norm promises: each verdict holds and fails where it must, on records made by hand."""
+
+import dataclasses
+import zlib
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+
+import normlab as nl
+from experiments import models, questions
+from experiments.data import load
+from experiments.engine import Net, tuned
+from experiments.questions import (
+    data_size,
+    deep_sigmoid,
+    dropout,
+    gain_bias,
+    gaussian,
+    initialization,
+    learning_rate,
+    optimizers,
+    placement,
+)
+
+NAMES = (
+    *("learning_rate", "deep_sigmoid", "gain_bias", "placement", "dropout"),
+    *("initialization", "data_size", "optimizers", "gaussian"),
+)
+
+
+def ends(accuracy: float, *, step: int = 100, diverged=None, **labels) -> list:
+    """The last evaluation of three seeds, which differ by hundredths of a point."""
+    rng = np.random.default_rng(zlib.crc32(repr(labels).encode()))
+    return [
+        {"kind": "evaluation", **labels, "seed": seed, "step": step, "diverged": diverged}
+        | {"accuracy": accuracy + 0.01 * rng.uniform()}
+        for seed in range(3)
+    ]
+
+
+def decisions(question, records) -> list[str]:
+    return [verdict.decision for verdict in question.verdict(records)]
+
+
+# The best rate
+
+
+def test_the_best_rate_is_that_with_the_best_mean_at_the_end_in_each_setting():
+    records = [
+        *ends(99, step=50, norm="none", lr=1.0),  # on the way, which does not count
+        *ends(20, norm="none", lr=1.0),
+        *ends(90, norm="none", lr=0.1),
+        *ends(95, norm="batch", lr=1.0),
+        *ends(94, norm="batch", lr=0.1),
+    ]
+    best = tuned(records, "norm")
+    assert {(r["norm"], r["lr"]) for r in best} == {("none", 0.1), ("batch", 1.0)}
+    assert len(best) == 6
+
+
+# A2: rates and steps
+
+RATES = (0.01, 0.03, 0.1, 0.3, 1.0)
+
+
+def rates(*, none: float, batch: float, layer: float) -> list:
+    """Each norm learns up to a rate and has a loss of NaN beyond it."""
+    return [
+        record
+        for norm, limit in (("none", none), ("batch", batch), ("layer", layer))
+        for lr in RATES
+        for record in (
+            ends(95, norm=norm, lr=lr) if lr <= limit else ends(9.8, norm=norm, lr=lr, diverged=3)
+        )
+    ]
+
+
+def test_the_largest_stable_rate_is_finite_and_accurate():
+    records = rates(none=0.03, batch=1.0, layer=0.0)
+    assert learning_rate.largest_stable(records, "none").tolist() == [0.03] * 3
+    assert learning_rate.largest_stable(records, "batch").tolist() == [1.0] * 3
+    assert np.isnan(learning_rate.largest_stable(records, "layer")).all()
+    slow = [*records, *ends(89, norm="none", lr=10.0)]
+    assert learning_rate.largest_stable(slow, "none").tolist() == [0.03] * 3
+
+
+def test_a_rate_that_the_net_without_a_norm_did_not_have_is_not_compared():
+    records = [*rates(none=0.03, batch=0.3, layer=0.3), *ends(95, norm="batch", lr=0.9)]
+    assert learning_rate.largest_stable(records, "batch").tolist() == [0.3] * 3
+
+
+def course(there: int, height: float, **labels) -> list:
+    """A net that is at `height` percent from step `there` on, measured every ten of 300 steps."""
+    return [
+        record
+        for step in range(0, 310, 10)
+        for record in ends(height if step >= there else 50, step=step, **labels)
+    ]
+
+
+def learned(batch: dict[float, int], height: float) -> list:
+    """The baseline is best at rate 0.03 after 280 steps; batch norm after those of its rate."""
+    others = [course(300, 94, norm=norm, lr=lr) for norm in ("none", "layer") for lr in RATES[2:]]
+    return [
+        *course(280, 95, norm="none", lr=0.03),
+        *course(280, 95, norm="layer", lr=0.03),
+        *(
+            r
+            for there, lr in ((t, lr) for lr, t in batch.items())
+            for r in course(there, height, norm="batch", lr=lr)
+        ),
+        *(r for records in others for r in records),
+    ]
+
+
+def test_speed_is_the_baselines_steps_over_those_of_batch_norm_to_the_same_accuracy():
+    records = learned({0.03: 140, 0.15: 20, 0.9: 310}, 96)
+    assert learning_rate.speed(records, 1.0) == pytest.approx([2.0] * 3)
+    assert learning_rate.speed(records, 5.0) == pytest.approx([14.0] * 3)
+    assert learning_rate.speed(records, 30.0) == pytest.approx([280 / 300] * 3)  # never there
+
+
+def test_higher_rates_hold_and_fail():
+    fast = learned({0.03: 100, 0.15: 10, 0.9: 20, 1.0: 20}, 98)
+    assert decisions(learning_rate, fast)[2:] == ["holds"] * 4
+    slow = learned({0.03: 200, 0.15: 100, 0.9: 310, 1.0: 310}, 96)
+    assert decisions(learning_rate, slow)[2:] == ["fails"] * 4
+    stable = [
+        *(r for r in rates(none=0.03, batch=1.0, layer=0.1)),
+        *(r for lr in (0.15, 0.9) for r in ends(96, norm="batch", lr=lr)),
+    ]
+    assert decisions(learning_rate, stable)[:2] == ["holds", "fails"]
+
+
+def test_multiples_of_a_rate_are_found_again():
+    multiples = {learning_rate.multiple(0.01, 30), learning_rate.multiple(0.1, 3), 0.3}
+    assert multiples == {0.3}
+
+
+# A2: depth
+
+
+@pytest.mark.parametrize(
+    ("none", "batch", "expected"),
+    [(11, 96, ["holds", "holds"]), (96, 97, ["fails", "holds"]), (11, 80, ["holds", "fails"])],
+)
+def test_deep_sigmoids_hold_and_fail(none, batch, expected):
+    records = [
+        *ends(none, norm="none", depth=5, lr=0.1),
+        *ends(batch, norm="batch", depth=5, lr=0.1),
+        *ends(10, norm="batch", depth=5, lr=0.3),
+    ]
+    assert decisions(deep_sigmoid, records) == expected
+
+
+# A8
+
+
+def ablation(activation: str, neither: float, gain: float, bias: float) -> list:
+    costs = {"both": 0.0, "neither": neither, "gain alone": gain, "bias alone": bias}
+    return [
+        r
+        for variant, cost in costs.items()
+        for r in ends(97 - cost, activation=activation, variant=variant, lr=0.1)
+    ]
+
+
+def test_gain_and_bias_hold_and_fail():
+    needed = ablation("sigmoid", 1.0, 0.5, 0.5) + ablation("relu", 1.0, 0.5, 0.1)
+    assert decisions(gain_bias, needed) == ["holds"] * 6
+    reverse = ablation("sigmoid", 0.1, 0.1, -1.0) + ablation("relu", 0.0, 0.1, 1.0)
+    assert decisions(gain_bias, reverse) == ["fails"] * 6
+
+
+def test_a_variant_has_the_parameters_that_its_name_says():
+    for variant, (gain, bias) in gain_bias.VARIANTS.items():
+        norm = nl.get("batch", rescale=gain, reshift=bias)
+        params, _ = norm.init(nl.Site(jnp.ones((4, 3))))
+        assert ((params.g is not None), (params.b is not None)) == (gain, bias), variant
+
+
+# A9
+
+
+@pytest.mark.parametrize(("after", "expected"), [(96, "holds"), (97, "fails"), (98, "fails")])
+def test_placement_holds_and_fails(after, expected):
+    records = [
+        *ends(97, activation="relu", placement="before", lr=0.1),
+        *ends(after, activation="relu", placement="after", lr=0.1),
+    ]
+    assert decisions(placement, records) == [expected]
+
+
+def dropped(none: dict[float, float], batch: dict[float, float]) -> list:
+    return [
+        r
+        for norm, values in (("none", none), ("batch", batch))
+        for share, accuracy in values.items()
+        for r in ends(accuracy, norm=norm, dropout=share, lr=0.1)
+    ]
+
+
+def test_dropout_holds_and_fails():
+    needless = dropped({0.0: 92, 0.2: 93, 0.5: 90}, {0.0: 94, 0.2: 93.9, 0.5: 90})
+    assert decisions(dropout, needless) == ["holds"] * 3
+    needed = dropped({0.0: 92, 0.2: 93, 0.5: 90}, {0.0: 92, 0.2: 93, 0.5: 94})
+    assert decisions(dropout, needed) == ["fails"] * 3
+
+
+def test_dropout_leaves_out_in_training_alone_and_keeps_the_mean():
+    model = models.build("mlp", nl.get("none"), 3, widths=(64,), dropout=0.5)
+    x = jnp.ones((5, 4))
+    variables = model.init(jax.random.key(0), x, train=False)
+    plain = models.build("mlp", nl.get("none"), 3, widths=(64,))
+    assert jax.tree.structure(plain.init(jax.random.key(0), x, train=False)) == jax.tree.structure(
+        variables
+    )
+    evaluated = model.apply(variables, x, train=False)
+    np.testing.assert_array_equal(evaluated, plain.apply(variables, x, train=False))
+
+    @jax.jit
+    @jax.vmap
+    def trained(key):
+        rngs = {"dropout": key}
+        return model.apply(variables, x, train=True, mutable=[models.STATE], rngs=rngs)[0]
+
+    draws = trained(jax.random.split(jax.random.key(1), 1000))
+    spread = draws.std(0) / 1000**0.5
+    assert (spread > 0).all()
+    assert (abs(draws.mean(0) - evaluated) < 5 * spread).all()
+
+
+def started(none: dict[float, float], batch: dict[float, float]) -> list:
+    return [
+        r
+        for norm, values in (("none", none), ("batch", batch))
+        for sd, accuracy in values.items()
+        for r in ends(accuracy, norm=norm, sd=sd, activation="relu")
+    ]
+
+
+def test_initialization_holds_and_fails():
+    robust = started({0.01: 11, 0.1: 96, 1.0: 90}, {0.01: 96, 0.1: 97, 1.0: 94})
+    assert decisions(initialization, robust) == ["holds"] * 3
+    fragile = started({0.01: 96, 0.1: 97, 1.0: 95}, {0.01: 96, 0.1: 97, 1.0: 90})
+    assert decisions(initialization, fragile) == ["fails"] * 3
+
+
+@pytest.mark.parametrize(
+    ("accuracies", "target", "expected"),
+    [
+        ([80, 90], 90, 400),
+        ([80, 90], 95, 400),  # more than there are: taken for all
+        ([80, 90], 70, 100),
+        ([80, 79, 90], 85, 400),
+    ],
+)
+def test_the_examples_needed_are_read_off_in_the_logarithm(accuracies, target, expected):
+    sizes = [100, 400] if len(accuracies) == 2 else [100, 200, 800]
+    assert data_size.needed(accuracies, sizes, target) == pytest.approx(expected)
+
+
+def sized(none: dict[int, float], batch: dict[int, float]) -> list:
+    return [
+        r
+        for norm, values in (("none", none), ("batch", batch))
+        for size, accuracy in values.items()
+        for r in ends(accuracy, norm=norm, examples=size, lr=0.1)
+    ]
+
+
+def test_data_size_holds_and_fails():
+    less = sized({500: 85, 1000: 90, 2000: 93}, {500: 90, 1000: 94, 2000: 95})
+    assert decisions(data_size, less) == ["holds"] * 3
+    more = sized({500: 85, 1000: 90, 2000: 93}, {500: 84, 1000: 89, 2000: 92})
+    assert decisions(data_size, more) == ["fails"] * 3
+
+
+def test_the_first_examples_are_kept_with_their_labels_and_the_whole_test_set():
+    data = load("digits")
+    few = data_size.first(data, 60)
+    np.testing.assert_array_equal(few.train_images, data.train_images[:60])
+    np.testing.assert_array_equal(few.train_labels, data.train_labels[:60])
+    assert few.test_images is data.test_images
+
+
+def test_optimizers_hold_and_fail():
+    records = [
+        r
+        for optimizer, gain in (("sgd", 1.0), ("adam", 0.1))
+        for norm, accuracy in (("none", 96), ("batch", 96 + gain))
+        for r in ends(accuracy, norm=norm, optimizer=optimizer, lr=0.1)
+    ]
+    assert decisions(optimizers, records) == ["holds", "fails"]
+
+
+def shaped(norm: str, skewness: float, kurtosis: float, out: float, changed: float) -> list:
+    values = {"skewness": skewness, "kurtosis": kurtosis, "skewness_out": out, "changed": changed}
+    return [
+        {**r, **{k: v * (1 + 0.01 * r["seed"]) for k, v in values.items()}}
+        for r in ends(90, norm=norm, activation="relu")
+    ]
+
+
+def test_gaussian_holds_and_fails():
+    near = shaped("batch", 0.2, 0.5, 2.0, 1e-6) + shaped("none", 0.6, 1.0, 2.0, 0.0)
+    assert decisions(gaussian, near) == ["holds"] * 5
+    far = shaped("batch", 0.8, 2.0, 0.4, 0.1) + shaped("none", 0.3, 1.0, 2.0, 0.0)
+    assert decisions(gaussian, far) == ["fails"] * 5
+
+
+def test_the_shape_is_that_of_the_last_hidden_layer_and_a_norm_does_not_change_it():
+    model = models.build("mlp", nl.get("batch"), 3, widths=(4, 5), activation=nn.relu)
+    x = jnp.asarray(np.random.default_rng(0).standard_exponential((200, 6)), jnp.float32)
+    params, state = models.split(model.init(jax.random.key(0), x, train=False))
+    net = Net(model, params, state, x, jnp.zeros(200, jnp.int32), jnp.float32(0.1))
+    found = gaussian.shape(net)
+    z = np.asarray(net.activations(train=True)["Normed_1"].z, np.float64)
+    u = (z - z.mean(0)) / z.std(0)
+    assert found["skewness"] == pytest.approx(np.median(abs((u**3).mean(0))), rel=1e-3)
+    assert found["kurtosis"] == pytest.approx(np.median(abs((u**4).mean(0) - 3)), rel=1e-3)
+    assert found["skewness_out"] > found["skewness"]  # half of a symmetric distribution is not
+    assert found["changed"] < 1e-4
+
+
+# All of them
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_conditions_are_cheap_and_have_labels_of_their_own(name):
+    question = questions.require(name)
+    for config in (question.QUICK, question.FULL):
+        labels = [tuple(condition.labels.items()) for condition in question.run(config)]
+        assert len(set(labels)) == len(labels) >= 2
+    assert question.QUICK.seeds >= 3
+    assert question.FULL.seeds >= 10
+
+
+def example(name: str) -> list:
+    """Records by hand of a question, of the last evaluation or of several."""
+    both = ("none", "batch")
+    return {
+        "learning_rate": lambda: learned({0.03: 100, 0.15: 10, 0.9: 20}, 98),
+        "deep_sigmoid": lambda: [r for n in both for r in course(100, 95, norm=n, depth=5, lr=0.1)],
+        "gain_bias": lambda: ablation("sigmoid", 1.0, 0.5, 0.5) + ablation("relu", 1.0, 0.5, 0.1),
+        "placement": lambda: [
+            r
+            for place in ("before", "after")
+            for r in course(100, 97, activation="relu", placement=place, lr=0.1)
+        ],
+        "dropout": lambda: dropped({0.0: 92, 0.2: 93, 0.5: 90}, {0.0: 94, 0.2: 93.9, 0.5: 90}),
+        "initialization": lambda: started({0.01: 11, 1.0: 90}, {0.01: 96, 1.0: 94}),
+        "data_size": lambda: sized({500: 85, 1000: 90}, {500: 90, 1000: 94}),
+        "optimizers": lambda: [r for n in both for r in ends(96, norm=n, optimizer="sgd", lr=0.1)],
+        "gaussian": lambda: [r for n in both for r in shaped(n, 0.2, 0.5, 2.0, 1e-6)],
+    }[name]()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_figure_has_units_on_every_axis_that_shows_something(name):
+    picture = questions.require(name).figure(example(name))
+    shown = [axes for axes in picture.axes if axes.has_data()]
+    assert shown
+    assert all(axes.get_ylabel() for axes in shown)
+    plt.close(picture)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+def test_a_tiny_run_ends_in_verdicts_and_a_figure(name):
+    question = questions.require(name)
+    small = {"dataset": "digits", "steps": 4, "evaluations": 2, "seeds": 2}
+    config = dataclasses.replace(question.QUICK, **small)
+    records = [
+        {**condition.labels, **record}
+        for condition in question.run(config)
+        for record in condition.measure(None)
+        if isinstance(record, dict)
+    ]
+    assert {v.seeds for v in question.verdict(records)} == {2}
+    question.figure(records)
