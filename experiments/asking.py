@@ -6,7 +6,6 @@ import dataclasses
 import json
 import math
 import os
-import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -106,10 +105,9 @@ def run(command: Run) -> int:
 def report(command: Report) -> int:
     """Runs the questions and writes the page."""
     names = command.names or questions.NAMES
-    begin = time.time()
     found = {a.name: a for a in _answers(command, names, show=False)}
     told = [found[name] for name in names]
-    machine = {**environment(), "seconds": time.time() - begin}
+    machine = environment()
     text = page([section(answer) for answer in told], machine)
     verdicts = {a.name: [verdict_json(v) for v in a.verdicts] for a in told}
     out = command.out.expanduser().resolve()
@@ -202,7 +200,9 @@ def _answers(
     jobs = command.jobs
     if jobs is None and command.profile == "full":
         jobs = 1
-    with Progress(*columns, console=errors, speed_estimate_period=600) as progress:
+    with Progress(
+        *columns, console=errors, speed_estimate_period=600, refresh_per_second=2
+    ) as progress:
         whole = progress.add_task("all questions", total=total)
         bars = {
             name: progress.add_task(name, total=question.SECONDS, start=False)

@@ -119,7 +119,8 @@ def verdict(records: Sequence[Record]) -> tuple[Verdict, ...]:
         found.append(decide(claim, gain, at_least=GAIN, unit="points"))
         steps = [steps_to(records, TARGET, **which) for which in (none, batch)]
         last = max(r["step"] for r in records)
-        share = steps[1] / np.minimum(steps[0], last)  # one that never comes there took all steps
+        none_took, batch_took = (np.minimum(s, last) for s in steps)  # all, if it never comes there
+        share = batch_took / none_took
         claim = where + f"it is at {TARGET:g}% in fewer steps (as a share)"
         found.append(decide(claim, share, at_most=SPEED))
         claim = where + "the medians of the last layer's inputs wander less (factor)"
