@@ -62,7 +62,7 @@ def page(sections: Sequence[Section], environment: dict[str, Any]) -> str:
 
     Args:
       sections: The questions, in the order of the page.
-      environment: That of `rundir.environment`, with the "seconds" that the whole batch took.
+      environment: That of `rundir.environment`.
 
     Returns:
       HTML that is also well-formed XML.

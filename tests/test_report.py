@@ -26,7 +26,6 @@ ENVIRONMENT = {
     "cores": 2,
     "devices": ["cpu: cpu"] * 8,
     "variables": {"XLA_FLAGS": HOSTILE},
-    "seconds": 1234.0,
 }
 WIDTHS = (400, 1400)
 SCHEMES = ("light", "dark")
