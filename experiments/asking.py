@@ -25,6 +25,8 @@ from experiments.engine.verdict import Verdict
 from experiments.report import Section, page
 from experiments.rundir import CHECKOUT, RunError, environment
 
+EXIT_INTERRUPTED = 130
+
 EXIT_MISSING = 1
 """Of a run of which a question has no answer; what the verdicts say does not matter."""
 
@@ -215,7 +217,7 @@ def _answers(
             done = sum(progress.tasks[bar].completed for bar in bars.values())
             progress.update(whole, completed=done)
 
-        for answer in ask(
+        answers = ask(
             chosen,
             root=command.run_dir,
             jobs=jobs,
@@ -223,14 +225,21 @@ def _answers(
             again=command.again,
             say=lambda text: progress.update(whole, description=text),
             tell=tell,
-        ):
-            tell(answer.name, 1.0)
-            progress.update(bars[answer.name], visible=False)
-            if show:
-                print_answer(answer)
-            elif answer.failed:
-                _print_failure(answer)
-            yield answer
+        )
+        try:
+            for answer in answers:
+                tell(answer.name, 1.0)
+                progress.update(bars[answer.name], visible=False)
+                if show:
+                    print_answer(answer)
+                elif answer.failed:
+                    _print_failure(answer)
+                yield answer
+        except KeyboardInterrupt:
+            errors.print(
+                "[yellow]interrupted:[/] what was measured is kept; the same command goes on."
+            )
+            raise SystemExit(EXIT_INTERRUPTED) from None
 
 
 def _config(command: Ask, name: str, rest: Sequence[str]) -> Config:

@@ -467,6 +467,16 @@ class TestReport:
         assert "fails, -1.05" in said
         assert self.command("verify", tmp_path, "--against", tmp_path / "no.json") == cli.EXIT_USAGE
 
+    def test_interrupted_it_says_that_all_is_kept(self, asked, make, tmp_path, monkeypatch, capsys):
+        asked(1.0, lacks=False)
+        _, module, _ = make("has", [Condition({"norm": "batch"}, _Stops(after=3))])
+        module.QUICK = TINY
+        with pytest.raises(SystemExit) as stop:
+            self.command("run", tmp_path, "has")
+        assert stop.value.code == asking.EXIT_INTERRUPTED
+        assert "what was measured is kept" in capsys.readouterr().err
+        assert self.command("run", tmp_path, "has") == 0
+
     def test_a_failing_verdict_does_not_fail_the_command(self, asked, tmp_path, capsys):
         asked(-1.0, -1.1, lacks=False)
         assert self.command("run", tmp_path, "has") == 0

@@ -108,7 +108,6 @@ def work(tasks: Sequence[Task], jobs: int, tell: Tell, *, pinned: bool) -> Itera
         pool.shutdown(wait=False, cancel_futures=True)
         for process in processes:  # idle, or on a task that nobody waits for
             process.terminate()
-        heard.put(None)
 
 
 _heard: Any = None
@@ -156,6 +155,6 @@ def _attempt(task: Task, tell: Callable[[float], None]) -> Done:
 
 
 def _listen(heard: SimpleQueue[Any], tasks: Sequence[Task], tell: Tell) -> None:
-    while (message := heard.get()) is not None:
-        number, share = message
+    while True:  # a daemon: it ends with the program
+        number, share = heard.get()
         tell(tasks[number], min(share, 1.0))
