@@ -14,7 +14,7 @@ INSTALLED := $(VENV)/installed
 compare: $(INSTALLED)-experiments
 	$(BIN)/python -m experiments compare $(ARGS)
 
-# About half an hour on two cores; what is finished is not run again.
+# Three quarters of an hour on two cores; what is finished is not run again.
 report: $(INSTALLED)-experiments
 	$(BIN)/python -m experiments report $(ARGS)
 

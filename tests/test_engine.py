@@ -349,6 +349,21 @@ class TestFaults:
         assert wrong.failed == "ZeroDivisionError: of a kind (in wrong, batch)"
         assert right.verdicts[0].decision == "holds"
 
+    def test_an_error_in_a_verdict_or_a_figure_does_not_stop_the_others(self, make, tmp_path):
+        asked = [
+            make(name, [Condition({"a": 1}, values(1, 1))])
+            for name in ("verdict", "figure", "right")
+        ]
+        for name, module, _ in asked[:2]:
+            setattr(module, name, lambda records: records[99])
+        *wrong, right = ask(asked, root=tmp_path, jobs=0)
+        for answer in wrong:
+            assert "list index out of range" in answer.failed
+            assert f"in the verdict or the figure of {answer.name}" in answer.failed
+            assert not answer.verdicts
+            assert answer.seconds >= 0  # what was measured is kept
+        assert right.verdicts[0].decision == "holds"
+
     def test_a_lane_that_diverged_is_named(self, make, tmp_path):
         found = [
             {"kind": "value", "seed": seed, "lr": 3.0, "step": step, "value": 1.0}

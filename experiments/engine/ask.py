@@ -217,12 +217,17 @@ def finish(one: Asked) -> Answer:
     """The verdicts and the figure of a question that was measured, kept beside its records."""
     records = one.records()
     measured = [record for record in records if record["kind"] != "cost"]
-    verdicts = tuple(one.question.verdict(measured))
-    one.kept.write_json("verdict.json", [verdict_json(v) for v in verdicts])
-    picture = one.question.figure(measured)
-    for kind in ("png", "svg"):
-        one.kept.write_bytes(f"figure.{kind}", figures.encode(picture, kind))
-    return Answer(one.name, one.config, one.kept.path, verdicts, tuple(records))
+    answer = Answer(one.name, one.config, one.kept.path, (), tuple(records))
+    try:
+        verdicts = tuple(one.question.verdict(measured))
+        one.kept.write_json("verdict.json", [verdict_json(v) for v in verdicts])
+        picture = one.question.figure(measured)
+        for kind in ("png", "svg"):
+            one.kept.write_bytes(f"figure.{kind}", figures.encode(picture, kind))
+    except Exception as error:  # the other questions go on
+        error.add_note(f"in the verdict or the figure of {one.name}")
+        return answer._replace(failed=_explain(error))
+    return answer._replace(verdicts=verdicts)
 
 
 def _explain(error: Exception) -> str:

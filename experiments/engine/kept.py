@@ -63,6 +63,7 @@ class Kept(RunDirectory):
         self.path = root / f"{name}-{key}"
         try:
             (self.path / "conditions").mkdir(parents=True, exist_ok=True)
+            (self.path / ".lock").touch()
         except OSError as error:
             raise RunError(
                 f"cannot make the run directory {self.path}: {error.strerror}. Choose another "
