@@ -16,7 +16,6 @@ import importlib.metadata
 import importlib.util
 import math
 import os
-import platform
 import shutil
 import statistics
 from collections.abc import Callable, Iterator, Sequence
@@ -25,7 +24,7 @@ from typing import Any
 
 from experiments import figures
 from experiments.bench_worker import BOTH, COPY, DIRECTIONS, FORWARD, Case, Worker, WorkerError
-from experiments.rundir import RunDirectory, RunError
+from experiments.rundir import RunDirectory, RunError, processor
 from normlab.checks import nearest
 
 SHAPES = {
@@ -306,7 +305,7 @@ def _machine() -> dict[str, Any]:
             versions[package] = importlib.metadata.version(package)
     threads = {k: v for k, v in os.environ.items() if k.startswith(("OMP_", "GOMP_", "MKL_"))}
     return {
-        "processor": _processor(),
+        "processor": processor(),
         "load_before": _load(),
         "packages": versions,
         "variables": threads,
@@ -315,12 +314,3 @@ def _machine() -> dict[str, Any]:
 
 def _load() -> float | None:
     return os.getloadavg()[0] if hasattr(os, "getloadavg") else None
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.processor() or platform.machine())

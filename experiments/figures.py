@@ -41,7 +41,20 @@ STYLE = {
     for name, colour, marker in zip(nl.names(), _COLOURS, _MARKERS, strict=True)
 }
 
-# The same palette for the libraries of `bench ops`.
+# For what is not a norm: Tol's muted palette, without its wine.
+_OTHER_COLOURS = (
+    "#332288",
+    "#CC6677",
+    "#117733",
+    "#88CCEE",
+    "#AA4499",
+    "#999933",
+    "#44AA99",
+    "#DDCC77",
+)
+_OTHER_MARKERS = "<>hv8HpX"
+
+# The first palette for the libraries of `bench ops`.
 _PEER_STYLE = {
     "normlab": ("#000000", "o"),
     "flax.linen": ("#0072B2", "s"),
@@ -183,8 +196,8 @@ def ops(cases: Records, title: str) -> Figure:
 
 
 def palette(names: Iterable[Any]) -> dict[Any, dict[str, Any]]:
-    """A colour and a marker for each name, for what is not a norm."""
-    marks = itertools.cycle(zip(_COLOURS, _MARKERS, strict=True))
+    """A colour and a marker for each name, for what is not a norm: none that a norm has."""
+    marks = itertools.cycle(zip(_OTHER_COLOURS, _OTHER_MARKERS, strict=True))
     return {
         name: {"color": colour, "marker": marker, "markersize": 4}
         for name, (colour, marker) in zip(names, marks, strict=False)

@@ -88,10 +88,21 @@ def environment() -> dict[str, Any]:
         "python": platform.python_version(),
         "packages": {name: _version(name) for name in PACKAGES},
         "platform": platform.platform(),
+        "processor": processor(),
         "cores": os.cpu_count(),
         "devices": [f"{device.platform}: {device.device_kind}" for device in devices],
         "variables": {name: os.environ[name] for name in VARIABLES if name in os.environ},
     }
+
+
+def processor() -> str:
+    """The processor's name."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or platform.machine())
 
 
 def _commit() -> str | None:

@@ -405,7 +405,8 @@ class TestVersion:
         first = files("experiments/other.py", "A = 1\n")
         sums = '"""Sums."""\n\n\ndef mean(x):  # the\n    """Mean."""\n    return sum(x) / len(x)\n'
         assert files("normlab/sums.py", sums) == first
-        asked = '"""Asked?"""\nimport normlab\ndef figure(r): return 2\ndef verdict(r): return 3\n'
+        asked = '"""Asked?"""\nimport normlab\nSECONDS = 9\ndef figure(r): return 2\n'
+        asked += "def verdict(r): return 3\n"
         assert files("experiments/questions/asked.py", asked) == first
 
     def test_a_question_depends_on_the_norms_and_the_trainer_and_not_on_the_page(self):

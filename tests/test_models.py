@@ -184,6 +184,16 @@ class TestPlacement:
         got, _ = apply(network, params, state, IMAGES, train=True)
         assert gap(got, h @ last["kernel"] + last["bias"]) < 1e-6
 
+    def test_a_perceptron_may_have_the_norm_at_its_output_too(self):
+        network = make("mlp", normed_output=True)
+        params, state = variables(network)
+        assert set(params) == set(state) == set(network.layers)
+        only = make("mlp", widths=(), normed_output=True)
+        params, state = variables(only)
+        a = IMAGES.reshape(4, -1) @ params["Normed_0"]["kernel"]
+        got, _ = apply(only, params, state, IMAGES, train=True)
+        assert gap(got, self.batch(a, params["Normed_0"]["norm"])) < 1e-6
+
     @pytest.mark.parametrize("placement", ["before", "after"])
     def test_a_residual_block_adds_its_shortcut_in_front_of_the_activation(self, placement):
         network = make("resnet20", placement=placement)

@@ -4,13 +4,24 @@ import dataclasses
 import math
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import normlab as nl
+from experiments import models
 from experiments.data import load
-from experiments.questions import batch_size, batch_size_conv, layer_batch, precise, renorm
+from experiments.engine import Net
+from experiments.questions import (
+    batch_size,
+    batch_size_conv,
+    domain,
+    frozen,
+    layer_batch,
+    precise,
+    renorm,
+)
 
 SEEDS = range(3)
 
@@ -98,17 +109,13 @@ class TestBatchSizeConv:
 class TestLayerBatch:
     @pytest.mark.parametrize(
         ("batch", "layer", "expected"),
-        [(4.7, 2.3, ["holds"] * 3), (2.0, 3.5, ["fails"] * 3)],
+        [(4.7, 2.3, ["holds"] * 5), (2.0, 3.5, ["fails"] * 5)],
     )
     def test_it_decides_by_the_rise_at_the_small_batch(self, batch, layer, expected):
-        records = by_batch(
-            {
-                ("batch", 128, 128): 2.0,
-                ("batch", 4, 4): batch,
-                ("layer", 128, 128): 2.1,
-                ("layer", 4, 4): layer,
-            }
-        )
+        batch_norm = by_batch({("batch", 128, 128): 2.0, ("batch", 4, 4): batch})
+        layer_norm = by_batch({("layer", 128, 128): 2.1, ("layer", 4, 4): layer})
+        records = [r | {"layers": where} for where in ("hidden", "all") for r in batch_norm]
+        records += [r | {"layers": "hidden"} for r in layer_norm]
         assert decisions(layer_batch.verdict(records)) == expected
 
 
@@ -142,6 +149,70 @@ class TestPrecise:
 
     def test_batches_are_whole(self):
         assert precise.batches(np.arange(7), 3).tolist() == [[0, 1, 2], [3, 4, 5]]
+
+
+class TestFrozen:
+    @pytest.mark.parametrize(
+        ("few", "many", "expected"), [(1.0, 0.0, ["holds"] * 2), (0.0, 1.0, ["fails"] * 2)]
+    )
+    def test_it_decides_by_the_points_won_at_the_end(self, few, many, expected):
+        records = [
+            evaluation(seed, 90 + seed / 100 + won * (then == "frozen"), together=together)
+            | {"then": then}
+            for together, won in ((2, few), (16, many))
+            for then in ("both", "batch", "frozen")
+            for seed in SEEDS
+        ]
+        records = [{k: r[k] for k in ("together", "then", *r)} for r in records]
+        assert decisions(frozen.verdict(records)) == expected
+
+    def test_both_ends_go_on_from_the_same_net_and_part(self):
+        config = dataclasses.replace(
+            frozen.QUICK, dataset="digits", batch_size=8, steps=10, evaluations=5, seeds=2
+        )
+        found = list(frozen.measured(config, 2))
+        steps = {
+            then: [r["step"] for r in found if r["then"] == then]
+            for then in ("both", "batch", "frozen")
+        }
+        assert steps == {"both": [2, 2, 4, 4, 6, 6, 8, 8], "batch": [10] * 2, "frozen": [10] * 2}
+        batch, still = (
+            [r["train_loss"] for r in found if r["then"] == t] for t in ("batch", "frozen")
+        )
+        assert batch != still
+
+
+class TestDomain:
+    @pytest.mark.parametrize(
+        ("training", "own", "expected"),
+        [(50.0, 85.0, ["holds"] * 2), (93.5, 93.6, ["fails"] * 2)],
+    )
+    def test_it_decides_by_what_is_lost_and_won_back(self, training, own, expected):
+        records = [
+            evaluation(seed, 97.0, clean=97.0, noise_training=training + seed / 10, noise_own=own)
+            for seed in SEEDS
+        ]
+        assert decisions(domain.verdict(records)) == expected
+
+    @pytest.mark.parametrize("name", domain.DOMAINS)
+    def test_a_domain_keeps_shapes_and_repeats(self, name):
+        images = precise.floats(load("digits")).test_images
+        changed = domain.DOMAINS[name](images)
+        assert changed.shape == images.shape
+        np.testing.assert_array_equal(changed, domain.DOMAINS[name](images))
+        assert not np.allclose(changed, images)
+
+    def test_statistics_of_the_domain_take_back_an_affine_change(self):
+        config = dataclasses.replace(domain.QUICK, dataset="digits", domains=("contrast",))
+        data = precise.floats(load("digits"))
+        model = models.build("mlp", nl.get("batch"), data.classes)
+        kernels = models.draw_kernels("mlp", data.classes, [0], data.train_images[:8])
+        kernels = jax.tree.map(lambda v: v[0], kernels)
+        variables = models.complete(model, kernels, data.train_images[:8])
+        net = Net(model, *models.split(variables), None, None, None)
+        found = domain.accuracies(config, net)
+        assert abs(found["contrast_own"] - found["clean"]) < 1
+        assert set(found) == {"clean", "contrast_training", "contrast_own"}
 
 
 class TestRenorm:
@@ -197,13 +268,13 @@ class TestRenorm:
 @pytest.mark.parametrize("profile", ["QUICK", "FULL"])
 @pytest.mark.parametrize(
     "question",
-    [batch_size, batch_size_conv, layer_batch, precise, renorm],
+    [batch_size, batch_size_conv, frozen, layer_batch, precise, renorm],
     ids=lambda q: q.__name__,
 )
 def test_the_conditions_differ_and_need_no_data(question, profile):
     config = dataclasses.replace(getattr(question, profile), data_dir=Path("nowhere"))
     names = [condition.name for condition in question.run(config)]
-    assert len(set(names)) == len(names) > 3
+    assert len(set(names)) == len(names) >= 3
 
 
 def test_thresholds_are_those_of_the_claims():

@@ -22,7 +22,7 @@ ENVIRONMENT = {
     "commit": None,
     "python": "3.11.7",
     "packages": {"jax": "0.10.2", "absent": None},
-    "platform": "Linux-6.1",
+    "processor": "a processor",
     "cores": 2,
     "devices": ["cpu: cpu"] * 8,
     "variables": {"XLA_FLAGS": HOSTILE},

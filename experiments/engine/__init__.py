@@ -10,7 +10,7 @@ pool.py        one worker process for each core
 ask.py         asking: keep what is finished, measure the rest, decide
 """
 
-from experiments.engine.learn import Instrument, Lane, Net, dataset, lanes, learn, start
+from experiments.engine.learn import Instrument, Lane, Net, dataset, lanes, learn, shuffled, start
 from experiments.engine.question import (
     Checkpoint,
     Condition,
@@ -55,6 +55,7 @@ __all__ = [
     "learn",
     "number",
     "select",
+    "shuffled",
     "start",
     "steps_to",
     "tuned",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -34,14 +33,10 @@ def canvas(columns: int = 1, rows: int = 1, *, width: float = 4.6, height: float
 
 
 def styles(names: Iterable[Any]) -> dict[Any, dict[str, Any]]:
-    """The colour and the marker of each norm; what is not a norm gets one that no norm here has."""
+    """The colour and the marker of each norm; what is not a norm gets those that no norm has."""
     names = list(names)
-    found = {name: dict(figures.STYLE[name]) for name in names if name in figures.STYLE}
-    taken = {style["color"] for style in found.values()}
-    free = [s for s in figures.palette(range(10)).values() if s["color"] not in taken]
-    others = (name for name in names if name not in found)
-    found |= {name: dict(style) for name, style in zip(others, itertools.cycle(free), strict=False)}
-    return {name: found[name] for name in names}
+    others = figures.palette(name for name in names if name not in figures.STYLE)
+    return {name: dict(figures.STYLE.get(name) or others[name]) for name in names}
 
 
 def value(record: dict[str, Any], key: Value) -> float:

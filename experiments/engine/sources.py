@@ -13,8 +13,8 @@ from experiments.rundir import CHECKOUT
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy")
 """Those whose versions count."""
 
-SHOWS = ("figure", "verdict")
-"""The functions of a question that only look at its records."""
+SHOWS = ("figure", "verdict", "SECONDS")
+"""What of a question only looks at its records, or says what they cost."""
 
 ASIDE = ("experiments.figures", "experiments.engine.draw", "experiments.rundir")
 """Modules that numbers do not depend on."""
@@ -23,7 +23,8 @@ ASIDE = ("experiments.figures", "experiments.engine.draw", "experiments.rundir")
 def version(module: str) -> str:
     """The checksum over a module and all of this repository that it imports, and over `PACKAGES`.
 
-    Comments, docstrings and layout do not count, nor does how a question shows its records.
+    Comments, docstrings and layout do not count, nor does how a question shows its records and
+    what it says that they cost.
     """
     total = hashlib.sha256()
     for package in PACKAGES:
@@ -36,7 +37,13 @@ def version(module: str) -> str:
 
 def _shows(module: str, part: ast.stmt) -> bool:
     asks = module.startswith("experiments.questions.")
-    return asks and isinstance(part, ast.FunctionDef) and part.name in SHOWS
+    names = [part.name] if isinstance(part, ast.FunctionDef) else _assigned(part)
+    return asks and any(name in SHOWS for name in names)
+
+
+def _assigned(part: ast.stmt) -> list[str]:
+    targets = part.targets if isinstance(part, ast.Assign) else []
+    return [target.id for target in targets if isinstance(target, ast.Name)]
 
 
 def _closure(module: str) -> dict[str, ast.Module]:

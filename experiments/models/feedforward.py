@@ -24,24 +24,28 @@ class Mlp(Network):
     Attributes:
       widths: The units of the hidden layers.
       dropout: The share of each hidden layer's outputs that training leaves out.
+      normed_output: Whether the output layer may carry the norm too, as the last `Normed_i`.
     """
 
     widths: tuple[int, ...] = (100, 100, 100)
     activation: Callable[[Array], Array] = nn.sigmoid
     dropout: float = 0.0
+    normed_output: bool = False
 
     @property
     def layers(self) -> tuple[str, ...]:
         """`Normed_0` and so on."""
-        return tuple(f"Normed_{i}" for i in range(len(self.widths)))
+        return tuple(f"Normed_{i}" for i in range(len(self.widths) + self.normed_output))
 
     @nn.compact
     def __call__(self, x: Array, train: bool) -> Array:
         x = x.reshape(x.shape[0], -1)
-        for name, width in zip(self.layers, self.widths, strict=True):
+        for name, width in zip(self.layers, self.widths, strict=False):
             shape = (x.shape[-1], width)
             x = self.layer(name, nl.Dense(), shape, activation=self.activation)(x, train)
             x = nn.Dropout(self.dropout, deterministic=not train)(x)
+        if self.normed_output:
+            return self.layer(self.layers[-1], nl.Dense(), (x.shape[-1], self.classes))(x, train)
         return nn.Dense(self.classes)(x)
 
 

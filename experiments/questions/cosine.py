@@ -32,6 +32,7 @@ from experiments.engine import (
     Condition,
     Config,
     Record,
+    Schedule,
     Verdict,
     accuracy,
     by_seed,
@@ -73,6 +74,7 @@ class Cosine(Config):
 
     rates: tuple[float, ...] = (0.3, 1.0, 3.0, 10.0)
     steps: int = 1000
+    schedule: Schedule = "cosine"
     evaluations: int = 2
     cifar10_rates: tuple[float, ...] = (0.03, 0.1)
     cifar10_steps: int = 300

@@ -10,8 +10,8 @@ of 1000), Adam, one epoch with batches of 128 and one with batches of 4, from th
 rate begins with 0.001 at 128, goes with the root of the batch (Malladi et al. 2022,
 https://arxiv.org/abs/2205.10287) and falls to zero (a cosine), since a constant one leaves seeds
 and steps apart by as much as is asked for here. Batch norm's running statistics remember as many
-examples at either batch. All norms stand in the hidden layers; the paper's batch norm stands at the
-output too, which our perceptron has no place for.
+examples at either batch. Layer norm stands in the hidden layers; batch norm stands there, and once
+more in all layers, as in the paper.
 
 Command: python -m experiments run layer_batch
 """
@@ -36,6 +36,7 @@ from experiments.engine import (
     decide,
     draw,
     learn,
+    select,
 )
 from experiments.questions.batch_size import make, rise
 
@@ -54,11 +55,13 @@ class LayerBatch(Config):
 
     Attributes:
       norms: What stands before each ReLU.
+      everywhere: Those that stand at the output too, beside the others.
       small: The small batch, which divides the large one.
       widths: The units of the hidden layers.
     """
 
     norms: tuple[str, ...] = ("batch", "layer")
+    everywhere: tuple[str, ...] = ("batch",)
     small: int = 4
     widths: tuple[int, ...] = (256, 256, 256)
     batch_size: int = 128
@@ -78,7 +81,9 @@ FULL = LayerBatch(
 def run(config: LayerBatch) -> Iterator[Condition]:
     """Each norm with large and with small batches."""
     whole = config.batch_size
-    for name in config.norms:
+    rows = [(name, "hidden") for name in config.norms]
+    rows += [(name, "all") for name in config.everywhere]
+    for name, where in rows:
         for size in (whole, config.small):
             here = dataclasses.replace(
                 config,
@@ -91,24 +96,29 @@ def run(config: LayerBatch) -> Iterator[Condition]:
                 make(name, size, size, whole),
                 activation=nn.relu,
                 widths=config.widths,
+                normed_output=where == "all",
             )
-            yield Condition({"norm": name, "batch": size, "together": size}, measure)
+            labels = {"norm": name, "layers": where, "batch": size, "together": size}
+            yield Condition(labels, measure)
 
 
 def verdict(records: Sequence[Record]) -> tuple[Verdict, ...]:
     """How far the small batch moves each error, and which norm is better at it."""
     small, whole = (f(r["batch"] for r in records) for f in (min, max))
-    moved = {n: rise(records, n, batch=small, together=small) for n in ("layer", "batch")}
-    layer, batch = (accuracy(records, norm=n, batch=small) for n in ("layer", "batch"))
     points = functools.partial(decide, unit="points")
-    stays = f"layer norm from batch {whole} to {small}: its error stays"
-    rises = f"batch norm from batch {whole} to {small}: its error rises"
-    better = f"at batch {small} layer norm is more accurate than batch norm"
-    return (
-        points(stays, moved["layer"], at_least=-STILL, at_most=STILL),
-        points(rises, moved["batch"], at_least=WORSE),
-        points(better, layer - batch, at_least=0),
-    )
+    layer = select(records, norm="layer")
+    moved = rise(layer, "layer", batch=small, together=small)
+    claim = f"layer norm from batch {whole} to {small}: its error stays"
+    found = [points(claim, moved, at_least=-STILL, at_most=STILL)]
+    for where in dict.fromkeys(r["layers"] for r in select(records, norm="batch")):
+        batch = select(records, norm="batch", layers=where)
+        moved = rise(batch, "batch", batch=small, together=small)
+        claim = f"batch norm in {where} layers, from batch {whole} to {small}: its error rises"
+        found.append(points(claim, moved, at_least=WORSE))
+        better = accuracy(layer, batch=small) - accuracy(batch, batch=small)
+        claim = f"at batch {small} layer norm is more accurate than batch norm in {where} layers"
+        found.append(points(claim, better, at_least=0))
+    return tuple(found)
 
 
 def figure(records: Sequence[Record]) -> Figure:
@@ -117,7 +127,11 @@ def figure(records: Sequence[Record]) -> Figure:
     picture, grid = draw.canvas(len(sizes))
     for size, axes in zip(sizes, grid, strict=True):
         here = [r for r in records if r["batch"] == size and r["step"] > 0]
-        draw.over_steps(axes, here, draw.test_error, marker=True)
+        hidden, everywhere = (select(here, layers=where) for where in ("hidden", "all"))
+        draw.over_steps(axes, hidden, draw.test_error, marker=True)
+        for norm in dict.fromkeys(r["norm"] for r in everywhere):
+            look = {"ls": "--", "label": f"{norm}, in all layers"}
+            draw.over_steps(axes, select(everywhere, norm=norm), draw.test_error, **look)
         axes.set(ylabel="test error (%)", title=f"batches of {size}")
         draw.log_y(axes)
     lows, highs = zip(*(axes.get_ylim() for axes in grid), strict=True)

@@ -1,0 +1,165 @@
+"""Do frozen statistics mend a net that was trained on small batches?
+
+Claim: Where few examples are normalized together, training and inference see different nets. With
+frozen statistics in the last part of training both see the same, and inference is more accurate.
+
+Source: Wu & Johnson 2021, section 4.2, https://arxiv.org/abs/2105.07576; the data, the net and the
+thresholds are ours.
+
+Protocol: MNIST, three layers of 100 ReLUs, SGD with 128 examples in each step, of which few are
+normalized together; the rate falls linearly to 0. After four fifths of the steps each net goes on
+twice, over the same minibatches: as before, and with the statistics that inference reads, frozen.
+These are a moving average that remembers ten steps.
+
+Command: python -m experiments run frozen
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Generator, Iterator, Sequence
+
+import flax.linen as nn
+import jax
+import numpy as np
+from matplotlib.figure import Figure
+
+import normlab as nl
+from experiments.engine import (
+    Condition,
+    Config,
+    Record,
+    Schedule,
+    Verdict,
+    by_seed,
+    dataset,
+    decide,
+    draw,
+    exact,
+    lanes,
+    last,
+    number,
+    select,
+    shuffled,
+    start,
+)
+from experiments.trainer import TrainState, stretches
+
+GAIN = 0.3
+"""Points of test accuracy that frozen statistics are better over few examples, at least."""
+
+EQUAL = 0.2
+"""Points by which they may differ from a batch's over the most."""
+
+SECONDS = 70
+
+
+@dataclasses.dataclass(frozen=True)
+class Frozen(Config):
+    """The config.
+
+    Attributes:
+      together: How many examples are normalized together.
+      frozen: The share of the steps, at the end, for which statistics are frozen.
+      decay: Weight of the old value in the running statistics.
+    """
+
+    together: tuple[int, ...] = (2, 4, 16)
+    frozen: float = 0.2
+    decay: float = 0.9
+    batch_size: int = 128
+    schedule: Schedule = "linear"
+    steps: int = 1000
+    evaluations: int = 10
+    seeds: int = 5
+
+
+QUICK = Frozen()
+FULL = Frozen(together=(2, 4, 8, 16, 32), steps=20_000, evaluations=20, seeds=10)
+
+
+def run(config: Frozen) -> Iterator[Condition]:
+    """Over each number of examples, with both ends."""
+    for together in config.together:
+        yield Condition({"together": together}, exact(measured, config, together))
+
+
+def measured(config: Frozen, together: int) -> Iterator[Record]:
+    """Trains until the statistics are frozen, then to both ends."""
+    data = dataset(config.dataset, config.data_dir)
+    rows = lanes(config)
+    parts = nl.Sync(virtual_batch=together)
+    norm = nl.get("batch", axis_name=parts, decay=config.decay, ddof=1)
+    trainer, state = start(config, norm, rows, data, activation=nn.relu)
+    drawn = np.stack([shuffled(row["seed"], data, config) for row in rows], axis=1)
+    marks = stretches(config.steps, config.evaluations)
+    cut = round((1 - config.frozen) * config.evaluations)
+
+    def train(
+        state: TrainState, marks: Sequence[tuple[int, int]], then: str
+    ) -> Generator[Record, None, TrainState]:
+        for begin, stop in marks:
+            state, losses = trainer.train(state, drawn[begin:stop])
+            tested = trainer.evaluate(state)
+            for i, row in enumerate(rows):
+                yield {
+                    "kind": "evaluation",
+                    "then": then,
+                    **row,
+                    "step": stop,
+                    "train_loss": number(losses[:, i].mean()),
+                    "test_loss": number(tested.loss[i]),
+                    "accuracy": number(100 * tested.accuracy[i]),
+                }
+        return state
+
+    parted = yield from train(state, marks[:cut], "both")
+    parted = jax.tree.map(np.asarray, parted)  # training reuses the buffers of a state
+    for then in ("batch", "frozen"):
+        state = jax.device_put(parted, trainer.data.mapped)
+        if then == "frozen":
+            state = state._replace(norm_state=nl.freeze(state.norm_state))
+        yield from train(state, marks[cut:], then)
+
+
+def verdict(records: Sequence[Record]) -> tuple[Verdict, ...]:
+    """What frozen statistics win, over each number of examples."""
+    found, points = [], functools.partial(decide, unit="points")
+    ends = last(records)
+    many = max(r["together"] for r in ends)
+    for together in sorted({r["together"] for r in ends}):
+        here = select(ends, together=together)
+        batch, frozen = (by_seed(here, "accuracy", then=then) for then in ("batch", "frozen"))
+        gain = frozen - batch
+        if together == many:
+            claim = f"over {together}: frozen for the last part, inference is as accurate"
+            found.append(points(claim, gain, at_least=-EQUAL, at_most=EQUAL))
+            continue
+        claim = f"over {together}: frozen for the last part, inference is more accurate"
+        found.append(points(claim, gain, at_least=GAIN))
+    return tuple(found)
+
+
+def figure(records: Sequence[Record]) -> Figure:
+    """The test error on the way to both ends, over each number of examples."""
+    sizes = sorted({r["together"] for r in records})
+    picture, grid = draw.canvas(len(sizes))
+    for together, axes in zip(sizes, grid, strict=True):
+        here = select(records, together=together)
+        parted = max(r["step"] for r in select(here, then="both"))
+        lines = [
+            r | {"statistics": said}
+            for then, said in (("batch", "of the batch"), ("frozen", "frozen"))
+            for r in here
+            if r["then"] in ("both", then)
+        ]
+        draw.over_steps(axes, lines, draw.test_error, by="statistics", marker=True)
+        draw.threshold(axes, parted, vertical=True)
+        draw.log_y(axes)
+        axes.set(ylabel="test error (%)", title=f"{together} normalized together")
+    draw.legend(picture, grid[0])
+    picture.suptitle(
+        "Training with statistics …; dotted: where they part. Median, band of all seeds"
+    )
+    return picture
