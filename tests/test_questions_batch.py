@@ -222,6 +222,7 @@ class TestRenorm:
             ("shuffled", "batch", 128, 98.0),
             ("shuffled", "batch", 4, 94.0),
             ("shuffled", "renorm", 4, few),
+            ("two classes", "none", 128, 97.0),
             ("two classes", "batch", 128, 60.0),
             ("two classes", "renorm", 128, two),
         ]

@@ -84,7 +84,7 @@ def test_the_largest_stable_rate_is_finite_and_accurate():
     assert learning_rate.largest_stable(records, "none").tolist() == [0.03] * 3
     assert learning_rate.largest_stable(records, "batch").tolist() == [1.0] * 3
     assert np.isnan(learning_rate.largest_stable(records, "layer")).all()
-    slow = [*records, *ends(89, norm="none", lr=10.0)]
+    slow = [*records, *ends(0.9 * 95 - 1, norm="none", lr=10.0)]
     assert learning_rate.largest_stable(slow, "none").tolist() == [0.03] * 3
 
 

@@ -134,7 +134,7 @@ def test_the_plain_variance_of_batches_of_m_is_short_by_one_mth(x64):
 )
 def test_inference_decides_by_ratios_and_errors(corrected, plain, error, expected):
     records = [
-        {"kind": "variance", "layer": layer, "seed": seed, "m": 4}
+        {"kind": "variance", "layer": layer, "seed": seed, "m": 4, "positions": 1}
         | {"corrected": corrected + seed * 1e-4, "plain": plain + seed * 1e-4}
         | {"mean_error": e, "library_error": e}
         for layer in inference.LINEAR

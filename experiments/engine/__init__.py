@@ -29,6 +29,7 @@ from experiments.engine.verdict import (
     last,
     number,
     select,
+    share_of_steps,
     steps_to,
     tuned,
 )
@@ -55,6 +56,7 @@ __all__ = [
     "learn",
     "number",
     "select",
+    "share_of_steps",
     "shuffled",
     "start",
     "steps_to",

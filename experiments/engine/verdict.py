@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -54,16 +54,20 @@ def decide(
 
     One seed, or an effect that is not finite, has no interval: the claim is undecided. With
     `geometric`, for effects of any order of magnitude, none of them negative, mean and interval
-    are those of the logarithm.
+    are those of the logarithm. A zero has none: it counts as the smallest effect that is not zero,
+    but leaves a claim undecided that the effect is at least something.
 
     >>> decide("it is small", [0.1, 0.12, 0.11], at_most=0.5).decision
     'holds'
     """
     values = np.asarray(list(effects), float)
-    if geometric:  # a zero, below all resolution, counts as the smallest that is not
+    if geometric:
         positive = values[values > 0]
         least = positive.min() if positive.size else np.finfo(float).tiny
-        values = np.log(np.where(values == 0, least, values))
+        if at_least > 0:  # its logarithm is -inf
+            least = 0.0
+        with np.errstate(divide="ignore"):
+            values = np.log(np.where(values == 0, least, values))
     mean, low, high = float(values.mean()) if values.size else math.nan, -math.inf, math.inf
     if values.size > 1 and np.isfinite(values).all():
         low = high = mean  # Student's t has no interval where all seeds agree
@@ -103,7 +107,11 @@ def last(records: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def tuned(records: Iterable[dict[str, Any]], *labels: str) -> list[dict[str, Any]]:
-    """The last evaluations of each setting of the labels, at its best rate on average."""
+    """The last evaluations of each setting of the labels, at its best rate.
+
+    The best is that of the largest test accuracy, the mean over the seeds: a net that is tuned at
+    more rates has more to choose from.
+    """
     ends, found = last(records), []
     for setting in dict.fromkeys(tuple(r[label] for label in labels) for r in ends):
         here = select(ends, **dict(zip(labels, setting, strict=True)))
@@ -127,6 +135,23 @@ def accuracy(records: Iterable[dict[str, Any]], condition: Any = None, **wanted:
     if condition is not None:
         wanted["condition"] = condition
     return by_seed(records, "accuracy", kind="evaluation", **wanted)
+
+
+def share_of_steps(
+    records: Sequence[dict[str, Any]],
+    target: float,
+    mine: Mapping[str, Any],
+    reference: Mapping[str, Any],
+) -> np.ndarray:
+    """The steps to `target` percent over those of the reference, of each seed.
+
+    One that does not come there counts with its last step, so that the share is a bound; where
+    neither does it is NaN.
+    """
+    steps = [steps_to(records, target, **which) for which in (mine, reference)]
+    last = max(r["step"] for r in select(records, kind="evaluation"))
+    share = np.minimum(steps[0], last) / np.minimum(steps[1], last)
+    return np.where(np.isinf(steps[0]) & np.isinf(steps[1]), np.nan, share)
 
 
 def steps_to(records: Iterable[dict[str, Any]], target: float, **wanted: Any) -> np.ndarray:

@@ -9,9 +9,9 @@ comparison here is ours.
 
 Protocol: Exact part: the pre-activations of MNIST images, without gain and bias, for inputs and
 weights of any length; the centred ones beside SciPy's Pearson r, in float64. Training: 3×100
-sigmoids on MNIST with SGD, and a small ReLU conv net on CIFAR-10 with momentum, batches of 60. Each
-norm counts at the best of its rates. Cosine norms have a gain, which starts at √K (K inputs) for a
-variance like that of the other norms.
+sigmoids on MNIST, 1,000 steps of SGD, and a small ReLU conv net on CIFAR-10, 300 steps with
+momentum, batches of 60. Each norm counts at the best of its rates. Cosine norms have a gain, which
+starts at √K (K inputs) for a variance like that of the other norms.
 
 Command: python -m experiments run cosine
 """
@@ -52,9 +52,11 @@ BOUND = 1e-12
 PEARSON = 1e-10
 """The difference from SciPy's Pearson r, at most."""
 
-BETTER = {"mnist": 0.1, "cifar10": 0.5}
-"""Points of test accuracy that it must be better than the best of the others. Ours: about a tenth
-of what separates the others there."""
+BETTER = {"mnist": 0.1}
+"""Points of test accuracy that it must be better than the best of the others, on other data
+`ELSEWHERE`. Ours: about a tenth of what separates the others there."""
+
+ELSEWHERE = 0.5
 
 RIVALS = ("batch", "layer", "weight")
 
@@ -76,7 +78,7 @@ class Cosine(Config):
     steps: int = 1000
     schedule: Schedule = "cosine"
     evaluations: int = 2
-    cifar10_rates: tuple[float, ...] = (0.03, 0.1)
+    cifar10_rates: tuple[float, ...] = (0.01, 0.03, 0.1)
     cifar10_steps: int = 300
     cifar10_model: str = "conv"
 
@@ -161,7 +163,7 @@ def verdict(records: Sequence[Record]) -> tuple[Verdict, ...]:
             gain = best(records, norm=norm, data=data) - rivals[first]
             claim = f"{data}: {norm.replace('_', ' ')} norm ends more accurate than the best of "
             claim += f"batch, layer and weight norm (here {first})"
-            found.append(decide(claim, gain, at_least=BETTER[data], unit="points"))
+            found.append(decide(claim, gain, at_least=BETTER.get(data, ELSEWHERE), unit="points"))
     return tuple(found)
 
 

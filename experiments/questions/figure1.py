@@ -39,7 +39,7 @@ from experiments.engine import (
     lanes,
     learn,
     select,
-    steps_to,
+    share_of_steps,
 )
 from normlab import instruments
 
@@ -69,11 +69,11 @@ class Figure1(Config):
     norms: tuple[str, ...] = ("none", "batch")
     starts: tuple[tuple[float, float], ...] = ((0.1, 0.1), (0.01, 0.1), (0.1, 0.5), (1.0, 0.1))
     steps: int = 50_000
-    evaluations: int = 50
+    evaluations: int = 100
 
 
 QUICK = Figure1()
-FULL = Figure1(seeds=10, evaluations=100)
+FULL = Figure1(seeds=10)
 
 
 def run(config: Figure1) -> Iterator[Condition]:
@@ -117,10 +117,7 @@ def verdict(records: Sequence[Record]) -> tuple[Verdict, ...]:
         gain = accuracy(records, **batch) - accuracy(records, **none)
         claim = where + "batch norm ends more accurate"
         found.append(decide(claim, gain, at_least=GAIN, unit="points"))
-        steps = [steps_to(records, TARGET, **which) for which in (none, batch)]
-        last = max(r["step"] for r in records)
-        none_took, batch_took = (np.minimum(s, last) for s in steps)  # all, if it never comes there
-        share = batch_took / none_took
+        share = share_of_steps(records, TARGET, batch, none)
         claim = where + f"it is at {TARGET:g}% in fewer steps (as a share)"
         found.append(decide(claim, share, at_most=SPEED))
         claim = where + "the medians of the last layer's inputs wander less (factor)"

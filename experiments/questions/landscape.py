@@ -112,7 +112,7 @@ def verdict(records: Sequence[Record]) -> tuple[Verdict, ...]:
         ("the gradient along the step is smoother with batch norm (factor of β)", "beta", SMOOTHER),
     ):
         factor = over_training(records, key, "none") / over_training(records, key, "batch")
-        claim = f"ten ReLU layers, MNIST: {claim}"
+        claim = f"ReLU net: {claim}"
         found.append(decide(claim, factor, at_least=limit, geometric=True))
     return tuple(found)
 

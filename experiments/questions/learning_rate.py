@@ -8,10 +8,11 @@ Source: Ioffe & Szegedy 2015, section 4.2.2, https://arxiv.org/abs/1502.03167: I
 2.7 at 30 times, where it ends 2.6 points higher.
 
 Protocol: MNIST, three hidden layers of 100 ReLUs, batches of 60, 1,500 steps of SGD with momentum
-0.9. A rate is stable if the loss stays finite and the net ends with 90% accuracy. The baseline is
-the net without a norm at its best rate, on average over the seeds; its best accuracy is what the
-others have to reach. It is measured 30 times on the way, on 5,000 of the test images. The paper's
-factors are those of a deep conv net on ImageNet, where the baseline trains for weeks.
+0.9. The baseline is the net without a norm at its best rate, on average over the seeds; its best
+accuracy is what the others have to reach. A rate is stable if the loss stays finite and the net
+ends with nine tenths of the baseline's accuracy. It is measured 30 times on the way, on 5,000 of
+the test images. The paper's factors are those of a deep conv net on ImageNet, where the baseline
+trains for weeks.
 
 Command: python -m experiments run learning_rate
 """
@@ -41,8 +42,8 @@ from experiments.engine import (
     select,
 )
 
-STABLE = 90.0
-"""Percent of the test set that a net with a stable rate gets right at the end, at least."""
+STABLE = 0.9
+"""The accuracy at the end with a stable rate, as a share of the baseline's, at least."""
 
 HIGHER = 10.0
 """The largest stable rate with a norm over that without, at least."""
@@ -50,6 +51,9 @@ HIGHER = 10.0
 FEWER = {1.0: 2.0, 5.0: 14.0, 30.0: 11.0}
 """By the factor of the rate: the steps of the baseline over those with batch norm, at least. They
 are the paper's, rounded down."""
+
+NETS = 40
+"""That are trained side by side, at most."""
 
 BETTER = 2.6
 """Points of accuracy that batch norm at 30 times the rate ends above the baseline, at least."""
@@ -84,7 +88,7 @@ FULL = LearningRate(
 
 
 def run(config: LearningRate) -> Iterator[Condition]:
-    """Each norm, with all rates and seeds side by side."""
+    """Each norm, with rates and seeds side by side, as many as the memory holds."""
     multiples = {multiple(lr, factor) for lr in config.starts for factor in FEWER}
 
     def fewer(data: Dataset) -> Dataset:
@@ -93,9 +97,12 @@ def run(config: LearningRate) -> Iterator[Condition]:
 
     for norm in config.norms:
         rates = sorted({*config.rates, *(multiples if norm == "batch" else ())})
-        rows = lanes(config, lr=rates)
-        options = {"side_by_side": rows, "prepare": fewer, "activation": nn.relu}
-        yield Condition({"norm": norm}, learn(config, nl.get(norm), **options))
+        count = max(1, NETS // config.seeds)
+        for some in (rates[at : at + count] for at in range(0, len(rates), count)):
+            rows = lanes(config, lr=some)
+            options = {"side_by_side": rows, "prepare": fewer, "activation": nn.relu}
+            labels = {"norm": norm, "rates": f"{some[0]:g} to {some[-1]:g}"}
+            yield Condition(labels, learn(config, nl.get(norm), **options))
 
 
 def multiple(lr: float, factor: float) -> float:
@@ -118,11 +125,17 @@ def largest_stable(records: Sequence[Record], norm: str) -> np.ndarray:
     """The largest stable rate of each seed, of those that all norms had; NaN if none is."""
     rates = {r["lr"] for r in records if r["norm"] == "none" and r["kind"] == "evaluation"}
     ends = [r for r in last(records) if r["norm"] == norm and r["lr"] in rates]
+    enough = least_accuracy(records)
     found = []
     for seed in sorted({r["seed"] for r in ends}):
-        stable = [r for r in select(ends, seed=seed, diverged=None) if r["accuracy"] >= STABLE]
+        stable = [r for r in select(ends, seed=seed, diverged=None) if r["accuracy"] >= enough]
         found.append(max((r["lr"] for r in stable), default=np.nan))
     return np.array(found)
+
+
+def least_accuracy(records: Sequence[Record]) -> float:
+    """What a net with a stable rate ends with, in percent, at least."""
+    return STABLE * float(accuracy(tuned(select(records, norm="none"))).mean())
 
 
 def speed(records: Sequence[Record], factor: float) -> np.ndarray:
@@ -168,7 +181,7 @@ def figure(records: Sequence[Record]) -> Figure:
     picture, (left, right) = draw.canvas(2)
     draw.against(left, last(records), "lr", draw.test_error)
     left.set(xscale="log", xlabel="learning rate", ylabel="test error at the end (%)")
-    draw.threshold(left, 100 - STABLE)
+    draw.threshold(left, 100 - least_accuracy(records))
     draw.log_y(left)
     left.legend(frameon=False)
     rate = tuned(select(records, norm="none"), "norm")[0]["lr"]

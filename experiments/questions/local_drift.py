@@ -8,12 +8,14 @@ an average of variances, which leaves out the variance between devices, costs ac
 
 Source: Hsieh et al. 2020, https://arxiv.org/abs/1910.00189
 
-Protocol: an MLP (three layers of 100 sigmoids), 4 examples per device, every device normalized on
-its own, gradients averaged. "shuffled": minibatches of all data; "sorted": the data sorted by class
+Protocol: Fashion-MNIST, an MLP (three layers of 100 sigmoids), 1,000 steps of SGD with momentum 0.9
+at rate 0.05 on 8 devices, 4 examples per device, every device normalized on its own, gradients
+averaged. "shuffled": minibatches of all data; "sorted": the data sorted by class
 and cut into one piece for each device. `nl.drift` splits the variance into that within and that
 between devices, for the moments of the last batch and for the running statistics. Of D devices
 with b examples each, sampling alone puts (D − 1)/(bD − 1) of the variance between devices (the mean
-of a beta distribution, for normal values). At the end the same nets are evaluated with merged and
+of a beta distribution, for normal values), and less behind a layer that was normalized locally,
+which makes the devices' means alike. At the end the same nets are evaluated with merged and
 with averaged statistics.
 
 Command: python -m experiments run local_drift
@@ -35,8 +37,8 @@ from experiments.engine import Checkpoint, Condition, Record, Verdict, by_seed, 
 from experiments.engine.devices import Config, Lab
 from experiments.trainer import AXIS, Trainer, TrainState
 
-SAMPLING = (0.8, 1.25)
-"""Bounds for the share between devices over what sampling makes of it, if there is no drift."""
+SAMPLING = 1.25
+"""The share between devices over what sampling makes of it, at most, if there is no drift."""
 
 LOSS = 0.5
 """Points of test accuracy that averaging variances may cost where it does not matter, and must cost
@@ -48,7 +50,7 @@ APART = 0.1
 SECONDS = 60
 
 QUICK = Config(evaluations=20)
-FULL = Config(dataset="cifar10", model="conv", steps=20_000, evaluations=40, seeds=10)
+FULL = Config(dataset="cifar10", steps=20_000, evaluations=40, seeds=10)
 
 
 def run(config: Config) -> Iterator[Condition]:
@@ -142,12 +144,11 @@ def verdict(records: Sequence[Record]) -> tuple[Verdict, ...]:
         name: by_seed(records, "lost", kind="averaging", condition=name)
         for name in ("shuffled", "sorted")
     }
-    low, high = SAMPLING
     found = []
     for at, layer in enumerate(sorted({r["layer"] for r in late}), 1):
         over = [share / sampling for share in shares_of("batch", "shuffled", layer)]
-        claim = f"shuffled, norm {at}: batches differ as samples do (share ÷ sampling's)"
-        found.append(decide(claim, over, at_least=low, at_most=high))
+        claim = f"shuffled, norm {at}: batches differ as samples do or less (share ÷ sampling's)"
+        found.append(decide(claim, over, at_most=SAMPLING))
         claim = f"sorted, norm {at}: running statistics drift apart (share between devices)"
         found.append(decide(claim, shares_of("running", "sorted", layer), at_least=APART))
     claim = "shuffled: averaging the running variances costs nothing (accuracy lost)"

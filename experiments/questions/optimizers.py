@@ -67,7 +67,7 @@ class Optimizers(Config):
 SECONDS = 115
 
 QUICK = Optimizers()
-FULL = Optimizers(dataset="cifar10", model="vgg", batch_size=128, steps=30_000, seeds=10)
+FULL = Optimizers(steps=50_000, evaluations=50, seeds=10)
 
 
 def run(config: Optimizers) -> Iterator[Condition]:

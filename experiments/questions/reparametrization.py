@@ -63,8 +63,7 @@ LOWER = 1.1
 """The training loss without a norm over that with it, at the end, at least."""
 
 WHITE = 0.5
-"""The distance from white that batch norm's output keeps, at least: ten times what counts as
-whitened in decorrelated batch norm, https://arxiv.org/abs/1804.08450."""
+"""The distance from white that batch norm's output keeps, at least; 0.05 would count as white."""
 
 SECONDS = 75
 

@@ -13,7 +13,8 @@ Protocol: 20 layers of 100 units at their initialization, and one batch of 128 M
 weights are Gaussian with variance gain²/K for K inputs: gain 1, gain √2 ("He"), and gain 4
 ("large"), where units saturate. The gradient of the loss by what leaves each layer: the factor per
 layer by which it grows backwards from the last layer to the first, as a geometric mean; and that
-factor split in two, the part of the activation alone and that of norm and weights. A seed draws
+factor split in two, the part of the activation alone and that of norm and weights. Weight norm
+starts from the statistics of the batch; from g = ‖w‖ it would be no norm at all. A seed draws
 weights and batch.
 
 Command: python -m experiments run vanishing
@@ -97,7 +98,9 @@ def run(config: Vanishing) -> Iterator[Condition]:
 def measure(config: Vanishing, activation: str, norm: str) -> Iterator[Record]:
     """The norms of the gradients by layer, of each gain and seed."""
     data = dataset(config.dataset, config.data_dir)
-    look = jax.jit(lambda *args: gradients(nl.get(norm), F[activation], config, *args))
+    options = {"data_init": True} if norm == "weight" else {}
+    made = nl.get(norm, **options)
+    look = jax.jit(lambda *args: gradients(made, F[activation], config, *args))
     for seed in range(config.seeds):
         rng = np.random.default_rng(seed)
         chosen = rng.choice(len(data.train_labels), config.batch_size, replace=False)
@@ -159,12 +162,15 @@ def verdict(records: Sequence[Record]) -> tuple[Verdict, ...]:
     def factor(activation: str, norm: str, gain: str = "1") -> np.ndarray:
         return by_seed(records, "factor", activation=activation, norm=norm, gain=gain)
 
-    claim = "sigmoid without a norm: the gradient vanishes with depth (factor per layer)"
-    found.append(decide(claim, factor("sigmoid", "none"), at_most=VANISHES, geometric=True))
-    for activation in F:
+    for activation in SLOPES:
+        claim = f"{activation} without a norm: the gradient vanishes with depth (factor per layer)"
+        found.append(decide(claim, factor(activation, "none"), at_most=VANISHES, geometric=True))
+    settings = [(activation, "1", "") for activation in F]
+    for activation, gain, said in (*settings, ("tanh", "large", ", large weights")):
         for norm in dict.fromkeys(r["norm"] for r in records if r["norm"] != "none"):
-            claim = f"{activation} with {norm} norm: the gradient stays in range (factor per layer)"
-            effects = factor(activation, norm)
+            claim = f"{activation} with {norm} norm{said}: the gradient stays in range "
+            effects = factor(activation, norm, gain)
+            claim += "(factor per layer)"
             found.append(decide(claim, effects, at_least=low, at_most=high, geometric=True))
     claim = "ReLU without a norm, He's start: the gradient stays in range (factor per layer)"
     effects = factor("ReLU", "none", "He")

@@ -44,7 +44,7 @@ from experiments.engine import (
     lanes,
     learn,
     select,
-    steps_to,
+    share_of_steps,
     tuned,
 )
 from normlab.whiten import Method, condition_number, whiten, whitening
@@ -86,15 +86,15 @@ class Whiten(Config):
       measured: Images whose condition number is taken.
     """
 
-    rates: tuple[float, ...] = (1e-6, 1e-4, 0.01, 0.3, 2.0)
+    rates: tuple[float, ...] = (1e-6, 1e-4, 0.01, 0.3, 2.0, 10.0)
     measured: int = 2000
     steps: int = 600
-    evaluations: int = 10
+    evaluations: int = 60
 
 
 QUICK = Whiten()
 FULL = Whiten(
-    rates=(1e-6, 1e-5, 1e-4, 1e-3, 0.01, 0.1, 0.3, 1.0, 2.0),
+    rates=(1e-6, 1e-5, 1e-4, 1e-3, 0.01, 0.1, 0.3, 1.0, 2.0, 10.0),
     measured=10_000,
     steps=10_000,
     evaluations=100,
@@ -179,17 +179,12 @@ def verdict(records: Sequence[Record]) -> tuple[Verdict, ...]:
         claim = f"{name} whitens: no direction varies more than another (condition number)"
         numbers = by_seed(records, "number", method=name)
         found.append(decide(claim, numbers, at_most=WHITE, geometric=True))
-    last = max(r["step"] for r in records if "step" in r)
-
-    def steps(name: str, norm: str) -> np.ndarray:
-        where = best(records, data=name, norm=norm)
-        return np.minimum(steps_to(records, TARGET, **where), last)
-
     for norm in ("none", "batch"):
         words = "no norm" if norm == "none" else "batch norm"
         for name in METHODS[1:]:
             claim = f"{words}: from {name} data {TARGET:g}% takes fewer steps than from min-max "
-            share = steps(name, norm) / steps("minmax", norm)
+            here, minmax = (best(records, data=d, norm=norm) for d in (name, "minmax"))
+            share = share_of_steps(records, TARGET, here, minmax)
             found.append(decide(claim + "data (as a share)", share, at_most=SPEED))
     lost = {
         norm: accuracy(records, **best(records, data="minmax", norm=norm))
