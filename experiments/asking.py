@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
 import os
@@ -20,6 +21,7 @@ from experiments import questions
 from experiments.engine.ask import Answer, ask
 from experiments.engine.devices import forms_gap
 from experiments.engine.kept import as_json, verdict_json
+from experiments.engine.pool import explain
 from experiments.engine.question import Config, Question
 from experiments.engine.verdict import Verdict
 from experiments.report import Section, page
@@ -64,7 +66,8 @@ class Ask:
     def __post_init__(self) -> None:
         """Raises RunError for an unknown question, before any is run."""
         for name in self.names:
-            questions.require(name)
+            if name not in questions.NAMES:
+                questions.require(name)
         if self.jobs is not None and self.jobs < 0:
             raise RunError(f"--jobs: got {self.jobs}; it must be 0 or more.")
 
@@ -88,6 +91,15 @@ class Report(Ask):
     out: Path = CHECKOUT / "runs" / "report.html"
     """The page; beside it the verdicts as JSON."""
 
+    def __post_init__(self) -> None:
+        """Raises RunError for a page in the place of its verdicts, as well."""
+        super().__post_init__()
+        if self.out.suffix.lower() == ".json":
+            raise RunError(
+                f"--out: got {self.out}, but the verdicts go into that file. Name the page, "
+                f"{self.out.with_suffix('.html').name} for example."
+            )
+
 
 @dataclasses.dataclass(frozen=True)
 class Verify(Ask):
@@ -106,7 +118,7 @@ def run(command: Run) -> int:
 
 def report(command: Report) -> int:
     """Runs the questions and writes the page."""
-    names = command.names or questions.NAMES
+    names = tuple(dict.fromkeys(command.names or questions.NAMES))
     found = {a.name: a for a in _answers(command, names, show=False)}
     told = [found[name] for name in names]
     machine = environment()
@@ -115,7 +127,8 @@ def report(command: Report) -> int:
     out = command.out.expanduser().resolve()
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        said = {"environment": machine, "verdicts": verdicts}
+        configs = {a.name: as_json(a.config) for a in told}
+        said = {"environment": machine, "configs": configs, "verdicts": verdicts}
         whole = {out: text, out.with_suffix(".json"): json.dumps(said, indent=1) + "\n"}
         for path, content in whole.items():
             partial = path.with_name(f".{path.name}.{os.getpid()}")
@@ -137,45 +150,84 @@ def report(command: Report) -> int:
 
 
 def verify(command: Verify) -> int:
-    """Runs the questions and compares their verdicts with those of a report."""
-    try:
-        told = json.loads(command.against.read_text())["verdicts"]
-    except (OSError, ValueError, KeyError) as error:
+    """Runs the questions and compares their verdicts and configs with those of a report."""
+    told, configs = _told(command.against)
+    for name in command.names:
+        if name not in told:
+            raise RunError(f"{name} has no verdict in {command.against}.")
+    gone = {} if command.names else {n: told[n] for n in told if n not in questions.NAMES}
+    names = command.names or tuple(name for name in questions.NAMES if name in told)
+    if not names:
         raise RunError(
-            f"cannot read the verdicts of a report in {command.against}: {error!r}. Make one with "
+            f"{command.against} has no verdict of a question that is here. Name another report "
+            "with --against."
+        )
+    answers = [*_answers(command, names, show=False)]
+    rows = [row for name, before in gone.items() for row in _compared(name, before, {})]
+    for answer in answers:
+        here = as_json(answer.config)
+        then = here if answer.failed else configs.get(answer.name, here)
+        for field in sorted(k for k in {*then, *here} if then.get(k) != here.get(k)):
+            values = (json.dumps(config.get(field)) for config in (then, here))
+            rows.append((answer.name, f"(config) {field}", *values, "differs"))
+        found: Told = {v.claim: (v.decision, v.effect) for v in answer.verdicts}
+        rows += _compared(answer.name, told[answer.name], found)
+    table = Table("question", "claim", "the report", "here", "", title="verify")
+    for row in rows:
+        table.add_row(*map(escape, row))
+    console.print(table)
+    return _exit(answers) or (EXIT_MISSING if any(row[-1] == "differs" for row in rows) else 0)
+
+
+Told = dict[str, tuple[str, float | None]]
+"""Decision and effect of each claim."""
+
+
+def _told(path: Path) -> tuple[dict[str, Told], dict[str, dict[str, Any]]]:
+    """The verdicts of a report and the configs of its questions; those without one are left out."""
+    try:
+        said = json.loads(path.read_text())
+        told = {
+            name: {str(v["claim"]): (str(v["decision"]), _finite(v["effect"])) for v in found}
+            for name, found in said["verdicts"].items()
+            if found
+        }
+        configs = {name: dict(config) for name, config in said.get("configs", {}).items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise RunError(
+            f"cannot read the verdicts of a report in {path}: {error!r}. Make one with "
             "`python -m experiments report`, or name another with --against."
         ) from error
-    names = command.names or tuple(name for name in questions.NAMES if told.get(name))
-    for name in names:
-        if not told.get(name):
-            raise RunError(f"{name} has no verdict in {command.against}.")
-    table = Table("question", "claim", "the report", "here", "", title="verify")
-    answers = [*_answers(command, names, show=False)]
-    differ = False
-    for answer in answers:
-        before = {v["claim"]: v for v in told[answer.name]}
-        for verdict in answer.verdicts:
-            then = before.get(verdict.claim)
-            same = then is not None and then["decision"] == verdict.decision
-            differ |= not same
-            said = "–" if then is None else f"{then['decision']}, {_number(then['effect'])}"
-            here = f"{verdict.decision}, {_number(verdict.effect)}"
-            table.add_row(
-                answer.name, escape(verdict.claim), said, here, "same" if same else "differs"
-            )
-    console.print(table)
-    return _exit(answers) or (EXIT_MISSING if differ else 0)
+    return told, configs
+
+
+def _finite(value: Any) -> float | None:
+    return None if value is None else float(value)
+
+
+def _compared(name: str, before: Told, here: Told) -> Iterator[tuple[str, ...]]:
+    """A row for each claim that is in the report or here."""
+    for claim in dict.fromkeys((*before, *here)):
+        then, now = before.get(claim), here.get(claim)
+        same = then is not None and now is not None and then[0] == now[0]
+        said = ("–" if v is None else f"{v[0]}, {_number(v[1])}" for v in (then, now))
+        yield name, claim, *said, "same" if same else "differs"
 
 
 def section(answer: Answer) -> Section:
     """What the page says of a question."""
-    svg, data = "", ()
+    svg, data = "", tuple({"name": name} for name in answer.config.datasets)
+    if answer.path is not None:
+        data = tuple(json.loads((answer.path / "config.json").read_text())["data"])
     if answer.path is not None and not answer.failed:
         svg = (answer.path / "figure.svg").read_text(encoding="utf-8")
-        data = tuple(json.loads((answer.path / "config.json").read_text())["data"])
+    try:
+        text = questions.describe(answer.name)
+    except Exception:  # its file cannot be imported, which is why it has no answer
+        text = {"question": answer.name}
     return Section(
         name=answer.name,
-        text=questions.describe(answer.name),
+        text=text,
         verdicts=answer.verdicts,
         svg=svg,
         config=as_json(answer.config),
@@ -190,8 +242,16 @@ def _answers(
     command: Ask, names: Sequence[str], rest: Sequence[str] = (), *, show: bool
 ) -> Iterator[Answer]:
     """Asks with a progress bar for each question and one for all."""
-    chosen = [(name, questions.require(name), _config(command, name, rest)) for name in names]
-    total = sum(question.SECONDS for _, question, _ in chosen)
+    chosen, broken = [], []
+    for name in dict.fromkeys(names):
+        try:
+            question = questions.require(name)
+        except Exception as error:  # of the file; the other questions go on
+            why = explain(error, f"in the import of {name}")
+            broken.append(Answer(name, Config(dataset=""), None, failed=why))
+        else:
+            chosen.append((name, question, _config(command, question, name, rest)))
+    seconds = {name: question.SECONDS for name, question, _ in chosen}
     columns = (
         TextColumn("{task.description:>24}"),
         BarColumn(),
@@ -205,15 +265,12 @@ def _answers(
     with Progress(
         *columns, console=errors, speed_estimate_period=600, refresh_per_second=2
     ) as progress:
-        whole = progress.add_task("all questions", total=total)
-        bars = {
-            name: progress.add_task(name, total=question.SECONDS, start=False)
-            for name, question, _ in chosen
-        }
+        whole = progress.add_task("all questions", total=sum(seconds.values()))
+        bars = {n: progress.add_task(n, total=total, start=False) for n, total in seconds.items()}
 
         def tell(name: str, share: float) -> None:
             progress.start_task(bars[name])
-            progress.update(bars[name], completed=share * questions.require(name).SECONDS)
+            progress.update(bars[name], completed=share * seconds[name])
             done = sum(progress.tasks[bar].completed for bar in bars.values())
             progress.update(whole, completed=done)
 
@@ -227,23 +284,23 @@ def _answers(
             tell=tell,
         )
         try:
-            for answer in answers:
-                tell(answer.name, 1.0)
-                progress.update(bars[answer.name], visible=False)
+            for answer in itertools.chain(broken, answers):
+                if answer.name in bars:
+                    tell(answer.name, 1.0)
+                    progress.update(bars[answer.name], visible=False)
                 if show:
                     print_answer(answer)
                 elif answer.failed:
                     _print_failure(answer)
                 yield answer
         except KeyboardInterrupt:
-            errors.print(
-                "[yellow]interrupted:[/] what was measured is kept; the same command goes on."
-            )
+            same = "the same command without --again" if command.again else "the same command"
+            text = f"[yellow]interrupted:[/] what was measured is kept; {same} goes on."
+            errors.print(text, soft_wrap=True)
             raise SystemExit(EXIT_INTERRUPTED) from None
 
 
-def _config(command: Ask, name: str, rest: Sequence[str]) -> Config:
-    question: Question = questions.require(name)
+def _config(command: Ask, question: Question, name: str, rest: Sequence[str]) -> Config:
     config = question.QUICK if command.profile == "quick" else question.FULL
     config = dataclasses.replace(config, data_dir=command.data_dir)
     if not rest:

@@ -38,7 +38,8 @@ class Section(NamedTuple):
       verdicts: One for each claim.
       svg: The figure; empty if there is none.
       config: What was run.
-      data: The "name", "origin" and "sha256" of each data set; empty if none is needed.
+      data: The "name", "origin" and "sha256" of each data set, the name alone of one that was not
+        read; empty if none is needed.
       seconds: The cost, in seconds of one core.
       diverged: What became NaN, and where.
       missing: Why it could not be run; empty if it was.

@@ -84,7 +84,7 @@ def cosine_parts(params: Any, site: Site, *, centred: bool = False) -> Parts:
     x = promote(x) / peak
     _, length_w = units_and_lengths(w)
     sigma = per_unit(length_w) * safe_sqrt(site.linear.patch_square(x, w)) * peak
-    sigma = jnp.where(sigma > 0, sigma, 1)
+    sigma = jnp.where(sigma == 0, 1, sigma)
     if not centred:
         return Parts(jnp.zeros((), w.dtype), sigma, g, b)
     patch = site.linear.patch_moments(x, w)
@@ -94,13 +94,13 @@ def cosine_parts(params: Any, site: Site, *, centred: bool = False) -> Parts:
     # What rounding leaves of a constant patch is no direction. There σ is the plain one, beside
     # which the rounding of a − μ is nothing.
     noise = 8 * jnp.finfo(w.dtype).eps * jnp.abs(patch.mean)
-    square = jnp.where(patch.m2 > patch.count * jnp.square(noise), patch.m2, 0)
+    square = jnp.where(patch.m2 <= patch.count * jnp.square(noise), 0, patch.m2)
     contrast = per_unit(length_w) * safe_sqrt(square) * peak
-    return Parts(mu, jnp.where(contrast > 0, contrast, lax.stop_gradient(sigma)), g, b)
+    return Parts(mu, jnp.where(contrast == 0, lax.stop_gradient(sigma), contrast), g, b)
 
 
 def _peak(x: ArrayLike, linear: Linear) -> Array:
     """max|x| over the axes of a patch, 1 where it is zero, without a gradient."""
     x = promote(x)
     peak = lax.stop_gradient(jnp.max(jnp.abs(x), linear.patch_axes(x), keepdims=True))
-    return jnp.where(peak > 0, peak, 1)
+    return jnp.where(peak == 0, 1, peak)

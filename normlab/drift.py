@@ -45,7 +45,7 @@ class Drift(NamedTuple):
     def share(self) -> Array:
         """`[C]`, the part of the variance that is between devices, 0 to 1."""
         var = self.within + self.between
-        return self.between / jnp.where(var > 0, var, 1)
+        return self.between / jnp.where(var == 0, 1, var)
 
 
 def drift(
@@ -92,8 +92,8 @@ def drift(
         mean=whole.mean,
         within=within,
         between=jnp.maximum(var - within, 0),
-        shift=(m.mean - whole.mean) / jnp.where(sigma > 0, sigma, 1),
-        ratio=m.var() / jnp.where(var > 0, var, 1),
+        shift=(m.mean - whole.mean) / jnp.where(sigma == 0, 1, sigma),
+        ratio=m.var() / jnp.where(var == 0, 1, var),
     )
 
 

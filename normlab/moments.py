@@ -73,8 +73,8 @@ class Moments(NamedTuple):
         nothing left of a float32 variance; the other algorithms do not mind.
         """
         square, var = jnp.square(self.mean), self.var()
-        ratio = square / jnp.where(var > 0, var, 1)
-        return jnp.where(var > 0, ratio, jnp.where(square > 0, jnp.inf, 0))
+        ratio = square / jnp.where(var == 0, 1, var)
+        return jnp.where(var == 0, jnp.where(square == 0, 0, jnp.inf), ratio)
 
 
 def empty(shape: Sequence[int] = (), dtype: DTypeLike = jnp.float32) -> Moments:

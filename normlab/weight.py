@@ -96,7 +96,7 @@ def weight_standardization_parts(params: Any, site: Site) -> Parts:
     _, length = units_and_lengths(deviation)
     ndim, channel = site.a.ndim, site.linear.channel_axis
     mu = expand(w_bar, ndim, channel) * site.linear.patch_sum(x, w)
-    sigma = expand(jnp.where(length > 0, length, 1), ndim, channel)
+    sigma = expand(jnp.where(length == 0, 1, length), ndim, channel)
     return Parts(mu, sigma, g, b)
 
 
@@ -113,7 +113,7 @@ def weight_parts(params: Any, site: Site) -> Parts:
     w = kernel("weight norm", site)
     g, b = gain_and_bias("weight norm", params, site.a, site.linear.channel_axis)
     _, length = units_and_lengths(w)
-    sigma = expand(jnp.where(length > 0, length, 1), site.a.ndim, site.linear.channel_axis)
+    sigma = expand(jnp.where(length == 0, 1, length), site.a.ndim, site.linear.channel_axis)
     return Parts(jnp.zeros((), sigma.dtype), sigma, g, b)
 
 
@@ -137,7 +137,7 @@ def weight_norm_init(site: Site, *, eps: float = 0.0, axis_name: AxisName | None
     weights = align_weights("weight norm", site.weights, t, site.linear.channel_axis)
     m = all_reduce(moments(t, axes, weights=weights), axis_name)
     var = m.var() + eps
-    g = jnp.where(var > 0, lax.rsqrt(jnp.where(var > 0, var, 1)), 1)
+    g = jnp.where(var == 0, 1, lax.rsqrt(jnp.where(var == 0, 1, var)))
     return Affine(g=g.ravel(), b=(-m.mean * g).ravel())
 
 
@@ -149,9 +149,9 @@ def units_and_lengths(w: ArrayLike) -> tuple[Array, Array]:
     w = promote(w)
     axes = tuple(range(w.ndim - 1))
     peak = lax.stop_gradient(jnp.max(jnp.abs(w), axes, keepdims=True))
-    peak = jnp.where(peak > 0, peak, 1)
+    peak = jnp.where(peak == 0, 1, peak)
     length = safe_sqrt(jnp.square(w / peak).sum(axes, keepdims=True))
-    return w / peak / jnp.where(length > 0, length, 1), length * peak
+    return w / peak / jnp.where(length == 0, 1, length), length * peak
 
 
 def deviations(w: ArrayLike) -> tuple[Array, Array]:
@@ -164,12 +164,12 @@ def deviations(w: ArrayLike) -> tuple[Array, Array]:
     deviation = w - m.mean
     noise = 8 * jnp.finfo(w.dtype).eps * jnp.abs(lax.stop_gradient(m.mean))
     largest = lax.stop_gradient(jnp.abs(deviation).max(range(w.ndim - 1), keepdims=True))
-    return jnp.where(largest > noise, deviation, 0), m.mean
+    return jnp.where(largest <= noise, 0, deviation), m.mean
 
 
 def safe_sqrt(q: Array) -> Array:
     """√q for q ≥ 0, with derivative zero at zero."""
-    return jnp.where(q > 0, jnp.sqrt(jnp.where(q > 0, q, 1)), 0)
+    return jnp.where(q == 0, 0, jnp.sqrt(jnp.where(q == 0, 1, q)))
 
 
 def inputs(where: str, site: Site) -> Array:

@@ -8,6 +8,7 @@ so whitening lies outside the four parts; scaling each feature by itself is its 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal, NamedTuple, get_args
 
 import jax.numpy as jnp
@@ -55,7 +56,7 @@ def whitening(x: ArrayLike, *, method: Method = "zca", eps: float = 0.0) -> Whit
     Returns:
       `Whitening`, in float32 at least. A feature that is constant on `x` becomes 0. So does a
       direction whose standard deviation is below C rounding errors of the largest: whitened data
-      has as many dimensions as the data had.
+      has as many dimensions as the data had. A value that is not finite makes W NaN.
 
     Raises:
       ValueError: If there is no axis of examples, the method is unknown, or `eps` is negative or
@@ -71,11 +72,9 @@ def whitening(x: ArrayLike, *, method: Method = "zca", eps: float = 0.0) -> Whit
         low = promote(x).reshape(d.shape).min(0)
         return Whitening(low, jnp.diag(_inverse(d.max(0) - d.min(0))))
     if method == "zscore":
-        var = jnp.square(d).mean(0)
-        return Whitening(mu, jnp.diag(jnp.where(var > 0, lax.rsqrt(var + eps), 0)))
+        return Whitening(mu, jnp.diag(_inverse(rms(d, 0), eps)))
     sigma, u = _principal_axes(d)
-    scale = _inverse(jnp.where(sigma > 0, jnp.sqrt(jnp.square(sigma) + eps), 0))
-    matrix = u * scale
+    matrix = u * _inverse(sigma, eps)
     return Whitening(mu, product(matrix, u.T) if method == "zca" else matrix)
 
 
@@ -119,7 +118,7 @@ def condition_number(x: ArrayLike) -> Array:
       x: `[..., C]`; all leading axes are examples.
 
     Returns:
-      One number from 1 on; 1 where nothing varies.
+      One number from 1 on; 1 where nothing varies. NaN if a value is not finite.
 
     Raises:
       ValueError: If there is no axis of examples.
@@ -129,8 +128,8 @@ def condition_number(x: ArrayLike) -> Array:
     33.0
     """
     sigma, _ = _principal_axes(centred("condition_number", x)[1])
-    least = jnp.where(sigma > 0, sigma, jnp.inf).min()
-    return jnp.where(sigma[0] > 0, jnp.square(sigma[0] / least), 1)
+    least = jnp.where(sigma == 0, jnp.inf, sigma).min()
+    return jnp.where(sigma[0] == 0, 1, jnp.square(sigma[0] / least))
 
 
 def centred(where: str, x: ArrayLike) -> tuple[Array, Array]:
@@ -153,17 +152,34 @@ def product(x: Array, y: Array) -> Array:
     return jnp.matmul(x, y, precision=lax.Precision.HIGHEST)
 
 
+def scaled(d: Array, axes: int | Sequence[int]) -> tuple[Array, Array]:
+    """Returns max|d|, its axes kept, and d/max|d|, whose squares neither overflow nor vanish."""
+    peak = lax.stop_gradient(jnp.abs(d).max(axes, keepdims=True, initial=0))
+    return peak, d / jnp.where(peak == 0, 1, peak)
+
+
+def rms(d: Array, axes: int | Sequence[int]) -> Array:
+    """√mean(d²) over `axes`; NaN where d has one, and with derivative zero at zero."""
+    peak, unit = scaled(d, axes)
+    square = jnp.where(peak == 0, 1, jnp.square(unit).mean(axes, keepdims=True))
+    return (peak * jnp.sqrt(square)).squeeze(axes)
+
+
 def _principal_axes(d: Array) -> tuple[Array, Array]:
     """Returns the standard deviations `[C]`, falling, and the axes `[C, C]` of centred data."""
     n, channels = d.shape
+    peak, d = scaled(d, (0, 1))
     r = jnp.linalg.qr(jnp.pad(d, ((0, max(channels - n, 0)), (0, 0))), mode="r")
     _, sigma, axes = jnp.linalg.svd(r)
     noise = channels * jnp.finfo(d.dtype).eps * sigma[0]
-    return jnp.where(sigma > noise, sigma, 0) / max(n, 1) ** 0.5, axes.T
+    # Not `sigma > noise`, which would turn NaN into 0.
+    return jnp.where(sigma <= noise, 0, sigma) / max(n, 1) ** 0.5 * peak[0], axes.T
 
 
-def _inverse(v: Array) -> Array:
-    return jnp.where(v > 0, 1 / jnp.where(v > 0, v, 1), 0)
+def _inverse(sigma: Array, eps: float = 0.0) -> Array:
+    """1/√(σ² + ε), without the square of σ; 0 where σ = 0."""
+    constant = sigma == 0
+    return jnp.where(constant, 0, 1 / jnp.hypot(jnp.where(constant, 1, sigma), eps**0.5))
 
 
 def _check(method: str, eps: float) -> None:

@@ -7,6 +7,7 @@ import itertools
 import json
 import math
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -33,14 +34,19 @@ from experiments.engine import (
     kept,
     lanes,
     learn,
+    pool,
     select,
+    share_of_steps,
+    shuffled,
     sources,
     steps_to,
 )
+from experiments.engine import devices as on_devices
 from experiments.engine.ask import ask
 from experiments.engine.kept import Kept
 from experiments.engine.learn import optimizer
 from experiments.rundir import CHECKOUT, RunError
+from experiments.trainer import AXIS
 
 TINY = Config(dataset="digits", model="tiny", batch_size=16, steps=6, evaluations=3, seeds=2)
 
@@ -113,6 +119,7 @@ class TestDecide:
         found = decide("", [0.0, 1e-16, 1e-16], at_most=1e-12, geometric=True)
         assert (found.decision, found.effect) == ("holds", pytest.approx(1e-16))
         assert decide("", [0.0, 0.0], at_most=1e-12, geometric=True).decision == "holds"
+        assert decide("", [0.0, 0.0, 5.0], at_least=2, geometric=True).decision == "undecided"
 
     def test_effects_that_agree_to_rounding_have_an_interval(self):
         found = decide("", [1.0, 1.0 + 1e-16, 1.0 + 3e-16], at_least=0.5)
@@ -135,6 +142,24 @@ def test_the_last_value_of_each_seed_counts():
     assert steps_to(records, 90, norm="a").tolist() == [2, 1]
     assert steps_to(records, 95, norm="a").tolist() == [math.inf, math.inf]
     assert len(select(records, norm="a", seed=1)) == 2
+
+
+def test_a_share_of_steps_is_nan_where_neither_net_comes_there():
+    reached = {"a": (10, 40), "b": (20, None), "c": (None, None)}
+    records = [
+        {"kind": "evaluation", "norm": norm, "seed": seed, "step": step}
+        | {"accuracy": 95.0 if there is not None and step >= there else 50.0}
+        for norm, seeds in reached.items()
+        for seed, there in enumerate(seeds)
+        for step in (10, 20, 40)
+    ]
+
+    def share(mine, reference):
+        return share_of_steps(records, 90, {"norm": mine}, {"norm": reference})
+
+    np.testing.assert_equal(share("a", "b"), [0.5, 1.0])
+    np.testing.assert_equal(share("a", "c"), [0.25, 1.0])
+    np.testing.assert_equal(share("b", "c"), [0.5, math.nan])
 
 
 def instrument(net):
@@ -201,6 +226,20 @@ class TestLearn:
             r for r in expected if not isinstance(r, Checkpoint)
         ]
         np.testing.assert_equal(again[-1].leaves, expected[-1].leaves)
+
+
+def test_a_seed_that_diverges_on_several_devices_is_a_result_and_stays_one_when_resumed():
+    config = on_devices.Config(
+        dataset="digits", model="tiny", devices=2, lr=1e38, steps=4, evaluations=2, seeds=2
+    )
+    found = list(map(keep, on_devices.learn(config, nl.Sync(AXIS))(None)))
+    at = next(i for i, r in enumerate(found) if isinstance(r, Checkpoint))
+    assert [r["diverged"] for r in found if not isinstance(r, Checkpoint) and "seed" in r] == [
+        2
+    ] * 4
+    again = list(map(keep, on_devices.learn(config, nl.Sync(AXIS))(found[at])))
+    assert again[:-1] == found[at + 1 : -1]
+    np.testing.assert_equal(again[-1].leaves, found[-1].leaves)
 
 
 @pytest.mark.parametrize(
@@ -289,8 +328,10 @@ class TestKept:
         question = make("twice", [Condition({"a": 1}, values(1))])
         first = ask([question], root=tmp_path, jobs=0)
         next(first)
-        with pytest.raises(RunError, match="another run is writing"):
-            list(ask([question], root=tmp_path, jobs=0))
+        other = make("other", [Condition({"a": 1}, values(1))])
+        locked, free = ask([question, other], root=tmp_path, jobs=0)
+        assert "another run is writing" in locked.failed
+        assert not free.failed
         first.close()
         assert len(list(ask([question], root=tmp_path, jobs=0))) == 1
 
@@ -318,8 +359,26 @@ class TestKept:
 
     def test_conditions_of_the_same_name_are_refused(self, make, tmp_path):
         conditions = [Condition({"a": 1}, values(1))] * 2
-        with pytest.raises(RunError, match="the same labels"):
-            list(ask([make("same", conditions)], root=tmp_path, jobs=0))
+        (found,) = ask([make("same", conditions)], root=tmp_path, jobs=0)
+        assert "the same labels" in found.failed
+
+    def test_the_settings_of_jax_that_decide_numbers_are_in_the_key(self):
+        first = kept.key(TINY, "code", [])
+        assert kept.key(TINY, "code", []) == first
+        with jax.enable_x64(True):
+            assert kept.key(TINY, "code", []) != first
+        with jax.default_matmul_precision("bfloat16"):
+            assert kept.key(TINY, "code", []) != first
+
+    def test_records_that_are_gone_decide_no_verdict(self, make, tmp_path):
+        def second():
+            next(tmp_path.rglob("00-*.jsonl")).unlink()
+            yield {"kind": "value", "seed": 1, "value": 1.0}
+
+        conditions = [Condition({"a": 0}, values(1, 2)), Condition({"a": 1}, exact(second))]
+        (found,) = ask([make("gone", conditions)], root=tmp_path, jobs=0)
+        assert "00-a-0.jsonl is gone" in found.failed
+        assert not found.verdicts
 
 
 class TestFaults:
@@ -341,12 +400,15 @@ class TestFaults:
             yield {"kind": "value", "seed": 0, "value": 1.0}
             raise ZeroDivisionError("of a kind")
 
+        conditions = {"none": values(1), "batch": exact(wrong)}
         asked = [
-            make("wrong", [Condition({"norm": "batch"}, exact(wrong))]),
+            make("wrong", [Condition({"norm": n}, m) for n, m in conditions.items()]),
             make("right", [Condition({"a": 1}, values(1, 1))]),
         ]
         wrong, right = ask(asked, root=tmp_path, jobs=0)
         assert wrong.failed == "ZeroDivisionError: of a kind (in wrong, batch)"
+        assert [r["norm"] for r in wrong.records] == ["none", "none"]  # a value and its cost
+        assert "line" in (wrong.path / "error.txt").read_text()
         assert right.verdicts[0].decision == "holds"
 
     def test_an_error_in_a_verdict_or_a_figure_does_not_stop_the_others(self, make, tmp_path):
@@ -363,6 +425,63 @@ class TestFaults:
             assert not answer.verdicts
             assert answer.seconds >= 0  # what was measured is kept
         assert right.verdicts[0].decision == "holds"
+
+    def test_a_question_that_cannot_begin_does_not_stop_the_others(self, make, tmp_path):
+        def run(config):
+            raise ValueError("no such width")
+
+        name, module, config = make("wrong", [])
+        module.run = run
+        right = make("right", [Condition({"a": 1}, values(1, 1))])
+        wrong, right = ask([(name, module, config), right], root=tmp_path, jobs=0)
+        assert wrong.failed == "ValueError: no such width (in wrong)"
+        assert right.verdicts
+
+    def test_what_a_worker_sends_of_an_error_is_text(self, make, tmp_path, monkeypatch):
+        class Two(Exception):  # cannot be unpickled, nor pickled
+            def __init__(self, one, other):
+                super().__init__(f"{one} and {other}")
+
+        def wrong():
+            yield {"kind": "value", "seed": 0, "value": 1.0}
+            raise Two(1, 2)
+
+        make("wrong", [Condition({"a": 1}, exact(wrong))])
+        monkeypatch.setattr(pool, "_heard", types.SimpleNamespace(put=lambda told: None))
+        code = sources.version("experiments.questions.wrong")
+        task = pool.Task("wrong", TINY, 0, Kept(tmp_path, "wrong", "key"), 1.0, code)
+        sent = pool._measure(0, "wrong", pickle.dumps(task))
+        assert sent == "Two: 1 and 2 (in wrong, a 1)"
+        assert "UnpicklingError" in pool._measure(0, "wrong", b"x")
+
+    def test_a_worker_goes_on_after_an_error_and_measures_no_code_but_that_of_the_key(
+        self, tmp_path
+    ):
+        name = "figure1"
+        wrong = dataclasses.replace(questions.require(name).QUICK, dataset="digits", model="none")
+        code = sources.version(f"experiments.questions.{name}")
+        at = Kept(tmp_path, name, "key")
+        tasks = [pool.Task(name, wrong, 0, at, 0.5, version) for version in (code, "another")]
+        ended = pool.work(tasks, 1, lambda task, share: None, pinned=False)
+        said = {done.task.version: done.error for done in ended}
+        assert said["another"] == "the sources of figure1 changed while it ran; run it again."
+        assert "(in figure1, " in said[code]
+
+    def test_devices_that_are_not_there_leave_one_question_without_an_answer(
+        self, make, tmp_path, monkeypatch
+    ):
+        asked, counts = [make("one", [Condition({"a": 1}, values(1, 1))])], []
+        there = jax.device_count()
+        for count in (there, there + 1):
+            config = on_devices.Config(dataset="digits", devices=count)
+            asked.append(make(f"of_{count}", [Condition({"a": 1}, values(1, 1))], config))
+        set_devices = pool.set_devices
+        monkeypatch.setattr(pool, "set_devices", lambda n: counts.append(n) or set_devices(n))
+        found = {answer.name: answer for answer in ask(asked, root=tmp_path, jobs=0)}
+        lacks = found.pop(f"of_{there + 1}")
+        assert f"needs {there + 1} devices, but there are {there} (cpu)" in lacks.failed
+        assert all(answer.verdicts for answer in found.values())
+        assert counts[0] == there + 1  # before JAX starts: it makes them once
 
     def test_a_lane_that_diverged_is_named(self, make, tmp_path):
         found = [
@@ -401,6 +520,16 @@ class TestVersion:
         asked = "import normlab\nTHRESHOLD = 3\ndef figure(r): return 1\n"
         assert files("experiments/questions/asked.py", asked) != second
 
+    def test_code_that_changes_during_a_run_is_not_measured(self, files, make, tmp_path):
+        def edits():
+            yield {"kind": "value", "seed": 0, "value": 1.0}
+            files("normlab/sums.py", "def mean(x):\n    return 0\n")
+
+        conditions = [Condition({"a": 0}, exact(edits)), Condition({"a": 1}, values(1))]
+        (found,) = ask([make("asked", conditions)], root=tmp_path / "runs", jobs=0)
+        assert found.failed == "the sources of asked changed while it ran; run it again."
+        assert [r["a"] for r in found.records if r["kind"] == "value"] == [0]
+
     def test_words_and_pictures_do_not_count(self, files):
         first = files("experiments/other.py", "A = 1\n")
         sums = '"""Sums."""\n\n\ndef mean(x):  # the\n    """Mean."""\n    return sum(x) / len(x)\n'
@@ -413,6 +542,24 @@ class TestVersion:
         modules = sources._closure("experiments.questions.figure1")
         assert {"normlab.batch", "experiments.trainer", "experiments.engine.learn"} <= set(modules)
         assert not {"experiments.report", "experiments.cli", "experiments.figures"} & set(modules)
+
+
+class TestConfig:
+    @pytest.mark.parametrize("field", ["steps", "evaluations", "seeds", "batch_size"])
+    def test_a_number_below_one_is_refused(self, field):
+        text = f"--{field.replace('_', '-')}: got 0; it must be 1 or more"
+        with pytest.raises(RunError, match=text):
+            dataclasses.replace(TINY, **{field: 0})
+
+    def test_more_evaluations_than_steps_are_refused(self):
+        with pytest.raises(RunError, match="--evaluations: got 7, but --steps is 6"):
+            dataclasses.replace(TINY, evaluations=7)
+
+    def test_a_batch_larger_than_the_data_is_refused(self):
+        images = np.zeros((15, 8, 8, 1), np.uint8)
+        data = types.SimpleNamespace(name="digits", train_images=images)
+        with pytest.raises(RunError, match="--batch-size: got 16, but digits has 15"):
+            shuffled(0, data, TINY)
 
 
 class TestCommand:
@@ -431,6 +578,20 @@ class TestCommand:
         with pytest.raises(SystemExit):
             cli.main(["run", "group_size", "--", "--speed", "3"])
         assert "--speed" in capsys.readouterr().err
+
+    def test_a_config_that_measures_nothing_is_refused(self, capsys):
+        with pytest.raises(SystemExit) as stop:
+            cli.main(["run", "figure1", "--", "--seeds", "0"])
+        assert stop.value.code == cli.EXIT_USAGE
+        said = capsys.readouterr().err
+        assert "--seeds: got 0; it must be 1 or more" in said
+        assert "Traceback" not in said
+
+    def test_a_page_in_the_place_of_its_verdicts_is_refused(self, tmp_path, capsys):
+        with pytest.raises(SystemExit) as stop:
+            cli.main(["report", "--out", str(tmp_path / "x.json")])
+        assert stop.value.code == cli.EXIT_USAGE
+        assert "x.html" in capsys.readouterr().err
 
 
 class TestReport:
@@ -464,7 +625,8 @@ class TestReport:
         assert str(out) in said.out.replace("\n", "")
         page = out.read_text()
         assert "Is it so?" in page
-        assert "mnist" in page
+        assert "mnist, of which nothing was measured" in page
+        assert "none needed" not in page
         verdicts = json.loads(out.with_suffix(".json").read_text())["verdicts"]
         assert [v["decision"] for v in verdicts["has"]] == ["holds"]
         assert verdicts["lacks"] == []
@@ -483,6 +645,65 @@ class TestReport:
         assert "fails, -1.05" in said
         assert self.command("verify", tmp_path, "--against", tmp_path / "no.json") == cli.EXIT_USAGE
 
+    @pytest.mark.parametrize(
+        "text",
+        [
+            *("[]", "{}", '{"verdicts": []}', '{"verdicts": {}}', '{"verdicts": {"has": [1]}}'),
+            '{"verdicts": {"has": [{"claim": "one", "decision": "holds", "effect": "much"}]}}',
+        ],
+    )
+    def test_verify_refuses_a_report_that_says_nothing(self, asked, tmp_path, capsys, text):
+        asked(1.0, 1.1)
+        (tmp_path / "no.json").write_text(text)
+        assert self.command("verify", tmp_path, "--against", tmp_path / "no.json") == cli.EXIT_USAGE
+        assert "no.json" in capsys.readouterr().err.replace("\n", "")
+
+    @pytest.mark.parametrize("where", ["a claim", "a question", "a config"])
+    def test_verify_tells_what_is_not_here_any_more(self, asked, tmp_path, capsys, where):
+        asked(1.0, 1.1, lacks=False)
+        out = tmp_path / "page.html"
+        assert self.command("report", tmp_path, "--out", out) == 0
+        said = json.loads(out.with_suffix(".json").read_text())
+        (verdict,) = said["verdicts"]["has"]
+        if where == "a claim":
+            said["verdicts"]["has"].append({**verdict, "claim": "two"})
+        elif where == "a question":
+            said["verdicts"]["was"] = [verdict]
+        else:
+            said["configs"]["has"]["steps"] = 99
+        out.with_suffix(".json").write_text(json.dumps(said))
+        capsys.readouterr()
+        against = ("--against", out.with_suffix(".json"))
+        assert self.command("verify", tmp_path, *against) == asking.EXIT_MISSING
+        table = capsys.readouterr().out
+        assert table.count("differs") == 1
+        told = {"a claim": "two", "a question": "was", "a config": "(config) steps"}
+        assert told[where] in table
+
+    def test_a_file_that_cannot_be_imported_does_not_stop_the_others(
+        self, asked, tmp_path, monkeypatch, capsys
+    ):
+        asked(1.0, 1.1)
+        require = questions.require
+
+        def broken(name):
+            if name == "lacks":
+                raise ImportError("no module named so")
+            return require(name)
+
+        monkeypatch.setattr(questions, "require", broken)
+        out = tmp_path / "page.html"
+        assert self.command("report", tmp_path, "--out", out) == asking.EXIT_MISSING
+        assert "ImportError: no module named so" in capsys.readouterr().err
+        assert "ImportError: no module named so" in out.read_text()
+        assert json.loads(out.with_suffix(".json").read_text())["verdicts"]["has"]
+
+    def test_a_question_named_twice_is_asked_once(self, asked, tmp_path, capsys):
+        asked(1.0, 1.1)
+        assert self.command("run", tmp_path, "has", "has") == 0
+        assert capsys.readouterr().out.count("holds") == 1
+        assert self.command("report", tmp_path, "has", "has", "--out", tmp_path / "x.html") == 0
+
     def test_interrupted_it_says_that_all_is_kept(self, asked, make, tmp_path, monkeypatch, capsys):
         asked(1.0, lacks=False)
         _, module, _ = make("has", [Condition({"norm": "batch"}, _Stops(after=3))])
@@ -490,7 +711,12 @@ class TestReport:
         with pytest.raises(SystemExit) as stop:
             self.command("run", tmp_path, "has")
         assert stop.value.code == asking.EXIT_INTERRUPTED
-        assert "what was measured is kept" in capsys.readouterr().err
+        assert "what was measured is kept; the same command goes on" in capsys.readouterr().err
+        _, module, _ = make("has", [Condition({"norm": "batch"}, _Stops(after=3))])
+        module.QUICK = TINY
+        with pytest.raises(SystemExit):
+            self.command("run", tmp_path, "has", "--again")
+        assert "the same command without --again goes on" in capsys.readouterr().err
         assert self.command("run", tmp_path, "has") == 0
 
     def test_a_failing_verdict_does_not_fail_the_command(self, asked, tmp_path, capsys):

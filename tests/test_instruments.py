@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.stats
+from jax.flatten_util import ravel_pytree
 
 import normlab as nl
 from normlab import instruments
@@ -112,6 +113,12 @@ def test_a_constant_channel_has_the_kurtosis_no_other_has():
     assert kurtosis.tolist() == [-3, -3]
 
 
+@pytest.mark.parametrize("scale", [1e-25, 1e25])
+def test_cancellation_does_not_depend_on_scale(scale):
+    a = array(activations())
+    assert gap(cancellation(a * scale), cancellation(a)) < 1e-5
+
+
 def test_cancellation_is_that_of_the_moments():
     a = activations()
     assert gap(cancellation(array(a)), a.mean(0) ** 2 / a.var(0)) < 1e-5
@@ -133,6 +140,11 @@ def test_correlations_do_not_depend_on_mean_and_scale():
     for scale in (1e-30, 1e30):
         assert gap(correlations(h * scale), correlations(h)) < 1e-5
     assert gap(correlations(h + 1000), correlations(h)) < 1e-3
+
+
+def test_the_distance_to_white_is_known_where_its_square_is_not():
+    h = array(activations() * 1e12)
+    assert gap(distance_to_white(h), np.linalg.norm(np.cov(h, rowvar=False, ddof=0)) / 2) < 1e-5
 
 
 def test_a_dead_channel_correlates_with_nothing_and_hides_nothing():
@@ -319,7 +331,7 @@ def test_the_largest_eigenvalue_is_the_largest_by_sign(x64):
 
 
 def test_it_is_the_eigenvalue_of_a_networks_hessian(x64):
-    w, unravel = jax.flatten_util.ravel_pytree(params())
+    w, unravel = ravel_pytree(params())
     hessian = jax.jit(jax.hessian(lambda w: loss(unravel(w))))(w)
     values, vectors = np.linalg.eigh(hessian)
 
@@ -332,7 +344,7 @@ def test_it_is_the_eigenvalue_of_a_networks_hessian(x64):
 
     found = measure(jnp.array([1.0, -1.0]))
     assert gap(found.value, np.array([values[-1], -values[0]])) < 1e-6
-    vector = jax.flatten_util.ravel_pytree(jax.tree.map(lambda v: v[0], found.vector))[0]
+    vector = ravel_pytree(jax.tree.map(lambda v: v[0], found.vector))[0]
     assert gap(abs(vector @ vectors[:, -1]), 1.0) < 1e-4
 
 
@@ -347,7 +359,7 @@ def test_too_few_iterations_show_in_the_residual(x64):
 def test_along_a_step_a_quadratic_has_the_curvature_of_the_direction(x64):
     value, start = quadratic(h := rotated(np.linspace(-3, 5, 10)))
     direction = jax.grad(value)(start)
-    d = jax.flatten_util.ravel_pytree(direction)[0]
+    d = ravel_pytree(direction)[0]
     length, change = np.linalg.norm(d), np.linalg.norm(h @ d)
     rates = jnp.array([0.0, 0.1, 0.4])
     walk = instruments.along_step(value, start, direction, rates)
@@ -385,19 +397,61 @@ def over_seeds():
         ),
         "effective rate": lambda v: instruments.effective_lr(v, 0.1, axes=0),
         "angular update": lambda v: instruments.angular_update(v, v**2, axes=0),
-        "along step": lambda v: instruments.along_step(loss, net(v), net(v), [0.1, 0.2]),
+        "along step": lambda v: instruments.along_step(loss, net(v), net(v), jnp.array([0.1, 0.2])),
     }
 
 
-def test_seeds_side_by_side_under_jit_give_what_each_gives():
-    def measure(v):
-        return {name: instrument(v) for name, instrument in over_seeds().items()}
+def every_instrument(v):
+    return {name: instrument(v) for name, instrument in over_seeds().items()}
 
+
+each_seed = jax.jit(jax.vmap(every_instrument))
+
+
+def test_seeds_side_by_side_under_jit_give_what_each_gives():
     v = array(draw(12, 2, 6, C))
-    together, one = jax.jit(jax.vmap(measure))(v), jax.jit(measure)
+    together, one = each_seed(v), jax.jit(every_instrument)
     each = jax.tree.map(lambda *rows: jnp.stack(rows), *(one(row) for row in v))
     for name in over_seeds():
         assert gap(together[name], each[name]) < 1e-4, name
+
+
+def test_nan_in_is_nan_out_and_stays_with_its_seed():
+    v = array(draw(12, 2, 6, C)).at[1, 0, 0].set(jnp.nan)
+    for name, found in each_seed(v).items():
+        for leaf in jax.tree.leaves(found):
+            assert jnp.isnan(leaf[0]).sum() == 0, name
+            assert jnp.isnan(leaf[1]).sum() > 0, name
+
+
+def test_nan_is_neither_zero_nor_infinite():
+    w, spoiled, zero = array([1.0, 2.0]), array([np.nan, 1.0]), jnp.zeros(2)
+    for before in (w, zero):
+        assert jnp.isnan(angular_update(before, spoiled))
+        assert jnp.isnan(angular_update(spoiled, before))
+    assert jnp.isnan(effective_lr(spoiled, 0.1))
+    assert jnp.isnan(effective_lr(zero, np.nan))
+    value, start = quadratic(jnp.eye(6))
+    direction = start | {"a": spoiled}
+    assert jnp.isnan(instruments.along_step(value, start, direction, jnp.array([0.1])).beta)
+    value, start = quadratic(jnp.eye(6).at[0, 0].set(jnp.nan))
+    found = jax.jit(lambda p: instruments.hessian_max(value, p, jax.random.key(0), steps=3))(start)
+    assert jnp.isnan(found.value)
+
+
+def test_where_nothing_turns_or_varies_the_derivatives_are_finite():
+    def measures(w):
+        return (
+            instruments.angular_update(w[0], w[1]),
+            instruments.angular_update(0 * w[0], w[2]),
+            instruments.effective_lr(0 * w, 0.1),
+            instruments.gaussianity(w).excess_kurtosis.sum(),
+            instruments.cancellation(w[:2]).sum(),
+            instruments.distance_to_uncorrelated(w),
+        )
+
+    w = array([[1.0, 2.0], [1.0, 2.0], [4.0, 2.0]])
+    assert jnp.isfinite(jax.jit(jax.jacrev(lambda w: jnp.stack(measures(w))))(w)).all()
 
 
 @pytest.mark.parametrize(

@@ -140,7 +140,8 @@ def test_group_size_decides_by_the_accuracy_gained(alone, decision):
     ("share", "lost", "decisions"),
     [
         (0.2, 9.0, ["holds"] * 4 + ["fails", "holds"]),
-        (0.05, 0.1, ["fails"] * 4 + ["holds", "fails"]),
+        (0.05, 0.1, ["holds", "fails"] * 3),
+        (0.3, 0.1, ["fails", "holds"] * 2 + ["holds", "fails"]),
     ],
 )
 def test_local_drift_decides_by_the_share_between_devices(share, lost, decisions):

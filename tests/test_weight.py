@@ -135,6 +135,15 @@ def test_one_unit_of_another_size_does_not_disturb_the_others():
     assert gap(lengths, np.array([1, 1, 1, 0])) < 1e-6
 
 
+@pytest.mark.parametrize("name", ["weight", "weight_standardization", "cosine", "centred_cosine"])
+def test_a_nan_in_a_unit_is_nan_in_its_output(name):
+    x, w = array(draw(0, 6, 5)), array(draw(1, 5, 4)).at[2, 1].set(jnp.nan)
+    norm, site = nl.get(name), nl.Site(x @ w, x, w)
+    h, _ = norm.apply(*norm.init(site), site, train=True)
+    assert np.isnan(h[:, 1]).all()
+    assert np.isfinite(np.delete(h, 1, axis=1)).all()
+
+
 def test_a_zero_weight_stays_zero_with_finite_derivatives():
     v = array(draw(0, 5, 4) * np.array([1, 0, 1, 0]))
     g, c = array(draw(1, 4)), array(draw(2, 5, 4))

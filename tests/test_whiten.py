@@ -126,6 +126,54 @@ def test_a_copy_of_a_feature_adds_no_dimension():
     assert gap(np.linalg.eigvalsh(covariance(z)), np.array([0] + [1.0] * C)) < 1e-4
 
 
+def test_whitened_data_has_unit_variance_at_every_scale():
+    tiny_and_huge = array([1e-25, 1e-18, 1.0, 1e18, 1e25, 1e30])
+
+    @jax.jit
+    @jax.vmap
+    def deviations(scale):
+        x = jnp.concatenate([array(draw(6, N, 3)) * scale, jnp.full((N, 1), scale)], 1)
+        return {
+            method: eager_whiten(x, eager_whitening(x, method=method)).std(0)
+            for method in ("zca", "pca", "zscore")
+        }
+
+    for method, found in deviations(tiny_and_huge).items():
+        assert gap(found, np.tile([1.0, 1, 1, 0], (6, 1))) < 1e-5, method
+
+
+def test_eps_is_added_to_the_variances_at_every_scale():
+    for scale in (1e-18, 1e18):
+        x = array(draw(6, N, 3) * scale)
+        for method in ("zca", "pca", "zscore"):
+            z = whiten(x, whitening(x, method=method, eps=scale**2))
+            variances = np.asarray(x / scale, np.float64)
+            left = np.linalg.eigvalsh(covariance(variances))
+            if method == "zscore":
+                left = variances.var(0)
+                assert gap(jnp.var(z, 0), left / (left + 1)) < 1e-5
+            else:
+                assert gap(np.linalg.eigvalsh(covariance(z)), left / (left + 1)) < 1e-5
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_a_value_that_is_not_finite_is_never_well_conditioned_nor_a_constant(bad):
+    x = array(data()).at[3, 1].set(bad)
+    assert jnp.isnan(condition_number(x))
+    assert jnp.isnan(jax.jit(jax.vmap(eager_condition))(jnp.stack([x, x]))).all()
+    for method in METHODS:
+        assert jnp.isnan(whitening(x, method=method).matrix[1, 1]), method
+
+
+def test_the_derivative_of_the_zscore_passes_a_constant_feature():
+    x = array(data()).at[:, 2].set(0.1)
+    slope = jax.jit(jax.grad(lambda x: (eager_whitening(x, method="zscore").matrix ** 2).sum()))(x)
+    assert jnp.isfinite(slope).all()
+    assert jnp.abs(slope[:, 2]).max() == 0
+    expected = -4 / N * (x - x.mean(0)) / jnp.var(x, 0) ** 2 / 2
+    assert gap(slope[:, :2], expected[:, :2]) < 1e-4
+
+
 def test_eps_is_added_to_the_variances(x64):
     x = array(data(), jnp.float64)
     variances = np.linalg.eigvalsh(covariance(x))

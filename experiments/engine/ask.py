@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import os
-import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from experiments import figures
-from experiments.data import DataError, Dataset
+from experiments.data import Dataset
 from experiments.engine import kept, pool
 from experiments.engine.kept import Kept, verdict_json
 from experiments.engine.learn import dataset
@@ -29,6 +28,7 @@ class Asked(NamedTuple):
       conditions: What is to be measured.
       kept: Its directory.
       files: The conditions' files.
+      version: That of the code.
     """
 
     name: str
@@ -37,17 +37,16 @@ class Asked(NamedTuple):
     conditions: list[Condition]
     kept: Kept
     files: list[str]
+    version: str
 
     def left(self) -> list[int]:
         """The conditions that are not finished."""
         return [i for i, file in enumerate(self.files) if self.kept.records(file) is None]
 
     def records(self) -> list[Record]:
-        """Everything that was measured."""
-        found: list[Record] = []
-        for file in self.files:
-            found += self.kept.records(file) or []
-        return found
+        """What was measured, of the conditions that are finished."""
+        found = (self.kept.records(file) for file in self.files)
+        return [record for records in found for record in records or []]
 
 
 class Answer(NamedTuple):
@@ -120,7 +119,7 @@ def ask(
       tell: Hears which share of a question is done.
 
     Raises:
-      RunError: If the directory cannot be had, or a worker was killed.
+      RunError: If a worker was killed.
     """
     if jobs is None:
         cores = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))(0)
@@ -131,10 +130,9 @@ def ask(
             say(f"reading the data of {name}")
             try:
                 data = [dataset(d, config.data_dir) for d in config.datasets]
-            except DataError as error:
-                yield Answer(name, config, None, failed=str(error))
-                continue
-            asked[name] = _begin(name, question, config, data, root or kept.ROOT, again)
+                asked[name] = _begin(name, question, config, data, root or kept.ROOT, again)
+            except Exception as error:  # the other questions go on
+                yield Answer(name, config, None, failed=pool.explain(error, f"in {name}"))
         yield from _answer(asked, jobs, pinned, say, tell)
     finally:
         for one in asked.values():
@@ -156,19 +154,30 @@ def _begin(
     directory = Kept(
         root.expanduser().resolve(), name, kept.key(config, code, [d.checksum for d in data])
     )
-    directory.lock()
     files = [directory.file(i, condition) for i, condition in enumerate(conditions)]
+    asked = Asked(name, question, config, conditions, directory, files, code)
+    directory.lock()
+    try:
+        _prepare(asked, data, again)
+    except BaseException:
+        directory.release()
+        raise
+    return asked
+
+
+def _prepare(asked: Asked, data: Sequence[Dataset], again: bool) -> None:
+    directory = asked.kept
     if again:
-        for file in files:
+        for file in asked.files:
             (directory.path / file).unlink(missing_ok=True)
             (directory.path / file).with_suffix(".partial").unlink(missing_ok=True)
-    asked = Asked(name, question, config, conditions, directory, files)
     if asked.left():
-        (directory.path / "verdict.json").unlink(missing_ok=True)
+        for old in ("verdict.json", "error.txt"):
+            (directory.path / old).unlink(missing_ok=True)
         sets = [{"name": d.name, "origin": d.origin, "sha256": d.checksum} for d in data]
-        origin = {"code": code, "data": sets}
-        directory.write_json("config.json", {"question": name, **kept.as_json(config), **origin})
-    return asked
+        origin = {"code": asked.version, "data": sets, "jax": kept.settings()}
+        config = {"question": asked.name, **kept.as_json(asked.config)}
+        directory.write_json("config.json", {**config, **origin})
 
 
 def _answer(
@@ -186,7 +195,7 @@ def _answer(
     for name in sorted(left, key=lambda name: -asked[name].question.SECONDS):  # the longest first
         one = asked[name]
         share = 1 / len(one.files)
-        tasks += [pool.Task(name, one.config, i, one.kept, share) for i in left[name]]
+        tasks += [pool.Task(name, one.config, i, one.kept, share, one.version) for i in left[name]]
         tell(name, 1 - len(left[name]) * share)
     done: dict[str, dict[int, float]] = {name: {} for name in left}
 
@@ -203,36 +212,33 @@ def _answer(
     for ended in pool.work(tasks, min(jobs, len(tasks)), hear, pinned=pinned):
         name = ended.task.question
         waiting[name] -= 1
-        if ended.error is not None:
-            failures.setdefault(name, _explain(ended.error))
+        if ended.error:
+            failures.setdefault(name, ended.error)
         if not waiting[name]:
-            one = asked[name]
-            if name in failures:
-                yield Answer(name, one.config, one.kept.path, failed=failures[name])
-            else:
-                yield finish(one)
+            yield finish(asked[name], failures.get(name, ""))
 
 
-def finish(one: Asked) -> Answer:
-    """The verdicts and the figure of a question that was measured, kept beside its records."""
-    records = one.records()
-    measured = [record for record in records if record["kind"] != "cost"]
-    answer = Answer(one.name, one.config, one.kept.path, (), tuple(records))
+def finish(one: Asked, failed: str = "") -> Answer:
+    """The verdicts and the figure of a question that was measured, kept beside its records.
+
+    Args:
+      one: The question.
+      failed: Why not all of it was measured, if so: then there is no verdict.
+    """
+    answer = Answer(one.name, one.config, one.kept.path, failed=failed)
     try:
+        answer = answer._replace(records=tuple(one.records()))
+        if failed:
+            return answer
+        if left := one.left():
+            raise RunError(f"{one.kept.path / one.files[left[0]]} is gone; run {one.name} again.")
+        measured = [record for record in answer.records if record["kind"] != "cost"]
         verdicts = tuple(one.question.verdict(measured))
         one.kept.write_json("verdict.json", [verdict_json(v) for v in verdicts])
         picture = one.question.figure(measured)
         for kind in ("png", "svg"):
             one.kept.write_bytes(f"figure.{kind}", figures.encode(picture, kind))
     except Exception as error:  # the other questions go on
-        error.add_note(f"in the verdict or the figure of {one.name}")
-        return answer._replace(failed=_explain(error))
+        where = f"in the verdict or the figure of {one.name}"
+        return answer._replace(failed=failed or pool.explain(error, where))
     return answer._replace(verdicts=verdicts)
-
-
-def _explain(error: Exception) -> str:
-    if isinstance(error, RunError | DataError):
-        return str(error)
-    where = "".join(f" ({note})" for note in getattr(error, "__notes__", []))
-    last = traceback.format_exception_only(error)[0].strip()
-    return f"{last}{where}"

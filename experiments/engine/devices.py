@@ -127,6 +127,8 @@ class Lab:
     ) -> Iterator[Record | Checkpoint]:
         """Trains batch norm under a `Sync`; yields evaluations, and how far the forms differ.
 
+        An evaluation has `diverged`: the first step whose loss was not finite, or null.
+
         Args:
           sync: Which examples are one batch.
           resume: Where to go on.
@@ -143,6 +145,7 @@ class Lab:
         trainer = self.trainer(norm, config.form, **options)
         marks, state = stretches(config.steps, config.evaluations), self.start(trainer)
         lengths = {stop - start for start, stop in marks}
+        diverged = np.full(config.seeds, -1)
         if resume is None:
             first = indices[: marks[0][1]]
             (other_form,) = set(FORMS) - {config.form}
@@ -152,15 +155,20 @@ class Lab:
                 trainer.compile(state, lengths, indices.shape[-1])
             state, losses = trainer.train(state, first)
             gap = relative(there.result()[:FIRST_STEPS], losses[:FIRST_STEPS])
-            yield {"kind": "forms", "steps": min(FIRST_STEPS, len(first)), "loss_gap": gap}
+            yield {"kind": "forms", "steps": min(FIRST_STEPS, len(first)), "loss_gap": number(gap)}
         else:
-            whole = jax.tree.unflatten(jax.tree.structure(state), resume.leaves)
+            diverged, *leaves = resume.leaves
+            diverged = np.array(diverged)
+            whole = jax.tree.unflatten(jax.tree.structure(state), leaves)
             state, losses = jax.device_put(whole, self.data.mapped), np.empty(0)
         for start, stop in marks:
             if resume is not None and start < resume.step:
                 continue
             if start:
                 state, losses = trainer.train(state, indices[start:stop])
+            bad = ~np.isfinite(losses)
+            first_bad = np.where(bad.any(axis=0), start + 1 + bad.argmax(axis=0), -1)
+            diverged = np.where(diverged < 0, first_bad, diverged)
             evaluation = trainer.evaluate(state)
             for seed in range(config.seeds):
                 yield {
@@ -170,10 +178,11 @@ class Lab:
                     "train_loss": number(losses[:, seed].mean()),
                     "test_loss": number(evaluation.loss[seed]),
                     "accuracy": number(100 * evaluation.accuracy[seed]),
+                    "diverged": None if diverged[seed] < 0 else int(diverged[seed]),
                 }
             for record in measure(trainer, state):
                 yield {**record, "step": stop}
-            yield Checkpoint(stop, jax.tree.leaves(state))
+            yield Checkpoint(stop, [diverged, *jax.tree.leaves(state)])
 
 
 def learn(config: Config, sync: nl.Sync) -> Measure:
@@ -184,7 +193,7 @@ def learn(config: Config, sync: nl.Sync) -> Measure:
 def forms_gap(records: Iterable[Record]) -> float | None:
     """The largest difference between `pmap` and `shard_map`; `None` if they were not compared."""
     gaps = [record["loss_gap"] for record in records if record["kind"] == "forms"]
-    return max(gaps, default=None)
+    return max((gap for gap in gaps if gap is not None), default=None)
 
 
 def relative(actual: Any, expected: Any) -> float:

@@ -1,6 +1,7 @@
 """The directory of a question: everything that was measured, kept so that a run can go on.
 
 config.json, environment.json    what was asked, of which code and data, on what machine
+error.txt                        where a condition failed, if the reason alone does not say it
 conditions/00-none.jsonl         the records of a condition that is finished; the last says what
 it cost
 conditions/01-batch.partial      a condition on its way: its records and its last checkpoint
@@ -30,14 +31,22 @@ from experiments.rundir import CHECKOUT, RunDirectory, RunError, environment
 PAUSE = 20.0
 """Seconds between two checkpoints of a condition, at least."""
 
+SETTINGS = ("jax_platforms", "jax_enable_x64", "jax_default_matmul_precision")
+"""Those of JAX that numbers depend on."""
+
 ROOT = CHECKOUT / "runs" / "questions"
 """Where questions are kept by default."""
 
 
 def key(config: Config, version: str, checksums: Sequence[str]) -> str:
-    """Names a run by its config, the version of its code and the checksums of its data."""
-    said = json.dumps([as_json(config), version, list(checksums)], sort_keys=True)
-    return hashlib.sha256(said.encode()).hexdigest()[:12]
+    """Names a run by its config, its code's version, its data's checksums and `settings`."""
+    parts = [as_json(config), version, list(checksums), settings()]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def settings() -> dict[str, Any]:
+    """JAX's settings that numbers depend on, as they are now; no device is touched."""
+    return {name: getattr(jax.config, name) for name in SETTINGS}
 
 
 def as_json(config: Config) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from experiments import models
 from experiments.data import Dataset, load
 from experiments.engine.question import Checkpoint, Config, Measure, Record
 from experiments.engine.verdict import number
+from experiments.rundir import RunError
 from experiments.trainer import OPTIMIZERS, DeviceData, Trainer, TrainState, minibatches, stretches
 
 Lane = Mapping[str, Any]
@@ -69,6 +70,11 @@ Draw = Callable[[int, Dataset, Config], np.ndarray]
 
 def shuffled(seed: int, data: Dataset, config: Config) -> np.ndarray:
     """Minibatches from epochs shuffled by the seed."""
+    if config.batch_size > len(data.train_images):
+        raise RunError(
+            f"--batch-size: got {config.batch_size}, but {data.name} has "
+            f"{len(data.train_images)} training examples. Give at most that many."
+        )
     return minibatches(seed, len(data.train_images), config.batch_size, config.steps)
 
 

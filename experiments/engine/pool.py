@@ -7,17 +7,24 @@ conditions side by side, and the numbers do not depend on how many cores there a
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import multiprocessing
 import os
+import pickle
 import threading
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.queues import SimpleQueue
 from typing import Any
 
+import jax
+
+from experiments.data import DataError
 from experiments.engine.kept import Kept
 from experiments.engine.question import Config
+from experiments.engine.sources import version
 from experiments.rundir import RunError
 from experiments.trainer import set_devices
 
@@ -35,6 +42,7 @@ class Task:
       index: Which of its conditions.
       kept: Where its records go.
       weight: What it costs, as a share of all that is to be done.
+      version: That of the code it is to be measured with.
     """
 
     question: str
@@ -42,6 +50,7 @@ class Task:
     index: int
     kept: Kept
     weight: float
+    version: str
 
     @property
     def devices(self) -> int:
@@ -55,11 +64,12 @@ class Done:
 
     Attributes:
       task: Which.
-      error: What went wrong, if something did.
+      error: What went wrong, in words; empty if nothing did. No exception leaves its process:
+        some of them cannot be sent.
     """
 
     task: Task
-    error: Exception | None = None
+    error: str = ""
 
 
 Tell = Callable[[Task, float], None]
@@ -82,17 +92,17 @@ def work(tasks: Sequence[Task], jobs: int, tell: Tell, *, pinned: bool) -> Itera
       RunError: If a process was killed.
     """
     if not jobs:
+        with contextlib.suppress(RunError, RuntimeError):  # a task that lacks some will say so
+            set_devices(max(task.devices for task in tasks))
         for task in tasks:
-            yield _attempt(task, lambda share, task=task: tell(task, share))
+            yield Done(task, _attempt(task, lambda share, task=task: tell(task, share)))
         return
     for devices in sorted({task.devices for task in tasks}):
         alike = [task for task in tasks if task.devices == devices]
-        yield from _side_by_side(alike, min(jobs, len(alike)), tell, pinned, devices)
+        yield from _side_by_side(alike, min(jobs, len(alike)), tell, pinned)
 
 
-def _side_by_side(
-    tasks: Sequence[Task], jobs: int, tell: Tell, pinned: bool, devices: int
-) -> Iterator[Done]:
+def _side_by_side(tasks: Sequence[Task], jobs: int, tell: Tell, pinned: bool) -> Iterator[Done]:
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
     context = multiprocessing.get_context("spawn")
     places, heard = context.SimpleQueue(), context.SimpleQueue()
@@ -101,10 +111,13 @@ def _side_by_side(
     for name, value in ALLOCATION.items():
         os.environ.setdefault(name, value)
     pool = concurrent.futures.ProcessPoolExecutor(
-        jobs, mp_context=context, initializer=_begin, initargs=(places, heard, devices)
+        jobs, mp_context=context, initializer=_begin, initargs=(places, heard)
     )
     threading.Thread(target=_listen, args=(heard, tasks, tell), daemon=True).start()
-    futures = {pool.submit(_measure, i, task): task for i, task in enumerate(tasks)}
+    futures = {
+        pool.submit(_measure, i, task.question, pickle.dumps(task)): task
+        for i, task in enumerate(tasks)
+    }
     try:
         for future in concurrent.futures.as_completed(futures):
             try:
@@ -125,7 +138,7 @@ def _side_by_side(
 _heard: Any = None
 
 
-def _begin(places: SimpleQueue[int | None], heard: SimpleQueue[Any], devices: int) -> None:
+def _begin(places: SimpleQueue[int | None], heard: SimpleQueue[Any]) -> None:
     """What a worker does first."""
     global _heard
     _heard = heard
@@ -140,30 +153,56 @@ def _begin(places: SimpleQueue[int | None], heard: SimpleQueue[Any], devices: in
         os._exit(1)
 
     threading.Thread(target=follow, daemon=True).start()
-    set_devices(devices)
 
 
-def _measure(number: int, task: Task) -> Exception | None:
-    return _attempt(task, lambda share: _heard.put((number, share))).error
+def _measure(number: int, question: str, packed: bytes) -> str:
+    try:
+        task = pickle.loads(packed)  # imports the question
+    except Exception as error:
+        return explain(error, f"in {question}")
+    return _attempt(task, lambda share: _heard.put((number, share)))
 
 
-def _attempt(task: Task, tell: Callable[[float], None]) -> Done:
-    import jax
-
+def _attempt(task: Task, tell: Callable[[float], None]) -> str:
+    """Measures a task; returns what went wrong, or nothing."""
     from experiments.questions import require
 
-    conditions = list(require(task.question).run(task.config))
-    condition = conditions[task.index]
-    file = task.kept.file(task.index, condition)
+    where = f"in {task.question}"
     try:
+        _have(task.devices, task.question)
+        condition = list(require(task.question).run(task.config))[task.index]
+        where += f", {condition.name}"
+        if version(f"experiments.questions.{task.question}") != task.version:
+            raise RunError(f"the sources of {task.question} changed while it ran; run it again.")
+        file = task.kept.file(task.index, condition)
         task.kept.measure(file, condition, lambda step: tell(step / max(1, task.config.steps)))
     except Exception as error:
-        error.add_note(f"in {task.question}, {condition.name}")
-        return Done(task, error)
+        if not isinstance(error, RunError | DataError):
+            with contextlib.suppress(RunError):  # a full disk: the reason is told all the same
+                task.kept.write_bytes("error.txt", traceback.format_exc().encode())
+        return explain(error, where)
     finally:
         jax.clear_caches()
     tell(1.0)
-    return Done(task)
+    return ""
+
+
+def _have(devices: int, question: str) -> None:
+    try:
+        set_devices(devices)
+    except RunError:
+        raise RunError(
+            f"{question} needs {devices} devices, but there are {jax.device_count()} "
+            f"({jax.default_backend()}). Ask for at most that many: run {question} -- --devices "
+            f"{jax.device_count()}; JAX_PLATFORMS=cpu makes as many as are needed."
+        ) from None
+
+
+def explain(error: Exception, where: str) -> str:
+    """What went wrong, in words, and where, unless the words say it."""
+    if isinstance(error, RunError | DataError):
+        return str(error)
+    return f"{type(error).__name__}: {error}".rstrip(": ") + f" ({where})"
 
 
 def _listen(heard: SimpleQueue[Any], tasks: Sequence[Task], tell: Tell) -> None:

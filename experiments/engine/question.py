@@ -10,6 +10,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 from matplotlib.figure import Figure
 
 from experiments.engine.verdict import Verdict
+from experiments.rundir import RunError
 
 Record = dict[str, Any]
 """A measurement: JSON values by name; `None` where one is not finite."""
@@ -45,6 +46,18 @@ class Config:
     schedule: Schedule = "constant"
     seeds: int = 3
     data_dir: Path | None = None
+
+    def __post_init__(self) -> None:
+        """Raises RunError for a number that nothing could be measured with."""
+        for name in ("steps", "evaluations", "seeds", "batch_size"):
+            value = getattr(self, name)
+            if value < 1:
+                raise RunError(f"--{name.replace('_', '-')}: got {value}; it must be 1 or more.")
+        if self.evaluations > self.steps:
+            raise RunError(
+                f"--evaluations: got {self.evaluations}, but --steps is {self.steps}, and there is "
+                "at most one evaluation after each step. Give fewer evaluations or more steps."
+            )
 
     @property
     def datasets(self) -> tuple[str, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import hashlib
 import importlib.metadata
 from collections.abc import Iterator
@@ -29,9 +30,8 @@ def version(module: str) -> str:
     total = hashlib.sha256()
     for package in PACKAGES:
         total.update(f"{package} {importlib.metadata.version(package)}\n".encode())
-    for name, tree in sorted(_closure(module).items()):
-        body = ast.Module([part for part in tree.body if not _shows(name, part)], [])
-        total.update(f"{name}\n{ast.dump(_without_docstrings(body))}\n".encode())
+    for name, code in sorted(_closure(module).items()):
+        total.update(f"{name}\n{code}\n".encode())
     return total.hexdigest()
 
 
@@ -46,17 +46,27 @@ def _assigned(part: ast.stmt) -> list[str]:
     return [target.id for target in targets if isinstance(target, ast.Name)]
 
 
-def _closure(module: str) -> dict[str, ast.Module]:
-    found: dict[str, ast.Module] = {}
+def _closure(module: str) -> dict[str, str]:
+    """The code of each module that counts, by its name."""
+    found: dict[str, str] = {}
     waiting = [module]
     while waiting:
         name = waiting.pop()
         path = _file(name)
         if path is None or name in found or name in ASIDE:
             continue
-        found[name] = tree = ast.parse(path.read_text())
-        waiting += _imports(tree)
+        found[name], imported = _read(name, path.read_text())
+        waiting += imported
     return found
+
+
+@functools.cache
+def _read(name: str, text: str) -> tuple[str, tuple[str, ...]]:
+    """The code of a source without what does not count, and what it imports."""
+    tree = ast.parse(text)
+    imported = tuple(_imports(tree))
+    body = ast.Module([part for part in tree.body if not _shows(name, part)], [])
+    return ast.dump(_without_docstrings(body)), imported
 
 
 def _imports(tree: ast.Module) -> Iterator[str]:

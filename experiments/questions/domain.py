@@ -158,7 +158,7 @@ def figure(records: Sequence[Record]) -> Figure:
     picture, grid = draw.canvas(len(names), width=3)
     for name, axes in zip(names, np.atleast_1d(grid), strict=True):
         keys = {"clean": "clean", "of training": f"{name}_training", "its own": f"{name}_own"}
-        draw.columns(axes, {said: by_seed(ends, key) for said, key in keys.items()})
+        draw.columns(axes, {said: [*by_seed(ends, key)] for said, key in keys.items()})
         axes.set(title=name, ylim=(0, 100), ylabel="test accuracy (%)")
     picture.suptitle("Test accuracy by the statistics of inference; a point is a seed")
     return picture

@@ -130,8 +130,8 @@ def figure(records: Sequence[Record]) -> Figure:
         hidden, everywhere = (select(here, layers=where) for where in ("hidden", "all"))
         draw.over_steps(axes, hidden, draw.test_error, marker=True)
         for norm in dict.fromkeys(r["norm"] for r in everywhere):
-            look = {"ls": "--", "label": f"{norm}, in all layers"}
-            draw.over_steps(axes, select(everywhere, norm=norm), draw.test_error, **look)
+            mine, label = select(everywhere, norm=norm), f"{norm}, in all layers"
+            draw.over_steps(axes, mine, draw.test_error, ls="--", label=label)
         axes.set(ylabel="test error (%)", title=f"batches of {size}")
         draw.log_y(axes)
     lows, highs = zip(*(axes.get_ylim() for axes in grid), strict=True)

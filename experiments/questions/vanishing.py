@@ -80,6 +80,7 @@ class Vanishing(Config):
     norms: tuple[str, ...] = ("none", "batch", "layer", "weight")
     batch_size: int = 128
     steps: int = 1
+    evaluations: int = 1
     seeds: int = 5
 
 

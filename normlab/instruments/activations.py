@@ -10,9 +10,10 @@ import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
-from normlab.checks import floating, invalid, normalize_axes, promote
+from normlab.checks import invalid, normalize_axes, promote
 from normlab.instruments.vectors import unit
 from normlab.moments import moments
+from normlab.whiten import rms
 
 
 def percentiles(
@@ -166,6 +167,10 @@ def cancellation(a: ArrayLike, *, axes: int | Sequence[int] = 0) -> Array:
     >>> cancellation(jnp.array([[999.0, 0.0], [1001.0, 2.0]])).tolist()
     [1000000.0, 1.0]
     """
-    a = floating(a)
+    a = promote(a)
     axes = normalize_axes("cancellation", axes, a.ndim)
-    return moments(a, axes, algorithm="two_pass").cancellation().squeeze(axes)
+    mean = moments(a, axes, algorithm="two_pass").mean
+    sigma = rms(a - mean, axes)
+    mean, constant = mean.squeeze(axes), sigma == 0
+    ratio = jnp.square(mean / jnp.where(constant, 1, sigma))
+    return jnp.where(constant & (mean != 0), jnp.inf, ratio)

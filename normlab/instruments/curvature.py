@@ -62,8 +62,9 @@ def along_step(
         value, later = jax.value_and_grad(loss)(moved)
         distance = norm(as_vector(later) - gradient)
         length = norm(as_vector(moved) - as_vector(params))
-        slope = distance / jnp.where(length > 0, length, 1)
-        return value, distance, jnp.where(length > 0, slope, 0)
+        still = length == 0
+        slope = distance / jnp.where(still, 1, length)
+        return value, distance, jnp.where(still, 0 * distance, slope)
 
     losses, distances, slopes = lax.map(measure, promote(jnp.asarray(rates)))
     return AlongStep(losses, distances, slopes.max())
@@ -136,7 +137,7 @@ def hessian_max(
     # H + c·I has a positive largest eigenvalue: for a negative definite H, ‖Hv‖ ≥ |λ_max|·‖v‖.
     # The library's test of convergence, and the zeros it pads its basis with, need that.
     c = 2 * norm(hvp(v / norm(v)))
-    c = jnp.where(c > 0, c, 1)
+    c = jnp.where(c == 0, 1, c)
     shifted = jax.vmap(lambda v: hvp(v) + c * v, in_axes=1, out_axes=1)
     # It stops below 10·n·tol·(θ + ‖Av‖), which is 20·n·tol·θ for an eigenvector.
     _, vectors, count = lobpcg_standard(shifted, v[:, None], steps, tol / (20 * n))

@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 
 from normlab.checks import promote
 
@@ -21,18 +21,24 @@ def as_vector(tree: Any) -> Array:
 
 
 def norm(v: Array, axes: Axes = None, *, keepdims: bool = False) -> Array:
-    """‖v‖₂, taken after division by max|v|: neither 1e-30 nor 1e30 is squared."""
+    """‖v‖₂, taken after division by max|v|: neither 1e-30 nor 1e30 is squared.
+
+    NaN where v has one, and with derivative zero at zero. In this package zero is found by `== 0`:
+    `not > 0` would take NaN for it.
+    """
     axes = tuple(axes) if isinstance(axes, Sequence) else axes
-    peak = jnp.max(jnp.abs(v), axes, keepdims=True, initial=0)
+    peak = lax.stop_gradient(jnp.max(jnp.abs(v), axes, keepdims=True, initial=0))
     peak = jnp.where((peak > 0) & jnp.isfinite(peak), peak, 1)
-    length = peak * jnp.sqrt(jnp.square(v / peak).sum(axes, keepdims=True))
+    square = jnp.square(v / peak).sum(axes, keepdims=True)
+    zero = square == 0
+    length = jnp.where(zero, 0, peak * jnp.sqrt(jnp.where(zero, 1, square)))
     return length if keepdims else length.squeeze(axes)
 
 
 def unit(v: Array, axes: Axes = None) -> Array:
     """v/‖v‖; zero stays zero."""
     length = norm(v, axes, keepdims=True)
-    return v / jnp.where(length > 0, length, 1)
+    return v / jnp.where(length == 0, 1, length)
 
 
 def cosine(v: Array, w: Array) -> Array:
@@ -49,6 +55,7 @@ def angle(v: Array, w: Array, axes: Axes = None) -> Array:
     d = w - v
     along = (d * direction).sum(axes, keepdims=True)
     across = norm(d - along * direction, axes, keepdims=True)
-    defined = (length > 0) & (norm(w, axes, keepdims=True) > 0)
-    theta = jnp.where(defined, jnp.arctan2(across, length + along), 0)
-    return theta.squeeze(axes)
+    # The minimum of 0 and NaN is NaN.
+    undefined = jnp.minimum(length, norm(w, axes, keepdims=True)) == 0
+    theta = jnp.arctan2(across, jnp.where(undefined, 1, length + along))
+    return jnp.where(undefined, 0, theta).squeeze(axes)

@@ -33,8 +33,9 @@ def effective_lr(w: ArrayLike, lr: ArrayLike, *, axes: Axes = None) -> Array:
     [0.019999999552965164, 0.125]
     """
     length = norm(promote(w), axes)
-    rate = jnp.asarray(lr, length.dtype) / jnp.where(length > 0, length, 1)
-    return jnp.where(length > 0, rate / jnp.where(length > 0, length, 1), jnp.inf)
+    lr, zero = jnp.asarray(lr, length.dtype), length == 0
+    length = jnp.where(zero, 1, length)
+    return jnp.where(zero & ~jnp.isnan(lr), jnp.inf, lr / length / length)
 
 
 def angular_update(before: ArrayLike, after: ArrayLike, *, axes: Axes = None) -> Array:

@@ -6,8 +6,9 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
+from normlab.instruments.vectors import norm
 from normlab.weight import units_and_lengths
-from normlab.whiten import centred, product
+from normlab.whiten import centred, product, scaled
 
 
 def correlations(h: ArrayLike) -> Array:
@@ -53,9 +54,9 @@ def distance_to_uncorrelated(h: ArrayLike) -> Array:
     """
     r = correlations(h)
     off = r - jnp.diag(jnp.diag(r))
-    live = (jnp.diag(r) > 0).astype(r.dtype).sum()
+    live = (jnp.diag(r) != 0).astype(r.dtype).sum()
     pairs = live * (live - 1)
-    return jnp.sqrt(jnp.square(off).sum() / jnp.where(pairs > 0, pairs, 1))
+    return norm(off) / jnp.sqrt(jnp.where(pairs > 0, pairs, 1))
 
 
 def distance_to_white(h: ArrayLike) -> Array:
@@ -79,5 +80,5 @@ def distance_to_white(h: ArrayLike) -> Array:
     """
     _, d = centred("distance to white", h)
     cov = product(d.T, d) / max(len(d), 1)
-    channels = len(cov)
-    return jnp.sqrt(jnp.square(cov - jnp.eye(channels, dtype=cov.dtype)).sum() / channels)
+    peak, gap = scaled(cov - jnp.eye(len(cov), dtype=cov.dtype), (0, 1))
+    return peak.squeeze() * jnp.sqrt(jnp.square(gap).sum() / len(cov))
