@@ -14,7 +14,7 @@ INSTALLED := $(VENV)/installed
 compare: $(INSTALLED)-experiments
 	$(BIN)/python -m experiments compare $(ARGS)
 
-# Three quarters of an hour on two cores; what is finished is not run again.
+# Half an hour on two cores; what is finished is not run again.
 report: $(INSTALLED)-experiments
 	$(BIN)/python -m experiments report $(ARGS)
 

@@ -1,4 +1,4 @@
-"""The commands that ask the questions: `run`, `report` and `verify`."""
+"""The commands that ask the questions: `run`, `report`, and what `verify` shares with them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import math
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import tyro
 from rich.console import Console
@@ -32,16 +32,13 @@ EXIT_INTERRUPTED = 130
 EXIT_MISSING = 1
 """Of a run of which a question has no answer; what the verdicts say does not matter."""
 
-COMMITTED = CHECKOUT / "docs" / "report.json"
-"""The verdicts of the last report that was committed, beside its page."""
-
 console = Console()
 errors = Console(stderr=True)
 
 
 @dataclasses.dataclass(frozen=True)
 class Ask:
-    """What `run`, `report` and `verify` have in common."""
+    """What the commands have in common."""
 
     names: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
     """Which questions (`python -m experiments list`)."""
@@ -101,25 +98,17 @@ class Report(Ask):
             )
 
 
-@dataclasses.dataclass(frozen=True)
-class Verify(Ask):
-    """Run questions, by default those of the last report, and compare the verdicts with it."""
-
-    against: Path = COMMITTED
-    """The verdicts of a report."""
-
-
 def run(command: Run) -> int:
     """Runs the questions and prints what each came to."""
     if not command.names:
         raise RunError(f"name a question: {', '.join(questions.NAMES)}.")
-    return _exit([*_answers(command, command.names, command.config, show=True)])
+    return status([*answers(command, command.names, command.config, show=True)])
 
 
 def report(command: Report) -> int:
     """Runs the questions and writes the page."""
     names = tuple(dict.fromkeys(command.names or questions.NAMES))
-    found = {a.name: a for a in _answers(command, names, show=False)}
+    found = {a.name: a for a in answers(command, names, show=False)}
     told = [found[name] for name in names]
     machine = environment()
     text = page([section(answer) for answer in told], machine)
@@ -146,72 +135,7 @@ def report(command: Report) -> int:
         counts.add_row(answer.name, *cells, f"{answer.seconds:.0f}" if answer.path else "missing")
     console.print(counts)
     console.print(f"{'page':>12}  {out}", highlight=False, soft_wrap=True)
-    return _exit(told)
-
-
-def verify(command: Verify) -> int:
-    """Runs the questions and compares their verdicts and configs with those of a report."""
-    told, configs = _told(command.against)
-    for name in command.names:
-        if name not in told:
-            raise RunError(f"{name} has no verdict in {command.against}.")
-    gone = {} if command.names else {n: told[n] for n in told if n not in questions.NAMES}
-    names = command.names or tuple(name for name in questions.NAMES if name in told)
-    if not names:
-        raise RunError(
-            f"{command.against} has no verdict of a question that is here. Name another report "
-            "with --against."
-        )
-    answers = [*_answers(command, names, show=False)]
-    rows = [row for name, before in gone.items() for row in _compared(name, before, {})]
-    for answer in answers:
-        here = as_json(answer.config)
-        then = here if answer.failed else configs.get(answer.name, here)
-        for field in sorted(k for k in {*then, *here} if then.get(k) != here.get(k)):
-            values = (json.dumps(config.get(field)) for config in (then, here))
-            rows.append((answer.name, f"(config) {field}", *values, "differs"))
-        found: Told = {v.claim: (v.decision, v.effect) for v in answer.verdicts}
-        rows += _compared(answer.name, told[answer.name], found)
-    table = Table("question", "claim", "the report", "here", "", title="verify")
-    for row in rows:
-        table.add_row(*map(escape, row))
-    console.print(table)
-    return _exit(answers) or (EXIT_MISSING if any(row[-1] == "differs" for row in rows) else 0)
-
-
-Told = dict[str, tuple[str, float | None]]
-"""Decision and effect of each claim."""
-
-
-def _told(path: Path) -> tuple[dict[str, Told], dict[str, dict[str, Any]]]:
-    """The verdicts of a report and the configs of its questions; those without one are left out."""
-    try:
-        said = json.loads(path.read_text())
-        told = {
-            name: {str(v["claim"]): (str(v["decision"]), _finite(v["effect"])) for v in found}
-            for name, found in said["verdicts"].items()
-            if found
-        }
-        configs = {name: dict(config) for name, config in said.get("configs", {}).items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise RunError(
-            f"cannot read the verdicts of a report in {path}: {error!r}. Make one with "
-            "`python -m experiments report`, or name another with --against."
-        ) from error
-    return told, configs
-
-
-def _finite(value: Any) -> float | None:
-    return None if value is None else float(value)
-
-
-def _compared(name: str, before: Told, here: Told) -> Iterator[tuple[str, ...]]:
-    """A row for each claim that is in the report or here."""
-    for claim in dict.fromkeys((*before, *here)):
-        then, now = before.get(claim), here.get(claim)
-        same = then is not None and now is not None and then[0] == now[0]
-        said = ("–" if v is None else f"{v[0]}, {_number(v[1])}" for v in (then, now))
-        yield name, claim, *said, "same" if same else "differs"
+    return status(told)
 
 
 def section(answer: Answer) -> Section:
@@ -238,7 +162,7 @@ def section(answer: Answer) -> Section:
     )
 
 
-def _answers(
+def answers(
     command: Ask, names: Sequence[str], rest: Sequence[str] = (), *, show: bool
 ) -> Iterator[Answer]:
     """Asks with a progress bar for each question and one for all."""
@@ -274,7 +198,7 @@ def _answers(
             done = sum(progress.tasks[bar].completed for bar in bars.values())
             progress.update(whole, completed=done)
 
-        answers = ask(
+        measured = ask(
             chosen,
             root=command.run_dir,
             jobs=jobs,
@@ -284,7 +208,7 @@ def _answers(
             tell=tell,
         )
         try:
-            for answer in itertools.chain(broken, answers):
+            for answer in itertools.chain(broken, measured):
                 if answer.name in bars:
                     tell(answer.name, 1.0)
                     progress.update(bars[answer.name], visible=False)
@@ -346,9 +270,6 @@ def _judged(v: Verdict) -> tuple[str, str, str]:
     return f"{v.effect:.3g}{unit} [{v.low:.3g}, {v.high:.3g}]", bounds, v.decision
 
 
-def _number(value: Any) -> str:
-    return "–" if value is None else f"{value:.3g}"
-
-
-def _exit(answers: Sequence[Answer]) -> int:
+def status(answers: Sequence[Answer]) -> int:
+    """The exit status: whether every question has an answer."""
     return EXIT_MISSING if any(answer.failed for answer in answers) else 0

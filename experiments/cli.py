@@ -35,6 +35,7 @@ from experiments import (
     models,
     numerics,
     questions,
+    verifying,
 )
 from experiments.bench_conv import BenchConv
 from experiments.bench_figure1 import BenchFigure1
@@ -96,7 +97,7 @@ Command = (
     | Annotated[Invariances, tyro.conf.subcommand("invariances")]
     | Annotated[asking.Run, tyro.conf.subcommand("run")]
     | Annotated[asking.Report, tyro.conf.subcommand("report")]
-    | Annotated[asking.Verify, tyro.conf.subcommand("verify")]
+    | Annotated[verifying.Verify, tyro.conf.subcommand("verify")]
     | Annotated[Ledger, tyro.conf.subcommand("ledger")]
     | Annotated[Train, tyro.conf.subcommand("train")]
     | Annotated[Launch, tyro.conf.subcommand("launch")]
@@ -467,7 +468,7 @@ HANDLERS: dict[type, Callable[[Any], int]] = {
     Invariances: print_invariances,
     asking.Run: asking.run,
     asking.Report: asking.report,
-    asking.Verify: asking.verify,
+    verifying.Verify: verifying.verify,
     Ledger: account,
     Train: train_here,
     Launch: launch_run,

@@ -14,10 +14,11 @@ a file.
 
 from __future__ import annotations
 
-import importlib
-import inspect
+import ast
+import importlib.util
 import pkgutil
 import re
+from pathlib import Path
 from typing import cast
 
 from experiments.engine.question import Question
@@ -36,8 +37,14 @@ def require(name: str) -> Question:
 
 
 def describe(name: str) -> dict[str, str]:
-    """The paragraphs of a question's docstring by their headings; the first is its `question`."""
-    text = inspect.getdoc(require(name)) or name
+    """The paragraphs of a question's docstring by their headings; the first is its `question`.
+
+    The file is read and not imported, which another may have to mend first.
+    """
+    spec = importlib.util.find_spec(f"{__name__}.{name}")
+    assert spec is not None, name
+    assert spec.origin is not None, name
+    text = ast.get_docstring(ast.parse(Path(spec.origin).read_text(encoding="utf-8"))) or name
     head, *paragraphs = (" ".join(part.split()) for part in text.split("\n\n"))
     found = {"question": head}
     last = "question"

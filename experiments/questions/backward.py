@@ -44,7 +44,7 @@ RIGHT = 1e-8
 STEP = 1e-5
 """Of the central differences."""
 
-SECONDS = 5
+SECONDS = 1
 
 
 @dataclasses.dataclass(frozen=True)

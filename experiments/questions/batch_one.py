@@ -58,7 +58,7 @@ GUESS = 80.0
 WORSE, CLOSE = 10.0, 1.5
 """Points of error that batch statistics cost: at least at n = 4, and at most at n = 100."""
 
-SECONDS = 35
+SECONDS = 25
 
 
 @dataclasses.dataclass(frozen=True)

@@ -51,7 +51,7 @@ STILL = 0.5
 NAMES = {"none": "no norm", "layer": "layer norm", "group": "group norm"}
 """The norms of single examples in words."""
 
-SECONDS = 150
+SECONDS = 110
 
 
 @dataclasses.dataclass(frozen=True)

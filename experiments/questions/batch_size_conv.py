@@ -62,7 +62,7 @@ TRAINS = 0.5
 SAME = 1e-5
 """How far batch norm over single images may be from instance norm, output and gradient."""
 
-SECONDS = 180
+SECONDS = 145
 
 
 @dataclasses.dataclass(frozen=True)

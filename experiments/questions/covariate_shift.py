@@ -42,7 +42,7 @@ from normlab import instruments
 NO_SMALLER = 0.8
 """Covariate shift with batch norm over that without, at least."""
 
-SECONDS = 35
+SECONDS = 25
 
 
 @dataclasses.dataclass(frozen=True)

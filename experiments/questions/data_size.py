@@ -71,7 +71,7 @@ class DataSize(Config):
     seeds: int = 5
 
 
-SECONDS = 140
+SECONDS = 130
 
 QUICK = DataSize()
 FULL = DataSize(sizes=(500, 1000, 2000, 4000, 8000, 16_000, 32_000), steps=20_000, seeds=10)

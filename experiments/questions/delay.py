@@ -49,7 +49,7 @@ class Delay(Config):
     references: bool = True
 
 
-SECONDS = 150
+SECONDS = 385
 
 QUICK = Delay()
 FULL = Delay(

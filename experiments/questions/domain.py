@@ -53,7 +53,7 @@ LOST = 5.0
 WON = 0.5
 """The share of it that the domain's own statistics win back, at least."""
 
-SECONDS = 20
+SECONDS = 16
 
 
 def contrast(images: np.ndarray) -> np.ndarray:

@@ -68,7 +68,7 @@ class Dropout(Config):
     seeds: int = 5
 
 
-SECONDS = 110
+SECONDS = 145
 
 QUICK = Dropout()
 FULL = Dropout(shares=(0.0, 0.1, 0.2, 0.3, 0.5), steps=20_000, evaluations=20, seeds=10)

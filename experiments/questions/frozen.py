@@ -52,7 +52,7 @@ GAIN = 0.3
 EQUAL = 0.2
 """Points by which they may differ from a batch's over the most."""
 
-SECONDS = 70
+SECONDS = 45
 
 
 @dataclasses.dataclass(frozen=True)

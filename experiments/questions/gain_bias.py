@@ -70,7 +70,7 @@ class GainBias(Config):
     seeds: int = 4
 
 
-SECONDS = 110
+SECONDS = 105
 
 QUICK = GainBias()
 FULL = GainBias(dataset="cifar10", model="vgg", batch_size=128, steps=30_000, seeds=10)

@@ -67,7 +67,7 @@ class Gaussian(Config):
     seeds: int = 5
 
 
-SECONDS = 60
+SECONDS = 35
 
 QUICK = Gaussian()
 FULL = Gaussian(steps=50_000, evaluations=50, seeds=10)

@@ -47,7 +47,7 @@ EQUAL = 1e-8
 SHARE = 1.0
 """Of the units whose gradient obeys the bound, read for two nets of the same weights."""
 
-SECONDS = 4
+SECONDS = 2
 
 
 @dataclasses.dataclass(frozen=True)

@@ -45,7 +45,7 @@ class GradientSync(Config):
     gradients: tuple[nl.Gradient, ...] = ("forward", "backward", "none")
 
 
-SECONDS = 80
+SECONDS = 145
 
 QUICK = GradientSync()
 FULL = GradientSync(dataset="cifar10", model="conv", steps=20_000, evaluations=20, seeds=10)

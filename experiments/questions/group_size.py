@@ -53,7 +53,7 @@ class GroupSize(Config):
     evaluations: int = 5
 
 
-SECONDS = 150
+SECONDS = 235
 
 QUICK = GroupSize()
 FULL = GroupSize(

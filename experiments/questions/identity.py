@@ -51,7 +51,7 @@ SMALL, SEEN = 1e-2, 0.01
 GAINS = {"√(Var + ε)": 1.0, "√Var": 0.0}
 """How often ε stands beside the variance under the root of γ."""
 
-SECONDS = 5
+SECONDS = 2
 
 
 @dataclasses.dataclass(frozen=True)

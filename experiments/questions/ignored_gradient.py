@@ -44,7 +44,7 @@ GROWTH = (9.9, 10.1)
 STILL = 1e-6
 """How far the loss moves at most; and the bias, if the gradient is whole."""
 
-SECONDS = 5
+SECONDS = 2
 
 
 @dataclasses.dataclass(frozen=True)

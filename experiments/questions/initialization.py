@@ -63,7 +63,7 @@ class Initialization(Config):
     evaluations: int = 5
 
 
-SECONDS = 80
+SECONDS = 60
 
 QUICK = Initialization()
 FULL = Initialization(

@@ -45,7 +45,7 @@ CENTRED = {
 """The norms that do not notice them, as their formulas say: the first two subtract w̄ from w; for
 instance norm a constant of an example is one of each unit at all its positions."""
 
-SECONDS = 6
+SECONDS = 2
 
 
 @dataclasses.dataclass(frozen=True)

@@ -46,7 +46,7 @@ NARROWER = 3.0
 SMOOTHER = 3.0
 """The factor by which its effective β is smaller, at least."""
 
-SECONDS = 45
+SECONDS = 25
 
 STEPS = tuple(0.5 * k for k in range(1, 9))
 """The lengths along the gradient, in units of the learning rate."""

@@ -79,7 +79,7 @@ class LearningRate(Config):
     evaluations: int = 30
 
 
-SECONDS = 100
+SECONDS = 105
 
 QUICK = LearningRate()
 FULL = LearningRate(

@@ -64,7 +64,7 @@ class Optimizers(Config):
     evaluations: int = 2
 
 
-SECONDS = 115
+SECONDS = 100
 
 QUICK = Optimizers()
 FULL = Optimizers(steps=50_000, evaluations=50, seeds=10)

@@ -60,7 +60,7 @@ class Placement(Config):
     seeds: int = 4
 
 
-SECONDS = 70
+SECONDS = 55
 
 QUICK = Placement()
 FULL = Placement(dataset="cifar10", model="vgg", batch_size=128, steps=30_000, seeds=10)

@@ -50,7 +50,7 @@ GAIN = 0.5
 EQUAL = 0.2
 """Points by which both may differ at the end of a run whose rate falls to zero."""
 
-SECONDS = 90
+SECONDS = 115
 
 
 @dataclasses.dataclass(frozen=True)

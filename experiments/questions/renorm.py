@@ -56,7 +56,7 @@ BREAKS = 10.0
 
 NORMS = ("none", "batch", "renorm")
 
-SECONDS = 160
+SECONDS = 145
 
 
 @dataclasses.dataclass(frozen=True)

@@ -65,7 +65,7 @@ LOWER = 1.1
 WHITE = 0.5
 """The distance from white that batch norm's output keeps, at least; 0.05 would count as white."""
 
-SECONDS = 75
+SECONDS = 45
 
 IMAGES = 4096
 """Over which the distance from white is measured."""

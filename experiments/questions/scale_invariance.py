@@ -57,7 +57,7 @@ SLOPE = 0.02
 """How far the slope of the first step's turn by c, both in logarithms, may be from −2 (unchanged)
 and from 0 (adjusted)."""
 
-SECONDS = 14
+SECONDS = 11
 
 
 @dataclasses.dataclass(frozen=True)

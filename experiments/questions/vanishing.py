@@ -58,7 +58,7 @@ RANGE = (0.8, 1.25)
 SLOPES = {"sigmoid": 0.25, "tanh": 1.0}
 """The largest derivative of each: the factor of the activation alone, at most, in any layer."""
 
-SECONDS = 20
+SECONDS = 18
 
 F = {"sigmoid": jax.nn.sigmoid, "tanh": jnp.tanh, "ReLU": jax.nn.relu}
 

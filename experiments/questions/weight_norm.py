@@ -56,7 +56,7 @@ SPREAD = 1e-4
 FALL = 1e-12
 """The largest relative fall of a ‖v‖ in a step, at most: none falls but by rounding."""
 
-SECONDS = 15
+SECONDS = 8
 
 QUICK = Config(steps=200, evaluations=40, seeds=5)
 FULL = Config(steps=1000, evaluations=100, seeds=10)

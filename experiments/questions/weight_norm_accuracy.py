@@ -47,7 +47,7 @@ BETTER = 0.3
 """Points that batch norm must be better than the plain net, and mean-only batch norm with weight
 norm than batch norm. In the paper they are 0.38 and 0.74."""
 
-SECONDS = 180
+SECONDS = 350
 
 
 @dataclasses.dataclass(frozen=True)
