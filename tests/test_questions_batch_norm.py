@@ -1,6 +1,5 @@
 """What batch norm promises: each verdict holds and fails where it must, on records made by hand."""
 
-import dataclasses
 import zlib
 
 import flax.linen as nn
@@ -86,6 +85,12 @@ def test_the_largest_stable_rate_is_finite_and_accurate():
     assert np.isnan(learning_rate.largest_stable(records, "layer")).all()
     slow = [*records, *ends(0.9 * 95 - 1, norm="none", lr=10.0)]
     assert learning_rate.largest_stable(slow, "none").tolist() == [0.03] * 3
+
+
+def test_the_baseline_has_a_rate_of_which_batch_norm_had_the_multiples():
+    records = [*ends(95, norm="none", lr=0.1), *ends(90, norm="none", lr=0.01)]
+    records += [r for lr in (0.01, 0.05, 0.3, 0.1) for r in ends(96, norm="batch", lr=lr)]
+    assert {r["lr"] for r in learning_rate.baseline(records)} == {0.01}
 
 
 def test_a_rate_that_the_net_without_a_norm_did_not_have_is_not_compared():
@@ -367,19 +372,3 @@ def test_a_figure_has_units_on_every_axis_that_shows_something(name):
     assert shown
     assert all(axes.get_ylabel() for axes in shown)
     plt.close(picture)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", NAMES)
-def test_a_tiny_run_ends_in_verdicts_and_a_figure(name):
-    question = questions.require(name)
-    small = {"dataset": "digits", "steps": 4, "evaluations": 2, "seeds": 2}
-    config = dataclasses.replace(question.QUICK, **small)
-    records = [
-        {**condition.labels, **record}
-        for condition in question.run(config)
-        for record in condition.measure(None)
-        if isinstance(record, dict)
-    ]
-    assert {v.seeds for v in question.verdict(records)} == {2}
-    question.figure(records)

@@ -99,10 +99,11 @@ def path(u: Array, t: Array, lr: float, steps: int, ignored: bool) -> tuple[Arra
 def verdict(records: Sequence[Record]) -> tuple[Verdict, ...]:
     """The growth, the loss, and the same with the whole gradient."""
     last = max(r["step"] for r in records)
+    early = min(r["step"] for r in records if r["step"] >= max(1, last // 10))
     b = {
         (name, step): np.abs(by_seed(records, "b", condition=name, step=step))
         for name in ("ignored", "whole")
-        for step in (last // 10, last)
+        for step in (early, last)
     }
     losses = select(records, condition="ignored")
     moved = [
@@ -113,8 +114,8 @@ def verdict(records: Sequence[Record]) -> tuple[Verdict, ...]:
     ignored = "gradient of the mean ignored: "
     return (
         decide(
-            ignored + f"the bias grows linearly (|b| after {last} steps over {last // 10})",
-            np.round(b["ignored", last] / b["ignored", last // 10], 9),
+            ignored + f"the bias grows linearly (|b| after {last} steps over {early})",
+            np.round(b["ignored", last] / b["ignored", early], 9),
             at_least=low,
             at_most=high,
         ),

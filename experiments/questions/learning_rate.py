@@ -96,7 +96,8 @@ def run(config: LearningRate) -> Iterator[Condition]:
         return data._replace(test_images=images, test_labels=labels)
 
     for norm in config.norms:
-        rates = sorted({*config.rates, *(multiples if norm == "batch" else ())})
+        more = {"none": config.starts, "batch": multiples}.get(norm, ())
+        rates = sorted({*config.rates, *more})
         count = max(1, NETS // config.seeds)
         for some in (rates[at : at + count] for at in range(0, len(rates), count)):
             rows = lanes(config, lr=some)
@@ -138,12 +139,20 @@ def least_accuracy(records: Sequence[Record]) -> float:
     return STABLE * float(accuracy(tuned(select(records, norm="none"))).mean())
 
 
+def baseline(records: Sequence[Record]) -> list[Record]:
+    """The last evaluations without a norm at the best rate that batch norm had the multiples of."""
+    runs = select(records, kind="evaluation")
+    had = {r["lr"] for r in select(runs, norm="batch")}
+    none = select(runs, norm="none")
+    return tuned([r for r in none if all(multiple(r["lr"], f) in had for f in FEWER)])
+
+
 def speed(records: Sequence[Record], factor: float) -> np.ndarray:
     """The baseline's steps to its best accuracy over those with batch norm, of each seed.
 
     A net that never comes there is taken to come there with its last step.
     """
-    rate = tuned(select(records, norm="none"), "norm")[0]["lr"]
+    rate = baseline(records)[0]["lr"]
     found = []
     for seed in sorted({r["seed"] for r in records if "seed" in r}):
         mine = select(records, kind="evaluation", seed=seed)
@@ -169,7 +178,7 @@ def verdict(records: Sequence[Record]) -> tuple[Verdict, ...]:
         found.append(
             decide(claim, speed(records, factor), at_least=fewer, unit="times", geometric=True)
         )
-    base = tuned(select(records, norm="none"), "norm")
+    base = baseline(records)
     high = accuracy(records, norm="batch", lr=multiple(base[0]["lr"], 30))
     claim = f"batch norm at 30 times the rate ends {BETTER:g} points more accurate"
     found.append(decide(claim, high - accuracy(base), at_least=BETTER, unit="points"))
@@ -184,7 +193,7 @@ def figure(records: Sequence[Record]) -> Figure:
     draw.threshold(left, 100 - least_accuracy(records))
     draw.log_y(left)
     left.legend(frameon=False)
-    rate = tuned(select(records, norm="none"), "norm")[0]["lr"]
+    rate = baseline(records)[0]["lr"]
     way = [r for r in records if r["kind"] == "evaluation" and r["step"] > 0]
     base = select(way, norm="none", lr=rate)
     draw.over_steps(right, base, draw.test_error, label=f"none, rate {rate:g}")
