@@ -14,7 +14,7 @@ INSTALLED := $(VENV)/installed
 compare: $(INSTALLED)-experiments
 	$(BIN)/python -m experiments compare $(ARGS)
 
-# Half an hour on two cores; what is finished is not run again.
+# Thirty-five minutes on two cores; what is finished is not run again.
 report: $(INSTALLED)-experiments
 	$(BIN)/python -m experiments report $(ARGS)
 
