@@ -185,13 +185,15 @@ def figure(records: Sequence[Record]) -> Figure:
     here = select(records, kind="variance")
     picture, grid = draw.canvas(2)
     for axes, name in zip(grid, LINEAR, strict=True):
-        for key, words in (("corrected", "with the factor"), ("plain", "without")):
-            mine = [r | {"estimate": words} for r in select(here, layer=name)]
-            look = {"color": "#0072B2", "marker": "o"} if key == "corrected" else {}
-            draw.against(axes, mine, "m", key, by="estimate", **look)
+        both = [
+            r | {"estimate": words, "ratio": r[key]}
+            for key, words in (("corrected", "with the factor"), ("plain", "without"))
+            for r in select(here, layer=name)
+        ]
+        draw.against(axes, both, "m", "ratio", by="estimate")
         draw.threshold(axes, 1)
         axes.set_xscale("log", base=2)
-        axes.set(xlabel="batch size m (images)", ylim=(0.4, 1.1), title=name)
+        axes.set(xlabel="batch size m (images)", title=name)
         axes.set_ylabel("estimated variance / true variance")
     draw.legend(picture, grid[0])
     picture.suptitle("The factor: m/(m − 1), and m'/(m' − 1) with m' = m·p·q positions")
