@@ -13,9 +13,9 @@ sigmoids on MNIST, 1,000 steps of SGD, and a small ReLU conv net on CIFAR-10, 30
 momentum, batches of 60. Each norm counts at the best of its rates. Cosine norms have a gain, which
 starts at √K (K inputs) for a variance like that of the other norms.
 
-Found: On CIFAR-10 one of three nets with the centred form dies in its first steps and stays at
-chance: behind a ReLU most patches are nearly constant, and a contrast near zero, by which the form
-divides, makes the gradient large.
+Found: On CIFAR-10 one of three nets with the centred form stays at chance, at every rate. Why was
+not looked into; a patch that is nearly constant has a contrast near zero, by which the form
+divides.
 
 Command: python -m experiments run cosine
 """
