@@ -5,7 +5,6 @@ h = g · (a − μ) / σ + b
 
 from __future__ import annotations
 
-import math
 from typing import Any, NamedTuple
 
 import jax
@@ -22,7 +21,7 @@ from normlab.checks import (
     promote_dtype,
     result_dtype,
 )
-from normlab.lowering import apart, derivative_of, widen, zeros_of
+from normlab.lowering import apart, derivative_of, partitioned, widen, zeros_of
 from normlab.moments import align_weights, leave_out
 
 
@@ -33,7 +32,7 @@ class Parts(NamedTuple):
 
     Attributes:
       shift: μ, in the units of `a`.
-      scale: σ > 0, in the units of `a`.
+      scale: σ > 0, in the units of `a`; the largest number of its type where nothing was measured.
       rescale: g, the learned gain.
       reshift: b, the learned bias.
     """
@@ -73,14 +72,21 @@ def affine(
     >>> affine(parts, jnp.array([1.0, 5.0])).tolist()
     [10.0, 16.0]
     """
-    mu, sigma, g, b = _checked(parts, jnp.shape(a))
-    a = floating(leave_out(a, align_weights("affine", weights, a, channel_axis)))
+    parts = _checked(parts, jnp.shape(a), promote_dtype(a))
+    a, weights = jnp.asarray(a), align_weights("affine", weights, a, channel_axis)
+    return partitioned(_affine, a, parts, weights)
+
+
+def _affine(a: Array, parts: Parts, weights: Array | None) -> Array:
+    mu, sigma, g, b = parts
+    a = floating(leave_out(a, weights))
     # (a − μ)/σ about a pivot, the value of μ: (a − k)·r + c with r = 1/σ and c = (k − μ)/σ. c is
     # zero, and carries the derivative of μ: so that the gradient of μ is that of c, a small array,
     # and needs no sum over a of its own.
     pivot = lax.stop_gradient(mu)
     r = _reciprocal(sigma)
-    if math.prod(jnp.broadcast_shapes(r.shape, g.shape, b.shape)) < a.size:
+    small = jnp.broadcast_shapes(r.shape, g.shape, b.shape, (1,) * a.ndim)
+    if small != a.shape:
         r = r * g
         c, g, b = _shift(mu, r) + b, jnp.ones((), r.dtype), jnp.zeros((), r.dtype)
         small = jnp.broadcast_shapes(r.shape, c.shape, (1,) * a.ndim)
@@ -97,8 +103,11 @@ def affine(
 
 @jax.custom_jvp
 def _reciprocal(sigma: Array) -> Array:
-    """1/σ, with the derivative −(dσ/σ)/σ: 1/σ² would overflow from 1e-19 on."""
-    return 1 / sigma
+    """1/σ, with the derivative −(dσ/σ)/σ: 1/σ² would overflow from 1e-19 on.
+
+    The largest σ there is stands for none that was measured: 0.
+    """
+    return jnp.where(sigma >= jnp.finfo(sigma.dtype).max, 0, 1 / sigma)
 
 
 @_reciprocal.defjvp
@@ -151,7 +160,7 @@ def invert(parts: Parts, h: ArrayLike) -> Array:
     Raises:
       ValueError: If a part does not broadcast to the shape of `h`.
     """
-    mu, sigma, g, b = _checked(parts, jnp.shape(h))
+    mu, sigma, g, b = _checked(parts, jnp.shape(h), promote_dtype(h))
     return ((promote(h) - b) * sigma / g + mu).astype(result_dtype(h))
 
 
@@ -214,10 +223,11 @@ def fold(
     return scaled.astype(kernel.dtype), (bias - mu.astype(dtype)) * k + b.astype(dtype)
 
 
-def _checked(parts: Parts, shape: tuple[int, ...]) -> Parts:
+def _checked(parts: Parts, shape: tuple[int, ...], dtype: Any) -> Parts:
+    """The parts as arrays, Python's numbers of the type; ValueError unless they fit the shape."""
     for name, part in zip(Parts._fields, parts, strict=True):
         try:
-            fits = jnp.broadcast_shapes(jnp.shape(part), shape) == shape
+            fits = jnp.broadcast_shapes(jnp.shape(part), shape) == tuple(shape)
         except ValueError:
             fits = False
         if not fits:
@@ -227,4 +237,4 @@ def _checked(parts: Parts, shape: tuple[int, ...]) -> Parts:
                 "a part that broadcasts to the pre-activation",
                 "measure the parts on the same layout, or check the channel axis",
             )
-    return parts
+    return Parts(*(jnp.asarray(part, None if hasattr(part, "dtype") else dtype) for part in parts))

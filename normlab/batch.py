@@ -137,14 +137,18 @@ def batch_parts(
 
     def like(v: Array) -> Array:
         """`[C]` along the channels of `a`; `[N, C]` along its examples as well."""
-        shape = [1] * a.ndim
-        shape[channel], shape[0] = v.shape[-1], v.shape[0] if v.ndim > 1 else shape[0]
-        return v.astype(g.dtype).reshape(shape)
+        others = [i for i in range(a.ndim) if i not in (0 if channel else 1, channel)]
+        v = jnp.expand_dims(jnp.atleast_2d(v.astype(g.dtype)), [i + 2 for i in range(len(others))])
+        return jnp.moveaxis(v, (0, 1), (0 if channel else 1, channel)) if a.ndim > 1 else v[0]
 
     if isinstance(state, Population) and (not train or isinstance(state, Frozen)):
         mean, var = map(like, state.read())
         return Parts(mean, jnp.sqrt(var + eps), g, b), state
-    if values_per_channel(where, sync, a.shape, channel) == 1 and bad_batch != "propagate":
+    weights = align_weights(where, weights, a, channel)
+    turn = functools.partial(jnp.swapaxes, axis1=0, axis2=int(channel == 0 and a.ndim > 1))
+    x, weights = turn(a), None if weights is None else turn(weights)  # the examples first
+    axes = [i for i in range(a.ndim) if i != (channel or min(1, a.ndim - 1))]
+    if values_per_channel(where, sync, x.shape, axes) == 1 and bad_batch != "propagate":
         raise invalid(
             where,
             f"an input of shape {a.shape} in training, one value per channel",
@@ -153,17 +157,18 @@ def batch_parts(
             "use a larger batch, train=False, a norm that does not look across examples, or, for "
             'that output, bad_batch="propagate"',
         )
-    weights = align_weights(where, weights, a, channel)
-    axes = [i for i in range(a.ndim) if i != channel]
+    least = 1 if bad_batch == "propagate" else 2
     if isinstance(state, Delayed):
-        own = moments(a, axes, weights=weights, algorithm=algorithm)
+        own = moments(x, axes, weights=weights, algorithm=algorithm)
         population = merge(own, state.others_like(own))
         m, state = differentiated(sync, own, population), state.after(own)
     elif isinstance(state, Domains) and state.current.ndim:
-        m, population = _by_domain(where, a, axes, sync, weights, algorithm, state)
+        m, population = _by_domain(where, x, axes, sync, weights, algorithm, least, state)
     else:
-        m, population = measure(where, a, axes, sync, weights=weights, algorithm=algorithm)
-    m = check_batch(where, m, bad_batch)
+        m, population = measure(
+            where, x, axes, sync, weights=weights, algorithm=algorithm, least=least
+        )
+    m = Moments(*map(turn, check_batch(where, m, bad_batch)))
     mu, sigma = m.mean, m.scale(eps)
     if isinstance(state, Renorm):
         mu, sigma = state.correct(mu, sigma, eps, like)
@@ -199,13 +204,14 @@ def _check_state(
         )
     found = state.read()[0].shape
     inner = state.of if isinstance(state, Frozen) else state
-    by_example = isinstance(inner, Domains) and inner.current.ndim and channel != 0
-    if found != ((shape[0], channels) if by_example else (channels,)):
+    by_example = isinstance(inner, Domains) and inner.current.ndim and len(shape) > 1
+    examples = shape[0 if channel or len(shape) == 1 else 1]
+    if found != ((examples, channels) if by_example else (channels,)):
         raise invalid(
             where,
             f"running statistics of shape {found} for an input of shape "
             f"{shape} with its channels on axis {channel}",
-            f"shape ({shape[0]}, {channels})" if by_example else f"shape ({channels},)",
+            f"shape ({examples}, {channels})" if by_example else f"shape ({channels},)",
             f"make the state with init_running({channels}), or set channel_axis",
         )
 
@@ -217,13 +223,14 @@ def _by_domain(
     sync: Sync,
     weights: Array | None,
     algorithm: Algorithm,
+    least: int,
     state: Domains,
 ) -> tuple[Moments, Moments]:
     """As `measure`, of the examples of each domain: `m` of each example's, the rest `[D, ...]`."""
     one = jnp.ones((), promote_dtype(a)) if weights is None else weights
     member = state.current == jnp.arange(state.domains, dtype=jnp.int32)[:, None]
     member = member.reshape(*member.shape, *(1,) * (a.ndim - 1)).astype(one.dtype)
-    run = functools.partial(measure, where, a, axes, sync, algorithm=algorithm)
+    run = functools.partial(measure, where, a, axes, sync, algorithm=algorithm, least=least)
     m, population = jax.vmap(lambda member: run(weights=member * one))(member)
     examples = jnp.arange(a.shape[0], dtype=jnp.int32)
 

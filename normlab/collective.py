@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any, TypeVar
@@ -26,8 +27,8 @@ from jax import Array, lax
 from jax.sharding import PartitionSpec
 
 from normlab.checks import invalid
-from normlab.lowering import derivative_of
-from normlab.moments import Algorithm, Moments, merge_axes, moments
+from normlab.lowering import derivative_of, partitioned
+from normlab.moments import Algorithm, Moments, count_values, merge_axes, moments
 from normlab.sync import AxisName, Plan, Sync, as_sync, plan
 
 Tree = TypeVar("Tree")
@@ -41,6 +42,7 @@ def measure(
     *,
     weights: Array | None = None,
     algorithm: Algorithm = "auto",
+    least: int = 1,
 ) -> tuple[Moments, Moments]:
     """Measures `a` over `axes`, and over the devices and parts of the batch that `sync` names.
 
@@ -51,42 +53,69 @@ def measure(
       sync: What is merged.
       weights: As `align_weights` returns them.
       algorithm: As in `moments`.
+      least: A population of fewer values with a weight than this counts as empty.
 
     Returns:
       `(m, population)`: the moments that normalize `a`, of leading size 1 or N, and those of all
       the examples along the axes. They are the same where `sync.whole`.
     """
+    run = functools.partial(_measure, where, tuple(axes), sync, algorithm, least)
     if not sync.names or _bound(sync.names):
-        return _measure(where, a, tuple(axes), sync, weights, algorithm)
+        return partitioned(run, a, weights)
     # Plain jit: the same, in a shard_map over the mesh's axes.
     split, alike = PartitionSpec(sync.names), PartitionSpec()
     by_example = weights is not None and weights.shape[0] != 1
     same = sync.whole and sync.gradient in ("both", "none")  # or its derivative is the device's own
 
     def body(a: Array, w: Array | None) -> tuple[Moments, Moments]:
-        m, population = _measure(where, a, tuple(axes), sync, w, algorithm)
+        m, population = partitioned(run, a, w)
         if not same:
             m = jax.tree.map(lambda f: jnp.broadcast_to(f, (a.shape[0], *f.shape[1:])), m)
             m = vary(m, sync.names)
         return m, population
 
-    run = jax.shard_map(
+    return jax.shard_map(
         body,
         mesh=sync.mesh,
         in_specs=(split, split if by_example else alike),
         out_specs=(alike if same else split, alike),
         axis_names=set(sync.names),
-    )
-    return run(a, weights)
+    )(a, weights)
 
 
 def _measure(
-    where: str, a: Array, axes: tuple[int, ...], sync: Sync, w: Array | None, algorithm: Algorithm
+    where: str,
+    axes: tuple[int, ...],
+    sync: Sync,
+    algorithm: Algorithm,
+    least: int,
+    a: Array,
+    w: Array | None,
 ) -> tuple[Moments, Moments]:
+    values = None  # those with a weight; without weights their number is known
+    if w is not None and least > 1:
+        values = count_values(a, axes, (w > 0).astype(w.dtype))
     if sync.whole:
         local = moments(a, axes, weights=w, algorithm=algorithm)
-        population = all_reduce(local, sync)
-        return differentiated(sync, local, population), population
+        population, values = _all_reduce(local, sync, values)
+        m = differentiated(sync, local, population)
+    else:
+        m, population, values = _measure_parts(where, axes, sync, algorithm, a, w, values)
+    if values is not None:
+        count = jnp.where(values < least, 0, population.count)
+        population = population._replace(count=count)
+    return m, population
+
+
+def _measure_parts(
+    where: str,
+    axes: tuple[int, ...],
+    sync: Sync,
+    algorithm: Algorithm,
+    a: Array,
+    w: Array | None,
+    values: Array | None,
+) -> tuple[Moments, Moments, Array | None]:
     devices, examples = _size(sync.names), a.shape[0]
     cut = plan(where, sync, devices, examples)
     a = a.reshape(cut.shards, -1, *a.shape[1:])
@@ -97,35 +126,40 @@ def _measure(
     local = moments(a, [i + 1 for i in axes], weights=w, algorithm=algorithm)
     count = jnp.broadcast_to(local.count, (cut.shards, *local.count.shape[1:]))
     local = Moments(*(field[:, 0] for field in local._replace(count=count)))
-    merged, population = _merge(local, cut, sync.names)
+    merged, population, values = _merge(local, cut, sync.names, values)
     chosen = differentiated(sync, local, merged)
     m = Moments(*(jnp.repeat(f, examples // cut.shards, axis=0) for f in chosen))
-    return m, population
+    return m, population, values
 
 
-def _merge(local: Moments, cut: Plan, names: tuple[str, ...]) -> tuple[Moments, Moments]:
+def _merge(
+    local: Moments, cut: Plan, names: tuple[str, ...], values: Array | None
+) -> tuple[Moments, Moments, Array | None]:
     """Of `local [shards, ...]`, each shard merged with its members, and all of all devices."""
     shards = local.mean.shape[0]
     if cut.members is None:
         # Every block is on one device: nothing is asked of the others but the population.
         blocks = jax.tree.map(lambda f: f.reshape(-1, cut.block, *f.shape[1:]), local)
         blocks = Moments(*(field[:, 0] for field in merge_axes(blocks, 1)))
-        population = all_reduce(lax.stop_gradient(merge_axes(blocks, 0)), names)
-        return jax.tree.map(lambda f: jnp.repeat(f, cut.block, axis=0), blocks), population
-    table = _gather(pack(local), names) if names else pack(local)[None]
-    everything = unpack(table, local)
+        own = lax.stop_gradient(merge_axes(blocks, 0))
+        population, values = _all_reduce(own, Sync(names), values)
+        blocks = jax.tree.map(lambda f: jnp.repeat(f, cut.block, axis=0), blocks)
+        return blocks, population, values
+    table = pack(local, values)
+    table = _gather(table, names) if names else table[None]
+    everything, values = unpack(table, local, values)
     population = merge_axes(jax.tree.map(_flat, lax.stop_gradient(everything)), 0)
     table = vary(table, names)  # at once, so that its cotangents are added up at once
-    everything = jax.tree.map(_flat, unpack(table, local))
+    everything = jax.tree.map(_flat, unpack(table, local, values)[0])
     rows = jnp.asarray(cut.members)
     if names:
         rows = lax.dynamic_slice_in_dim(rows, lax.axis_index(names) * shards, shards)
-    return merge_members(everything, rows), population
+    return merge_members(everything, rows), population, values
 
 
 def gather(m: Moments, names: tuple[str, ...]) -> Moments:
     """The moments of every device, fields `[D, ...]`: one collective."""
-    return unpack(_gather(pack(m), names), m)
+    return unpack(_gather(pack(m), names), m)[0]
 
 
 def gather_members(m: Moments, members: np.ndarray, names: tuple[str, ...]) -> Moments:
@@ -190,15 +224,21 @@ def all_reduce(m: Moments, axis_name: AxisName | None) -> Moments:
             "all_reduce", "a Sync with groups", "one that merges all", "name the axes alone"
         )
     check_bound("all_reduce", sync.names)
+    return _all_reduce(m, sync, None)[0]
+
+
+def _all_reduce(m: Moments, sync: Sync, values: Array | None) -> tuple[Moments, Array | None]:
+    """`all_reduce`, and the sum of `values`, of the shape of the counts, which travels along."""
     rank = m.mean.ndim - m.count.ndim
     m = m._replace(count=m.count.reshape((1,) * rank + m.count.shape))
     for names in [(name,) for name in reversed(sync.names)] if sync.staged else [sync.names]:
         if names:
-            everything = gather(lax.stop_gradient(m), names)
+            everything, each = unpack(_gather(pack(lax.stop_gradient(m), values), names), m, values)
+            values = None if each is None else each.sum(0)
             merged = merge_axes(everything, 0)
             value = Moments(everything.count.sum(0), merged.mean[0], merged.m2[0])
             m = _merged(m, value, names, is_typed(names))
-    return m
+    return m, values
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3))
@@ -220,24 +260,25 @@ def _(names: tuple[str, ...], typed: bool, primals: Any, tangents: Any) -> Any:
         dm.m2 + (2 * m.count * dm.mean + delta * dm.count) * delta,
     )
     # Of collectives, vmap knows no other here.
-    return merged, unpack(lax.psum(vary(pack(local), names) if typed else pack(local), names), m)
+    packed = lax.psum(vary(pack(local), names) if typed else pack(local), names)
+    return merged, unpack(packed, m)[0]
 
 
-def pack(m: Moments) -> Array:
-    """The fields as one vector: 2C + 1 numbers, if all channels have one count."""
-    return jnp.concatenate([field.ravel() for field in (m.mean, m.m2, m.count)])
+def pack(m: Moments, values: Array | None = None) -> Array:
+    """The fields as one vector: 2C + 1 numbers, if all channels have one count; and `values`."""
+    fields = (m.mean, m.m2, m.count, *([] if values is None else [values]))
+    return jnp.concatenate([field.ravel() for field in fields])
 
 
-def unpack(v: Array, like: Moments) -> Moments:
+def unpack(v: Array, like: Moments, values: Array | None = None) -> tuple[Moments, Array | None]:
     """Undoes `pack`, for vectors `[..., 2C + 1]`."""
-    size = like.mean.size
-    mean, m2, count = v[..., :size], v[..., size : 2 * size], v[..., 2 * size :]
-    shape = v.shape[:-1]
-    return Moments(
-        count.reshape(*shape, *like.count.shape),
-        mean.reshape(*shape, *like.mean.shape),
-        m2.reshape(*shape, *like.m2.shape),
+    fields = (like.mean, like.m2, like.count, *([] if values is None else [values]))
+    ends = list(itertools.accumulate(field.size for field in fields))
+    parts = jnp.split(v, ends[:-1], axis=-1)
+    mean, m2, count, *rest = (
+        part.reshape(*v.shape[:-1], *field.shape) for part, field in zip(parts, fields, strict=True)
     )
+    return Moments(count, mean, m2), rest[0] if rest else None
 
 
 def _gather(v: Array, names: tuple[str, ...]) -> Array:
@@ -307,30 +348,23 @@ def layout(where: str, sync: Sync, examples: int) -> tuple[int, int]:
     return devices, examples // devices
 
 
-def values_per_channel(where: str, sync: Sync, shape: tuple[int, ...], channel: int) -> int:
+def values_per_channel(where: str, sync: Sync, shape: tuple[int, ...], axes: Sequence[int]) -> Any:
     """How many values the smallest group has of a channel.
 
     Args:
       where: The caller, for errors.
       sync: What is merged.
-      shape: That of the input: of the device's where the axes are mapped, else of the whole one.
-      channel: The axis of the channels.
+      shape: That of the input, `[N, ...]`: of the device's where the axes are mapped, else of the
+        whole one.
+      axes: What is measured over, the examples' axis among them.
 
     Raises:
       ValueError: If the batch cannot be cut as `sync` says.
     """
-    mapped = not sync.names or _bound(sync.names)
-    if mapped and sync.whole:
-        return _size(sync.names) * math.prod(shape) // max(1, shape[channel])
-    if channel == 0:
-        raise invalid(
-            where,
-            f"channel_axis=0 of {len(shape)} axes, and a batch that is cut in parts",
-            "the examples on the first axis",
-            "move the channels",
-        )
+    positions = math.prod(shape[i] for i in axes if i)
+    if sync.whole and (not sync.names or _bound(sync.names)):
+        return _size(sync.names) * positions * (shape[0] if 0 in axes else 1)
     devices, examples = layout(where, sync, shape[0])
-    positions = math.prod(shape[1:]) // max(1, shape[channel])
     if sync.whole:
         return devices * examples * positions
     cut = plan(where, sync, devices, examples)

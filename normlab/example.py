@@ -10,11 +10,13 @@ They differ in the axes over which the mean and the variance are measured, and i
     instance   the positions, per channel
 
 ε is always added to the variance under the root. Statistics are taken in float32 at least. Where
-all weights are zero nothing is measured: σ is infinite and h is b, without a gradient to `a`.
+all weights are zero nothing is measured: σ is the largest number and h is b, without a gradient to
+`a`. Where a square overflows, beyond 1e19 in float32, h is NaN.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -24,6 +26,7 @@ from jax.typing import ArrayLike
 
 from normlab.affine import Parts, affine
 from normlab.checks import check_eps, gain_and_bias, invalid, normalize_axes, promote
+from normlab.lowering import partitioned
 from normlab.moments import (
     Algorithm,
     Moments,
@@ -32,6 +35,7 @@ from normlab.moments import (
     check_algorithm,
     merge_axes,
     moments,
+    standard_deviation,
 )
 
 Axes = int | Sequence[int] | Literal["channels", "all"]
@@ -94,14 +98,31 @@ def layer_parts(
 ) -> Parts:
     """The parts of `layer_norm`, which see."""
     a = jnp.asarray(a)
-    check_eps("layer norm", eps)
-    check_algorithm("layer norm", algorithm)
-    (channel,) = normalize_axes("layer norm", channel_axis, a.ndim)
-    axes = _example_axes("layer norm", axes, a.ndim, channel)
-    weights = align_weights("layer norm", weights, a, channel)
-    g, b = gain_and_bias("layer norm", params, a, channel)
-    m = moments(a, axes, weights=weights, algorithm=algorithm)
+    where = "layer norm"
+    check_eps(where, eps)
+    m = layer_moments(a, axes=axes, weights=weights, channel_axis=channel_axis, algorithm=algorithm)
+    g, b = gain_and_bias(where, params, a, channel_axis)
+    _check_values(
+        where, a, m, "statistic", "use RMS norm, which has no mean, or measure over more axes"
+    )
     return Parts(m.mean, m.scale(eps), g, b)
+
+
+def layer_moments(
+    a: ArrayLike,
+    *,
+    axes: Axes = "channels",
+    weights: ArrayLike | None = None,
+    channel_axis: int = -1,
+    algorithm: Algorithm = "auto",
+) -> Moments:
+    """The moments that layer norm normalizes with, broadcastable to `a`; of one value too."""
+    a, where = jnp.asarray(a), "layer norm"
+    check_algorithm(where, algorithm)
+    (channel,) = normalize_axes(where, channel_axis, a.ndim)
+    weights = align_weights(where, weights, a, channel)
+    axes = _example_axes(where, axes, a.ndim, channel)
+    return moments(a, axes, weights=weights, algorithm=algorithm)
 
 
 def rms_norm(
@@ -154,7 +175,7 @@ def rms_parts(
     g, b = gain_and_bias("RMS norm", params, a, channel)
     valid = promote(a) if weights is None else jnp.where(weights > 0, promote(a), 0)
     square, count = average(jnp.square(valid), axes, weights=weights)
-    sigma = jnp.where(count > 0, jnp.sqrt(square + eps), jnp.inf)
+    sigma = standard_deviation(square, count, eps)
     return Parts(jnp.zeros((), square.dtype), sigma, g, b)
 
 
@@ -216,9 +237,28 @@ def group_parts(
     a = jnp.asarray(a)
     where = "group norm"
     check_eps(where, eps)
+    m = group_moments(
+        a, groups=groups, weights=weights, channel_axis=channel_axis, algorithm=algorithm
+    )
+    g, b = gain_and_bias(where, params, a, channel_axis)
+    if math.prod(a.shape[1:]) == groups:
+        change = "use fewer groups, or RMS norm, which has no mean"
+        raise _one_value(where, a.shape, "example and group", change)
+    return Parts(m.mean, m.scale(eps), g, b)
+
+
+def group_moments(
+    a: ArrayLike,
+    *,
+    groups: int,
+    weights: ArrayLike | None = None,
+    channel_axis: int = -1,
+    algorithm: Algorithm = "auto",
+) -> Moments:
+    """The moments that group norm normalizes with, broadcastable to `a`; of one value too."""
+    a, where = jnp.asarray(a), "group norm"
     check_algorithm(where, algorithm)
     channel = _channel_axis(where, channel_axis, a)
-    g, b = gain_and_bias(where, params, a, channel)
     channels = a.shape[channel]
     if isinstance(groups, bool | str | float) or groups < 1 or channels % groups:
         divisors = [d for d in range(1, channels + 1) if channels % d == 0]
@@ -228,21 +268,21 @@ def group_parts(
             f"a number of groups that divides {channels}",
             f"use one of {', '.join(map(str, divisors))}",
         )
-    # Per channel over the positions, then merged into groups: a long, contiguous sum and a short
-    # one, where a sum over a reshaped array would do neither.
     weights = align_weights(where, weights, a, channel)
-    m = moments(
-        a, [i for i in range(1, a.ndim) if i != channel], weights=weights, algorithm=algorithm
-    )
-    split = (*m.mean.shape[:channel], groups, channels // groups, *m.mean.shape[channel + 1 :])
-    count = jnp.broadcast_to(m.count, m.mean.shape)
-    m = merge_axes(Moments(*(v.reshape(split) for v in (count, m.mean, m.m2))), channel + 1)
-    sigma = m.scale(eps)
-    mu, sigma = (
-        jnp.broadcast_to(v, split).reshape(*split[:channel], channels, *split[channel + 2 :])
-        for v in (m.mean, sigma)
-    )
-    return Parts(mu, sigma, g, b)
+    split = (*a.shape[:channel], groups, channels // groups, *a.shape[channel + 1 :])
+    axes = [i for i in range(1, a.ndim) if i != channel]
+
+    def measure(a: Array, weights: Array | None) -> Moments:
+        # Per channel over the positions, then merged into groups: a long, contiguous sum and a
+        # short one, where a sum over a reshaped array would do neither.
+        m = moments(a, axes, weights=weights, algorithm=algorithm)
+        each = [n if i in (0, channel, channel + 1) else 1 for i, n in enumerate(split)]
+        m = Moments(*(jnp.broadcast_to(v, m.mean.shape).reshape(each) for v in m))
+        m = merge_axes(m, channel + 1)
+        return Moments(*(jnp.broadcast_to(v, each).reshape(whole) for v in m))
+
+    whole = [n if i in (0, channel) else 1 for i, n in enumerate(a.shape)]
+    return partitioned(measure, a, weights)
 
 
 def instance_norm(
@@ -292,21 +332,41 @@ def instance_parts(
     a = jnp.asarray(a)
     where = "instance norm"
     check_eps(where, eps)
+    m = instance_moments(a, weights=weights, channel_axis=channel_axis, algorithm=algorithm)
+    _check_values(where, a, m, "example and channel", "use layer norm or RMS norm in a dense layer")
+    g, b = gain_and_bias(where, params, a, channel_axis)
+    return Parts(m.mean, m.scale(eps), g, b)
+
+
+def instance_moments(
+    a: ArrayLike,
+    *,
+    weights: ArrayLike | None = None,
+    channel_axis: int = -1,
+    algorithm: Algorithm = "auto",
+) -> Moments:
+    """The moments that instance norm normalizes with, broadcastable to `a`; of one value too."""
+    a, where = jnp.asarray(a), "instance norm"
     check_algorithm(where, algorithm)
     channel = _channel_axis(where, channel_axis, a)
-    if a.ndim < 3:
-        raise invalid(
-            where,
-            f"an input of shape {a.shape}, one value per example and channel",
-            "an input [N, ..., C] with positions between examples and channels",
-            "use layer norm or RMS norm in a dense layer",
-        )
-    g, b = gain_and_bias(where, params, a, channel)
     weights = align_weights(where, weights, a, channel)
-    m = moments(
-        a, [i for i in range(1, a.ndim) if i != channel], weights=weights, algorithm=algorithm
+    axes = [i for i in range(1, a.ndim) if i != channel]
+    return moments(a, axes, weights=weights, algorithm=algorithm)
+
+
+def _check_values(where: str, a: Array, m: Moments, each: str, change: str) -> None:
+    """Raises ValueError if each of the moments is that of one value."""
+    if m.mean.shape == a.shape and 0 not in a.shape:
+        raise _one_value(where, a.shape, each, change)
+
+
+def _one_value(where: str, shape: tuple[int, ...], each: str, change: str) -> ValueError:
+    return invalid(
+        where,
+        f"an input of shape {shape}, one value per {each}",
+        "at least two: the variance of one is zero and the output would be the bias alone",
+        change,
     )
-    return Parts(m.mean, m.scale(eps), g, b)
 
 
 def _example_axes(where: str, axes: Axes, ndim: int, channel: int) -> tuple[int, ...]:

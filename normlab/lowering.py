@@ -3,12 +3,41 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.sharding import PartitionSpec
+
+Tree = TypeVar("Tree")
+
+
+def partitioned(f: Callable[..., Tree], a: Array, *others: Any) -> Tree:
+    """Returns `f(a, *others)`; where the types of arrays say how they are sharded, left to XLA.
+
+    With a mesh of explicit axes JAX wants to know of every slice and reshape what becomes of the
+    sharding. Here it does not matter: a result is sharded as `a` is, on the axes that it shares.
+
+    Args:
+      f: Returns arrays that broadcast to `a`, or trees of them.
+      a: An array.
+      *others: Other arrays, or trees of them.
+    """
+    specs = [jax.typeof(v).sharding.spec for v in jax.tree.leaves((a, others))]
+    if all(axis is None for spec in specs for axis in spec):
+        return f(a, *others)
+
+    def spec(v: Any) -> PartitionSpec:
+        own = zip(v.shape, a.shape[a.ndim - v.ndim :], specs[0][a.ndim - v.ndim :], strict=True)
+        return PartitionSpec(*(axis if n == whole != 1 else None for n, whole, axis in own))
+
+    def run(out: Any) -> Any:
+        return jax.sharding.auto_axes(f, out_sharding=out)
+
+    shapes = jax.eval_shape(run(PartitionSpec()), a, *others)
+    return run(jax.tree.map(spec, shapes))(a, *others)
 
 
 @jax.custom_jvp
@@ -89,7 +118,8 @@ def widen(shape: Sequence[int], axes: Sequence[int]) -> Wide | None:
     if jax.default_backend() != "cpu" or first == 0 or list(axes) != list(range(first, last + 1)):
         return None
     positions, channels = math.prod(shape[first:-1]), shape[-1]
-    if not positions or not channels:
+    known = isinstance(positions, int) and isinstance(channels, int)  # and not symbolic
+    if not known or not positions or not channels:
         return None
     factors = range(1, min(_ROW // channels, positions // 8) + 1)
     factor = max((k for k in factors if positions % k == 0), default=1)

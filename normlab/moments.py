@@ -26,18 +26,19 @@ from jax.core import Tracer
 from jax.typing import ArrayLike, DTypeLike
 
 from normlab.checks import floating, invalid, nearest, normalize_axes, promote, promote_dtype
-from normlab.lowering import apart, derivative_of, widen
+from normlab.lowering import apart, partitioned, widen
 
 Algorithm = Literal["auto", "shifted", "two_pass", "one_pass"]
 """About which pivot the moments are taken.
 
-`"two_pass"`: the mean, from a pass of its own about the first value. `"shifted"`: the mean of a
-sixteenth of the values; their distance from the mean is part of the variance, so at most log10(17)
-digits are lost at any mean. Both give the mean to its last bit. `"one_pass"`: 0, that is
-E[x²] − E[x]², which loses log10(1 + mean²/var) digits. `"auto"`: `"shifted"`; over the innermost
-axis, where XLA makes one loop of it, the mean as XLA sums it, which may be off by two units in its
-last place. Weighted moments know no sixteenth: there `"shifted"` is two passes, the mean corrected
-by the second (Chan, Golub & LeVeque 1983).
+`"two_pass"`: the mean, from a pass of its own. `"shifted"`: the mean of a sixteenth of the values;
+their distance from the mean is part of the variance, so at most log10(17) digits are lost at any
+mean. `"one_pass"`: 0, that is E[x²] − E[x]², which loses log10(1 + mean²/var) digits. `"auto"`:
+`"shifted"`; over the innermost axis, where XLA makes one loop of it, the mean as XLA sums it.
+Weighted moments know no sixteenth: there `"shifted"` is two passes.
+
+With all of them the mean is corrected by Σ (x − k), or taken about the first value: it is right to
+two units in its last place, and the mean of a constant is that constant, so that h is b.
 """
 
 
@@ -63,8 +64,8 @@ class Moments(NamedTuple):
         return jnp.where(dof > 0, self.m2 / jnp.where(dof > 0, dof, 1), 0)
 
     def scale(self, eps: float) -> Array:
-        """σ = √(var + ε); infinite where nothing was measured, so that g·(a − μ)/σ + b is b."""
-        return jnp.where(self.count > 0, jnp.sqrt(self.var() + eps), jnp.inf)
+        """σ = √(var + ε), as `standard_deviation`."""
+        return standard_deviation(self.var(), self.count, eps)
 
     def cancellation(self) -> Array:
         """mean²/var: log10 of 1 + this is how many digits of the variance E[x²] − E[x]² loses.
@@ -75,6 +76,20 @@ class Moments(NamedTuple):
         square, var = jnp.square(self.mean), self.var()
         ratio = square / jnp.where(var == 0, 1, var)
         return jnp.where(var == 0, jnp.where(square == 0, 0, jnp.inf), ratio)
+
+
+def standard_deviation(var: Array, count: Array, eps: float) -> Array:
+    """σ = √(var + ε); the largest number where nothing was measured, NaN where var overflowed.
+
+    `affine` divides by the largest number as by infinity: h is b, and no gradient passes.
+
+    Args:
+      var: A variance, or a mean of squares.
+      count: Of how many values.
+      eps: ε.
+    """
+    overflow = var - var  # zero, or NaN: an infinite σ would look like a constant sample
+    return jnp.where(count > 0, jnp.sqrt(var + eps) + overflow, jnp.finfo(var.dtype).max)
 
 
 def empty(shape: Sequence[int] = (), dtype: DTypeLike = jnp.float32) -> Moments:
@@ -103,7 +118,8 @@ def moments(
       x: Any real array; statistics are taken in float32 at least.
       axes: The axes to measure over. They stay, with size 1.
       weights: Non-negative importance, aligned with the *leading* axes of `x`: shape
-        `x.shape[:k]` for some k, or the rank of `x` with sizes 1 where it does not vary.
+        `x.shape[:k]` for some k, or the rank of `x` with sizes 1 where it does not vary. Of any
+        size: where the largest is beyond 1e±18 (float32) the count is in other units.
       algorithm: The pivot, an `Algorithm`.
 
     Returns:
@@ -121,53 +137,79 @@ def moments(
     axes = normalize_axes("moments", axes, x.ndim)
     check_algorithm("moments", algorithm)
     w = align_weights("moments", weights, x)
-    x = x if w is None else jnp.where(w > 0, x, jnp.zeros((), x.dtype))
-    two_passes = _two_passes(x, axes, algorithm)
+    return partitioned(functools.partial(_moments, axes, algorithm), x, w)
+
+
+def _moments(axes: tuple[int, ...], algorithm: Algorithm, x: Array, w: Array | None) -> Moments:
+    count = count_values(x, axes, w)
+    n = jnp.where(count > 0, count, 1)
     if w is not None:
-        pivot = lax.stop_gradient(_pivot(x, axes, w, algorithm))
-        offset, count = average(promote(x) - pivot, axes, weights=w)
-        square, _ = average(jnp.square(promote(x) - pivot), axes, weights=w)
-        mean = pivot + offset
-    else:
+        x = jnp.where(w > 0, x, jnp.zeros((), x.dtype))
+    pivot = lax.stop_gradient(_pivot(x, axes, w, algorithm))
+    first, second = power_sums(x, pivot, axes) if w is None else _weighted_sums(x, pivot, axes, w)
+    offset = first / n
+    mean = pivot + offset
+    if algorithm == "one_pass":
+        zero = jnp.zeros_like(pivot)
+        _, second = power_sums(x, zero, axes) if w is None else _weighted_sums(x, zero, axes, w)
+        offset = mean
+    m2 = count * (second / n - jnp.square(offset))
+    # Not `where` or `maximum`: where rounding left less than nothing, the derivatives of every
+    # order must pass whole.
+    return Moments(count, mean, m2 - lax.stop_gradient(jnp.minimum(m2, 0)))
+
+
+def count_values(x: Array, axes: Sequence[int], w: Array | None) -> Array:
+    """Σ w over `axes`, which stay with size 1; or the number of values, which may be symbolic."""
+    dtype = promote_dtype(x)
+    if w is None:
         n = math.prod(x.shape[i] for i in axes)
-        count = jnp.full((1,) * x.ndim, n, promote_dtype(x))
-        pivot = _pivot(x, axes, None, algorithm)
-        first, second = power_sums(x, lax.stop_gradient(pivot), axes)
-        square = second / max(n, 1)
-        if two_passes:
-            mean, offset = pivot, derivative_of(pivot)
-        else:
-            offset = first / max(n, 1)
-            mean = lax.stop_gradient(pivot) + offset
-    m2 = count * (square - jnp.square(offset))
-    if w is not None or not two_passes:
-        # `where` and not `maximum`: at m2 = 0 the derivatives of every order must pass whole.
-        m2 = jnp.where(m2 < 0, 0, m2)
-    return Moments(count, mean, m2)
-
-
-def _two_passes(x: Array, axes: tuple[int, ...], algorithm: Algorithm) -> bool:
-    return algorithm == "two_pass" or (algorithm == "auto" and x.ndim - 1 in axes)
+        return jnp.asarray(n).astype(dtype).reshape((1,) * x.ndim)
+    repeats = math.prod(x.shape[i] for i in axes if w.shape[i] == 1)
+    return jnp.asarray(repeats).astype(dtype) * w.sum(
+        [i for i in axes if w.shape[i] != 1], keepdims=True
+    )
 
 
 def _pivot(x: Array, axes: tuple[int, ...], w: Array | None, algorithm: Algorithm) -> Array:
-    if algorithm == "one_pass":
-        return jnp.zeros((1,) * x.ndim, promote_dtype(x))
-    if w is None and axes and not _two_passes(x, axes, algorithm):
+    """k, without a gradient: of a constant sample its value, wherever that is cheap."""
+    if w is not None:
+        return average(promote(x), axes, weights=w)[0]
+    first = _first(x, axes)
+    if algorithm == "one_pass" or 0 in x.shape:
+        return first
+    if algorithm == "shifted" or (algorithm == "auto" and x.ndim - 1 not in axes):
         # Every 16th slice along one axis (or the nearest divisor), not the first slices: where
         # the axis is sharded, each device has its share of them.
         step = {i: max((k for k in range(2, 17) if x.shape[i] % k == 0), default=1) for i in axes}
-        axis = max(axes, key=lambda i: (step[i] >= 8, 0 < i < x.ndim - 1, step[i]))
-        split = (*x.shape[:axis], -1, step[axis], *x.shape[axis + 1 :])
-        if x.size:
+        axis = max(axes, key=lambda i: (step[i] >= 8, 0 < i < x.ndim - 1, step[i]), default=None)
+        if axis is not None:
+            split = (*x.shape[:axis], -1, step[axis], *x.shape[axis + 1 :])
             x = lax.index_in_dim(x.reshape(split), 0, axis + 1, keepdims=False)
+    elif algorithm == "auto" and _short(math.prod(x.shape[i] for i in axes)):
+        # XLA's CPU keeps this, both sums and what follows in one loop. What it is off by at a
+        # constant is a whole number of units of the last place, so few that Σ (x − k) is exact.
         return average(promote(x), axes)[0]
-    if algorithm == "two_pass" and w is None and x.size:
-        # About the first value: the mean is right to its last bit, and that of a constant exact.
-        first = x[tuple(slice(1) if i in axes else slice(None) for i in range(x.ndim))]
-        first = lax.stop_gradient(promote(first))
-        return first + average(promote(x) - first, axes)[0]
-    return average(promote(x), axes, weights=w)[0]
+    return first + average(promote(x) - first, axes)[0]
+
+
+def _short(n: Any) -> bool:
+    """Whether Σ (x − k) is exact for a constant of n values with any sum of them for k."""
+    return isinstance(n, int) and n <= 4096
+
+
+def _first(x: Array, axes: Sequence[int]) -> Array:
+    """The first value of each sample; 0 for an empty one."""
+    if 0 in x.shape:
+        return jnp.zeros([1 if i in axes else n for i, n in enumerate(x.shape)], promote_dtype(x))
+    ends = [1 if i in axes else n for i, n in enumerate(x.shape)]
+    return promote(lax.slice(x, (0,) * x.ndim, ends))
+
+
+def _weighted_sums(x: Array, pivot: Array, axes: Sequence[int], w: Array) -> tuple[Array, Array]:
+    """Σ w·(x − k) and Σ w·(x − k)² over `axes`."""
+    d = jnp.where(w > 0, promote(x) - pivot, 0)
+    return (w * d).sum(axes, keepdims=True), (w * jnp.square(d)).sum(axes, keepdims=True)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
@@ -226,13 +268,8 @@ def average(
       weights: As in `moments`.
     """
     w = align_weights("average", weights, x)
-    if w is None:
-        count = jnp.full((1,) * x.ndim, math.prod(x.shape[i] for i in axes), x.dtype)
-        total = x.sum(axes, keepdims=True)
-    else:
-        repeats = math.prod(x.shape[i] for i in axes if w.shape[i] == 1)
-        count = repeats * w.sum([i for i in axes if w.shape[i] != 1], keepdims=True)
-        total = (w * jnp.where(w > 0, x, 0)).sum(axes, keepdims=True)
+    count = count_values(x, axes, w)
+    total = (x if w is None else w * jnp.where(w > 0, x, 0)).sum(axes, keepdims=True)
     return total / jnp.where(count > 0, count, 1), count
 
 
@@ -305,20 +342,15 @@ def align_weights(
       channel_axis: The axis of the channels; `None` if no axis is special.
 
     Raises:
-      ValueError: If it is not aligned with `x`, or one is negative (where that can be seen).
+      ValueError: If it is not aligned with `x`, complex, or one is negative or not finite (where
+        that can be seen).
     """
     if weights is None:
         return None
     shape = jnp.shape(x)
-    w = jnp.asarray(weights).astype(promote_dtype(x))
+    _check_weights(where, weights)
+    w = _in_range(jnp.asarray(weights).astype(promote_dtype(x)))
     given = w.shape
-    if not isinstance(weights, Tracer) and (np.asarray(weights) < 0).any():
-        raise invalid(
-            where,
-            f"a weight of {np.asarray(weights).min()}",
-            "weights of at least 0",
-            "use 0 to leave a value out",
-        )
     if channel_axis is not None:
         channel_axis %= len(shape)
     full = w.ndim == len(shape)
@@ -338,6 +370,34 @@ def align_weights(
             f"pass one weight per example, shape {shape[:1]}",
         )
     return w.reshape(w.shape + (1,) * (len(shape) - w.ndim))
+
+
+def _check_weights(where: str, weights: ArrayLike) -> None:
+    """Raises ValueError for weights that are no weights, as far as that can be seen."""
+    change = "use 0 to leave a value out"
+    if jnp.issubdtype(jnp.result_type(weights), jnp.complexfloating):
+        raise invalid(where, f"weights of type {jnp.result_type(weights)}", "real ones", change)
+    if isinstance(weights, Tracer) or not getattr(weights, "is_fully_addressable", True):
+        return
+    w = np.asarray(weights)
+    wrong = w[~((w >= 0) & (w < np.inf))]
+    if wrong.size:
+        raise invalid(where, f"a weight of {wrong[0]}", "finite weights of at least 0", change)
+
+
+def _in_range(w: Array) -> Array:
+    """Weights of any size as numbers whose sums and products are numbers too.
+
+    Only their ratios matter: where the largest is beyond 2^±60 (float32), all are multiplied by
+    2^∓90, and denormal ones, which XLA takes for zero, are read off their bits.
+    """
+    info = jnp.finfo(w.dtype)
+    far, step = 2.0 ** (info.maxexp * 15 // 32), 2.0 ** (info.maxexp * 45 // 64)
+    peak = lax.stop_gradient(jnp.max(w, initial=0))
+    scale = jnp.where(peak > far, 1 / step, jnp.where(peak < 1 / far, step, 1))
+    bits = lax.bitcast_convert_type(lax.stop_gradient(w), jnp.dtype(f"int{info.bits}"))
+    denormal = (bits & ((1 << info.nmant) - 1)).astype(w.dtype)
+    return jnp.where(peak == 0, denormal, w * scale.astype(w.dtype))
 
 
 def leave_out(a: ArrayLike, weights: Array | None) -> Array:
