@@ -25,6 +25,7 @@ from normlab.checks import (
 )
 from normlab.collective import differentiated, measure, values_per_channel
 from normlab.delayed import Delayed, check_delayed
+from normlab.lowering import sharded_as
 from normlab.moments import Algorithm, Moments, align_weights, check_algorithm, merge, moments
 from normlab.population.domains import Domains
 from normlab.population.frozen import Frozen
@@ -147,7 +148,8 @@ def batch_parts(
     weights = align_weights(where, weights, a, channel)
     turn = functools.partial(jnp.swapaxes, axis1=0, axis2=int(channel == 0 and a.ndim > 1))
     x, weights = turn(a), None if weights is None else turn(weights)  # the examples first
-    axes = [i for i in range(a.ndim) if i != (channel or min(1, a.ndim - 1))]
+    kept = channel or min(1, a.ndim - 1)
+    axes = [i for i in range(a.ndim) if i != kept]
     if values_per_channel(where, sync, x.shape, axes) == 1 and bad_batch != "propagate":
         raise invalid(
             where,
@@ -173,6 +175,7 @@ def batch_parts(
     if isinstance(state, Renorm):
         mu, sigma = state.correct(mu, sigma, eps, like)
     if isinstance(state, Population) and train:
+        population = sharded_as(population, kept - x.ndim, state.read()[0])
         policy = "propagate" if bad_batch == "propagate" else "skip"  # "raise" has been seen to
         state = state.update(population, decay=decay, bad_batch=policy)
     return Parts(mu, sigma, g, b), state

@@ -27,7 +27,7 @@ from jax import Array, lax
 from jax.sharding import PartitionSpec
 
 from normlab.checks import invalid
-from normlab.lowering import derivative_of, partitioned
+from normlab.lowering import along, derivative_of, partitioned
 from normlab.moments import Algorithm, Moments, count_values, merge_axes, moments
 from normlab.sync import AxisName, Plan, Sync, as_sync, plan
 
@@ -74,6 +74,8 @@ def measure(
             m = vary(m, sync.names)
         return m, population
 
+    a = along(a, sync.names)
+    weights = None if weights is None else along(weights, sync.names)
     return jax.shard_map(
         body,
         mesh=sync.mesh,
@@ -147,14 +149,14 @@ def _merge(
         return blocks, population, values
     table = pack(local, values)
     table = _gather(table, names) if names else table[None]
-    everything, values = unpack(table, local, values)
+    everything, each = unpack(table, local, values)
     population = merge_axes(jax.tree.map(_flat, lax.stop_gradient(everything)), 0)
     table = vary(table, names)  # at once, so that its cotangents are added up at once
     everything = jax.tree.map(_flat, unpack(table, local, values)[0])
     rows = jnp.asarray(cut.members)
     if names:
         rows = lax.dynamic_slice_in_dim(rows, lax.axis_index(names) * shards, shards)
-    return merge_members(everything, rows), population, values
+    return merge_members(everything, rows), population, None if each is None else each.sum(0)
 
 
 def gather(m: Moments, names: tuple[str, ...]) -> Moments:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, TypeVar
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
-from jax.sharding import PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 Tree = TypeVar("Tree")
 
@@ -25,19 +25,46 @@ def partitioned(f: Callable[..., Tree], a: Array, *others: Any) -> Tree:
       a: An array.
       *others: Other arrays, or trees of them.
     """
-    specs = [jax.typeof(v).sharding.spec for v in jax.tree.leaves((a, others))]
-    if all(axis is None for spec in specs for axis in spec):
+    shardings = [jax.typeof(v).sharding for v in jax.tree.leaves((a, others))]
+    mesh = next((s.mesh for s in shardings if any(axis is not None for axis in s.spec)), None)
+    if mesh is None:
         return f(a, *others)
 
-    def spec(v: Any) -> PartitionSpec:
-        own = zip(v.shape, a.shape[a.ndim - v.ndim :], specs[0][a.ndim - v.ndim :], strict=True)
-        return PartitionSpec(*(axis if n == whole != 1 else None for n, whole, axis in own))
+    def like_a(v: Any) -> NamedSharding:
+        own = slice(a.ndim - v.ndim, None)
+        kept = zip(v.shape, a.shape[own], shardings[0].spec[own], strict=True)
+        return NamedSharding(mesh, PartitionSpec(*(s if n == m != 1 else None for n, m, s in kept)))
 
     def run(out: Any) -> Any:
         return jax.sharding.auto_axes(f, out_sharding=out)
 
-    shapes = jax.eval_shape(run(PartitionSpec()), a, *others)
-    return run(jax.tree.map(spec, shapes))(a, *others)
+    shapes = jax.eval_shape(run(NamedSharding(mesh, PartitionSpec())), a, *others)
+    return run(jax.tree.map(like_a, shapes))(a, *others)
+
+
+def along(v: Array, names: tuple[str, ...]) -> Array:
+    """`v`, sharded along the named axes on its first, where its type says how it is sharded."""
+    mesh, spec = jax.typeof(v).sharding.mesh, jax.typeof(v).sharding.spec
+    if not mesh.explicit_axes:
+        return v
+    axes = [(axis,) if isinstance(axis, str) else axis or () for axis in spec[1:]]
+    others = (None if {*names} & {*axis} else axis for axis in axes)
+    first = names if v.shape[0] != 1 else None
+    return jax.sharding.reshard(v, NamedSharding(mesh, PartitionSpec(first, *others)))
+
+
+def sharded_as(tree: Tree, channel: int, v: Array) -> Tree:
+    """Arrays, sharded on the axis `channel` as `v` is on its last, where types say so."""
+
+    def one(f: Array) -> Array:
+        mesh = jax.typeof(f).sharding.mesh
+        if not mesh.explicit_axes:
+            return f
+        spec = [None] * f.ndim
+        spec[channel] = jax.typeof(v).sharding.spec[-1] if f.shape[channel] != 1 else None
+        return jax.sharding.reshard(f, NamedSharding(mesh, PartitionSpec(*spec)))
+
+    return jax.tree.map(one, tree)
 
 
 @jax.custom_jvp
