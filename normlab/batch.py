@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 from jax.typing import ArrayLike
 
 from normlab.affine import Parts, affine
@@ -50,6 +50,7 @@ def batch_norm(
     channel_axis: int = -1,
     algorithm: Algorithm = "auto",
     bad_batch: BadBatch = "skip",
+    state_gradient: bool = False,
 ) -> tuple[Array, BatchState | None]:
     """Batch normalization (Ioffe & Szegedy 2015, https://arxiv.org/abs/1502.03167).
 
@@ -76,6 +77,8 @@ def batch_norm(
       bad_batch: What a batch that is empty, fully masked, or holds a NaN or an Inf does to `state`:
         a `BadBatch`. The output is NaN where the input is; of a fully masked batch it is b, without
         a gradient to `a` (NaN with `"propagate"`).
+      state_gradient: Whether the new state has a gradient by `a` and by what `a` is made of, as
+        learning to learn asks for. By the old state it has one in any case.
 
     Returns:
       `(h, state)`: h in the shape and floating type of `a`, the state with its structure and
@@ -105,6 +108,7 @@ def batch_norm(
         channel_axis=channel_axis,
         algorithm=algorithm,
         bad_batch=bad_batch,
+        state_gradient=state_gradient,
     )
     return affine(parts, a, weights=weights, channel_axis=channel_axis), state
 
@@ -122,6 +126,7 @@ def batch_parts(
     channel_axis: int = -1,
     algorithm: Algorithm = "auto",
     bad_batch: BadBatch = "skip",
+    state_gradient: bool = False,
 ) -> tuple[Parts, BatchState | None]:
     """The parts and the next state of `batch_norm`, which see."""
     a = jnp.asarray(a)
@@ -177,6 +182,7 @@ def batch_parts(
     if isinstance(state, Population) and train:
         population = sharded_as(population, kept - x.ndim, state.read()[0])
         policy = "propagate" if bad_batch == "propagate" else "skip"  # "raise" has been seen to
+        population = population if state_gradient else lax.stop_gradient(population)
         state = state.update(population, decay=decay, bad_batch=policy)
     return Parts(mu, sigma, g, b), state
 

@@ -143,14 +143,14 @@ def _merge(
         # Every block is on one device: nothing is asked of the others but the population.
         blocks = jax.tree.map(lambda f: f.reshape(-1, cut.block, *f.shape[1:]), local)
         blocks = Moments(*(field[:, 0] for field in merge_axes(blocks, 1)))
-        own = lax.stop_gradient(merge_axes(blocks, 0))
+        own = merge_axes(blocks, 0)
         population, values = _all_reduce(own, Sync(names), values)
         blocks = jax.tree.map(lambda f: jnp.repeat(f, cut.block, axis=0), blocks)
         return blocks, population, values
     table = pack(local, values)
     table = _gather(table, names) if names else table[None]
     everything, each = unpack(table, local, values)
-    population = merge_axes(jax.tree.map(_flat, lax.stop_gradient(everything)), 0)
+    population = merge_axes(jax.tree.map(_flat, everything), 0)
     table = vary(table, names)  # at once, so that its cotangents are added up at once
     everything = jax.tree.map(_flat, unpack(table, local, values)[0])
     rows = jnp.asarray(cut.members)

@@ -119,6 +119,7 @@ def batch(
     population: str | Callable[..., Any] = "debiased",
     algorithm: Algorithm = "auto",
     bad_batch: BadBatch = "skip",
+    state_gradient: bool = False,
     rescale: bool = True,
     reshift: bool = True,
 ) -> Norm:
@@ -143,6 +144,7 @@ def batch(
             channel_axis=site.linear.channel_axis,
             algorithm=algorithm,
             bad_batch=bad_batch,
+            state_gradient=state_gradient,
         )
 
     def init(site: Site) -> tuple[Params, State]:

@@ -84,6 +84,48 @@ def test_what_devices_kept_apart_is_pooled(name, mapper):
     assert gap(nl.merge_running(stacked), pooled) < 2e-6
 
 
+@pytest.mark.parametrize("name", [n for n in POPULATIONS if n not in ("batch", "frozen")])
+@pytest.mark.parametrize("transaction", [False, True])
+def test_the_states_gradient_is_cut_unless_it_is_asked_for(name, transaction):
+    start = nl.init_population(name, C)
+
+    def ours(a, **options):
+        state = nl.begin(start) if transaction else start
+        _, state = nl.batch_norm(a, None, state, train=True, **options)
+        mean, var = (nl.commit(state) if transaction else state).read()
+        return (mean**3 + var**2).sum()
+
+    def plain(a):
+        rate = 0.1 if name == "ema" else 1
+        mean, var = rate * a.mean(0), 1 - rate + rate * a.var(0)
+        return (mean**3 + var**2).sum()
+
+    a = array(BATCHES[0])
+    assert gap(jax.grad(ours)(a), np.zeros((N, C))) == 0
+    asked = jax.grad(functools.partial(ours, state_gradient=True))(a)
+    assert gap(asked, jax.grad(plain)(a)) < 5e-6
+
+
+@pytest.mark.parametrize("sync", ["d", nl.Sync("d", groups=2), nl.Sync("d", shards=2, groups=1)])
+def test_the_states_gradient_reaches_the_batches_of_all_devices(sync):
+    norm = nl.get("batch", axis_name=sync, state_gradient=True)
+    a = array(draw(0, 4, N, C))
+
+    def ours(a):
+        def one(a):
+            params, state = norm.init(nl.Site(a))
+            return norm.parts(params, state, nl.Site(a), train=True)[1]
+
+        state = jax.vmap(one, axis_name="d")(a)
+        return (state.mean[0] ** 3 + state.var[0] ** 2).sum()
+
+    def plain(a):
+        whole = a.reshape(-1, C)
+        return (whole.mean(0) ** 3 + whole.var(0) ** 2).sum()
+
+    assert gap(jax.grad(ours)(a), jax.grad(plain)(a)) < 5e-6
+
+
 def test_an_unknown_population_or_option_is_an_error_with_the_nearest():
     with pytest.raises(ValueError, match=r"unknown population 'cumulativ': did you mean 'cumu"):
         nl.init_population("cumulativ", C)

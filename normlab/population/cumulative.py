@@ -54,7 +54,7 @@ class Cumulative(NamedTuple):
     estimator: Estimator = "pooled"
 
     def update(self, m: Moments, *, decay: Any = None, bad_batch: BadBatch = "skip") -> Cumulative:
-        """Takes one batch in. Carries no gradient.
+        """Takes one batch in. A gradient passes.
 
         Args:
           m: The batch's moments, `C` values in each of mean and m2, in any shape.
@@ -72,7 +72,7 @@ class Cumulative(NamedTuple):
                 "no decay: every value weighs the same",
                 "leave it out, or keep an average that forgets, from init_running",
             )
-        m = check_batch("cumulative statistics", lax.stop_gradient(m), bad_batch)
+        m = check_batch("cumulative statistics", m, bad_batch)
         good = usable(m) | (bad_batch == "propagate")
         m = Moments(*(jnp.broadcast_to(f, m.mean.shape).reshape(self.mean.shape) for f in m))
         m = jax.tree.map(lambda f: f.astype(self.mean.dtype), m)

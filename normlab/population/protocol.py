@@ -31,7 +31,7 @@ class Population(Protocol):
     """
 
     def update(self, m: Moments, *, decay: Any = None, bad_batch: BadBatch = "skip") -> Self:
-        """Takes one batch in. Carries no gradient.
+        """Takes one batch in. A gradient passes; `batch_norm` cuts it unless told not to.
 
         Args:
           m: The batch's moments, `C` values in each of mean and m2, in any shape.

@@ -52,7 +52,7 @@ class Running(NamedTuple):
     ddof: int = 0
 
     def update(self, m: Moments, *, decay: Any = None, bad_batch: BadBatch = "skip") -> Running:
-        """Takes one batch in. Carries no gradient.
+        """Takes one batch in. A gradient passes.
 
         Args:
           m: The batch's moments, `C` values in each of mean and m2, in any shape.
@@ -68,7 +68,7 @@ class Running(NamedTuple):
         check_decay("running statistics", decay)
         if isinstance(decay, Array):
             decay = decay.astype(self.mass.dtype)
-        m = check_batch("running statistics", lax.stop_gradient(m), bad_batch, self.ddof)
+        m = check_batch("running statistics", m, bad_batch, self.ddof)
         mean = m.mean.reshape(self.mean.shape).astype(self.mean.dtype)
         var = m.var(self.ddof).reshape(self.var.shape).astype(self.var.dtype)
         mass = decay * self.mass + (1 - decay)

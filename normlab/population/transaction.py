@@ -63,7 +63,6 @@ class Pending(NamedTuple):
                 "a decay with its commit: the average takes one step then",
                 "call commit(states, decay=...)",
             )
-        m = lax.stop_gradient(m)
         seen = self.seen.update(m, bad_batch="raise" if bad_batch == "raise" else "skip")
         finite = (jnp.isfinite(m.mean) & jnp.isfinite(m.m2)).all()
         return self._replace(seen=seen, broken=self.broken | ~finite)
