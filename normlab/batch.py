@@ -237,7 +237,8 @@ def _by_domain(
 ) -> tuple[Moments, Moments]:
     """As `measure`, of the examples of each domain: `m` of each example's, the rest `[D, ...]`."""
     one = jnp.ones((), promote_dtype(a)) if weights is None else weights
-    member = state.current == jnp.arange(state.domains, dtype=jnp.int32)[:, None]
+    numbers = jnp.arange(state.domains, dtype=jnp.int32)
+    member = state.current[None] == numbers[:, None]
     member = member.reshape(*member.shape, *(1,) * (a.ndim - 1)).astype(one.dtype)
     run = functools.partial(measure, where, a, axes, sync, algorithm=algorithm, least=least)
     m, population = jax.vmap(lambda member: run(weights=member * one))(member)

@@ -25,7 +25,7 @@ from normlab.collective import check_bound, gather_members, vary
 from normlab.moments import Moments, empty
 from normlab.population.domains import Domains
 from normlab.population.frozen import Frozen
-from normlab.population.protocol import BadBatch
+from normlab.population.protocol import BadBatch, arrays
 from normlab.population.renorm import Renorm
 from normlab.population.running import init_running
 from normlab.sync import AxisName, as_sync, plan
@@ -61,11 +61,12 @@ class Delayed(NamedTuple):
 
     def others_like(self, m: Moments) -> Moments:
         """`others`, in the shape of `m`; without a gradient."""
-        return Moments(*(lax.stop_gradient(f).reshape(m.mean.shape) for f in self.others))
+        others = lax.stop_gradient(arrays(self.others))
+        return Moments(*(f.reshape(m.mean.shape) for f in others))
 
     def after(self, m: Moments) -> Delayed:
         """The state after a batch with the moments `m`."""
-        m = lax.stop_gradient(m)
+        self, m = arrays(self), lax.stop_gradient(m)
         good = (jnp.isfinite(m.mean) & jnp.isfinite(m.m2)).all()  # or it says nothing to others
         m = jax.tree.map(lambda f: jnp.where(good, f, 0), m)
         own = (jnp.broadcast_to(f, m.mean.shape).reshape(self.own.mean.shape) for f in m)
@@ -93,7 +94,7 @@ def init_delayed(
     decay: float = 0.9,
     ddof: int = 0,
     debias: bool = True,
-    dtype: DTypeLike = jnp.float32,
+    dtype: DTypeLike | None = None,
 ) -> Delayed:
     """The state before the first batch.
 
@@ -102,7 +103,7 @@ def init_delayed(
       decay: As in `init_running`.
       ddof: As in `init_running`.
       debias: As in `init_running`.
-      dtype: The statistics' type, float32 or float64.
+      dtype: As in `init_running`.
     """
     return delay(init_running(channels, decay=decay, ddof=ddof, debias=debias, dtype=dtype))
 
@@ -116,6 +117,7 @@ def delay(running: Any) -> Delayed:
             "those that do not change how training normalizes",
             "use an average, or a Sync without every",
         )
+    running = arrays(running)
     mean = running.read()[0]
     own, others = (empty(mean.shape, mean.dtype) for _ in range(2))
     return Delayed(running, own, others, jnp.full(mean.shape[:-1], -1, jnp.int32))
@@ -149,7 +151,7 @@ def exchange(states: Any, axis_name: AxisName) -> Any:
             "the states of norms with Sync(..., every=k)",
             "pass what batch_norm returned",
         )
-    delayed = [leaves[i] for i in at]
+    delayed = [arrays(leaves[i]) for i in at]
     own = _together([s.own for s in delayed])
     devices = lax.axis_size(sync.names)
     members = plan("exchange", sync, devices, 1).members
@@ -172,8 +174,8 @@ def exchange(states: Any, axis_name: AxisName) -> Any:
     others, age = lax.cond(due, ask, wait, own, old)
     ends = np.cumsum([s.own.mean.shape[0] for s in delayed])[:-1]
     split = zip(*(jnp.split(field, ends) for field in others), strict=True)
-    for i, fields in zip(at, split, strict=True):
-        leaves[i] = leaves[i]._replace(others=Moments(*fields), age=age)
+    for i, state, fields in zip(at, delayed, split, strict=True):
+        leaves[i] = state._replace(others=Moments(*fields), age=age)
     return jax.tree.unflatten(structure, leaves)
 
 

@@ -20,6 +20,7 @@ from normlab.collective import check_bound, gather
 from normlab.delayed import Delayed
 from normlab.moments import Moments, merge_axes
 from normlab.population.cumulative import Cumulative
+from normlab.population.protocol import arrays
 from normlab.population.running import Running
 from normlab.sync import AxisName, as_sync
 
@@ -80,7 +81,7 @@ def drift(
             "those of several devices, [D, ..., C]",
             "stack them along a new first axis, or name the axis",
         )
-    m = jax.tree.map(lambda f: jnp.broadcast_to(f, m.mean.shape), m)
+    m = jax.tree.map(lambda f: jnp.broadcast_to(f, m.mean.shape), arrays(m))
     m = jax.tree.map(lambda f: f.reshape(f.shape[0], -1, f.shape[-1]), m)
     m = Moments(*(field[:, 0] for field in merge_axes(m, 1)))
     whole = Moments(*(field[0] for field in merge_axes(m, 0)))
@@ -92,8 +93,8 @@ def drift(
         mean=whole.mean,
         within=within,
         between=jnp.maximum(var - within, 0),
-        shift=(m.mean - whole.mean) / jnp.where(sigma == 0, 1, sigma),
-        ratio=m.var() / jnp.where(var == 0, 1, var),
+        shift=(m.mean - whole.mean[None]) / jnp.where(sigma == 0, 1, sigma)[None],
+        ratio=m.var() / jnp.where(var == 0, 1, var)[None],
     )
 
 

@@ -131,6 +131,8 @@ def batch(
     settings = {name: value for name, value in given.items() if value is not None}
     if not callable(population):
         require(population)
+    if population == "renorm":
+        settings["eps"] = eps
 
     def parts(params: Params, state: State, site: Site, *, train: bool) -> tuple[Parts, State]:
         return batch_parts(

@@ -343,6 +343,30 @@ def test_renorm_is_the_papers_algorithm(x64):
     assert gap(ours_, papers) < 1e-11
 
 
+def test_renorm_averages_sigma_as_the_paper_does(x64):
+    """σ ← σ + α(σ_B − σ), where the scale of the batches alternates; and so it is pooled."""
+    state = nl.init_renorm(C, begin=0, r_end=0, d_end=0, r_max=1.5, d_max=0.5, dtype="float64")
+    a = BATCHES[0] * np.array([1.0, 1e-3, 10.0])
+    mean, sigma, mass = 0.0, 0.0, 0.0
+    for scale in (1.0, 10.0, 0.01, 3.0):
+        mu, s = (scale * a).mean(0), np.sqrt((scale * a).var(0) + 1e-5)
+        r = np.clip(s / sigma, 1 / 1.5, 1.5) if mass else 1
+        d = np.clip((mu - mean) / sigma, -0.5, 0.5) if mass else 0
+        h, state = nl.batch_norm(jnp.asarray(scale * a), None, state, train=True)
+        assert gap(h, (scale * a - mu) / s * r + d) < 1e-9
+        mass = 0.9 * mass + 0.1
+        mean = mean + 0.1 / mass * (mu - mean)
+        sigma = sigma + 0.1 / mass * (s - sigma)
+        h, _ = nl.batch_norm(jnp.asarray(a), None, state, train=False)
+        assert gap(h, (a - mean) / sigma) < 1e-9
+    assert nl.conventions(state) == {
+        "": "Renorm(running=Running(decay=0.9, ddof=0, sigma_eps=1e-05))"
+    }
+    assert nl.get("batch", population="renorm", eps=0.1).init(nl.Site(array(a)))[
+        1
+    ].running.sigma_eps == pytest.approx(0.1)
+
+
 def test_renorms_limits_grow_with_the_updates():
     state = nl.init_renorm(C, r_max=3.0, d_max=5.0, begin=10, r_end=30, d_end=20)
     seen = [0, 10, 15, 20, 30, 99]

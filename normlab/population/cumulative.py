@@ -16,8 +16,15 @@ from jax.typing import DTypeLike
 from normlab.checks import check_ddof, invalid, nearest
 from normlab.collective import all_reduce
 from normlab.moments import Moments, merge
-from normlab.population.protocol import BadBatch, check_batch, register, usable
-from normlab.sync import AxisName
+from normlab.population.protocol import (
+    BadBatch,
+    arrays,
+    check_batch,
+    register,
+    statistics_dtype,
+    usable,
+)
+from normlab.sync import AxisName, as_sync
 
 Estimator = Literal["pooled", "within"]
 """Of which deviations a variance over many batches is made.
@@ -40,6 +47,8 @@ class Cumulative(NamedTuple):
       between: `[C]`, the sum of the squared deviations of the batches' means, times their counts.
       updates: `[]` int32, the number of batches taken in.
       skipped: `[]` int32, the number of batches left out: empty, or not finite.
+      rest: `[2]`, what is to be added to `updates` and `skipped` where they are a device's share of
+        a pooled state (`share_running`), which need not be whole; else 0.
       ddof: 0 for the variance of the values seen, 1 for the unbiased one; not a leaf.
       estimator: The `Estimator` of the variance; not a leaf.
     """
@@ -50,6 +59,7 @@ class Cumulative(NamedTuple):
     between: Array
     updates: Array
     skipped: Array
+    rest: Array
     ddof: int = 0
     estimator: Estimator = "pooled"
 
@@ -72,6 +82,7 @@ class Cumulative(NamedTuple):
                 "no decay: every value weighs the same",
                 "leave it out, or keep an average that forgets, from init_running",
             )
+        self = arrays(self)
         m = check_batch("cumulative statistics", m, bad_batch)
         good = usable(m) | (bad_batch == "propagate")
         m = Moments(*(jnp.broadcast_to(f, m.mean.shape).reshape(self.mean.shape) for f in m))
@@ -93,7 +104,7 @@ class Cumulative(NamedTuple):
 
     def moments(self) -> Moments:
         """The moments of all values together, fields `[C]`."""
-        return Moments(self.count, self.mean, self.within + self.between)
+        return arrays(Moments(self.count, self.mean, self.within + self.between))
 
     def read(self) -> tuple[Array, Array]:
         """Returns the mean and the variance, `[C]`; 0 and 1 before the first batch.
@@ -101,26 +112,36 @@ class Cumulative(NamedTuple):
         The variance is (within + between) / (N − ddof), or with the estimator `"within"`
         within / (N − ddof·batches).
         """
+        self = arrays(self)
         if self.estimator == "pooled":
             m, lost = self.moments(), jnp.full((), self.ddof, self.mean.dtype)
         else:
             m = Moments(self.count, self.mean, self.within)
-            lost = self.ddof * self.updates.astype(self.mean.dtype)
-        return self.mean, jnp.where(m.count > lost, m._replace(count=m.count - lost).var(), 1)
+            lost = self.ddof * (self.updates.astype(self.mean.dtype) + self.rest[..., 0])
+        var = jnp.where(m.count > lost, m._replace(count=m.count - lost).var(), 1)
+        return self.mean, jnp.where(jnp.isnan(m.m2), m.m2, var)
 
     def pool(self, axis_name: AxisName) -> Cumulative:
-        """Merges with those of the other devices, each weighted by its count."""
+        """Merges with those of the other devices, each weighted by its count.
+
+        Of what is counted the result has the sum: pool what devices kept apart, once.
+        """
+        self = arrays(self)
         if self.updates.ndim:  # stacked
             return jax.vmap(lambda state: state.pool(axis_name))(self)
         means = all_reduce(Moments(self.count, self.mean, self.between), axis_name)
-        within, updates, skipped = lax.psum((self.within, self.updates, self.skipped), axis_name)
+        names = as_sync(axis_name).names
+        counters = jnp.stack([self.updates, self.skipped])
+        within, counters, rest = lax.psum((self.within, counters, self.rest), names)
+        counters += jnp.round(rest).astype(counters.dtype)
         return self._replace(
             count=means.count.reshape(self.count.shape),
             mean=means.mean,
             within=within,
             between=means.m2,
-            updates=updates,
-            skipped=skipped,
+            updates=counters[0],
+            skipped=counters[1],
+            rest=rest - jnp.round(rest),
         )
 
 
@@ -132,7 +153,7 @@ def init_cumulative(
     *,
     ddof: int = 0,
     estimator: Estimator = "pooled",
-    dtype: DTypeLike = jnp.float32,
+    dtype: DTypeLike | None = None,
 ) -> Cumulative:
     """Returns the statistics of no batch at all.
 
@@ -140,10 +161,11 @@ def init_cumulative(
       channels: `C`.
       ddof: 0 for the variance of the values seen, 1 for the unbiased one.
       estimator: Of which deviations the variance is made, an `Estimator`.
-      dtype: The statistics' type, float32 or float64.
+      dtype: The statistics' type, float32 (`None`; half types are kept in it too) or float64.
 
     Raises:
-      ValueError: If `ddof` is neither 0 nor 1, or the estimator is unknown.
+      ValueError: If `ddof` is neither 0 nor 1, the estimator is unknown, or the type is no real
+        floating type.
 
     >>> from normlab import moments
     >>> state = init_cumulative(1)
@@ -154,6 +176,7 @@ def init_cumulative(
     """
     check_ddof("cumulative statistics", ddof)
     check_estimator("cumulative statistics", estimator)
+    dtype = statistics_dtype("cumulative statistics", dtype)
     return Cumulative(
         count=jnp.zeros(channels, dtype),
         mean=jnp.zeros(channels, dtype),
@@ -161,6 +184,7 @@ def init_cumulative(
         between=jnp.zeros(channels, dtype),
         updates=jnp.zeros((), jnp.int32),
         skipped=jnp.zeros((), jnp.int32),
+        rest=jnp.zeros(2, dtype),
         ddof=ddof,
         estimator=estimator,
     )

@@ -12,7 +12,7 @@ from jax.typing import ArrayLike
 
 from normlab.checks import invalid
 from normlab.moments import Moments
-from normlab.population.protocol import BadBatch
+from normlab.population.protocol import BadBatch, arrays
 from normlab.sync import AxisName
 
 
@@ -41,6 +41,7 @@ class Domains(NamedTuple):
 
         A domain of which the batch has no example stays as it was.
         """
+        self = arrays(self)
         if not self.current.ndim:
             one = jax.tree.map(lambda v: v[self.current], self.of)
             new = one.update(m, decay=decay, bad_batch=bad_batch)
@@ -48,19 +49,22 @@ class Domains(NamedTuple):
             return self._replace(of=of)
 
         def each(old: Any, m: Moments) -> Any:
-            new = old.update(m, decay=decay, bad_batch=bad_batch)
             seen = (m.count > 0).any()
+            m = jax.tree.map(lambda v: jnp.where(seen, v, 2), m)  # no domain's fault
+            new = old.update(m, decay=decay, bad_batch=bad_batch)
             return jax.tree.map(lambda v, w: jnp.where(seen, v, w), new, old)
 
         return self._replace(of=jax.vmap(each)(self.of, m))
 
     def read(self) -> tuple[Array, Array]:
         """Returns those of the current domain, `[C]`, or of each example's, `[N, C]`."""
+        self = arrays(self)
         mean, var = jax.vmap(lambda s: s.read())(self.of)
         return mean[self.current], var[self.current]
 
     def pool(self, axis_name: AxisName) -> Domains:
         """Merges each domain's."""
+        self = arrays(self)
         return self._replace(of=jax.vmap(lambda s: s.pool(axis_name))(self.of))
 
 

@@ -15,6 +15,7 @@ from normlab.checks import invalid, nearest
 from normlab.population.cumulative import init_cumulative
 from normlab.population.domains import Domains
 from normlab.population.frozen import Frozen
+from normlab.population.protocol import statistics_dtype
 from normlab.population.renorm import Renorm, init_renorm
 from normlab.population.running import init_running
 
@@ -25,7 +26,7 @@ def init_domains(
     domains: int = 2,
     examples: int | None = None,
     population: str | Callable[..., Any] = "debiased",
-    dtype: DTypeLike = jnp.float32,
+    dtype: DTypeLike | None = None,
     **options: Any,
 ) -> Domains:
     """Returns the initial statistics of every domain; domain 0 is current.
@@ -35,11 +36,12 @@ def init_domains(
       domains: Their number.
       examples: N, if each example of a batch says its own domain; `None` for one per batch.
       population: What is kept of each, as in `init_population`.
-      dtype: The statistics' type, float32 or float64.
+      dtype: As in `init_running`.
       **options: Those of that population.
     """
     if domains < 1:
         raise invalid("domains", f"domains={domains}", "at least 1", "count the domains")
+    dtype = statistics_dtype("domains", dtype)
     one = init_population(population, channels, dtype=dtype, **options)
     if isinstance(one, Renorm | Frozen | Domains) or one == ():
         raise invalid(
@@ -56,8 +58,9 @@ def _frozen(channels: int, *, population: str = "debiased", **options: Any) -> F
     return Frozen(init_population(population, channels, **options))
 
 
-def _batch(channels: int, *, dtype: DTypeLike = jnp.float32) -> tuple[()]:
-    del channels, dtype
+def _batch(channels: int, *, dtype: DTypeLike | None = None) -> tuple[()]:
+    del channels
+    statistics_dtype("no statistics", dtype)
     return ()
 
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from normlab.checks import invalid
 from normlab.population.cumulative import Cumulative
-from normlab.population.protocol import Population
+from normlab.population.protocol import Population, arrays
 from normlab.sync import AxisName
 
 
@@ -43,6 +44,7 @@ def merge_running(states: Any) -> Any:
     >>> merge_running(states).mean.shape
     (3,)
     """
+    states = jax.tree.map(jnp.asarray, states)
     leaves = jax.tree.leaves(states)
     if not leaves:
         return states
@@ -107,8 +109,14 @@ def share_running(states: Any, devices: int) -> Any:
     def share(state: Any) -> Any:
         if not isinstance(state, Cumulative):
             return state
-        counted = {name: getattr(state, name) / devices for name in ("count", "within", "between")}
-        return state._replace(**counted, updates=-(-state.updates // devices))
+        state = arrays(state)
+        parts = {name: getattr(state, name) / devices for name in ("count", "within", "between")}
+        counters = jnp.stack([state.updates, state.skipped], -1)
+        whole = -(-counters // devices)
+        exact = (counters.astype(state.rest.dtype) + state.rest) / devices
+        rest = exact - whole.astype(exact.dtype)
+        parts |= {"updates": whole[..., 0], "skipped": whole[..., 1], "rest": rest}
+        return state._replace(**parts)
 
     return jax.tree.map(share, states, is_leaf=lambda leaf: isinstance(leaf, Cumulative))
 

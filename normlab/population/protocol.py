@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import functools
-from typing import Any, Literal, Protocol, Self, get_args, runtime_checkable
+from typing import Any, Literal, Protocol, Self, TypeVar, get_args, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
+from jax.typing import DTypeLike
 
 from normlab.checks import invalid, nearest
 from normlab.moments import Moments
 from normlab.sync import AxisName
+
+Tree = TypeVar("Tree")
 
 BadBatch = Literal["skip", "propagate", "raise"]
 """What becomes of a batch that is empty, fully masked, or holds a NaN or an Inf.
@@ -34,7 +37,8 @@ class Population(Protocol):
         """Takes one batch in. A gradient passes; `batch_norm` cuts it unless told not to.
 
         Args:
-          m: The batch's moments, `C` values in each of mean and m2, in any shape.
+          m: The batch's moments, `C` values in each of mean and m2, in any shape. `commit` hands
+            in a count of 0 for a step that may not count.
           decay: The weight of the old value, if it is not the state's own.
           bad_batch: What becomes of a bad batch: one that is empty (or has no more than `ddof`
             values), or whose statistics are not finite.
@@ -70,6 +74,39 @@ def register(cls: type, *settings: str) -> None:
     jax.tree_util.register_pytree_with_keys(cls, flatten_with_keys, unflatten, flatten)
 
 
+def arrays(tree: Tree) -> Tree:
+    """Returns jax arrays for NumPy's, and in float32 what is in half precision.
+
+    A half-precision average would stall: it cannot take in 1 − decay of a small difference.
+    """
+
+    def one(v: Any) -> Array:
+        v = jnp.asarray(v)
+        half = jnp.issubdtype(v.dtype, jnp.floating) and jnp.finfo(v.dtype).bits < 32
+        return v.astype(jnp.float32) if half else v
+
+    return jax.tree.map(one, tree)
+
+
+def statistics_dtype(where: str, dtype: DTypeLike | None) -> Any:
+    """The type of statistics that are asked for in a type: float32 for `None` and for half ones.
+
+    Raises:
+      ValueError: If it is not a real floating type.
+    """
+    if dtype is None:
+        return jnp.dtype(jnp.float32)
+    try:
+        found = jnp.dtype(dtype)
+    except TypeError:
+        found = None
+    if found is None or not jnp.issubdtype(found, jnp.floating):
+        raise invalid(
+            where, f"dtype={dtype!r}", "a real floating type", "use jnp.float32 or jnp.float64"
+        )
+    return found if jnp.finfo(found).bits > 32 else jnp.dtype(jnp.float32)
+
+
 def usable(m: Moments, ddof: int = 0) -> Array:
     """Whether there is a value (more than `ddof`) in every channel, and all are finite."""
     return (m.count > ddof).all() & (jnp.isfinite(m.mean) & jnp.isfinite(m.m2)).all()
@@ -81,7 +118,7 @@ def check_batch(where: str, m: Moments, bad_batch: BadBatch, ddof: int = 0) -> M
     Args:
       where: The caller, for the error.
       m: The batch's moments.
-      bad_batch: `"propagate"` makes the moments of an empty batch NaN, `"raise"` raises.
+      bad_batch: `"propagate"` makes mean and m2 of a bad channel NaN, `"raise"` raises.
       ddof: A batch of no more than this many values has no variance.
     """
     if bad_batch not in get_args(BadBatch):
@@ -92,8 +129,8 @@ def check_batch(where: str, m: Moments, bad_batch: BadBatch, ddof: int = 0) -> M
             f"use a known one: {nearest(str(bad_batch), get_args(BadBatch))}",
         )
     if bad_batch == "propagate":
-        seen = m.count > ddof
-        return m._replace(mean=jnp.where(seen, m.mean, jnp.nan), m2=jnp.where(seen, m.m2, jnp.nan))
+        good = (m.count > ddof) & jnp.isfinite(m.mean) & jnp.isfinite(m.m2)
+        return m._replace(mean=jnp.where(good, m.mean, jnp.nan), m2=jnp.where(good, m.m2, jnp.nan))
     if bad_batch == "raise":
         check = functools.partial(_raise_if_bad, where, ddof)
         jax.debug.callback(check, *lax.stop_gradient(m))

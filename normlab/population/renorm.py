@@ -10,9 +10,9 @@ from jax import Array, lax
 from jax.core import Tracer
 from jax.typing import ArrayLike, DTypeLike
 
-from normlab.checks import invalid
+from normlab.checks import check_eps, invalid
 from normlab.moments import Moments
-from normlab.population.protocol import BadBatch
+from normlab.population.protocol import BadBatch, arrays
 from normlab.population.running import init_running
 from normlab.sync import AxisName
 
@@ -25,13 +25,16 @@ class Renorm(NamedTuple):
         h = g · ((a − μ_B)/σ_B · r + d) + b      r = clip(σ_B/σ, 1/r_max, r_max)
                                                  d = clip((μ_B − μ)/σ, −d_max, d_max)
 
+    As in the paper, the running statistics average the means and the standard deviations, not the
+    variances: σ ← decay·σ + (1 − decay)·σ_B with σ_B = √(var_B + ε).
+
     r and d carry no gradient. With r = 1, d = 0, until `begin` and before the first update, this is
     batch norm, operation by operation to the bit. From there the limits grow linearly with the
     number of updates, r_max from 1 until `r_end`, d_max from 0 until `d_end`. Another schedule is
     `state._replace(r_max=...)`.
 
     Attributes:
-      running: The running statistics, μ and σ² = var + ε.
+      running: The running statistics, a `Running` with `sigma_eps`: μ and σ = √(var + ε).
       r_max: `[]`, the last limit of r, at least 1.
       d_max: `[]`, the last limit of d, at least 0.
       begin: `[]` int32, the number of updates up to which this is batch norm.
@@ -60,6 +63,7 @@ class Renorm(NamedTuple):
 
     def limits(self) -> tuple[Array, Array]:
         """The limits of r and of d that hold now."""
+        self = arrays(self)
         r = 1 + (self.r_max - 1) * self._grown(self.r_end)
         return r, self.d_max * self._grown(self.d_end)
 
@@ -77,6 +81,7 @@ class Renorm(NamedTuple):
           eps: ε.
           like: Puts `C` values along the channels of the input.
         """
+        self = arrays(self)
         mean, var = (like(lax.stop_gradient(v)) for v in self.read())
         r_max, d_max = (v.astype(mean.dtype) for v in self.limits())
         known = self.running.updates > 0
@@ -97,10 +102,11 @@ def init_renorm(
     begin: int = 5000,
     r_end: int = 40000,
     d_end: int = 25000,
+    eps: float = 1e-5,
     decay: float = 0.9,
     ddof: int = 0,
     debias: bool = True,
-    dtype: DTypeLike = jnp.float32,
+    dtype: DTypeLike | None = None,
 ) -> Renorm:
     """Returns the state of batch renormalization; its defaults are the paper's limits.
 
@@ -111,13 +117,14 @@ def init_renorm(
       begin: The number of updates up to which this is batch norm.
       r_end: That from which on `r_max` holds.
       d_end: That from which on `d_max` holds.
+      eps: ε of the σ that is averaged: the norm's own.
       decay: As in `init_running`.
       ddof: As in `init_running`.
       debias: As in `init_running`.
-      dtype: The statistics' type, float32 or float64.
+      dtype: As in `init_running`.
 
     Raises:
-      ValueError: If r_max < 1, d_max < 0, or a limit's end comes before `begin`.
+      ValueError: If r_max < 1, d_max < 0, a limit's end comes before `begin`, or as `init_running`.
     """
     where = "batch renorm"
     known = not any(isinstance(v, Tracer) for v in (r_max, d_max))
@@ -135,6 +142,8 @@ def init_renorm(
             "0 <= begin <= r_end and d_end, in updates",
             "let the limits grow after begin",
         )
+    check_eps(where, eps)
     running = init_running(channels, decay=decay, ddof=ddof, debias=debias, dtype=dtype)
-    limits = (jnp.array(v, dtype) for v in (r_max, d_max))
+    running = running._replace(sigma_eps=eps)
+    limits = (jnp.array(v, running.mean.dtype) for v in (r_max, d_max))
     return Renorm(running, *limits, *(jnp.int32(v) for v in (begin, r_end, d_end)))

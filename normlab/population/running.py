@@ -21,10 +21,17 @@ from jax.core import Tracer
 from jax.typing import DTypeLike
 
 from normlab.checks import check_ddof, check_decay, invalid
-from normlab.collective import all_reduce
+from normlab.collective import all_reduce, check_bound
 from normlab.moments import Moments
-from normlab.population.protocol import BadBatch, check_batch, register, usable
-from normlab.sync import AxisName
+from normlab.population.protocol import (
+    BadBatch,
+    arrays,
+    check_batch,
+    register,
+    statistics_dtype,
+    usable,
+)
+from normlab.sync import AxisName, as_sync
 
 
 class Running(NamedTuple):
@@ -40,6 +47,8 @@ class Running(NamedTuple):
       skipped: `[]` int32, the number of batches left out: empty, or not finite.
       decay: The weight of the old value in an update that names no other; not a leaf.
       ddof: 0 for the variance that normalized the batch, 1 for the unbiased one; not a leaf.
+      sigma_eps: `None` averages the variances. A number ε averages σ = √(var + ε), as batch
+        renormalization does, and `var` is σ² − ε; not a leaf.
     """
 
     mean: Array
@@ -50,6 +59,7 @@ class Running(NamedTuple):
     skipped: Array
     decay: float = 0.9
     ddof: int = 0
+    sigma_eps: float | None = None
 
     def update(self, m: Moments, *, decay: Any = None, bad_batch: BadBatch = "skip") -> Running:
         """Takes one batch in. A gradient passes.
@@ -64,13 +74,15 @@ class Running(NamedTuple):
           ValueError: If `decay` is outside [0, 1), or the policy is unknown.
           FloatingPointError: For a bad batch with the policy `"raise"`.
         """
+        self = arrays(self)
         decay = self.decay if decay is None else decay
         check_decay("running statistics", decay)
         if isinstance(decay, Array):
             decay = decay.astype(self.mass.dtype)
         m = check_batch("running statistics", m, bad_batch, self.ddof)
         mean = m.mean.reshape(self.mean.shape).astype(self.mean.dtype)
-        var = m.var(self.ddof).reshape(self.var.shape).astype(self.var.dtype)
+        var = jnp.where(jnp.isnan(m.m2), m.m2, m.var(self.ddof))  # NaN of a bad batch, if at all
+        var = var.reshape(self.var.shape).astype(self.var.dtype)
         mass = decay * self.mass + (1 - decay)
         rate = (1 - decay) / jnp.where(mass > 0, mass, 1)
         count = m.count.mean().astype(self.count.dtype)
@@ -82,38 +94,66 @@ class Running(NamedTuple):
 
         return self._replace(
             mean=keep(self.mean + rate * (mean - self.mean), self.mean),
-            var=keep((1 - rate) * self.var + rate * var, self.var),  # from 1, no digit is lost
+            var=keep(self._averaged(rate, var), self.var),
             mass=keep(mass, self.mass),
             count=keep(self.count + known * (count - self.count), self.count),
             updates=self.updates + good.astype(jnp.int32),
             skipped=self.skipped + (~good).astype(jnp.int32),
         )
 
+    def _averaged(self, rate: Array, var: Array) -> Array:
+        eps = self.sigma_eps
+        if eps is None:
+            return (1 - rate) * self.var + rate * var  # from 1, no digit is lost
+        sigma = (1 - rate) * jnp.sqrt(self.var + eps) + rate * jnp.sqrt(var + eps)
+        return jnp.maximum(jnp.square(sigma) - eps, 0)
+
     def read(self) -> tuple[Array, Array]:
         """Returns `(mean, var)`, `[C]`."""
-        return self.mean, self.var
+        return arrays((self.mean, self.var))
 
     def pool(self, axis_name: AxisName) -> Running:
-        """Merges with those of the other devices, each of which weighs as much as its mass.
+        """Merges with those of the other devices, each weighted by the number of values it saw.
 
-        The variance between the devices' means is part of the result; averaging the variances
-        would lose it. `updates` and `skipped` are the largest of any device.
+        That number is `count · updates`; a device that has seen nothing weighs nothing, and where
+        no count is known all weigh as much as their mass. The variance between the devices' means
+        is part of the result, also where σ is averaged: averaging variances would lose it. `mass`
+        is averaged with the same weights, so that the next update has the rate it has on the
+        devices; `count` is per batch, as it was; `updates` and `skipped` are the largest of any.
+        Equal states are merged to themselves.
         """
+        self = arrays(self)
         if self.mass.ndim:  # stacked
             return jax.vmap(lambda state: state.pool(axis_name))(self)
-        m = all_reduce(Moments(self.mass, self.mean, self.mass * self.var), axis_name)
-        seen = m.count > 0
+        weight, count = self._weight(axis_name)
+        m = all_reduce(Moments(weight, self.mean, weight * self.var), axis_name)
+        names = as_sync(axis_name).names
         return self._replace(
-            mean=jnp.where(seen, m.mean, lax.pmean(self.mean, axis_name)),
-            var=jnp.where(seen, m.var(), lax.pmean(self.var, axis_name)),
-            mass=lax.pmean(self.mass, axis_name),
-            count=lax.pmean(self.count, axis_name),
-            updates=lax.pmax(self.updates, axis_name),
-            skipped=lax.pmax(self.skipped, axis_name),
+            mean=m.mean,
+            var=m.var(),
+            mass=lax.psum(weight * self.mass, names) / m.count.reshape(self.mass.shape),
+            count=count,
+            updates=lax.pmax(self.updates, names),
+            skipped=lax.pmax(self.skipped, names),
         )
 
+    def _weight(self, axis_name: AxisName) -> tuple[Array, Array]:
+        """The share of this device's values in those of all, and the count of a batch of any."""
+        names = as_sync(axis_name).names
+        check_bound("pool", names)
+        batches = jnp.where(self.mass > 0, self.updates, 0).astype(self.mass.dtype)
+        known = jnp.where(self.count > 0, batches, 0)
+        values, number = lax.psum((known * self.count, known), names)
+        count = values / jnp.where(number > 0, number, 1)
+        typical = jnp.where(count > 0, count, 1)  # of a device that does not know its own
+        weight = batches * jnp.where(self.count > 0, self.count, typical)
+        nothing = lax.psum(weight, names) == 0
+        weight = jnp.where(nothing, self.mass, weight)
+        weight = jnp.where(lax.psum(weight, names) == 0, 1, weight)
+        return weight / lax.psum(weight, names), count
 
-register(Running, "decay", "ddof")
+
+register(Running, "decay", "ddof", "sigma_eps")
 
 
 def init_running(
@@ -122,7 +162,7 @@ def init_running(
     decay: float = 0.9,
     ddof: int = 0,
     debias: bool = True,
-    dtype: DTypeLike = jnp.float32,
+    dtype: DTypeLike | None = None,
 ) -> Running:
     """Returns running statistics with mean 0 and variance 1.
 
@@ -133,13 +173,15 @@ def init_running(
         weights are counts.
       debias: Whether the initial values are to weigh nothing (the default) or as much as a batch
         seen forever ago, as in most libraries.
-      dtype: The statistics' type, float32 or float64.
+      dtype: The statistics' type, float32 (`None`; half types are kept in it too) or float64.
 
     Raises:
-      ValueError: If `decay` is outside [0, 1), or `ddof` neither 0 nor 1.
+      ValueError: If `decay` is outside [0, 1), `ddof` neither 0 nor 1, or the type is no real
+        floating type.
     """
     check_decay("running statistics", decay)
     check_ddof("running statistics", ddof)
+    dtype = statistics_dtype("running statistics", dtype)
     return Running(
         mean=jnp.zeros(channels, dtype),
         var=jnp.ones(channels, dtype),
@@ -178,6 +220,7 @@ def change_ddof(state: Running, ddof: int, *, count: float | None = None) -> Run
             "a Running",
             "change what it holds, or, of a Cumulative, state._replace(ddof=...)",
         )
+    state = arrays(state)
     n = jnp.asarray(state.count if count is None else count, state.var.dtype)
     if not isinstance(n, Tracer) and not n > 1:
         raise invalid(

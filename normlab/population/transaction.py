@@ -12,7 +12,7 @@ takes one step, with the moments of all of it together:
 
 from __future__ import annotations
 
-import functools
+import itertools
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
@@ -26,8 +26,9 @@ from normlab.checks import invalid
 from normlab.lowering import zeros_of
 from normlab.moments import Moments
 from normlab.population.cumulative import Cumulative, Estimator, check_estimator
+from normlab.population.domains import Domains
 from normlab.population.frozen import Frozen
-from normlab.population.protocol import BadBatch, Population
+from normlab.population.protocol import BadBatch, Population, arrays
 from normlab.population.running import Running
 from normlab.sync import AxisName
 
@@ -63,6 +64,7 @@ class Pending(NamedTuple):
                 "a decay with its commit: the average takes one step then",
                 "call commit(states, decay=...)",
             )
+        self = arrays(self)
         seen = self.seen.update(m, bad_batch="raise" if bad_batch == "raise" else "skip")
         finite = (jnp.isfinite(m.mean) & jnp.isfinite(m.m2)).all()
         return self._replace(seen=seen, broken=self.broken | ~finite)
@@ -73,6 +75,7 @@ class Pending(NamedTuple):
 
     def pool(self, axis_name: AxisName) -> Pending:
         """Merges what the devices saw, and `of`."""
+        self = arrays(self)
         broken = lax.pmax(self.broken.astype(jnp.int32), axis_name) > 0
         return Pending(self.of.pool(axis_name), self.seen.pool(axis_name), broken)
 
@@ -93,6 +96,7 @@ def begin(states: Any) -> Any:
 def _begin(state: Any) -> Pending:
     if _is_pending(state):
         return state
+    state = arrays(state)
     mean = state.read()[0]
     seen = Cumulative(  # an array for each, which may be donated
         count=zeros_of(mean),
@@ -101,6 +105,7 @@ def _begin(state: Any) -> Pending:
         between=zeros_of(mean),
         updates=zeros_of(mean).any(-1).astype(jnp.int32),
         skipped=zeros_of(mean).any(-1).astype(jnp.int32),
+        rest=zeros_of(jnp.stack([mean.sum(-1)] * 2, -1)),
     )
     return Pending(state, seen, zeros_of(mean).any(-1))
 
@@ -115,21 +120,29 @@ def commit(
     """Ends a transaction: each running average takes one step with all that it saw.
 
     The batches count as one: their values are pooled, and the variance between their means is part
-    of the result. Where a batch was not finite, nothing was seen, or the step as a whole is not
-    `ok`, the statistics stay as they were and `skipped` counts it; a norm that was not called stays
-    without.
+    of the result. A step counts for all norms of the tree or for none: where a batch of any of them
+    was not finite, or the step is not `ok`, the statistics stay as they were and `skipped` counts
+    it; so does a norm that saw nothing but empty batches, for itself. A norm, or a domain, that was
+    not called stays as it was.
+
+    Stacked states are as many steps, each of which counts or not for itself: one for each place in
+    the leading axes that all states of the tree share; domains are no such axis.
 
     Args:
       states: A state, or a pytree of states, in a transaction.
       ok: Whether the step may count, a bool or an array `[]`: that loss and gradients are finite.
+        Of stacked states one for all, or one for each along their first axes.
       decay: The weight of the old value; `None` for the state's own.
-      bad_batch: What becomes of a step that cannot be used.
+      bad_batch: What becomes of batches that cannot be used, norm by norm: with `"skip"` as above;
+        `"propagate"` makes mean and variance NaN, `"raise"` raises. A step that is not `ok` is
+        skipped with each.
 
     Returns:
       The states with the structure they had at `begin`.
 
     Raises:
-      ValueError: If there is no transaction.
+      ValueError: If there is no transaction, or `ok` does not fit the stack.
+      FloatingPointError: With `"raise"`, for a batch that was not finite, or if all were empty.
 
     >>> from normlab import init_running, moments
     >>> state = begin(init_running(1))
@@ -140,25 +153,29 @@ def commit(
     ([4.0], [10.0], 1)
     """
     whole = _whole_step(states, jnp.asarray(ok))
-    ok = whole if bad_batch == "skip" else jnp.asarray(ok)  # the other policies look themselves
+    ok = whole if bad_batch == "skip" else jnp.asarray(ok)  # the other policies look norm by norm
+    choose = lambda ok, new, old: jax.tree.map(lambda v, w: jnp.where(ok, v, w), new, old)  # noqa: E731
 
     def one(state: Pending, ok: Array = ok) -> Any:
+        state = arrays(state)
         if state.broken.ndim:  # stacked
             ok = ok.reshape(ok.shape + (1,) * (state.broken.ndim - ok.ndim))
             return jax.vmap(one)(state, jnp.broadcast_to(ok, state.broken.shape))
-        m, of = state.seen.moments(), state.of
-        spoiled = m._replace(mean=jnp.full_like(m.mean, jnp.nan))
-        m = jax.tree.map(lambda bad, v: jnp.where(state.broken, bad, v), spoiled, m)
-        if bad_batch != "skip":
-            rejected = of.update(spoiled, decay=decay)
-            quiet = jax.tree.map(lambda v: jnp.where(ok, v, 2), m)  # not ok is no bad batch
-            new = of.update(quiet, decay=decay, bad_batch=bad_batch)
-            new = jax.tree.map(lambda v, w: jnp.where(ok, v, w), new, rejected)
-        else:
-            m = jax.tree.map(lambda v, bad: jnp.where(ok, v, bad), m, spoiled)
-            new = of.update(m, decay=decay)
-        called = _called(state)
-        return jax.tree.map(lambda v, old: jnp.where(called, v, old), new, of)
+        m, of, broken = state.seen.moments(), state.of, state.broken
+        called = (state.seen.updates + state.seen.skipped > 0) | broken
+        nothing = jax.tree.map(jnp.zeros_like, m)  # a bad batch, but no NaN for jax_debug_nans
+        if bad_batch == "skip":
+            return choose(called, of.update(choose(ok, m, nothing), decay=decay), of)
+        judged = called
+        if bad_batch == "propagate":
+            m = Moments(m.count, *(jnp.where(broken, jnp.nan, v) for v in (m.mean, m.m2)))
+        elif bad_batch == "raise":
+            jax.debug.callback(_raise_if_broken, broken)
+            judged = called & ~broken
+            ok = ok & ~broken
+        m = choose(judged, m, jax.tree.map(lambda v: jnp.full_like(v, 2), m))  # or nobody's fault
+        new = of.update(m, decay=decay, bad_batch=bad_batch)
+        return choose(called, choose(ok, new, of.update(nothing, decay=decay)), of)
 
     return _map("commit", states, _is_pending, one, "states from begin")
 
@@ -187,6 +204,7 @@ def settle(states: Any, *, estimator: Estimator | None = None) -> Any:
         check_estimator("settle", estimator)
 
     def one(state: Pending) -> Any:
+        state = arrays(state)
         if state.broken.ndim:  # stacked
             return jax.vmap(one)(state)
         of, seen = state.of, state.seen
@@ -269,25 +287,44 @@ def precise(
 
 
 def _whole_step(states: Any, ok: Array) -> Array:
-    """Whether the step may count: it is ok, and no norm of it saw a batch that was not finite."""
-    broken = [s.broken for s in jax.tree.leaves(states, is_leaf=_is_pending) if _is_pending(s)]
-    shapes = {b.shape for b in broken}
-    if not any(shape[: ok.ndim] == ok.shape for shape in shapes or {ok.shape}):
+    """Whether each step may count: it is ok, and no norm of it saw a batch that was not finite.
+
+    One for each place in the leading axes that all the states share.
+    """
+    broken = _broken(states)
+    shapes = [b.shape for b in broken] or [ok.shape]
+    sizes = zip(*shapes, strict=False)  # axis by axis, as far as the shortest goes
+    stack = tuple(n[0] for n in itertools.takewhile(lambda n: len(set(n)) == 1, sizes))
+    if stack[: ok.ndim] != ok.shape:
         raise invalid(
             "commit",
-            f"ok of shape {ok.shape} for states that are stacked as {sorted(shapes)}",
+            f"ok of shape {ok.shape} for states that are stacked as {sorted(set(shapes))}",
             "one value, or one for each of the stack",
             "reduce it, for example with all()",
         )
-    if len(shapes) == 1:
-        return functools.reduce(
-            lambda ok, b: ok.reshape(ok.shape + (1,) * (b.ndim - ok.ndim)) & ~b, broken, ok
-        )
-    return ok & ~jnp.stack([b.any() for b in broken]).any() if broken else ok
+    ok = jnp.broadcast_to(ok.reshape(ok.shape + (1,) * (len(stack) - ok.ndim)), stack)
+    for b in broken:
+        ok = ok & ~b.any(range(len(stack), b.ndim))
+    return ok
 
 
-def _called(state: Pending) -> Array:
-    return (state.seen.updates + state.seen.skipped > 0) | state.broken
+def _broken(states: Any) -> list[Array]:
+    """Whether each norm saw a batch that was not finite, in any of its domains."""
+    at = lambda leaf: isinstance(leaf, Pending | Domains | Frozen)  # noqa: E731
+    found = []
+    for leaf in jax.tree.leaves(states, is_leaf=at):
+        if isinstance(leaf, Pending):
+            found.append(jnp.asarray(leaf.broken))
+        elif isinstance(leaf, Domains):
+            found.extend(b.any(-1) for b in _broken(leaf.of))
+    return found
+
+
+def _raise_if_broken(broken: Any) -> None:
+    if broken.any():
+        given = "a step with a NaN or an Inf in a batch that this norm saw"
+        change = 'give these examples the weight 0, or pass bad_batch="skip"'
+        raise FloatingPointError(str(invalid("commit", given, "finite batches", change)))
 
 
 def _is_pending(leaf: Any) -> bool:
