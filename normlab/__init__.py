@@ -32,11 +32,17 @@ from normlab.moments import (
     merge_axes,
     moments,
 )
+from normlab.population.checkpoint import check_conventions, conventions, restore_states
 from normlab.population.cumulative import Cumulative, Estimator, init_cumulative
 from normlab.population.domains import Domains, select_domain
 from normlab.population.frozen import Frozen, freeze, thaw
 from normlab.population.names import init_domains, init_population
-from normlab.population.pool import conventions, merge_running, pool_running, share_running
+from normlab.population.pool import (
+    average_running,
+    merge_running,
+    pool_running,
+    share_running,
+)
 from normlab.population.protocol import BadBatch, Population
 from normlab.population.renorm import Renorm, init_renorm
 from normlab.population.running import Running, change_ddof, init_running
@@ -91,10 +97,12 @@ __all__ = [
     "Whitening",
     "affine",
     "all_reduce",
+    "average_running",
     "batch_norm",
     "batch_parts",
     "begin",
     "change_ddof",
+    "check_conventions",
     "commit",
     "conventions",
     "cosine_norm",
@@ -133,6 +141,7 @@ __all__ = [
     "plain_weights",
     "pool_running",
     "precise",
+    "restore_states",
     "ring",
     "rms_norm",
     "rms_parts",

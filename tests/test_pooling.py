@@ -141,7 +141,7 @@ def test_uneven_masks_are_merged_as_they_are_synced():
 
 
 def test_where_no_count_is_known_all_weigh_as_much_as_their_mass():
-    """Averages that come from elsewhere: of a torch that counts updates, of a Flax that does not."""
+    """Averages from elsewhere: torch counts updates, Flax does not."""
     means = array([[0.0] * C, [3.0] * C])
     for updates in (0, 5):
         states = stack(*[nl.init_running(C, debias=False)] * 2)

@@ -164,6 +164,88 @@ def test_a_step_that_is_not_ok_is_no_bad_batch(bad_batch):
             ended()
 
 
+@pytest.mark.parametrize("beside", ["nothing", "domains", "layers", "frozen"])
+@pytest.mark.parametrize("where", ["norm", "beside"])
+def test_a_step_that_is_spoiled_is_that_of_one_seed_whatever_else_is_in_the_tree(beside, where):
+    """Seeds are stacked; a norm beside has domains too, or is stacked over layers."""
+    others = {
+        "domains": nl.init_domains(C),
+        "layers": stacked(nl.init_running(C), 2),
+        "frozen": nl.freeze(nl.init_running(C)),
+    }
+    start = {"norm": nl.init_running(C)}
+    start |= {} if beside == "nothing" else {"beside": others[beside]}
+    bad = {name: np.array([1, 1 if name != where else np.nan, 1])[:, None, None] for name in start}
+
+    def one(states, factors):
+        new = dict(states)
+        for name, factor in factors.items():
+            a = array(MICRO[0]) * factor
+            call = lambda s, a=a: nl.batch_norm(a, None, s, train=True)[1]  # noqa: E731
+            call = jax.vmap(call) if (beside, name) == ("layers", "beside") else call
+            new[name] = call(states[name])
+        return new
+
+    start = stacked(start, 3)
+    pending = jax.vmap(one)(nl.begin(start), jax.tree.map(array, bad))
+    after = nl.commit(pending)
+    assert jax.tree.structure(after) == jax.tree.structure(start)
+    spoiled = [1] if where in start and not (beside == "frozen" and where == "beside") else []
+    for seed in range(3):
+        norm = jax.tree.map(lambda v, i=seed: v[i], after["norm"])
+        expected = (0, 1) if seed in spoiled else (1, 0)
+        assert (norm.updates, norm.skipped) == expected
+        assert gap(norm.mean, 0 * MICRO[0].mean(0) if seed in spoiled else MICRO[0].mean(0)) < 1e-6
+        if beside == "domains":
+            of = jax.tree.map(lambda v, i=seed: v[i], after["beside"].of)
+            assert (of.updates.tolist(), of.skipped.tolist()) == (
+                [expected[0], 0],
+                [expected[1], 0],
+            )
+        if beside == "layers":
+            assert after["beside"].updates[seed].tolist() == [expected[0]] * 2
+
+
+def stacked(tree, n):
+    return jax.tree.map(lambda v: jnp.stack([v] * n), tree)
+
+
+def test_a_domain_that_was_not_finite_spoils_the_step_of_all():
+    pending = nl.begin({"a": nl.init_domains(C), "b": nl.init_running(C)})
+    pending["a"] = run(nl.select_domain(pending["a"], 1), [MICRO[0] * np.nan])
+    pending["b"] = run(pending["b"], MICRO)
+    after = nl.commit(pending)
+    assert after["a"].of.skipped.tolist() == [0, 1]
+    assert (after["b"].updates, after["b"].skipped) == (0, 1)
+
+
+@pytest.mark.parametrize("name", ["debiased", "ema", "cumulative", "renorm", "domains"])
+@pytest.mark.parametrize("how", ["NaN", "masked"])
+def test_a_policy_holds_for_what_was_called_and_says_why(name, how):
+    """`"propagate"` makes mean and variance NaN; what was not called is nobody's fault."""
+    start = nl.init_population(name, C)
+    factor, weights = (np.nan, None) if how == "NaN" else (1, jnp.zeros(N))
+    state = {"called": nl.begin(start), "not": nl.begin(start)}
+    a = array(MICRO[0] * factor)
+    state["called"] = nl.batch_norm(a, None, state["called"], train=True, weights=weights)[1]
+    lost = nl.commit(state, bad_batch="propagate")
+    assert np.isnan(np.stack(lost["called"].read())).all()
+    assert gap(lost["not"], start) == 0
+    direct = nl.batch_norm(a, None, start, train=True, weights=weights, bad_batch="propagate")[1]
+    assert np.isnan(np.stack(direct.read())).all()
+
+    def commit(ok):
+        jax.block_until_ready(nl.commit(state, ok, bad_batch="raise"))
+        jax.effects_barrier()
+
+    says = "a NaN or an Inf" if how == "NaN" else r"0 values \(or weight\) per channel"
+    for ok in (True, False):
+        with pytest.raises((FloatingPointError, jax.errors.JaxRuntimeError), match=says):
+            commit(ok)
+    state["called"] = run(nl.begin(start), MICRO)
+    commit(True)
+
+
 def test_what_is_frozen_in_a_transaction_leaves_it():
     start = nl.init_running(C)
     pending = {"a": run(nl.begin(start), MICRO), "b": nl.begin(start)}

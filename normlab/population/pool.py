@@ -1,4 +1,4 @@
-"""Statistics that devices kept apart, merged; and what the statistics of a tree are, in words."""
+"""Statistics that devices kept apart, merged; and those of a model, averaged over its steps."""
 
 from __future__ import annotations
 
@@ -6,8 +6,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import Array
+from jax.typing import ArrayLike
 
 from normlab.checks import invalid
+from normlab.population.checkpoint import check_conventions
 from normlab.population.cumulative import Cumulative
 from normlab.population.protocol import Population, arrays
 from normlab.sync import AxisName
@@ -64,38 +67,6 @@ def merge_running(states: Any) -> Any:
     return jax.tree.map(lambda v: v[0], pooled)
 
 
-def conventions(states: Any) -> dict[str, str]:
-    """Says what each running statistic of a pytree is, in words to be kept with a checkpoint.
-
-    Args:
-      states: A state, or a pytree of states.
-
-    Returns:
-      By path, the kind of each outermost `Population` and its settings.
-
-    >>> from normlab import init_running
-    >>> conventions({"stem": init_running(2, decay=0.99)})
-    {'stem': 'Running(decay=0.99, ddof=0)'}
-    """
-    is_leaf = lambda leaf: isinstance(leaf, Population)  # noqa: E731
-    leaves, _ = jax.tree_util.tree_flatten_with_path(states, is_leaf=is_leaf)
-    return {
-        jax.tree_util.keystr(path, simple=True, separator="/"): _describe(leaf)
-        for path, leaf in leaves
-        if is_leaf(leaf)
-    }
-
-
-def _describe(state: Any) -> str:
-    fields = {name: getattr(state, name) for name in getattr(state, "_fields", ())}
-    said = [
-        f"{name}={_describe(value) if isinstance(value, Population) else repr(value)}"
-        for name, value in fields.items()
-        if isinstance(value, Population | int | float | str)
-    ]
-    return f"{type(state).__name__}({', '.join(said)})"
-
-
 def share_running(states: Any, devices: int) -> Any:
     """What each of some devices keeps of merged statistics, so that pooling gives them back.
 
@@ -119,6 +90,37 @@ def share_running(states: Any, devices: int) -> Any:
         return state._replace(**parts)
 
     return jax.tree.map(share, states, is_leaf=lambda leaf: isinstance(leaf, Cumulative))
+
+
+def average_running(states: Any, average: Any, step_size: ArrayLike) -> Any:
+    """Returns average + step_size · (states − average): the running average of a model's states.
+
+    As `optax.incremental_update`, which averages counters as well: here what is counted in whole
+    numbers, the domain that is current and whether a transaction is broken are those of `states`.
+
+    Args:
+      states: The states of the model, or any pytree that holds them.
+      average: Their average so far.
+      step_size: The weight of the new ones.
+
+    Raises:
+      ValueError: If the two do not keep the same (see `conventions`).
+
+    >>> from normlab import init_running
+    >>> new = init_running(1)._replace(mean=jnp.ones(1), updates=jnp.int32(7))
+    >>> average = average_running(new, init_running(1), 0.25)
+    >>> average.mean.tolist(), average.updates.item()
+    ([0.25], 7)
+    """
+    check_conventions(average, states)
+
+    def one(new: Any, old: Any) -> Array:
+        new, old = jnp.asarray(new), jnp.asarray(old)
+        if not jnp.issubdtype(old.dtype, jnp.inexact):
+            return new
+        return old + jnp.asarray(step_size, old.dtype) * (new.astype(old.dtype) - old)
+
+    return jax.tree.map(one, states, average)
 
 
 def map_populations(f: Any, states: Any) -> Any:

@@ -1,0 +1,160 @@
+"""Statistics in a checkpoint: what they are, in words, and back from plain dicts.
+
+Settings, such as the decay and the ddof of a `Running`, are not arrays. Orbax keeps arrays alone,
+and restores them into the settings of its target; Flax's msgpack writes the settings too, and
+restores those of the file. `check_conventions` compares both: settings told beside, or restored.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from normlab.checks import invalid, nearest
+from normlab.population.protocol import Population
+
+
+def conventions(states: Any) -> dict[str, str]:
+    """Says what each running statistic of a pytree is, in words to be kept with a checkpoint.
+
+    Args:
+      states: A state, or a pytree of states.
+
+    Returns:
+      By path, the kind of each outermost `Population` and its settings.
+
+    >>> from normlab import init_running
+    >>> conventions({"stem": init_running(2, decay=0.99)})
+    {'stem': 'Running(decay=0.99, ddof=0)'}
+    """
+    leaves, _ = jax.tree_util.tree_flatten_with_path(states, is_leaf=_is_population)
+    return {_name(path): _describe(leaf) for path, leaf in leaves if _is_population(leaf)}
+
+
+def check_conventions(saved: Any, states: Any) -> None:
+    """Compares the conventions of a checkpoint with those of the states it is restored into.
+
+    Args:
+      saved: What `conventions` said when it was saved; or the restored states themselves, where the
+        format keeps settings (Flax's msgpack).
+      states: The states it is restored into, or what `conventions` says of them.
+
+    Raises:
+      ValueError: If a kind, a decay, a ddof or another setting differs; it names both.
+
+    >>> from normlab import init_running
+    >>> check_conventions({"stem": "Running(decay=0.9, ddof=1)"}, {"stem": init_running(2)})
+    Traceback (most recent call last):
+    ValueError: check conventions: got 'stem', which is Running(decay=0.9, ddof=1) in the \
+checkpoint; expected Running(decay=0.9, ddof=0), as here. To fix it, make the states as those that \
+were saved, or convert them afterwards (change_ddof; state._replace for a decay).
+    """
+    there, here = (tree if _is_words(tree) else conventions(tree) for tree in (saved, states))
+    for name in [*here, *there]:
+        if there.get(name) != here.get(name):
+            raise invalid(
+                "check conventions",
+                f"{name!r}, which is {there.get(name, 'not there')} in the checkpoint",
+                f"{here.get(name, 'nothing')}, as here",
+                "make the states as those that were saved, or convert them afterwards "
+                "(change_ddof; state._replace for a decay)",
+            )
+
+
+def restore_states(states: Any, saved: Any) -> Any:
+    """Returns the states that a checkpoint holds as plain dicts.
+
+    Orbax returns such dicts where it is given no target, `nnx.to_pure_dict` of a model among them,
+    and so does `flax.serialization.msgpack_restore`.
+
+    Args:
+      states: States, or any pytree, of the structure that was saved; the values do not matter.
+      saved: The same as nested dicts by the names of fields, keys and numbers.
+
+    Raises:
+      ValueError: If something is missing or has another shape, or a setting is saved and differs.
+
+    >>> from normlab import init_running
+    >>> saved = {"norm": init_running(2)._asdict()}
+    >>> type(restore_states({"norm": init_running(2)}, saved)["norm"]).__name__
+    'Running'
+    """
+    populations, _ = jax.tree_util.tree_flatten_with_path(states, is_leaf=_is_population)
+    there = {
+        _name(path): _describe(leaf, _found(path, saved))
+        for path, leaf in populations
+        if _is_population(leaf)
+    }
+    check_conventions(there, states)
+    leaves, structure = jax.tree_util.tree_flatten_with_path(states)
+    found = [_found(path, saved) for path, _ in leaves]
+    for (path, leaf), value in zip(leaves, found, strict=True):
+        if jnp.shape(value) != jnp.shape(leaf):
+            raise invalid(
+                "restore states",
+                f"{_name(path)!r} of shape {jnp.shape(value)} in the checkpoint",
+                f"shape {jnp.shape(leaf)}, as here",
+                "make the states as those that were saved",
+            )
+    return jax.tree.unflatten(structure, found)
+
+
+def _describe(state: Any, saved: Any = None) -> str:
+    """The kind and the settings of a state; those in `saved` if it holds any."""
+    said = []
+    for name in getattr(state, "_fields", ()):
+        value = getattr(state, name)
+        inner = saved.get(name) if isinstance(saved, Mapping) else getattr(saved, name, None)
+        if _is_population(value):
+            said.append(f"{name}={_describe(value, inner)}")
+        elif isinstance(value, int | float | str | None) and not isinstance(value, np.generic):
+            kept = isinstance(saved, Mapping) and name in saved
+            value = inner if kept else value
+            said += [] if value is None else [f"{name}={value!r}"]
+    return f"{type(state).__name__}({', '.join(said)})"
+
+
+def _found(path: Any, saved: Any) -> Any:
+    """What plain dicts (or lists, or what was saved itself) have at a path of a pytree."""
+    for key in path:
+        name = _name((key,))
+        if isinstance(saved, Mapping):
+            known = {str(k): v for k, v in saved.items()}
+        elif isinstance(saved, tuple) and hasattr(saved, "_fields"):
+            known = saved._asdict()  # pyright: ignore[reportAttributeAccessIssue]
+        else:
+            known = (
+                dict(zip(map(str, itertools.count()), saved, strict=False))
+                if _is_list(saved)
+                else {}
+            )
+        if name not in known:
+            raise invalid(
+                "restore states",
+                f"a checkpoint without {_name(path)!r}",
+                "all that the states hold",
+                f"make the states as those that were saved: {nearest(name, known)}",
+            )
+        saved = known[name]
+    return saved
+
+
+def _name(path: Any) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def _is_population(leaf: Any) -> bool:
+    return isinstance(leaf, Population)
+
+
+def _is_list(saved: Any) -> bool:
+    return isinstance(saved, list | tuple)
+
+
+def _is_words(tree: Any) -> bool:
+    return isinstance(tree, Mapping) and all(isinstance(v, str) for v in tree.values())
