@@ -14,7 +14,7 @@ from jax.typing import ArrayLike
 
 from normlab import skin
 from normlab.checks import invalid
-from normlab.nnx.transactions import Stateful
+from normlab.nnx.transactions import Kept, Stateful
 from normlab.skin.rule import Choice, Rule, by_class, by_name, check_taken, is_norm
 from normlab.types import Affine, Site
 
@@ -22,7 +22,7 @@ from normlab.types import Affine, Site
 class RegistryNorm(Stateful):
     """Any norm of the registry that looks at the pre-activation alone, its channels last.
 
-    The parameters are `scale` and `bias`, a state is the `BatchStat` `population`.
+    The parameters are `scale` and `bias`, a state is `population`, a `BatchStat` for each array.
 
     >>> layer = RegistryNorm("group", 6, {"groups": 2})
     >>> layer(jnp.ones((4, 6))).shape
@@ -204,6 +204,6 @@ def _converted(new: type, keywords: Mapping[str, Any], old: Any, rngs: nnx.Rngs)
     module = new(_features(old), **{**given, **keywords}, rngs=rngs)
     if type(old).__name__ == new.__name__:
         for name, value in vars(old).items():
-            if isinstance(value, nnx.Variable):
+            if isinstance(value, Kept | nnx.Variable):
                 setattr(module, name, value)
     return module

@@ -23,8 +23,41 @@ class Transaction(nnx.Variable):
     """The kind of variable that holds a transaction under way."""
 
 
+class Kept(nnx.Pytree):
+    """A state of batch norm, with a `BatchStat` for each of its arrays, named as the field.
+
+    So the pure dict of a model is of arrays alone, and goes through any checkpoint.
+    """
+
+    def __init__(self, state: Any) -> None:
+        """Takes a NamedTuple apart; what it holds in turn likewise."""
+        self._kind = type(state)
+        for name, value in state._asdict().items():
+            if isinstance(value, tuple):
+                value = Kept(value)
+            elif isinstance(value, jax.Array):
+                value = nnx.BatchStat(value)
+            setattr(self, name, value)  # or a setting
+
+    def get_value(self) -> Any:
+        """Returns the state."""
+        fields = {name: getattr(self, name) for name in self._kind._fields}
+        values = {
+            name: field.get_value() if isinstance(field, Kept | nnx.Variable) else field
+            for name, field in fields.items()
+        }
+        return self._kind(**values)
+
+    def set_value(self, state: Any) -> None:
+        """Puts the arrays of a state of this kind in place of its own."""
+        for name, value in state._asdict().items():
+            field = getattr(self, name)
+            if isinstance(field, Kept | nnx.Variable):
+                field.set_value(value)
+
+
 class Stateful(nnx.Module):
-    """A module with a state: Flax's pair `mean` and `var`, or the one variable `population`."""
+    """A module with a state: Flax's pair `mean` and `var`, or `population`."""
 
     mean: Any
     var: Any
@@ -39,8 +72,8 @@ class Stateful(nnx.Module):
         return self._statistics()
 
     def _keep(self, state: Any) -> None:
-        """Makes the variable `population`; none for a state that holds nothing."""
-        self.population = nnx.BatchStat(state) if jax.tree.leaves(state) else nnx.data(None)
+        """Makes `population`; none for a state that holds nothing."""
+        self.population = Kept(state) if jax.tree.leaves(state) else nnx.data(None)
 
     def _statistics(self) -> tuple[Any, Callable[[Any], None]]:
         """The state, and how to write it back."""

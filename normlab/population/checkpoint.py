@@ -23,7 +23,7 @@ def conventions(states: Any) -> dict[str, str]:
     """Says what each running statistic of a pytree is, in words to be kept with a checkpoint.
 
     Args:
-      states: A state, or a pytree of states.
+      states: A state, or a pytree of states, an nnx model included.
 
     Returns:
       By path, the kind of each outermost `Population` and its settings.
@@ -32,8 +32,9 @@ def conventions(states: Any) -> dict[str, str]:
     >>> conventions({"stem": init_running(2, decay=0.99)})
     {'stem': 'Running(decay=0.99, ddof=0)'}
     """
-    leaves, _ = jax.tree_util.tree_flatten_with_path(states, is_leaf=_is_population)
-    return {_name(path): _describe(leaf) for path, leaf in leaves if _is_population(leaf)}
+    kept = lambda leaf: _is_population(_value(leaf))  # noqa: E731
+    leaves, _ = jax.tree_util.tree_flatten_with_path(states, is_leaf=kept)
+    return {_name(path): _describe(_value(leaf)) for path, leaf in leaves if kept(leaf)}
 
 
 def check_conventions(saved: Any, states: Any) -> None:
@@ -146,6 +147,11 @@ def _found(path: Any, saved: Any) -> Any:
 
 def _name(path: Any) -> str:
     return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def _value(leaf: Any) -> Any:
+    """What a variable of nnx holds."""
+    return leaf.get_value() if hasattr(leaf, "get_value") else leaf
 
 
 def _is_population(leaf: Any) -> bool:
