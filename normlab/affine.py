@@ -23,8 +23,10 @@ from normlab.checks import (
 )
 from normlab.lowering import apart, derivative_of, partitioned, widen, zeros_of
 from normlab.moments import align_weights, leave_out
+from normlab.trees import node
 
 
+@node
 class Parts(NamedTuple):
     """The four parts of a normalization, each broadcastable to the pre-activation `a`.
 

@@ -29,8 +29,10 @@ from normlab.population.protocol import BadBatch, arrays
 from normlab.population.renorm import Renorm
 from normlab.population.running import init_running
 from normlab.sync import AxisName, as_sync, plan
+from normlab.trees import node
 
 
+@node
 class Delayed(NamedTuple):
     """The state of a norm with delayed synchronization. It differs between devices.
 

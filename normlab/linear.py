@@ -10,12 +10,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
 from normlab.checks import invalid, promote
 from normlab.moments import Moments, moments
+from normlab.trees import static
 
 
 class Linear(Protocol):
@@ -47,7 +47,7 @@ class Linear(Protocol):
         ...
 
 
-@jax.tree_util.register_static
+@static
 @dataclass(frozen=True)
 class Dense:
     """The matrix product over the last axis: `x [..., K]`, `w [K, C]`, `a [..., C]`.
@@ -92,7 +92,7 @@ class Dense:
         return moments(x, -1)
 
 
-@jax.tree_util.register_static
+@static
 @dataclass(frozen=True)
 class Conv:
     """Convolution of any spatial rank: `w` is `[*window, K/groups, C]`.

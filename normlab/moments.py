@@ -27,6 +27,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from normlab.checks import floating, invalid, nearest, normalize_axes, promote, promote_dtype
 from normlab.lowering import apart, partitioned, widen
+from normlab.trees import node
 
 Algorithm = Literal["auto", "shifted", "two_pass", "one_pass"]
 """About which pivot the moments are taken.
@@ -42,6 +43,7 @@ two units in its last place, and the mean of a constant is that constant, so tha
 """
 
 
+@node
 class Moments(NamedTuple):
     """Count, mean and summed squared deviations of a weighted sample.
 

@@ -11,6 +11,7 @@ import numpy as np
 from jax.sharding import AbstractMesh, Mesh
 
 from normlab.checks import invalid, nearest
+from normlab.trees import static
 
 Gradient = Literal["both", "forward", "backward", "none"]
 """What the gradient sees of the synchronization.
@@ -29,6 +30,7 @@ examples and counts by their share n/N of all; in `"forward"` it counts whole.
 """
 
 
+@static
 @dataclasses.dataclass(frozen=True)
 class Sync:
     """Which examples are one batch. Takes the place of an `axis_name`; a plain name means all.

@@ -15,6 +15,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from normlab.affine import Parts, affine
 from normlab.linear import Dense, Linear
+from normlab.trees import node
 
 Params = Any
 """Any pytree of arrays that an optimizer may change."""
@@ -23,6 +24,7 @@ State = Any
 """Any pytree of arrays that training updates outside the optimizer; `()` for a stateless norm."""
 
 
+@node
 class Affine(NamedTuple):
     """The learned half of a norm; either field may be `None`, which stands for 1 and 0.
 
@@ -61,6 +63,7 @@ def init_affine(
     )
 
 
+@node
 class Site(NamedTuple):
     """Everything a norm may look at in one layer. Also used, with abstract arrays, for shapes.
 

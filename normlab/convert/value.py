@@ -8,8 +8,9 @@ from jax import Array
 
 from normlab.checks import check_eps, invalid, nearest
 from normlab.example import Axes
-from normlab.population.protocol import Population, register
+from normlab.population.protocol import Population
 from normlab.population.running import Running
+from normlab.trees import register
 from normlab.types import Affine, Params, State
 
 KINDS = ("batch", "layer", "rms", "group", "instance", "weight")

@@ -20,11 +20,11 @@ from normlab.population.protocol import (
     BadBatch,
     arrays,
     check_batch,
-    register,
     statistics_dtype,
     usable,
 )
 from normlab.sync import AxisName, as_sync
+from normlab.trees import register
 
 Estimator = Literal["pooled", "within"]
 """Of which deviations a variance over many batches is made.

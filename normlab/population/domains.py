@@ -14,8 +14,10 @@ from normlab.checks import invalid
 from normlab.moments import Moments
 from normlab.population.protocol import BadBatch, arrays
 from normlab.sync import AxisName
+from normlab.trees import node
 
 
+@node
 class Domains(NamedTuple):
     """Statistics per domain: train on several data sets, or on clean and perturbed examples, apart.
 

@@ -13,8 +13,10 @@ from normlab.moments import Moments
 from normlab.paths import matches
 from normlab.population.protocol import BadBatch, Population
 from normlab.sync import AxisName
+from normlab.trees import node
 
 
+@node
 class Frozen(NamedTuple):
     """Statistics that no batch changes, with which training normalizes as well.
 

@@ -54,26 +54,6 @@ class Population(Protocol):
         ...
 
 
-def register(cls: type, *settings: str) -> None:
-    """Makes the `settings` of a NamedTuple static, the other fields its pytree's leaves."""
-    fields: tuple[str, ...] = getattr(cls, "_fields")  # noqa: B009
-    arrays = [name for name in fields if name not in settings]
-
-    def flatten(state: Any) -> tuple[Any, Any]:
-        return [getattr(state, name) for name in arrays], tuple(
-            getattr(state, name) for name in settings
-        )
-
-    def flatten_with_keys(state: Any) -> tuple[Any, Any]:
-        leaves, static = flatten(state)
-        return list(zip(map(jax.tree_util.GetAttrKey, arrays), leaves, strict=True)), static
-
-    def unflatten(static: Any, leaves: Any) -> Any:
-        return cls(**dict(zip((*arrays, *settings), (*leaves, *static), strict=True)))
-
-    jax.tree_util.register_pytree_with_keys(cls, flatten_with_keys, unflatten, flatten)
-
-
 def arrays(tree: Tree) -> Tree:
     """Returns jax arrays for NumPy's, and in float32 what is in half precision.
 

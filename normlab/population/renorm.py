@@ -15,8 +15,10 @@ from normlab.moments import Moments
 from normlab.population.protocol import BadBatch, arrays
 from normlab.population.running import init_running
 from normlab.sync import AxisName
+from normlab.trees import node
 
 
+@node
 class Renorm(NamedTuple):
     """Batch renormalization (Ioffe 2017, https://arxiv.org/abs/1702.03275).
 
@@ -89,9 +91,10 @@ class Renorm(NamedTuple):
         new_mu, new_sigma = lax.stop_gradient((mu, sigma))
         r = jnp.where(known, jnp.clip(new_sigma / old, 1 / r_max, r_max), 1)
         d = jnp.where(known, jnp.clip((new_mu - mean) / old, -d_max, d_max), 0)
-        scale = sigma / r
-        # Where nothing was measured σ is infinite, and there is nothing to correct.
-        return mu - d * jnp.where(jnp.isfinite(scale), scale, 0), scale
+        # Where nothing was measured σ is the largest number, and there is nothing to correct.
+        seen = sigma < jnp.finfo(sigma.dtype).max
+        scale = jnp.where(seen, sigma / r, sigma)
+        return mu - jnp.where(seen, d * scale, 0), scale
 
 
 def init_renorm(

@@ -27,11 +27,11 @@ from normlab.population.protocol import (
     BadBatch,
     arrays,
     check_batch,
-    register,
     statistics_dtype,
     usable,
 )
 from normlab.sync import AxisName, as_sync
+from normlab.trees import register
 
 
 class Running(NamedTuple):

@@ -31,8 +31,10 @@ from normlab.population.frozen import Frozen
 from normlab.population.protocol import BadBatch, Population, arrays
 from normlab.population.running import Running
 from normlab.sync import AxisName
+from normlab.trees import node
 
 
+@node
 class Pending(NamedTuple):
     """Statistics with a transaction under way: they stay as they are until `commit`.
 
