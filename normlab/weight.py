@@ -201,14 +201,14 @@ def kernel(where: str, site: Site) -> Array:
             "the kernel of the layer",
             "pass Site(a=linear(x, w), x=x, w=w, linear=linear)",
         )
-    a, x, w = (None if v is None else jnp.shape(v) for v in (site.a, site.x, site.w))
-    if x is not None:
+    a, w = jnp.shape(site.a), jnp.shape(site.w)
+    if site.x is not None:
         made = output_shape(where, "Site", site.linear, site.x, site.w)
         if len(made) != len(a) or any(_unequal(*sizes) for sizes in zip(made, a, strict=True)):
             raise invalid(
                 where,
-                f"a of shape {a} for x of shape {x} and w of shape {w}, of which {site.linear} "
-                f"makes {made}",
+                f"a of shape {a} for x of shape {jnp.shape(site.x)} and w of shape {w}, of which "
+                f"{site.linear} makes {made}",
                 "a = linear(x, w)",
                 "pass Site(..., linear=Conv(...)) with the strides, padding, groups and "
                 "channel_axis of the layer that made a, and its own x and w",
