@@ -17,7 +17,7 @@ from jax.typing import ArrayLike
 
 from normlab.affine import Parts, affine
 from normlab.checks import expand, gain_and_bias, promote, result_dtype
-from normlab.linear import Dense, Linear
+from normlab.linear import Dense, Linear, output_shape
 from normlab.types import Site
 from normlab.weight import deviations, inputs, kernel, safe_sqrt, units_and_lengths
 
@@ -53,6 +53,8 @@ def cosine_norm(
     [[1.0]]
     """
     dtype = result_dtype(x)
+    where = "centred cosine norm" if centred else "cosine norm"
+    output_shape(where, "cosine_norm", linear, x, w)
     x, w = promote(x), promote(w)
     # The cosine does not see the lengths: divide them out before the product can overflow.
     x = x / _peak(x, linear)
@@ -63,6 +65,9 @@ def cosine_norm(
 
 def cosine_parts(params: Any, site: Site, *, centred: bool = False) -> Parts:
     """The parts of cosine normalization.
+
+    A zero vector has σ = 1. In the centred form a constant w or x has σ = 1 and g = 0, so that
+    h = b whatever rounding leaves of a − μ.
 
     Args:
       params: `Affine(g [C], b [C])`, or `None`.
@@ -82,21 +87,20 @@ def cosine_parts(params: Any, site: Site, *, centred: bool = False) -> Parts:
 
     peak = _peak(x, site.linear)
     x = promote(x) / peak
-    _, length_w = units_and_lengths(w)
-    sigma = per_unit(length_w) * safe_sqrt(site.linear.patch_square(x, w)) * peak
-    sigma = jnp.where(sigma == 0, 1, sigma)
     if not centred:
-        return Parts(jnp.zeros((), w.dtype), sigma, g, b)
+        _, length_w = units_and_lengths(w)
+        sigma = per_unit(length_w) * safe_sqrt(site.linear.patch_square(x, w)) * peak
+        return Parts(jnp.zeros((), w.dtype), jnp.where(sigma == 0, 1, sigma), g, b)
     patch = site.linear.patch_moments(x, w)
     deviation, w_bar = deviations(w)
     mu = patch.count * per_unit(w_bar) * patch.mean * peak
     _, length_w = units_and_lengths(deviation)
-    # What rounding leaves of a constant patch is no direction. There σ is the plain one, beside
-    # which the rounding of a − μ is nothing.
+    # What rounding leaves of a constant patch is no direction.
     noise = 8 * jnp.finfo(w.dtype).eps * jnp.abs(patch.mean)
     square = jnp.where(patch.m2 <= patch.count * jnp.square(noise), 0, patch.m2)
-    contrast = per_unit(length_w) * safe_sqrt(square) * peak
-    return Parts(mu, jnp.where(contrast == 0, lax.stop_gradient(sigma), contrast), g, b)
+    sigma = per_unit(length_w) * safe_sqrt(square) * peak
+    none = sigma == 0
+    return Parts(mu, jnp.where(none, 1, sigma), jnp.where(none, 0, g), b)
 
 
 def _peak(x: ArrayLike, linear: Linear) -> Array:

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.typing import ArrayLike
 
 from normlab.checks import invalid, promote
 from normlab.moments import Moments, moments
@@ -66,12 +68,13 @@ class Dense:
 
     def __call__(self, x: Array, w: Array) -> Array:
         """Returns `x @ w`."""
-        if w.ndim != 2 or x.shape[-1] != w.shape[0]:
+        if w.ndim != 2 or x.ndim == 0 or x.shape[-1] != w.shape[0]:
             raise invalid(
                 "Dense",
                 f"an input of shape {x.shape} and a kernel of shape {w.shape}",
                 "shapes [..., K] and [K, C]",
-                "give the kernel as many rows as the input has features",
+                "give the kernel as many rows as the input has features; for the kernel of a "
+                "convolution pass linear=Conv(...)",
             )
         return x @ w
 
@@ -138,12 +141,16 @@ class Conv:
     def __call__(self, x: Array, w: Array) -> Array:
         """Returns the convolution of `x` with `w`, in the layout of `x`."""
         spatial = w.ndim - 2
-        if x.ndim != w.ndim or x.shape[self.channel_axis] != w.shape[-2] * self.groups:
+        if (
+            spatial < 0
+            or x.ndim != w.ndim
+            or x.shape[self.channel_axis] != w.shape[-2] * self.groups
+        ):
             raise invalid(
                 "Conv",
                 f"an input of shape {x.shape} and a kernel of shape {w.shape}",
-                f"{w.shape[-2] * self.groups} input channels on axis {self.channel_axis} of an "
-                f"input of rank {w.ndim}",
+                f"an input with {self.groups}·K channels on axis {self.channel_axis}, of the "
+                "kernel's rank, and a kernel [*window, K, C]",
                 "give the kernel the shape [*window, K/groups, C], or set channel_axis",
             )
         if w.shape[-1] % self.groups:
@@ -211,6 +218,33 @@ class Conv:
         """Images in their layout, kernels `[*window, K/groups, C]`."""
         image = (0, ndim - 1, *range(1, ndim - 1)) if self.channel_axis == -1 else (*range(ndim),)
         return lax.ConvDimensionNumbers(image, (ndim - 1, ndim - 2, *range(ndim - 2)), image)
+
+
+def output_shape(where: str, call: str, linear: Linear, x: ArrayLike, w: ArrayLike) -> Any:
+    """Returns the shape of `linear(x, w)`, from the shapes of `x` and `w` alone.
+
+    Args:
+      where: The norm, for the error.
+      call: What is to be given another `linear`, for the error.
+      linear: The linear map.
+      x: Its input.
+      w: Its kernel.
+
+    Raises:
+      ValueError: If the map does not take them.
+    """
+    # Neither types nor shardings: x and w may have had others where a was computed.
+    shapes = [jax.ShapeDtypeStruct(jnp.shape(v), jnp.float32) for v in (x, w)]
+    try:
+        return jax.eval_shape(linear, *shapes).shape
+    except (IndexError, TypeError, ValueError) as error:
+        raise invalid(
+            where,
+            f"x of shape {jnp.shape(x)} and w of shape {jnp.shape(w)}, to which {linear} cannot be "
+            "applied",
+            "the input and the kernel of one linear map",
+            f"pass that map, {call}(..., linear=Conv(...)) or linear=Dense(), and its own x and w",
+        ) from error
 
 
 def _each(name: str, value: int | Sequence[int], spatial: int) -> tuple[int, ...]:

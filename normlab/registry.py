@@ -17,6 +17,7 @@ from normlab.cosine import cosine_parts
 from normlab.delayed import delay
 from normlab.example import Axes, group_parts, instance_parts, layer_parts, rms_parts
 from normlab.moments import Algorithm
+from normlab.population.cumulative import Estimator
 from normlab.population.names import init_population, require
 from normlab.population.protocol import BadBatch
 from normlab.sync import AxisName, as_sync
@@ -115,6 +116,7 @@ def batch(
     decay: float | None = None,
     eps: float = 1e-5,
     ddof: int | None = None,
+    estimator: Estimator | None = None,
     axis_name: AxisName | None = None,
     population: str | Callable[..., Any] = "debiased",
     algorithm: Algorithm = "auto",
@@ -125,9 +127,10 @@ def batch(
 ) -> Norm:
     """`batch_norm`, with the state of `init_population(population, C)`.
 
-    `decay` and `ddof` are the population's; `None` is its own default, 0.9 and 0.
+    `decay`, `ddof` and `estimator` are the population's, as far as it has them; `None` is its own
+    default, 0.9, 0 and `"pooled"`.
     """
-    given = {"decay": decay, "ddof": ddof}
+    given = {"decay": decay, "ddof": ddof, "estimator": estimator}
     settings = {name: value for name, value in given.items() if value is not None}
     if not callable(population):
         require(population)

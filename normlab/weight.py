@@ -18,6 +18,7 @@ from jax.typing import ArrayLike
 from normlab.affine import Parts, affine
 from normlab.checks import expand, gain_and_bias, invalid, promote, result_dtype
 from normlab.collective import all_reduce
+from normlab.linear import output_shape
 from normlab.moments import align_weights, moments
 from normlab.sync import AxisName
 from normlab.types import Affine, Site
@@ -80,7 +81,9 @@ def weight_standardization(v: Array, g: Array | None = None) -> Array:
 
 
 def weight_standardization_parts(params: Any, site: Site) -> Parts:
-    """The parts of weight standardization: μ = w̄·Σx, σ = ‖w − w̄‖ (1 where w is constant).
+    """The parts of weight standardization: μ = w̄·Σx, σ = ‖w − w̄‖.
+
+    Where w is constant σ = 1 and g = 0, so that h = b whatever rounding leaves of a − μ.
 
     Args:
       params: `Affine(g [C], b [C])`, or `None`.
@@ -93,11 +96,12 @@ def weight_standardization_parts(params: Any, site: Site) -> Parts:
     w, x = promote(kernel(where, site)), inputs(where, site)
     g, b = gain_and_bias(where, params, site.a, site.linear.channel_axis)
     deviation, w_bar = deviations(w)
-    _, length = units_and_lengths(deviation)
     ndim, channel = site.a.ndim, site.linear.channel_axis
+    _, length = units_and_lengths(deviation)
+    length = expand(length, ndim, channel)
     mu = expand(w_bar, ndim, channel) * site.linear.patch_sum(x, w)
-    sigma = expand(jnp.where(length == 0, 1, length), ndim, channel)
-    return Parts(mu, sigma, g, b)
+    constant = length == 0
+    return Parts(mu, jnp.where(constant, 1, length), jnp.where(constant, 0, g), b)
 
 
 def weight_parts(params: Any, site: Site) -> Parts:
@@ -185,7 +189,11 @@ def inputs(where: str, site: Site) -> Array:
 
 
 def kernel(where: str, site: Site) -> Array:
-    """Returns `site.w`, or says what is missing or does not fit."""
+    """Returns `site.w`, or says what is missing or does not fit.
+
+    That `a` has the shape of `linear(x, w)` is seen by the shapes alone, and of symbolic sizes
+    those that are known to differ are refused.
+    """
     if site.w is None:
         raise invalid(
             where,
@@ -193,11 +201,29 @@ def kernel(where: str, site: Site) -> Array:
             "the kernel of the layer",
             "pass Site(a=linear(x, w), x=x, w=w, linear=linear)",
         )
-    if site.w.shape[-1] != site.channels:
+    a, w = jnp.shape(site.a), jnp.shape(site.w)
+    if site.x is not None:
+        made = output_shape(where, "Site", site.linear, site.x, site.w)
+        if len(made) != len(a) or any(_unequal(*sizes) for sizes in zip(made, a, strict=True)):
+            raise invalid(
+                where,
+                f"a of shape {a} for x of shape {jnp.shape(site.x)} and w of shape {w}, of which "
+                f"{site.linear} makes {made}",
+                "a = linear(x, w)",
+                "pass Site(..., linear=Conv(...)) with the strides, padding, groups and "
+                "channel_axis of the layer that made a, and its own x and w",
+            )
+    elif w[-1] != site.channels:
         raise invalid(
             where,
-            f"a kernel of shape {site.w.shape} for a pre-activation of shape {site.a.shape}",
+            f"a kernel of shape {w} for a pre-activation of shape {a} with {site.linear}",
             f"a kernel with {site.channels} units, on its last axis",
-            "pass the w of the same layer, units last",
+            "pass the w of the same layer, units last, and the layer: Site(..., linear=Conv(...))",
         )
     return site.w
+
+
+def _unequal(m: Any, n: Any) -> bool:
+    """Whether two sizes are known to differ; those that are symbolic may be equal."""
+    difference = m - n
+    return isinstance(difference, int) and difference != 0

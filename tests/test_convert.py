@@ -310,6 +310,24 @@ def test_in_training_both_compute_and_keep_the_same(name):
     assert gap(state.read(), after.state.read()) < 1e-5
 
 
+def numbers_of(state):
+    """The mean and the variance of a state, or of the one that is frozen; nothing of none."""
+    return () if state == () else state.read()
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_options_are_those_of_a_norm_of_the_same_parameters_and_conventions(name):
+    norm = make(name).norm
+    linear = nl.Conv() if norm.kind == "weight" else nl.Dense()
+    site = nl.shapes(X, norm.kernel, linear=linear) if norm.kernel is not None else nl.Site(X)
+    init, _ = nl.get(norm.kind, **norm.options)
+    assert jax.tree.structure(init(site)) == jax.tree.structure((norm.params, norm.state))
+    if norm.kind == "weight":
+        site = nl.Site(linear(X, norm.kernel), X, norm.kernel, linear=linear)
+        h, _ = nl.get("weight", **norm.options).apply(norm.params, (), site, train=True)
+        assert gap(h, use(norm, X, train=True)[0]) < 1e-6
+
+
 # --- from normlab and back
 
 
@@ -470,9 +488,9 @@ def test_a_path_goes_there_and_back_in_every_library():
         same(back(variables, "layer", path="deep", **arguments), norm)
 
 
-def refused(match, call):
+def refused(match, call, **leaves):
     with pytest.raises(ValueError, match=match) as error:
-        call()
+        call(**leaves)
     assert "To fix it" in str(error.value)
 
 
@@ -508,6 +526,238 @@ STATS = {"mean": jnp.zeros(C), "var": jnp.ones(C)}
 )
 def test_what_does_not_fit_is_an_error_that_names_it(match, variables, layer, options):
     refused(match, lambda: convert.from_nnx(variables, layer, **options))
+
+
+def haiku_statistics(**leaves):
+    """The two averages after three updates, of which some leaves are others: `mean_counter=2`."""
+    mass = np.float32(1 - 0.9**3)
+    state = {
+        f"n/~/{name}_ema": {"hidden": mass * v, "average": v, "counter": jnp.array(3)}
+        for name, v in STATS.items()
+    }
+    for name, value in leaves.items():
+        average, leaf = name.split("_")
+        state[f"n/~/{average}_ema"][leaf] = value
+    return state
+
+
+TORCH = {
+    "weight": np.ones(C, np.float32),
+    "bias": np.zeros(C, np.float32),
+    "running_mean": np.zeros(C, np.float32),
+    "running_var": np.ones(C, np.float32),
+    "num_batches_tracked": np.array(3),
+}
+KERAS = {
+    "gamma": jnp.ones(C),
+    "beta": jnp.ones(C),
+    "moving_mean": jnp.zeros(C),
+    "moving_variance": jnp.ones(C),
+}
+EQUINOX = {
+    "weight": jnp.ones(C),
+    "bias": jnp.ones(C),
+    "batch_counter": jnp.array(3),
+    "batch_state_index": (jnp.zeros(C), jnp.ones(C)),
+}
+
+
+def from_haiku_leaves(**leaves):
+    params = {"n": {"scale": jnp.ones(C), "offset": jnp.ones(C)}}
+    variables = (params, haiku_statistics(**leaves))
+    return convert.from_haiku(variables, "batch", path="n", decay_rate=0.9, **BOTH)
+
+
+def from_linen_leaves(**leaves):
+    variables = {"params": LEAVES, "batch_stats": {**STATS, **leaves}}
+    return convert.from_linen(variables, "batch")
+
+
+STATISTICS = {  # the library -> how to read it with other leaves, and the names of three of them
+    "linen": (from_linen_leaves, "mean", "var", None),
+    "nnx": (lambda **v: convert.from_nnx({**LEAVES, **STATS, **v}, "batch"), "mean", "var", None),
+    "torch": (
+        lambda **v: convert.from_torch({**TORCH, **v}, "batch"),
+        "running_mean",
+        "running_var",
+        "num_batches_tracked",
+    ),
+    "keras": (
+        lambda **v: convert.from_keras({**KERAS, **v}, "batch"),
+        "moving_mean",
+        "moving_variance",
+        None,
+    ),
+    "haiku": (from_haiku_leaves, "mean_average", "var_average", "var_counter"),
+    "haiku, hidden": (from_haiku_leaves, "mean_hidden", "var_hidden", "mean_counter"),
+}
+
+
+@pytest.mark.parametrize("library", STATISTICS)
+def test_numbers_that_are_no_statistics_are_errors_that_name_their_leaf(library):
+    read, mean, var, count = STATISTICS[library]
+    for leaf, values in ((mean, (np.nan, np.inf)), (var, (-1e-9, np.nan, np.inf))):
+        for value in values:
+            bad = np.ones(C, np.float32)
+            bad[2] = value
+            refused(f"{leaf.rpartition('_')[2]} with .* in 1 of 6", read, **{leaf: bad})
+        for value in (np.ones(C, np.int32), np.ones(C, bool), np.ones(C, np.complex64)):
+            refused("a floating type", read, **{leaf: value})
+        refused("as many", read, **{leaf: jnp.ones(5)})
+    if count is not None:
+        for value in (2.5, -1, np.nan, np.array([3, 3]), 2.0**40, "3"):
+            refused(count.rpartition("_")[2], read, **{count: value})
+        for value in (3.0, np.array([3]), np.float64(3), jnp.array(3)):
+            assert read(**{count: value}).state.updates == 3
+    assert read().state.updates == (3 if count else 0)
+
+
+def test_those_of_equinox_too():
+    def read(**leaves):
+        return convert.from_equinox({**EQUINOX, **leaves}, "batch")
+
+    for mean, var in (((0, np.nan), 1), (0, (1, -1.0)), (0, (np.inf, 1))):
+        pair = tuple(jnp.broadcast_to(jnp.float32(v), (2,)) for v in (mean, var))
+        refused(r"batch_state_index\[[01]\] with", read, batch_state_index=pair)
+    refused(r"no leaf 'batch_state_index\[0\]'", lambda: read(batch_state_index=3))
+    refused(
+        "a mean .*6.* a variance .*5", lambda: read(batch_state_index=(X[0, 0, 0], jnp.ones(5)))
+    )
+    for value in (2.5, -1, np.array([3, 3])):
+        refused("batch_counter of", read, batch_counter=value)
+    assert read(batch_counter=3.0).state.updates == 3
+
+
+def test_a_kind_that_is_given_wins_over_the_class_and_the_module_says_its_arguments():
+    class Nnx(nnx.BatchNorm):
+        """Another class."""
+
+    class Equinox(eqx.nn.LayerNorm):
+        """Another class."""
+
+    module = Nnx(C, momentum=0.8, epsilon=1e-3, rngs=nnx.Rngs(0))
+    refused("the kind of norm", lambda: convert.from_nnx(module))
+    net = nnx.Module()
+    net.blocks = nnx.List([module])
+    for norm in (
+        convert.from_nnx(module, "batch"),
+        convert.from_nnx(net, "batch", path="blocks/0"),
+        convert.from_nnx(nnx.state(net), "batch", path="blocks/0", momentum=0.8, epsilon=1e-3),
+    ):
+        assert (norm.eps, norm.state.decay) == (1e-3, 0.8)
+    assert convert.from_nnx(module, "batch", momentum=0.5).state.decay == 0.5
+    refused("no '1' in a List", lambda: convert.from_nnx(net, "batch", path="blocks/1"))
+    refused("no 'b' in a Module", lambda: convert.from_nnx(net, "batch", path="b"))
+    assert convert.from_equinox(Equinox(C, eps=1e-3), "layer").eps == 1e-3
+    refused("the kind of norm", lambda: convert.from_equinox(Equinox(C)))
+
+    class Own(nnx.Module):
+        """A norm that has its ε under another name."""
+
+        def __init__(self):
+            self.scale = nnx.Param(jnp.ones(C))
+
+    refused("no epsilon.* Own does not say", lambda: convert.from_nnx(Own(), "rms"))
+    assert convert.from_nnx(Own(), "rms", epsilon=1e-4).eps == 1e-4
+
+
+def test_a_parameter_with_axes_of_length_one_is_to_be_reshaped():
+    leaves = {"scale": jnp.ones((1, 1, 1, 64)), "bias": jnp.ones((1, 1, 1, 64))}
+    match = r"reshape the gain to \(64,\)"
+    refused(match, lambda: convert.from_linen({"params": leaves}, "group"))
+    refused(match, lambda: convert.from_nnx(leaves, "layer"))
+    named = dict(zip(("gamma", "beta"), leaves.values(), strict=True))
+    refused(match, lambda: convert.from_keras(named, "group"))
+    named = {"weight": np.ones((1, 64, 1, 1), "f"), "bias": np.ones(64, "f")}
+    refused(match, lambda: convert.from_torch(named, "group", num_groups=4))
+    refused("merge_running", lambda: from_linen_leaves(mean=jnp.ones((8, C)), var=jnp.ones((8, C))))
+    refused("groups that divide", lambda: convert.from_nnx(LEAVES, "group", num_groups=4))
+
+
+def test_spectral_norm_is_none_of_the_kinds():
+    module = nnx.SpectralNorm(nnx.Linear(3, 4, rngs=nnx.Rngs(0)), rngs=nnx.Rngs(0))
+    layer = nn.SpectralNorm(nn.Dense(4))
+    variables = layer.init(jax.random.key(0), jnp.ones((2, 3)), update_stats=False)
+    linear = eqx.nn.Linear(3, 4, key=jax.random.key(0))
+    other, _ = eqx.nn.make_with_state(eqx.nn.SpectralNorm)(linear, "weight", key=jax.random.key(1))
+    v = np.ones((4, 3), "f")
+    for read in (
+        lambda kind: convert.from_nnx(module, kind),
+        lambda kind: convert.from_nnx(nnx.state(module), kind or "weight", use_scale=False),
+        lambda kind: convert.from_linen(variables, kind or layer),
+        lambda kind: convert.from_equinox(other, kind),
+        lambda kind: convert.from_torch(
+            {"parametrizations.weight.original": v, "parametrizations.weight.0._u": v[:, 0]},
+            kind or "weight",
+        ),
+        lambda kind: convert.from_torch({"weight_orig": v, "weight_u": v[:, 0]}, kind or "weight"),
+    ):
+        refused("spectral norm", lambda read=read: read(None))
+        refused("spectral norm", lambda read=read: read("weight"))
+
+
+def test_a_bias_of_the_outputs_gives_a_transposed_convolution_away():
+    leaves = {"weight_g": np.ones((3, 1, 1), "f"), "weight_v": np.ones((3, 4, 5), "f")}
+    refused("transposed", lambda: convert.from_torch({**leaves, "bias": np.ones(4, "f")}, "weight"))
+
+
+def test_a_state_dict_without_a_counter_is_that_of_no_counted_batch():
+    """Of torch before 0.4.1, or of FrozenBatchNorm2d."""
+    leaves = {name: v for name, v in TORCH.items() if name != "num_batches_tracked"}
+    leaves["running_var"] = 2 * leaves["running_var"]
+    norm = convert.from_torch(leaves, "batch")
+    assert norm.state.updates == 0
+    assert norm.state.read()[1].tolist() == [2] * C
+    options = {"momentum": None, "count": 8}
+    refused("statistics of no batch", lambda: convert.from_torch(leaves, "batch", **options))
+    frozen = norm._replace(state=nl.freeze(norm.state))
+    assert frozen.options["population"] == "frozen"
+    _, state = use(frozen, X, train=True)
+    same(state, frozen.state)
+
+
+def test_what_a_layer_without_leaves_measures_over_has_to_be_said():
+    refused("normalized_shape", lambda: convert.from_torch({}, "layer", elementwise_affine=False))
+    options = {"use_weight": False, "use_bias": False}
+    refused("shape=None", lambda: convert.from_equinox({}, "layer", **options))
+    assert convert.from_equinox({}, "layer", shape=(2, C), **options).axes == (-2, -1)
+    leaves = {"weight": np.ones(C, "f")}
+    refused(
+        "parameters of shape",
+        lambda: convert.from_torch(leaves, "rms", eps=1.0, normalized_shape=5),
+    )
+
+
+FRESH = {  # batch norm as a library begins, and the options of the library
+    "linen": lambda: from_linen_leaves(),
+    "torch": lambda: convert.from_torch({**TORCH, "num_batches_tracked": 0}, "batch"),
+    "torch, equal": lambda: convert.from_torch(
+        {**TORCH, "num_batches_tracked": 0}, "batch", momentum=None, count=X.size // C
+    ),
+    "torch, none": lambda: convert.from_torch(
+        {name: TORCH[name] for name in ("weight", "bias")}, "batch", track_running_stats=False
+    ),
+    "haiku": lambda: from_haiku_leaves(
+        **{f"{name}_{leaf}": jnp.zeros(C) for name in STATS for leaf in ("hidden", "average")},
+        **{f"{name}_counter": 0 for name in STATS},
+    ),
+}
+
+
+@pytest.mark.parametrize("library", FRESH)
+def test_a_norm_of_the_options_trains_as_the_converted_one_from_the_start(library):
+    norm = FRESH[library]()
+    made = nl.get("batch", **norm.options)
+    _, state = made.init(nl.Site(X))
+    assert jax.tree.structure(state) == jax.tree.structure(norm.state)
+    train = jax.jit(functools.partial(made.apply, train=True))
+    old = norm.state
+    for step in range(2):
+        x = X * (1.0 + step) + step
+        h, state = train(norm.params, state, nl.Site(x))
+        expected, old = train(norm.params, old, nl.Site(x))
+        assert gap(h, expected) == 0
+        assert gap(numbers_of(state), numbers_of(old)) == 0
 
 
 def test_a_module_of_another_kind_is_an_error_that_lists_the_kinds():

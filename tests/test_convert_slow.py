@@ -170,6 +170,146 @@ def test_torch_in_a_prefix_in_half_precision_and_with_gradients(torch):
     refused("the kind of norm", lambda: convert.from_torch(torch.nn.SyncBatchNorm(C)))
 
 
+@pytest.fixture(scope="module")
+def others(torch):
+    """Norms of classes that are not torch's own, of which the kind has to be said."""
+
+    class Act(torch.nn.BatchNorm2d):
+        """As timm's BatchNormAct2d."""
+
+        def __init__(self, *args, **options):
+            super().__init__(*args, **options)
+            self.drop, self.act = torch.nn.Identity(), torch.nn.PReLU()
+
+    class FrozenBatchNorm2d(torch.nn.Module):
+        """As torchvision's and detectron2's."""
+
+        def __init__(self, channels, eps=1e-5):
+            super().__init__()
+            self.eps = eps
+            for name in ("weight", "bias", "running_mean", "running_var"):
+                self.register_buffer(name, torch.rand(channels) + 0.5)
+
+        def forward(self, x):
+            leaves = self.running_mean, self.running_var, self.weight, self.bias
+            return torch.nn.functional.batch_norm(x, *leaves, training=False, eps=self.eps)
+
+    class Rms(torch.nn.Module):
+        """As those of many language models, with another name for ε."""
+
+        def __init__(self, channels):
+            super().__init__()
+            self.weight, self.variance_epsilon = torch.nn.Parameter(torch.ones(channels)), 1e-6
+
+    act = Act(C, eps=1e-3, momentum=0.3)
+    act(torch.as_tensor(2 * FIRST + 1))
+    return {
+        "sync": torch.nn.SyncBatchNorm(C, eps=1e-3, momentum=0.3),
+        "act": act,
+        "frozen": FrozenBatchNorm2d(C, eps=1e-3),
+        "tracked": torch.nn.InstanceNorm2d(C, 1e-3, 0.3, affine=True, track_running_stats=True),
+        "rms": Rms(C),
+    }
+
+
+@pytest.mark.parametrize("name", ["sync", "act", "frozen", "tracked"])
+def test_a_kind_wins_over_the_class_of_a_torch_module(torch, others, name):
+    layer = others[name]
+    model = torch.nn.Sequential(torch.nn.Identity(), torch.nn.Sequential(layer))
+    refused("track_running_stats" if name == "tracked" else "kind of norm", lambda: convert.from_torch(layer))
+    norm = convert.from_torch(layer, "batch")
+    same(convert.from_torch(model, "batch", path="1.0"), norm)
+    assert norm.eps == 1e-3
+    assert norm.options["decay"] == (0.9 if name == "frozen" else 0.7)
+    with torch.no_grad():
+        x = torch.as_tensor(FIRST)
+        h = torch.nn.functional.batch_norm(
+            x, layer.running_mean, layer.running_var, layer.weight, layer.bias, eps=layer.eps
+        )
+        if name in ("frozen", "tracked"):
+            np.testing.assert_array_equal(layer.eval()(x), h)
+    assert gap(use(norm, X, train=False)[0], np.moveaxis(h.numpy(), 1, -1)) < 1e-6
+    if name == "frozen":
+        trained, state = use(norm, X, train=True)
+        same(state, norm.state)
+        assert gap(trained, np.moveaxis(h.numpy(), 1, -1)) < 1e-6
+
+
+def test_what_a_torch_module_does_not_say_is_asked_for(torch, others):
+    refused("Rms does not say it", lambda: convert.from_torch(others["rms"], "rms"))
+    assert convert.from_torch(others["rms"], "rms", eps=1e-6).eps == 1e-6
+    lazy = torch.nn.LazyBatchNorm2d()
+    refused("no values yet", lambda: convert.from_torch(lazy, "batch"))
+    refused("no values yet", lambda: convert.from_torch(torch.nn.LayerNorm(C, device="meta")))
+    model = torch.nn.Sequential(torch.nn.LayerNorm(C))
+    refused("as '0'", lambda: convert.from_torch(model, "layer", path="1"))
+    refused("no kind of norm", lambda: convert.from_torch(model.state_dict(), path="0"))
+    tracked = lost(
+        lambda allow: convert.from_torch(others["tracked"], allow=allow), "track_running_stats"
+    )
+    assert tracked.state == ()
+
+
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("track", [True, False])
+@pytest.mark.parametrize("momentum", [0.3, None])
+def test_the_options_begin_as_torchs_layer_does(torch, affine, track, momentum):
+    """From the first batch on: the outputs, and what is kept after each."""
+    options = {"affine": affine, "track_running_stats": track, "momentum": momentum}
+    layer = torch.nn.BatchNorm2d(C, **options)
+    norm = convert.from_torch(layer, count=X.size // C)
+    made = nl.get("batch", **norm.options)
+    params, state = made.init(nl.Site(X))
+    same(params, norm.params)
+    for step in range(3):
+        x = X * (1.0 + step) + step
+        h, state = made.apply(params, state, nl.Site(x), train=True)
+        with torch.no_grad():
+            expected = layer(torch.as_tensor(np.array(jnp.moveaxis(x, -1, 1)))).numpy()
+        assert gap(h, np.moveaxis(expected, 1, -1)) < 1e-5
+        if track:
+            kept = [v.numpy() for v in (layer.running_mean, layer.running_var)]
+            assert gap(state.read(), tuple(kept)) < 1e-5
+
+
+@pytest.mark.parametrize("rank", [1, 2, 3])
+@pytest.mark.parametrize("dim", [0, 1, None, "old"])
+def test_weight_norm_of_a_transposed_convolution_is_refused(torch, rank, dim):
+    class Up(getattr(torch.nn, f"ConvTranspose{rank}d")):
+        """A class of another name."""
+
+    layer = Up(3, 3, 2)
+    if dim == "old":
+        with pytest.warns(FutureWarning):
+            layer = torch.nn.utils.weight_norm(layer)
+    else:
+        layer = torch.nn.utils.parametrizations.weight_norm(layer, dim=dim)
+    model = torch.nn.Sequential(layer)
+    refused("inputs first", lambda: convert.from_torch(layer, "weight"))
+    refused("inputs first", lambda: convert.from_torch(model, "weight", path="0"))
+
+
+@pytest.mark.parametrize("make", ["Linear", "Conv1d", "Conv2d", "Conv3d"])
+@pytest.mark.parametrize("dim", [1, None, -1])
+def test_weight_norm_over_other_axes_is_refused(torch, make, dim):
+    layer = getattr(torch.nn, make)(*(3, 4, 2)[: 2 + (make != "Linear")])
+    layer = torch.nn.utils.parametrizations.weight_norm(layer, dim=dim)
+    refused("all axes but the first", lambda: convert.from_torch(layer, "weight"))
+    spectral = torch.nn.utils.parametrizations.spectral_norm(torch.nn.Linear(3, 4))
+    refused("spectral norm", lambda: convert.from_torch(spectral, "weight"))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_torchs_rms_norm_without_a_number_for_eps_has_that_of_float32(torch, dtype):
+    dtype = getattr(torch, dtype)
+    layer = torch.nn.RMSNorm(C, dtype=dtype)
+    x = torch.full((1, C), 2.0**-12, dtype=dtype)  # whose square is half of ε
+    norm = convert.from_torch(layer)
+    square = np.float64(2.0**-24)
+    expected = np.sqrt(square / (square + norm.eps))
+    assert abs(layer(x).double()[0, 0].item() / expected - 1) < 1e-2
+
+
 def test_a_torch_model_goes_to_flax_with_its_evaluation(torch):
     """The everyday case: the unbiased variance and the counter are lost knowingly."""
     nn = pytest.importorskip("flax.linen")
@@ -238,6 +378,25 @@ def test_keras_refuses_what_normlab_cannot_say(keras):
     assert convert.from_keras(variables, "layer", path=path).eps == 1e-3
     norm = convert.Converted("rms", nl.Affine(None, None), eps=1e-5)
     refused("always has one", lambda: convert.to_keras(norm))
+
+
+def test_a_kind_wins_over_the_class_of_a_keras_layer(keras):
+    class Mine(keras.layers.BatchNormalization):
+        """Another class."""
+
+    refused("not built", lambda: convert.from_keras(Mine(), "batch"))
+    inner = keras.Sequential([Mine(momentum=0.6, epsilon=1e-4, name="bn")], name="inner")
+    model = keras.Sequential([keras.layers.Dense(C), inner], name="outer")
+    model.build((2, 3))
+    layer = inner.layers[0]
+    refused("the kind of norm", lambda: convert.from_keras(layer))
+    for norm in (
+        convert.from_keras(layer, "batch"),
+        convert.from_keras(model, "batch", path="outer/inner/bn"),
+    ):
+        assert (norm.eps, norm.state.decay) == (1e-4, 0.6)
+        assert norm.options["population"] == "ema"
+    refused("as 'outer/inner/bn'", lambda: convert.from_keras(model, "batch", path="inner/bn"))
 
 
 def test_the_norms_of_a_torch_model_by_a_rule(torch):

@@ -342,3 +342,125 @@ def test_data_dependent_init_weighs_positions_wherever_the_channels_are():
     moved = jnp.moveaxis(x, -1, 1)
     got = nl.weight_norm_init(nl.Site(first(moved, w), moved, w, weights, first))
     assert gap(got, expected) < 1e-5
+
+
+# What a site must be, and constants.
+
+ON_W = tuple(name for name in nl.names() if nl.row(name).looks_at.startswith("w"))
+"""The norms that look at the weights."""
+
+
+def test_the_norms_of_the_weights_are_found():
+    assert ON_W == ("weight", "weight_standardization", "cosine", "centred_cosine")
+
+
+SIDES, KERNEL = (2, 5, 6, 4), (3, 3, 4, 4)
+MISFITS = {  # the map that made a, that of the site, and the shapes of its x and w
+    "no linear": (nl.Conv(), nl.Dense(), SIDES, KERNEL),
+    "strides": (nl.Conv(), nl.Conv(strides=2), SIDES, KERNEL),
+    "padding": (nl.Conv(), nl.Conv(padding="VALID"), SIDES, KERNEL),
+    "padding of one axis": (nl.Conv(), nl.Conv(padding=((1, 1),)), SIDES, KERNEL),
+    "groups": (nl.Conv(), nl.Conv(groups=2), SIDES, KERNEL),
+    "channel axis": (nl.Conv(strides=2), nl.Conv(strides=2, channel_axis=1), (2, 4, 6, 4), KERNEL),
+    "another batch": (nl.Conv(), nl.Conv(), (3, *SIDES[1:]), KERNEL),
+    "one example": (nl.Conv(), nl.Conv(), (1, *SIDES[1:]), KERNEL),
+    "another layer": (nl.Conv(), nl.Conv(), SIDES, (3, 3, 4, 7)),
+    "another fan-in": (nl.Conv(), nl.Conv(), SIDES, (3, 3, 5, 4)),
+    "a vector for w": (nl.Dense(), nl.Dense(), (6, 5), (5,)),
+    "a number for x": (nl.Dense(), nl.Dense(), (), (5, 4)),
+    "tokens": (nl.Dense(), nl.Dense(), (6, 2, 5), (5, 4)),
+}
+
+
+@pytest.mark.parametrize("name", ON_W)
+@pytest.mark.parametrize("misfit", MISFITS)
+def test_x_w_and_the_linear_map_have_to_fit(name, misfit):
+    made, linear, x, w = MISFITS[misfit]
+    own = ((6, 5), (5, 4)) if made == nl.Dense() else (SIDES, KERNEL)
+    own, x, w = [jnp.ones(shape) for shape in own], jnp.ones(x), jnp.ones(w)
+    site = nl.Site(made(*own), x, w, linear=linear)
+    norm = nl.get(name)
+    abstract = jax.eval_shape(lambda: site)
+    params = nl.Affine(None, None)
+    for call in (
+        lambda: norm.init(site),
+        lambda: norm.init(abstract),
+        lambda: norm.apply(params, (), site, train=True),
+        lambda: jax.eval_shape(lambda s: norm.apply(params, (), s, train=True), site),
+    ):
+        with pytest.raises(
+            ValueError, match=r"To fix it, pass .*Site\(\.\.\., linear=Conv\("
+        ) as error:
+            call()
+        assert str(error.value).startswith(nl.row(name).name.replace("_", " ").split()[0])
+
+
+@pytest.mark.parametrize("name", ON_W)
+def test_sites_fit_under_vmap_and_of_symbolic_sizes(name):
+    """Whatever the types and the shardings: it is the shapes that are compared."""
+    norm, params = nl.get(name), nl.Affine(None, None)
+
+    def h(x, w, linear=nl.Conv(strides=2)):  # noqa: B008
+        site = nl.Site(linear(x.astype(w.dtype), w), x, w, linear=linear)
+        return norm.apply(params, (), site, train=True)[0]
+
+    x, w = array(draw(0, 3, *SIDES), jnp.bfloat16), array(draw(1, *KERNEL))
+    assert jax.eval_shape(jax.vmap(h, in_axes=(0, None)), x, w).shape == (3, 2, 3, 3, 4)
+    dense = functools.partial(h, linear=nl.Dense())
+    assert jax.eval_shape(jax.vmap(dense, in_axes=(0, None)), x[0, 0, 0], w[0, 0]).shape == (6, 4)
+    b, height = jax.export.symbolic_shape("b, h")
+    symbolic = jax.ShapeDtypeStruct((b, height, 6, 4), jnp.float32)
+    assert jax.eval_shape(h, symbolic, w).shape[0] == b
+    longer = jax.ShapeDtypeStruct((b + 1, height, 6, 4), jnp.float32)
+    site = nl.Site(jax.eval_shape(nl.Conv(), longer, w), symbolic, w, linear=nl.Conv())
+    with pytest.raises(ValueError, match=r"of which Conv\("):
+        norm.init(site)
+
+
+@forms
+def test_the_cosine_of_a_convolution_asks_for_its_map(centred):
+    for x, w, linear in (
+        (SIDES, KERNEL, nl.Dense()),
+        (SIDES, KERNEL, nl.Conv(groups=2)),
+        (SIDES, (4, 4), nl.Conv()),
+        (SIDES, KERNEL[1:], nl.Conv()),
+        ((), (4, 4), nl.Dense()),
+    ):
+        with pytest.raises(ValueError, match=r"cosine norm: .*cosine_norm\(\.\.\., linear=Conv\("):
+            nl.cosine_norm(jnp.ones(x), jnp.ones(w), linear=linear, centred=centred)
+
+
+def constants(dtype, fan_in):
+    """Of three sizes each: a random unit, two constant ones, and one but for a rounding."""
+    w = draw(0, fan_in, 4)
+    w[:, 1], w[:, 2] = 0.1, 0
+    w[:, 3] = 0.7 * (1 + float(jnp.finfo(dtype).eps) * (np.arange(fan_in) % 3))
+    return array(draw(1, 3, fan_in), dtype), array(np.hstack([1e-20 * w, w, 1e20 * w]), dtype)
+
+
+@pytest.mark.parametrize("name", ["weight_standardization", "centred_cosine"])
+@pytest.mark.parametrize("fan_in", [1, 5])
+@pytest.mark.parametrize("half", [False, True], ids=["", "half"])
+def test_a_constant_unit_is_its_bias_exactly(name, fan_in, half, precision):
+    """As the kernel of the plain function is zero, where a − μ is only rounded to nothing."""
+    norm = nl.get(name)
+    dtype = jnp.bfloat16 if half else precision
+    x, w = constants(dtype, fan_in)
+    params = nl.Affine(None, jnp.full(12, 0.3, dtype))
+    flat = np.arange(12) % 4 % 3 != 0 if fan_in > 1 else slice(None)
+
+    def h(x, w):
+        return norm.apply(params, (), nl.Site(x @ w, x, w), train=True)[0]
+
+    def loss(x, w):
+        return jnp.sin(h(x, w).astype(jnp.float32)).sum()
+
+    for out in (h(x, w), jax.jit(h)(x, w)):
+        assert (out[:, flat] == params.b[flat]).all()
+        assert np.isfinite(out).all()
+    dx, dw = jax.jit(jax.grad(loss, (0, 1)))(x, w)
+    assert (dw[:, flat] == 0).all()
+    assert np.isfinite(dx).all()
+    assert np.isfinite(dw).all()
+    plain = x @ nl.weight_standardization(w)
+    assert (plain[:, flat] == 0).all()

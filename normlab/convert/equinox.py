@@ -11,10 +11,21 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 
 from normlab.checks import invalid
 from normlab.convert.kernels import from_units_first, to_units_first
-from normlab.convert.layers import REQUIRED, Layer, axes_to, refuse, settings, supported
+from normlab.convert.layers import (
+    REQUIRED,
+    Layer,
+    axes_of_shape,
+    axes_to,
+    is_a,
+    refuse,
+    settings,
+    spectral,
+    supported,
+)
 from normlab.convert.leaves import given, take
 from normlab.convert.statistics import counted, decay_of, mass_after, running, statistics_dtype
 from normlab.convert.value import Converted, Exported, check
@@ -53,7 +64,8 @@ def from_equinox(
       variables: The module, or a dict `{"weight", "bias", "batch_counter", "batch_state_index"}`;
         of weight norm `{"weight", "bias", "g"}`.
       layer: The module, if `variables` is not it, or a kind: `"batch"`, `"layer"`, `"rms"`,
-        `"group"` or `"weight"`.
+        `"group"` or `"weight"`, which comes before the class of the module: that says its own
+        arguments all the same.
       state: The `eqx.nn.State` that goes with a module of batch norm.
       allow: The conventions that may be lost.
       **arguments: equinox's own arguments, where the layer was not made with its defaults.
@@ -68,27 +80,30 @@ def from_equinox(
     """
     where = "from equinox"
     layer = variables if layer is None else layer
-    kind, values = settings(where, LAYERS, HOME, layer, arguments, allow)
-    if isinstance(variables, Mapping):
-        leaves = dict(variables)
-    else:
-        leaves = _variables(where, variables, kind, state)
+    module = None if isinstance(variables, Mapping) else variables
+    kind, values = settings(where, LAYERS, HOME, layer, arguments, allow, module=module)
+    leaves = dict(variables) if module is None else _variables(where, module, kind, state)
     if kind == "weight":
         return _from_weight(where, leaves)
     wanted = {ours: name for ours, (name, flag) in _AFFINE.items() if _has(values, flag)}
     if kind == "batch":
         mode = values["mode"]
-        statistics = leaves.pop(f"{mode}_state_index", (None, None))
-        leaves |= given(dict(zip(("running mean", "running var"), statistics, strict=True)))
-        wanted |= {"mean": "running mean", "var": "running var", "counter": COUNTERS[mode]}
+        index = f"{mode}_state_index"
+        held = leaves.get(index)
+        if isinstance(held, Sequence) or np.ndim(held):
+            leaves |= {f"{index}[{i}]": v for i, v in enumerate(leaves.pop(index))}
+        wanted |= {"mean": f"{index}[0]", "var": f"{index}[1]", "counter": COUNTERS[mode]}
     found = take(where, leaves, wanted, [""])
+    axes: Axes = "channels"
+    if kind in ("layer", "rms"):  # over all of its input, of which a `vmap` makes a batch
+        axes = axes_of_shape(where, "shape", values["shape"], found)
     norm = Converted(
         kind,
         Affine(found.get("g"), found.get("b")),
         _state(where, found, values, allow) if kind == "batch" else (),
         eps=values["eps"],
         groups=values["groups"] if kind == "group" else None,
-        axes=_axes(values["shape"]) if kind in ("layer", "rms") else "channels",
+        axes=axes,
     )
     return check(where, norm)
 
@@ -162,17 +177,14 @@ def _channelwise(norm: Converted, lost: dict[str, str]) -> tuple[dict[str, Any],
     return variables, {"channelwise_affine": bool(variables)}
 
 
-def _axes(shape: Any) -> Axes:
-    """A layer measures over all of its input, of which a `vmap` makes a batch."""
-    ndim = len(shape) if isinstance(shape, Sequence) else 1
-    return "channels" if ndim == 1 else tuple(range(-ndim, 0))
-
-
 def _variables(where: str, module: Any, kind: str, state: Any) -> dict[str, Any]:
+    if is_a(module, "SpectralNorm"):
+        raise spectral(where)
+    layer = getattr(module, "layer", module)
+    variables = {name: getattr(layer, name, None) for name in ("weight", "bias")}
     if kind == "weight":
-        layer = module.layer
-        return given({"weight": layer.weight, "bias": layer.bias, "g": module.g})
-    variables = given({"weight": module.weight, "bias": module.bias})
+        variables["g"] = getattr(module, "g", None)
+    variables = given(variables)
     if kind != "batch":
         return variables
     if state is None:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from jax import Array
 
-from normlab.convert.layers import refuse
+from normlab.convert.layers import refuse, spectral
 from normlab.convert.leaves import given, nest, take
 from normlab.convert.value import Converted, Exported, check
 from normlab.types import Affine
@@ -33,7 +33,9 @@ def linen_to_weight(
     """Returns weight norm from linen's leaves, `path` being that of the wrapped layer."""
     at = path or "layer_instance"
     layer = f"params/{at}/"
-    gains = [name for name in leaves if _is_gain(name, layer)]
+    if any(_wraps(name, f"batch_stats/{at}/kernel/u") for name in leaves):
+        raise spectral(where)
+    gains = [name for name in leaves if _wraps(name, f"{layer}kernel/scale")]
     gain = gains[0] if len(gains) == 1 else f"params/WeightNorm_0/{at}/kernel/scale"
     within = [layer, *(name.removesuffix("kernel/scale") for name in gains)]
     return _from_leaves(where, leaves, layer, gain, within, values, allow)
@@ -48,6 +50,8 @@ def nnx_to_weight(
 ) -> Converted:
     """Returns weight norm from nnx's leaves, `root` being the prefix of the wrapper's."""
     layer, gain = root + "layer_instance/", root + "scales/kernel"
+    if root + "batch_stats/kernel/u" in leaves:
+        raise spectral(where)
     return _from_leaves(where, leaves, layer, gain, [root], values, allow)
 
 
@@ -108,8 +112,7 @@ def _lost_epsilon(kernel: Any, eps: float) -> dict[str, str]:
     return {"epsilon": text}
 
 
-def _is_gain(name: str, layer: str) -> bool:
-    """Whether a leaf is the gain of a layer: by the path of its kernel, less a wrapper's name."""
+def _wraps(name: str, leaf: str) -> bool:
+    """Whether a leaf has that path, or has it less the name of a wrapper."""
     parts = name.split("/")
-    without = ["/".join(parts[:i] + parts[i + 1 :]) for i in range(1, len(parts))]
-    return layer + "kernel/scale" in (name, *without)
+    return leaf in (name, *("/".join(parts[:i] + parts[i + 1 :]) for i in range(1, len(parts))))

@@ -169,11 +169,14 @@ def _from_averages(where: str, found: Mapping[str, Array], decay: float) -> Runn
         for leaf in ("hidden", "average")
     )
     expected = np.asarray(mass_after(counter, decay, dtype))
-    if not np.allclose(hidden, average * expected, rtol=1e-4, atol=1e-30, equal_nan=True):
+    if hidden.shape != average.shape:
+        given = f"{hidden.size} values of hidden and {average.size} of average"
+        raise invalid(where, given, "as many", "convert the averages of one layer")
+    if not np.allclose(hidden, average * expected, rtol=1e-4, atol=1e-30):
         given = f"averages that are not hidden / {expected:g}, after {counter} updates"
         change = "pass the decay_rate with which the layer was trained"
         raise invalid(where, given, "hidden / (1 - decay_rate ** counter)", change)
-    seen = (average != 0) & np.isfinite(average)
+    seen = average != 0
     mass = np.median(hidden[seen] / average[seen]) if seen.any() else expected
     vectors = {ours: vector(where, ours, found[f"{ours}/average"]) for ours in AVERAGES}
     return running(where, vectors, decay=decay, mass=mass.astype(dtype), updates=counter)

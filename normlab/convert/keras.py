@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from normlab.checks import invalid
 from normlab.convert.layers import Layer, axes_from, axes_to, refuse, settings, supported
-from normlab.convert.leaves import flatten, numbers, take
+from normlab.convert.leaves import flatten, near, numbers, take
 from normlab.convert.statistics import decay_of, mean_and_var, running
 from normlab.convert.value import Converted, Exported, check
 from normlab.types import Affine
@@ -39,7 +40,8 @@ def from_keras(
     Args:
       variables: The layer, or variables by name or path, `{v.path: v for v in model.variables}`.
       layer: The layer, if `variables` is not it, or a kind: `"batch"`, `"layer"`, `"rms"` or
-        `"group"`; `groups=-1`, or as many as channels, is instance norm.
+        `"group"`, which comes before the class of a layer: that says its own arguments all the
+        same. `groups=-1`, or as many as channels, is instance norm.
       path: Where the layer's variables are in a model's, as `"model/batch_normalization"`.
       allow: The conventions that may be lost.
       **arguments: Keras's own arguments, where the layer was not made with its defaults.
@@ -53,12 +55,16 @@ def from_keras(
     0.001
     """
     where = "from keras"
-    layer = variables if layer is None else layer
-    kind, values = settings(where, LAYERS, HOME, layer, arguments, allow)
-    if hasattr(variables, "variables"):
-        variables = {v.name: v for v in variables.variables}
-    leaves = flatten(where, variables)
     root = path + "/" if path else ""
+    module = _layer(where, variables, path) if hasattr(variables, "variables") else None
+    layer = module or variables if layer is None else layer
+    kind, values = settings(where, LAYERS, HOME, layer, arguments, allow, module=module)
+    if module is not None:
+        if not getattr(module, "built", True):
+            change = "call it on a batch, or build it with the shape of its input"
+            raise invalid(where, "a layer that is not built", "one with variables", change)
+        variables = {root + v.name: v for v in module.variables}
+    leaves = flatten(where, variables)
     wanted = {ours: root + theirs for ours, theirs in _names(kind, values).items()}
     found = take(where, leaves, wanted, [root])
     groups = values["groups"] if kind == "group" else None
@@ -118,6 +124,21 @@ def to_keras(norm: Converted, *, path: str = "", allow: Sequence[str] = ()) -> E
     root = path + "/" if path else ""
     named = {root + theirs: values[ours] for ours, theirs in _names(kind, arguments).items()}
     return Exported(numbers(named), arguments)
+
+
+def _layer(where: str, model: Any, path: str) -> Any:
+    """The layer at a path of a model, which is that of its variables."""
+    if not path:
+        return model
+    layers, found = [model], {}
+    while layers:
+        layer = layers.pop()
+        found[getattr(layer, "path", None) or layer.name] = layer
+        layers += getattr(layer, "layers", [])
+    if path not in found:
+        change = f"name a layer of it, as {near([path], found)}"
+        raise invalid(where, f"path={path!r}", "where a layer is in the model", change)
+    return found[path]
 
 
 def _names(kind: str, values: Mapping[str, Any]) -> dict[str, str]:

@@ -27,6 +27,14 @@ def from_units_first(where: str, kernel: Array, g: Array, b: Array | None) -> Co
             "one gain for each entry of the kernel's first axis, the units",
             "convert a layer with weight norm over all axes but the first (dim=0, axis=0)",
         )
+    if b is not None and b.size != kernel.shape[0]:
+        raise invalid(
+            where,
+            f"a bias of shape {b.shape} for a kernel of shape {kernel.shape}",
+            "one value for each entry of the kernel's first axis, the units",
+            "convert the kernel that it computes, if it is of a transposed convolution, which has "
+            "its inputs first",
+        )
     params = Affine(vector(where, "the gain", g), b if b is None else vector(where, "the bias", b))
     last = kernel.transpose(*range(2, kernel.ndim), 1, 0)
     return check(where, Converted("weight", params, kernel=last))

@@ -26,10 +26,14 @@ ADVICE = {
     "force_float32_reductions": "normlab's statistics are float32 at least",
     "trainable": "normlab.freeze(state) freezes the statistics",
     "mode": "in training it normalizes by the running statistics, normlab by those of the batch",
-    "track_running_stats": "normlab's instance norm measures each example at evaluation too",
+    "track_running_stats": "normlab's instance norm measures each example at evaluation too; as "
+    "the kind 'batch' its statistics are those of inference",
     "renorm": "build the state with normlab.get('batch', population='renorm') instead",
+    "dim": "normlab's weight norm has a gain for each unit, of dim=0",
+    "weight axis": "normlab's weight norm has a gain for each unit, of axis=0",
+    "weight_name": "normlab's weight norm is that of the kernel",
 }
-"""What to do about an argument that is not carried over."""
+"""What to do about an argument that is not carried over, or about that of one kind."""
 
 
 class Layer(NamedTuple):
@@ -46,6 +50,10 @@ class Layer(NamedTuple):
     fixed: dict[str, Any] = {}  # noqa: RUF012
 
 
+UNSEEN = ("eps", "epsilon", "momentum")
+"""Arguments of which no leaf tells: a module without such an attribute has them elsewhere."""
+
+
 def settings(
     where: str,
     layers: Mapping[str, Layer],
@@ -53,6 +61,8 @@ def settings(
     layer: Any,
     given: Mapping[str, Any],
     allow: Sequence[str],
+    *,
+    module: Any = None,
 ) -> tuple[str, dict[str, Any]]:
     """Returns the kind of a layer and its arguments, under the library's own names.
 
@@ -60,15 +70,20 @@ def settings(
       where: The converter, for the errors.
       layers: The library's norms by kind.
       home: The packages that have the library's classes.
-      layer: A kind by name, whose arguments are the library's defaults, or a layer object.
+      layer: A kind by name, whatever the class of `module`, or a layer object.
       given: Arguments by name, which come first.
       allow: The arguments that may be lost.
+      module: The object of which a layer given by name has its arguments; `None` for the
+        library's defaults.
 
     Raises:
       ValueError: If the kind, the class or an argument is unknown, an argument is missing, or one
         cannot be carried over.
     """
-    kind = layer if isinstance(layer, str) else _kind(where, layers, home, layer)
+    if isinstance(layer, str):
+        kind = layer
+    else:
+        kind, module = _kind(where, layers, home, layer), layer
     if kind not in layers:
         change = f"use a known one: {nearest(kind, layers)}"
         raise invalid(where, f"the kind {kind!r}", "a norm that the library has", change)
@@ -77,17 +92,21 @@ def settings(
         if name not in known:
             expected = f"an argument of {kind} norm that its numbers depend on"
             raise invalid(where, f"{name}={given[name]!r}", expected, nearest(name, known))
-    own = {} if isinstance(layer, str) else _attributes(layer, known)
+    own = {} if module is None else _attributes(module, known, UNSEEN if kind != "weight" else ())
     values = {**known, **own, **given}
     for name, value in values.items():
         if value is REQUIRED:
+            by = "the library has no default for it"
+            if module is not None:
+                by = f"a {type(module).__name__} does not say it"
             change = f"pass {name}=..., with which the layer was made"
-            raise invalid(where, f"no {name}", "it: the library has no default for it", change)
-    lost = {
-        name: f"{values[name]!r} and not {value!r}: {ADVICE.get(name, 'normlab has no such thing')}"
-        for name, value in layers[kind].fixed.items()
-        if values[name] != value
-    }
+            raise invalid(where, f"no {name}", f"it: {by}", change)
+    lost = {}
+    for name, value in layers[kind].fixed.items():
+        if values[name] != value:
+            advice = ADVICE.get(name, "normlab has no such thing")
+            advice = ADVICE.get(f"{kind} {name}", advice)
+            lost[name] = f"{values[name]!r} and not {value!r}: {advice}"
     refuse(where, lost, allow)
     return kind, values
 
@@ -124,6 +143,26 @@ def axes_from(axes: Any) -> Axes:
     return "channels" if axes == (-1,) else axes
 
 
+def axes_of_shape(where: str, name: str, shape: Any, found: Mapping[str, Any]) -> Axes:
+    """Returns the last axes of the input, as many as a layer's shape has.
+
+    Args:
+      where: The converter.
+      name: The library's word for the shape.
+      shape: The shape, or a number; `None` for that of the parameters.
+      found: The parameters.
+
+    Raises:
+      ValueError: If there is no shape, or the parameters have another.
+    """
+    own = next((v.shape for v in found.values()), None)
+    shape = own if shape is None else tuple(shape) if isinstance(shape, Sequence) else (shape,)
+    if shape is None or own not in (None, shape):
+        given = f"{name}={shape} and parameters of shape {own}"
+        raise invalid(where, given, "the shape of the layer", f"pass {name}=...")
+    return "channels" if len(shape) == 1 else tuple(range(-len(shape), 0))
+
+
 def axes_to(where: str, axes: Axes) -> int | tuple[int, ...]:
     """Returns normlab's `axes` as numbers; `"channels"` is -1.
 
@@ -136,8 +175,15 @@ def axes_to(where: str, axes: Axes) -> int | tuple[int, ...]:
     return -1 if axes == "channels" else axes  # pyright: ignore[reportReturnType]
 
 
+def is_a(module: Any, name: str) -> bool:
+    """Whether an object is of a class of that name, or of a class made from one."""
+    return any(name in cls.__name__ for cls in type(module).__mro__)
+
+
 def _kind(where: str, layers: Mapping[str, Layer], home: tuple[str, ...], layer: Any) -> str:
     name, package = type(layer).__name__, type(layer).__module__
+    if is_a(layer, "SpectralNorm"):
+        raise spectral(where)
     kinds = {cls: kind for kind, entry in layers.items() for cls in entry.classes}
     if name in kinds and package.startswith(home):
         return kinds[name]
@@ -149,5 +195,18 @@ def _kind(where: str, layers: Mapping[str, Layer], home: tuple[str, ...], layer:
     )
 
 
-def _attributes(layer: Any, names: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: getattr(layer, name) for name in names if hasattr(layer, name)}
+def spectral(where: str) -> ValueError:
+    """Returns the error for spectral norm, which is none of the kinds."""
+    return invalid(
+        where,
+        "spectral norm, which divides by the largest singular value of a kernel",
+        "a norm that normlab has",
+        "convert the layer without it: write the kernel that it computes",
+    )
+
+
+def _attributes(
+    layer: Any, names: Mapping[str, Any], required: Sequence[str] = ()
+) -> dict[str, Any]:
+    found = {name: getattr(layer, name) for name in names if hasattr(layer, name)}
+    return {name: REQUIRED for name in required if name in names} | found

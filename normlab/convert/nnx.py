@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from normlab.checks import invalid
 from normlab.convert.flax_weight import nnx_to_weight, weight_to_nnx
-from normlab.convert.layers import Layer, settings
+from normlab.convert.layers import Layer, is_a, settings, spectral
 from normlab.convert.leaves import flatten, given, nest, take
 from normlab.convert.linen import LAYERS as LINEN
 from normlab.convert.linen import (
@@ -41,8 +42,9 @@ def from_nnx(
       variables: The module, or the variables of the layer or of a whole model: an `nnx.State` or
         nested dicts of arrays.
       layer: The module, if `variables` is not it, or a kind: `"batch"`, `"layer"`, `"rms"`,
-        `"group"`, `"instance"` or `"weight"`.
-      path: Where the layer's variables are in a model's, as `"blocks/0/norm"`.
+        `"group"`, `"instance"` or `"weight"`, which comes before the class of the module: that
+        says its own arguments all the same.
+      path: Where the layer is in a model, as `"blocks/0/norm"`.
       allow: The conventions that may be lost.
       **arguments: nnx's own arguments, where the layer was not made with nnx's defaults.
 
@@ -54,10 +56,11 @@ def from_nnx(
     1e-06
     """
     where = "from nnx"
-    layer = variables if layer is None else layer
-    kind, values = settings(where, LAYERS, HOME, layer, arguments, allow)
-    if not hasattr(variables, "items"):
-        variables = _variables(variables, kind)
+    module = None if hasattr(variables, "items") else _submodule(where, variables, path)
+    layer = (variables if module is None else module) if layer is None else layer
+    kind, values = settings(where, LAYERS, HOME, layer, arguments, allow, module=module)
+    if module is not None:
+        variables = nest(path, _variables(where, module, kind))
     leaves = flatten(where, variables)
     root = path + "/" if path else ""
     if kind == "weight":
@@ -93,11 +96,25 @@ def to_nnx(norm: Converted, *, path: str = "", allow: Sequence[str] = ()) -> Exp
     return Exported(nest(path, {**params, **statistics}), arguments)
 
 
-def _variables(module: Any, kind: str) -> dict[str, Any]:
+def _submodule(where: str, module: Any, path: str) -> Any:
+    """What is under a path of names and numbers, without a word of nnx."""
+    for name in path.split("/") if path else []:
+        try:
+            module = getattr(module, name) if hasattr(module, name) else module[int(name)]
+        except (IndexError, KeyError, TypeError, ValueError) as error:
+            given = f"path={path!r}, and no {name!r} in a {type(module).__name__}"
+            change = "name the attributes and the places in lists that lead to it, a/0/b"
+            raise invalid(where, given, "where a module is in the model", change) from error
+    return module
+
+
+def _variables(where: str, module: Any, kind: str) -> dict[str, Any]:
     """The variables of a module, without a word of nnx."""
     if kind == "weight":
-        layer = module.layer_instance
-        own = given({"kernel": layer.kernel, "bias": getattr(layer, "bias", None)})
-        return {"layer_instance": own, **given({"scales": module.scales})}
+        if is_a(module, "SpectralNorm"):
+            raise spectral(where)
+        layer = getattr(module, "layer_instance", None)
+        own = given({name: getattr(layer, name, None) for name in ("kernel", "bias")})
+        return {"layer_instance": own, **given({"scales": getattr(module, "scales", None)})}
     names = ("scale", "bias", "mean", "var")
     return given({name: getattr(module, name, None) for name in names})

@@ -34,11 +34,10 @@ def running(
     """Returns the average with a mean, a variance and a mass; by default the plain one.
 
     Raises:
-      ValueError: If the decay is outside [0, 1), or the statistics are of less than float32.
+      ValueError: If the decay is outside [0, 1), or the statistics do not fit each other, or are
+        of less than float32.
     """
-    mean, var = found["mean"], found["var"]
-    for v in (mean, var):
-        statistics_dtype(where, v)
+    mean, var = statistics(where, found)
     empty = init_running(mean.size, decay=float(decay), ddof=ddof, dtype=mean.dtype)
     return empty._replace(
         mean=mean,
@@ -46,6 +45,18 @@ def running(
         mass=jnp.asarray(mass, mean.dtype),
         updates=jnp.asarray(updates, jnp.int32),
     )
+
+
+def statistics(where: str, found: Mapping[str, Array]) -> tuple[Array, Array]:
+    """Returns the mean and the variance; raises ValueError if they do not fit each other."""
+    mean, var = found["mean"], found["var"]
+    for v in (mean, var):
+        statistics_dtype(where, v)
+    if mean.shape != var.shape or mean.dtype != var.dtype:
+        given = f"a mean {mean.dtype}{[*mean.shape]} and a variance {var.dtype}{[*var.shape]}"
+        change = "pass the leaves of one and the same layer"
+        raise invalid(where, given, "as many channels in both, of the same type", change)
+    return mean, var
 
 
 def statistics_dtype(where: str, v: Array) -> Any:

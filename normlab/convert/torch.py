@@ -12,14 +12,25 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from normlab.checks import invalid
+from normlab.checks import invalid, promote_dtype
 from normlab.convert.kernels import from_units_first, to_units_first
-from normlab.convert.layers import REQUIRED, Layer, axes_to, refuse, settings, supported
-from normlab.convert.leaves import flatten, numbers, take
-from normlab.convert.statistics import mean_and_var, running
+from normlab.convert.layers import (
+    REQUIRED,
+    Layer,
+    axes_of_shape,
+    axes_to,
+    is_a,
+    refuse,
+    settings,
+    spectral,
+    supported,
+)
+from normlab.convert.leaves import flatten, near, numbers, take
+from normlab.convert.statistics import mean_and_var, running, statistics
 from normlab.convert.value import Converted, Exported, check
 from normlab.example import Axes
 from normlab.population.cumulative import Cumulative, init_cumulative
+from normlab.population.frozen import Frozen
 from normlab.population.running import Running
 from normlab.types import Affine
 
@@ -49,6 +60,8 @@ GAINS = (
     ("weight_g", "weight_v"),
 )
 """Gain and direction, as `torch.nn.utils.parametrizations.weight_norm` and its elder name them."""
+SPECTRAL = ("parametrizations.weight.0._u", "weight_u")
+"""Of spectral norm, whose elder has a `weight_v` too."""
 
 
 def from_torch(
@@ -68,9 +81,10 @@ def from_torch(
     Args:
       variables: The module, or a `state_dict`, of tensors or of NumPy arrays.
       layer: The module, if `variables` is none, or a kind: `"batch"`, `"layer"`, `"rms"`,
-        `"group"`, `"instance"` or `"weight"`, which a module of weight norm needs too. Where
-        `variables` is a module, the one at `path` says its own arguments.
-      path: The prefix in the `state_dict` of a model, as `"layer1.0.bn1"`.
+        `"group"`, `"instance"` or `"weight"`, which a module of weight norm needs too, as does one
+        of a class that is not torch's own. A kind comes before the class of the module, which
+        still says its own arguments; what a subclass adds to the norm is not converted.
+      path: Where the module is in a model, and the prefix in its `state_dict`: `"layer1.0.bn1"`.
       count: With `momentum=None`, the number of values of a channel in a batch (the examples times
         the positions), which has to be the same for all batches.
       allow: The conventions that may be lost.
@@ -86,28 +100,48 @@ def from_torch(
     1e-05
     """
     where = "from torch"
-    leaves = module = variables
-    if hasattr(variables, "state_dict"):
-        leaves = variables.state_dict()
-        module = variables.get_submodule(path)
-        layer = layer if layer == "weight" or not isinstance(layer, str | None) else module
-    kind, values = settings(where, LAYERS, HOME, layer, arguments, allow)
-    leaves = flatten(where, leaves)
     root = path + "." if path else ""
+    leaves, module = variables, None
+    if hasattr(variables, "state_dict"):
+        module = _submodule(where, variables, path)
+        leaves = module.state_dict(prefix=root)
+        layer = module if layer is None else layer
+    elif layer is None:
+        raise invalid(where, "no kind of norm", "one of " + ", ".join(LAYERS), "pass layer=...")
+    if not isinstance(layer, str) and hasattr(layer, "state_dict"):
+        module = layer
+    frozen = layer == "batch" and is_a(module, "FrozenBatchNorm")
+    if frozen:  # it has no momentum, and some classes have no eps either
+        arguments = {"eps": getattr(module, "eps", 1e-5), "momentum": 0.1, **arguments}
+    own = None if layer == "weight" else module
+    kind, values = settings(where, LAYERS, HOME, layer, arguments, allow, module=own)
+    leaves = flatten(where, leaves)
     if kind == "weight":
         return _from_weight(where, leaves, root, module)
-    statistics = kind == "batch" and values["track_running_stats"]
-    wanted = {ours: root + name for ours, name in _affine(values).items()}
-    if statistics:
-        wanted |= {ours: root + name for ours, name in STATISTICS.items()}
-    found = take(where, leaves, wanted, [root])
+    names = _affine(values)
+    if kind == "batch" and values["track_running_stats"]:
+        names |= STATISTICS
+        if root + names["updates"] not in leaves:  # before torch 0.4.1, and FrozenBatchNorm2d
+            del names["updates"]
+    elif values.get("track_running_stats"):  # instance norm's, lost knowingly
+        leaves = {
+            n: v for n, v in leaves.items() if n.removeprefix(root) not in STATISTICS.values()
+        }
+    if module is not None:
+        parts = tuple(root + name + "." for name, _ in module.named_children())
+        leaves = {name: v for name, v in leaves.items() if not name.startswith(parts)}
+    found = take(where, leaves, {ours: root + name for ours, name in names.items()}, [root])
+    state = _state(where, found, values["momentum"], count) if "mean" in found else ()
+    axes: Axes = "channels"
+    if kind in ("layer", "rms"):
+        axes = axes_of_shape(where, "normalized_shape", values["normalized_shape"], found)
     norm = Converted(
         kind,
         Affine(found.get("g"), found.get("b")),
-        _state(where, found, values["momentum"], count) if statistics else (),
+        Frozen(state) if frozen and state != () else state,
         eps=_eps(where, found, values["eps"]),
         groups=values["num_groups"] if kind == "group" else None,
-        axes=_axes(values["normalized_shape"]) if kind in ("layer", "rms") else "channels",
+        axes=axes,
     )
     return check(where, norm)
 
@@ -162,7 +196,16 @@ def _state(
 ) -> Running | Cumulative:
     if momentum is not None:
         decay = 1 - float(momentum)
-        return running(where, found, decay=decay, ddof=1, updates=found["updates"])
+        return running(where, found, decay=decay, ddof=1, updates=found.get("updates", 0))
+    mean, var = statistics(where, found)
+    updates = found.get("updates", jnp.zeros((), jnp.int32))
+    if not updates and ((mean != 0).any() or (var != 1).any()):
+        raise invalid(
+            where,
+            "momentum=None and statistics of no batch",
+            "num_batches_tracked, by which they are averaged",
+            "add it to the state_dict, or pass momentum=0.1 to go on with an average that forgets",
+        )
     if count is None or not count > 1:
         raise invalid(
             where,
@@ -170,13 +213,12 @@ def _state(
             "the number of values of a channel in a batch, more than 1",
             "pass count=..., or momentum=0.1 to go on from here with an average that forgets",
         )
-    mean, updates = found["mean"], found["updates"]
     seen = updates.astype(mean.dtype)
     empty = init_cumulative(mean.size, ddof=1, estimator="within", dtype=mean.dtype)
     return empty._replace(
         count=jnp.full_like(mean, count * seen),
         mean=mean,
-        within=found["var"] * ((count - 1) * seen),
+        within=var * ((count - 1) * seen),
         updates=updates,
     )
 
@@ -233,10 +275,22 @@ def momentum(decay: float) -> float:
     return short if 1 - short == decay else 1 - decay
 
 
+def _submodule(where: str, model: Any, path: str) -> Any:
+    known = [name for name, _ in model.named_modules()]
+    if path not in known:
+        change = f"name a module of it, as {near([path], known[1:])}"
+        raise invalid(where, f"path={path!r}", "where a module is in the model", change)
+    return model.get_submodule(path)
+
+
 def _from_weight(where: str, leaves: Mapping[str, Any], root: str, module: Any) -> Converted:
-    if "ConvTranspose" in type(module).__name__:
+    if getattr(module, "transposed", False) or is_a(module, "ConvTranspose"):
+        change = "convert the kernel that it computes, module.weight: with dim=0, torch's default, "
+        change += "its gains are those of the inputs"
         given = f"a {type(module).__name__}, whose kernel has its inputs first"
-        raise invalid(where, given, "units first", "transpose the leaves of its state_dict before")
+        raise invalid(where, given, "a layer with its units first", change)
+    if any(root + name in leaves for name in SPECTRAL):
+        raise spectral(where)
     names = next((pair for pair in GAINS if root + pair[0] in leaves), GAINS[0])
     wanted = {"g": root + names[0], "kernel": root + names[1]}
     if root + "bias" in leaves:
@@ -246,17 +300,14 @@ def _from_weight(where: str, leaves: Mapping[str, Any], root: str, module: Any) 
 
 
 def _eps(where: str, found: Mapping[str, Any], eps: float | None) -> float:
-    """RMS norm's `None` stands for the rounding of its input's type: here, of its gain's."""
+    """RMS norm's `None` stands for the rounding of the type that its input, here its gain, has.
+
+    Of float32 at least: torch computes in it (some earlier versions took half precision's own).
+    """
     if eps is not None:
         return eps
     if "g" not in found:
         raise invalid(
             where, "eps=None and no gain", "a number", "pass eps=..., as the layer has it"
         )
-    return float(jnp.finfo(found["g"].dtype).eps)
-
-
-def _axes(shape: Any) -> Axes:
-    """The last axes of the input, as many as the parameters have."""
-    ndim = len(shape) if isinstance(shape, Sequence) else 1
-    return "channels" if ndim == 1 else tuple(range(-ndim, 0))
+    return float(jnp.finfo(promote_dtype(found["g"])).eps)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 from jax import Array
+from jax.core import Tracer
 
 from normlab.checks import check_eps, invalid, nearest
 from normlab.example import Axes
+from normlab.population.cumulative import Cumulative
+from normlab.population.frozen import Frozen
 from normlab.population.protocol import Population
 from normlab.population.running import Running
 from normlab.trees import register
@@ -47,7 +51,11 @@ class Converted(NamedTuple):
 
     @property
     def options(self) -> dict[str, Any]:
-        """The options with which `normlab.get(kind, **options)` is this norm."""
+        """The options with which `normlab.get(kind, **options)` is this norm.
+
+        Of batch norm they name the population too: what `init` returns is one of the same kind
+        and conventions, before its first batch; `state` is where the conversion stands.
+        """
         options: dict[str, Any] = {
             "rescale": self.params.g is not None,
             "reshift": self.params.b is not None,
@@ -58,12 +66,29 @@ class Converted(NamedTuple):
             options["axes"] = self.axes
         if self.kind == "group":
             options["groups"] = self.groups
-        if isinstance(self.state, Running):
-            options |= {"decay": self.state.decay, "ddof": self.state.ddof}
+        if self.kind == "batch":
+            options |= _population(self.state)
         return options
 
 
 register(Converted, "kind", "eps", "groups", "axes")
+
+
+def _population(state: State) -> dict[str, Any]:
+    """The options of `normlab.get("batch")` with which a state of this kind begins.
+
+    A plain average is told from a complete one by its mass alone, which under `jit` has no value.
+    """
+    if isinstance(state, Frozen):
+        inner = _population(state.of)
+        return {"population": "frozen"} | {n: inner[n] for n in ("decay", "ddof") if n in inner}
+    if isinstance(state, Cumulative):
+        return {"population": "cumulative", "ddof": state.ddof, "estimator": state.estimator}
+    if isinstance(state, Running):
+        plain = not isinstance(state.mass, Tracer) and bool(state.mass == 1)
+        population = "ema" if plain else "debiased"
+        return {"population": population, "decay": state.decay, "ddof": state.ddof}
+    return {"population": "batch"} if state == () else {}
 
 
 class Exported(NamedTuple):
@@ -99,6 +124,12 @@ def check(where: str, norm: Converted) -> Converted:
         given = f"groups={norm.groups!r} for {norm.kind} norm"
         expected = "a number of groups with group norm and with no other"
         raise invalid(where, given, expected, "set Converted.groups")
+    sizes = [v.shape[-1] for v in norm.params if v is not None and v.ndim == 1]
+    if norm.groups is not None and (norm.groups < 1 or any(size % norm.groups for size in sizes)):
+        given = f"groups={norm.groups} for parameters of {max(sizes, default=0)} channels"
+        raise invalid(
+            where, given, "groups that divide the channels", "pass the layer's own number"
+        )
     if norm.kind != "batch" and norm.state != ():
         given = f"a {type(norm.state).__name__} for {norm.kind} norm"
         raise invalid(where, given, "a state with batch norm only", "set Converted.state=()")
@@ -114,9 +145,17 @@ def _check_shapes(where: str, norm: Converted) -> None:
     found = {name: v.shape for name, v in vectors.items() if v is not None}
     if norm.kernel is not None:
         found["the kernel's units"] = norm.kernel.shape[-1:]
-    if any(len(shape) != 1 for shape in found.values()) or len(set(found.values())) > 1:
-        given = ", ".join(f"{name} of shape {shape}" for name, shape in found.items())
-        expected = "one value per channel in each, and as many channels"
-        change = "convert a layer whose parameters vary along the channels alone, and of the "
-        change += "statistics of several devices what merge_running makes of them"
-        raise invalid(where, given, expected, change)
+    if all(len(shape) == 1 for shape in found.values()) and len(set(found.values())) < 2:
+        return
+    given = ", ".join(f"{name} of shape {shape}" for name, shape in found.items())
+    expected = "one value per channel in each, and as many channels"
+    change = "pass leaves of one and the same layer"
+    several = {name: shape for name, shape in found.items() if len(shape) != 1}
+    if several and all(math.prod(shape) == max(shape, default=1) for shape in several.values()):
+        change = " and ".join(f"reshape {name} to {(math.prod(s),)}" for name, s in several.items())
+        change += " before, v.reshape(-1): only the channels are no axis of length 1"
+    elif {"the mean", "the variance"} & several.keys():
+        change = "convert of the statistics of several devices what merge_running makes of them"
+    elif several:
+        change = "convert a layer whose parameters vary along the channels alone"
+    raise invalid(where, given, expected, change)
