@@ -1,15 +1,17 @@
 # make compare   set up, fetch MNIST, train eight norms side by side (the main job)
-# make test      set up, run the tests
+# make test      set up, run the tests; test-newest: with the newest versions of everything
 # make report    set up, run every question's quick profile, write runs/report.html
 # Options of the main job: make compare ARGS="--dataset cifar10 --steps 2000"
+# Another interpreter: make test-newest PYTHON=python3.13
 
 PYTHON ?= python3
 ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
+CONSTRAINTS := constraints.txt
 INSTALLED := $(VENV)/installed
 
-.PHONY: compare report test test-slow lint bench lock clean
+.PHONY: compare report test test-newest test-slow lint bench lock clean
 
 compare: $(INSTALLED)-experiments
 	$(BIN)/python -m experiments compare $(ARGS)
@@ -20,6 +22,11 @@ report: $(INSTALLED)-experiments
 
 test: $(INSTALLED)-dev
 	$(BIN)/python -m pytest -n auto $(ARGS)
+
+# In an environment of its own. The newest jax needs a newer Python than normlab does.
+test-newest:
+	rm -f .venv-newest/installed-*
+	$(MAKE) test VENV=.venv-newest CONSTRAINTS=
 
 # Minutes long, with real data; peers that are not installed are skipped.
 test-slow: $(INSTALLED)-dev
@@ -35,9 +42,10 @@ bench: $(INSTALLED)-peers
 	$(BIN)/python -m experiments bench step
 	$(BIN)/python -m experiments bench ops $(ARGS)
 
-# Every extra installs the locked versions (torch, a peer, is not locked).
+# Every extra installs the locked versions (torch, a peer, is not locked), or the newest.
 $(INSTALLED)-%: $(VENV)/bin/python pyproject.toml constraints.txt
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$*]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
+	  $(if $(CONSTRAINTS),-c $(CONSTRAINTS),--upgrade --upgrade-strategy eager) -e '.[$*]'
 	@touch $@
 
 $(VENV)/bin/python:
@@ -55,4 +63,4 @@ lock: $(INSTALLED)-dev
 	  --python-version 3.11 --upgrade --no-header --no-annotate --no-emit-index-url -o constraints.txt
 
 clean:
-	rm -rf $(VENV) runs build *.egg-info
+	rm -rf $(VENV) .venv-newest runs build *.egg-info

@@ -435,9 +435,12 @@ class TestBadInput:
             *("--evaluations", "2000", "--devices", "1", "--run-dir", str(out)),
         ]
         environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+        # A process inherits that Ctrl-C is ignored, as a shell has it for what runs behind it (&).
+        before = signal.signal(signal.SIGINT, signal.default_int_handler)
         process = subprocess.Popen(
             command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
         )
+        signal.signal(signal.SIGINT, before)
         try:
             metrics = out / "metrics.jsonl"
             deadline = time.monotonic() + 120
