@@ -26,9 +26,10 @@ def partitioned(f: Callable[..., Tree], a: Array, *others: Any) -> Tree:
       *others: Other arrays, or trees of them.
     """
     shardings = [jax.typeof(v).sharding for v in jax.tree.leaves((a, others))]
-    mesh = next((s.mesh for s in shardings if any(axis is not None for axis in s.spec)), None)
-    if mesh is None:
+    explicit = [s.mesh for s in shardings if s.mesh.explicit_axes and any(s.spec)]
+    if not explicit:
         return f(a, *others)
+    mesh = explicit[0]
 
     def like_a(v: Any) -> NamedSharding:
         own = slice(a.ndim - v.ndim, None)
@@ -36,7 +37,7 @@ def partitioned(f: Callable[..., Tree], a: Array, *others: Any) -> Tree:
         return NamedSharding(mesh, PartitionSpec(*(s if n == m != 1 else None for n, m, s in kept)))
 
     def run(out: Any) -> Any:
-        return jax.sharding.auto_axes(f, out_sharding=out)
+        return jax.sharding.auto_axes(f, axes=mesh.explicit_axes, out_sharding=out)
 
     shapes = jax.eval_shape(run(NamedSharding(mesh, PartitionSpec())), a, *others)
     return run(jax.tree.map(like_a, shapes))(a, *others)

@@ -35,11 +35,11 @@ def draw(seed: int, *shape: int, mean: float = 0.0, scale: float = 1.0) -> np.nd
     return mean + scale * np.random.default_rng(seed).normal(size=shape)
 
 
-def mesh(**axes: int):
-    """A mesh of the first devices, `mesh(i=4, j=2)`."""
+def mesh(kind: AxisType = AxisType.Auto, **axes: int):
+    """A mesh of the first devices with axes of a kind, `mesh(i=4, j=2)`."""
     sizes = tuple(axes.values())
     devices = np.array(jax.devices()[: int(np.prod(sizes))]).reshape(sizes)
-    return jax.sharding.Mesh(devices, tuple(axes), axis_types=(AxisType.Auto,) * len(axes))
+    return jax.sharding.Mesh(devices, tuple(axes), axis_types=(kind,) * len(axes))
 
 
 def _per_device(f, shard_map):
