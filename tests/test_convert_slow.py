@@ -216,7 +216,10 @@ def others(torch):
 def test_a_kind_wins_over_the_class_of_a_torch_module(torch, others, name):
     layer = others[name]
     model = torch.nn.Sequential(torch.nn.Identity(), torch.nn.Sequential(layer))
-    refused("track_running_stats" if name == "tracked" else "kind of norm", lambda: convert.from_torch(layer))
+    refused(
+        "track_running_stats" if name == "tracked" else "kind of norm",
+        lambda: convert.from_torch(layer),
+    )
     norm = convert.from_torch(layer, "batch")
     same(convert.from_torch(model, "batch", path="1.0"), norm)
     assert norm.eps == 1e-3
