@@ -66,8 +66,8 @@ def cosine_norm(
 def cosine_parts(params: Any, site: Site, *, centred: bool = False) -> Parts:
     """The parts of cosine normalization.
 
-    A zero vector has σ = 1. In the centred form a constant w or x has σ = 1 and g = 0, so that
-    h = b whatever rounding leaves of a − μ.
+    A zero vector has σ = 1. In the centred form a constant w or x has the σ of the plain one, and
+    a constant w has g = 0 too, so that h = b whatever rounding leaves of a − μ.
 
     Args:
       params: `Affine(g [C], b [C])`, or `None`.
@@ -87,20 +87,23 @@ def cosine_parts(params: Any, site: Site, *, centred: bool = False) -> Parts:
 
     peak = _peak(x, site.linear)
     x = promote(x) / peak
+    _, length_w = units_and_lengths(w)
+    sigma = per_unit(length_w) * safe_sqrt(site.linear.patch_square(x, w)) * peak
+    sigma = jnp.where(sigma == 0, 1, sigma)
     if not centred:
-        _, length_w = units_and_lengths(w)
-        sigma = per_unit(length_w) * safe_sqrt(site.linear.patch_square(x, w)) * peak
-        return Parts(jnp.zeros((), w.dtype), jnp.where(sigma == 0, 1, sigma), g, b)
+        return Parts(jnp.zeros((), w.dtype), sigma, g, b)
     patch = site.linear.patch_moments(x, w)
     deviation, w_bar = deviations(w)
     mu = patch.count * per_unit(w_bar) * patch.mean * peak
     _, length_w = units_and_lengths(deviation)
-    # What rounding leaves of a constant patch is no direction.
+    length_w = per_unit(length_w)
+    # What rounding leaves of a constant patch is no direction. There σ is the plain one, beside
+    # which the rounding of a − μ is nothing.
     noise = 8 * jnp.finfo(w.dtype).eps * jnp.abs(patch.mean)
     square = jnp.where(patch.m2 <= patch.count * jnp.square(noise), 0, patch.m2)
-    sigma = per_unit(length_w) * safe_sqrt(square) * peak
-    none = sigma == 0
-    return Parts(mu, jnp.where(none, 1, sigma), jnp.where(none, 0, g), b)
+    contrast = length_w * safe_sqrt(square) * peak
+    sigma = jnp.where(contrast == 0, lax.stop_gradient(sigma), contrast)
+    return Parts(mu, sigma, jnp.where(length_w == 0, 0, g), b)
 
 
 def _peak(x: ArrayLike, linear: Linear) -> Array:

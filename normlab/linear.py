@@ -141,16 +141,19 @@ class Conv:
     def __call__(self, x: Array, w: Array) -> Array:
         """Returns the convolution of `x` with `w`, in the layout of `x`."""
         spatial = w.ndim - 2
-        if (
-            spatial < 0
-            or x.ndim != w.ndim
-            or x.shape[self.channel_axis] != w.shape[-2] * self.groups
-        ):
+        if spatial < 0:
+            raise invalid(
+                "Conv",
+                f"a kernel of shape {w.shape}",
+                "[*window, K/groups, C]",
+                "pass a convolution's kernel, or linear=Dense() for a dense layer",
+            )
+        if x.ndim != w.ndim or x.shape[self.channel_axis] != w.shape[-2] * self.groups:
             raise invalid(
                 "Conv",
                 f"an input of shape {x.shape} and a kernel of shape {w.shape}",
-                f"an input with {self.groups}·K channels on axis {self.channel_axis}, of the "
-                "kernel's rank, and a kernel [*window, K, C]",
+                f"{w.shape[-2] * self.groups} input channels on axis {self.channel_axis} of an "
+                f"input of rank {w.ndim}",
                 "give the kernel the shape [*window, K/groups, C], or set channel_axis",
             )
         if w.shape[-1] % self.groups:

@@ -89,7 +89,7 @@ def from_equinox(
     if kind == "batch":
         mode = values["mode"]
         index = f"{mode}_state_index"
-        held = leaves.get(index)
+        held = leaves.get(index, 0)
         if isinstance(held, Sequence) or np.ndim(held):
             leaves |= {f"{index}[{i}]": v for i, v in enumerate(leaves.pop(index))}
         wanted |= {"mean": f"{index}[0]", "var": f"{index}[1]", "counter": COUNTERS[mode]}
