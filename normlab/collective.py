@@ -27,7 +27,7 @@ from jax import Array, lax
 from jax.sharding import PartitionSpec
 
 from normlab.checks import invalid
-from normlab.lowering import along, derivative_of, partitioned
+from normlab.lowering import derivative_of, partitioned
 from normlab.moments import Algorithm, Moments, count_values, merge_axes, moments
 from normlab.sync import AxisName, Plan, Sync, as_sync, plan
 
@@ -74,15 +74,16 @@ def measure(
             m = vary(m, sync.names)
         return m, population
 
-    a = along(a, sync.names)
-    weights = None if weights is None else along(weights, sync.names)
-    return jax.shard_map(
+    given = jax.sharding.get_abstract_mesh() if sync.mesh is None else sync.mesh
+    mesh = given.abstract_mesh
+    mapped = jax.shard_map(
         body,
-        mesh=sync.mesh,
+        mesh=None if mesh.explicit_axes else sync.mesh,  # there `partitioned` has one of its own
         in_specs=(split, split if by_example else alike),
         out_specs=(alike if same else split, alike),
         axis_names=set(sync.names),
-    )(a, weights)
+    )
+    return partitioned(mapped, a, weights, mesh=mesh)
 
 
 def _measure(

@@ -9,12 +9,14 @@ from typing import Any, NamedTuple, TypeVar
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 
 Tree = TypeVar("Tree")
 
 
-def partitioned(f: Callable[..., Tree], a: Array, *others: Any) -> Tree:
+def partitioned(
+    f: Callable[..., Tree], a: Array, *others: Any, mesh: AbstractMesh | None = None
+) -> Tree:
     """Returns `f(a, *others)`; where the types of arrays say how they are sharded, left to XLA.
 
     With a mesh of explicit axes JAX wants to know of every slice and reshape what becomes of the
@@ -24,12 +26,13 @@ def partitioned(f: Callable[..., Tree], a: Array, *others: Any) -> Tree:
       f: Returns arrays that broadcast to `a`, or trees of them.
       a: An array.
       *others: Other arrays, or trees of them.
+      mesh: One that `f` maps over; `None` for that of the arrays, if one of them is sharded.
     """
     shardings = [jax.typeof(v).sharding for v in jax.tree.leaves((a, others))]
-    explicit = [s.mesh for s in shardings if s.mesh.explicit_axes and any(s.spec)]
-    if not explicit:
+    meshes = [s.mesh for s in shardings if any(s.spec)] if mesh is None else [mesh]
+    mesh = next((m for m in meshes if m.explicit_axes), None)
+    if mesh is None:
         return f(a, *others)
-    mesh = explicit[0]
 
     def like_a(v: Any) -> NamedSharding:
         own = slice(a.ndim - v.ndim, None)
@@ -41,17 +44,6 @@ def partitioned(f: Callable[..., Tree], a: Array, *others: Any) -> Tree:
 
     shapes = jax.eval_shape(run(NamedSharding(mesh, PartitionSpec())), a, *others)
     return run(jax.tree.map(like_a, shapes))(a, *others)
-
-
-def along(v: Array, names: tuple[str, ...]) -> Array:
-    """`v`, sharded along the named axes on its first, where its type says how it is sharded."""
-    mesh, spec = jax.typeof(v).sharding.mesh, jax.typeof(v).sharding.spec
-    if not mesh.explicit_axes:
-        return v
-    axes = [(axis,) if isinstance(axis, str) else axis or () for axis in spec[1:]]
-    others = (None if {*names} & {*axis} else axis for axis in axes)
-    first = names if v.shape[0] != 1 else None
-    return jax.sharding.reshard(v, NamedSharding(mesh, PartitionSpec(first, *others)))
 
 
 def sharded_as(tree: Tree, channel: int, v: Array) -> Tree:
