@@ -127,8 +127,12 @@ def batch_parts(
     algorithm: Algorithm = "auto",
     bad_batch: BadBatch = "skip",
     state_gradient: bool = False,
+    _one_value: bool = False,
 ) -> tuple[Parts, BatchState | None]:
-    """The parts and the next state of `batch_norm`, which see."""
+    """The parts and the next state of `batch_norm`, which see.
+
+    Flax's modules, which warn themselves, let `_one_value` per channel pass.
+    """
     a = jnp.asarray(a)
     where = "batch norm"
     check_eps(where, eps)
@@ -155,7 +159,8 @@ def batch_parts(
     x, weights = turn(a), None if weights is None else turn(weights)  # the examples first
     kept = channel or min(1, a.ndim - 1)
     axes = [i for i in range(a.ndim) if i != kept]
-    if values_per_channel(where, sync, x.shape, axes) == 1 and bad_batch != "propagate":
+    one = values_per_channel(where, sync, x.shape, axes) == 1
+    if one and not _one_value and bad_batch != "propagate":
         raise invalid(
             where,
             f"an input of shape {a.shape} in training, one value per channel",
@@ -164,7 +169,7 @@ def batch_parts(
             "use a larger batch, train=False, a norm that does not look across examples, or, for "
             'that output, bad_batch="propagate"',
         )
-    least = 1 if bad_batch == "propagate" else 2
+    least = 1 if one or bad_batch == "propagate" else 2
     if isinstance(state, Delayed):
         own = moments(x, axes, weights=weights, algorithm=algorithm)
         population = merge(own, state.others_like(own))

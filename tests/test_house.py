@@ -91,7 +91,7 @@ def test_every_public_function_documents_its_arguments(name):
     assert doc.splitlines()[0].endswith(".")
     if "which see" in doc:
         reference = re.search(r"`(\w+)`", doc)[1]
-        doc = inspect.getdoc(PUBLIC[reference])
+        doc += inspect.getdoc(PUBLIC[reference])
     for parameter in inspect.signature(PUBLIC[name]).parameters:
         assert re.search(rf"\b{parameter}\b", doc), f"{name} does not say what {parameter} is"
 

@@ -273,9 +273,12 @@ def test_the_docs_examples_run():
     assert gap(settled, {"mean": a.mean(0), "var": a.var(0)}) < 1e-5
 
 
+FILES = ("linen", "nnx", "flax_places")
+
+
 def test_the_docs_name_tests_that_are_there():
     text = (ROOT / "docs/flax.md").read_text()
-    tests = "".join((ROOT / f"tests/test_{name}.py").read_text() for name in ("linen", "nnx"))
+    tests = "".join((ROOT / f"tests/test_{name}.py").read_text() for name in FILES)
     named = re.findall(r"`(test_\w+)`", text)
     assert len(named) > 15
     for name in named:

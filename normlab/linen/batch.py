@@ -41,8 +41,8 @@ class BatchNorm(nn.Module):
       axis_name: The axes over which the batch is one, or a `Sync`.
       axis_index_groups: Groups of devices along the axis, of any sizes.
       use_fast_variance: Whether to take the faster of two safe algorithms.
-      force_float32_reductions: Without, the running statistics are kept in `param_dtype`; sums are
-        in float32 all the same.
+      force_float32_reductions: Without, the running statistics begin in `param_dtype` and stay
+        there if the input is as narrow; sums are in float32 all the same.
       population: What is kept for inference. `"ema"` is Flax's own, `mean` and `var`. Any other
         name known to `normlab.init_population`, or a function of the number of features, keeps
         the state of that name as the one variable `population` of `batch_stats`.
@@ -84,21 +84,23 @@ class BatchNorm(nn.Module):
         train = not nn.merge_param(
             "use_running_average", self.use_running_average, use_running_average
         )
-        axis_name = skin.sync("BatchNorm", self.axis_name, self.axis_index_groups)
-        shape = skin.feature_shape("BatchNorm", x, self.axis)
-        state, write = _statistics(self, shape, train)
+        where = layer(self)
+        axis_name = skin.sync(where, self.axis_name, self.axis_index_groups)
+        shape = skin.feature_shape(where, x, self.axis)
+        state, write = _statistics(self, shape, train, jnp.result_type(x))
         scale, bias = scale_and_bias(self, shape)
-        call = skin.make_call("BatchNorm", x, self.axis, mask, self.dtype, scale, bias)
+        call = skin.make_call(where, x, self.axis, mask, self.dtype, scale, bias)
         init = self.is_initializing()
         # One example, on no device in particular, is enough to make the variables with.
         parts, state = skin.batch(
             call,
             None if init and train else state,
             train=train,
+            over=None if init else axis_name,
+            quiet=init,
             eps=self.epsilon,
-            axis_name=None if init else axis_name,
             algorithm=skin.algorithm(self.use_fast_variance),
-            bad_batch="propagate" if init else "skip",
+            state_gradient=True,
         )
         if train and not init:
             write(state)
@@ -106,27 +108,31 @@ class BatchNorm(nn.Module):
 
 
 def _statistics(
-    module: BatchNorm, shape: tuple[int, ...], train: bool
+    module: BatchNorm, shape: tuple[int, ...], train: bool, x_dtype: Any
 ) -> tuple[Any, Callable[[Any], None]]:
-    """The state of the module, and how to write it back."""
-    decay = skin.check_momentum("BatchNorm", module.momentum)
+    """The state of the module, and how to write it back: in no narrower type than is measured."""
+    decay = skin.check_momentum(layer(module), module.momentum)
     if module.population != "ema":
         _check_layout(module, "population", "mean")
         fresh = skin.population(
             module.population, math.prod(shape), decay=decay, axis_name=module.axis_name
         )
         return stored(module, fresh, train)
-    skin.check_whole("BatchNorm", module.axis_name)
+    skin.check_whole(layer(module), module.axis_name)
     _check_layout(module, "mean", "population")
     dtype = jnp.float32 if module.force_float32_reductions else module.param_dtype
     mean = module.variable("batch_stats", "mean", jnp.zeros, shape, dtype)
     var = module.variable("batch_stats", "var", jnp.ones, shape, dtype)
 
+    seen = module.dtype or x_dtype
+    if module.force_float32_reductions or not jnp.issubdtype(seen, jnp.floating):
+        seen = skin.together(seen, jnp.float32)
+
     def write(new: Any) -> None:
         for kept, value in ((mean, new.mean), (var, new.var)):
-            kept.value = value.reshape(shape).astype(kept.value.dtype)
+            kept.value = value.reshape(shape).astype(skin.together(kept.value, seen))
 
-    state = skin.average(mean.value.reshape(-1), var.value.reshape(-1), decay)
+    state = skin.average(mean.value.reshape(-1), var.value.reshape(-1), decay, seen)
     return in_transaction(module, state, write, train)
 
 
@@ -167,11 +173,16 @@ def _check_layout(module: BatchNorm, wanted: str, other: str) -> None:
     has = module.has_variable
     if has("batch_stats", other) and not has("batch_stats", wanted):
         raise invalid(
-            f"BatchNorm {'/'.join(module.path)}",
+            layer(module),
             f"batch_stats with {other!r}",
             f"{wanted!r}, which population={module.population!r} keeps",
             "make the module with the population of the checkpoint, or convert the checkpoint",
         )
+
+
+def layer(module: nn.Module) -> str:
+    """What errors and warnings call a module: its class, and its path in the model."""
+    return " ".join([type(module).__name__, "/".join(module.path)]).rstrip()
 
 
 def scale_and_bias(module: Any, shape: Sequence[int]) -> tuple[Array | None, Array | None]:
@@ -181,4 +192,6 @@ def scale_and_bias(module: Any, shape: Sequence[int]) -> tuple[Array | None, Arr
         scale = module.param("scale", module.scale_init, shape, module.param_dtype)
     if getattr(module, "use_bias", False):
         bias = module.param("bias", module.bias_init, shape, module.param_dtype)
+    if not module.force_float32_reductions:  # then Flax casts those that came in another type
+        scale, bias = (v if v is None else v.astype(module.param_dtype) for v in (scale, bias))
     return scale, bias

@@ -10,7 +10,7 @@ from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
 from normlab import skin
-from normlab.linen.batch import Init, ones, scale_and_bias, zeros
+from normlab.linen.batch import Init, layer, ones, scale_and_bias, zeros
 from normlab.sync import AxisName
 
 
@@ -105,7 +105,7 @@ class RMSNorm(nn.Module):
 
 
 def _example_norm(module: Any, x: ArrayLike, mask: Any, *, centre: bool) -> Array:
-    where = type(module).__name__
+    where = layer(module)
     shape = skin.feature_shape(where, x, module.feature_axes)
     scale, bias = scale_and_bias(module, shape)
     call = skin.make_call(where, x, module.feature_axes, mask, module.dtype, scale, bias)
@@ -167,11 +167,12 @@ class GroupNorm(nn.Module):
           use_running_average: Not looked at.
           mask: As in `BatchNorm`.
         """
-        shape = skin.feature_shape("GroupNorm", x, -1)
-        groups = skin.groups_of("GroupNorm", shape[0], self.num_groups, self.group_size)
+        where = layer(self)
+        shape = skin.feature_shape(where, x, -1)
+        groups = skin.groups_of(where, shape[0], self.num_groups, self.group_size)
         scale, bias = scale_and_bias(self, shape)
-        call = skin.make_call("GroupNorm", x, -1, mask, self.dtype, scale, bias)
-        over = skin.sync("GroupNorm", self.axis_name, self.axis_index_groups)
+        call = skin.make_call(where, x, -1, mask, self.dtype, scale, bias)
+        over = skin.sync(where, self.axis_name, self.axis_index_groups)
         parts = skin.group(
             call, groups, self.reduction_axes, self.epsilon, over, self.use_fast_variance
         )
@@ -220,9 +221,10 @@ class InstanceNorm(nn.Module):
           use_running_average: Not looked at.
           mask: As in `BatchNorm`.
         """
-        shape = skin.feature_shape("InstanceNorm", x, self.feature_axes)
+        where = layer(self)
+        shape = skin.feature_shape(where, x, self.feature_axes)
         scale, bias = scale_and_bias(self, shape)
-        call = skin.make_call("InstanceNorm", x, self.feature_axes, mask, self.dtype, scale, bias)
-        over = skin.sync("InstanceNorm", self.axis_name, self.axis_index_groups)
+        call = skin.make_call(where, x, self.feature_axes, mask, self.dtype, scale, bias)
+        over = skin.sync(where, self.axis_name, self.axis_index_groups)
         parts = skin.instance(call, self.epsilon, over, self.use_fast_variance)
         return skin.apply(call, parts, scale, bias)

@@ -75,7 +75,7 @@ def _end(variables: Mapping[str, Any], transaction: Any, end: Callable[[Any], An
         elif (*layer, "mean") in stats:
             for name, value in (("mean", new.mean), ("var", new.var)):
                 old = stats[*layer, name]
-                stats[*layer, name] = value.reshape(old.shape).astype(old.dtype)
+                stats[*layer, name] = value.reshape(old.shape)  # in float32: half would stall
         else:
             known = sorted({"/".join(p[:-1]) for p in stats})
             name = "/".join(layer)

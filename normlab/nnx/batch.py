@@ -126,32 +126,44 @@ class BatchNorm(Stateful):
             aligned with its first or with its last axes.
         """
         train = skin.is_training("BatchNorm", use_running_average, self.use_running_average)
+        where = layer(self)
         state, write = self._kept(train)
         scale, bias = values(self)
-        dtype = result_dtype(self, x, *self.measured(), scale, bias)
-        call = skin.make_call("BatchNorm", x, self.axis, mask, dtype)
+        dtype = result_dtype(self, x, *_kept_types(self), scale, bias)
+        call = skin.make_call(where, x, self.axis, mask, dtype)
         skin.check_features(call, "num_features", self.num_features)
         parts, state = skin.batch(
             call,
             state,
             train=train,
+            over=skin.sync(where, self.axis_name, self.axis_index_groups),
             eps=self.epsilon,
-            axis_name=skin.sync("BatchNorm", self.axis_name, self.axis_index_groups),
             algorithm=skin.algorithm(self.use_fast_variance),
         )
         if train:
             write(state)
         return skin.apply(call, parts, scale, bias)
 
-    def measured(self) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
-        """What `promote_dtype` is told of mean and variance."""
-        one = jax.ShapeDtypeStruct((self.num_features,), jnp.float32)
-        return one, one
-
     def set_view(self, use_running_average: bool | None = None) -> None:
-        """Changes the mode, for `nnx.view`."""
+        """Changes the mode, for `nnx.view`.
+
+        Args:
+          use_running_average: Whether to normalize with the running statistics; `None` leaves it.
+        """
         if use_running_average is not None:
             self.use_running_average = use_running_average
+
+
+def _kept_types(module: BatchNorm) -> list[jax.ShapeDtypeStruct]:
+    """What `promote_dtype` is told of mean and variance."""
+    pair = (getattr(module, name, None) for name in ("mean", "var"))
+    kinds = [jnp.float32 if v is None else v.dtype for v in pair]
+    return [jax.ShapeDtypeStruct((module.num_features,), kind) for kind in kinds]
+
+
+def layer(module: Any) -> str:
+    """What errors and warnings call a module, which does not know its path."""
+    return f"{type(module).__name__} of {module.num_features} features"
 
 
 def make_params(
@@ -159,20 +171,16 @@ def make_params(
     rngs: nnx.Rngs,
     features: int,
     *,
-    scale: tuple[Init, Metadata] | None,
-    bias: tuple[Init, Metadata] | None,
     param_dtype: DTypeLike,
+    **how: tuple[Init, Metadata] | None,
 ) -> None:
     """Sets `scale` and `bias`, from initializer and metadata; one that is absent is `None`."""
-
-    def make(how: tuple[Init, Metadata] | None) -> Any:
-        if how is None:
-            return nnx.data(None)
-        init, metadata = how
-        return nnx.Param(init(rngs.params(), (features,), param_dtype), **metadata)
-
-    module.scale = make(scale)
-    module.bias = make(bias)
+    for name, made in how.items():
+        value = nnx.data(None)
+        if made is not None:
+            init, metadata = made
+            value = nnx.Param(init(rngs.params(), (features,), param_dtype), **metadata)
+        setattr(module, name, value)
 
 
 def values(module: Any) -> tuple[Array | None, Array | None]:

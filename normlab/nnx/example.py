@@ -14,6 +14,7 @@ from normlab.nnx.batch import (
     NONE,
     Init,
     Metadata,
+    layer,
     make_params,
     ones,
     promote,
@@ -102,9 +103,9 @@ class LayerNorm(nnx.Module):
         """
         scale, bias = values(self)
         dtype = result_dtype(self, x, scale, bias)
-        call = skin.make_call("LayerNorm", x, self.feature_axes, mask, dtype)
+        call = skin.make_call(layer(self), x, self.feature_axes, mask, dtype)
         skin.check_features(call, "num_features", self.num_features)
-        over = skin.sync("LayerNorm", self.axis_name, self.axis_index_groups)
+        over = skin.sync(layer(self), self.axis_name, self.axis_index_groups)
         parts = skin.example(call, self.reduction_axes, self.epsilon, over, self.use_fast_variance)
         return skin.apply(call, parts, scale, bias)
 
@@ -136,7 +137,6 @@ class RMSNorm(nnx.Module):
             rngs,
             num_features,
             scale=(scale_init, scale_metadata) if use_scale else None,
-            bias=None,
             param_dtype=param_dtype,
         )
         self.num_features = num_features
@@ -158,14 +158,16 @@ class RMSNorm(nnx.Module):
 
         Args:
           x: The input.
-          mask: As in `BatchNorm`.
+          mask: As in `BatchNorm`; a bool in its place, the second as in Flax, is the
+            `use_running_average` of a module that stood here before.
           use_running_average: Not looked at.
         """
+        mask = None if isinstance(mask, bool) else mask
         scale, _ = values(self)
         dtype = result_dtype(self, x, scale)
-        call = skin.make_call("RMSNorm", x, self.feature_axes, mask, dtype)
+        call = skin.make_call(layer(self), x, self.feature_axes, mask, dtype)
         skin.check_features(call, "num_features", self.num_features)
-        over = skin.sync("RMSNorm", self.axis_name, self.axis_index_groups)
+        over = skin.sync(layer(self), self.axis_name, self.axis_index_groups)
         parts = skin.example(
             call,
             self.reduction_axes,
@@ -208,6 +210,7 @@ class GroupNorm(nnx.Module):
         channels, or `None` with a `group_size`; `reduction_axes` must include the last axis, and
         `None` stands for all but the first.
         """
+        self.feature_axis = -1
         self.num_groups = skin.groups_of("GroupNorm", num_features, num_groups, group_size)
         self.group_size = num_features // self.num_groups
         make_params(
@@ -242,9 +245,9 @@ class GroupNorm(nnx.Module):
         """
         scale, bias = values(self)
         dtype = result_dtype(self, x, scale, bias)
-        call = skin.make_call("GroupNorm", x, -1, mask, dtype)
+        call = skin.make_call(layer(self), x, -1, mask, dtype)
         skin.check_features(call, "num_features", self.num_features)
-        over = skin.sync("GroupNorm", self.axis_name, self.axis_index_groups)
+        over = skin.sync(layer(self), self.axis_name, self.axis_index_groups)
         parts = skin.group(
             call, self.num_groups, self.reduction_axes, self.epsilon, over, self.use_fast_variance
         )
@@ -310,8 +313,8 @@ class InstanceNorm(nnx.Module):
         """
         scale, bias = values(self)
         dtype = result_dtype(self, x, scale, bias)
-        call = skin.make_call("InstanceNorm", x, self.feature_axes, mask, dtype)
+        call = skin.make_call(layer(self), x, self.feature_axes, mask, dtype)
         skin.check_features(call, "num_features", self.num_features)
-        over = skin.sync("InstanceNorm", self.axis_name, self.axis_index_groups)
+        over = skin.sync(layer(self), self.axis_name, self.axis_index_groups)
         parts = skin.instance(call, self.epsilon, over, self.use_fast_variance)
         return skin.apply(call, parts, scale, bias)

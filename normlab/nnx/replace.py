@@ -72,7 +72,11 @@ class RegistryNorm(Stateful):
         return h
 
     def set_view(self, use_running_average: bool | None = None) -> None:
-        """Changes the mode, for `nnx.view`."""
+        """Changes the mode, for `nnx.view`.
+
+        Args:
+          use_running_average: Whether to normalize with the running statistics; `None` leaves it.
+        """
         if use_running_average is not None:
             self.use_running_average = use_running_average
 

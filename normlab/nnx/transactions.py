@@ -39,7 +39,7 @@ class Kept(nnx.Pytree):
                 value = nnx.BatchStat(value)
             setattr(self, name, value)  # or a setting
 
-    def get_value(self) -> Any:
+    def _get(self) -> Any:
         """Returns the state."""
         fields = {name: getattr(self, name) for name in self._kind._fields}
         values = {
@@ -48,12 +48,15 @@ class Kept(nnx.Pytree):
         }
         return self._kind(**values)
 
-    def set_value(self, state: Any) -> None:
+    def _set(self, state: Any) -> None:
         """Puts the arrays of a state of this kind in place of its own."""
         for name, value in state._asdict().items():
             field = getattr(self, name)
             if isinstance(field, Kept | nnx.Variable):
                 field.set_value(value)
+
+    # A module uses those above: `nnx.tabulate` gives each call of a public method a row.
+    get_value, set_value = _get, _set
 
 
 class Stateful(nnx.Module):
@@ -79,14 +82,14 @@ class Stateful(nnx.Module):
         """The state, and how to write it back."""
         if hasattr(self, "population"):
             kept = self.population
-            return (
-                (kept.get_value(), kept.set_value) if kept is not None else ((), lambda new: None)
-            )
+            return (kept._get(), kept._set) if kept is not None else ((), lambda new: None)
         mean, var = self.mean, self.var
 
         def write(new: Any) -> None:
-            mean.set_value(new.mean.astype(mean.dtype))
-            var.set_value(new.var.astype(var.dtype))
+            for kept, value in ((mean, new.mean), (var, new.var)):
+                # In float32, as half would stall; but a reference keeps its type.
+                fixed = kept.get_metadata("ref", False)
+                kept.set_value(value.astype(kept.dtype) if fixed else value)
 
         return skin.average(mean.get_value(), var.get_value(), self.momentum), write
 

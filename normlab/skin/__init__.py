@@ -14,6 +14,7 @@ from normlab.skin.calls import (
     feature_shape,
     make_call,
     sync,
+    together,
     weights,
 )
 from normlab.skin.layers import (
@@ -64,5 +65,6 @@ __all__ = [
     "normalized_kernel",
     "population",
     "sync",
+    "together",
     "weights",
 ]

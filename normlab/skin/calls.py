@@ -78,12 +78,17 @@ def make_call(
 def output_dtype(where: str, x: Array, dtype: DTypeLike | None, params: Sequence[Any]) -> Any:
     result_dtype(x)  # refuses what is not real
     if dtype is None:
-        with jax.numpy_dtype_promotion("standard"):
-            found = jnp.result_type(x, *(p for p in params if p is not None))
+        found = together(x, *(p for p in params if p is not None))
         return found if jnp.issubdtype(found, jnp.floating) else jnp.dtype(jnp.float32)
     if not jnp.issubdtype(dtype, jnp.floating):
         raise invalid(where, f"dtype={dtype!r}", "a real floating type", "use jnp.float32")
     return jnp.dtype(dtype)
+
+
+def together(*arrays_or_types: Any) -> Any:
+    """The type to which all promote, as Flax's modules let them."""
+    with jax.numpy_dtype_promotion("standard"):
+        return jnp.result_type(*arrays_or_types)
 
 
 def operand(x: Array, out: Any) -> Array:
@@ -107,7 +112,7 @@ def weights(where: str, mask: Any, shape: tuple[int, ...]) -> Array | None:
         raise invalid(where, f"a mask of rank 0, {mask}", "one value per example", "leave it out")
     lead = mask.shape == shape[: mask.ndim]
     try:
-        trail = np.broadcast_shapes(mask.shape, shape) == shape
+        trail = jnp.broadcast_shapes(mask.shape, shape) == shape
     except ValueError:
         trail = False
     if lead == trail and mask.ndim < len(shape):

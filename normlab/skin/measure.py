@@ -2,47 +2,94 @@
 
 from __future__ import annotations
 
+import math
+import warnings
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.sharding import PartitionSpec
 
 from normlab.affine import Parts
 from normlab.batch import batch_parts
 from normlab.checks import check_eps, invalid, normalize_axes, promote_dtype
-from normlab.collective import measure
-from normlab.example import group_parts, layer_parts, rms_parts
+from normlab.collective import measure, values_per_channel
+from normlab.example import group_moments, layer_moments, rms_parts
 from normlab.moments import Algorithm, Moments
+from normlab.population.frozen import Frozen
+from normlab.population.protocol import Population
 from normlab.skin.calls import Axes, Call, algorithm
 from normlab.sync import AxisName, Sync, as_sync
 
 
-def batch(call: Call, state: Any, **options: Any) -> tuple[Parts, Any]:
-    """`batch_parts`, with several feature axes as one.
+def batch(
+    call: Call,
+    state: Any,
+    *,
+    train: bool,
+    over: AxisName | None,
+    quiet: bool = False,
+    **options: Any,
+) -> tuple[Parts, Any]:
+    """`batch_parts`, with several feature axes as one, and with a warning for one value.
 
     Args:
       call: The call.
       state: Statistics of the features as one axis.
+      train: As in `batch_parts`.
+      over: The axes over which the batch is one.
+      quiet: Whether one value per channel is nothing to warn of.
       **options: As in `batch_parts`.
     """
-    if len(call.features) == 1:
-        return batch_parts(
-            call.x, None, state, weights=call.weights, channel_axis=call.features[0], **options
-        )
-    order = (*call.others, *call.features)
-    lead = [call.x.shape[i] for i in call.others]
-    merge = lambda v: v.transpose(order).reshape(*lead, -1)  # noqa: E731
-    weights = call.weights
-    weights = None if weights is None else merge(jnp.broadcast_to(weights, call.x.shape))
-    parts, state = batch_parts(merge(call.x), None, state, weights=weights, **options)
+    x, weights, channel, back = _one_feature_axis(call)
+    measures = (train or not isinstance(state, Population)) and not isinstance(state, Frozen)
+    if measures and not quiet:
+        axes = [i for i in range(x.ndim) if i != channel]
+        values = values_per_channel(call.where, as_sync(over), x.shape, axes)
+        _warn_of_one(call, values, "a larger batch, use_running_average=True")
+    options |= {"axis_name": over, "weights": weights, "channel_axis": channel}
+    parts, state = batch_parts(x, None, state, train=train, **options, _one_value=True)
+    return Parts(*map(back, parts)), state
 
-    def split(part: Array) -> Array:
+
+def _one_feature_axis(
+    call: Call,
+) -> tuple[Array, Array | None, int, Callable[[Array], Array]]:
+    """Input and weights with the features on one axis, which axis, and the way back for a part."""
+    if len(call.features) == 1 and call.features[0]:
+        return call.x, call.weights, call.features[0], lambda part: part
+    # The features last, after the examples; an input of features alone is one example.
+    order = (*call.others, *call.features)
+    lead = [call.x.shape[i] for i in call.others] or [1]
+
+    def merge(v: Array) -> Array:
+        return jnp.broadcast_to(v, call.x.shape).transpose(order).reshape(*lead, -1)
+
+    def back(part: Array) -> Array:
         shape = (1,) * (len(lead) + 1 - part.ndim) + part.shape
         tail = call.shape if shape[-1] > 1 else (1,) * len(call.features)
-        return part.reshape(*shape[:-1], *tail).transpose(np.argsort(order))
+        return part.reshape(*shape[: len(call.others)], *tail).transpose(np.argsort(order))
 
-    return Parts(*map(split, parts)), state
+    spec = jax.typeof(call.x).sharding.spec  # of explicit axes, which a reshape must be told of
+    out = PartitionSpec(*[spec[i] for i in call.others] or [None], None)
+    known = any(axis is not None for axis in spec)
+    run: Any = jax.sharding.auto_axes(merge, out_sharding=out) if known else merge
+    weights = None if call.weights is None else run(call.weights)
+    return run(call.x), weights, len(lead), back
+
+
+def _warn_of_one(call: Call, values: Any, instead: str) -> None:
+    """Warns if a statistic is of one of the `values`: Flax's norms give the bias in silence."""
+    if values == 1:
+        message = (
+            f"{call.where}: each statistic of an input of shape {call.x.shape} is of one value, "
+            f"so its variance is 0 and the output is the bias alone, as in Flax. Use {instead}, or "
+            "a norm that measures over more"
+        )
+        warnings.warn(message, UserWarning, stacklevel=2)
 
 
 def example(
@@ -62,15 +109,31 @@ def example(
     axes = normalize_axes(call.where, axes, call.x.ndim)
     if over is None and not centre:
         return rms_parts(call.x, None, axes=axes, eps=eps, weights=call.weights)
-    if over is None:
-        kind = algorithm(fast)
-        return layer_parts(call.x, None, axes=axes, eps=eps, weights=call.weights, algorithm=kind)
-    m = _merged(call, axes, as_sync(over), algorithm(fast))
-    one, zero = jnp.ones((), m.mean.dtype), jnp.zeros((), m.mean.dtype)
+    m = _over(call, axes, over, fast)
     if centre:
-        return Parts(m.mean, m.scale(eps), one, zero)
+        _warn_of_one(call, _values(call, axes, over), "more than one value of each example")
+        return _parts(m, eps)
     about_zero = m._replace(m2=m.m2 + m.count * jnp.square(m.mean))
-    return Parts(zero, about_zero.scale(eps), one, zero)
+    return _parts(about_zero, eps)._replace(shift=jnp.zeros((), m.mean.dtype))
+
+
+def _parts(m: Moments, eps: float) -> Parts:
+    dtype = m.mean.dtype
+    return Parts(m.mean, m.scale(eps), jnp.ones((), dtype), jnp.zeros((), dtype))
+
+
+def _values(call: Call, axes: Sequence[int], over: AxisName | None) -> Any:
+    """How many values a statistic over `axes` and devices is of."""
+    values = math.prod(call.x.shape[i] for i in axes)
+    return values_per_channel(call.where, as_sync(over), (values,), (0,))
+
+
+def _over(call: Call, axes: tuple[int, ...], over: AxisName | None, fast: bool) -> Moments:
+    """The moments over any axes and devices."""
+    kind = algorithm(fast)
+    if over is None:
+        return layer_moments(call.x, axes=axes, weights=call.weights, algorithm=kind)
+    return _merged(call, axes, as_sync(over), kind)
 
 
 def _merged(call: Call, axes: tuple[int, ...], over: Sync, kind: Algorithm) -> Moments:
@@ -134,25 +197,26 @@ def group(
       fast: Flax's `use_fast_variance`.
     """
     check_eps(call.where, eps)
-    x, weights = call.x, call.weights
-    if axes is None and over is None and x.ndim > 1:
-        return group_parts(
-            x, None, groups=groups, eps=eps, weights=weights, algorithm=algorithm(fast)
-        )
-    axes = range(1, x.ndim) if axes is None else normalize_axes(call.where, axes, x.ndim)
+    x, weights, plain = call.x, call.weights, axes is None and over is None and call.x.ndim > 1
+    axes = (*range(1, x.ndim - 1), -1) if axes is None else axes
+    axes = normalize_axes(call.where, axes, x.ndim)
     if x.ndim - 1 not in axes:
         raise invalid(
             call.where,
-            f"reduction_axes={tuple(axes)} for an input of rank {x.ndim}",
+            f"reduction_axes={axes} for an input of rank {x.ndim}",
             "the last axis, the channels', among them",
             f"add {x.ndim - 1}, or -1",
         )
+    _warn_of_one(call, _values(call, axes, over) // groups, "fewer groups, more positions")
+    if plain:
+        m = group_moments(x, groups=groups, weights=weights, algorithm=algorithm(fast))
+        return _parts(m, eps)
     split = (*x.shape[:-1], groups, x.shape[-1] // groups)
     if weights is not None:
         weights = jnp.broadcast_to(weights, (*weights.shape[:-1], x.shape[-1]))
         weights = weights.reshape(*weights.shape[:-1], *split[-2:])
     grouped = call._replace(x=x.reshape(split), weights=weights)
-    parts = example(grouped, (*(i for i in axes if i < x.ndim - 1), x.ndim), eps, over, fast)
+    parts = _parts(_over(grouped, (*axes[:-1], x.ndim), over, fast), eps)
 
     def join(part: Array) -> Array:
         if not part.ndim:
@@ -165,12 +229,17 @@ def group(
 
 def instance(call: Call, eps: float, over: AxisName | None, fast: bool) -> Parts:
     """The parts of instance norm: over all axes but the first and the features'."""
-    positions = [i for i in call.others if i]
-    if 0 in call.features or not positions:
+    if 0 in call.features:
         raise invalid(
             call.where,
-            f"an input of shape {call.x.shape} with feature axes {call.features}",
-            "examples on the first axis, and positions beside the features",
-            "use LayerNorm or RMSNorm where an example has one value of each feature",
+            # Flax's own sentence, for those who look for it.
+            f"feature axes {call.features} for an input of shape {call.x.shape} (The channel axes "
+            "cannot include the leading dimension as this is assumed to be the batch axis.)",
+            "examples on axis 0",
+            "move the examples first, or add an axis for the one example",
         )
-    return example(call, positions, eps, over, fast)
+    check_eps(call.where, eps)
+    axes = tuple(i for i in call.others if i)
+    m = _over(call, axes, over, fast)
+    _warn_of_one(call, _values(call, axes, over), "LayerNorm or RMSNorm")
+    return _parts(m, eps)

@@ -9,11 +9,12 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from normlab.checks import invalid, promote
+from normlab.checks import invalid, promote_dtype
 from normlab.delayed import delay
 from normlab.population.names import init_population, takes
 from normlab.population.protocol import Population
 from normlab.population.running import Running
+from normlab.skin.calls import together
 from normlab.sync import as_sync
 
 
@@ -76,15 +77,17 @@ def check_whole(where: str, axis_name: Any) -> None:
         )
 
 
-def average(mean: Array, var: Array, decay: float) -> Running:
+def average(mean: Array, var: Array, decay: float, dtype: Any = jnp.float32) -> Running:
     """Flax's pair of running statistics as a `Running`: biased towards mean 0 and variance 1.
 
     Args:
       mean: `[..., C]`.
       var: `[..., C]`.
       decay: The weight of the old value.
+      dtype: That in which a batch is measured: the statistics' is no narrower, nor than float32.
     """
     zero = jnp.zeros(mean.shape[:-1], jnp.int32)
-    mean, var = promote(mean), promote(var)
+    wide = together(promote_dtype(mean), dtype)
+    mean, var = mean.astype(wide), var.astype(wide)
     one = jnp.ones(zero.shape, mean.dtype)
     return Running(mean, var, one, 0 * one, zero, zero, decay=decay, ddof=0)
