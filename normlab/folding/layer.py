@@ -22,6 +22,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from normlab.affine import Parts, affine, fold
+from normlab.arguments import array, checked, instance, tree
 from normlab.checks import expand, invalid, promote_dtype
 from normlab.linear import Conv, Dense, Linear
 from normlab.types import Norm, Params, Site, State
@@ -45,6 +46,16 @@ class Folded(NamedTuple):
     bound: Array
 
 
+STATE = tree("the norm's own, a pytree of arrays", "pass what norm.init or training returned")
+
+
+@checked(
+    "fold_norm",
+    norm=instance(Norm, "make it with get(name), or Norm(init, parts)", arrays=False),
+    params=STATE,
+    state=STATE,
+    x=array("examples [N, ..., K], or their shape", abstract=True, rank=1),
+)
 def fold_norm(
     norm: Norm,
     params: Params,

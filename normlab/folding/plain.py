@@ -9,12 +9,16 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import DTypeLike
 
+from normlab.arguments import a_function, checked, mapping
 from normlab.checks import invalid, nearest, promote
 from normlab.folding.layer import check_finite, rounding
-from normlab.folding.report import Apply, FoldedLayer, FoldReport, check_applies, checked
+from normlab.folding.report import Apply, FoldedLayer, FoldReport, check_applies, compared
 from normlab.paths import Key, Layer, flatten, layers_of, matches
 
+RULE = mapping(a_function(), "paths of layers, each to a function", 'pass {"layer": weight_norm}')
 
+
+@checked("plain_weights", rule=RULE)
 def plain_weights(
     variables: Mapping[str, Any],
     rule: Mapping[str, Callable[..., Array]],
@@ -79,7 +83,7 @@ def plain_weights(
             (linear,) = (p for p, layer in layers.items() if layer.get("kernel") == key)
             done[key] = FoldedLayer(path, linear, slope, 0.0)
     report = FoldReport(tuple(done.values()))
-    return checked(where, variables, new, list(done), report, dtype, apply, folded_apply)
+    return compared(where, variables, new, list(done), report, dtype, apply, folded_apply)
 
 
 def _kernels(

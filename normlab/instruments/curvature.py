@@ -11,6 +11,7 @@ from jax import Array, lax
 from jax.flatten_util import ravel_pytree
 from jax.typing import ArrayLike
 
+from normlab.arguments import array, checked, integer, number, tree
 from normlab.checks import invalid, promote
 from normlab.instruments.vectors import as_vector, norm
 
@@ -29,6 +30,10 @@ class AlongStep(NamedTuple):
     beta: Array
 
 
+PARAMS = tree("a pytree of arrays", "pass the parameters of the model")
+
+
+@checked("along step", params=PARAMS, direction=PARAMS, rates=array("the rates, [T]", rank=1))
 def along_step(
     loss: Callable[[Any], Array], params: Any, direction: Any, rates: ArrayLike
 ) -> AlongStep:
@@ -86,6 +91,12 @@ class HessianMax(NamedTuple):
     residual: Array
 
 
+@checked(
+    "hessian max",
+    params=PARAMS,
+    steps=integer("a number of iterations, at least 1", "pass an int", 1),
+    tol=number("a positive number", "pass for example tol=1e-3", lambda v: 0 < v < 1),
+)
 def hessian_max(
     loss: Callable[[Any], Array], params: Any, key: Array, *, steps: int = 100, tol: float = 1e-3
 ) -> HessianMax:

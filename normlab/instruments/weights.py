@@ -9,10 +9,12 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
+from normlab.arguments import array, checked, number
 from normlab.checks import invalid, promote
 from normlab.instruments.vectors import Axes, angle, norm
 
 
+@checked("effective lr", w=array(), lr=number("a number", "pass a float", lambda v: True))
 def effective_lr(w: ArrayLike, lr: ArrayLike, *, axes: Axes = None) -> Array:
     """The learning rate that scale-invariant weights feel: lr/‖w‖².
 
@@ -38,6 +40,7 @@ def effective_lr(w: ArrayLike, lr: ArrayLike, *, axes: Axes = None) -> Array:
     return jnp.where(zero & ~jnp.isnan(lr), jnp.inf, lr / length / length)
 
 
+@checked("angular update", before=array(), after=array())
 def angular_update(before: ArrayLike, after: ArrayLike, *, axes: Axes = None) -> Array:
     """The angle in radians by which a step turns the weights.
 

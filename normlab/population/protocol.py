@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from typing import Any, Literal, Protocol, Self, TypeVar, get_args, runtime_checkable
+from typing import Any, Literal, Protocol, Self, TypeVar, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,8 @@ import numpy as np
 from jax import Array, lax
 from jax.typing import DTypeLike
 
-from normlab.checks import invalid, nearest
+from normlab.arguments import Kind, declare, instance, one_of
+from normlab.checks import invalid
 from normlab.moments import Moments
 from normlab.sync import AxisName
 
@@ -52,6 +53,15 @@ class Population(Protocol):
     def pool(self, axis_name: AxisName) -> Self:
         """Merges with those of the other devices along a named axis."""
         ...
+
+
+def _state(value: Any) -> Any:
+    return value if value is None or value == () else POPULATION.read(value)
+
+
+POPULATION = instance(Population, "make it with init_running(channels)")
+STATE = Kind("a Population, (), or None", POPULATION.change, _state, POPULATION.wrong[1:])
+declare(bad_batch=one_of(BadBatch, "the name of a policy"), state=STATE)
 
 
 def arrays(tree: Tree) -> Tree:
@@ -101,13 +111,6 @@ def check_batch(where: str, m: Moments, bad_batch: BadBatch, ddof: int = 0) -> M
       bad_batch: `"propagate"` makes mean and m2 of a bad channel NaN, `"raise"` raises.
       ddof: A batch of no more than this many values has no variance.
     """
-    if bad_batch not in get_args(BadBatch):
-        raise invalid(
-            where,
-            f"bad_batch={bad_batch!r}",
-            "the name of a policy",
-            f"use a known one: {nearest(str(bad_batch), get_args(BadBatch))}",
-        )
     if bad_batch == "propagate":
         good = (m.count > ddof) & jnp.isfinite(m.mean) & jnp.isfinite(m.m2)
         return m._replace(mean=jnp.where(good, m.mean, jnp.nan), m2=jnp.where(good, m.m2, jnp.nan))
