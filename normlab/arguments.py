@@ -84,15 +84,18 @@ def checked(where: str, **special: Kind) -> Callable[[F], F]:
         kinds = {
             p.name: special.get(p.name) or KINDS[p.name] for p in parameters if p.name != "self"
         }
-        optional = {p.name for p in parameters if p.default is None or "None" in str(p.annotation)}
+        optional = {
+            p.name for p in parameters if p.default is None or str(p.annotation).endswith("| None")
+        }
         order = [p.name for p in parameters if p.kind is not p.KEYWORD_ONLY]
         added = {"eps", "a"} <= kinds.keys()
         assert special.keys() <= kinds.keys(), f"{where} has no such arguments: {special}"
 
         def check(name: str, value: Any) -> Any:
-            if name not in kinds or (value is None and name in optional):
+            kind = kinds.get(name)
+            if kind is None or (value is None and name in optional):
                 return value
-            return read(where, name, value, kinds[name])
+            return read(where, name, value, kind)
 
         @functools.wraps(f)
         def call(*args: Any, **kwargs: Any) -> Any:
@@ -136,13 +139,12 @@ def check_added(where: str, eps: Any, a: Any) -> None:
       eps: ε; a traced one is trusted.
       a: The values whose variance it is added to.
     """
-    dtype = promote_dtype(a)
-    least = float(jnp.finfo(dtype).tiny)
-    if not isinstance(eps, Tracer) and eps < least:
+    least = float(np.finfo(np.float32).tiny)
+    if not isinstance(eps, Tracer) and eps < least and promote_dtype(a) == jnp.float32:
         raise invalid(
             where,
-            f"eps={eps!r} for statistics in {dtype}",
-            f"a positive number that {dtype} can hold to its last digit, {least:.3g} or more",
+            f"eps={eps!r} for statistics in float32",
+            f"a positive number that float32 holds to its last digit, {least:.3g} or more",
             "pass for example eps=1e-5",
         )
 
@@ -173,6 +175,11 @@ def _is_real(dtype: Any) -> bool:
     return jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.integer)
 
 
+def is_number(value: Any) -> bool:
+    """Whether it is a number of Python, and not a bool."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
 def _require(condition: Any) -> None:
     if not condition:
         raise ValueError
@@ -180,13 +187,16 @@ def _require(condition: Any) -> None:
 
 # Numbers.
 
+LARGEST = 2**31
+"""Below this is every integer that jax can hold without x64."""
+
 
 def _scalar(value: Any) -> int | float:
     """A Python number, of one of Python's or NumPy's or of an array of rank 0; never of a bool."""
     if _is_array(value):
         _require(value.ndim == 0 and _is_real(value.dtype))
         value = value.item()
-    _require(isinstance(value, int | float) and not isinstance(value, bool))
+    _require(is_number(value))
     return int(value) if isinstance(value, int) else float(value)
 
 
@@ -216,7 +226,8 @@ def number(
         _require(inside(value))
         return value
 
-    others = ("1e-5", True, None, 1j, [1.0], np.ones(2), object(), math.nan)
+    others = ("1e-5", True, None, 1j, [1.0], np.ones(2), object())
+    others = others if inside(math.nan) else (*others, math.nan)
     return Kind(expected, change, value_of, (*others, *wrong), static)
 
 
@@ -239,7 +250,7 @@ def integer(
 
     def value_of(value: Any) -> int:
         value = _index(value)
-        _require(value >= least and (not among or value in among))
+        _require(abs(value) < LARGEST and value >= least and (not among or value in among))
         return value
 
     others = (None, "1", True, 1.0, 1.5, [1], {"a": 1}, np.ones(2), object(), int)
@@ -300,10 +311,11 @@ def either(expected: str, change: str, *kinds: Kind) -> Kind:
 
 
 def _array(value: Any, rank: int = 0, *, abstract: bool = False) -> Any:
-    if isinstance(value, int | float) and not isinstance(value, bool) and not rank:
+    if is_number(value) and not rank:
+        _require(isinstance(value, float) or abs(value) < LARGEST)
         return value
     shaped = abstract and isinstance(value, jax.ShapeDtypeStruct)
-    _require(shaped or _is_array(value))
+    _require(shaped or isinstance(value, Array) or _is_array(value))
     _require(_is_real(value.dtype) or value.dtype == bool)
     _require(len(value.shape) >= rank)
     return value
@@ -339,21 +351,36 @@ def array(
 
 
 def _leaves(value: Any) -> Any:
-    """A pytree of arrays, as jax has them; its numbers too."""
+    """A NamedTuple of arrays, as jax has them; its numbers too."""
+    leaves, structure = jax.tree.flatten(value)
+    _require(not any(type(field) is list for field in value))
+    if all(isinstance(leaf, Array) for leaf in leaves):
+        return value
+    _require(all(_is_array(v) or is_number(v) for v in leaves))
+    return jax.tree.unflatten(structure, map(jnp.asarray, leaves))
 
-    def leaf(v: Any) -> Any:
-        _require(_is_array(v) or (isinstance(v, int | float) and not isinstance(v, bool)))
-        return v if isinstance(v, Array) else jnp.asarray(v)
 
-    return jax.tree.map(leaf, value)
+def tree(expected: str, change: str, *, keys: bool = False) -> Kind:
+    """A pytree of arrays and numbers.
 
+    Args:
+      expected: In words.
+      change: What to do about it.
+      keys: Whether keys of random numbers may be among them.
+    """
 
-def tree(expected: str, change: str) -> Kind:
-    """A pytree of arrays, keys of random numbers among them."""
+    def holds(dtype: Any) -> bool:
+        if jnp.issubdtype(dtype, jax.dtypes.prng_key):
+            return keys
+        return jnp.issubdtype(dtype, jnp.bool_) or jnp.issubdtype(dtype, jnp.number)
 
     def value_of(value: Any) -> Any:
         for leaf in jax.tree.leaves(value):
-            _require(_is_array(leaf) or isinstance(leaf, int | float | complex))
+            _require(
+                holds(leaf.dtype)
+                if _is_array(leaf)
+                else isinstance(leaf, bool | complex) or _array(leaf) is not None
+            )
         return value
 
     return Kind(expected, change, value_of, ("x", object(), len, [print], {"a": "b"}, dict))
@@ -382,14 +409,28 @@ def instance(cls: Any, change: str, *, arrays: bool = True) -> Kind:
     return Kind(expected, change, value_of, others)
 
 
-def _called(value: Any) -> Any:
-    _require(callable(value))
-    return value
+def a_function(
+    expected: str = "a function", change: str = "pass a function", *, of: int | None = None
+) -> Kind:
+    """Something that can be called, but no class.
 
+    Args:
+      expected: In words.
+      change: What to do about it.
+      of: With how many positional arguments, where that is known.
+    """
 
-def a_function(expected: str = "a function", change: str = "pass a function") -> Kind:
-    """Something that can be called."""
-    return Kind(expected, change, _called, (None, "x", 1, True, [1.0], {}, object()))
+    def value_of(value: Any) -> Any:
+        _require(callable(value) and not isinstance(value, type))
+        try:
+            signature = inspect.signature(value)
+        except ValueError:  # a builtin's is not always known
+            return value
+        if of is not None:
+            signature.bind(*range(of))
+        return value
+
+    return Kind(expected, change, value_of, (None, "x", 1, True, [1.0], {}, object(), int))
 
 
 def mapping(item: Kind, expected: str, change: str) -> Kind:
@@ -432,7 +473,7 @@ anything = Kind("anything", "", lambda value: value)
 
 
 def _dtype(value: Any) -> Any:
-    _require(value is not None)
+    _require(isinstance(value, str | type | np.dtype) or hasattr(value, "__name__"))
     _require(jnp.issubdtype(jnp.dtype(value), jnp.floating))
     return value
 
@@ -450,7 +491,9 @@ def _params(value: Any) -> Any:
     if value is None:
         return value
     _require(not isinstance(value, type) and hasattr(value, "g") and hasattr(value, "b"))
-    return _leaves(value)
+    for v in (value.g, value.b):
+        _require(v is None or isinstance(v, Array) or _array(v) is not None)
+    return value
 
 
 def _key(value: Any) -> Any:
@@ -464,7 +507,7 @@ axes = either("axes by number", "pass an int or a tuple of ints", axis, sequence
 count = integer("a whole number, at least 1", "count them", 1)
 name = text("a name", "pass a string")
 real = number("a finite number", "pass a float")
-mode = either("a name or a function", "pass a string or a function", name, a_function())
+mode = either("a name or a function", "pass a string or a function", name, a_function(of=1))
 norm_axes = either("'channels', 'all' or axes by number", "pass one of these", axes,
                    one_of(Literal["channels", "all"], ""))  # fmt: skip
 not_negative = number(
@@ -473,7 +516,7 @@ not_negative = number(
     lambda v: 0 <= v < math.inf,
     wrong=(-1.0, math.inf),
 )
-MODEL = a_function("a function of the variables", "pass lambda variables: model.apply(...)")
+MODEL = a_function("a function of the variables", "pass lambda variables: model.apply(...)", of=1)
 KERNEL = ("a kernel [..., K, C], a real one", "pass a jax or NumPy array, units last")
 
 declare(
@@ -487,7 +530,7 @@ declare(
     bias=array("one number for each channel, [C]"),
     g=array("one number for each channel, [C]"),
     values=array(),
-    weights=array("an array of numbers of at least 0", "pass one weight per example, [N]"),
+    weights=array("an array of numbers of at least 0", "pass one weight per example, [N]", rank=1),
     params=Kind(
         "an Affine(g, b) of arrays, or None",
         "make them with init_affine(channels), or wrap yours: Affine(g=scale, b=bias)",
@@ -528,8 +571,10 @@ declare(
     # Words and functions.
     name=name,
     population=mode,
-    loss=a_function("a function of the parameters", "pass the loss of one batch"),
-    step=a_function("a function (states, batch) -> states", "pass a forward pass in training mode"),
+    loss=a_function("a function of the parameters", "pass the loss of one batch", of=1),
+    step=a_function(
+        "a function (states, batch) -> states", "pass a forward pass in training mode", of=2
+    ),
     apply=MODEL,
     folded_apply=a_function(
         "a function of the variables", "pass lambda variables: model.apply(...)"

@@ -118,6 +118,13 @@ def equivalence(
             f"at most the {jax.device_count()} there are",
             f'set XLA_FLAGS=--xla_force_host_platform_device_count={devices}, or form="vmap"',
         )
+    if weights is not None and x is not None and weights.shape != x.shape[:1]:
+        raise invalid(
+            where,
+            f"weights of shape {weights.shape} for a batch of shape {x.shape}",
+            f"shape {x.shape[:1]}",
+            "pass one weight per example",
+        )
     make = _maker(norm)
     rng = np.random.default_rng(seed)
     if x is None:

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import ArrayLike
 
-from normlab.arguments import checked
+from normlab.arguments import array, checked
 from normlab.checks import invalid, promote
 from normlab.collective import check_bound, is_typed, varying_axes
 from normlab.lowering import derivative_of
@@ -29,7 +29,7 @@ from normlab.sync import AxisName, as_sync
 Tree = TypeVar("Tree")
 
 
-@checked("global mean")
+@checked("global mean", weights=array())
 def global_mean(
     values: ArrayLike, axis_name: AxisName, *, weights: ArrayLike | None = None
 ) -> Array:

@@ -46,7 +46,9 @@ class Folded(NamedTuple):
     bound: Array
 
 
-STATE = tree("the norm's own, a pytree of arrays", "pass what norm.init or training returned")
+STATE = tree(
+    "the norm's own, a pytree of arrays", "pass what norm.init or training returned", keys=True
+)
 
 
 @checked(
@@ -98,6 +100,13 @@ def fold_norm(
     >>> folded.kernel.tolist(), folded.bias.tolist()
     ([[6.0], [8.0]], [0.0])
     """
+    if bias is not None and jnp.shape(bias) != kernel.shape[-1:]:
+        raise invalid(
+            "fold_norm",
+            f"a bias of shape {jnp.shape(bias)} for a kernel of shape {kernel.shape}",
+            f"shape {kernel.shape[-1:]}",
+            "pass the bias of the same layer",
+        )
     if isinstance(x, jax.ShapeDtypeStruct):
         x = jax.random.normal(jax.random.key(0), x.shape, x.dtype)
     with jax.default_matmul_precision("highest"):  # a TF32 product is no measure of a fold

@@ -10,7 +10,7 @@ from jax import Array
 from jax.typing import DTypeLike
 
 from normlab.arguments import a_function, checked, mapping
-from normlab.checks import invalid, nearest, promote
+from normlab.checks import invalid, nearest, normalize_axes, promote
 from normlab.folding.layer import check_finite, rounding
 from normlab.folding.report import Apply, FoldedLayer, FoldReport, check_applies, compared
 from normlab.paths import Key, Layer, flatten, layers_of, matches
@@ -66,7 +66,8 @@ def plain_weights(
     new, done = dict(flat), {}
     for path, function, _ in matches(where, rule, layers):
         for key, length in _kernels(where, path, layers, flat):
-            old = jnp.moveaxis(flat[key], unit_axis, -1)
+            (units,) = normalize_axes(where, unit_axis, flat[key].ndim)
+            old = jnp.moveaxis(flat[key], units, -1)
             kernel = function(old) if length is None else function(old, new.pop(length))
             if key in done or jnp.shape(kernel) != old.shape:
                 raise invalid(
@@ -77,7 +78,7 @@ def plain_weights(
                 )
             kernel = kernel.astype(old.dtype)
             check_finite(f"{where}: {path}", kernel, kernel)
-            new[key] = jnp.moveaxis(kernel, -1, unit_axis)
+            new[key] = jnp.moveaxis(kernel, -1, units)
             size = 2 * jnp.abs(promote(kernel)).sum(range(kernel.ndim - 1)).max()
             slope = rounding(kernel.shape, [kernel.dtype, dtype or kernel.dtype]) * float(size)
             (linear,) = (p for p, layer in layers.items() if layer.get("kernel") == key)
