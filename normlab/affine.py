@@ -79,6 +79,8 @@ def affine(
     >>> affine(parts, jnp.array([1.0, 5.0])).tolist()
     [10.0, 16.0]
     """
+    if channel_axis is not None:
+        (channel_axis,) = normalize_axes("affine", channel_axis, jnp.ndim(a))
     parts = _checked(parts, jnp.shape(a), promote_dtype(a))
     a, weights = jnp.asarray(a), align_weights("affine", weights, a, channel_axis)
     return partitioned(_affine, a, parts, weights)

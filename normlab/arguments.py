@@ -197,7 +197,7 @@ def _scalar(value: Any) -> int | float:
         _require(value.ndim == 0 and _is_real(value.dtype))
         value = value.item()
     _require(is_number(value))
-    return int(value) if isinstance(value, int) else float(value)
+    return int(value) if isinstance(value, int) and abs(value) < LARGEST else float(value)
 
 
 def number(
@@ -360,27 +360,23 @@ def _leaves(value: Any) -> Any:
     return jax.tree.unflatten(structure, map(jnp.asarray, leaves))
 
 
-def tree(expected: str, change: str, *, keys: bool = False) -> Kind:
-    """A pytree of arrays and numbers.
+def tree(expected: str, change: str, *dtypes: Any) -> Kind:
+    """A pytree of arrays and numbers, keys of random numbers among them.
 
     Args:
       expected: In words.
       change: What to do about it.
-      keys: Whether keys of random numbers may be among them.
+      *dtypes: Of which the types are; then there must be a leaf.
     """
-
-    def holds(dtype: Any) -> bool:
-        if jnp.issubdtype(dtype, jax.dtypes.prng_key):
-            return keys
-        return jnp.issubdtype(dtype, jnp.bool_) or jnp.issubdtype(dtype, jnp.number)
+    allowed = dtypes or (jnp.number, jnp.bool_, jax.dtypes.prng_key)
 
     def value_of(value: Any) -> Any:
-        for leaf in jax.tree.leaves(value):
-            _require(
-                holds(leaf.dtype)
-                if _is_array(leaf)
-                else isinstance(leaf, bool | complex) or _array(leaf) is not None
-            )
+        leaves = jax.tree.leaves(value)
+        _require(leaves or not dtypes)
+        for leaf in leaves:
+            dtype = leaf.dtype if _is_array(leaf) else jnp.result_type(leaf)
+            _require(not isinstance(leaf, type) and any(jnp.issubdtype(dtype, t) for t in allowed))
+            _require(not is_number(leaf) or _array(leaf) is not None)
         return value
 
     return Kind(expected, change, value_of, ("x", object(), len, [print], {"a": "b"}, dict))
@@ -527,8 +523,8 @@ declare(
     v=array(*KERNEL, rank=2),
     w=array(*KERNEL, rank=2),
     kernel=array(*KERNEL, rank=2),
-    bias=array("one number for each channel, [C]"),
-    g=array("one number for each channel, [C]"),
+    bias=array("one number for each channel, [C]", rank=1),
+    g=array("one number for each channel, [C]", rank=1),
     values=array(),
     weights=array("an array of numbers of at least 0", "pass one weight per example, [N]", rank=1),
     params=Kind(

@@ -195,7 +195,7 @@ CALLS = {
         "channel_axis": -1,
     },
     instruments.along_step: {
-        "loss": lambda w: (w**2).sum(),
+        "loss": lambda w: sum((v**2).sum() for v in jax.tree.leaves(w)),
         "params": X,
         "direction": X,
         "rates": jnp.ones(2),
@@ -217,7 +217,7 @@ CALLS = {
     instruments.gaussianity: {"a": A, "axes": 0},
     instruments.gradient_norms: {"grads": {"w": W}, "depth": 1},
     instruments.hessian_max: {
-        "loss": lambda w: (w**2).sum(),
+        "loss": lambda w: sum((v**2).sum() for v in jax.tree.leaves(w)),
         "params": jnp.ones(8),
         "key": jax.random.key(0),
         "steps": 2,

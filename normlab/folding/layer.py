@@ -46,9 +46,7 @@ class Folded(NamedTuple):
     bound: Array
 
 
-STATE = tree(
-    "the norm's own, a pytree of arrays", "pass what norm.init or training returned", keys=True
-)
+STATE = tree("the norm's own, a pytree of arrays", "pass what norm.init or training returned")
 
 
 @checked(

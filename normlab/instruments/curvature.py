@@ -13,7 +13,7 @@ from jax.typing import ArrayLike
 
 from normlab.arguments import array, checked, integer, number, tree
 from normlab.checks import invalid, promote
-from normlab.instruments.vectors import as_vector, norm
+from normlab.instruments.vectors import as_vector, check_alike, norm
 
 
 class AlongStep(NamedTuple):
@@ -30,7 +30,7 @@ class AlongStep(NamedTuple):
     beta: Array
 
 
-PARAMS = tree("a pytree of arrays", "pass the parameters of the model")
+PARAMS = tree("a pytree of floating arrays", "pass the parameters of the model", jnp.floating)
 
 
 @checked("along step", params=PARAMS, direction=PARAMS, rates=array("the rates, [T]", rank=1))
@@ -56,6 +56,7 @@ def along_step(
     >>> walk.losses.tolist(), walk.distances.tolist(), walk.beta.item()
     ([6.0, 1.5], [0.0, 9.0], 3.0)
     """
+    check_alike("along step", params, direction)
     params = jax.tree.map(jnp.asarray, params)
     gradient = as_vector(jax.grad(loss)(params))
 

@@ -12,7 +12,7 @@ from jax import Array, lax
 
 from normlab.arguments import checked, integer, mapping, sequence, text, tree
 from normlab.checks import invalid, nearest
-from normlab.instruments.vectors import as_vector, cosine, norm
+from normlab.instruments.vectors import as_vector, check_alike, cosine, norm
 
 
 @checked("gradient norms", depth=integer("1 or more", "use 1 for top-level keys", 1))
@@ -62,7 +62,9 @@ class CovariateShift(NamedTuple):
     norm_after: Array
 
 
-LAYERS = mapping(tree("", ""), "parameters by layer", "pass a dict of pytrees of arrays")
+LAYERS = mapping(
+    tree("", "", jnp.floating), "parameters by layer", "pass a dict of pytrees of arrays"
+)
 
 
 @checked(
@@ -109,6 +111,7 @@ def covariate_shift(
     [0.0, 9.0]
     """
     _check_layers(before, after, layers)
+    check_alike("covariate shift", dict(before), dict(after))
     start = jax.tree.map(jnp.asarray, dict(before))
 
     def mixed(i: Array) -> dict[str, Any]:
