@@ -154,7 +154,7 @@ def _given(name: str, value: Any) -> str:
         return f"{name}=the class {value.__name__} itself"
     if isinstance(value, Tracer):
         return f"{name}, a traced array of {value.dtype} and shape {value.shape}"
-    if _is_array(value) and np.ndim(value):
+    if is_array(value) and np.ndim(value):
         return f"{name}, an array of {value.dtype} and shape {tuple(value.shape)}"
     said = " ".join(repr(value).split())
     said = said if len(said) <= 80 else f"{said[:77]}..."
@@ -165,7 +165,7 @@ def _is_traced(value: Any) -> bool:
     return any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(value))
 
 
-def _is_array(value: Any) -> bool:
+def is_array(value: Any) -> bool:
     """Whether it has a shape and a type, and values; of any library, or a box around an array."""
     abstract = isinstance(value, type | jax.ShapeDtypeStruct)
     return not abstract and hasattr(value, "shape") and hasattr(value, "dtype")
@@ -193,7 +193,7 @@ LARGEST = 2**31
 
 def _scalar(value: Any) -> int | float:
     """A Python number, of one of Python's or NumPy's or of an array of rank 0; never of a bool."""
-    if _is_array(value):
+    if is_array(value):
         _require(value.ndim == 0 and _is_real(value.dtype))
         value = value.item()
     _require(is_number(value))
@@ -315,7 +315,7 @@ def _array(value: Any, rank: int = 0, *, abstract: bool = False) -> Any:
         _require(isinstance(value, float) or abs(value) < LARGEST)
         return value
     shaped = abstract and isinstance(value, jax.ShapeDtypeStruct)
-    _require(shaped or isinstance(value, Array) or _is_array(value))
+    _require(shaped or isinstance(value, Array) or is_array(value))
     _require(_is_real(value.dtype) or value.dtype == bool)
     _require(len(value.shape) >= rank)
     return value
@@ -356,7 +356,7 @@ def _leaves(value: Any) -> Any:
     _require(not any(type(field) is list for field in value))
     if all(isinstance(leaf, Array) for leaf in leaves):
         return value
-    _require(all(_is_array(v) or is_number(v) for v in leaves))
+    _require(all(is_array(v) or is_number(v) for v in leaves))
     return jax.tree.unflatten(structure, map(jnp.asarray, leaves))
 
 
@@ -374,9 +374,8 @@ def tree(expected: str, change: str, *dtypes: Any) -> Kind:
         leaves = jax.tree.leaves(value)
         _require(leaves or not dtypes)
         for leaf in leaves:
-            dtype = leaf.dtype if _is_array(leaf) else jnp.result_type(leaf)
-            _require(not isinstance(leaf, type) and any(jnp.issubdtype(dtype, t) for t in allowed))
-            _require(not is_number(leaf) or _array(leaf) is not None)
+            leaf = leaf if is_array(leaf) or isinstance(leaf, bool | complex) else _array(leaf)
+            _require(any(jnp.issubdtype(jnp.result_type(leaf), t) for t in allowed))
         return value
 
     return Kind(expected, change, value_of, ("x", object(), len, [print], {"a": "b"}, dict))
@@ -493,7 +492,7 @@ def _params(value: Any) -> Any:
 
 
 def _key(value: Any) -> Any:
-    _require(_is_array(value))
+    _require(is_array(value))
     _require(jnp.issubdtype(value.dtype, jax.dtypes.prng_key) or value.dtype == np.uint32)
     return value
 
@@ -515,6 +514,18 @@ not_negative = number(
 MODEL = a_function("a function of the variables", "pass lambda variables: model.apply(...)", of=1)
 KERNEL = ("a kernel [..., K, C], a real one", "pass a jax or NumPy array, units last")
 
+EPS = (
+    "a positive number: it is added to the variance under the root",
+    "pass for example eps=1e-5",
+    lambda v: np.finfo(np.float64).tiny <= v < math.inf,
+)
+DECAY = (
+    "a number in [0, 1), the weight of the old value",
+    "pass for example decay=0.9 (a torch momentum of 0.1)",
+    lambda v: 0 <= v < 1,
+)
+settled_eps, settled_decay = number(*EPS, static=True), number(*DECAY, static=True)
+
 declare(
     # What is normalized, and by what.
     a=array(),
@@ -535,18 +546,8 @@ declare(
     ),
     train=flag("pass a Python bool (under jit: static_argnames='train')"),
     # Numbers.
-    eps=number(
-        "a positive number: it is added to the variance under the root",
-        "pass for example eps=1e-5",
-        lambda v: np.finfo(np.float64).tiny <= v < math.inf,
-        wrong=(0, -1.0, math.inf, 1e-310),
-    ),
-    decay=number(
-        "a number in [0, 1), the weight of the old value",
-        "pass for example decay=0.9 (a torch momentum of 0.1)",
-        lambda v: 0 <= v < 1,
-        wrong=(1.0, 1, -0.1, math.inf),
-    ),
+    eps=number(*EPS, wrong=(0, -1.0, math.inf, 1e-310)),
+    decay=number(*DECAY, wrong=(1.0, 1, -0.1, math.inf)),
     ddof=integer(
         "0, the biased variance, or 1, the unbiased one",
         "use 0 to keep the variance that normalized the batch, 1 for torch's",
@@ -564,9 +565,10 @@ declare(
     reshift=flag(),
     debias=flag(),
     centred=flag(),
+    state_gradient=flag(),
     # Words and functions.
     name=name,
-    population=mode,
+    population=either("a name or a function", "pass a string or a function", name, a_function()),
     loss=a_function("a function of the parameters", "pass the loss of one batch", of=1),
     step=a_function(
         "a function (states, batch) -> states", "pass a forward pass in training mode", of=2

@@ -20,7 +20,7 @@ import numpy as np
 from jax import Array, lax
 from jax.typing import DTypeLike
 
-from normlab.arguments import checked
+from normlab.arguments import checked, settled_decay
 from normlab.checks import invalid
 from normlab.collective import check_bound, gather_members, vary
 from normlab.moments import Moments, empty
@@ -91,7 +91,7 @@ def check_delayed(where: str, every: int, state: Any, channels: int) -> None:
     )
 
 
-@checked("delayed statistics")
+@checked("delayed statistics", decay=settled_decay)
 def init_delayed(
     channels: int,
     *,

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from normlab.affine import Parts
-from normlab.arguments import checked, flag, integer, norm_axes, real
+from normlab.arguments import checked, flag, integer, norm_axes, real, settled_decay
 from normlab.batch import batch_parts
 from normlab.checks import gain_and_bias, invalid, nearest, promote_dtype
 from normlab.cosine import cosine_parts
@@ -134,7 +134,7 @@ def none(*, reshift: bool = True) -> Norm:
     return _stateless(measure, rescale=False, reshift=reshift)
 
 
-@_factory("batch norm")
+@_factory("batch norm", decay=settled_decay)
 def batch(
     *,
     decay: float | None = None,

@@ -29,7 +29,7 @@ MODEL = {
 }
 BATCH = {"a": A, "params": PARAMS, "state": STATE, "train": True, "decay": 0.9, "eps": 1e-5}
 BATCH |= {"axis_name": None, "weights": jnp.ones(2), "channel_axis": -1, "algorithm": "auto"}
-BATCH |= {"bad_batch": "skip"}
+BATCH |= {"bad_batch": "skip", "state_gradient": False}
 EXAMPLE = {"a": A, "params": PARAMS, "eps": 1e-5, "weights": jnp.ones(2), "channel_axis": -1}
 SQUARE = jnp.eye(6)
 
@@ -39,7 +39,10 @@ CALLS = {
     nl.all_reduce: {"m": M, "axis_name": None},
     nl.batch_norm: BATCH,
     nl.batch_parts: BATCH,
+    nl.average_running: {"states": STATE, "average": STATE, "step_size": 0.5},
     nl.begin: {"states": STATE},
+    nl.check_conventions: {"saved": STATE, "states": STATE},
+    nl.restore_states: {"states": STATE, "saved": STATE._asdict()},
     nl.change_ddof: {"state": STATE, "ddof": 1, "count": 4.0},
     nl.commit: {"states": PENDING, "ok": True, "decay": 0.9, "bad_batch": "skip"},
     nl.conventions: {"states": STATE},
@@ -123,6 +126,7 @@ CALLS = {
         "begin": 5,
         "r_end": 9,
         "d_end": 8,
+        "eps": 1e-5,
         "decay": 0.9,
         "ddof": 0,
         "debias": True,
@@ -230,7 +234,7 @@ CALLS = {
 for _name in nl.names():
     _own = {"groups": 2, "eps": 1e-5, "axes": "channels", "algorithm": "auto", "bad_batch": "skip"}
     _own |= {"rescale": True, "reshift": True, "data_init": False, "axis_name": None, "g": None}
-    _own |= {"decay": 0.9, "ddof": 0, "population": "debiased"}
+    _own |= {"decay": 0.9, "ddof": 0, "population": "debiased", "state_gradient": False}
     _factory = nl.row(_name).factory
     CALLS[_factory] = {name: _own[name] for name in inspect.signature(_factory).parameters}
     _norm = nl.get(_name, **({"groups": 2} if _name == "group" else {}))
