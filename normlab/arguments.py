@@ -42,6 +42,7 @@ class Kind(NamedTuple):
       wrong: Some values of other kinds, for the tests.
       static: Whether it must be known when the function is traced.
       words: The only ones, if it is a word.
+      numeric: Whether it is a number, so that one need not be told its type.
     """
 
     expected: str
@@ -50,6 +51,7 @@ class Kind(NamedTuple):
     wrong: tuple[Any, ...] = ()
     static: bool = False
     words: tuple[str, ...] = ()
+    numeric: bool = False
 
 
 KINDS: dict[str, Kind] = {}
@@ -128,7 +130,7 @@ def read(where: str, name: str, value: Any, kind: Kind | None = None) -> Any:
     if kind.static and _is_traced(value):
         expected += ", known when the function is traced"
         change = f"leave it out of what is traced (under jit: static_argnames={name!r})"
-    raise invalid(where, _given(name, value), expected, change)
+    raise invalid(where, _given(name, value, kind), expected, change)
 
 
 def check_added(where: str, eps: Any, a: Any) -> None:
@@ -149,16 +151,23 @@ def check_added(where: str, eps: Any, a: Any) -> None:
         )
 
 
-def _given(name: str, value: Any) -> str:
+def _given(name: str, value: Any, kind: Kind) -> str:
+    kept = type(value).__name__
     if isinstance(value, type):
         return f"{name}=the class {value.__name__} itself"
-    if isinstance(value, Tracer):
-        return f"{name}, a traced array of {value.dtype} and shape {value.shape}"
-    if is_array(value) and np.ndim(value):
-        return f"{name}, an array of {value.dtype} and shape {tuple(value.shape)}"
-    said = " ".join(repr(value).split())
-    said = said if len(said) <= 80 else f"{said[:77]}..."
-    return f"{name}={said} of type {type(value).__name__}"
+    scalar = isinstance(value, bool | int | float | str) and (kind.static or kind.numeric)
+    if value is None or scalar:
+        typed = "" if kind.numeric and is_number(value) else f" of type {kept}"
+        return f"{name}={_short(repr(value))}{typed}"
+    said = f"{value.dtype}{list(value.shape)}" if is_array(value) else _short(repr(value))
+    traced = "traced " if isinstance(value, Tracer) else ""
+    article = "" if name.endswith("s") or len(name) < 3 else "a "
+    return f"{article}{traced}{name} of type {kept} ({said})"
+
+
+def _short(text: str) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def _is_traced(value: Any) -> bool:
@@ -228,7 +237,7 @@ def number(
 
     others = ("1e-5", True, None, 1j, [1.0], np.ones(2), object())
     others = others if inside(math.nan) else (*others, math.nan)
-    return Kind(expected, change, value_of, (*others, *wrong), static)
+    return Kind(expected, change, value_of, (*others, *wrong), static, numeric=True)
 
 
 def _index(value: Any) -> int:
@@ -256,7 +265,7 @@ def integer(
     others = (None, "1", True, 1.0, 1.5, [1], {"a": 1}, np.ones(2), object(), int)
     if among or least > -math.inf:
         others = (*others, (min(among) if among else int(least)) - 1)
-    return Kind(expected, change, value_of, others, static=True)
+    return Kind(expected, change, value_of, others, static=True, numeric=True)
 
 
 def _flag(value: Any) -> bool:
@@ -310,19 +319,24 @@ def either(expected: str, change: str, *kinds: Kind) -> Kind:
 # Arrays.
 
 
-def _array(value: Any, rank: int = 0, *, abstract: bool = False) -> Any:
+def _array(value: Any, rank: int = 0, most: float = math.inf, *, abstract: bool = False) -> Any:
     if is_number(value) and not rank:
         _require(isinstance(value, float) or abs(value) < LARGEST)
         return value
     shaped = abstract and isinstance(value, jax.ShapeDtypeStruct)
     _require(shaped or isinstance(value, Array) or is_array(value))
     _require(_is_real(value.dtype) or value.dtype == bool)
-    _require(len(value.shape) >= rank)
+    _require(rank <= len(value.shape) <= most)
     return value
 
 
 def array(
-    expected: str = "an array, a real one", change: str = "", *, rank: int = 0, abstract=False
+    expected: str = "an array, a real one",
+    change: str = "",
+    *,
+    rank: int = 0,
+    most: float = math.inf,
+    abstract: bool = False,
 ) -> Kind:
     """A real array of jax or NumPy, or a number.
 
@@ -330,6 +344,7 @@ def array(
       expected: In words.
       change: What to do about it.
       rank: The least number of axes.
+      most: The largest number of axes.
       abstract: Whether a `jax.ShapeDtypeStruct` will do.
     """
     change = change or "pass a jax or NumPy array: of a list jnp.asarray(...)"
@@ -347,7 +362,9 @@ def array(
     )
     if rank:
         others = (*others, 1.0, np.ones((3,) * (rank - 1)))
-    return Kind(expected, change, lambda v: _array(v, rank, abstract=abstract), others)
+    if most < math.inf:
+        others = (*others, np.ones((3,) * int(most + 1)))
+    return Kind(expected, change, lambda v: _array(v, rank, most, abstract=abstract), others)
 
 
 def _leaves(value: Any) -> Any:
@@ -366,14 +383,12 @@ def tree(expected: str, change: str, *dtypes: Any) -> Kind:
     Args:
       expected: In words.
       change: What to do about it.
-      *dtypes: Of which the types are; then there must be a leaf.
+      *dtypes: Of which the types are, if they are not to be any.
     """
     allowed = dtypes or (jnp.number, jnp.bool_, jax.dtypes.prng_key)
 
     def value_of(value: Any) -> Any:
-        leaves = jax.tree.leaves(value)
-        _require(leaves or not dtypes)
-        for leaf in leaves:
+        for leaf in jax.tree.leaves(value):
             leaf = leaf if is_array(leaf) or isinstance(leaf, bool | complex) else _array(leaf)
             _require(any(jnp.issubdtype(jnp.result_type(leaf), t) for t in allowed))
         return value
@@ -534,8 +549,8 @@ declare(
     v=array(*KERNEL, rank=2),
     w=array(*KERNEL, rank=2),
     kernel=array(*KERNEL, rank=2),
-    bias=array("one number for each channel, [C]", rank=1),
-    g=array("one number for each channel, [C]", rank=1),
+    bias=array("one number for each channel, [C]", rank=1, most=1),
+    g=array("one number for each channel, [C]", rank=1, most=1),
     values=array(),
     weights=array("an array of numbers of at least 0", "pass one weight per example, [N]", rank=1),
     params=Kind(
@@ -579,8 +594,7 @@ declare(
     ),
     dtype=dtype,
     # Trees.
-    grads=tree("a pytree of arrays", "pass what jax.grad returned"),
-    states=tree("a state of batch norm, or a pytree of states", "pass what the norms returned"),
+    grads=tree("a pytree of arrays", "pass what jax.grad returned", jnp.number),
     variables=mapping(anything, "nested dicts of arrays", "pass the variables of the model"),
     key=Kind("a key of random numbers", "pass jax.random.key(0)", _key, (None, "x", 1.5, [1])),
 )

@@ -75,16 +75,16 @@ def get(name: str, **options: Any) -> Norm:
     >>> get("bach")
     Traceback (most recent call last):
     ...
-    ValueError: registry: got the unknown norm 'bach'; expected the name of a norm. To fix it, use \
-a known one: did you mean 'batch'? Known: none, batch, layer, rms, group, instance, weight, \
-weight_standardization, cosine, centred_cosine.
+    ValueError: registry: got the unknown norm 'bach': did you mean 'batch'? Known: none, batch, \
+layer, rms, group, instance, weight, weight_standardization, cosine, centred_cosine; expected the \
+name of a norm. To fix it, use a known one.
     """
     where, factory = f"{name} norm", row(name).factory
     known = inspect.signature(factory).parameters
     for option in options:
         if option not in known:
-            change = f"use a known one: {nearest(option, known)}"
-            raise invalid(where, f"the unknown option {option!r}", "one of its options", change)
+            given = f"the unknown option {option!r}: {nearest(option, known)}"
+            raise invalid(where, given, "one of its options", "use a known one")
     for option, parameter in known.items():
         if parameter.default is parameter.empty and option not in options:
             change = f"say get({name!r}, {option}=...)"
@@ -96,8 +96,8 @@ weight_standardization, cosine, centred_cosine.
 def row(name: str) -> Row:
     """Returns the registry's row for `name`; raises ValueError for an unknown one."""
     if name not in _ROWS:
-        change = f"use a known one: {nearest(name, _ROWS)}"
-        raise invalid("registry", f"the unknown norm {name!r}", "the name of a norm", change)
+        given = f"the unknown norm {name!r}: {nearest(name, _ROWS)}"
+        raise invalid("registry", given, "the name of a norm", "use a known one")
     return _ROWS[name]
 
 

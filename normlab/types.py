@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
@@ -104,8 +105,8 @@ def _site(abstract: bool) -> Kind:
                 kind.read(v)
         return site
 
-    wrong = (None, "x", 1, True, [1.0], {}, Site, Site([1.0]), Site(jnp.ones(2), w=jnp.ones(2)))
-    wrong = (*wrong, Site(jnp.ones((2, 2)), linear=Dense))
+    wrong = (None, "x", 1, True, [1.0], {}, Site, Site([1.0]), Site(np.ones(2), w=np.ones(2)))
+    wrong = (*wrong, Site(np.ones((2, 2)), linear=Dense))
     return Kind(
         "a Site of " + ("shapes" if abstract else "arrays"),
         "make it of the layer: Site(a=linear(x, w), x=x, w=w, linear=linear)",

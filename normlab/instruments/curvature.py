@@ -33,7 +33,7 @@ class AlongStep(NamedTuple):
 PARAMS = tree("a pytree of floating arrays", "pass the parameters of the model", jnp.floating)
 
 
-@checked("along step", params=PARAMS, direction=PARAMS, rates=array("the rates, [T]", rank=1))
+@checked("along step", params=PARAMS, direction=PARAMS, rates=array("rates [T]", rank=1, most=1))
 def along_step(
     loss: Callable[[Any], Array], params: Any, direction: Any, rates: ArrayLike
 ) -> AlongStep:

@@ -10,7 +10,7 @@ from jax import Array
 from jax.core import Tracer
 from jax.typing import ArrayLike
 
-from normlab.arguments import Kind, checked, is_array, is_number
+from normlab.arguments import array, checked
 from normlab.checks import invalid
 from normlab.moments import Moments
 from normlab.population.protocol import BadBatch, arrays
@@ -71,22 +71,9 @@ class Domains(NamedTuple):
         return self._replace(of=jax.vmap(lambda s: s.pool(axis_name))(self.of))
 
 
-def _numbers(domain: Any) -> Any:
-    if not (is_array(domain) or is_number(domain)):
-        raise TypeError
-    if not jnp.issubdtype(jnp.result_type(domain), jnp.integer):
-        raise TypeError
-    return domain
-
-
 @checked(
     "select domain",
-    domain=Kind(
-        "the number of a domain, or an array of them",
-        "number the domains from 0, and pass an array, not a list",
-        _numbers,
-        (None, "x", True, 1.0, [0], object(), jnp.zeros(2)),
-    ),
+    domain=array("the number of a domain, or an array of them, all of them integers", most=1),
 )
 def select_domain(states: Any, domain: ArrayLike) -> Any:
     """Says of which domain the next batch is, in every `Domains` of a pytree.
@@ -108,6 +95,10 @@ def select_domain(states: Any, domain: ArrayLike) -> Any:
             'make the norm with population="domains"',
         )
     index = jnp.asarray(domain)
+    if not jnp.issubdtype(index.dtype, jnp.integer):
+        raise invalid(
+            "select domain", f"a domain of type {index.dtype}", "integers", "number the domains"
+        )
     index = index.astype(jnp.int32)
     for state in found:
         inside = isinstance(index, Tracer) or ((index >= 0) & (index < state.domains)).all()

@@ -106,9 +106,8 @@ def init_population(population: str | Callable[..., Any], channels: int, **optio
         for option in options:
             if not takes(population, option):
                 names = [name for name in known if name != "channels"]
-                change = f"use a known one: {nearest(option, names)}"
-                given = f"the unknown option {option!r}"
-                raise invalid(f"population {population!r}", given, "one of its options", change)
+                given = f"{population!r}: unknown option {option!r}: {nearest(option, names)}"
+                raise invalid("population", given, "options it has", "use a known one")
         return make(channels, **options)
     known = inspect.signature(population).parameters
     if "dtype" not in known:
@@ -134,7 +133,6 @@ def takes(name: str, option: str) -> bool:
 def require(name: str) -> Callable[..., Any]:
     """Returns what makes the population of that name; raises ValueError for an unknown one."""
     if name not in POPULATIONS:
-        change = f"use a known one: {nearest(name, POPULATIONS)}"
-        given = f"the unknown population {name!r}"
-        raise invalid("population", given, "the name of a population", change)
+        given = f"the unknown population {name!r}: {nearest(name, POPULATIONS)}"
+        raise invalid("population", given, "the name of a population", "use a known one")
     return POPULATIONS[name]

@@ -11,7 +11,7 @@ import numpy as np
 from jax import Array, lax
 from jax.typing import DTypeLike
 
-from normlab.arguments import Kind, declare, instance, one_of
+from normlab.arguments import Kind, declare, instance, one_of, tree
 from normlab.checks import invalid
 from normlab.moments import Moments
 from normlab.sync import AxisName
@@ -61,7 +61,20 @@ def _state(value: Any) -> Any:
 
 POPULATION = instance(Population, "make it with init_running(channels)")
 STATE = Kind("a Population, (), or None", POPULATION.change, _state, POPULATION.wrong[1:])
-declare(bad_batch=one_of(BadBatch, "the name of a policy"), state=STATE)
+TREE = tree("a state of batch norm, or a pytree of states", "pass what the norms returned")
+
+
+def _states(value: Any) -> Any:
+    for leaf in jax.tree.leaves(value, is_leaf=lambda v: isinstance(v, Population)):
+        (POPULATION if isinstance(leaf, Population) else TREE).read(leaf)
+    return value
+
+
+declare(
+    bad_batch=one_of(BadBatch, "the name of a policy"),
+    state=STATE,
+    states=Kind(TREE.expected, TREE.change, _states, (*TREE.wrong, Population)),
+)
 
 
 def arrays(tree: Tree) -> Tree:

@@ -219,7 +219,7 @@ def change_ddof(state: Running, ddof: int, *, count: float | None = None) -> Run
     """
     state = arrays(state)
     n = jnp.asarray(state.count if count is None else count, state.var.dtype)
-    if not isinstance(n, Tracer) and not n > 1:
+    if not isinstance(n, Tracer) and not float(n) > 1:
         raise invalid(
             "change ddof",
             f"{n:g} values of a channel in a batch",

@@ -18,11 +18,12 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 from jax.core import Tracer
 from jax.typing import ArrayLike
 
-from normlab.arguments import Kind, checked, is_array
+from normlab.arguments import Kind, checked, is_array, read, tree
 from normlab.checks import invalid
 from normlab.lowering import zeros_of
 from normlab.moments import Moments
@@ -126,7 +127,7 @@ def _ok(value: Any) -> Any:
         "a bool, or an array of them",
         "reduce what is finite with jnp.isfinite(...).all()",
         _ok,
-        (None, "yes", 1, 1.0, [True], object(), jnp.ones(2), bool),
+        (None, "yes", 1, 1.0, [True], object(), np.ones(2), bool),
     ),
 )
 def commit(
@@ -258,7 +259,7 @@ def settle(states: Any, *, estimator: Estimator | None = None) -> Any:
 
     pending = [s for s in jax.tree.leaves(states, is_leaf=_is_pending) if _is_pending(s)]
     updates = [s.seen.updates for s in pending]
-    if pending and not any(isinstance(n, Tracer) or n.any() for n in updates):
+    if pending and not any(isinstance(n, Tracer) or np.any(n) for n in updates):
         raise invalid(
             "settle",
             f"a transaction of {max(int(s.seen.skipped.sum()) for s in pending)} batches that "
@@ -267,6 +268,9 @@ def settle(states: Any, *, estimator: Estimator | None = None) -> Any:
             "run the network in training mode between begin and settle",
         )
     return _map("settle", states, _is_pending, one, "states from begin")
+
+
+BATCH = tree("a pytree of arrays", "pass batches of arrays")
 
 
 def _iterable(value: Any) -> Any:
@@ -311,6 +315,7 @@ def precise(
     """
     states, run = begin(states), jax.jit(step)
     for batch in batches:
+        read("precise", "batch", batch, BATCH)
         states = run(states, batch)
     return settle(states, estimator=estimator)
 
