@@ -18,7 +18,7 @@ import inspect
 import math
 import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Literal, NamedTuple, TypeVar, get_args
+from typing import Any, Literal, NamedTuple, TypeGuard, TypeVar, get_args
 
 import jax
 import jax.numpy as jnp
@@ -79,7 +79,7 @@ def checked(where: str, **special: Kind) -> Callable[[F], F]:
 
     def decorate(f: F) -> F:
         if isinstance(f, type):
-            f.__init__ = decorate(f.__init__)
+            f.__init__ = decorate(f.__init__)  # pyright: ignore[reportArgumentType]
             return f  # pyright: ignore[reportReturnType]
         parameters = inspect.signature(f).parameters.values()
         parameters = [p for p in parameters if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
@@ -107,7 +107,7 @@ def checked(where: str, **special: Kind) -> Callable[[F], F]:
                 check_added(where, kwargs["eps"], given[0] if given else kwargs.get("a", 0.0))
             return f(*given, **kwargs)
 
-        call.where, call.kinds, call.optional = where, kinds, optional  # for the tests
+        vars(call).update(where=where, kinds=kinds, optional=optional)  # for the tests
         return call  # pyright: ignore[reportReturnType]
 
     return decorate
@@ -159,7 +159,9 @@ def _given(name: str, value: Any, kind: Kind) -> str:
     if value is None or scalar:
         typed = "" if kind.numeric and is_number(value) else f" of type {kept}"
         return f"{name}={_short(repr(value))}{typed}"
-    said = f"{value.dtype}{list(value.shape)}" if is_array(value) else _short(repr(value))
+    said = _short(repr(value))
+    if is_array(value):
+        said = f"{value.dtype}{list(value.shape)}"
     traced = "traced " if isinstance(value, Tracer) else ""
     article = "" if name.endswith("s") or len(name) < 3 else "a "
     return f"{article}{traced}{name} of type {kept} ({said})"
@@ -174,7 +176,7 @@ def _is_traced(value: Any) -> bool:
     return any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(value))
 
 
-def is_array(value: Any) -> bool:
+def is_array(value: Any) -> TypeGuard[Array]:
     """Whether it has a shape and a type, and values; of any library, or a box around an array."""
     abstract = isinstance(value, type | jax.ShapeDtypeStruct)
     return not abstract and hasattr(value, "shape") and hasattr(value, "dtype")

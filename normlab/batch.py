@@ -191,7 +191,7 @@ def _check_state(
             "pass the state that training returned; for the batch's own statistics train=True, or "
             "the state ()",
         )
-    if state is None or (isinstance(state, tuple) and not state):
+    if not isinstance(state, Population):
         return
     found = state.read()[0].shape
     inner = state.of if isinstance(state, Frozen) else state

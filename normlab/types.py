@@ -105,8 +105,9 @@ def _site(abstract: bool) -> Kind:
                 kind.read(v)
         return site
 
-    wrong = (None, "x", 1, True, [1.0], {}, Site, Site([1.0]), Site(np.ones(2), w=np.ones(2)))
-    wrong = (*wrong, Site(np.ones((2, 2)), linear=Dense))
+    some: Any = np.ones((2, 2))
+    wrong = (None, "x", 1, True, [1.0], {}, Site, Site(some, w=some[0]))
+    wrong = (*wrong, Site(some)._replace(linear=Dense), Site(some)._replace(a=[1.0]))
     return Kind(
         "a Site of " + ("shapes" if abstract else "arrays"),
         "make it of the layer: Site(a=linear(x, w), x=x, w=w, linear=linear)",
