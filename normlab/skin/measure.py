@@ -9,8 +9,9 @@ import numpy as np
 from jax import Array
 
 from normlab.affine import Parts
+from normlab.arguments import check_added, read
 from normlab.batch import batch_parts
-from normlab.checks import check_eps, invalid, normalize_axes, promote_dtype
+from normlab.checks import invalid, normalize_axes, promote_dtype
 from normlab.collective import measure
 from normlab.example import group_parts, layer_parts, rms_parts
 from normlab.moments import Algorithm, Moments
@@ -58,7 +59,7 @@ def example(
       fast: Flax's `use_fast_variance`.
       centre: Whether to subtract the mean; without, this is RMS norm.
     """
-    check_eps(call.where, eps)
+    check_added(call.where, read(call.where, "eps", eps), call.x)
     axes = normalize_axes(call.where, axes, call.x.ndim)
     if over is None and not centre:
         return rms_parts(call.x, None, axes=axes, eps=eps, weights=call.weights)
@@ -133,7 +134,7 @@ def group(
       over: The named axes along which the examples themselves are split.
       fast: Flax's `use_fast_variance`.
     """
-    check_eps(call.where, eps)
+    check_added(call.where, read(call.where, "eps", eps), call.x)
     x, weights = call.x, call.weights
     if axes is None and over is None and x.ndim > 1:
         return group_parts(
