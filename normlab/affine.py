@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import ArrayLike
 
+from normlab.arguments import checked, declare, instance
 from normlab.checks import (
     expand,
     floating,
@@ -45,6 +46,10 @@ class Parts(NamedTuple):
     reshift: Array
 
 
+declare(parts=instance(Parts, "take them from a *_parts, or make Parts(mu, sigma, g, b)"))
+
+
+@checked("affine")
 def affine(
     parts: Parts,
     a: ArrayLike,
@@ -74,6 +79,8 @@ def affine(
     >>> affine(parts, jnp.array([1.0, 5.0])).tolist()
     [10.0, 16.0]
     """
+    if channel_axis is not None:
+        (channel_axis,) = normalize_axes("affine", channel_axis, jnp.ndim(a))
     parts = _checked(parts, jnp.shape(a), promote_dtype(a))
     a, weights = jnp.asarray(a), align_weights("affine", weights, a, channel_axis)
     return partitioned(_affine, a, parts, weights)
@@ -147,6 +154,7 @@ def _(primals: Any, tangents: Any) -> Any:
     return _apply(a, pivot, r, c, g, b), by_a + by_r + dc * g2 + by_g + db
 
 
+@checked("invert")
 def invert(parts: Parts, h: ArrayLike) -> Array:
     """Undoes `affine`: a = (h − b) · σ / g + μ.
 
@@ -166,6 +174,7 @@ def invert(parts: Parts, h: ArrayLike) -> Array:
     return ((promote(h) - b) * sigma / g + mu).astype(result_dtype(h))
 
 
+@checked("fold")
 def fold(
     parts: Parts, kernel: Array, bias: Array | None = None, *, unit_axis: int = -1
 ) -> tuple[Array, Array]:

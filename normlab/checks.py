@@ -12,7 +12,6 @@ from typing import Any
 
 import jax.numpy as jnp
 from jax import Array
-from jax.core import Tracer
 from jax.typing import ArrayLike
 
 
@@ -60,8 +59,11 @@ def normalize_axes(where: str, axes: int | Sequence[int], ndim: int) -> tuple[in
       ValueError: If one is out of range or repeated.
     """
     given = axes
-    axes = tuple(axes) if isinstance(axes, Sequence) else (axes,)
-    if not all(-ndim <= operator.index(axis) < ndim for axis in axes):
+    try:
+        axes = tuple(map(operator.index, axes if isinstance(axes, Sequence) else (axes,)))
+    except TypeError:
+        axes = (ndim,)  # there is no such axis
+    if not all(-ndim <= axis < ndim for axis in axes):
         raise invalid(
             where,
             f"axes {given!r} for an array of rank {ndim}",
@@ -72,54 +74,6 @@ def normalize_axes(where: str, axes: int | Sequence[int], ndim: int) -> tuple[in
     if len(set(axes)) != len(axes):
         raise invalid(where, f"axes {given!r}", "distinct axes", "name each axis once")
     return axes
-
-
-def check_eps(where: str, eps: float) -> None:
-    """Raises ValueError unless `eps` is a positive, finite number."""
-    if not isinstance(eps, Tracer) and not 0 < eps < float("inf"):
-        raise invalid(
-            where,
-            f"eps={eps!r}",
-            "a positive number: it is added to the variance under the root",
-            "pass for example eps=1e-5",
-        )
-
-
-def check_decay(where: str, decay: Any) -> None:
-    """Raises ValueError unless `decay` is in [0, 1); a traced one (a schedule) is trusted."""
-    if jnp.ndim(decay):
-        raise invalid(
-            where, f"a decay of shape {jnp.shape(decay)}", "one number", "use one for all channels"
-        )
-    if not isinstance(decay, Tracer) and not 0 <= decay < 1:
-        raise invalid(
-            where,
-            f"decay={decay!r}",
-            "a number in [0, 1), the weight of the old value",
-            "pass for example decay=0.9 (a torch momentum of 0.1)",
-        )
-
-
-def check_ddof(where: str, ddof: int) -> None:
-    """Raises ValueError unless `ddof` is 0 or 1."""
-    if ddof not in (0, 1):
-        raise invalid(
-            where,
-            f"ddof={ddof!r}",
-            "0, the biased variance, or 1, the unbiased one",
-            "use 0 to keep the variance that normalized the batch, 1 for torch's",
-        )
-
-
-def check_train(where: str, train: bool) -> None:
-    """Raises ValueError unless `train` is a Python bool."""
-    if not isinstance(train, bool):
-        raise invalid(
-            where,
-            f"train={train!r} of type {type(train).__name__}",
-            "True or False, known when the function is traced",
-            "pass a Python bool (under jit: static_argnames='train')",
-        )
 
 
 def expand(v: Array, ndim: int, channel_axis: int) -> Array:

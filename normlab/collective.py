@@ -26,6 +26,7 @@ import numpy as np
 from jax import Array, lax
 from jax.sharding import PartitionSpec
 
+from normlab.arguments import checked
 from normlab.checks import invalid
 from normlab.lowering import derivative_of, partitioned
 from normlab.moments import Algorithm, Moments, count_values, merge_axes, moments
@@ -208,6 +209,7 @@ def differentiated(sync: Sync, local: Moments, merged: Moments) -> Moments:
     return Moments(value.count, mean, value.m2 + value.count * derivative_of(source.var()))
 
 
+@checked("all_reduce")
 def all_reduce(m: Moments, axis_name: AxisName | None) -> Moments:
     """Merges the samples of all devices along named axes, each weighted by its count.
 

@@ -16,12 +16,14 @@ from jax import Array, lax
 from jax.typing import ArrayLike
 
 from normlab.affine import Parts, affine
+from normlab.arguments import array, checked
 from normlab.checks import expand, gain_and_bias, promote, result_dtype
 from normlab.linear import Dense, Linear, output_shape
 from normlab.types import Site
 from normlab.weight import deviations, inputs, kernel, safe_sqrt, units_and_lengths
 
 
+@checked("cosine norm", x=array("an input [..., K], a real one", rank=1))
 def cosine_norm(
     x: ArrayLike,
     w: ArrayLike,
@@ -63,6 +65,7 @@ def cosine_norm(
     return affine(cosine_parts(params, site, centred=centred), site.a).astype(dtype)
 
 
+@checked("cosine norm")
 def cosine_parts(params: Any, site: Site, *, centred: bool = False) -> Parts:
     """The parts of cosine normalization.
 

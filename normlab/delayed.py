@@ -20,6 +20,7 @@ import numpy as np
 from jax import Array, lax
 from jax.typing import DTypeLike
 
+from normlab.arguments import checked, settled_decay
 from normlab.checks import invalid
 from normlab.collective import check_bound, gather_members, vary
 from normlab.moments import Moments, empty
@@ -90,6 +91,7 @@ def check_delayed(where: str, every: int, state: Any, channels: int) -> None:
     )
 
 
+@checked("delayed statistics", decay=settled_decay)
 def init_delayed(
     channels: int,
     *,
@@ -125,6 +127,7 @@ def delay(running: Any) -> Delayed:
     return Delayed(running, own, others, jnp.full(mean.shape[:-1], -1, jnp.int32))
 
 
+@checked("exchange")
 def exchange(states: Any, axis_name: AxisName) -> Any:
     """Tells every device what the others measured last: one collective for all norms together.
 

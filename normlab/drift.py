@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from normlab.arguments import checked, instance
 from normlab.checks import invalid
 from normlab.collective import check_bound, gather
 from normlab.delayed import Delayed
@@ -49,6 +50,10 @@ class Drift(NamedTuple):
         return self.between / jnp.where(var == 0, 1, var)
 
 
+STATS = instance((Moments, Running, Cumulative, Delayed), "pass the statistics of the devices")
+
+
+@checked("drift", stats=STATS)
 def drift(
     stats: Moments | Running | Cumulative | Delayed, axis_name: AxisName | None = None
 ) -> Drift:

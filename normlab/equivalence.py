@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,8 @@ from jax import Array, lax
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from normlab.checks import invalid, nearest
+from normlab.arguments import array, checked, integer, mode, one_of, sequence
+from normlab.checks import invalid
 from normlab.gradients import global_gradient, global_mean
 from normlab.linear import Dense, Linear
 from normlab.registry import get, row
@@ -53,6 +54,14 @@ class Equivalence(NamedTuple):
         return float(np.max([*self.errors.values()]))
 
 
+@checked(
+    "equivalence",
+    norm=mode,
+    form=one_of(Form, "the name of a form"),
+    x=array("the whole batch, [D·N, ...]", rank=2),
+    recipes=sequence(one_of(Literal[RECIPES], ""), "some of RECIPES", "take them from there"),
+    seed=integer("a seed, at least 0", "pass an int", 0),
+)
 def equivalence(
     norm: str | Callable[[AxisName | None], Norm],
     axis_name: AxisName,
@@ -102,15 +111,19 @@ def equivalence(
             "one axis, the gradient of both passes, and no delay",
             'name one axis: "data", or Sync("data", groups=...)',
         )
-    if form not in get_args(Form):
-        known = nearest(str(form), get_args(Form))
-        raise invalid(where, f"form={form!r}", "the name of a form", f"use a known one: {known}")
     if form != "vmap" and devices > jax.device_count():
         raise invalid(
             where,
             f"{devices} devices",
             f"at most the {jax.device_count()} there are",
             f'set XLA_FLAGS=--xla_force_host_platform_device_count={devices}, or form="vmap"',
+        )
+    if weights is not None and x is not None and weights.shape != x.shape[:1]:
+        raise invalid(
+            where,
+            f"weights of shape {weights.shape} for a batch of shape {x.shape}",
+            f"shape {x.shape[:1]}",
+            "pass one weight per example",
         )
     make = _maker(norm)
     rng = np.random.default_rng(seed)

@@ -25,14 +25,14 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from normlab.affine import Parts, affine
-from normlab.checks import check_eps, gain_and_bias, invalid, normalize_axes, promote
+from normlab.arguments import checked, norm_axes
+from normlab.checks import gain_and_bias, invalid, normalize_axes, promote
 from normlab.lowering import partitioned
 from normlab.moments import (
     Algorithm,
     Moments,
     align_weights,
     average,
-    check_algorithm,
     merge_axes,
     moments,
     standard_deviation,
@@ -86,6 +86,7 @@ def layer_norm(
     return affine(parts, a, weights=weights, channel_axis=channel_axis)
 
 
+@checked("layer norm", axes=norm_axes)
 def layer_parts(
     a: Array,
     params: Any,
@@ -99,7 +100,6 @@ def layer_parts(
     """The parts of `layer_norm`, which see."""
     a = jnp.asarray(a)
     where = "layer norm"
-    check_eps(where, eps)
     m = layer_moments(a, axes=axes, weights=weights, channel_axis=channel_axis, algorithm=algorithm)
     g, b = gain_and_bias(where, params, a, channel_axis)
     _check_values(
@@ -118,7 +118,6 @@ def layer_moments(
 ) -> Moments:
     """The moments that layer norm normalizes with, broadcastable to `a`; of one value too."""
     a, where = jnp.asarray(a), "layer norm"
-    check_algorithm(where, algorithm)
     (channel,) = normalize_axes(where, channel_axis, a.ndim)
     weights = align_weights(where, weights, a, channel)
     axes = _example_axes(where, axes, a.ndim, channel)
@@ -157,6 +156,7 @@ def rms_norm(
     return affine(parts, a, weights=weights, channel_axis=channel_axis)
 
 
+@checked("RMS norm", axes=norm_axes)
 def rms_parts(
     a: Array,
     params: Any,
@@ -168,7 +168,6 @@ def rms_parts(
 ) -> Parts:
     """The parts of `rms_norm`, which see."""
     a = jnp.asarray(a)
-    check_eps("RMS norm", eps)
     (channel,) = normalize_axes("RMS norm", channel_axis, a.ndim)
     axes = _example_axes("RMS norm", axes, a.ndim, channel)
     weights = align_weights("RMS norm", weights, a, channel)
@@ -223,6 +222,7 @@ def group_norm(
     return affine(parts, a, weights=weights, channel_axis=channel_axis)
 
 
+@checked("group norm")
 def group_parts(
     a: Array,
     params: Any,
@@ -236,7 +236,6 @@ def group_parts(
     """The parts of `group_norm`, which see."""
     a = jnp.asarray(a)
     where = "group norm"
-    check_eps(where, eps)
     m = group_moments(
         a, groups=groups, weights=weights, channel_axis=channel_axis, algorithm=algorithm
     )
@@ -257,10 +256,9 @@ def group_moments(
 ) -> Moments:
     """The moments that group norm normalizes with, broadcastable to `a`; of one value too."""
     a, where = jnp.asarray(a), "group norm"
-    check_algorithm(where, algorithm)
     channel = _channel_axis(where, channel_axis, a)
     channels = a.shape[channel]
-    if isinstance(groups, bool | str | float) or groups < 1 or channels % groups:
+    if groups < 1 or channels % groups:
         divisors = [d for d in range(1, channels + 1) if channels % d == 0]
         raise invalid(
             where,
@@ -319,6 +317,7 @@ def instance_norm(
     return affine(parts, a, weights=weights, channel_axis=channel_axis)
 
 
+@checked("instance norm")
 def instance_parts(
     a: Array,
     params: Any,
@@ -331,7 +330,6 @@ def instance_parts(
     """The parts of `instance_norm`, which see."""
     a = jnp.asarray(a)
     where = "instance norm"
-    check_eps(where, eps)
     m = instance_moments(a, weights=weights, channel_axis=channel_axis, algorithm=algorithm)
     _check_values(where, a, m, "example and channel", "use layer norm or RMS norm in a dense layer")
     g, b = gain_and_bias(where, params, a, channel_axis)
@@ -347,7 +345,6 @@ def instance_moments(
 ) -> Moments:
     """The moments that instance norm normalizes with, broadcastable to `a`; of one value too."""
     a, where = jnp.asarray(a), "instance norm"
-    check_algorithm(where, algorithm)
     channel = _channel_axis(where, channel_axis, a)
     weights = align_weights(where, weights, a, channel)
     axes = [i for i in range(1, a.ndim) if i != channel]
@@ -374,8 +371,6 @@ def _example_axes(where: str, axes: Axes, ndim: int, channel: int) -> tuple[int,
         return (channel,)
     if axes == "all":
         return tuple(range(1, ndim))
-    if isinstance(axes, str) or axes is None:
-        raise invalid(where, f"axes={axes!r}", "'channels', 'all' or axes by number", "use one")
     return normalize_axes(where, axes, ndim)
 
 

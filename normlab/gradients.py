@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import ArrayLike
 
+from normlab.arguments import array, checked
 from normlab.checks import invalid, promote
 from normlab.collective import check_bound, is_typed, varying_axes
 from normlab.lowering import derivative_of
@@ -28,6 +29,7 @@ from normlab.sync import AxisName, as_sync
 Tree = TypeVar("Tree")
 
 
+@checked("global mean", weights=array())
 def global_mean(
     values: ArrayLike, axis_name: AxisName, *, weights: ArrayLike | None = None
 ) -> Array:
@@ -64,6 +66,7 @@ def global_mean(
     return lax.psum(lax.stop_gradient(share), names) + derivative_of(share)
 
 
+@checked("global gradient")
 def global_gradient(grads: Tree, axis_name: AxisName) -> Tree:
     """The gradient of a `global_mean` by replicated parameters, from each device's.
 

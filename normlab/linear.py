@@ -8,18 +8,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import ArrayLike
 
+from normlab.arguments import checked, declare, either, instance, integer, one_of, sequence
 from normlab.checks import invalid, promote
 from normlab.moments import Moments, moments
 from normlab.trees import static
 
 
+@runtime_checkable
 class Linear(Protocol):
     """A linear map `a = linear(x, w)` with the output channels of `w` last."""
 
@@ -49,7 +51,11 @@ class Linear(Protocol):
         ...
 
 
+declare(linear=instance(Linear, "make one: Dense() or Conv()", arrays=False))
+
+
 @static
+@checked("Dense", channel_axis=integer("-1", "move the channels last", among=(-1,)))
 @dataclass(frozen=True)
 class Dense:
     """The matrix product over the last axis: `x [..., K]`, `w [K, C]`, `a [..., C]`.
@@ -60,12 +66,7 @@ class Dense:
 
     channel_axis: int = -1
 
-    def __post_init__(self) -> None:
-        if self.channel_axis != -1:
-            raise invalid(
-                "Dense", f"channel_axis={self.channel_axis}", "-1", "move the channels last"
-            )
-
+    @checked("Dense")
     def __call__(self, x: Array, w: Array) -> Array:
         """Returns `x @ w`."""
         if w.ndim != 2 or x.ndim == 0 or x.shape[-1] != w.shape[0]:
@@ -95,7 +96,31 @@ class Dense:
         return moments(x, -1)
 
 
+STEP = integer("a number of steps, at least 1", "pass 1 for every position", 1)
+STEPS = either(
+    "a number of steps, at least 1, or one for each axis", STEP.change, STEP, sequence(STEP)
+)
+PADDING = either(
+    "'SAME', 'VALID' or (low, high) for each axis",
+    "use one",
+    one_of(Literal["SAME", "VALID", "SAME_LOWER"], ""),
+    sequence(sequence(integer("", ""), length=2)),
+)
+
+
 @static
+@checked(
+    "Conv",
+    strides=STEPS,
+    padding=PADDING,
+    dilation=STEPS,
+    groups=integer("a number of groups, at least 1", "use 1 for none", 1),
+    channel_axis=integer(
+        "-1 (channels last) or 1 (channels first)",
+        "move the channels to one of the two",
+        among=(-1, 1),
+    ),
+)
 @dataclass(frozen=True)
 class Conv:
     """Convolution of any spatial rank: `w` is `[*window, K/groups, C]`.
@@ -117,27 +142,7 @@ class Conv:
     groups: int = 1
     channel_axis: int = -1
 
-    def __post_init__(self) -> None:
-        if self.channel_axis not in (-1, 1):
-            raise invalid(
-                "Conv",
-                f"channel_axis={self.channel_axis}",
-                "-1 (channels last) or 1 (channels first)",
-                "move the channels to one of the two",
-            )
-        if self.groups < 1:
-            raise invalid("Conv", f"groups={self.groups}", "at least 1", "use 1 for none")
-        words = ("SAME", "VALID", "SAME_LOWER")
-        if isinstance(self.padding, int) or (
-            isinstance(self.padding, str) and self.padding not in words
-        ):
-            raise invalid(
-                "Conv",
-                f"padding={self.padding!r}",
-                "'SAME', 'VALID' or (low, high) per axis",
-                "use one",
-            )
-
+    @checked("Conv")
     def __call__(self, x: Array, w: Array) -> Array:
         """Returns the convolution of `x` with `w`, in the layout of `x`."""
         spatial = w.ndim - 2

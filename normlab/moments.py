@@ -16,7 +16,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +25,8 @@ from jax import Array, lax
 from jax.core import Tracer
 from jax.typing import ArrayLike, DTypeLike
 
-from normlab.checks import floating, invalid, nearest, normalize_axes, promote, promote_dtype
+from normlab.arguments import checked, declare, instance, integer, one_of, sequence
+from normlab.checks import floating, invalid, normalize_axes, promote, promote_dtype
 from normlab.lowering import apart, partitioned, widen
 from normlab.trees import node
 
@@ -41,6 +42,8 @@ Weighted moments know no sixteenth: there `"shifted"` is two passes.
 With all of them the mean is corrected by Σ (x − k), or taken about the first value: it is right to
 two units in its last place, and the mean of a constant is that constant, so that h is b.
 """
+
+declare(algorithm=one_of(Algorithm, "the name of an algorithm"))
 
 
 @node
@@ -80,6 +83,11 @@ class Moments(NamedTuple):
         return jnp.where(var == 0, jnp.where(square == 0, 0, jnp.inf), ratio)
 
 
+SAMPLE = instance(Moments, "pass what moments(x, axes) returned")
+SHAPE = sequence(integer("a size", "", 0), "a shape", "pass a tuple of ints, such as (3,)")
+declare(m=SAMPLE, p=SAMPLE, q=SAMPLE)
+
+
 def standard_deviation(var: Array, count: Array, eps: float) -> Array:
     """σ = √(var + ε); the largest number where nothing was measured, NaN where var overflowed.
 
@@ -94,6 +102,7 @@ def standard_deviation(var: Array, count: Array, eps: float) -> Array:
     return jnp.where(count > 0, jnp.sqrt(var + eps) + overflow, jnp.finfo(var.dtype).max)
 
 
+@checked("empty", shape=SHAPE)
 def empty(shape: Sequence[int] = (), dtype: DTypeLike = jnp.float32) -> Moments:
     """The moments of no values at all: the identity of `merge`.
 
@@ -104,6 +113,7 @@ def empty(shape: Sequence[int] = (), dtype: DTypeLike = jnp.float32) -> Moments:
     return Moments(*(jnp.zeros(shape, dtype) for _ in Moments._fields))
 
 
+@checked("moments")
 def moments(
     x: ArrayLike,
     axes: int | Sequence[int],
@@ -137,7 +147,6 @@ def moments(
     """
     x = floating(x)
     axes = normalize_axes("moments", axes, x.ndim)
-    check_algorithm("moments", algorithm)
     w = align_weights("moments", weights, x)
     return partitioned(functools.partial(_moments, axes, algorithm), x, w)
 
@@ -248,17 +257,6 @@ def _(axes: tuple[int, ...], primals: Any, tangents: Any) -> Any:
     return power_sums(x, pivot, axes), (first, second)
 
 
-def check_algorithm(where: str, algorithm: str) -> None:
-    """Raises ValueError unless `algorithm` is an `Algorithm`."""
-    if algorithm not in get_args(Algorithm):
-        raise invalid(
-            where,
-            f"algorithm={algorithm!r}",
-            "the name of an algorithm",
-            f"use a known one: {nearest(str(algorithm), get_args(Algorithm))}",
-        )
-
-
 def average(
     x: Array, axes: Sequence[int], *, weights: ArrayLike | None = None
 ) -> tuple[Array, Array]:
@@ -275,6 +273,7 @@ def average(
     return total / jnp.where(count > 0, count, 1), count
 
 
+@checked("merge")
 def merge(p: Moments, q: Moments) -> Moments:
     """The moments of two samples together (Chan, Golub & LeVeque 1983).
 
@@ -293,6 +292,7 @@ def merge(p: Moments, q: Moments) -> Moments:
     return Moments(count, p.mean + delta * share, p.m2 + q.m2 + jnp.square(delta) * p.count * share)
 
 
+@checked("merge_axes")
 def merge_axes(m: Moments, axes: int | Sequence[int]) -> Moments:
     """Merges the samples along array axes: `m2` within them plus `m2` between their means.
 
@@ -306,6 +306,7 @@ def merge_axes(m: Moments, axes: int | Sequence[int]) -> Moments:
     return between._replace(m2=between.m2 + m.m2.sum(axes, keepdims=True))
 
 
+@checked("effective sample size")
 def effective_sample_size(weights: ArrayLike, axes: int | Sequence[int] | None = None) -> Array:
     """Kish's effective sample size (Σ w)² / Σ w²: n equal weights are worth n examples.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import math
 from collections.abc import Callable
@@ -11,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from normlab.affine import Parts
+from normlab.arguments import checked, flag, integer, norm_axes, real, settled_decay
 from normlab.batch import batch_parts
 from normlab.checks import gain_and_bias, invalid, nearest, promote_dtype
 from normlab.cosine import cosine_parts
@@ -21,7 +23,7 @@ from normlab.population.cumulative import Estimator
 from normlab.population.names import init_population, require
 from normlab.population.protocol import BadBatch
 from normlab.sync import AxisName, as_sync
-from normlab.types import Norm, Params, Site, State, init_affine
+from normlab.types import SHAPES, Norm, Params, Site, State, init_affine
 from normlab.weight import weight_norm_init, weight_parts, weight_standardization_parts
 
 INVARIANCES = (
@@ -59,6 +61,7 @@ class Row(NamedTuple):
     paper: str
 
 
+@checked("get")
 def get(name: str, **options: Any) -> Norm:
     """Returns the norm called `name`.
 
@@ -72,26 +75,29 @@ def get(name: str, **options: Any) -> Norm:
     >>> get("bach")
     Traceback (most recent call last):
     ...
-    ValueError: unknown norm 'bach': did you mean 'batch'? Known: none, batch, layer, rms, group, \
-instance, weight, weight_standardization, cosine, centred_cosine
+    ValueError: registry: got the unknown norm 'bach': did you mean 'batch'? Known: none, batch, \
+layer, rms, group, instance, weight, weight_standardization, cosine, centred_cosine; expected the \
+name of a norm. To fix it, use a known one.
     """
-    factory = row(name).factory
+    where, factory = f"{name} norm", row(name).factory
     known = inspect.signature(factory).parameters
     for option in options:
         if option not in known:
-            raise ValueError(f"{name} norm: unknown option {option!r}: {nearest(option, known)}")
+            given = f"the unknown option {option!r}: {nearest(option, known)}"
+            raise invalid(where, given, "one of its options", "use a known one")
     for option, parameter in known.items():
         if parameter.default is parameter.empty and option not in options:
-            raise ValueError(
-                f"{name} norm: the option {option!r} is missing: get({name!r}, {option}=...)"
-            )
+            change = f"say get({name!r}, {option}=...)"
+            raise invalid(where, f"no {option}", "this option, which has no default", change)
     return factory(**options)
 
 
+@checked("row")
 def row(name: str) -> Row:
     """Returns the registry's row for `name`; raises ValueError for an unknown one."""
     if name not in _ROWS:
-        raise ValueError(f"unknown norm {name!r}: {nearest(name, _ROWS)}")
+        given = f"the unknown norm {name!r}: {nearest(name, _ROWS)}"
+        raise invalid("registry", given, "the name of a norm", "use a known one")
     return _ROWS[name]
 
 
@@ -100,6 +106,23 @@ def names() -> tuple[str, ...]:
     return tuple(_ROWS)
 
 
+def _factory(where: str, **special: Any) -> Callable[[Callable[..., Norm]], Callable[..., Norm]]:
+    """A factory whose options, and the arguments of whose norms, are held against their kinds."""
+
+    def decorate(f: Callable[..., Norm]) -> Callable[..., Norm]:
+        make = checked(where, **special)(f)
+
+        @functools.wraps(make)
+        def factory(**options: Any) -> Norm:
+            init, parts = make(**options)
+            return Norm(checked(where, site=SHAPES)(init), checked(where)(parts))
+
+        return factory
+
+    return decorate
+
+
+@_factory("no norm")
 def none(*, reshift: bool = True) -> Norm:
     """No normalization: μ = 0, σ = 1, and a bias."""
 
@@ -111,6 +134,7 @@ def none(*, reshift: bool = True) -> Norm:
     return _stateless(measure, rescale=False, reshift=reshift)
 
 
+@_factory("batch norm", decay=settled_decay)
 def batch(
     *,
     decay: float | None = None,
@@ -163,6 +187,7 @@ def batch(
     return Norm(init, parts)
 
 
+@_factory("layer norm", axes=norm_axes)
 def layer(
     *,
     axes: Axes = "channels",
@@ -175,6 +200,7 @@ def layer(
     return _example(layer_parts, rescale, reshift, axes=axes, eps=eps, algorithm=algorithm)
 
 
+@_factory("RMS norm", axes=norm_axes)
 def rms(
     *,
     axes: Axes = "channels",
@@ -186,6 +212,7 @@ def rms(
     return _example(rms_parts, rescale, reshift, axes=axes, eps=eps)
 
 
+@_factory("group norm", groups=integer("a number of groups, at least 1", "pass an int", 1))
 def group(
     *,
     groups: int,
@@ -198,6 +225,7 @@ def group(
     return _example(group_parts, rescale, reshift, groups=groups, eps=eps, algorithm=algorithm)
 
 
+@_factory("instance norm")
 def instance(
     *,
     eps: float = 1e-5,
@@ -209,6 +237,7 @@ def instance(
     return _example(instance_parts, rescale, reshift, eps=eps, algorithm=algorithm)
 
 
+@_factory("weight norm", data_init=flag())
 def weight(
     *,
     data_init: bool = False,
@@ -234,11 +263,13 @@ def weight(
     )
 
 
+@_factory("weight standardization")
 def weight_standardization(*, rescale: bool = True, reshift: bool = True) -> Norm:
     """`weight_standardization`."""
     return _stateless(weight_standardization_parts, rescale=rescale, reshift=reshift)
 
 
+@_factory("cosine norm", g=real)
 def cosine(*, g: float | None = None, rescale: bool = True, reshift: bool = True) -> Norm:
     """`cosine_norm`. The gain starts at `g`; `None` stands for √K.
 
@@ -248,6 +279,7 @@ def cosine(*, g: float | None = None, rescale: bool = True, reshift: bool = True
     return _cosine(False, g, rescale, reshift)
 
 
+@_factory("centred cosine norm", g=real)
 def centred_cosine(*, g: float | None = None, rescale: bool = True, reshift: bool = True) -> Norm:
     """`cosine_norm(centred=True)`, Pearson's correlation; `g` as in `cosine`."""
     return _cosine(True, g, rescale, reshift)

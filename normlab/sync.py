@@ -4,13 +4,24 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Sequence
-from typing import Any, Literal, NamedTuple, get_args
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from jax.sharding import AbstractMesh, Mesh
 
-from normlab.checks import invalid, nearest
+from normlab.arguments import (
+    checked,
+    declare,
+    either,
+    flag,
+    instance,
+    integer,
+    one_of,
+    sequence,
+    text,
+)
+from normlab.checks import invalid
 from normlab.trees import static
 
 Gradient = Literal["both", "forward", "backward", "none"]
@@ -30,7 +41,32 @@ examples and counts by their share n/N of all; in `"forward"` it counts whole.
 """
 
 
+NAMES = text("the name of an axis", "pass a string")
+NAMES = either(
+    "the name of an axis, or a tuple of names", 'name them: "data"', NAMES, sequence(NAMES)
+)
+SHARD = integer("the number of a shard", "", 0)
+SHARDS = sequence(sequence(SHARD), "tuples of the numbers of shards", "number them from 0")
+
+
 @static
+@checked(
+    "Sync",
+    axes=NAMES,
+    groups=either(
+        "a number of shards, at least 1, or tuples of their numbers",
+        "pass an int or ((0, 1), (2, 3))",
+        integer("", "", 1),
+        SHARDS,
+    ),
+    members=SHARDS,
+    shards=integer("a number of parts, at least 1", "pass 1 to leave the batch whole", 1),
+    virtual_batch=integer("a number of examples, at least 1", "pass an int", 1),
+    staged=flag(),
+    gradient=one_of(Gradient, "what the gradient sees"),
+    every=integer("a number of batches, at least 0", "pass 0 to ask in every norm", 0),
+    mesh=instance((Mesh, AbstractMesh), "make it with jax.make_mesh", arrays=False),
+)
 @dataclasses.dataclass(frozen=True)
 class Sync:
     """Which examples are one batch. Takes the place of an `axis_name`; a plain name means all.
@@ -76,19 +112,6 @@ class Sync:
 
     def __post_init__(self) -> None:
         """Raises ValueError for a combination that means nothing."""
-        object.__setattr__(self, "groups", _tuples(self.groups))
-        object.__setattr__(self, "members", _tuples(self.members))
-        for name, least in (("shards", 1), ("every", 0), ("groups", 1), ("virtual_batch", 1)):
-            value = getattr(self, name)
-            if not isinstance(value, tuple) and value is not None and value < least:
-                raise invalid("Sync", f"{name}={value}", f"at least {least}", f"raise {name}")
-        if self.gradient not in get_args(Gradient):
-            raise invalid(
-                "Sync",
-                f"gradient={self.gradient!r}",
-                "what the gradient sees",
-                f"use a known word: {nearest(str(self.gradient), get_args(Gradient))}",
-            )
         cuts = {
             name: getattr(self, name)
             for name in ("groups", "members", "virtual_batch")
@@ -126,6 +149,15 @@ class Sync:
 AxisName = str | tuple[str, ...] | Sync
 """The name, or names, of axes over which statistics are merged; or a `Sync`."""
 
+declare(
+    axis_name=either(
+        "the name of a mapped axis, a tuple of names, or a Sync",
+        'pass for example axis_name="data"',
+        NAMES,
+        instance(Sync, "", arrays=False),
+    )
+)
+
 
 def as_sync(axis_name: AxisName | None) -> Sync:
     """The `Sync` that is meant by a name, names, or `None`."""
@@ -134,6 +166,11 @@ def as_sync(axis_name: AxisName | None) -> Sync:
     return Sync(() if axis_name is None else axis_name)
 
 
+@checked(
+    "ring",
+    count=integer("a number of shards, at least 1", "count the shards", 1),
+    reach=integer("a number of neighbours, at least 0", "pass 1 for one on either side", 0),
+)
 def ring(count: int, reach: int = 1) -> tuple[tuple[int, ...], ...]:
     """The `members` of a ring: each of `count` shards with `reach` neighbours on either side.
 
@@ -259,10 +296,3 @@ def _divisor(number: int, near: int) -> int:
     """The divisor of `number` that is nearest to `near`."""
     divisors = [k for k in range(1, number + 1) if number % k == 0]
     return min(divisors, key=lambda k: abs(k - near))
-
-
-def _tuples(value: Any) -> Any:
-    """Lists as tuples, so that a spec can be hashed."""
-    if isinstance(value, Iterable):
-        return tuple(tuple(row) if isinstance(row, Iterable) else (row,) for row in value)
-    return value

@@ -10,10 +10,12 @@ from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
 from normlab.affine import Parts, affine
+from normlab.arguments import KINDS, Kind, anything, array, checked, declare, real
 from normlab.linear import Dense, Linear
 from normlab.trees import node
 
@@ -37,6 +39,7 @@ class Affine(NamedTuple):
     b: Array | None
 
 
+@checked("init_affine", g=real)
 def init_affine(
     channels: int,
     *,
@@ -89,6 +92,35 @@ class Site(NamedTuple):
         return self.a.shape[self.linear.channel_axis]
 
 
+def _site(abstract: bool) -> Kind:
+    weights, a, w = (array(rank=rank, abstract=abstract) for rank in range(3))
+
+    def read(site: Any) -> Site:
+        if not isinstance(site, Site):
+            raise TypeError
+        KINDS["linear"].read(site.linear)
+        a.read(site.a)
+        for v, kind in ((site.x, a), (site.w, w), (site.weights, weights)):
+            if v is not None:
+                kind.read(v)
+        return site
+
+    some: Any = np.ones((2, 2))
+    wrong = (None, "x", 1, True, [1.0], {}, Site, Site(some, w=some[0]))
+    wrong = (*wrong, Site(some)._replace(linear=Dense), Site(some)._replace(a=[1.0]))
+    return Kind(
+        "a Site of " + ("shapes" if abstract else "arrays"),
+        "make it of the layer: Site(a=linear(x, w), x=x, w=w, linear=linear)",
+        read,
+        wrong,
+    )
+
+
+SHAPES = _site(abstract=True)
+declare(site=_site(abstract=False))
+
+
+@checked("shapes", x=array(rank=1, abstract=True), w=array(rank=2, abstract=True))
 def shapes(x: Any, w: Any, *, linear: Linear = Dense(), weights: Any = None) -> Site:  # noqa: B008
     """Returns the `Site` of `linear(x, w)` with `jax.ShapeDtypeStruct`s in place of arrays.
 
@@ -152,6 +184,7 @@ class Norm(NamedTuple):
     init: Init
     parts: Measure
 
+    @checked("norm", params=anything, state=anything)
     def apply(
         self, params: Params, state: State, site: Site, *, train: bool
     ) -> tuple[Array, State]:

@@ -16,6 +16,7 @@ from jax import Array, lax
 from jax.typing import ArrayLike
 
 from normlab.affine import Parts, affine
+from normlab.arguments import checked, not_negative
 from normlab.checks import expand, gain_and_bias, invalid, promote, result_dtype
 from normlab.collective import all_reduce
 from normlab.linear import output_shape
@@ -24,6 +25,7 @@ from normlab.sync import AxisName
 from normlab.types import Affine, Site
 
 
+@checked("weight norm")
 def weight_norm(v: Array, g: Array | None = None) -> Array:
     """Weight normalization (Salimans & Kingma 2016, https://arxiv.org/abs/1602.07868).
 
@@ -51,6 +53,7 @@ def weight_norm(v: Array, g: Array | None = None) -> Array:
     return (gain * unit).astype(result_dtype(v))
 
 
+@checked("weight standardization")
 def weight_standardization(v: Array, g: Array | None = None) -> Array:
     """Weight standardization, scaled by the fan-in.
 
@@ -80,6 +83,7 @@ def weight_standardization(v: Array, g: Array | None = None) -> Array:
     return (gain * unit).astype(result_dtype(v))
 
 
+@checked("weight standardization")
 def weight_standardization_parts(params: Any, site: Site) -> Parts:
     """The parts of weight standardization: μ = w̄·Σx, σ = ‖w − w̄‖.
 
@@ -104,6 +108,7 @@ def weight_standardization_parts(params: Any, site: Site) -> Parts:
     return Parts(mu, jnp.where(constant, 1, length), jnp.where(constant, 0, g), b)
 
 
+@checked("weight norm")
 def weight_parts(params: Any, site: Site) -> Parts:
     """The parts of weight normalization: μ = 0, σ = ‖w‖ (1 where w = 0).
 
@@ -121,6 +126,7 @@ def weight_parts(params: Any, site: Site) -> Parts:
     return Parts(jnp.zeros((), sigma.dtype), sigma, g, b)
 
 
+@checked("weight norm", eps=not_negative)
 def weight_norm_init(site: Site, *, eps: float = 0.0, axis_name: AxisName | None = None) -> Affine:
     """Data-dependent initialization (Salimans & Kingma 2016, section 3).
 

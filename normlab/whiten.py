@@ -9,13 +9,14 @@ so whitening lies outside the four parts; scaling each feature by itself is its 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple
 
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import ArrayLike
 
-from normlab.checks import floating, invalid, nearest, promote
+from normlab.arguments import checked, instance, not_negative, one_of
+from normlab.checks import floating, invalid, promote
 from normlab.moments import moments
 
 Method = Literal["zca", "pca", "zscore", "minmax"]
@@ -40,6 +41,7 @@ class Whitening(NamedTuple):
     matrix: Array
 
 
+@checked("whitening", method=one_of(Method, "the name of a method"), eps=not_negative)
 def whitening(x: ArrayLike, *, method: Method = "zca", eps: float = 0.0) -> Whitening:
     """Measures on `x` what `whiten` applies, to this data or to other.
 
@@ -66,8 +68,14 @@ def whitening(x: ArrayLike, *, method: Method = "zca", eps: float = 0.0) -> Whit
     >>> w.mean.tolist(), w.matrix.tolist()
     ([2.0, 5.0], [[0.5, 0.0], [0.0, 0.0]])
     """
-    _check(method, eps)
     mu, d = centred("whitening", x)
+    if method == "minmax" and eps:
+        raise invalid(
+            "whitening",
+            f"eps={eps!r} with method={method!r}",
+            "0 for 'minmax'",
+            "leave eps out, or use a method that divides by a standard deviation",
+        )
     if method == "minmax":
         low = promote(x).reshape(d.shape).min(0)
         return Whitening(low, jnp.diag(_inverse(d.max(0) - d.min(0))))
@@ -78,6 +86,7 @@ def whitening(x: ArrayLike, *, method: Method = "zca", eps: float = 0.0) -> Whit
     return Whitening(mu, product(matrix, u.T) if method == "zca" else matrix)
 
 
+@checked("whiten", w=instance(Whitening, "pass what whitening(x) returned"))
 def whiten(x: ArrayLike, w: Whitening) -> Array:
     """(x − mean)·matrix, the data in the coordinates of `w`.
 
@@ -106,6 +115,7 @@ def whiten(x: ArrayLike, w: Whitening) -> Array:
     return z.astype(floating(x).dtype)
 
 
+@checked("condition number")
 def condition_number(x: ArrayLike) -> Array:
     """The condition number of the data's covariance, λ_max/λ_min.
 
@@ -180,20 +190,3 @@ def _inverse(sigma: Array, eps: float = 0.0) -> Array:
     """1/√(σ² + ε), without the square of σ; 0 where σ = 0."""
     constant = sigma == 0
     return jnp.where(constant, 0, 1 / jnp.hypot(jnp.where(constant, 1, sigma), eps**0.5))
-
-
-def _check(method: str, eps: float) -> None:
-    if method not in get_args(Method):
-        raise invalid(
-            "whitening",
-            f"method={method!r}",
-            "the name of a method",
-            f"use a known one: {nearest(str(method), get_args(Method))}",
-        )
-    if eps < 0 or (eps > 0 and method == "minmax"):
-        raise invalid(
-            "whitening",
-            f"eps={eps!r} with method={method!r}",
-            "0 or more; 0 for 'minmax'",
-            "leave eps out, or use a method that divides by a standard deviation",
-        )

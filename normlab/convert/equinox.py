@@ -13,6 +13,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from normlab.arguments import anything, checked
 from normlab.checks import invalid
 from normlab.convert.kernels import from_units_first, to_units_first
 from normlab.convert.layers import (
@@ -28,7 +29,7 @@ from normlab.convert.layers import (
 )
 from normlab.convert.leaves import given, take
 from normlab.convert.statistics import counted, decay_of, mass_after, running, statistics_dtype
-from normlab.convert.value import Converted, Exported, check
+from normlab.convert.value import NORM, Converted, Exported, check
 from normlab.example import Axes
 from normlab.population.running import Running
 from normlab.types import Affine
@@ -50,6 +51,7 @@ LAYERS = {
 }
 
 
+@checked("from equinox", variables=anything, state=anything)
 def from_equinox(
     variables: Any,
     layer: Any = None,
@@ -79,6 +81,8 @@ def from_equinox(
     1e-05
     """
     where = "from equinox"
+    if variables is None:
+        raise invalid(where, "variables=None", "a module, or a dict of arrays", "pass the layer")
     layer = variables if layer is None else layer
     module = None if isinstance(variables, Mapping) else variables
     kind, values = settings(where, LAYERS, HOME, layer, arguments, allow, module=module)
@@ -108,6 +112,7 @@ def from_equinox(
     return check(where, norm)
 
 
+@checked("to equinox", norm=NORM)
 def to_equinox(norm: Converted, *, allow: Sequence[str] = ()) -> Exported:
     """Returns `(variables, arguments)`, the inverse of `from_equinox` for a dict.
 

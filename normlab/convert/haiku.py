@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from normlab.arguments import anything, checked, integer
 from normlab.checks import invalid
 from normlab.convert.layers import (
     REQUIRED,
@@ -24,7 +25,7 @@ from normlab.convert.layers import (
 )
 from normlab.convert.leaves import flatten, take, vector
 from normlab.convert.statistics import counted, decay_of, mass_after, running, statistics_dtype
-from normlab.convert.value import Converted, Exported, check
+from normlab.convert.value import NORM, Converted, Exported, check
 from normlab.population.running import Running
 from normlab.types import Affine
 
@@ -51,6 +52,7 @@ LAYERS = {
 AVERAGES = {"mean": "mean_ema", "var": "var_ema"}
 
 
+@checked("from haiku", variables=anything)
 def from_haiku(
     variables: tuple[Mapping[str, Any], Mapping[str, Any]],
     layer: Any,
@@ -103,6 +105,7 @@ def from_haiku(
     return check(where, norm)
 
 
+@checked("to haiku", norm=NORM, ndim=integer("a rank, at least 1", "pass that of the input", 1))
 def to_haiku(
     norm: Converted, *, path: str, ndim: int | None = None, allow: Sequence[str] = ()
 ) -> Exported:

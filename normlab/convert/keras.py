@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from normlab.arguments import anything, checked
 from normlab.checks import invalid
 from normlab.convert.layers import Layer, axes_from, axes_to, refuse, settings, supported
 from normlab.convert.leaves import flatten, near, numbers, take
 from normlab.convert.statistics import decay_of, mean_and_var, running
-from normlab.convert.value import Converted, Exported, check
+from normlab.convert.value import NORM, Converted, Exported, check
 from normlab.types import Affine
 
 HOME = ("keras",)
@@ -27,6 +28,7 @@ LAYERS = {
 }
 
 
+@checked("from keras", variables=anything)
 def from_keras(
     variables: Any,
     layer: Any = None,
@@ -82,6 +84,7 @@ def from_keras(
     return check(where, norm)
 
 
+@checked("to keras", norm=NORM)
 def to_keras(norm: Converted, *, path: str = "", allow: Sequence[str] = ()) -> Exported:
     """Returns `(variables, arguments)`, the inverse of `from_keras`.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from normlab.arguments import Kind, flag, integer, read, real
 from normlab.checks import invalid, nearest
 from normlab.example import Axes
 
@@ -50,6 +51,11 @@ class Layer(NamedTuple):
     fixed: dict[str, Any] = {}  # noqa: RUF012
 
 
+SIZE = integer("a whole number", "pass an int")
+WORDS: dict[str, Kind] = dict.fromkeys(("groups", "num_groups", "group_size"), SIZE)
+WORDS |= dict.fromkeys(("eps", "epsilon", "momentum", "decay_rate"), real)
+"""What arguments must be that are given by name; whether they fit the layer is seen later."""
+
 UNSEEN = ("eps", "epsilon", "momentum")
 """Arguments of which no leaf tells: a module without such an attribute has them elsewhere."""
 
@@ -92,6 +98,9 @@ def settings(
         if name not in known:
             expected = f"an argument of {kind} norm that its numbers depend on"
             raise invalid(where, f"{name}={given[name]!r}", expected, nearest(name, known))
+        word = flag() if isinstance(known[name], bool) else WORDS.get(name)
+        if word and given[name] is not None:
+            read(where, name, given[name], word)
     own = {} if module is None else _attributes(module, known, UNSEEN if kind != "weight" else ())
     values = {**known, **own, **given}
     for name, value in values.items():

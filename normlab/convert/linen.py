@@ -7,12 +7,13 @@ from typing import Any
 
 from jax import Array
 
+from normlab.arguments import anything, checked
 from normlab.checks import invalid
 from normlab.convert.flax_weight import EPSILON, linen_to_weight, weight_to_linen
 from normlab.convert.layers import Layer, axes_from, axes_to, refuse, settings
 from normlab.convert.leaves import flatten, nest, take
 from normlab.convert.statistics import decay_of, mean_and_var, running
-from normlab.convert.value import Converted, Exported, check
+from normlab.convert.value import NORM, Converted, Exported, check
 from normlab.types import Affine
 
 HOME = ("flax.linen", "normlab.linen")
@@ -49,6 +50,7 @@ LAYERS = {
 """The norms of flax.linen; those of flax.nnx have the same names and defaults."""
 
 
+@checked("from linen", variables=anything)
 def from_linen(
     variables: Mapping[str, Any],
     layer: Any,
@@ -90,6 +92,7 @@ def from_linen(
     return assemble(where, kind, found, values)
 
 
+@checked("to linen", norm=NORM)
 def to_linen(norm: Converted, *, path: str = "", allow: Sequence[str] = ()) -> Exported:
     """Returns `(variables, arguments)`, the inverse of `from_linen`.
 

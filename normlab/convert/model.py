@@ -5,15 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from normlab.arguments import a_function, anything, checked, mapping
 from normlab.checks import invalid
 from normlab.convert.leaves import flatten
-from normlab.convert.value import Converted, Exported
+from normlab.convert.value import NORM, Converted, Exported
 from normlab.paths import matches
 
 _INSIDE = ("/layer_instance", ".parametrizations.weight", "/~/mean_ema", "/~/var_ema")
 """Where libraries keep some of a norm's leaves, below the path of the norm."""
 
 
+RULE = mapping(anything, "paths of norms, each to its kind", 'pass {"norm": "batch"}')
+
+
+@checked("from model", read=a_function(), variables=anything, rule=RULE)
 def from_model(
     read: Callable[..., Converted],
     variables: Any,
@@ -46,6 +51,10 @@ def from_model(
     return norms
 
 
+NORMS = mapping(NORM, "norms by path", "pass what from_model returned")
+
+
+@checked("to model", write=a_function(), norms=NORMS)
 def to_model(
     write: Callable[..., Exported],
     norms: Mapping[str, Converted],

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from normlab.arguments import anything, checked
 from normlab.checks import invalid
 from normlab.convert.flax_weight import nnx_to_weight, weight_to_nnx
 from normlab.convert.layers import Layer, is_a, settings, spectral
@@ -15,7 +16,7 @@ from normlab.convert.linen import (
     assemble,
     disassemble,
 )
-from normlab.convert.value import Converted, Exported, check
+from normlab.convert.value import NORM, Converted, Exported, check
 
 HOME = ("flax.nnx", "normlab.nnx")
 LAYERS = {
@@ -28,6 +29,7 @@ LAYERS = {
 }
 
 
+@checked("from nnx", variables=anything)
 def from_nnx(
     variables: Any,
     layer: Any = None,
@@ -71,6 +73,7 @@ def from_nnx(
     return assemble(where, kind, take(where, leaves, wanted, [root]), values)
 
 
+@checked("to nnx", norm=NORM)
 def to_nnx(norm: Converted, *, path: str = "", allow: Sequence[str] = ()) -> Exported:
     """Returns `(variables, arguments)`, the inverse of `from_nnx`.
 

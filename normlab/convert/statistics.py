@@ -13,6 +13,7 @@ import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
+from normlab.arguments import read
 from normlab.checks import invalid
 from normlab.convert.value import Converted
 from normlab.population.protocol import Population
@@ -38,7 +39,8 @@ def running(
         of less than float32.
     """
     mean, var = statistics(where, found)
-    empty = init_running(mean.size, decay=float(decay), ddof=ddof, dtype=mean.dtype)
+    decay = read(where, "decay", decay)
+    empty = init_running(mean.size, decay=decay, ddof=ddof, dtype=mean.dtype)
     return empty._replace(
         mean=mean,
         var=var,

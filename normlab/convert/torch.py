@@ -12,6 +12,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from normlab.arguments import anything, checked, flag, number
 from normlab.checks import invalid, promote_dtype
 from normlab.convert.kernels import from_units_first, to_units_first
 from normlab.convert.layers import (
@@ -27,7 +28,7 @@ from normlab.convert.layers import (
 )
 from normlab.convert.leaves import flatten, near, numbers, take
 from normlab.convert.statistics import mean_and_var, running, statistics
-from normlab.convert.value import Converted, Exported, check
+from normlab.convert.value import NORM, Converted, Exported, check
 from normlab.example import Axes
 from normlab.population.cumulative import Cumulative, init_cumulative
 from normlab.population.frozen import Frozen
@@ -64,6 +65,11 @@ SPECTRAL = ("parametrizations.weight.0._u", "weight_u")
 """Of spectral norm, whose elder has a `weight_v` too."""
 
 
+@checked(
+    "from torch",
+    variables=anything,
+    count=number("a number of values", "pass the examples of a batch times the positions"),
+)
 def from_torch(
     variables: Any,
     layer: Any = None,
@@ -146,6 +152,7 @@ def from_torch(
     return check(where, norm)
 
 
+@checked("to torch", norm=NORM, old_names=flag())
 def to_torch(
     norm: Converted, *, path: str = "", old_names: bool = False, allow: Sequence[str] = ()
 ) -> Exported:

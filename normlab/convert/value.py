@@ -5,10 +5,22 @@ from __future__ import annotations
 import math
 from typing import Any, NamedTuple
 
+import numpy as np
 from jax import Array
 from jax.core import Tracer
 
-from normlab.checks import check_eps, invalid, nearest
+from normlab.arguments import (
+    Kind,
+    declare,
+    either,
+    instance,
+    is_array,
+    norm_axes,
+    read,
+    sequence,
+    text,
+)
+from normlab.checks import invalid, nearest
 from normlab.example import Axes
 from normlab.population.cumulative import Cumulative
 from normlab.population.frozen import Frozen
@@ -91,6 +103,33 @@ def _population(state: State) -> dict[str, Any]:
     return {"population": "batch"} if state == () else {}
 
 
+def _string(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError
+    return value
+
+
+def _layer(value: Any) -> Any:
+    if is_array(value) or isinstance(value, bool | int | float | complex | bytes | list | tuple):
+        raise TypeError
+    return value
+
+
+NORM = instance(Converted, "pass what a from_* returned", arrays=False)
+PARAMS = instance(Affine, "make them with init_affine(channels)")
+NAME = text("a name", "pass a string")
+declare(
+    layer=Kind(
+        "a kind by name, or the layer",
+        'pass for example "batch"',
+        _layer,
+        (1, True, [], 1.0, b"x", np.ones(2)),
+    ),
+    path=Kind("a path, which may be empty", "pass a string", _string, (None, 1, [], object())),
+    allow=either("names of conventions", "pass a list of strings", sequence(NAME), NAME),
+)
+
+
 class Exported(NamedTuple):
     """One norm as another library has it.
 
@@ -109,6 +148,7 @@ def check(where: str, norm: Converted) -> Converted:
     Raises:
       ValueError: If they do not.
     """
+    read(where, "kind", norm.kind, NAME)
     if norm.kind not in KINDS:
         change = f"use a known one: {nearest(norm.kind, KINDS)}"
         raise invalid(where, f"the kind {norm.kind!r}", "a norm that can be converted", change)
@@ -118,8 +158,12 @@ def check(where: str, norm: Converted) -> Converted:
         raise invalid(where, f"{given} for {norm.kind} norm", expected, "set Converted.kernel")
     if norm.kind != "weight" and norm.eps is None:
         raise invalid(where, f"no eps for {norm.kind} norm", "a number", "set Converted.eps")
-    if norm.eps is not None:
-        check_eps(where, norm.eps)
+    read(where, "params", norm.params, PARAMS)
+    read(where, "state", norm.state)
+    read(where, "axes", norm.axes, norm_axes)
+    for name, value in (("eps", norm.eps), ("groups", norm.groups), ("kernel", norm.kernel)):
+        if value is not None:
+            read(where, name, value)
     if (norm.groups is not None) != (norm.kind == "group"):
         given = f"groups={norm.groups!r} for {norm.kind} norm"
         expected = "a number of groups with group norm and with no other"

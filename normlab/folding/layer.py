@@ -22,6 +22,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from normlab.affine import Parts, affine, fold
+from normlab.arguments import array, checked, instance, tree
 from normlab.checks import expand, invalid, promote_dtype
 from normlab.linear import Conv, Dense, Linear
 from normlab.types import Norm, Params, Site, State
@@ -45,6 +46,16 @@ class Folded(NamedTuple):
     bound: Array
 
 
+STATE = tree("the norm's own, a pytree of arrays", "pass what norm.init or training returned")
+
+
+@checked(
+    "fold_norm",
+    norm=instance(Norm, "make it with get(name), or Norm(init, parts)", arrays=False),
+    params=STATE,
+    state=STATE,
+    x=array("examples [N, ..., K], or their shape", abstract=True, rank=1),
+)
 def fold_norm(
     norm: Norm,
     params: Params,
@@ -87,6 +98,13 @@ def fold_norm(
     >>> folded.kernel.tolist(), folded.bias.tolist()
     ([[6.0], [8.0]], [0.0])
     """
+    if bias is not None and jnp.shape(bias) != kernel.shape[-1:]:
+        raise invalid(
+            "fold_norm",
+            f"a bias of shape {jnp.shape(bias)} for a kernel of shape {kernel.shape}",
+            f"shape {kernel.shape[-1:]}",
+            "pass the bias of the same layer",
+        )
     if isinstance(x, jax.ShapeDtypeStruct):
         x = jax.random.normal(jax.random.key(0), x.shape, x.dtype)
     with jax.default_matmul_precision("highest"):  # a TF32 product is no measure of a fold

@@ -12,15 +12,20 @@ from jax import Array
 from jax.typing import DTypeLike
 
 from normlab.affine import Parts, fold
-from normlab.checks import check_eps, invalid, nearest, promote_dtype
+from normlab.arguments import checked, flag, mapping, text
+from normlab.checks import invalid, nearest, promote_dtype
 from normlab.folding.layer import check_finite, rounding
-from normlab.folding.report import Apply, FoldedLayer, FoldReport, check_applies, checked
+from normlab.folding.report import Apply, FoldedLayer, FoldReport, check_applies, compared
 from normlab.paths import Key, Layer, flatten, layers_of, matches
 
 _NEUTRAL = {"mean": 0.0, "bias": 0.0, "scale": 1.0, "var": 1.0}
 _STATISTICS = {"mean", "var"}
 
 
+RULE = mapping(text("", ""), "paths of norms, each to that of a layer", 'pass {"norm": "layer"}')
+
+
+@checked("fold_model", rule=RULE, remove=flag())
 def fold_model(
     variables: Mapping[str, Any],
     rule: Mapping[str, str],
@@ -76,7 +81,6 @@ def fold_model(
     ([[2.0]], [-2.0])
     """
     where = "fold_model"
-    check_eps(where, eps)
     check_applies(where, apply, folded_apply, another=remove)
     flat = flatten(variables)
     layers = layers_of(flat)
@@ -104,7 +108,7 @@ def fold_model(
     paths = {layer.norm for layer in done}
     left = (path for path, layer in layers.items() if layer.keys() >= _STATISTICS)
     report = FoldReport(tuple(done), tuple(path for path in left if path not in paths))
-    return checked(where, variables, new, changed, report, dtype, apply, folded_apply)
+    return compared(where, variables, new, changed, report, dtype, apply, folded_apply)
 
 
 def _pairs(

@@ -9,12 +9,16 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import DTypeLike
 
-from normlab.checks import invalid, nearest, promote
+from normlab.arguments import a_function, checked, mapping
+from normlab.checks import invalid, nearest, normalize_axes, promote
 from normlab.folding.layer import check_finite, rounding
-from normlab.folding.report import Apply, FoldedLayer, FoldReport, check_applies, checked
+from normlab.folding.report import Apply, FoldedLayer, FoldReport, check_applies, compared
 from normlab.paths import Key, Layer, flatten, layers_of, matches
 
+RULE = mapping(a_function(), "paths of layers, each to a function", 'pass {"layer": weight_norm}')
 
+
+@checked("plain_weights", rule=RULE)
 def plain_weights(
     variables: Mapping[str, Any],
     rule: Mapping[str, Callable[..., Array]],
@@ -62,7 +66,8 @@ def plain_weights(
     new, done = dict(flat), {}
     for path, function, _ in matches(where, rule, layers):
         for key, length in _kernels(where, path, layers, flat):
-            old = jnp.moveaxis(flat[key], unit_axis, -1)
+            (units,) = normalize_axes(where, unit_axis, flat[key].ndim)
+            old = jnp.moveaxis(flat[key], units, -1)
             kernel = function(old) if length is None else function(old, new.pop(length))
             if key in done or jnp.shape(kernel) != old.shape:
                 raise invalid(
@@ -73,13 +78,13 @@ def plain_weights(
                 )
             kernel = kernel.astype(old.dtype)
             check_finite(f"{where}: {path}", kernel, kernel)
-            new[key] = jnp.moveaxis(kernel, -1, unit_axis)
+            new[key] = jnp.moveaxis(kernel, -1, units)
             size = 2 * jnp.abs(promote(kernel)).sum(range(kernel.ndim - 1)).max()
             slope = rounding(kernel.shape, [kernel.dtype, dtype or kernel.dtype]) * float(size)
             (linear,) = (p for p, layer in layers.items() if layer.get("kernel") == key)
             done[key] = FoldedLayer(path, linear, slope, 0.0)
     report = FoldReport(tuple(done.values()))
-    return checked(where, variables, new, list(done), report, dtype, apply, folded_apply)
+    return compared(where, variables, new, list(done), report, dtype, apply, folded_apply)
 
 
 def _kernels(

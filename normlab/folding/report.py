@@ -70,7 +70,7 @@ def check_applies(
         )
 
 
-def checked(
+def compared(
     where: str,
     variables: Mapping[str, Any],
     new: dict[Key, Any],

@@ -10,12 +10,17 @@ import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
+from normlab.arguments import checked, number, sequence
 from normlab.checks import invalid, normalize_axes, promote
 from normlab.instruments.vectors import unit
 from normlab.moments import moments
 from normlab.whiten import rms
 
+SHARE = number("", "", lambda share: 0 <= share <= 1, static=True)
+END = number("an end, which may be infinite", "pass a float", lambda end: end == end, static=True)
 
+
+@checked("percentiles", q=sequence(SHARE, "shares between 0 and 1", "write 0.15 for 15%"))
 def percentiles(
     a: ArrayLike, q: Sequence[float] = (0.15, 0.5, 0.85), *, axes: int | Sequence[int] = 0
 ) -> Array:
@@ -39,12 +44,16 @@ def percentiles(
     [[15.0], [50.0], [85.0]]
     """
     a = promote(a)
-    if not all(0 <= share <= 1 for share in q):
-        raise invalid("percentiles", f"q={q!r}", "shares between 0 and 1", "write 0.15 for 15%")
     axes = normalize_axes("percentiles", axes, a.ndim)
     return jnp.quantile(a, jnp.asarray(q, a.dtype), axis=axes)
 
 
+@checked(
+    "saturation",
+    low=END,
+    high=END,
+    margin=number("a number of at least 0", "pass a float", lambda v: 0 <= v < np.inf, static=True),
+)
 def saturation(
     h: ArrayLike, *, low: float, high: float, margin: float, axes: int | Sequence[int] = 0
 ) -> Array:
@@ -83,6 +92,7 @@ def saturation(
     return jnp.where(jnp.isnan(h), jnp.nan, near).mean(axes)
 
 
+@checked("dead units")
 def dead_units(h: ArrayLike, *, axes: int | Sequence[int] = 0) -> Array:
     """The share of rectified units that are zero on the whole batch.
 
@@ -120,6 +130,7 @@ class Gaussianity(NamedTuple):
     excess_kurtosis: Array
 
 
+@checked("gaussianity")
 def gaussianity(a: ArrayLike, *, axes: int | Sequence[int] = 0) -> Gaussianity:
     """Skewness and excess kurtosis: how far a distribution is from a Gaussian.
 
@@ -148,6 +159,7 @@ def gaussianity(a: ArrayLike, *, axes: int | Sequence[int] = 0) -> Gaussianity:
     return Gaussianity((z**3).mean(axes), (z**4).mean(axes) - 3)
 
 
+@checked("cancellation")
 def cancellation(a: ArrayLike, *, axes: int | Sequence[int] = 0) -> Array:
     """mean²/var: log10 of 1 + this is how many digits of the variance E[a²] − E[a]² loses.
 

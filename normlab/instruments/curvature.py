@@ -11,8 +11,9 @@ from jax import Array, lax
 from jax.flatten_util import ravel_pytree
 from jax.typing import ArrayLike
 
+from normlab.arguments import array, checked, integer, number, tree
 from normlab.checks import invalid, promote
-from normlab.instruments.vectors import as_vector, norm
+from normlab.instruments.vectors import as_vector, check_alike, norm
 
 
 class AlongStep(NamedTuple):
@@ -29,6 +30,10 @@ class AlongStep(NamedTuple):
     beta: Array
 
 
+PARAMS = tree("a pytree of floating arrays", "pass the parameters of the model", jnp.floating)
+
+
+@checked("along step", params=PARAMS, direction=PARAMS, rates=array("rates [T]", rank=1, most=1))
 def along_step(
     loss: Callable[[Any], Array], params: Any, direction: Any, rates: ArrayLike
 ) -> AlongStep:
@@ -51,6 +56,7 @@ def along_step(
     >>> walk.losses.tolist(), walk.distances.tolist(), walk.beta.item()
     ([6.0, 1.5], [0.0, 9.0], 3.0)
     """
+    check_alike("along step", params, direction)
     params = jax.tree.map(jnp.asarray, params)
     gradient = as_vector(jax.grad(loss)(params))
 
@@ -86,6 +92,12 @@ class HessianMax(NamedTuple):
     residual: Array
 
 
+@checked(
+    "hessian max",
+    params=PARAMS,
+    steps=integer("a number of iterations, at least 1", "pass an int", 1),
+    tol=number("a positive number", "pass for example tol=1e-3", lambda v: 0 < v < 1),
+)
 def hessian_max(
     loss: Callable[[Any], Array], params: Any, key: Array, *, steps: int = 100, tol: float = 1e-3
 ) -> HessianMax:

@@ -10,10 +10,12 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from normlab.arguments import checked, integer, mapping, sequence, text, tree
 from normlab.checks import invalid, nearest
-from normlab.instruments.vectors import as_vector, cosine, norm
+from normlab.instruments.vectors import as_vector, check_alike, cosine, norm
 
 
+@checked("gradient norms", depth=integer("1 or more", "use 1 for top-level keys", 1))
 def gradient_norms(grads: Any, *, depth: int = 1) -> dict[str, Array]:
     """‖g‖₂ of each layer: whether gradients vanish or explode with depth.
 
@@ -37,8 +39,6 @@ def gradient_norms(grads: Any, *, depth: int = 1) -> dict[str, Array]:
     >>> gradient_norms(grads), list(gradient_norms(grads, depth=2))
     ({'Dense_0': Array(5., dtype=float32)}, ['Dense_0/bias', 'Dense_0/kernel'])
     """
-    if depth < 1:
-        raise invalid("gradient norms", f"depth={depth!r}", "1 or more", "use 1 for top-level keys")
     layers: dict[str, list[Array]] = {}
     for path, g in jax.tree.leaves_with_path(grads):
         name = jax.tree_util.keystr(path[:depth], simple=True, separator="/")
@@ -62,6 +62,17 @@ class CovariateShift(NamedTuple):
     norm_after: Array
 
 
+LAYERS = mapping(
+    tree("", "", jnp.floating), "parameters by layer", "pass a dict of pytrees of arrays"
+)
+
+
+@checked(
+    "covariate shift",
+    before=LAYERS,
+    after=LAYERS,
+    layers=sequence(text("", ""), "the keys of the layers", "list them from input to output"),
+)
 def covariate_shift(
     loss: Callable[[Any], Array],
     before: Mapping[str, Any],
@@ -100,6 +111,7 @@ def covariate_shift(
     [0.0, 9.0]
     """
     _check_layers(before, after, layers)
+    check_alike("covariate shift", dict(before), dict(after))
     start = jax.tree.map(jnp.asarray, dict(before))
 
     def mixed(i: Array) -> dict[str, Any]:

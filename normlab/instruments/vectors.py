@@ -9,9 +9,21 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from normlab.checks import promote
+from normlab.checks import invalid, promote
 
 Axes = int | Sequence[int] | None
+
+
+def check_alike(where: str, tree: Any, other: Any) -> None:
+    """Raises ValueError unless two pytrees have one structure and their arrays the same shapes."""
+    shapes, others = (jax.tree.map(jnp.shape, t) for t in (tree, other))
+    if shapes != others:
+        raise invalid(
+            where,
+            f"pytrees of shapes {shapes} and {others}",
+            "two of the same structure and shapes",
+            "pass the parameters, and what was made of them",
+        )
 
 
 def as_vector(tree: Any) -> Array:

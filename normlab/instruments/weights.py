@@ -9,10 +9,12 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from normlab.checks import invalid, promote
+from normlab.arguments import array, checked, number
+from normlab.checks import invalid, normalize_axes, promote
 from normlab.instruments.vectors import Axes, angle, norm
 
 
+@checked("effective lr", w=array(), lr=number("a number", "pass a float", lambda v: True))
 def effective_lr(w: ArrayLike, lr: ArrayLike, *, axes: Axes = None) -> Array:
     """The learning rate that scale-invariant weights feel: lr/‖w‖².
 
@@ -32,12 +34,15 @@ def effective_lr(w: ArrayLike, lr: ArrayLike, *, axes: Axes = None) -> Array:
     >>> effective_lr(jnp.array([[3.0, 0.0], [4.0, 2.0]]), 0.5, axes=0).tolist()
     [0.019999999552965164, 0.125]
     """
+    if axes is not None:
+        axes = normalize_axes("effective lr", axes, jnp.ndim(w))
     length = norm(promote(w), axes)
     lr, zero = jnp.asarray(lr, length.dtype), length == 0
     length = jnp.where(zero, 1, length)
     return jnp.where(zero & ~jnp.isnan(lr), jnp.inf, lr / length / length)
 
 
+@checked("angular update", before=array(), after=array())
 def angular_update(before: ArrayLike, after: ArrayLike, *, axes: Axes = None) -> Array:
     """The angle in radians by which a step turns the weights.
 
@@ -67,4 +72,6 @@ def angular_update(before: ArrayLike, after: ArrayLike, *, axes: Axes = None) ->
             "the same weights before and after a step",
             "compare layer by layer: jax.tree.map(angular_update, before, after)",
         )
+    if axes is not None:
+        axes = normalize_axes("angular update", axes, jnp.ndim(before))
     return angle(promote(before), promote(after), axes)

@@ -6,11 +6,13 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
+from normlab.arguments import checked
 from normlab.instruments.vectors import norm
 from normlab.weight import units_and_lengths
 from normlab.whiten import centred, product, scaled
 
 
+@checked("correlations")
 def correlations(h: ArrayLike) -> Array:
     """The correlation matrix of the channels (Pearson's r).
 
@@ -34,6 +36,7 @@ def correlations(h: ArrayLike) -> Array:
     return product(z.T, z)
 
 
+@checked("distance to uncorrelated")
 def distance_to_uncorrelated(h: ArrayLike) -> Array:
     """The root mean square of the correlations between two channels.
 
@@ -59,6 +62,7 @@ def distance_to_uncorrelated(h: ArrayLike) -> Array:
     return norm(off) / jnp.sqrt(jnp.where(pairs > 0, pairs, 1))
 
 
+@checked("distance to white")
 def distance_to_white(h: ArrayLike) -> Array:
     """‖Cov(h) − I‖_F / √C: 0 for white activations.
 

@@ -15,10 +15,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from normlab.arguments import KINDS, anything, checked, either, is_array, is_number, mapping, text
 from normlab.checks import invalid, nearest
 from normlab.population.protocol import Population
 
 
+@checked("conventions")
 def conventions(states: Any) -> dict[str, str]:
     """Says what each running statistic of a pytree is, in words to be kept with a checkpoint.
 
@@ -37,6 +39,15 @@ def conventions(states: Any) -> dict[str, str]:
     return {_name(path): _describe(_value(leaf)) for path, leaf in leaves if kept(leaf)}
 
 
+SAID = either(
+    "what conventions(states) said, or the states",
+    "pass one of these",
+    mapping(text("", ""), "", ""),
+    KINDS["states"],
+)
+
+
+@checked("check conventions", saved=SAID, states=SAID)
 def check_conventions(saved: Any, states: Any) -> None:
     """Compares the conventions of a checkpoint with those of the states it is restored into.
 
@@ -67,6 +78,7 @@ were saved, or convert them afterwards (change_ddof; state._replace for a decay)
             )
 
 
+@checked("restore states", saved=anything)
 def restore_states(states: Any, saved: Any) -> Any:
     """Returns the states that a checkpoint holds as plain dicts.
 
@@ -95,10 +107,12 @@ def restore_states(states: Any, saved: Any) -> Any:
     leaves, structure = jax.tree_util.tree_flatten_with_path(states)
     found = [_found(path, saved) for path, _ in leaves]
     for (path, leaf), value in zip(leaves, found, strict=True):
-        if jnp.shape(value) != jnp.shape(leaf):
+        known = is_array(value) or is_number(value)
+        if not known or jnp.shape(value) != jnp.shape(leaf):
+            given = f"of shape {jnp.shape(value)}" if known else f"that is {value!r}"
             raise invalid(
                 "restore states",
-                f"{_name(path)!r} of shape {jnp.shape(value)} in the checkpoint",
+                f"{_name(path)!r} {given} in the checkpoint",
                 f"shape {jnp.shape(leaf)}, as here",
                 "make the states as those that were saved",
             )

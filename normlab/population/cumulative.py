@@ -6,14 +6,15 @@ each of which the variance may count.
 
 from __future__ import annotations
 
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import DTypeLike
 
-from normlab.checks import check_ddof, invalid, nearest
+from normlab.arguments import checked, declare, one_of
+from normlab.checks import invalid
 from normlab.collective import all_reduce
 from normlab.moments import Moments, merge
 from normlab.population.protocol import (
@@ -33,6 +34,8 @@ Estimator = Literal["pooled", "within"]
 https://arxiv.org/abs/2105.07576). `"within"`: from the mean of their own batch, which is the
 average of the batches' variances (Ioffe & Szegedy 2015, algorithm 2).
 """
+
+declare(estimator=one_of(Estimator, "the name of an estimator"))
 
 
 class Cumulative(NamedTuple):
@@ -63,6 +66,7 @@ class Cumulative(NamedTuple):
     ddof: int = 0
     estimator: Estimator = "pooled"
 
+    @checked("cumulative statistics")
     def update(self, m: Moments, *, decay: Any = None, bad_batch: BadBatch = "skip") -> Cumulative:
         """Takes one batch in. A gradient passes.
 
@@ -148,6 +152,7 @@ class Cumulative(NamedTuple):
 register(Cumulative, "ddof", "estimator")
 
 
+@checked("cumulative statistics")
 def init_cumulative(
     channels: int,
     *,
@@ -174,9 +179,7 @@ def init_cumulative(
     >>> [v.round(3).tolist() for v in state.read()]
     [[4.0], [8.667000770568848]]
     """
-    check_ddof("cumulative statistics", ddof)
-    check_estimator("cumulative statistics", estimator)
-    dtype = statistics_dtype("cumulative statistics", dtype)
+    dtype = statistics_dtype(dtype)
     return Cumulative(
         count=jnp.zeros(channels, dtype),
         mean=jnp.zeros(channels, dtype),
@@ -188,14 +191,3 @@ def init_cumulative(
         ddof=ddof,
         estimator=estimator,
     )
-
-
-def check_estimator(where: str, estimator: str) -> None:
-    """Raises ValueError unless `estimator` is an `Estimator`."""
-    if estimator not in get_args(Estimator):
-        raise invalid(
-            where,
-            f"estimator={estimator!r}",
-            "the name of an estimator",
-            f"use a known one: {nearest(str(estimator), get_args(Estimator))}",
-        )

@@ -10,6 +10,7 @@ from jax import Array
 from jax.core import Tracer
 from jax.typing import ArrayLike
 
+from normlab.arguments import array, checked
 from normlab.checks import invalid
 from normlab.moments import Moments
 from normlab.population.protocol import BadBatch, arrays
@@ -70,6 +71,10 @@ class Domains(NamedTuple):
         return self._replace(of=jax.vmap(lambda s: s.pool(axis_name))(self.of))
 
 
+@checked(
+    "select domain",
+    domain=array("the number of a domain, or an array of them, all of them integers", most=1),
+)
 def select_domain(states: Any, domain: ArrayLike) -> Any:
     """Says of which domain the next batch is, in every `Domains` of a pytree.
 

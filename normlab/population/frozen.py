@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import jax
 from jax import Array
 
+from normlab.arguments import a_function, checked, either, text
 from normlab.checks import invalid
 from normlab.moments import Moments
 from normlab.paths import matches
@@ -40,6 +41,15 @@ class Frozen(NamedTuple):
         return Frozen(self.of.pool(axis_name))
 
 
+RULE = either(
+    "a path, a regular expression, or a function of a path",
+    "pass for example 'encoder/.*'",
+    text("", ""),
+    a_function(of=1),
+)
+
+
+@checked("freeze", rule=RULE)
 def freeze(states: Any, rule: str | Callable[[str], bool] | None = None) -> Any:
     """Freezes the statistics of a network, or of some of its layers.
 
@@ -59,6 +69,7 @@ def freeze(states: Any, rule: str | Callable[[str], bool] | None = None) -> Any:
     return _where("freeze", states, rule, lambda s: s if isinstance(s, Frozen) else Frozen(s))
 
 
+@checked("thaw", rule=RULE)
 def thaw(states: Any, rule: str | Callable[[str], bool] | None = None) -> Any:
     """Undoes `freeze`.
 

@@ -11,15 +11,21 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from normlab.arguments import checked, integer
 from normlab.checks import invalid, nearest
 from normlab.population.cumulative import init_cumulative
 from normlab.population.domains import Domains
 from normlab.population.frozen import Frozen
-from normlab.population.protocol import statistics_dtype
+from normlab.population.protocol import Population, statistics_dtype
 from normlab.population.renorm import Renorm, init_renorm
 from normlab.population.running import init_running
 
 
+@checked(
+    "domains",
+    domains=integer("a number of domains, at least 1", "count the domains", 1),
+    examples=integer("a number of examples, at least 1", "pass None for one domain per batch", 1),
+)
 def init_domains(
     channels: int,
     *,
@@ -39,9 +45,7 @@ def init_domains(
       dtype: As in `init_running`.
       **options: Those of that population.
     """
-    if domains < 1:
-        raise invalid("domains", f"domains={domains}", "at least 1", "count the domains")
-    dtype = statistics_dtype("domains", dtype)
+    dtype = statistics_dtype(dtype)
     one = init_population(population, channels, dtype=dtype, **options)
     if isinstance(one, Renorm | Frozen | Domains) or one == ():
         raise invalid(
@@ -54,13 +58,14 @@ def init_domains(
     return Domains(of, jnp.zeros(() if examples is None else (examples,), jnp.int32))
 
 
+@checked("frozen statistics")
 def _frozen(channels: int, *, population: str = "debiased", **options: Any) -> Frozen:
     return Frozen(init_population(population, channels, **options))
 
 
+@checked("no statistics")
 def _batch(channels: int, *, dtype: DTypeLike | None = None) -> tuple[()]:
     del channels
-    statistics_dtype("no statistics", dtype)
     return ()
 
 
@@ -76,6 +81,7 @@ POPULATIONS: dict[str, Callable[..., Any]] = {
 """What batch norm can keep, by name, each with the function that makes it for `C` channels."""
 
 
+@checked("population")
 def init_population(population: str | Callable[..., Any], channels: int, **options: Any) -> Any:
     """Returns the initial state of batch norm for a name.
 
@@ -99,15 +105,24 @@ def init_population(population: str | Callable[..., Any], channels: int, **optio
         known = inspect.signature(make).parameters
         for option in options:
             if not takes(population, option):
-                raise ValueError(
-                    f"population {population!r}: unknown option {option!r}: "
-                    f"{nearest(option, [name for name in known if name != 'channels'])}"
-                )
+                names = [name for name in known if name != "channels"]
+                given = f"{population!r}: unknown option {option!r}: {nearest(option, names)}"
+                raise invalid("population", given, "options it has", "use a known one")
         return make(channels, **options)
     known = inspect.signature(population).parameters
     if "dtype" not in known:
         options.pop("dtype", None)
-    return population(channels, **options)
+    try:
+        inspect.signature(population).bind(channels, **options)
+    except TypeError as error:
+        given, change = f"a function that says: {error}", "take them as it is given them"
+        expected = f"a function of the channels and of {', '.join(options) or 'nothing else'}"
+        raise invalid("population", given, expected, change) from error
+    state = population(channels, **options)
+    if state != () and (isinstance(state, type) or not isinstance(state, Population)):
+        given = f"a function that returns {state!r}"
+        raise invalid("population", given, "one that returns a Population or ()", "see Population")
+    return state
 
 
 def takes(name: str, option: str) -> bool:
@@ -118,5 +133,6 @@ def takes(name: str, option: str) -> bool:
 def require(name: str) -> Callable[..., Any]:
     """Returns what makes the population of that name; raises ValueError for an unknown one."""
     if name not in POPULATIONS:
-        raise ValueError(f"unknown population {name!r}: {nearest(str(name), POPULATIONS)}")
+        given = f"the unknown population {name!r}: {nearest(name, POPULATIONS)}"
+        raise invalid("population", given, "the name of a population", "use a known one")
     return POPULATIONS[name]

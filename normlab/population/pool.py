@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
+from normlab.arguments import KINDS, checked, number
 from normlab.checks import invalid
 from normlab.population.checkpoint import check_conventions
 from normlab.population.cumulative import Cumulative
@@ -16,6 +17,7 @@ from normlab.population.protocol import Population, arrays
 from normlab.sync import AxisName
 
 
+@checked("pool running")
 def pool_running(states: Any, axis_name: AxisName) -> Any:
     """Merges the running statistics of devices that kept their own, along a named axis.
 
@@ -30,6 +32,7 @@ def pool_running(states: Any, axis_name: AxisName) -> Any:
     return map_populations(lambda state: state.pool(axis_name), states)
 
 
+@checked("merge running")
 def merge_running(states: Any) -> Any:
     """As `pool_running`, of the statistics of all devices in one place, stacked as `[D, ...]`.
 
@@ -67,6 +70,7 @@ def merge_running(states: Any) -> Any:
     return jax.tree.map(lambda v: v[0], pooled)
 
 
+@checked("share running")
 def share_running(states: Any, devices: int) -> Any:
     """What each of some devices keeps of merged statistics, so that pooling gives them back.
 
@@ -92,6 +96,11 @@ def share_running(states: Any, devices: int) -> Any:
     return jax.tree.map(share, states, is_leaf=lambda leaf: isinstance(leaf, Cumulative))
 
 
+@checked(
+    "average running",
+    average=KINDS["states"],
+    step_size=number("a number from 0 to 1", "pass for example 0.001", lambda v: 0 <= v <= 1),
+)
 def average_running(states: Any, average: Any, step_size: ArrayLike) -> Any:
     """Returns average + step_size · (states − average): the running average of a model's states.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from typing import Any, Literal, Protocol, Self, TypeVar, get_args, runtime_checkable
+from typing import Any, Literal, Protocol, Self, TypeVar, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,8 @@ import numpy as np
 from jax import Array, lax
 from jax.typing import DTypeLike
 
-from normlab.checks import invalid, nearest
+from normlab.arguments import Kind, declare, instance, one_of, tree
+from normlab.checks import invalid
 from normlab.moments import Moments
 from normlab.sync import AxisName
 
@@ -54,6 +55,28 @@ class Population(Protocol):
         ...
 
 
+def _state(value: Any) -> Any:
+    return value if value is None or value == () else POPULATION.read(value)
+
+
+POPULATION = instance(Population, "make it with init_running(channels)")
+STATE = Kind("a Population, (), or None", POPULATION.change, _state, POPULATION.wrong[1:])
+TREE = tree("a state of batch norm, or a pytree of states", "pass what the norms returned")
+
+
+def _states(value: Any) -> Any:
+    for leaf in jax.tree.leaves(value, is_leaf=lambda v: isinstance(v, Population)):
+        (POPULATION if isinstance(leaf, Population) else TREE).read(leaf)
+    return value
+
+
+declare(
+    bad_batch=one_of(BadBatch, "the name of a policy"),
+    state=STATE,
+    states=Kind(TREE.expected, TREE.change, _states, (*TREE.wrong, Population)),
+)
+
+
 def arrays(tree: Tree) -> Tree:
     """Returns jax arrays for NumPy's, and in float32 what is in half precision.
 
@@ -68,22 +91,9 @@ def arrays(tree: Tree) -> Tree:
     return jax.tree.map(one, tree)
 
 
-def statistics_dtype(where: str, dtype: DTypeLike | None) -> Any:
-    """The type of statistics that are asked for in a type: float32 for `None` and for half ones.
-
-    Raises:
-      ValueError: If it is not a real floating type.
-    """
-    if dtype is None:
-        return jnp.dtype(jnp.float32)
-    try:
-        found = jnp.dtype(dtype)
-    except TypeError:
-        found = None
-    if found is None or not jnp.issubdtype(found, jnp.floating):
-        raise invalid(
-            where, f"dtype={dtype!r}", "a real floating type", "use jnp.float32 or jnp.float64"
-        )
+def statistics_dtype(dtype: DTypeLike | None) -> Any:
+    """The type of statistics that are asked for in a type: float32 for `None` and for half ones."""
+    found = jnp.dtype(jnp.float32 if dtype is None else dtype)
     return found if jnp.finfo(found).bits > 32 else jnp.dtype(jnp.float32)
 
 
@@ -101,13 +111,6 @@ def check_batch(where: str, m: Moments, bad_batch: BadBatch, ddof: int = 0) -> M
       bad_batch: `"propagate"` makes mean and m2 of a bad channel NaN, `"raise"` raises.
       ddof: A batch of no more than this many values has no variance.
     """
-    if bad_batch not in get_args(BadBatch):
-        raise invalid(
-            where,
-            f"bad_batch={bad_batch!r}",
-            "the name of a policy",
-            f"use a known one: {nearest(str(bad_batch), get_args(BadBatch))}",
-        )
     if bad_batch == "propagate":
         good = (m.count > ddof) & jnp.isfinite(m.mean) & jnp.isfinite(m.m2)
         return m._replace(mean=jnp.where(good, m.mean, jnp.nan), m2=jnp.where(good, m.m2, jnp.nan))

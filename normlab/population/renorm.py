@@ -5,12 +5,11 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
-import numpy as np
 from jax import Array, lax
-from jax.core import Tracer
 from jax.typing import ArrayLike, DTypeLike
 
-from normlab.checks import check_eps, invalid
+from normlab.arguments import checked, integer, number, settled_decay, settled_eps
+from normlab.checks import invalid
 from normlab.moments import Moments
 from normlab.population.protocol import BadBatch, arrays
 from normlab.population.running import init_running
@@ -97,6 +96,23 @@ class Renorm(NamedTuple):
         return mu - jnp.where(seen, d * scale, 0), scale
 
 
+UPDATES = integer("a number of updates, at least 0", "pass an int", 0)
+
+
+@checked(
+    "batch renorm",
+    r_max=number(
+        "a number of at least 1", "use 1 for batch norm, 3 as in the paper", lambda v: v >= 1
+    ),
+    d_max=number(
+        "a number of at least 0", "use 0 for batch norm, 5 as in the paper", lambda v: v >= 0
+    ),
+    begin=UPDATES,
+    r_end=UPDATES,
+    d_end=UPDATES,
+    eps=settled_eps,
+    decay=settled_decay,
+)
 def init_renorm(
     channels: int,
     *,
@@ -130,22 +146,13 @@ def init_renorm(
       ValueError: If r_max < 1, d_max < 0, a limit's end comes before `begin`, or as `init_running`.
     """
     where = "batch renorm"
-    known = not any(isinstance(v, Tracer) for v in (r_max, d_max))
-    if known and not (np.all(np.asarray(r_max) >= 1) and np.all(np.asarray(d_max) >= 0)):
-        raise invalid(
-            where,
-            f"r_max={r_max} and d_max={d_max}",
-            "r_max of at least 1 and d_max of at least 0",
-            "use 1 and 0 for batch norm, 3 and 5 as in the paper",
-        )
-    if not 0 <= begin <= min(r_end, d_end):
+    if begin > min(r_end, d_end):
         raise invalid(
             where,
             f"begin={begin}, r_end={r_end}, d_end={d_end}",
             "0 <= begin <= r_end and d_end, in updates",
             "let the limits grow after begin",
         )
-    check_eps(where, eps)
     running = init_running(channels, decay=decay, ddof=ddof, debias=debias, dtype=dtype)
     running = running._replace(sigma_eps=eps)
     limits = (jnp.array(v, running.mean.dtype) for v in (r_max, d_max))

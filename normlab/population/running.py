@@ -20,7 +20,8 @@ from jax import Array, lax
 from jax.core import Tracer
 from jax.typing import DTypeLike
 
-from normlab.checks import check_ddof, check_decay, invalid
+from normlab.arguments import checked, instance, number, settled_decay
+from normlab.checks import invalid
 from normlab.collective import all_reduce, check_bound
 from normlab.moments import Moments
 from normlab.population.protocol import (
@@ -61,6 +62,7 @@ class Running(NamedTuple):
     ddof: int = 0
     sigma_eps: float | None = None
 
+    @checked("running statistics")
     def update(self, m: Moments, *, decay: Any = None, bad_batch: BadBatch = "skip") -> Running:
         """Takes one batch in. A gradient passes.
 
@@ -76,7 +78,6 @@ class Running(NamedTuple):
         """
         self = arrays(self)
         decay = self.decay if decay is None else decay
-        check_decay("running statistics", decay)
         if isinstance(decay, Array):
             decay = decay.astype(self.mass.dtype)
         m = check_batch("running statistics", m, bad_batch, self.ddof)
@@ -156,6 +157,7 @@ class Running(NamedTuple):
 register(Running, "decay", "ddof", "sigma_eps")
 
 
+@checked("running statistics", decay=settled_decay)
 def init_running(
     channels: int,
     *,
@@ -179,9 +181,7 @@ def init_running(
       ValueError: If `decay` is outside [0, 1), `ddof` neither 0 nor 1, or the type is no real
         floating type.
     """
-    check_decay("running statistics", decay)
-    check_ddof("running statistics", ddof)
-    dtype = statistics_dtype("running statistics", dtype)
+    dtype = statistics_dtype(dtype)
     return Running(
         mean=jnp.zeros(channels, dtype),
         var=jnp.ones(channels, dtype),
@@ -194,6 +194,11 @@ def init_running(
     )
 
 
+@checked(
+    "change ddof",
+    state=instance(Running, "change what it holds, or, of a Cumulative, state._replace(ddof=...)"),
+    count=number("a number of values", "pass the examples of a batch times the positions"),
+)
 def change_ddof(state: Running, ddof: int, *, count: float | None = None) -> Running:
     """Returns the state with its variance biased (`ddof=0`) or unbiased (`ddof=1`).
 
@@ -212,17 +217,9 @@ def change_ddof(state: Running, ddof: int, *, count: float | None = None) -> Run
     >>> change_ddof(state, 1, count=4).var.tolist()
     [4.0]
     """
-    check_ddof("change ddof", ddof)
-    if not isinstance(state, Running):
-        raise invalid(
-            "change ddof",
-            f"a state of type {type(state).__name__}",
-            "a Running",
-            "change what it holds, or, of a Cumulative, state._replace(ddof=...)",
-        )
     state = arrays(state)
     n = jnp.asarray(state.count if count is None else count, state.var.dtype)
-    if not isinstance(n, Tracer) and not n > 1:
+    if not isinstance(n, Tracer) and not float(n) > 1:
         raise invalid(
             "change ddof",
             f"{n:g} values of a channel in a batch",

@@ -13,19 +13,21 @@ takes one step, with the moments of all of it together:
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 from jax.core import Tracer
 from jax.typing import ArrayLike
 
+from normlab.arguments import Kind, checked, is_array, read, tree
 from normlab.checks import invalid
 from normlab.lowering import zeros_of
 from normlab.moments import Moments
-from normlab.population.cumulative import Cumulative, Estimator, check_estimator
+from normlab.population.cumulative import Cumulative, Estimator
 from normlab.population.domains import Domains
 from normlab.population.frozen import Frozen
 from normlab.population.protocol import BadBatch, Population, arrays
@@ -82,6 +84,7 @@ class Pending(NamedTuple):
         return Pending(self.of.pool(axis_name), self.seen.pool(axis_name), broken)
 
 
+@checked("begin")
 def begin(states: Any) -> Any:
     """Begins a transaction in every running average of a pytree of states.
 
@@ -112,6 +115,21 @@ def _begin(state: Any) -> Pending:
     return Pending(state, seen, zeros_of(mean).any(-1))
 
 
+def _ok(value: Any) -> Any:
+    if not isinstance(value, bool) and not (is_array(value) and value.dtype == jnp.bool_):
+        raise TypeError
+    return value
+
+
+@checked(
+    "commit",
+    ok=Kind(
+        "a bool, or an array of them",
+        "reduce what is finite with jnp.isfinite(...).all()",
+        _ok,
+        (None, "yes", 1, 1.0, [True], object(), np.ones(2), bool),
+    ),
+)
 def commit(
     states: Any,
     ok: ArrayLike = True,
@@ -182,6 +200,7 @@ def commit(
     return _map("commit", states, _is_pending, one, "states from begin")
 
 
+@checked("settle")
 def settle(states: Any, *, estimator: Estimator | None = None) -> Any:
     """Ends a transaction: what it saw becomes the population, PreciseBN.
 
@@ -202,8 +221,6 @@ def settle(states: Any, *, estimator: Estimator | None = None) -> Any:
       ValueError: If there is no transaction, nothing was seen (where that can be known), or the
         state cannot be replaced.
     """
-    if estimator is not None:
-        check_estimator("settle", estimator)
 
     def one(state: Pending) -> Any:
         state = arrays(state)
@@ -242,7 +259,7 @@ def settle(states: Any, *, estimator: Estimator | None = None) -> Any:
 
     pending = [s for s in jax.tree.leaves(states, is_leaf=_is_pending) if _is_pending(s)]
     updates = [s.seen.updates for s in pending]
-    if pending and not any(isinstance(n, Tracer) or n.any() for n in updates):
+    if pending and not any(isinstance(n, Tracer) or np.any(n) for n in updates):
         raise invalid(
             "settle",
             f"a transaction of {max(int(s.seen.skipped.sum()) for s in pending)} batches that "
@@ -253,6 +270,20 @@ def settle(states: Any, *, estimator: Estimator | None = None) -> Any:
     return _map("settle", states, _is_pending, one, "states from begin")
 
 
+BATCH = tree("a pytree of arrays", "pass batches of arrays")
+
+
+def _iterable(value: Any) -> Any:
+    iter(value)
+    if isinstance(value, str | bytes | Mapping):
+        raise TypeError
+    return value
+
+
+@checked(
+    "precise",
+    batches=Kind("an iterable of batches", "pass a list of them", _iterable, (None, "x", 1, {})),
+)
 def precise(
     step: Callable[[Any, Any], Any],
     states: Any,
@@ -284,6 +315,7 @@ def precise(
     """
     states, run = begin(states), jax.jit(step)
     for batch in batches:
+        read("precise", "batch", batch, BATCH)
         states = run(states, batch)
     return settle(states, estimator=estimator)
 

@@ -14,8 +14,9 @@ from jax import Array
 from jax.sharding import PartitionSpec
 
 from normlab.affine import Parts
+from normlab.arguments import check_added, read
 from normlab.batch import batch_parts
-from normlab.checks import check_eps, invalid, normalize_axes, promote_dtype
+from normlab.checks import invalid, normalize_axes, promote_dtype
 from normlab.collective import measure, values_per_channel
 from normlab.example import group_moments, layer_moments, rms_parts
 from normlab.moments import Algorithm, Moments
@@ -105,7 +106,7 @@ def example(
       fast: Flax's `use_fast_variance`.
       centre: Whether to subtract the mean; without, this is RMS norm.
     """
-    check_eps(call.where, eps)
+    check_added(call.where, read(call.where, "eps", eps), call.x)
     axes = normalize_axes(call.where, axes, call.x.ndim)
     if over is None and not centre:
         return rms_parts(call.x, None, axes=axes, eps=eps, weights=call.weights)
@@ -196,7 +197,7 @@ def group(
       over: The named axes along which the examples themselves are split.
       fast: Flax's `use_fast_variance`.
     """
-    check_eps(call.where, eps)
+    check_added(call.where, read(call.where, "eps", eps), call.x)
     x, weights, plain = call.x, call.weights, axes is None and over is None and call.x.ndim > 1
     axes = (*range(1, x.ndim - 1), -1) if axes is None else axes
     axes = normalize_axes(call.where, axes, x.ndim)

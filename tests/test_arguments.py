@@ -1,0 +1,476 @@
+"""No wrong call ends raw, and none that means nothing is accepted.
+
+Every argument of every public function is tried with values of every kind: with those that its kind
+in `normlab.arguments` refuses, and with those that it lets through.
+"""
+
+import functools
+import inspect
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import normlab as nl
+from normlab import convert, instruments
+
+A = jnp.asarray(np.arange(24.0).reshape(2, 2, 6) % 5, jnp.float32)
+X, W = A[0, :, :3], jnp.asarray(np.arange(1.0, 13.0).reshape(3, 4), jnp.float32)
+PARAMS, STATE, M = nl.init_affine(6), nl.init_running(6), nl.moments(A[0], 0)
+PARTS = nl.Parts(*map(jnp.float32, (1.0, 2.0, 3.0, 4.0)))
+SITE = nl.Site(X @ W, X, W)
+NORM = nl.get("batch")
+PENDING = nl.begin(nl.init_running(6)).update(M)
+STACKED = jax.tree.map(lambda v: jnp.stack([v, v]), STATE)
+MODEL = {
+    "Dense_0": {"kernel": W, "bias": jnp.ones(4)},
+    "BatchNorm_0": {"mean": jnp.ones(4), "var": jnp.ones(4)},
+}
+BATCH = {"a": A, "params": PARAMS, "state": STATE, "train": True, "decay": 0.9, "eps": 1e-5}
+BATCH |= {"axis_name": None, "weights": jnp.ones(2), "channel_axis": -1, "algorithm": "auto"}
+BATCH |= {"bad_batch": "skip", "state_gradient": False}
+EXAMPLE = {"a": A, "params": PARAMS, "eps": 1e-5, "weights": jnp.ones(2), "channel_axis": -1}
+SQUARE = jnp.eye(6)
+
+# A right call of every function, with all its arguments.
+CALLS = {
+    nl.affine: {"parts": PARTS, "a": A, "weights": None, "channel_axis": -1},
+    nl.all_reduce: {"m": M, "axis_name": None},
+    nl.batch_norm: BATCH,
+    nl.batch_parts: BATCH,
+    nl.average_running: {"states": STATE, "average": STATE, "step_size": 0.5},
+    nl.begin: {"states": STATE},
+    nl.check_conventions: {"saved": STATE, "states": STATE},
+    nl.restore_states: {"states": STATE, "saved": STATE._asdict()},
+    nl.change_ddof: {"state": STATE, "ddof": 1, "count": 4.0},
+    nl.commit: {"states": PENDING, "ok": True, "decay": 0.9, "bad_batch": "skip"},
+    nl.conventions: {"states": STATE},
+    nl.cosine_norm: {
+        "x": X,
+        "w": W,
+        "params": nl.init_affine(4),
+        "linear": nl.Dense(),
+        "centred": False,
+    },
+    nl.cosine_parts: {"params": nl.init_affine(4), "site": SITE, "centred": False},
+    nl.drift: {"stats": STACKED, "axis_name": None},
+    nl.effective_sample_size: {"weights": jnp.ones(3), "axes": 0},
+    nl.empty: {"shape": (3,), "dtype": jnp.float32},
+    nl.equivalence: {
+        "norm": "batch",
+        "axis_name": "data",
+        "devices": 2,
+        "form": "vmap",
+        "x": jnp.ones((4, 3)),
+        "w": W,
+        "linear": nl.Dense(),
+        "weights": jnp.ones(4),
+        "recipes": (),
+        "seed": 0,
+    },
+    nl.exchange: {"states": nl.init_delayed(6), "axis_name": nl.Sync("d", every=1)},
+    nl.fold: {"parts": PARTS, "kernel": W, "bias": jnp.ones(4), "unit_axis": -1},
+    nl.fold_model: {
+        "variables": MODEL,
+        "rule": {"BatchNorm_0": "Dense_0"},
+        "eps": 1e-5,
+        "unit_axis": -1,
+        "remove": False,
+        "dtype": None,
+        "apply": None,
+        "folded_apply": None,
+    },
+    nl.fold_norm: {
+        "norm": NORM,
+        "params": nl.init_affine(4),
+        "state": nl.init_running(4),
+        "kernel": W,
+        "bias": jnp.ones(4),
+        "x": X,
+        "linear": nl.Dense(),
+    },
+    nl.freeze: {"states": {"a": STATE}, "rule": "a"},
+    nl.get: {"name": "batch"},
+    nl.global_gradient: {"grads": {"w": W}, "axis_name": "d"},
+    nl.global_mean: {"values": X, "axis_name": "d", "weights": jnp.ones(2)},
+    nl.group_norm: EXAMPLE | {"groups": 2, "algorithm": "auto"},
+    nl.group_parts: EXAMPLE | {"groups": 2, "algorithm": "auto"},
+    nl.init_affine: {
+        "channels": 3,
+        "rescale": True,
+        "reshift": True,
+        "g": 1.0,
+        "dtype": jnp.float32,
+    },
+    nl.init_cumulative: {"channels": 3, "ddof": 0, "estimator": "pooled", "dtype": jnp.float32},
+    nl.init_delayed: {
+        "channels": 3,
+        "decay": 0.9,
+        "ddof": 0,
+        "debias": True,
+        "dtype": jnp.float32,
+    },
+    nl.init_domains: {
+        "channels": 3,
+        "domains": 2,
+        "examples": None,
+        "population": "debiased",
+        "dtype": jnp.float32,
+    },
+    nl.init_population: {"population": "debiased", "channels": 3},
+    nl.init_renorm: {
+        "channels": 3,
+        "r_max": 3.0,
+        "d_max": 5.0,
+        "begin": 5,
+        "r_end": 9,
+        "d_end": 8,
+        "eps": 1e-5,
+        "decay": 0.9,
+        "ddof": 0,
+        "debias": True,
+        "dtype": jnp.float32,
+    },
+    nl.init_running: {
+        "channels": 3,
+        "decay": 0.9,
+        "ddof": 0,
+        "debias": True,
+        "dtype": jnp.float32,
+    },
+    nl.instance_norm: EXAMPLE | {"algorithm": "auto"},
+    nl.instance_parts: EXAMPLE | {"algorithm": "auto"},
+    nl.invert: {"parts": PARTS, "h": A},
+    nl.layer_norm: EXAMPLE | {"axes": -1, "algorithm": "auto"},
+    nl.layer_parts: EXAMPLE | {"axes": -1, "algorithm": "auto"},
+    nl.merge: {"p": M, "q": M},
+    nl.merge_axes: {"m": M, "axes": 0},
+    nl.merge_running: {"states": STACKED},
+    nl.moments: {"x": A, "axes": 0, "weights": jnp.ones(2), "algorithm": "auto"},
+    nl.plain_weights: {
+        "variables": {"Dense_0": {"kernel": W}},
+        "rule": {"Dense_0": nl.weight_norm},
+        "unit_axis": -1,
+        "dtype": None,
+        "apply": None,
+        "folded_apply": None,
+    },
+    nl.pool_running: {"states": STATE, "axis_name": "d"},
+    nl.precise: {
+        "step": lambda state, batch: nl.batch_norm(batch, None, state, train=True)[1],
+        "states": STATE,
+        "batches": [A],
+        "estimator": None,
+    },
+    nl.ring: {"count": 4, "reach": 1},
+    nl.rms_norm: EXAMPLE | {"axes": -1},
+    nl.rms_parts: EXAMPLE | {"axes": -1},
+    nl.row: {"name": "batch"},
+    nl.select_domain: {"states": nl.init_domains(3), "domain": 1},
+    nl.settle: {"states": PENDING, "estimator": None},
+    nl.shapes: {"x": X, "w": W, "linear": nl.Dense(), "weights": None},
+    nl.share_running: {"states": STATE, "devices": 2},
+    nl.thaw: {"states": {"a": nl.freeze(STATE)}, "rule": "a"},
+    nl.weight_norm: {"v": W, "g": jnp.ones(4)},
+    nl.weight_norm_init: {"site": SITE, "eps": 0.0, "axis_name": None},
+    nl.weight_parts: {"params": nl.init_affine(4), "site": SITE},
+    nl.weight_standardization: {"v": W, "g": jnp.ones(4)},
+    nl.weight_standardization_parts: {"params": nl.init_affine(4), "site": SITE},
+    nl.whiten: {"x": SQUARE, "w": nl.whitening(SQUARE)},
+    nl.whitening: {"x": SQUARE, "method": "zca", "eps": 0.1},
+    nl.Sync: {
+        "axes": "d",
+        "groups": 2,
+        "members": None,
+        "shards": 1,
+        "virtual_batch": None,
+        "staged": False,
+        "gradient": "both",
+        "every": 0,
+        "mesh": None,
+    },
+    nl.Dense: {"channel_axis": -1},
+    nl.Conv: {
+        "strides": 1,
+        "padding": "SAME",
+        "dilation": 1,
+        "groups": 1,
+        "channel_axis": -1,
+    },
+    instruments.along_step: {
+        "loss": lambda w: sum((v**2).sum() for v in jax.tree.leaves(w)),
+        "params": X,
+        "direction": X,
+        "rates": jnp.ones(2),
+    },
+    instruments.angular_update: {"before": X, "after": X, "axes": 0},
+    instruments.cancellation: {"a": A, "axes": 0},
+    instruments.condition_number: {"x": X},
+    instruments.correlations: {"h": X},
+    instruments.covariate_shift: {
+        "loss": lambda p: (p["a"] ** 2).sum(),
+        "before": {"a": X},
+        "after": {"a": X},
+        "layers": ["a"],
+    },
+    instruments.dead_units: {"h": A, "axes": 0},
+    instruments.distance_to_uncorrelated: {"h": X},
+    instruments.distance_to_white: {"h": X},
+    instruments.effective_lr: {"w": W, "lr": 0.1, "axes": 0},
+    instruments.gaussianity: {"a": A, "axes": 0},
+    instruments.gradient_norms: {"grads": {"w": W}, "depth": 1},
+    instruments.hessian_max: {
+        "loss": lambda w: sum((v**2).sum() for v in jax.tree.leaves(w)),
+        "params": jnp.ones(8),
+        "key": jax.random.key(0),
+        "steps": 2,
+        "tol": 1e-3,
+    },
+    instruments.percentiles: {"a": A, "q": (0.5,), "axes": 0},
+    instruments.saturation: {"h": A, "low": 0.0, "high": 1.0, "margin": 0.1, "axes": 0},
+}
+
+for _name in nl.names():
+    _own = {"groups": 2, "eps": 1e-5, "axes": "channels", "algorithm": "auto", "bad_batch": "skip"}
+    _own |= {"rescale": True, "reshift": True, "data_init": False, "axis_name": None, "g": None}
+    _own |= {
+        "estimator": None,
+        "decay": 0.9,
+        "ddof": 0,
+        "population": "debiased",
+        "state_gradient": False,
+    }
+    _factory = nl.row(_name).factory
+    CALLS[_factory] = {name: _own[name] for name in inspect.signature(_factory).parameters}
+    _norm = nl.get(_name, **({"groups": 2} if _name == "group" else {}))
+    _params = None if _name == "none" else nl.init_affine(4)
+    _site = nl.Site(jnp.ones((2, 3, 4))) if _name == "instance" else SITE
+    CALLS[_norm.init] = {"site": _site}
+    CALLS[_norm.parts] = {
+        "params": _params,
+        "state": nl.init_running(4) if _name == "batch" else (),
+        "site": _site,
+        "train": True,
+    }
+
+NP = np.ones(4, np.float32)
+BARE = convert.Converted("layer", nl.Affine(jnp.ones(4), jnp.ones(4)), eps=1e-5)
+FLAX = {"params": {"scale": NP, "bias": NP}}
+FROM = {"layer": "layer", "path": "", "allow": ()}
+TO = {"norm": BARE, "path": "", "allow": ()}
+CALLS |= {
+    convert.from_torch: FROM
+    | {"variables": {"weight": NP, "bias": NP}, "layer": "rms", "count": None, "path": ""},
+    convert.from_linen: FROM | {"variables": FLAX},
+    convert.from_nnx: FROM | {"variables": FLAX["params"]},
+    convert.from_haiku: FROM | {"variables": ({"n": {"scale": NP, "offset": NP}}, {}), "path": "n"},
+    convert.from_keras: FROM | {"variables": {"gamma": NP, "beta": NP}},
+    convert.from_equinox: {
+        "variables": {"weight": NP, "bias": NP},
+        "layer": "layer",
+        "state": None,
+        "allow": (),
+    },
+    convert.to_torch: TO | {"old_names": False},
+    convert.to_linen: TO,
+    convert.to_nnx: TO,
+    convert.to_haiku: TO | {"path": "n", "ndim": None},
+    convert.to_keras: TO,
+    convert.to_equinox: {"norm": BARE, "allow": ()},
+    convert.from_model: {
+        "read": convert.from_linen,
+        "variables": {"params": {"n": FLAX["params"]}},
+        "rule": {"n": "layer"},
+        "allow": (),
+    },
+    convert.to_model: {"write": convert.to_linen, "norms": {"n": BARE}, "allow": ()},
+}
+
+# Those that hand their arguments to another at once.
+HANDED = {
+    nl.batch_norm: nl.batch_parts,
+    nl.layer_norm: nl.layer_parts,
+    nl.rms_norm: nl.rms_parts,
+    nl.group_norm: nl.group_parts,
+    nl.instance_norm: nl.instance_parts,
+}
+
+PROBES = {
+    "None": None,
+    "a string": "zzz",
+    "an empty string": "",
+    "True": True,
+    "np.True_": np.True_,
+    "1.5": 1.5,
+    "1.0": 1.0,
+    "NaN": float("nan"),
+    "Inf": float("inf"),
+    "-1": -1,
+    "-7": -7,
+    "0": 0,
+    "7": 7,
+    "1e-39": 1e-39,
+    "a huge number": 10**400,
+    "a list": [1.0, 2.0],
+    "a list of None": [None],
+    "a mixed tuple": (1, "x"),
+    "()": (),
+    "a dict": {"a": "b"},
+    "{}": {},
+    "a class": nl.Running,
+    "Sync": nl.Sync,
+    "Dense": nl.Dense,
+    "Affine": nl.Affine,
+    "an object": object(),
+    "a complex": 1j,
+    "a function": lambda: 0,
+    "rank 0": np.float32(1.0),
+    "rank 1": np.ones(7, np.float32),
+    "rank 6": np.ones((1, 2, 1, 2, 1, 2), np.float32),
+    "integers": np.arange(7),
+    "strings": np.array(["x"]),
+    "objects": np.array([None]),
+    "complex numbers": np.ones((3, 4), np.complex64),
+    "bytes": b"x",
+    "Affine of lists": nl.Affine([1.0] * 6, [1.0] * 6),
+    "Parts of lists": nl.Parts([1.0], [1.0], [1.0], [1.0]),
+    "Running of lists": nl.Running([1.0], [1.0], 1.0, 1.0, 1, 1),
+    "Site of lists": nl.Site([1.0], [1.0], [1.0]),
+    "a Running": STATE,
+    "Moments": M,
+    "a key": jax.random.key(0),
+    "a shape": jax.ShapeDtypeStruct((2, 3), jnp.float32),
+    "a type": np.float32,
+}
+
+FUNCTIONS = [
+    pytest.param(f, own, id=f"{i}-{f.__name__}") for i, (f, own) in enumerate(CALLS.items())
+]
+SCOPE = r"(normlab|registry|population|[\w ]*): got "
+
+
+def declared(f):
+    f = HANDED.get(f, f)
+    return f.__init__ if isinstance(f, type) else f
+
+
+def refused(f, name, value):
+    """Whether the kind of an argument refuses a value."""
+    f = declared(f)
+    if value is None and name in f.optional:
+        return False
+    try:
+        f.kinds[name].read(value)
+    except (TypeError, ValueError, OverflowError):
+        return True
+    return False
+
+
+def run(f, own):
+    """The call, within the axis it names."""
+    if own.get("axis_name") is None or f is nl.equivalence:
+        return f(**own)
+    return jax.vmap(lambda _: (f(**own), 0)[1], axis_name="d")(jnp.zeros(2))
+
+
+@pytest.mark.parametrize(("f", "own"), FUNCTIONS)
+def test_every_argument_is_declared_and_the_right_call_is_right(f, own):
+    kinds = declared(f).kinds
+    assert set(own) == set(kinds)
+    for name, value in own.items():
+        assert not refused(f, name, value)
+
+
+@pytest.mark.parametrize(("f", "own"), FUNCTIONS)
+def test_a_value_of_another_kind_is_an_error_that_names_it(f, own):
+    where = declared(f).where
+    for name in own:
+        kind = declared(f).kinds[name]
+        assert not [
+            value for value in kind.wrong if not refused(f, name, value) and value is not None
+        ]
+        for value in (*kind.wrong, *PROBES.values()):
+            if not refused(f, name, value):
+                continue
+            with pytest.raises(ValueError, match=r"; expected .*\. To fix it, ") as error:
+                f(**own | {name: value})
+            given = str(error.value).partition("; expected ")[0]
+            assert given.startswith(f"{where}: got ")
+            assert name in given
+
+
+def test_what_must_be_known_when_traced_says_so():
+    def traced(v):
+        for f, own in CALLS.items():
+            for name in own:
+                if declared(f).kinds[name].static:
+                    with pytest.raises(ValueError, match="static_argnames"):
+                        f(**own | {name: v})
+        return v
+
+    jax.make_jaxpr(traced)(1)
+
+
+def test_every_public_function_has_a_right_call():
+    public = {
+        f
+        for module in (nl, instruments, convert)
+        for name in module.__all__
+        for f in [getattr(module, name)]
+    }
+    functions = {f for f in public if inspect.isfunction(f)} - {nl.names}
+    assert functions <= set(CALLS)
+
+
+# Not for use under `jit`: they look at values.
+EAGER = (nl.fold_norm, nl.fold_model, nl.plain_weights, nl.precise)
+
+
+def ends(f, own):
+    """How a call ends; without compiling anything where the function allows it."""
+    call = functools.partial(run, f, own)
+    try:
+        if f in EAGER or isinstance(f, type):
+            call()
+        else:
+            jax.eval_shape(lambda: (call(), 0)[1])
+    except ValueError as error:
+        return "refused" if "; expected " in str(error) else f"foreign: {error}"
+    except Exception as error:
+        return f"raw: {type(error).__name__} {error}"
+    return "accepted"
+
+
+@pytest.mark.parametrize(("f", "own"), FUNCTIONS)
+def test_what_the_kind_lets_through_ends_well(f, own):
+    for name in own:
+        for label, value in PROBES.items():
+            # What a function that is handed in does is its own affair.
+            if label != "a function" and not refused(f, name, value):
+                assert ends(f, own | {name: value}) in ("accepted", "refused"), (name, label)
+
+
+if __name__ == "__main__":
+    import sys
+
+    for f, own in CALLS.items():
+        if (
+            not hasattr(declared(f), "kinds")
+            or f is nl.equivalence
+            or sys.argv[1] not in f.__module__
+        ):
+            continue
+        for name in own:
+            for label, value in PROBES.items():
+                if not refused(f, name, value):
+                    print(
+                        f.__name__,
+                        "|",
+                        name,
+                        "|",
+                        label,
+                        "|",
+                        ends(f, own | {name: value})[:200].replace("\n", " "),
+                        flush=True,
+                    )
