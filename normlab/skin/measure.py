@@ -239,7 +239,7 @@ def instance(call: Call, eps: float, over: AxisName | None, fast: bool) -> Parts
             "examples on axis 0",
             "move the examples first, or add an axis for the one example",
         )
-    check_eps(call.where, eps)
+    check_added(call.where, read(call.where, "eps", eps), call.x)
     axes = tuple(i for i in call.others if i)
     m = _over(call, axes, over, fast)
     _warn_of_one(call, _values(call, axes, over), "LayerNorm or RMSNorm")
