@@ -16,7 +16,7 @@ from jax import Array, lax
 from jax.typing import ArrayLike
 
 from normlab.arguments import checked, instance, not_negative, one_of
-from normlab.checks import floating, invalid, promote
+from normlab.checks import expand, floating, invalid, promote
 from normlab.moments import moments
 
 Method = Literal["zca", "pca", "zscore", "minmax"]
@@ -82,7 +82,7 @@ def whitening(x: ArrayLike, *, method: Method = "zca", eps: float = 0.0) -> Whit
     if method == "zscore":
         return Whitening(mu, jnp.diag(_inverse(rms(d, 0), eps)))
     sigma, u = _principal_axes(d)
-    matrix = u * _inverse(sigma, eps)
+    matrix = u * _inverse(sigma, eps)[None]
     return Whitening(mu, product(matrix, u.T) if method == "zca" else matrix)
 
 
@@ -111,7 +111,8 @@ def whiten(x: ArrayLike, w: Whitening) -> Array:
             f"[..., {len(w.mean)}]",
             "shape the data as it was for whitening(...)",
         )
-    z = product(promote(x).astype(w.mean.dtype) - w.mean, w.matrix)
+    d = promote(x).astype(w.mean.dtype) - expand(w.mean, jnp.ndim(x), -1)
+    z = product(d, w.matrix)
     return z.astype(floating(x).dtype)
 
 
@@ -154,7 +155,7 @@ def centred(where: str, x: ArrayLike) -> tuple[Array, Array]:
         )
     x = x.reshape(-1, x.shape[-1])
     mu = moments(x, 0, algorithm="two_pass").mean[0]
-    return mu, x - mu
+    return mu, x - mu[None]
 
 
 def product(x: Array, y: Array) -> Array:

@@ -211,6 +211,8 @@ CASES = (
     Case("batch-weighted", "batch", {"rescale": False}, weights=IMPORTANCE),
     Case("batch-weighted-tokens", "batch", **TOKENS, weights=POSITIONS),
     Case("batch-two-pass", "batch", {"algorithm": "two_pass", "bad_batch": "raise"}, **TOKENS),
+    Case("batch-cumulative", "batch", {"population": "cumulative", "estimator": "within"}),
+    Case("batch-learned", "batch", {"state_gradient": True}),
     Case("layer-dense", "layer"),
     Case("layer-tokens", "layer", {"eps": 0.1, "reshift": False}, **TOKENS),
     Case("layer-conv", "layer", **LAST),

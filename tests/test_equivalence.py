@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 import normlab as nl
-from tests.helpers import draw
-from tests.test_sync import MODES, TOPOLOGIES
+from tests.helpers import MAPPERS, draw
+from tests.test_sync import TOPOLOGIES
 
 D = 8
 TOLERANCE = {"float32": 5e-6, "float64": 1e-12}
@@ -78,7 +78,7 @@ FACTORS = {
 }
 
 
-@pytest.mark.parametrize("form", MODES)
+@pytest.mark.parametrize("form", [*MAPPERS, "jit"])
 def test_the_convention_of_each_recipe_is_found(form):
     report = nl.equivalence("batch", "d", D, form=form)
     assert report.worst < 5e-6

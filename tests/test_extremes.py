@@ -220,8 +220,8 @@ def test_weights_of_any_size_are_relative(size):
             if name == "batch":  # the count is in units of the weights
                 assert found[1].updates == 1
                 found, expected = ((h, *state.read()) for h, state in (found, expected))
-            # A denormal half of a weight is rounded.
-            assert gap(found, expected) < (1e-5 if size > 1e-38 else 1e-4), name
+            # A variance of three values near 2 keeps few digits, and products round otherwise.
+            assert gap(found, expected) < 1e-4, name
 
 
 @pytest.mark.parametrize("wrong", [np.nan, np.inf, -1.0, 1j])

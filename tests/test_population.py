@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType
 
 import normlab as nl
 from tests.helpers import MAPPERS, array, draw, gap, mappers, mesh
@@ -489,8 +490,9 @@ def test_a_function_of_the_channels_is_a_population():
     assert norm.init(nl.Site(array(BATCHES[0])))[1].decay == 0.5
 
 
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=str)
 @pytest.mark.parametrize("gradient", ["forward", "backward", "none"])
-def test_plain_jit_knows_every_gradient(gradient):
+def test_plain_jit_knows_every_gradient(gradient, kind):
     sync = nl.Sync("d", gradient=gradient)
     a, c = array(draw(0, 8, 4, C) + draw(1, 8, 1, C)), array(draw(2, 8, 4, C))
 
@@ -502,7 +504,7 @@ def test_plain_jit_knows_every_gradient(gradient):
         (_, state), da = jax.value_and_grad(loss, has_aux=True)(a, c, nl.init_running(C))
         return da, state
 
-    with jax.set_mesh(mesh(d=8)):
+    with jax.set_mesh(mesh(kind, d=8)):
         da, state = jax.jit(plain)(a.reshape(-1, C), c.reshape(-1, C))
     mapped = mappers()["vmap"](lambda _, v: plain(*v))
     expected, states = mapped((), (a, c))

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import NamedSharding
+from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import normlab as nl
@@ -16,7 +16,8 @@ from tests.test_devices import collectives
 
 D, N, C = 8, 4, 3  # devices, examples on each, channels
 TOLERANCE = {"float32": 5e-6, "float64": 1e-12}
-MODES = (*MAPPERS, "jit")
+GRIDS = {"jit": AxisType.Auto, "jit, explicit": AxisType.Explicit}
+MODES = (*MAPPERS, *GRIDS)
 MASK = np.arange(N) < np.array([4, 3, 2, 1, 0, 4, 3, 1])[:, None]
 """Which of each device's examples count."""
 
@@ -89,8 +90,8 @@ def expected(topology, precision="float32", *, masked=False):
 
 def run(mode, f, params, sharded):
     """`f(params, *sharded)` per device; of `[D·N, ...]` arrays, in and out."""
-    if mode == "jit":
-        put = jax.device_put(sharded, NamedSharding(mesh(d=D), P("d")))
+    if mode in GRIDS:
+        put = jax.device_put(sharded, NamedSharding(mesh(GRIDS[mode], d=D), P("d")))
         return jax.jit(f)(params, *put)
     split = jax.tree.map(lambda v: v.reshape(D, -1, *v.shape[1:]), sharded)
     out = mappers(D)[mode](lambda params, sharded: f(params, *sharded))(params, split)
@@ -100,13 +101,13 @@ def run(mode, f, params, sharded):
 def spec(topology, mode):
     """The topology; in plain jit with the mesh."""
     sync = TOPOLOGIES[topology]
-    return dataclasses.replace(sync, mesh=mesh(d=D)) if mode == "jit" else sync
+    return dataclasses.replace(sync, mesh=mesh(GRIDS[mode], d=D)) if mode in GRIDS else sync
 
 
 def count(mode, f, params, sharded):
     """The collectives of what `run` runs, the sum of a loss over devices not among them."""
-    if mode == "jit":
-        put = jax.device_put(sharded, NamedSharding(mesh(d=D), P("d")))
+    if mode in GRIDS:
+        put = jax.device_put(sharded, NamedSharding(mesh(GRIDS[mode], d=D), P("d")))
         return collectives(jax.jit(f), params, *put)
     split = jax.tree.map(lambda v: v.reshape(D, -1, *v.shape[1:]), sharded)
     return collectives(mappers(D)[mode](lambda p, s: f(p, *s)), params, split)
@@ -141,7 +142,7 @@ def check_forward(topology, mode, precision):
         return nl.batch_norm(a, params, state, train=True, axis_name=spec(topology, mode))
 
     h, after = run(mode, f, params, (a,))
-    if mode != "jit":
+    if mode not in GRIDS:
         h, population = (
             whole(h),
             jax.tree.map(lambda v: np.broadcast_to(v, (D, *v.shape)), population),
@@ -181,15 +182,16 @@ def test_masked_and_empty_shards_weigh_what_they_hold(topology, mode):
         return nl.batch_norm(a, params, train=True, axis_name=spec(topology, mode), weights=w)[0]
 
     h = run(mode, f, params, (dirty, weights))
-    h = h if mode == "jit" else whole(h)
+    h = h if mode in GRIDS else whole(h)
     one = expected(topology, masked=True)[0]
     assert gap(np.asarray(h)[mask], one[mask]) < 5e-6
 
 
-def test_plain_jit_finds_the_axes_of_the_mesh_that_is_set():
+@pytest.mark.parametrize("kind", GRIDS.values(), ids=str)
+def test_plain_jit_finds_the_axes_of_the_mesh_that_is_set(kind):
     """The string alone, as inside shard_map."""
     params, a, _ = problem("float32")
-    grid = mesh(d=D)
+    grid = mesh(kind, d=D)
     with jax.set_mesh(grid):
         put = jax.device_put(a, NamedSharding(grid, P("d")))
         h = jax.jit(lambda a: nl.batch_norm(a, params, train=True, axis_name="d")[0])(put)
@@ -335,7 +337,7 @@ def test_a_staged_merge_is_the_whole_one(check_vma):
     assert collectives(mapped, params, a, c) == ["all-gather"] * 2 + backward
 
 
-@pytest.mark.parametrize("mode", ["pmap", "shard_map", "shard_map, check_vma=False", "jit"])
+@pytest.mark.parametrize("mode", ["pmap", "shard_map", "shard_map, check_vma=False", *GRIDS])
 @pytest.mark.parametrize(
     ("topology", "forward", "backward"),
     [
