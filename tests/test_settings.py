@@ -32,7 +32,8 @@ def populations():
 
 def exported(f, *shapes):
     """`f` exported for shapes of symbols, through bytes and back."""
-    scope = export.SymbolicScope(("h >= 2", "w >= 2"))  # for a convolution without padding
+    # What a convolution without padding asks.
+    scope = export.SymbolicScope([f"{n} >= 2" for n in "hw" if any(n in s for s in shapes)])
     arguments = [
         jax.ShapeDtypeStruct(export.symbolic_shape(shape, scope=scope), jnp.float32)
         for shape in shapes
