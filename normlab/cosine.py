@@ -23,7 +23,7 @@ from normlab.types import Site
 from normlab.weight import deviations, inputs, kernel, safe_sqrt, units_and_lengths
 
 
-@checked("cosine norm", x=array("an input [..., K], a real one", rank=1))
+@checked("cosine norm", w=array())
 def cosine_norm(
     x: ArrayLike,
     w: ArrayLike,

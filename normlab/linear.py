@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import ArrayLike
 
-from normlab.arguments import checked, declare, either, instance, integer, one_of, sequence
+from normlab.arguments import array, checked, declare, either, instance, integer, one_of, sequence
 from normlab.checks import invalid, promote
 from normlab.moments import Moments, moments
 from normlab.trees import static
@@ -66,7 +66,7 @@ class Dense:
 
     channel_axis: int = -1
 
-    @checked("Dense")
+    @checked("Dense", w=array())
     def __call__(self, x: Array, w: Array) -> Array:
         """Returns `x @ w`."""
         if w.ndim != 2 or x.ndim == 0 or x.shape[-1] != w.shape[0]:
@@ -142,7 +142,7 @@ class Conv:
     groups: int = 1
     channel_axis: int = -1
 
-    @checked("Conv")
+    @checked("Conv", w=array())
     def __call__(self, x: Array, w: Array) -> Array:
         """Returns the convolution of `x` with `w`, in the layout of `x`."""
         spatial = w.ndim - 2

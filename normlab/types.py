@@ -93,20 +93,20 @@ class Site(NamedTuple):
 
 
 def _site(abstract: bool) -> Kind:
-    weights, a, w = (array(rank=rank, abstract=abstract) for rank in range(3))
+    any_rank, some_rank = (array(rank=rank, abstract=abstract) for rank in (0, 1))
 
     def read(site: Any) -> Site:
         if not isinstance(site, Site):
             raise TypeError
         KINDS["linear"].read(site.linear)
-        a.read(site.a)
-        for v, kind in ((site.x, a), (site.w, w), (site.weights, weights)):
+        some_rank.read(site.a)
+        for v, kind in ((site.x, any_rank), (site.w, some_rank), (site.weights, any_rank)):
             if v is not None:
                 kind.read(v)
         return site
 
     some: Any = np.ones((2, 2))
-    wrong = (None, "x", 1, True, [1.0], {}, Site, Site(some, w=some[0]))
+    wrong = (None, "x", 1, True, [1.0], {}, Site, Site(some[0, 0]))
     wrong = (*wrong, Site(some)._replace(linear=Dense), Site(some)._replace(a=[1.0]))
     return Kind(
         "a Site of " + ("shapes" if abstract else "arrays"),

@@ -259,7 +259,7 @@ def settle(states: Any, *, estimator: Estimator | None = None) -> Any:
 
     pending = [s for s in jax.tree.leaves(states, is_leaf=_is_pending) if _is_pending(s)]
     updates = [s.seen.updates for s in pending]
-    if pending and not any(isinstance(n, Tracer) or np.any(n) for n in updates):
+    if pending and not any(isinstance(n, Tracer) or np.asarray(n).any() for n in updates):
         raise invalid(
             "settle",
             f"a transaction of {max(int(s.seen.skipped.sum()) for s in pending)} batches that "
