@@ -64,6 +64,7 @@ def measure(
     if not sync.names or _bound(sync.names):
         return partitioned(run, a, weights)
     # Plain jit: the same, in a shard_map over the mesh's axes.
+    layout(where, sync, a.shape[0])  # says so where there is no such axis
     split, alike = PartitionSpec(sync.names), PartitionSpec()
     by_example = weights is not None and weights.shape[0] != 1
     same = sync.whole and sync.gradient in ("both", "none")  # or its derivative is the device's own

@@ -21,6 +21,7 @@ Init = Callable[..., Any]
 zeros, ones = nn.initializers.zeros, nn.initializers.ones
 
 
+@skin.checked("BatchNorm")
 class BatchNorm(nn.Module):
     """Batch normalization, `normlab.batch_norm`, with the interface of `flax.linen.BatchNorm`.
 
@@ -81,10 +82,10 @@ class BatchNorm(nn.Module):
           mask: What counts in the statistics, as booleans or weights: of the rank of `x`, or
             aligned with its first or with its last axes.
         """
-        train = not nn.merge_param(
-            "use_running_average", self.use_running_average, use_running_average
+        where, mode = layer(self), "use_running_average"
+        train = not skin.read(
+            where, mode, nn.merge_param(mode, self.use_running_average, use_running_average)
         )
-        where = layer(self)
         axis_name = skin.sync(where, self.axis_name, self.axis_index_groups)
         shape = skin.feature_shape(where, x, self.axis)
         state, write = _statistics(self, shape, train, jnp.result_type(x))

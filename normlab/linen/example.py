@@ -14,6 +14,7 @@ from normlab.linen.batch import Init, layer, ones, scale_and_bias, zeros
 from normlab.sync import AxisName
 
 
+@skin.checked("LayerNorm")
 class LayerNorm(nn.Module):
     """Layer normalization, `normlab.layer_norm`, with the interface of `flax.linen.LayerNorm`.
 
@@ -61,6 +62,7 @@ class LayerNorm(nn.Module):
         return _example_norm(self, x, mask, centre=True)
 
 
+@skin.checked("RMSNorm")
 class RMSNorm(nn.Module):
     """Root mean square normalization, `normlab.rms_norm`, as `flax.linen.RMSNorm`.
 
@@ -121,6 +123,7 @@ def _example_norm(module: Any, x: ArrayLike, mask: Any, *, centre: bool) -> Arra
     return skin.apply(call, parts, scale, bias)
 
 
+@skin.checked("GroupNorm")
 class GroupNorm(nn.Module):
     """Group normalization, `normlab.group_norm`, with the interface of `flax.linen.GroupNorm`.
 
@@ -179,6 +182,7 @@ class GroupNorm(nn.Module):
         return skin.apply(call, parts, scale, bias)
 
 
+@skin.checked("InstanceNorm")
 class InstanceNorm(nn.Module):
     """Instance normalization, `normlab.instance_norm`, as `flax.linen.InstanceNorm`.
 

@@ -14,12 +14,14 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from normlab import skin
+from normlab.arguments import instance
 from normlab.checks import invalid
 from normlab.linen.batch import stored
 from normlab.skin.rule import Choice, Rule, by_class, by_name, check_taken, is_norm
 from normlab.types import Affine, Site
 
 
+@skin.checked("RegistryNorm")
 class RegistryNorm(nn.Module):
     """Any norm of the registry that looks at the pre-activation alone, its channels last.
 
@@ -45,14 +47,14 @@ class RegistryNorm(nn.Module):
     ) -> Array:
         """Normalizes `x`; arguments as those of `BatchNorm`."""
         norm = skin.from_registry(self.norm, self.options)
-        x = jnp.asarray(x)
+        x = jnp.asarray(skin.read(self.norm, "x", x))
         site = Site(x, weights=skin.weights(self.norm, mask, x.shape))
         (g, b), fresh = norm.init(site)
         train, init = True, self.is_initializing()
         if jax.tree.leaves(fresh):
-            train = not nn.merge_param(
-                "use_running_average", self.use_running_average, use_running_average
-            )
+            mode = "use_running_average"
+            given = nn.merge_param(mode, self.use_running_average, use_running_average)
+            train = not skin.read(self.norm, mode, given)
         state, write = stored(self, fresh, train)
         scale = None if g is None else self.param("scale", lambda key: g)
         bias = None if b is None else self.param("bias", lambda key: b)
@@ -109,6 +111,10 @@ class _Plan:
         self.model, self.rule, self.method = model, rule, method
 
 
+MODEL = instance(nn.Module, "pass the model", arrays=False)
+
+
+@skin.checked("swap", model=MODEL)
 def swap(model: nn.Module, rule: Rule, *, method: str = "__call__") -> Swapped:
     """Returns the model with other norms, by path.
 

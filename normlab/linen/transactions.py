@@ -12,11 +12,16 @@ from typing import Any
 from flax import core, traverse_util
 from jax.typing import ArrayLike
 
+from normlab.arguments import anything, checked, mapping
 from normlab.checks import invalid, nearest
 from normlab.population import transaction as transactions
 from normlab.population.cumulative import Estimator
+from normlab.population.transaction import OK
+
+TREE = mapping(anything, "nested dicts of arrays", "pass what the model was applied to")
 
 
+@checked("commit", variables=TREE, transaction=TREE, ok=OK)
 def commit(variables: Mapping[str, Any], transaction: Any, ok: ArrayLike = True) -> Any:
     """Returns the `batch_stats` after one update with all that the transaction saw.
 
@@ -31,6 +36,7 @@ def commit(variables: Mapping[str, Any], transaction: Any, ok: ArrayLike = True)
     return _end(variables, transaction, lambda states: transactions.commit(states, ok))
 
 
+@checked("settle", variables=TREE, transaction=TREE)
 def settle(
     variables: Mapping[str, Any], transaction: Any, *, estimator: Estimator | None = None
 ) -> Any:

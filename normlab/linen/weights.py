@@ -18,6 +18,7 @@ from normlab import skin
 Init = Callable[..., Any]
 
 
+@skin.checked("WeightNorm")
 class WeightNorm(nn.Module):
     """Weight normalization, `normlab.weight_norm`, with the interface of `flax.linen.WeightNorm`.
 
@@ -74,6 +75,7 @@ def _normalized(module: WeightNorm, path: Any, v: Array) -> Array:
     return skin.normalized_kernel("WeightNorm", v, scale, module.feature_axes, module.dtype)
 
 
+@skin.checked("CosineDense")
 class CosineDense(nn.Module):
     """A dense layer of cosines, `normlab.cosine_norm`: h = scale · w·x / (‖w‖‖x‖) + bias.
 
@@ -104,12 +106,15 @@ class CosineDense(nn.Module):
     @nn.compact
     def __call__(self, x: ArrayLike) -> Array:
         """Returns `[..., features]` for `x [..., K]`."""
-        kernel, scale, bias = _cosine_params(self, (jnp.shape(x)[-1], self.features))
+        kernel, scale, bias = _cosine_params(
+            self, (*skin.feature_shape("CosineDense", x, -1), self.features)
+        )
         return skin.cosine(
             "CosineDense", x, kernel, scale, bias, dtype=self.dtype, centred=self.centred
         )
 
 
+@skin.checked("CosineConv")
 class CosineConv(nn.Module):
     """A convolution of cosines, `normlab.cosine_norm`: each patch x of the input meets w.
 
@@ -157,7 +162,7 @@ class CosineConv(nn.Module):
             self.kernel_dilation,
             self.feature_group_count,
         )
-        inputs = jnp.shape(x)[-1] // self.feature_group_count
+        inputs = skin.feature_shape("CosineConv", x, -1)[0] // self.feature_group_count
         kernel, scale, bias = _cosine_params(self, (*window, inputs, self.features))
         return skin.cosine(
             "CosineConv",

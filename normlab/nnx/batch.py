@@ -34,6 +34,7 @@ class BatchNorm(Stateful):
     [0.0, 2.0]
     """
 
+    @skin.checked("BatchNorm")
     def __init__(
         self,
         num_features: int,
@@ -195,7 +196,9 @@ def result_dtype(module: Any, x: ArrayLike, *others: Any) -> Any:
         return module.dtype
     with jax.numpy_dtype_promotion("standard"):
         promoted = jax.eval_shape(
-            lambda *arrays: module.promote_dtype(arrays, dtype=None), jnp.asarray(x), *others
+            lambda *arrays: module.promote_dtype(arrays, dtype=None),
+            jnp.asarray(skin.read(type(module).__name__, "x", x)),
+            *others,
         )
         told = (promoted[0], *promoted[-2:])
         return jnp.result_type(*(v.dtype for v in told if v is not None))

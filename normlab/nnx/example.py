@@ -28,6 +28,7 @@ from normlab.sync import AxisName
 class LayerNorm(nnx.Module):
     """Layer normalization, `normlab.layer_norm`, with the interface of `flax.nnx.LayerNorm`."""
 
+    @skin.checked("LayerNorm")
     def __init__(
         self,
         num_features: int,
@@ -113,6 +114,7 @@ class LayerNorm(nnx.Module):
 class RMSNorm(nnx.Module):
     """Root mean square normalization, `normlab.rms_norm`, as `flax.nnx.RMSNorm`."""
 
+    @skin.checked("RMSNorm")
     def __init__(
         self,
         num_features: int,
@@ -182,6 +184,7 @@ class RMSNorm(nnx.Module):
 class GroupNorm(nnx.Module):
     """Group normalization, `normlab.group_norm`, with the interface of `flax.nnx.GroupNorm`."""
 
+    @skin.checked("GroupNorm")
     def __init__(
         self,
         num_features: int,
@@ -257,6 +260,7 @@ class GroupNorm(nnx.Module):
 class InstanceNorm(nnx.Module):
     """Instance normalization, `normlab.instance_norm`, as `flax.nnx.InstanceNorm`."""
 
+    @skin.checked("InstanceNorm")
     def __init__(
         self,
         num_features: int,

@@ -13,6 +13,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from normlab import skin
+from normlab.arguments import instance
 from normlab.checks import invalid
 from normlab.nnx.transactions import Kept, Stateful
 from normlab.skin.rule import Choice, Rule, by_class, by_name, check_taken, is_norm
@@ -29,6 +30,7 @@ class RegistryNorm(Stateful):
     (4, 6)
     """
 
+    @skin.checked("RegistryNorm")
     def __init__(
         self,
         norm: str,
@@ -62,7 +64,7 @@ class RegistryNorm(Stateful):
         """Normalizes `x`; arguments as those of `BatchNorm`."""
         train = skin.is_training(self.norm, use_running_average, self.use_running_average)
         norm = skin.from_registry(self.norm, dict(self.options))
-        x = jnp.asarray(x)
+        x = jnp.asarray(skin.read(self.norm, "x", x))
         site = Site(x, weights=skin.weights(self.norm, mask, x.shape))
         state, write = self._kept(train)
         params = Affine(*(None if v is None else v[...] for v in (self.scale, self.bias)))
@@ -81,6 +83,10 @@ class RegistryNorm(Stateful):
             self.use_running_average = use_running_average
 
 
+MODEL = instance(nnx.Module, "pass the model", arrays=False)
+
+
+@skin.checked("swap", model=MODEL)
 def swap(model: Any, rule: Rule, *, rngs: nnx.Rngs | None = None) -> Any:
     """Exchanges norms of a model, in place, by path.
 

@@ -14,9 +14,11 @@ from flax import nnx
 from jax.typing import ArrayLike
 
 from normlab import skin
+from normlab.arguments import checked, instance
 from normlab.checks import invalid
 from normlab.population import transaction as transactions
 from normlab.population.cumulative import Estimator
+from normlab.population.transaction import OK
 
 
 class Transaction(nnx.Variable):
@@ -94,6 +96,10 @@ class Stateful(nnx.Module):
         return skin.average(mean.get_value(), var.get_value(), self.momentum), write
 
 
+MODEL = instance(nnx.Module, "pass the model", arrays=False)
+
+
+@checked("begin", model=MODEL)
 def begin(model: nnx.Module) -> None:
     """Begins a transaction in every norm of a model that keeps running averages.
 
@@ -111,6 +117,7 @@ def begin(model: nnx.Module) -> None:
             module.pending = Transaction(transactions.begin(module._statistics()[0]))
 
 
+@checked("commit", model=MODEL, ok=OK)
 def commit(model: nnx.Module, ok: ArrayLike = True) -> None:
     """Ends a transaction: each running average takes one step with all that it saw.
 
@@ -124,6 +131,7 @@ def commit(model: nnx.Module, ok: ArrayLike = True) -> None:
     _end("commit", model, lambda states: transactions.commit(states, ok))
 
 
+@checked("settle", model=MODEL)
 def settle(model: nnx.Module, *, estimator: Estimator | None = None) -> None:
     """Ends a transaction: what it saw becomes the population, PreciseBN.
 

@@ -25,6 +25,7 @@ class WeightNorm(nnx.Module):
     The layer's own kernels stay as they are, and `scales` holds an `nnx.Param` for each, by path.
     """
 
+    @skin.checked("WeightNorm")
     def __init__(
         self,
         layer_instance: nnx.Module,
@@ -100,6 +101,7 @@ class CosineDense(nnx.Module):
     [[1.0]]
     """
 
+    @skin.checked("CosineDense")
     def __init__(
         self,
         in_features: int,
@@ -147,6 +149,7 @@ class CosineDense(nnx.Module):
 class CosineConv(nnx.Module):
     """A convolution of cosines, `normlab.cosine_norm`: each patch x of the input meets w."""
 
+    @skin.checked("CosineConv")
     def __init__(
         self,
         in_features: int,

@@ -121,15 +121,15 @@ def _ok(value: Any) -> Any:
     return value
 
 
-@checked(
-    "commit",
-    ok=Kind(
-        "a bool, or an array of them",
-        "reduce what is finite with jnp.isfinite(...).all()",
-        _ok,
-        (None, "yes", 1, 1.0, [True], object(), np.ones(2), bool),
-    ),
+OK = Kind(
+    "a bool, or an array of them",
+    "reduce what is finite with jnp.isfinite(...).all()",
+    _ok,
+    (None, "yes", 1, 1.0, [True], object(), np.ones(2), bool),
 )
+
+
+@checked("commit", ok=OK)
 def commit(
     states: Any,
     ok: ArrayLike = True,

@@ -39,6 +39,7 @@ from normlab.skin.state import (
     is_training,
     population,
 )
+from normlab.skin.words import checked, read
 
 __all__ = [
     "Axes",
@@ -51,6 +52,7 @@ __all__ = [
     "check_momentum",
     "check_weight_epsilon",
     "check_whole",
+    "checked",
     "convolution",
     "cosine",
     "example",
@@ -64,6 +66,7 @@ __all__ = [
     "make_call",
     "normalized_kernel",
     "population",
+    "read",
     "sync",
     "together",
     "weights",

@@ -14,6 +14,7 @@ from jax.typing import ArrayLike, DTypeLike
 from normlab.affine import Parts, affine
 from normlab.checks import invalid, normalize_axes, promote, promote_dtype, result_dtype
 from normlab.moments import Algorithm
+from normlab.skin.words import read
 from normlab.sync import AxisName, Sync
 
 Axes = int | Sequence[int]
@@ -49,7 +50,7 @@ class Call(NamedTuple):
 
 def feature_shape(where: str, x: ArrayLike, features: Axes) -> tuple[int, ...]:
     """The shape of scale and bias: a size for each of the feature axes."""
-    shape = jnp.shape(x)
+    shape = jnp.shape(read(where, "x", x))
     return tuple(shape[i] for i in normalize_axes(where, features, len(shape)))
 
 
@@ -69,7 +70,7 @@ def make_call(
     Raises:
       ValueError: If an axis is not there, the mask does not fit, or a type is not a real one.
     """
-    x = jnp.asarray(x)
+    x = jnp.asarray(read(where, "x", x))
     out = output_dtype(where, x, dtype, params)
     features = normalize_axes(where, features, x.ndim)
     return Call(where, operand(x, out), features, weights(where, mask, x.shape), out)
@@ -107,9 +108,7 @@ def weights(where: str, mask: Any, shape: tuple[int, ...]) -> Array | None:
     """
     if mask is None:
         return None
-    mask = jnp.asarray(mask)
-    if not mask.ndim:
-        raise invalid(where, f"a mask of rank 0, {mask}", "one value per example", "leave it out")
+    mask = jnp.asarray(read(where, "mask", mask))
     lead = mask.shape == shape[: mask.ndim]
     try:
         trail = jnp.broadcast_shapes(mask.shape, shape) == shape

@@ -15,6 +15,7 @@ from normlab.cosine import cosine_norm
 from normlab.linear import Conv, Dense, Linear
 from normlab.registry import get, row
 from normlab.skin.calls import Axes, operand, output_dtype
+from normlab.skin.words import read
 from normlab.types import Affine, Norm
 from normlab.weight import weight_norm
 
@@ -74,7 +75,7 @@ def cosine(
       dtype: That of the result; `None` for the one to which the arrays promote.
       centred: As in `cosine_norm`.
     """
-    x = jnp.asarray(x)
+    x = jnp.asarray(read(where, "x", x))
     out = output_dtype(where, x, dtype, (kernel, scale, bias))
     x = operand(floating(x), out)
     lead = x.shape[: x.ndim - (kernel.ndim - 1)]

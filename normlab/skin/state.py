@@ -15,26 +15,20 @@ from normlab.population.names import init_population, takes
 from normlab.population.protocol import Population
 from normlab.population.running import Running
 from normlab.skin.calls import together
+from normlab.skin.words import read
 from normlab.sync import as_sync
 
 
 def check_momentum(where: str, momentum: float) -> float:
     """Returns Flax's momentum as a decay; raises ValueError unless it is in [0, 1)."""
-    if not 0 <= momentum < 1:
-        raise invalid(
-            where,
-            f"momentum={momentum!r}",
-            "a number in [0, 1), the weight of the old value",
-            'pass for example momentum=0.9, or, for statistics that stay, population="frozen"',
-        )
-    return float(momentum)
+    return float(read(where, "momentum", momentum))
 
 
 def is_training(where: str, *use_running_average: bool | None) -> bool:
     """Whether the first that is given says so; raises ValueError if none is."""
     for given in use_running_average:
         if given is not None:
-            return not given
+            return not read(where, "use_running_average", given)
     raise invalid(
         where,
         "no use_running_average",
