@@ -162,7 +162,8 @@ class CosineConv(nn.Module):
             self.kernel_dilation,
             self.feature_group_count,
         )
-        inputs = skin.feature_shape("CosineConv", x, -1)[0] // self.feature_group_count
+        (channels,) = skin.feature_shape("CosineConv", x, -1)
+        inputs = skin.group_inputs("CosineConv", channels, self.feature_group_count)
         kernel, scale, bias = _cosine_params(self, (*window, inputs, self.features))
         return skin.cosine(
             "CosineConv",

@@ -184,7 +184,11 @@ class CosineConv(nnx.Module):
         self.kernel_size = window
         self.use_bias, self.use_scale, self.centred = use_bias, use_scale, centred
         self.dtype, self.param_dtype = dtype, param_dtype
-        shape = (*window, in_features // feature_group_count, out_features)
+        shape = (
+            *window,
+            skin.group_inputs("CosineConv", in_features, feature_group_count),
+            out_features,
+        )
         _make_cosine(self, shape, kernel_init, bias_init, scale_init, rngs)
 
     def __call__(self, x: ArrayLike) -> Array:

@@ -22,6 +22,7 @@ from normlab.skin.layers import (
     convolution,
     cosine,
     from_registry,
+    group_inputs,
     normalized_kernel,
 )
 from normlab.skin.measure import (
@@ -59,6 +60,7 @@ __all__ = [
     "feature_shape",
     "from_registry",
     "group",
+    "group_inputs",
     "groups_of",
     "has_average",
     "instance",

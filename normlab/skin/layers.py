@@ -85,6 +85,22 @@ def cosine(
     return h.reshape(*lead, *h.shape[1:]).astype(out)
 
 
+def group_inputs(where: str, channels: int, groups: int) -> int:
+    """The number of channels that meet a unit.
+
+    Raises:
+      ValueError: If the groups do not divide the channels.
+    """
+    if channels % groups:
+        raise invalid(
+            where,
+            f"feature_group_count={groups} for an input of {channels} channels",
+            "a number of groups that divides them",
+            "change the groups or the input",
+        )
+    return channels // groups
+
+
 def convolution(
     kernel_size: Axes, strides: Any, padding: Any, dilation: Any, groups: int
 ) -> tuple[tuple[int, ...], Conv]:

@@ -17,11 +17,13 @@ from normlab.arguments import (
     flag,
     integer,
     mapping,
+    real,
     sequence,
     text,
 )
 from normlab.arguments import checked as by_name
 from normlab.arguments import read as read_as
+from normlab.sync import SHARDS
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -46,13 +48,13 @@ MOMENTUM = KINDS["decay"]._replace(
 
 WORDS: dict[str, Kind] = {
     "axis": axes,
-    "axis_index_groups": anything,  # `Sync` judges them
+    "axis_index_groups": SHARDS._replace(expected="groups of the numbers of devices"),
     "bias_metadata": METADATA,
-    "epsilon": KINDS["eps"],
+    "epsilon": real,  # how large it has to be depends on the type of the input
     "feature_axes": axes,
     "kernel_size": STEPS,
     "layer_instance": a_function("a layer", "pass a module"),
-    "mask": KINDS["weights"],
+    "mask": array("booleans or weights (a mask of rank 0 says nothing)", "leave it out", rank=1),
     "method": text("the name of a method", "pass a string"),
     "momentum": MOMENTUM,
     "norm": text("the name of a norm", "use one of normlab.names()"),
