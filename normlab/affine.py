@@ -5,6 +5,7 @@ h = g · (a − μ) / σ + b
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -93,7 +94,7 @@ def _affine(a: Array, parts: Parts, weights: Array | None) -> Array:
     # zero, and carries the derivative of μ: so that the gradient of μ is that of c, a small array,
     # and needs no sum over a of its own.
     pivot = lax.stop_gradient(mu)
-    r = _reciprocal(sigma)
+    r = _reciprocal(sigma, weights is not None)
     small = jnp.broadcast_shapes(r.shape, g.shape, b.shape, (1,) * a.ndim)
     if small != a.shape:
         r = r * g
@@ -110,18 +111,19 @@ def _affine(a: Array, parts: Parts, weights: Array | None) -> Array:
     return _apply(a, pivot, r, c, g, b).astype(a.dtype)
 
 
-@jax.custom_jvp
-def _reciprocal(sigma: Array) -> Array:
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
+def _reciprocal(sigma: Array, weighted: bool) -> Array:
     """1/σ, with the derivative −(dσ/σ)/σ: 1/σ² would overflow from 1e-19 on.
 
-    The largest σ there is stands for none that was measured: 0.
+    Where there are weights, the largest σ there is stands for none that was measured: 0.
     """
-    return jnp.where(sigma >= jnp.finfo(sigma.dtype).max, 0, 1 / sigma)
+    r = 1 / sigma
+    return jnp.where(sigma >= jnp.finfo(sigma.dtype).max, 0, r) if weighted else r
 
 
 @_reciprocal.defjvp
-def _(primals: Any, tangents: Any) -> Any:
-    r = _reciprocal(*primals)
+def _(weighted: bool, primals: Any, tangents: Any) -> Any:
+    r = _reciprocal(*primals, weighted)
     return r, -(tangents[0] * r) * r
 
 

@@ -27,7 +27,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from normlab.arguments import checked, declare, instance, integer, one_of, sequence
 from normlab.checks import floating, invalid, normalize_axes, promote, promote_dtype
-from normlab.lowering import apart, partitioned, widen
+from normlab.lowering import apart, derivative_of, partitioned, widen
 from normlab.trees import node
 
 Algorithm = Literal["auto", "shifted", "two_pass", "one_pass"]
@@ -98,8 +98,27 @@ def standard_deviation(var: Array, count: Array, eps: float) -> Array:
       count: Of how many values.
       eps: ε.
     """
-    overflow = var - var  # zero, or NaN: an infinite σ would look like a constant sample
-    return jnp.where(count > 0, jnp.sqrt(var + eps) + overflow, jnp.finfo(var.dtype).max)
+    return jnp.where(count > 0, _root(var + eps, eps), jnp.finfo(var.dtype).max)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
+def _root(square: Array, eps: float) -> Array:
+    """√v for v ≥ ε; NaN where v is infinite, as an infinite σ would look like a constant sample.
+
+    With a power of 4 for C, √v = √C / √(C/v − tiny): tiny is nothing beside C/v, but beside 0. Each
+    value is used once, so that XLA's CPU can still make one loop of a norm.
+    """
+    info = jnp.finfo(square.dtype)
+    if isinstance(eps, Tracer) or eps < 2.0 ** (info.minexp + info.nmant + 4):
+        return jnp.sqrt(square) + (square - square)
+    root = 2.0 ** math.floor(math.log2(eps * 2.0 ** (info.maxexp - 2)) / 2)
+    return root / jnp.sqrt(root * root / square - info.tiny)
+
+
+@_root.defjvp
+def _(eps: float, primals: Any, tangents: Any) -> Any:
+    sigma = _root(*primals, eps)
+    return sigma, tangents[0] / (2 * sigma)
 
 
 @checked("empty", shape=SHAPE)
@@ -165,9 +184,8 @@ def _moments(axes: tuple[int, ...], algorithm: Algorithm, x: Array, w: Array | N
         _, second = power_sums(x, zero, axes) if w is None else _weighted_sums(x, zero, axes, w)
         offset = mean
     m2 = count * (second / n - jnp.square(offset))
-    # Not `where` or `maximum`: where rounding left less than nothing, the derivatives of every
-    # order must pass whole.
-    return Moments(count, mean, m2 - lax.stop_gradient(jnp.minimum(m2, 0)))
+    # Where rounding left less than nothing, the derivatives of every order must pass whole.
+    return Moments(count, mean, lax.stop_gradient(jnp.maximum(m2, 0)) + derivative_of(m2))
 
 
 def count_values(x: Array, axes: Sequence[int], w: Array | None) -> Array:
