@@ -42,7 +42,7 @@ class Kind(NamedTuple):
       wrong: Some values of other kinds, for the tests.
       static: Whether it must be known when the function is traced.
       words: The only ones, if it is a word.
-      numeric: Whether it is a number, so that one need not be told its type.
+      numbers: Of which types it is if it is a number: those the error need not tell.
     """
 
     expected: str
@@ -51,7 +51,7 @@ class Kind(NamedTuple):
     wrong: tuple[Any, ...] = ()
     static: bool = False
     words: tuple[str, ...] = ()
-    numeric: bool = False
+    numbers: tuple[type, ...] = ()
 
 
 KINDS: dict[str, Kind] = {}
@@ -155,9 +155,9 @@ def _given(name: str, value: Any, kind: Kind) -> str:
     kept = type(value).__name__
     if isinstance(value, type):
         return f"{name}=the class {value.__name__} itself"
-    scalar = isinstance(value, bool | int | float | str) and (kind.static or kind.numeric)
+    scalar = isinstance(value, bool | int | float | str) and (kind.static or kind.numbers)
     if value is None or scalar:
-        typed = "" if kind.numeric and is_number(value) else f" of type {kept}"
+        typed = "" if type(value) in kind.numbers else f" of type {kept}"
         return f"{name}={_short(repr(value))}{typed}"
     said = _short(repr(value))
     if is_array(value):
@@ -239,7 +239,7 @@ def number(
 
     others = ("1e-5", True, None, 1j, [1.0], np.ones(2), object())
     others = others if inside(math.nan) else (*others, math.nan)
-    return Kind(expected, change, value_of, (*others, *wrong), static, numeric=True)
+    return Kind(expected, change, value_of, (*others, *wrong), static, numbers=(int, float))
 
 
 def _index(value: Any) -> int:
@@ -267,7 +267,7 @@ def integer(
     others = (None, "1", True, 1.0, 1.5, [1], {"a": 1}, np.ones(2), object(), int)
     if among or least > -math.inf:
         others = (*others, (min(among) if among else int(least)) - 1)
-    return Kind(expected, change, value_of, others, static=True, numeric=True)
+    return Kind(expected, change, value_of, others, static=True, numbers=(int,))
 
 
 def _flag(value: Any) -> bool:

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from normlab.affine import Parts
-from normlab.arguments import checked, flag, integer, norm_axes, real, settled_decay
+from normlab.arguments import checked, flag, integer, norm_axes, real, settled_decay, text
 from normlab.batch import batch_parts
 from normlab.checks import gain_and_bias, invalid, nearest, promote_dtype
 from normlab.cosine import cosine_parts
@@ -61,7 +61,10 @@ class Row(NamedTuple):
     paper: str
 
 
-@checked("get")
+NAME = text("the name of a norm", "use one of names()")
+
+
+@checked("get", name=NAME)
 def get(name: str, **options: Any) -> Norm:
     """Returns the norm called `name`.
 
@@ -92,7 +95,7 @@ name of a norm. To fix it, use a known one.
     return factory(**options)
 
 
-@checked("row")
+@checked("row", name=NAME)
 def row(name: str) -> Row:
     """Returns the registry's row for `name`; raises ValueError for an unknown one."""
     if name not in _ROWS:

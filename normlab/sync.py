@@ -54,17 +54,17 @@ SHARDS = sequence(sequence(SHARD), "tuples of the numbers of shards", "number th
     "Sync",
     axes=NAMES,
     groups=either(
-        "a number of shards, at least 1, or tuples of their numbers",
+        "at least 1 shard, or tuples of their numbers",
         "pass an int or ((0, 1), (2, 3))",
         integer("", "", 1),
         SHARDS,
     ),
     members=SHARDS,
-    shards=integer("a number of parts, at least 1", "pass 1 to leave the batch whole", 1),
-    virtual_batch=integer("a number of examples, at least 1", "pass an int", 1),
+    shards=integer("at least 1 part", "pass 1 to leave the batch whole", 1),
+    virtual_batch=integer("at least 1 example", "pass an int", 1),
     staged=flag(),
     gradient=one_of(Gradient, "what the gradient sees"),
-    every=integer("a number of batches, at least 0", "pass 0 to ask in every norm", 0),
+    every=integer("at least 0 batches", "pass 0 to ask in every norm", 0),
     mesh=instance((Mesh, AbstractMesh), "make it with jax.make_mesh", arrays=False),
 )
 @dataclasses.dataclass(frozen=True)
