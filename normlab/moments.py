@@ -98,7 +98,9 @@ def standard_deviation(var: Array, count: Array, eps: float) -> Array:
       count: Of how many values.
       eps: ε.
     """
-    overflow = var - var  # zero, or NaN: an infinite σ would look like a constant sample
+    # Zero, or NaN: an infinite σ would look like a constant sample. Its derivative is 1 − 1, beside
+    # which that of a large σ would lose its digits.
+    overflow = lax.stop_gradient(var - var)
     return jnp.where(count > 0, jnp.sqrt(var + eps) + overflow, jnp.finfo(var.dtype).max)
 
 

@@ -6,6 +6,7 @@ many cases at random, and other ones each time; without it a hundred or so are a
 """
 
 import dataclasses
+import functools
 import math
 import os
 
@@ -750,8 +751,8 @@ def test_a_population(case):
 def check_population(case: Kept) -> None:
     rng, state = np.random.default_rng(case.seed), start(case)
     averages = [Average(case), Average(case)]
-    norm = lambda a, state, w: nl.batch_norm(a, None, state, train=True, weights=w)  # noqa: E731
-    norm = jax.jit(norm) if case.jit else norm
+    train = functools.partial(nl.batch_norm, train=True)
+    train = jax.jit(train) if case.jit else train
     unit = spacing("float32")
     for number, kind in enumerate(case.steps):
         # Whose average it is: one for the step, or one for each example.
@@ -776,7 +777,7 @@ def check_population(case: Kept) -> None:
                 w[[0, 3]] = 0
                 a[0] = np.nan
             inner = state.of if case.micro and hasattr(state, "of") else state
-            h, state = norm(array(a), state, array(w))
+            h, state = train(array(a), None, state, weights=array(w))
             for d in {*domains}:
                 own = domains == d
                 check_output(
