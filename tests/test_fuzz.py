@@ -656,7 +656,9 @@ def check_devices(case: Devices) -> None:
     if live:
         mean, var = measured(range(16))
         within(state.mean, mean, 4 * unit * np.abs(whole.a).max(), case)
-        within(state.var, var, unit * (30 * var + 16 * mean**2 * unit), case)
+        # The parts' means, each right to two units, are in the variance between them.
+        off = 4 * unit * np.abs(mean)
+        within(state.var, var, 30 * unit * var + 2 * off * np.sqrt(var) + off**2, case)
 
 
 # Populations.
