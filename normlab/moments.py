@@ -98,26 +98,27 @@ def standard_deviation(var: Array, count: Array, eps: float) -> Array:
       count: Of how many values.
       eps: ε.
     """
-    return jnp.where(count > 0, _root(var + eps, eps), jnp.finfo(var.dtype).max)
+    square, info = var + eps, jnp.finfo(var.dtype)
+    if isinstance(eps, Tracer) or eps < 2.0 ** (info.minexp + info.nmant + 4):
+        sigma = jnp.sqrt(square) + lax.stop_gradient(square - square)  # zero, or NaN
+    else:
+        sigma = _root(square, 2.0 ** math.floor(math.log2(eps * 2.0 ** (info.maxexp - 2)) / 2))
+    return jnp.where(count > 0, sigma, info.max)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
-def _root(square: Array, eps: float) -> Array:
-    """√v for v ≥ ε; NaN where v is infinite, as an infinite σ would look like a constant sample.
+def _root(square: Array, factor: float) -> Array:
+    """√v; NaN where v is infinite, as an infinite σ would look like a constant sample.
 
-    With a power of 4 for C, √v = √C / √(C/v − tiny): tiny is nothing beside C/v, but beside 0. Each
-    value is used once, so that XLA's CPU can still make one loop of a norm.
+    With a power of 2 for f, √v = f / √(f²/v − tiny): tiny is nothing beside f²/v, but beside 0.
+    Each value is used once, so that XLA's CPU can still make one loop of a norm.
     """
-    info = jnp.finfo(square.dtype)
-    if isinstance(eps, Tracer) or eps < 2.0 ** (info.minexp + info.nmant + 4):
-        return jnp.sqrt(square) + (square - square)
-    root = 2.0 ** math.floor(math.log2(eps * 2.0 ** (info.maxexp - 2)) / 2)
-    return root / jnp.sqrt(root * root / square - info.tiny)
+    return factor / jnp.sqrt(factor * factor / square - jnp.finfo(square.dtype).tiny)
 
 
 @_root.defjvp
-def _(eps: float, primals: Any, tangents: Any) -> Any:
-    sigma = _root(*primals, eps)
+def _(factor: float, primals: Any, tangents: Any) -> Any:
+    sigma = _root(*primals, factor)
     return sigma, tangents[0] / (2 * sigma)
 
 

@@ -197,6 +197,18 @@ def test_the_root_mean_square_of_one_value_is_a_number():
     assert gap(nl.rms_norm(array([[2.0], [-3.0]])), array([[1.0], [-1.0]])) < 1e-4
 
 
+@pytest.mark.parametrize("name", [*MEASURED, "rms"])
+def test_the_gradient_keeps_its_digits_at_any_size(name):
+    """Of what does not see the scale it is that of scale 1, divided by the scale."""
+    norm = nl.rms_norm if name == "rms" else MEASURED[name]
+    a, c = array(draw(20, 3, 4, C)), array(draw(21, 3, 4, C))
+    grad = jax.jit(
+        jax.vmap(lambda s: s * jax.grad(lambda a: (c * norm(a, eps=1e-12)).sum())(s * a))
+    )
+    found = grad(jnp.float32([1.0, 1e3, 1e5, 1e10, 1e15]))
+    assert gap(found, jnp.broadcast_to(found[0], found.shape)) < 1e-5
+
+
 # Weights.
 
 
