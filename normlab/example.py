@@ -331,7 +331,9 @@ def instance_parts(
     a = jnp.asarray(a)
     where = "instance norm"
     m = instance_moments(a, weights=weights, channel_axis=channel_axis, algorithm=algorithm)
-    _check_values(where, a, m, "example and channel", "use layer norm or RMS norm in a dense layer")
+    positions = "an input [N, ..., C] with positions between examples and channels, "
+    change = "use layer norm or RMS norm in a dense layer"
+    _check_values(where, a, m, "example and channel", change, positions)
     g, b = gain_and_bias(where, params, a, channel_axis)
     return Parts(m.mean, m.scale(eps), g, b)
 
@@ -351,17 +353,19 @@ def instance_moments(
     return moments(a, axes, weights=weights, algorithm=algorithm)
 
 
-def _check_values(where: str, a: Array, m: Moments, each: str, change: str) -> None:
+def _check_values(where: str, a: Array, m: Moments, each: str, change: str, also: str = "") -> None:
     """Raises ValueError if each of the moments is that of one value."""
     if m.mean.shape == a.shape and 0 not in a.shape:
-        raise _one_value(where, a.shape, each, change)
+        raise _one_value(where, a.shape, each, change, also)
 
 
-def _one_value(where: str, shape: tuple[int, ...], each: str, change: str) -> ValueError:
+def _one_value(
+    where: str, shape: tuple[int, ...], each: str, change: str, also: str = ""
+) -> ValueError:
     return invalid(
         where,
         f"an input of shape {shape}, one value per {each}",
-        "at least two: the variance of one is zero and the output would be the bias alone",
+        f"{also}at least two: the variance of one is zero and the output would be the bias alone",
         change,
     )
 
