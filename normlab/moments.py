@@ -102,7 +102,7 @@ def standard_deviation(var: Array, count: Array, eps: float) -> Array:
     if isinstance(eps, Tracer) or eps < 2.0 ** (info.minexp + info.nmant + 4):
         sigma = jnp.sqrt(square) + lax.stop_gradient(square - square)  # zero, or NaN
     else:
-        sigma = _root(square, 2.0 ** math.floor(math.log2(eps * 2.0 ** (info.maxexp - 2)) / 2))
+        sigma = _root(square, 2.0 ** ((info.maxexp - 2 + math.floor(math.log2(min(eps, 1)))) // 2))
     return jnp.where(count > 0, sigma, info.max)
 
 
