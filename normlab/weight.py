@@ -119,7 +119,7 @@ def weight_parts(params: Any, site: Site) -> Parts:
     Raises:
       ValueError: If `w` is missing or does not fit `a`.
     """
-    w = kernel("weight norm", site)
+    w = kernel("weight norm", site, of_x=False)
     g, b = gain_and_bias("weight norm", params, site.a, site.linear.channel_axis)
     _, length = units_and_lengths(w)
     sigma = expand(jnp.where(length == 0, 1, length), site.a.ndim, site.linear.channel_axis)
@@ -194,11 +194,12 @@ def inputs(where: str, site: Site) -> Array:
     return site.x
 
 
-def kernel(where: str, site: Site) -> Array:
+def kernel(where: str, site: Site, *, of_x: bool = True) -> Array:
     """Returns `site.w`, or says what is missing or does not fit.
 
     That `a` has the shape of `linear(x, w)` is seen by the shapes alone, and of symbolic sizes
-    those that are known to differ are refused.
+    those that are known to differ are refused. Whoever does not look `of_x` asks for no more than
+    the layer: `a` may be that of other examples.
     """
     if site.w is None:
         raise invalid(
@@ -210,7 +211,8 @@ def kernel(where: str, site: Site) -> Array:
     a, w = jnp.shape(site.a), jnp.shape(site.w)
     if site.x is not None:
         made = output_shape(where, "Site", site.linear, site.x, site.w)
-        if len(made) != len(a) or any(_unequal(*sizes) for sizes in zip(made, a, strict=True)):
+        first = 0 if of_x else 1
+        if len(made) != len(a) or any(map(_unequal, made[first:], a[first:])):
             raise invalid(
                 where,
                 f"a of shape {a} for x of shape {jnp.shape(site.x)} and w of shape {w}, of which "

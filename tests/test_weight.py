@@ -375,6 +375,8 @@ MISFITS = {  # the map that made a, that of the site, and the shapes of its x an
 @pytest.mark.parametrize("name", ON_W)
 @pytest.mark.parametrize("misfit", MISFITS)
 def test_x_w_and_the_linear_map_have_to_fit(name, misfit):
+    if name == "weight" and misfit in ("another batch", "one example"):
+        pytest.skip("does not look at x")
     made, linear, x, w = MISFITS[misfit]
     own = ((6, 5), (5, 4)) if made == nl.Dense() else (SIDES, KERNEL)
     own, x, w = [jnp.ones(shape) for shape in own], jnp.ones(x), jnp.ones(w)
@@ -411,7 +413,7 @@ def test_sites_fit_under_vmap_and_of_symbolic_sizes(name):
     b, height = jax.export.symbolic_shape("b, h")
     symbolic = jax.ShapeDtypeStruct((b, height, 6, 4), jnp.float32)
     assert jax.eval_shape(h, symbolic, w).shape[0] == b
-    longer = jax.ShapeDtypeStruct((b + 1, height, 6, 4), jnp.float32)
+    longer = jax.ShapeDtypeStruct((b, height + 1, 6, 4), jnp.float32)
     site = nl.Site(jax.eval_shape(nl.Conv(), longer, w), symbolic, w, linear=nl.Conv())
     with pytest.raises(ValueError, match=r"of which Conv\("):
         norm.init(site)
