@@ -1,12 +1,11 @@
 """normlab: normalization in one equation, h = f(g · (a − μ) / σ + b), with explicit state."""
 
-from normlab.affine import Parts, affine, fold, invert
 from normlab.batch import BatchState, batch_norm, batch_parts
-from normlab.collective import all_reduce
 from normlab.cosine import cosine_norm, cosine_parts
-from normlab.delayed import Delayed, exchange, init_delayed
-from normlab.drift import Drift, drift
-from normlab.equivalence import Equivalence, equivalence
+from normlab.devices.gradients import global_gradient, global_mean
+from normlab.devices.merging import all_reduce
+from normlab.devices.topology import AxisName, Gradient, Sync, ring
+from normlab.equation import Parts, affine, fold, invert
 from normlab.example import (
     group_norm,
     group_parts,
@@ -21,9 +20,11 @@ from normlab.folding.layer import Folded, fold_norm
 from normlab.folding.model import fold_model
 from normlab.folding.plain import plain_weights
 from normlab.folding.report import FoldedLayer, FoldReport
-from normlab.gradients import global_gradient, global_mean
+from normlab.instruments.agreement import Equivalence, equivalence
+from normlab.instruments.decorrelation import Whitening, whiten, whitening
+from normlab.instruments.shards import Drift, drift
 from normlab.linear import Conv, Dense, Linear
-from normlab.moments import (
+from normlab.measure import (
     Algorithm,
     Moments,
     effective_sample_size,
@@ -32,24 +33,19 @@ from normlab.moments import (
     merge_axes,
     moments,
 )
+from normlab.population.by_name import init_domains, init_population
 from normlab.population.checkpoint import check_conventions, conventions, restore_states
 from normlab.population.cumulative import Cumulative, Estimator, init_cumulative
+from normlab.population.delayed import Delayed, exchange, init_delayed
 from normlab.population.domains import Domains, select_domain
 from normlab.population.frozen import Frozen, freeze, thaw
-from normlab.population.names import init_domains, init_population
-from normlab.population.pool import (
-    average_running,
-    merge_running,
-    pool_running,
-    share_running,
-)
+from normlab.population.pooling import average_running, merge_running, pool_running, share_running
 from normlab.population.protocol import BadBatch, Population
 from normlab.population.renorm import Renorm, init_renorm
 from normlab.population.running import Running, change_ddof, init_running
 from normlab.population.transaction import Pending, begin, commit, precise, settle
 from normlab.registry import INVARIANCES, Row, get, names, row
-from normlab.sync import AxisName, Gradient, Sync, ring
-from normlab.types import Affine, Norm, Params, Site, State, init_affine, shapes
+from normlab.site import Affine, Norm, Params, Site, State, init_affine, shapes
 from normlab.weight import (
     weight_norm,
     weight_norm_init,
@@ -57,7 +53,6 @@ from normlab.weight import (
     weight_standardization,
     weight_standardization_parts,
 )
-from normlab.whiten import Whitening, whiten, whitening
 
 __version__ = "0.1.0"
 

@@ -13,18 +13,18 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import ArrayLike
 
-from normlab.affine import Parts, affine
-from normlab.arguments import KINDS, checked
-from normlab.checks import gain_and_bias, invalid, normalize_axes, promote_dtype
-from normlab.collective import differentiated, measure, values_per_channel
-from normlab.delayed import Delayed, check_delayed
-from normlab.lowering import sharded_as
-from normlab.moments import Algorithm, Moments, align_weights, merge, moments
+from normlab._arguments import KINDS, checked
+from normlab._checks import gain_and_bias, invalid, normalize_axes, promote_dtype
+from normlab._xla import sharded_as
+from normlab.devices.merging import differentiated, measure, values_per_channel
+from normlab.devices.topology import AxisName, Sync, as_sync
+from normlab.equation import Parts, affine
+from normlab.measure import Algorithm, Moments, align_weights, merge, moments
+from normlab.population.delayed import Delayed, check_delayed
 from normlab.population.domains import Domains
 from normlab.population.frozen import Frozen
 from normlab.population.protocol import BadBatch, Population, check_batch
 from normlab.population.renorm import Renorm
-from normlab.sync import AxisName, Sync, as_sync
 
 BatchState = Population | tuple[()]
 """What batch norm keeps: a `Population`; or `()`, nothing, and inference uses its own batch."""

@@ -15,11 +15,11 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import ArrayLike
 
-from normlab.affine import Parts, affine
-from normlab.arguments import array, checked
-from normlab.checks import expand, gain_and_bias, promote, result_dtype
+from normlab._arguments import array, checked
+from normlab._checks import expand, gain_and_bias, promote, result_dtype
+from normlab.equation import Parts, affine
 from normlab.linear import Dense, Linear, output_shape
-from normlab.types import Site
+from normlab.site import Site
 from normlab.weight import deviations, inputs, kernel, safe_sqrt, units_and_lengths
 
 

@@ -24,11 +24,11 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from normlab.affine import Parts, affine
-from normlab.arguments import checked, norm_axes
-from normlab.checks import gain_and_bias, invalid, normalize_axes, promote
-from normlab.lowering import partitioned
-from normlab.moments import (
+from normlab._arguments import checked, norm_axes
+from normlab._checks import gain_and_bias, invalid, normalize_axes, promote
+from normlab._xla import partitioned
+from normlab.equation import Parts, affine
+from normlab.measure import (
     Algorithm,
     Moments,
     align_weights,

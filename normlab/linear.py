@@ -15,10 +15,10 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import ArrayLike
 
-from normlab.arguments import array, checked, declare, either, instance, integer, one_of, sequence
-from normlab.checks import invalid, promote
-from normlab.moments import Moments, moments
-from normlab.trees import static
+from normlab._arguments import array, checked, declare, either, instance, integer, one_of, sequence
+from normlab._checks import invalid, promote
+from normlab._trees import static
+from normlab.measure import Moments, moments
 
 
 @runtime_checkable

@@ -11,19 +11,19 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from normlab.affine import Parts
-from normlab.arguments import checked, flag, integer, norm_axes, real, settled_decay, text
+from normlab._arguments import checked, flag, integer, norm_axes, real, settled_decay, text
+from normlab._checks import gain_and_bias, invalid, nearest, promote_dtype
 from normlab.batch import batch_parts
-from normlab.checks import gain_and_bias, invalid, nearest, promote_dtype
 from normlab.cosine import cosine_parts
-from normlab.delayed import delay
+from normlab.devices.topology import AxisName, as_sync
+from normlab.equation import Parts
 from normlab.example import Axes, group_parts, instance_parts, layer_parts, rms_parts
-from normlab.moments import Algorithm
+from normlab.measure import Algorithm
+from normlab.population.by_name import init_population, require
 from normlab.population.cumulative import Estimator
-from normlab.population.names import init_population, require
+from normlab.population.delayed import delay
 from normlab.population.protocol import BadBatch
-from normlab.sync import AxisName, as_sync
-from normlab.types import SHAPES, Norm, Params, Site, State, init_affine
+from normlab.site import SHAPES, Norm, Params, Site, State, init_affine
 from normlab.weight import weight_norm_init, weight_parts, weight_standardization_parts
 
 INVARIANCES = (

@@ -15,14 +15,14 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import ArrayLike
 
-from normlab.affine import Parts, affine
-from normlab.arguments import checked, not_negative
-from normlab.checks import expand, gain_and_bias, invalid, promote, result_dtype
-from normlab.collective import all_reduce
+from normlab._arguments import checked, not_negative
+from normlab._checks import expand, gain_and_bias, invalid, promote, result_dtype
+from normlab.devices.merging import all_reduce
+from normlab.devices.topology import AxisName
+from normlab.equation import Parts, affine
 from normlab.linear import output_shape
-from normlab.moments import align_weights, moments
-from normlab.sync import AxisName
-from normlab.types import Affine, Site
+from normlab.measure import align_weights, moments
+from normlab.site import Affine, Site
 
 
 @checked("weight norm")

@@ -17,9 +17,9 @@ import pytest
 from jax import lax
 
 import normlab as nl
-from experiments import machines
-from experiments.machines import Missing, missing
-from experiments.passes import Passes, lower, passes, place
+from experiments.programs import machines
+from experiments.programs.machines import Missing, missing
+from experiments.programs.passes import Passes, lower, passes, place
 
 ROOT = Path(__file__).resolve().parent.parent
 BARRIER = "optimization_barrier"
@@ -221,7 +221,7 @@ class TestCPU:
         ],
     )
     def test_batch_norm_reads_x_once_per_sum_and_keeps_nothing(self, direction, bound):
-        """No temporary has the size of x: the point of `normlab.lowering.apart`."""
+        """No temporary has the size of x: the point of `normlab._xla.apart`."""
         f, arguments = programs("batch", (32, 16, 16, 64))[direction]
         compiled = lower(f, place("cpu"), *arguments).compile()
         nbytes = 4 * 32 * 16 * 16 * 64

@@ -1,7 +1,7 @@
 """No wrong call ends raw, and none that means nothing is accepted.
 
 Every argument of every public function is tried with values of every kind: with those that its kind
-in `normlab.arguments` refuses, and with those that it lets through.
+in `normlab._arguments` refuses, and with those that it lets through.
 """
 
 import functools

@@ -13,8 +13,24 @@ import numpy as np
 import pytest
 import tyro
 
-from experiments import bench_conv, bench_figure1, bench_jax, bench_ops, bench_report, cli, models
-from experiments.bench_worker import BOTH, COPY, DIRECTIONS, EPS, FORWARD, GROUPS, Case, Server
+from experiments import console as cli
+from experiments import models
+from experiments.bench import (
+    conv as bench_conv,
+)
+from experiments.bench import (
+    figure1 as bench_figure1,
+)
+from experiments.bench import (
+    ops as bench_ops,
+)
+from experiments.bench import (
+    peers_jax as bench_jax,
+)
+from experiments.bench import (
+    tables as bench_report,
+)
+from experiments.bench.worker import BOTH, COPY, DIRECTIONS, EPS, FORWARD, GROUPS, Case, Server
 from experiments.rundir import RunError
 from tests import oracles
 from tests.helpers import gap
@@ -54,7 +70,7 @@ def family(peer: str):
     """The family that holds a peer, here in this process; skips where it is not installed."""
     pytest.importorskip(bench_ops.PEERS.get(peer, ("jax", "jax"))[0])
     name = "torch" if peer == "torch" else "jax"
-    return importlib.import_module(f"experiments.bench_{name}").family("cpu")
+    return importlib.import_module(f"experiments.bench.peers_{name}").family("cpu")
 
 
 def measure(peer: str, case: Case):
@@ -420,7 +436,7 @@ def test_conv_measures_every_form_of_every_case(monkeypatch):
 @pytest.mark.slow
 def test_step_measures_both_in_one_run():
     pytest.importorskip("torch")
-    from experiments import bench_step
+    from experiments.bench import step as bench_step
 
     result = bench_step.run(bench_step.BenchStep(steps=20, rounds=2))
     assert set(result["ms_per_step"]) == {"normlab", "torch, eager", "floor"}

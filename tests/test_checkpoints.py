@@ -17,9 +17,9 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import normlab as nl
-from experiments.checkpoints import Checkpoints
 from experiments.rundir import RunError
-from experiments.trainer import TrainState
+from experiments.training.checkpoints import Checkpoints
+from experiments.training.trainer import TrainState
 from tests.helpers import array, draw, gap, mesh
 
 C = 3

@@ -23,7 +23,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from experiments import data, fetch, prepare
+from experiments import data
+from experiments.data import packages as fetch
+from experiments.data import prepare
 
 TRAIN, TEST = 20, 10  # images of the tiny MNIST
 

@@ -22,7 +22,12 @@ import numpy as np
 import pytest
 
 import normlab as nl
-from experiments import asking, cli, models, questions
+from experiments import console as cli
+from experiments import models, questions
+from experiments.asking import command as asking
+from experiments.asking import kept, pool, sources
+from experiments.asking.ask import ask
+from experiments.asking.kept import Kept
 from experiments.engine import (
     Checkpoint,
     Condition,
@@ -31,22 +36,17 @@ from experiments.engine import (
     by_seed,
     decide,
     exact,
-    kept,
     lanes,
     learn,
-    pool,
     select,
     share_of_steps,
     shuffled,
-    sources,
     steps_to,
 )
 from experiments.engine import devices as on_devices
-from experiments.engine.ask import ask
-from experiments.engine.kept import Kept
 from experiments.engine.learn import optimizer
 from experiments.rundir import CHECKOUT, RunError
-from experiments.trainer import AXIS
+from experiments.training.trainer import AXIS
 
 TINY = Config(dataset="digits", model="tiny", batch_size=16, steps=6, evaluations=3, seeds=2)
 
@@ -540,8 +540,10 @@ class TestVersion:
 
     def test_a_question_depends_on_the_norms_and_the_trainer_and_not_on_the_page(self):
         modules = sources._closure("experiments.questions.figure1")
-        assert {"normlab.batch", "experiments.trainer", "experiments.engine.learn"} <= set(modules)
-        assert not {"experiments.report", "experiments.cli", "experiments.figures"} & set(modules)
+        used = {"normlab.batch", "experiments.training.trainer", "experiments.engine.learn"}
+        assert used <= set(modules)
+        shown = {"experiments.asking.page", "experiments.console", "experiments.figures"}
+        assert not shown & set(modules)
 
 
 class TestConfig:

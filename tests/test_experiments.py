@@ -17,11 +17,19 @@ import optax
 import pytest
 
 import normlab as nl
-from experiments import cli, figures, models
-from experiments.compare import COMMON, Compare, Comparison
+from experiments import console as cli
+from experiments import figures, models
+from experiments.compare.comparison import COMMON, Compare, Comparison
 from experiments.data import Dataset
 from experiments.rundir import RunDirectory, RunError
-from experiments.trainer import AXIS, QUANTILES, DeviceData, Trainer, minibatches, stretches
+from experiments.training.trainer import (
+    AXIS,
+    QUANTILES,
+    DeviceData,
+    Trainer,
+    minibatches,
+    stretches,
+)
 
 ROOT = Path(__file__).parent.parent
 TINY = ["--dataset", "digits", "--steps", "6", "--evaluations", "2", "--batch-size", "16"]

@@ -12,7 +12,7 @@ from jax.flatten_util import ravel_pytree
 
 import normlab as nl
 from normlab import instruments
-from normlab.whiten import whiten, whitening
+from normlab.instruments.decorrelation import whiten, whitening
 from tests.helpers import array, draw, gap
 
 N, C = 40, 4

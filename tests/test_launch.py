@@ -17,11 +17,12 @@ import psutil
 import pytest
 
 import normlab as nl
-from experiments import cli, processes
-from experiments.checkpoints import Checkpoints
+from experiments import console as cli
 from experiments.data import load
 from experiments.rundir import RunError
-from experiments.train import Program, Train, train
+from experiments.training import processes
+from experiments.training.checkpoints import Checkpoints
+from experiments.training.train import Program, Train, train
 
 ROOT = Path(__file__).parent.parent
 STEPS = 600
@@ -415,7 +416,7 @@ def said(capsys, *arguments: str) -> str:
     ids=lambda v: " ".join(v) if isinstance(v, list) else "",
 )
 def test_wrong_use_is_one_clear_line(tmp_path, capsys, monkeypatch, arguments, says):
-    monkeypatch.setattr("experiments.train.CHECKOUT", tmp_path)
+    monkeypatch.setattr("experiments.training.train.CHECKOUT", tmp_path)
     assert re.search(says, said(capsys, *arguments))
 
 

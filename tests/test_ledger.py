@@ -8,13 +8,14 @@ import json
 import pytest
 
 import normlab as nl
-from experiments import bench_sync, machines
-from experiments.cli import main
-from experiments.collectives import algorithm, collectives, groups, shape_of
-from experiments.ledger import Ledger, Purpose, compile_all, table
-from experiments.machines import Cluster, Machine, Torus, machine, missing
+from experiments.bench import sync as bench_sync
+from experiments.console import main
+from experiments.programs import machines
+from experiments.programs.collectives import algorithm, collectives, groups, shape_of
+from experiments.programs.ledger import Ledger, Purpose, compile_all, table
+from experiments.programs.machines import Cluster, Machine, Torus, machine, missing
 from experiments.rundir import RunError
-from experiments.syncs import parse
+from experiments.training.syncs import parse
 
 # --- The words of --sync ----------------------------------------------------------------------
 

@@ -15,7 +15,7 @@ from experiments import models
 from experiments.data import Dataset
 from experiments.models.layers import choose
 from experiments.models.resnet import shortcut
-from experiments.trainer import AXIS, FORMS, DeviceData, Trainer
+from experiments.training.trainer import AXIS, FORMS, DeviceData, Trainer
 from tests.helpers import draw, gap
 
 CLASSES = 3

@@ -17,19 +17,13 @@ import pytest
 
 import normlab as nl
 from experiments import models, questions
+from experiments.asking.ask import Answer, ask
 from experiments.data import load
 from experiments.engine import Config, Record
-from experiments.engine.ask import Answer, ask
 from experiments.engine.devices import forms_gap, relative
-from experiments.questions import (
-    delay,
-    gradient_sync,
-    group_size,
-    local_drift,
-    synced_is_global,
-)
+from experiments.questions import delay, gradient_sync, group_size, local_drift, synced_is_global
 from experiments.rundir import CHECKOUT
-from experiments.trainer import FORMS, DeviceData, Trainer, TrainState, minibatches
+from experiments.training.trainer import FORMS, DeviceData, Trainer, TrainState, minibatches
 
 TINY = {
     "dataset": "digits",

@@ -11,7 +11,8 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import pytest
 
-from experiments import figures, report
+from experiments import figures
+from experiments.asking import page as report
 from experiments.engine.verdict import Verdict, decide
 from experiments.rundir import RunError
 

@@ -12,7 +12,7 @@ from flax import nnx
 import normlab as nl
 import normlab.linen as nll
 import normlab.nnx as nlx
-from normlab.skin import rule as rules
+from normlab._flax import exchange as rules
 from tests.helpers import array, draw, gap
 from tests.test_docs import ROOT, python_blocks
 

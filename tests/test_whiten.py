@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 import normlab as nl
-from normlab.whiten import condition_number as eager_condition
-from normlab.whiten import whiten as eager_whiten
-from normlab.whiten import whitening as eager_whitening
+from normlab.instruments.decorrelation import condition_number as eager_condition
+from normlab.instruments.decorrelation import whiten as eager_whiten
+from normlab.instruments.decorrelation import whitening as eager_whitening
 from tests.helpers import array, draw, gap
 
 N, C = 64, 5

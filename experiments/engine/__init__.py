@@ -10,18 +10,9 @@ pool.py        one worker process for each core
 ask.py         asking: keep what is finished, measure the rest, decide
 """
 
-from experiments.engine.learn import Instrument, Lane, Net, dataset, lanes, learn, shuffled, start
-from experiments.engine.question import (
-    Checkpoint,
-    Condition,
-    Config,
-    Measure,
-    Question,
-    Record,
-    Schedule,
-    exact,
-)
-from experiments.engine.verdict import (
+from .learn import Instrument, Lane, Net, dataset, lanes, learn, shuffled, start
+from .question import Checkpoint, Condition, Config, Measure, Question, Record, Schedule, exact
+from .verdict import (
     Verdict,
     accuracy,
     by_seed,

@@ -14,13 +14,10 @@ import optax
 from jax.typing import DTypeLike
 
 import normlab as nl
-from experiments import models
-from experiments.engine import question
-from experiments.engine.learn import dataset
-from experiments.engine.question import Checkpoint, Measure, Record
-from experiments.engine.verdict import number
-from experiments.rundir import RunError
-from experiments.trainer import (
+
+from .. import models
+from ..rundir import RunError
+from ..training.trainer import (
     FORMS,
     DeviceData,
     Form,
@@ -30,6 +27,10 @@ from experiments.trainer import (
     set_devices,
     stretches,
 )
+from . import question
+from .learn import dataset
+from .question import Checkpoint, Measure, Record
+from .verdict import number
 
 FIRST_STEPS = 5
 """Steps over which `pmap` and `shard_map` are compared: later ones add up rounding."""

@@ -11,7 +11,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from experiments import figures
+from .. import figures
 
 Records = Sequence[dict[str, Any]]
 Value = str | Callable[[dict[str, Any]], float | None]

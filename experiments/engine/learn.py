@@ -16,12 +16,13 @@ import optax
 from jax import Array
 
 import normlab as nl
-from experiments import models
-from experiments.data import Dataset, load
-from experiments.engine.question import Checkpoint, Config, Measure, Record
-from experiments.engine.verdict import number
-from experiments.rundir import RunError
-from experiments.trainer import OPTIMIZERS, DeviceData, Trainer, TrainState, minibatches, stretches
+
+from .. import models
+from ..data import Dataset, load
+from ..rundir import RunError
+from ..training.trainer import OPTIMIZERS, DeviceData, Trainer, TrainState, minibatches, stretches
+from .question import Checkpoint, Config, Measure, Record
+from .verdict import number
 
 Lane = Mapping[str, Any]
 """What sets one of the nets apart that are trained side by side: its `seed`, and perhaps its `lr`

@@ -9,8 +9,8 @@ from typing import Any, Literal, NamedTuple, Protocol
 
 from matplotlib.figure import Figure
 
-from experiments.engine.verdict import Verdict
-from experiments.rundir import RunError
+from ..rundir import RunError
+from .verdict import Verdict
 
 Record = dict[str, Any]
 """A measurement: JSON values by name; `None` where one is not finite."""

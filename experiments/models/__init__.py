@@ -18,8 +18,10 @@ from flax.traverse_util import flatten_dict
 from jax.typing import ArrayLike
 
 import normlab as nl
-from experiments.models.feedforward import ConvNet, Mlp, Nin, Vgg
-from experiments.models.layers import (
+from normlab._checks import nearest
+
+from .feedforward import ConvNet, Mlp, Nin, Vgg
+from .layers import (
     ACTIVATIONS,
     PARTS,
     STATE,
@@ -31,10 +33,9 @@ from experiments.models.layers import (
     Where,
     conv,
 )
-from experiments.models.recurrent import Gru, Lstm
-from experiments.models.resnet import ResNet
-from experiments.models.vit import Vit
-from normlab.checks import nearest
+from .recurrent import Gru, Lstm
+from .resnet import ResNet
+from .vit import Vit
 
 __all__ = [
     "ACTIVATIONS",

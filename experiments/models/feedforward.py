@@ -8,7 +8,8 @@ import flax.linen as nn
 from jax import Array
 
 import normlab as nl
-from experiments.models.layers import Network, conv
+
+from .layers import Network, conv
 
 HE = nn.initializers.he_normal()
 

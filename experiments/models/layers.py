@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 import normlab as nl
-from normlab.checks import invalid, nearest
+from normlab._checks import invalid, nearest
 
 PARTS = "parts"
 """The variable collection into which every layer sows its four parts."""

@@ -20,9 +20,10 @@ import jax.numpy as jnp
 from jax import Array
 
 import normlab as nl
-from experiments.models.layers import NONE, PARTS, STATE, Activation, Network, Normed
-from normlab.checks import invalid
-from normlab.collective import vary, varying_axes
+from normlab._checks import invalid
+from normlab.devices.merging import vary, varying_axes
+
+from .layers import NONE, PARTS, STATE, Activation, Network, Normed
 
 
 class Cell(nn.Module):

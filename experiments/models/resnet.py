@@ -6,8 +6,8 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jax import Array
 
-from experiments.models.feedforward import HE
-from experiments.models.layers import Network, conv
+from .feedforward import HE
+from .layers import Network, conv
 
 
 class ResNet(Network):

@@ -10,8 +10,9 @@ import jax.numpy as jnp
 from jax import Array
 
 import normlab as nl
-from experiments.models.layers import Activation, Network, needs_kernel
-from normlab.checks import invalid
+from normlab._checks import invalid
+
+from .layers import Activation, Network, needs_kernel
 
 LINEAR = ("qkv", "out", "up", "down")
 """The linear layers of a block."""

@@ -21,9 +21,10 @@ import re
 from pathlib import Path
 from typing import cast
 
-from experiments.engine.question import Question
-from experiments.rundir import RunError
-from normlab.checks import nearest
+from normlab._checks import nearest
+
+from ..engine.question import Question
+from ..rundir import RunError
 
 NAMES = tuple(sorted(module.name for module in pkgutil.iter_modules(__path__)))
 """The names of the files."""

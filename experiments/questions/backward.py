@@ -26,17 +26,9 @@ from jax import Array
 from matplotlib.figure import Figure
 
 import normlab as nl
-from experiments.engine import (
-    Condition,
-    Config,
-    Record,
-    Verdict,
-    decide,
-    draw,
-    exact,
-    select,
-)
-from experiments.engine.devices import relative
+
+from ..engine import Condition, Config, Record, Verdict, decide, draw, exact, select
+from ..engine.devices import relative
 
 RIGHT = 1e-8
 """The largest error, relative to the largest value, of every statement."""

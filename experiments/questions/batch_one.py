@@ -28,8 +28,9 @@ from jax import Array, lax
 from matplotlib.figure import Figure
 
 import normlab as nl
-from experiments import models
-from experiments.engine import (
+
+from .. import models
+from ..engine import (
     Condition,
     Config,
     Record,
@@ -43,8 +44,8 @@ from experiments.engine import (
     select,
     start,
 )
-from experiments.engine.devices import relative
-from experiments.trainer import minibatches
+from ..engine.devices import relative
+from ..training.trainer import minibatches
 
 GOOD = 3.0
 """Test error (%) of a single example with population statistics, at most."""

@@ -32,8 +32,9 @@ from jax import Array
 from matplotlib.figure import Figure
 
 import normlab as nl
-from experiments import figures
-from experiments.engine import (
+
+from .. import figures
+from ..engine import (
     Condition,
     Config,
     Record,

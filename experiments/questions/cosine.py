@@ -32,7 +32,8 @@ import scipy.stats
 from matplotlib.figure import Figure
 
 import normlab as nl
-from experiments.engine import (
+
+from ..engine import (
     Condition,
     Config,
     Record,

@@ -26,18 +26,9 @@ from jax import Array
 from matplotlib.figure import Figure
 
 import normlab as nl
-from experiments.engine import (
-    Condition,
-    Config,
-    Net,
-    Record,
-    Verdict,
-    decide,
-    draw,
-    learn,
-    select,
-)
 from normlab import instruments
+
+from ..engine import Condition, Config, Net, Record, Verdict, decide, draw, learn, select
 
 NO_SMALLER = 0.8
 """Covariate shift with batch norm over that without, at least."""

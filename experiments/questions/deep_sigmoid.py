@@ -22,7 +22,8 @@ from collections.abc import Iterator, Sequence
 from matplotlib.figure import Figure
 
 import normlab as nl
-from experiments.engine import (
+
+from ..engine import (
     Condition,
     Config,
     Record,

@@ -27,10 +27,11 @@ import numpy as np
 from matplotlib.figure import Figure
 
 import normlab as nl
-from experiments import figures
-from experiments.engine import Condition, Record, Verdict, accuracy, decide
-from experiments.engine.devices import Config, learn
-from experiments.trainer import AXIS
+
+from .. import figures
+from ..engine import Condition, Record, Verdict, accuracy, decide
+from ..engine.devices import Config, learn
+from ..training.trainer import AXIS
 
 LOSS = 0.5
 """Points of test accuracy that old statistics may cost."""

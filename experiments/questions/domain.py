@@ -30,8 +30,9 @@ from jax import Array
 from matplotlib.figure import Figure
 
 import normlab as nl
-from experiments import models
-from experiments.engine import (
+
+from .. import models
+from ..engine import (
     Condition,
     Config,
     Net,
@@ -45,7 +46,7 @@ from experiments.engine import (
     last,
     learn,
 )
-from experiments.questions.precise import floats
+from .precise import floats
 
 LOST = 5.0
 """Points of test accuracy that another domain costs with the statistics of training, at least."""

@@ -26,8 +26,10 @@ from jax import Array
 from matplotlib.figure import Figure
 
 import normlab as nl
-from experiments.data import Dataset
-from experiments.engine import (
+from normlab import instruments
+
+from ..data import Dataset
+from ..engine import (
     Condition,
     Config,
     Net,
@@ -41,7 +43,6 @@ from experiments.engine import (
     select,
     share_of_steps,
 )
-from normlab import instruments
 
 GAIN = 0.3
 """Points of test accuracy that batch norm is better at the end, at least."""

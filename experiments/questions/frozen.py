@@ -26,7 +26,8 @@ import numpy as np
 from matplotlib.figure import Figure
 
 import normlab as nl
-from experiments.engine import (
+
+from ..engine import (
     Condition,
     Config,
     Record,
@@ -44,7 +45,7 @@ from experiments.engine import (
     shuffled,
     start,
 )
-from experiments.trainer import TrainState, stretches
+from ..training.trainer import TrainState, stretches
 
 GAIN = 0.3
 """Points of test accuracy that frozen statistics are better over few examples, at least."""

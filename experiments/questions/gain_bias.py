@@ -26,7 +26,8 @@ import flax.linen as nn
 from matplotlib.figure import Figure
 
 import normlab as nl
-from experiments.engine import (
+
+from ..engine import (
     Condition,
     Config,
     Record,

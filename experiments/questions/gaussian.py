@@ -28,19 +28,9 @@ from jax import Array
 from matplotlib.figure import Figure
 
 import normlab as nl
-from experiments.engine import (
-    Condition,
-    Config,
-    Net,
-    Record,
-    Verdict,
-    by_seed,
-    decide,
-    draw,
-    learn,
-    select,
-)
 from normlab import instruments
+
+from ..engine import Condition, Config, Net, Record, Verdict, by_seed, decide, draw, learn, select
 
 SKEWNESS = 0.5
 """Of the median unit, at most."""

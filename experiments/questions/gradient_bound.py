@@ -29,17 +29,8 @@ from jax import Array
 from matplotlib.figure import Figure
 
 import normlab as nl
-from experiments.engine import (
-    Condition,
-    Config,
-    Record,
-    Verdict,
-    dataset,
-    decide,
-    draw,
-    exact,
-    select,
-)
+
+from ..engine import Condition, Config, Record, Verdict, dataset, decide, draw, exact, select
 
 EQUAL = 1e-8
 """How far the two sides are apart at most, relative."""

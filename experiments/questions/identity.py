@@ -27,17 +27,8 @@ from jax import Array
 from matplotlib.figure import Figure
 
 import normlab as nl
-from experiments.engine import (
-    Condition,
-    Config,
-    Record,
-    Verdict,
-    by_seed,
-    decide,
-    draw,
-    exact,
-    select,
-)
+
+from ..engine import Condition, Config, Record, Verdict, by_seed, decide, draw, exact, select
 
 ROUNDING = 1e-12
 """The largest error of the identity, relative."""

@@ -26,17 +26,8 @@ from jax import Array, lax
 from matplotlib.figure import Figure
 
 import normlab as nl
-from experiments.engine import (
-    Condition,
-    Config,
-    Record,
-    Verdict,
-    by_seed,
-    decide,
-    draw,
-    exact,
-    select,
-)
+
+from ..engine import Condition, Config, Record, Verdict, by_seed, decide, draw, exact, select
 
 GROWTH = (9.9, 10.1)
 """|b| at the end over |b| after a tenth of the steps, if the gradient of the mean is ignored."""

@@ -34,7 +34,8 @@ from jax import Array
 from matplotlib.figure import Figure
 
 import normlab as nl
-from experiments.engine import (
+
+from ..engine import (
     Condition,
     Config,
     Record,

@@ -27,18 +27,9 @@ from jax import Array
 from matplotlib.figure import Figure
 
 import normlab as nl
-from experiments.engine import (
-    Condition,
-    Config,
-    Net,
-    Record,
-    Verdict,
-    decide,
-    draw,
-    learn,
-    select,
-)
 from normlab import instruments
+
+from ..engine import Condition, Config, Net, Record, Verdict, decide, draw, learn, select
 
 NARROWER = 3.0
 """The factor by which the loss ranges over less with batch norm, at least."""

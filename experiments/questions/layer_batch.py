@@ -26,7 +26,7 @@ from collections.abc import Iterator, Sequence
 import flax.linen as nn
 from matplotlib.figure import Figure
 
-from experiments.engine import (
+from ..engine import (
     Condition,
     Config,
     Record,
@@ -38,7 +38,7 @@ from experiments.engine import (
     learn,
     select,
 )
-from experiments.questions.batch_size import make, rise
+from .batch_size import make, rise
 
 STILL = 0.5
 """Points by which layer norm's error may move."""

@@ -27,8 +27,9 @@ import numpy as np
 from matplotlib.figure import Figure
 
 import normlab as nl
-from experiments.data import Dataset
-from experiments.engine import (
+
+from ..data import Dataset
+from ..engine import (
     Condition,
     Config,
     Record,

@@ -32,10 +32,11 @@ import numpy as np
 from matplotlib.figure import Figure
 
 import normlab as nl
-from experiments import figures
-from experiments.engine import Checkpoint, Condition, Record, Verdict, by_seed, decide, number
-from experiments.engine.devices import Config, Lab
-from experiments.trainer import AXIS, Trainer, TrainState
+
+from .. import figures
+from ..engine import Checkpoint, Condition, Record, Verdict, by_seed, decide, number
+from ..engine.devices import Config, Lab
+from ..training.trainer import AXIS, Trainer, TrainState
 
 SAMPLING = 1.25
 """The share between devices over what sampling makes of it, at most, if there is no drift."""

@@ -28,17 +28,8 @@ from jax import Array, lax
 from matplotlib.figure import Figure
 
 import normlab as nl
-from experiments.engine import (
-    Condition,
-    Config,
-    Record,
-    Verdict,
-    by_seed,
-    decide,
-    draw,
-    exact,
-    select,
-)
+
+from ..engine import Condition, Config, Record, Verdict, by_seed, decide, draw, exact, select
 
 NEAR = 0.05
 """How far the measured growth of a layer may be from the theory's."""

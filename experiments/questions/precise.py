@@ -28,9 +28,10 @@ from jax import Array, lax
 from matplotlib.figure import Figure
 
 import normlab as nl
-from experiments import models
-from experiments.data import Dataset
-from experiments.engine import (
+
+from .. import models
+from ..data import Dataset
+from ..engine import (
     Condition,
     Config,
     Net,

@@ -32,8 +32,9 @@ from jax import Array
 from matplotlib.figure import Figure
 
 import normlab as nl
-from experiments.data import Dataset
-from experiments.engine import (
+
+from ..data import Dataset
+from ..engine import (
     Condition,
     Config,
     Record,

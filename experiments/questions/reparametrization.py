@@ -29,8 +29,10 @@ from jax import Array
 from matplotlib.figure import Figure
 
 import normlab as nl
-from experiments.data import Dataset
-from experiments.engine import (
+from normlab import instruments
+
+from ..data import Dataset
+from ..engine import (
     Condition,
     Config,
     Instrument,
@@ -45,7 +47,6 @@ from experiments.engine import (
     learn,
     select,
 )
-from normlab import instruments
 
 OFF = 1e-8
 """What mean and variance may be off b and g², relative to g, as ε → 0."""

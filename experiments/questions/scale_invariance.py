@@ -31,7 +31,9 @@ from jax import Array, lax
 from matplotlib.figure import Figure
 
 import normlab as nl
-from experiments.engine import (
+from normlab import instruments
+
+from ..engine import (
     Condition,
     Config,
     Record,
@@ -43,9 +45,8 @@ from experiments.engine import (
     exact,
     select,
 )
-from experiments.engine.devices import relative
-from experiments.trainer import minibatches, stretches
-from normlab import instruments
+from ..engine.devices import relative
+from ..training.trainer import minibatches, stretches
 
 SAME = 1e-6
 """How far the logits may be from those at c = 1, relative, at any time."""

@@ -28,10 +28,11 @@ from jax import lax
 from matplotlib.figure import Figure
 
 import normlab as nl
-from experiments import figures
-from experiments.engine import Condition, Record, Verdict, by_seed, decide, exact, number
-from experiments.engine.devices import FIRST_STEPS, Config, Lab, relative
-from experiments.trainer import AXIS, FORMS, Form
+
+from .. import figures
+from ..engine import Condition, Record, Verdict, by_seed, decide, exact, number
+from ..engine.devices import FIRST_STEPS, Config, Lab, relative
+from ..training.trainer import AXIS, FORMS, Form
 
 LAYER = {"float32": 1e-6, "float64": 1e-14}
 """The largest error of a layer, relative to the largest value, forward and backward."""

@@ -36,18 +36,9 @@ from jax import Array, lax
 from matplotlib.figure import Figure
 
 import normlab as nl
-from experiments.engine import (
-    Condition,
-    Config,
-    Record,
-    Verdict,
-    by_seed,
-    dataset,
-    decide,
-    draw,
-    exact,
-)
-from experiments.trainer import DeviceData
+
+from ..engine import Condition, Config, Record, Verdict, by_seed, dataset, decide, draw, exact
+from ..training.trainer import DeviceData
 
 VANISHES = 0.5
 """The factor per layer at most, where the gradient vanishes: a millionth after 20 layers."""

@@ -29,20 +29,11 @@ from jax import Array
 from matplotlib.figure import Figure
 
 import normlab as nl
-from experiments import models
-from experiments.data import Dataset
-from experiments.engine import (
-    Condition,
-    Config,
-    Record,
-    Verdict,
-    by_seed,
-    dataset,
-    decide,
-    draw,
-    exact,
-)
-from experiments.trainer import DeviceData, minibatches
+
+from .. import models
+from ..data import Dataset
+from ..engine import Condition, Config, Record, Verdict, by_seed, dataset, decide, draw, exact
+from ..training.trainer import DeviceData, minibatches
 
 ROUNDING = 1e-8
 """What float64 may leave, relative: of gradients, of the cosine of ∇v and v, of a new length."""

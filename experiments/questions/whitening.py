@@ -29,8 +29,10 @@ import numpy as np
 from matplotlib.figure import Figure
 
 import normlab as nl
-from experiments.data import Dataset
-from experiments.engine import (
+from normlab.instruments.decorrelation import Method, condition_number, whiten, whitening
+
+from ..data import Dataset
+from ..engine import (
     Condition,
     Config,
     Record,
@@ -47,7 +49,6 @@ from experiments.engine import (
     share_of_steps,
     tuned,
 )
-from normlab.whiten import Method, condition_number, whiten, whitening
 
 WHITE = 1.1
 """The condition number after PCA and ZCA, at most."""

@@ -13,8 +13,8 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from normlab.arguments import anything, checked
-from normlab.checks import invalid
+from normlab._arguments import anything, checked
+from normlab._checks import invalid
 from normlab.convert.kernels import from_units_first, to_units_first
 from normlab.convert.layers import (
     REQUIRED,
@@ -32,7 +32,7 @@ from normlab.convert.statistics import counted, decay_of, mass_after, running, s
 from normlab.convert.value import NORM, Converted, Exported, check
 from normlab.example import Axes
 from normlab.population.running import Running
-from normlab.types import Affine
+from normlab.site import Affine
 
 HOME = ("equinox",)
 COUNTERS = {"batch": "batch_counter", "ema": "ema_first_time_index"}

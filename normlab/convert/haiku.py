@@ -12,22 +12,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from normlab.arguments import anything, checked, integer
-from normlab.checks import invalid
-from normlab.convert.layers import (
-    REQUIRED,
-    Layer,
-    axes_from,
-    axes_to,
-    refuse,
-    settings,
-    supported,
-)
+from normlab._arguments import anything, checked, integer
+from normlab._checks import invalid
+from normlab.convert.layers import REQUIRED, Layer, axes_from, axes_to, refuse, settings, supported
 from normlab.convert.leaves import flatten, take, vector
 from normlab.convert.statistics import counted, decay_of, mass_after, running, statistics_dtype
 from normlab.convert.value import NORM, Converted, Exported, check
 from normlab.population.running import Running
-from normlab.types import Affine
+from normlab.site import Affine
 
 HOME = ("haiku",)
 AFFINE = {"create_scale": REQUIRED, "create_offset": REQUIRED, "eps": 1e-5}

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from normlab.arguments import anything, checked
-from normlab.checks import invalid
+from normlab._arguments import anything, checked
+from normlab._checks import invalid
 from normlab.convert.layers import Layer, axes_from, axes_to, refuse, settings, supported
 from normlab.convert.leaves import flatten, near, numbers, take
 from normlab.convert.statistics import decay_of, mean_and_var, running
 from normlab.convert.value import NORM, Converted, Exported, check
-from normlab.types import Affine
+from normlab.site import Affine
 
 HOME = ("keras",)
 AFFINE = {"epsilon": 1e-3, "scale": True, "center": True}

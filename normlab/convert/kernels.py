@@ -8,10 +8,10 @@ from __future__ import annotations
 import jax.numpy as jnp
 from jax import Array
 
-from normlab.checks import invalid
+from normlab._checks import invalid
 from normlab.convert.leaves import vector
 from normlab.convert.value import Converted, check
-from normlab.types import Affine
+from normlab.site import Affine
 
 
 def from_units_first(where: str, kernel: Array, g: Array, b: Array | None) -> Converted:

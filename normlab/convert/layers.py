@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from normlab.arguments import Kind, flag, integer, read, real
-from normlab.checks import invalid, nearest
+from normlab._arguments import Kind, flag, integer, read, real
+from normlab._checks import invalid, nearest
 from normlab.example import Axes
 
 REQUIRED = object()

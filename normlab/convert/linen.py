@@ -7,14 +7,14 @@ from typing import Any
 
 from jax import Array
 
-from normlab.arguments import anything, checked
-from normlab.checks import invalid
+from normlab._arguments import anything, checked
+from normlab._checks import invalid
 from normlab.convert.flax_weight import EPSILON, linen_to_weight, weight_to_linen
 from normlab.convert.layers import Layer, axes_from, axes_to, refuse, settings
 from normlab.convert.leaves import flatten, nest, take
 from normlab.convert.statistics import decay_of, mean_and_var, running
 from normlab.convert.value import NORM, Converted, Exported, check
-from normlab.types import Affine
+from normlab.site import Affine
 
 HOME = ("flax.linen", "normlab.linen")
 SYNC = {"axis_name": None, "axis_index_groups": None}

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from normlab.arguments import a_function, anything, checked, mapping
-from normlab.checks import invalid
+from normlab._arguments import a_function, anything, checked, mapping
+from normlab._checks import invalid
+from normlab._paths import matches
 from normlab.convert.leaves import flatten
 from normlab.convert.value import NORM, Converted, Exported
-from normlab.paths import matches
 
 _INSIDE = ("/layer_instance", ".parametrizations.weight", "/~/mean_ema", "/~/var_ema")
 """Where libraries keep some of a norm's leaves, below the path of the norm."""

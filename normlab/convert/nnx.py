@@ -5,17 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from normlab.arguments import anything, checked
-from normlab.checks import invalid
+from normlab._arguments import anything, checked
+from normlab._checks import invalid
 from normlab.convert.flax_weight import nnx_to_weight, weight_to_nnx
 from normlab.convert.layers import Layer, is_a, settings, spectral
 from normlab.convert.leaves import flatten, given, nest, take
 from normlab.convert.linen import LAYERS as LINEN
-from normlab.convert.linen import (
-    affine_names,
-    assemble,
-    disassemble,
-)
+from normlab.convert.linen import affine_names, assemble, disassemble
 from normlab.convert.value import NORM, Converted, Exported, check
 
 HOME = ("flax.nnx", "normlab.nnx")
@@ -88,7 +84,7 @@ def to_nnx(norm: Converted, *, path: str = "", allow: Sequence[str] = ()) -> Exp
       ValueError: If nnx has no such norm, or a convention would be lost.
 
     >>> import jax.numpy as jnp
-    >>> from normlab.types import Affine
+    >>> from normlab.site import Affine
     >>> sorted(to_nnx(Converted("rms", Affine(jnp.ones(3), None), eps=1e-6)).variables)
     ['scale']
     """

@@ -13,8 +13,8 @@ import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
-from normlab.arguments import read
-from normlab.checks import invalid
+from normlab._arguments import read
+from normlab._checks import invalid
 from normlab.convert.value import Converted
 from normlab.population.protocol import Population
 from normlab.population.running import Running, init_running

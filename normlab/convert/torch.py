@@ -12,8 +12,8 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from normlab.arguments import anything, checked, flag, number
-from normlab.checks import invalid, promote_dtype
+from normlab._arguments import anything, checked, flag, number
+from normlab._checks import invalid, promote_dtype
 from normlab.convert.kernels import from_units_first, to_units_first
 from normlab.convert.layers import (
     REQUIRED,
@@ -33,7 +33,7 @@ from normlab.example import Axes
 from normlab.population.cumulative import Cumulative, init_cumulative
 from normlab.population.frozen import Frozen
 from normlab.population.running import Running
-from normlab.types import Affine
+from normlab.site import Affine
 
 HOME = ("torch",)
 ELEMENTWISE = {"normalized_shape": None, "elementwise_affine": True}

@@ -9,7 +9,7 @@ import numpy as np
 from jax import Array
 from jax.core import Tracer
 
-from normlab.arguments import (
+from normlab._arguments import (
     Kind,
     declare,
     either,
@@ -20,14 +20,14 @@ from normlab.arguments import (
     sequence,
     text,
 )
-from normlab.checks import invalid, nearest
+from normlab._checks import invalid, nearest
+from normlab._trees import register
 from normlab.example import Axes
 from normlab.population.cumulative import Cumulative
 from normlab.population.frozen import Frozen
 from normlab.population.protocol import Population
 from normlab.population.running import Running
-from normlab.trees import register
-from normlab.types import Affine, Params, State
+from normlab.site import Affine, Params, State
 
 KINDS = ("batch", "layer", "rms", "group", "instance", "weight")
 """The norms that can be converted, by their names in the registry."""

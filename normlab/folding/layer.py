@@ -21,11 +21,11 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from normlab.affine import Parts, affine, fold
-from normlab.arguments import array, checked, instance, tree
-from normlab.checks import expand, invalid, promote_dtype
+from normlab._arguments import array, checked, instance, tree
+from normlab._checks import expand, invalid, promote_dtype
+from normlab.equation import Parts, affine, fold
 from normlab.linear import Conv, Dense, Linear
-from normlab.types import Norm, Params, Site, State
+from normlab.site import Norm, Params, Site, State
 
 
 class Folded(NamedTuple):

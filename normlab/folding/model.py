@@ -1,4 +1,4 @@
-"""Folding the norms of a whole model, by the paths of its variables (see `normlab.paths`)."""
+"""Folding the norms of a whole model, by the paths of its variables (see `normlab._paths`)."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ import numpy as np
 from jax import Array
 from jax.typing import DTypeLike
 
-from normlab.affine import Parts, fold
-from normlab.arguments import checked, flag, mapping, text
-from normlab.checks import invalid, nearest, promote_dtype
+from normlab._arguments import checked, flag, mapping, text
+from normlab._checks import invalid, nearest, promote_dtype
+from normlab._paths import Key, Layer, flatten, layers_of, matches
+from normlab.equation import Parts, fold
 from normlab.folding.layer import check_finite, rounding
 from normlab.folding.report import Apply, FoldedLayer, FoldReport, check_applies, compared
-from normlab.paths import Key, Layer, flatten, layers_of, matches
 
 _NEUTRAL = {"mean": 0.0, "bias": 0.0, "scale": 1.0, "var": 1.0}
 _STATISTICS = {"mean", "var"}

@@ -9,11 +9,11 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import DTypeLike
 
-from normlab.arguments import a_function, checked, mapping
-from normlab.checks import invalid, nearest, normalize_axes, promote
+from normlab._arguments import a_function, checked, mapping
+from normlab._checks import invalid, nearest, normalize_axes, promote
+from normlab._paths import Key, Layer, flatten, layers_of, matches
 from normlab.folding.layer import check_finite, rounding
 from normlab.folding.report import Apply, FoldedLayer, FoldReport, check_applies, compared
-from normlab.paths import Key, Layer, flatten, layers_of, matches
 
 RULE = mapping(a_function(), "paths of layers, each to a function", 'pass {"layer": weight_norm}')
 

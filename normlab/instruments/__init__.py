@@ -4,7 +4,6 @@ Each takes arrays or pytrees and returns arrays or NamedTuples of them, so that 
 and, over seeds, under `vmap`. Activations have their channels last, `[N, ..., C]`.
 """
 
-from normlab.drift import Drift, drift
 from normlab.instruments.activations import (
     Gaussianity,
     cancellation,
@@ -14,10 +13,11 @@ from normlab.instruments.activations import (
     saturation,
 )
 from normlab.instruments.curvature import AlongStep, HessianMax, along_step, hessian_max
+from normlab.instruments.decorrelation import condition_number
 from normlab.instruments.gradients import CovariateShift, covariate_shift, gradient_norms
+from normlab.instruments.shards import Drift, drift
 from normlab.instruments.weights import angular_update, effective_lr
 from normlab.instruments.whiteness import correlations, distance_to_uncorrelated, distance_to_white
-from normlab.whiten import condition_number
 
 __all__ = [
     "AlongStep",

@@ -10,11 +10,11 @@ import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
-from normlab.arguments import checked, number, sequence
-from normlab.checks import invalid, normalize_axes, promote
+from normlab._arguments import checked, number, sequence
+from normlab._checks import invalid, normalize_axes, promote
+from normlab.instruments.decorrelation import rms
 from normlab.instruments.vectors import unit
-from normlab.moments import moments
-from normlab.whiten import rms
+from normlab.measure import moments
 
 SHARE = number("", "", lambda share: 0 <= share <= 1, static=True)
 END = number("an end, which may be infinite", "pass a float", lambda end: end == end, static=True)

@@ -11,8 +11,8 @@ from jax import Array, lax
 from jax.flatten_util import ravel_pytree
 from jax.typing import ArrayLike
 
-from normlab.arguments import array, checked, integer, number, tree
-from normlab.checks import invalid, promote
+from normlab._arguments import array, checked, integer, number, tree
+from normlab._checks import invalid, promote
 from normlab.instruments.vectors import as_vector, check_alike, norm
 
 

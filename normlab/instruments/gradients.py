@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from normlab.arguments import checked, integer, mapping, sequence, text, tree
-from normlab.checks import invalid, nearest
+from normlab._arguments import checked, integer, mapping, sequence, text, tree
+from normlab._checks import invalid, nearest
 from normlab.instruments.vectors import as_vector, check_alike, cosine, norm
 
 

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from normlab.checks import invalid, promote
+from normlab._checks import invalid, promote
 
 Axes = int | Sequence[int] | None
 

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from normlab.arguments import array, checked, number
-from normlab.checks import invalid, normalize_axes, promote
+from normlab._arguments import array, checked, number
+from normlab._checks import invalid, normalize_axes, promote
 from normlab.instruments.vectors import Axes, angle, norm
 
 

@@ -6,10 +6,10 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from normlab.arguments import checked
+from normlab._arguments import checked
+from normlab.instruments.decorrelation import centred, product, scaled
 from normlab.instruments.vectors import norm
 from normlab.weight import units_and_lengths
-from normlab.whiten import centred, product, scaled
 
 
 @checked("correlations")

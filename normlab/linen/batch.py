@@ -12,10 +12,10 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
-from normlab import skin
-from normlab.checks import invalid
+from normlab import _flax as skin
+from normlab._checks import invalid
+from normlab.devices.topology import AxisName
 from normlab.population.transaction import begin
-from normlab.sync import AxisName
 
 Init = Callable[..., Any]
 zeros, ones = nn.initializers.zeros, nn.initializers.ones

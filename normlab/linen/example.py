@@ -9,9 +9,9 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
-from normlab import skin
+from normlab import _flax as skin
+from normlab.devices.topology import AxisName
 from normlab.linen.batch import Init, layer, ones, scale_and_bias, zeros
-from normlab.sync import AxisName
 
 
 @skin.checked("LayerNorm")

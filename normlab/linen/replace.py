@@ -13,12 +13,12 @@ from flax import core
 from jax import Array
 from jax.typing import ArrayLike
 
-from normlab import skin
-from normlab.arguments import instance
-from normlab.checks import invalid
+from normlab import _flax as skin
+from normlab._arguments import instance
+from normlab._checks import invalid
+from normlab._flax.exchange import Choice, Rule, by_class, by_name, check_taken, is_norm
 from normlab.linen.batch import stored
-from normlab.skin.rule import Choice, Rule, by_class, by_name, check_taken, is_norm
-from normlab.types import Affine, Site
+from normlab.site import Affine, Site
 
 
 @skin.checked("RegistryNorm")
@@ -125,7 +125,7 @@ def swap(model: nn.Module, rule: Rule, *, method: str = "__call__") -> Swapped:
 
     Args:
       model: A module that is not bound; one made inside another must have parent=None.
-      rule: Which norms become what, a `normlab.skin.rule.Rule`.
+      rule: Which norms become what, a `normlab._flax.exchange.Rule`.
       method: The method of the model that is called.
 
     Returns:

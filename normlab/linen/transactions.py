@@ -12,8 +12,8 @@ from typing import Any
 from flax import core, traverse_util
 from jax.typing import ArrayLike
 
-from normlab.arguments import anything, checked, mapping
-from normlab.checks import invalid, nearest
+from normlab._arguments import anything, checked, mapping
+from normlab._checks import invalid, nearest
 from normlab.population import transaction as transactions
 from normlab.population.cumulative import Estimator
 from normlab.population.transaction import OK

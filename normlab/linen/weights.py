@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
-from normlab import skin
+from normlab import _flax as skin
 
 Init = Callable[..., Any]
 

@@ -13,9 +13,9 @@ from flax.nnx.nn import dtypes
 from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
-from normlab import skin
+from normlab import _flax as skin
+from normlab.devices.topology import AxisName
 from normlab.nnx.transactions import Stateful
-from normlab.sync import AxisName
 
 Init = Callable[..., Any]
 Metadata = Mapping[str, Any]

@@ -9,7 +9,8 @@ from flax import nnx
 from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
-from normlab import skin
+from normlab import _flax as skin
+from normlab.devices.topology import AxisName
 from normlab.nnx.batch import (
     NONE,
     Init,
@@ -22,7 +23,6 @@ from normlab.nnx.batch import (
     values,
     zeros,
 )
-from normlab.sync import AxisName
 
 
 class LayerNorm(nnx.Module):

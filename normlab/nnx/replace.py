@@ -12,12 +12,12 @@ from flax import nnx
 from jax import Array
 from jax.typing import ArrayLike
 
-from normlab import skin
-from normlab.arguments import instance
-from normlab.checks import invalid
+from normlab import _flax as skin
+from normlab._arguments import instance
+from normlab._checks import invalid
+from normlab._flax.exchange import Choice, Rule, by_class, by_name, check_taken, is_norm
 from normlab.nnx.transactions import Kept, Stateful
-from normlab.skin.rule import Choice, Rule, by_class, by_name, check_taken, is_norm
-from normlab.types import Affine, Site
+from normlab.site import Affine, Site
 
 
 class RegistryNorm(Stateful):
@@ -97,7 +97,7 @@ def swap(model: Any, rule: Rule, *, rngs: nnx.Rngs | None = None) -> Any:
 
     Args:
       model: A module.
-      rule: Which norms become what, a `normlab.skin.rule.Rule`.
+      rule: Which norms become what, a `normlab._flax.exchange.Rule`.
       rngs: For new variables; `nnx.Rngs(0)` if not given.
 
     Returns:

@@ -13,9 +13,9 @@ import jax
 from flax import nnx
 from jax.typing import ArrayLike
 
-from normlab import skin
-from normlab.arguments import checked, instance
-from normlab.checks import invalid
+from normlab import _flax as skin
+from normlab._arguments import checked, instance
+from normlab._checks import invalid
 from normlab.population import transaction as transactions
 from normlab.population.cumulative import Estimator
 from normlab.population.transaction import OK

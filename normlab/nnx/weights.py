@@ -12,7 +12,7 @@ from flax.nnx.nn import dtypes
 from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
-from normlab import skin
+from normlab import _flax as skin
 
 Init = Callable[..., Any]
 zeros, ones = nnx.initializers.zeros_init(), nnx.initializers.ones_init()

@@ -15,8 +15,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from normlab.arguments import KINDS, anything, checked, either, is_array, is_number, mapping, text
-from normlab.checks import invalid, nearest
+from normlab._arguments import KINDS, anything, checked, either, is_array, is_number, mapping, text
+from normlab._checks import invalid, nearest
 from normlab.population.protocol import Population
 
 

@@ -13,19 +13,13 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import DTypeLike
 
-from normlab.arguments import checked, declare, one_of
-from normlab.checks import invalid
-from normlab.collective import all_reduce
-from normlab.moments import Moments, merge
-from normlab.population.protocol import (
-    BadBatch,
-    arrays,
-    check_batch,
-    statistics_dtype,
-    usable,
-)
-from normlab.sync import AxisName, as_sync
-from normlab.trees import register
+from normlab._arguments import checked, declare, one_of
+from normlab._checks import invalid
+from normlab._trees import register
+from normlab.devices.merging import all_reduce
+from normlab.devices.topology import AxisName, as_sync
+from normlab.measure import Moments, merge
+from normlab.population.protocol import BadBatch, arrays, check_batch, statistics_dtype, usable
 
 Estimator = Literal["pooled", "within"]
 """Of which deviations a variance over many batches is made.

@@ -10,12 +10,12 @@ from jax import Array
 from jax.core import Tracer
 from jax.typing import ArrayLike
 
-from normlab.arguments import array, checked
-from normlab.checks import invalid
-from normlab.moments import Moments
+from normlab._arguments import array, checked
+from normlab._checks import invalid
+from normlab._trees import node
+from normlab.devices.topology import AxisName
+from normlab.measure import Moments
 from normlab.population.protocol import BadBatch, arrays
-from normlab.sync import AxisName
-from normlab.trees import node
 
 
 @node

@@ -8,13 +8,13 @@ from typing import Any, NamedTuple
 import jax
 from jax import Array
 
-from normlab.arguments import a_function, checked, either, text
-from normlab.checks import invalid
-from normlab.moments import Moments
-from normlab.paths import matches
+from normlab._arguments import a_function, checked, either, text
+from normlab._checks import invalid
+from normlab._paths import matches
+from normlab._trees import node
+from normlab.devices.topology import AxisName
+from normlab.measure import Moments
 from normlab.population.protocol import BadBatch, Population
-from normlab.sync import AxisName
-from normlab.trees import node
 
 
 @node

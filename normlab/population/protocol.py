@@ -11,10 +11,10 @@ import numpy as np
 from jax import Array, lax
 from jax.typing import DTypeLike
 
-from normlab.arguments import Kind, declare, instance, one_of, tree
-from normlab.checks import invalid
-from normlab.moments import Moments
-from normlab.sync import AxisName
+from normlab._arguments import Kind, declare, instance, one_of, tree
+from normlab._checks import invalid
+from normlab.devices.topology import AxisName
+from normlab.measure import Moments
 
 Tree = TypeVar("Tree")
 

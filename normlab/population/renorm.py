@@ -8,13 +8,13 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import ArrayLike, DTypeLike
 
-from normlab.arguments import checked, integer, number, settled_decay, settled_eps
-from normlab.checks import invalid
-from normlab.moments import Moments
+from normlab._arguments import checked, integer, number, settled_decay, settled_eps
+from normlab._checks import invalid
+from normlab._trees import node
+from normlab.devices.topology import AxisName
+from normlab.measure import Moments
 from normlab.population.protocol import BadBatch, arrays
 from normlab.population.running import init_running
-from normlab.sync import AxisName
-from normlab.trees import node
 
 
 @node

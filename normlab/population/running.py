@@ -20,19 +20,13 @@ from jax import Array, lax
 from jax.core import Tracer
 from jax.typing import DTypeLike
 
-from normlab.arguments import checked, instance, number, settled_decay
-from normlab.checks import invalid
-from normlab.collective import all_reduce, check_bound
-from normlab.moments import Moments
-from normlab.population.protocol import (
-    BadBatch,
-    arrays,
-    check_batch,
-    statistics_dtype,
-    usable,
-)
-from normlab.sync import AxisName, as_sync
-from normlab.trees import register
+from normlab._arguments import checked, instance, number, settled_decay
+from normlab._checks import invalid
+from normlab._trees import register
+from normlab.devices.merging import all_reduce, check_bound
+from normlab.devices.topology import AxisName, as_sync
+from normlab.measure import Moments
+from normlab.population.protocol import BadBatch, arrays, check_batch, statistics_dtype, usable
 
 
 class Running(NamedTuple):

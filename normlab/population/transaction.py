@@ -23,17 +23,17 @@ from jax import Array, lax
 from jax.core import Tracer
 from jax.typing import ArrayLike
 
-from normlab.arguments import Kind, checked, is_array, read, tree
-from normlab.checks import invalid
-from normlab.lowering import zeros_of
-from normlab.moments import Moments
+from normlab._arguments import Kind, checked, is_array, read, tree
+from normlab._checks import invalid
+from normlab._trees import node
+from normlab._xla import zeros_of
+from normlab.devices.topology import AxisName
+from normlab.measure import Moments
 from normlab.population.cumulative import Cumulative, Estimator
 from normlab.population.domains import Domains
 from normlab.population.frozen import Frozen
 from normlab.population.protocol import BadBatch, Population, arrays
 from normlab.population.running import Running
-from normlab.sync import AxisName
-from normlab.trees import node
 
 
 @node

@@ -1,0 +1,1 @@
+"""Asking questions: running, keeping, verifying and printing what they find."""

@@ -1,0 +1,168 @@
+"""The directory of a question: everything that was measured, kept so that a run can go on.
+
+config.json, environment.json    what was asked, of which code and data, on what machine
+error.txt                        where a condition failed, if the reason alone does not say it
+conditions/00-none.jsonl         the records of a condition that is finished; the last says what
+it cost
+conditions/01-batch.partial      a condition on its way: its records and its last checkpoint
+verdict.json, figure.svg, .png   at the end
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import fcntl
+import hashlib
+import json
+import re
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax import serialization
+
+from ..engine.question import Checkpoint, Condition, Config, Record
+from ..engine.verdict import Verdict, number
+from ..rundir import CHECKOUT, RunDirectory, RunError, environment
+
+PAUSE = 20.0
+"""Seconds between two checkpoints of a condition, at least."""
+
+SETTINGS = ("jax_platforms", "jax_enable_x64", "jax_default_matmul_precision")
+"""Those of JAX that numbers depend on."""
+
+ROOT = CHECKOUT / "runs" / "questions"
+"""Where questions are kept by default."""
+
+
+def key(config: Config, version: str, checksums: Sequence[str]) -> str:
+    """Names a run by its config, its code's version, its data's checksums and `settings`."""
+    parts = [as_json(config), version, list(checksums), settings()]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def settings() -> dict[str, Any]:
+    """JAX's settings that numbers depend on, as they are now; no device is touched."""
+    return {name: getattr(jax.config, name) for name in SETTINGS}
+
+
+def as_json(config: Config) -> dict[str, Any]:
+    """The config as JSON values, without the place of the data."""
+    values = dataclasses.asdict(config)
+    del values["data_dir"]
+    return json.loads(json.dumps(values))
+
+
+class Kept(RunDirectory):
+    """The directory of one run of a question; of two programs one at a time may have it.
+
+    Args:
+      root: Where the directories of questions lie.
+      name: The question.
+      key: Of the run.
+
+    Raises:
+      RunError: If it cannot be made.
+    """
+
+    def __init__(self, root: Path, name: str, key: str) -> None:
+        self.path = root / f"{name}-{key}"
+        try:
+            (self.path / "conditions").mkdir(parents=True, exist_ok=True)
+            (self.path / ".lock").touch()
+        except OSError as error:
+            raise RunError(
+                f"cannot make the run directory {self.path}: {error.strerror}. Choose another "
+                "place with --run-dir."
+            ) from error
+        self._lock: Any = None
+
+    def lock(self) -> None:
+        """Takes the directory for this program; raises RunError if another has it."""
+        self._lock = (self.path / ".lock").open("w")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self.release()
+            raise RunError(
+                f"another run is writing into {self.path}. Wait for its end, or choose another "
+                "place with --run-dir."
+            ) from None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a worker gets: the lock stays with the program that took it."""
+        return {"path": self.path, "_lock": None}
+
+    def release(self) -> None:
+        """Gives the directory back."""
+        if self._lock is not None:
+            self._lock.close()
+
+    def file(self, index: int, condition: Condition) -> str:
+        """The name of a condition's file."""
+        slug = re.sub(r"[^a-z0-9.]+", "-", condition.name.lower()).strip("-")
+        return f"conditions/{index:02d}-{slug[:60]}.jsonl"
+
+    def records(self, file: str) -> list[Record] | None:
+        """The records of a condition, or `None` if it is not finished."""
+        try:
+            return [json.loads(line) for line in (self.path / file).read_text().splitlines()]
+        except FileNotFoundError:
+            return None
+
+    def measure(
+        self, file: str, condition: Condition, tell: Callable[[float], None] = lambda step: None
+    ) -> None:
+        """Measures a condition, from its last checkpoint if it has one, and keeps its records.
+
+        Args:
+          file: Its file.
+          condition: The condition.
+          tell: Hears of each step that a record names.
+        """
+        partial = Path(file).with_suffix(".partial").as_posix()
+        records, spent, resume = self._partial(partial)
+        begin = saved = time.perf_counter()
+        for found in condition.measure(resume):
+            if not isinstance(found, Checkpoint):
+                records.append({**condition.labels, **found})
+                tell(found.get("step", 0))
+            elif time.perf_counter() - saved > PAUSE:
+                seconds = spent + time.perf_counter() - begin
+                self.write_bytes(partial, _pack(records, seconds, found))
+                saved = time.perf_counter()
+        seconds = spent + time.perf_counter() - begin
+        records.append({"kind": "cost", **condition.labels, "seconds": round(seconds, 3)})
+        lines = "".join(json.dumps(record) + "\n" for record in records)
+        self.write_json("environment.json", environment())
+        self.write_bytes(file, lines.encode())
+        (self.path / partial).unlink(missing_ok=True)
+
+    def _partial(self, file: str) -> tuple[list[Record], float, Checkpoint | None]:
+        path = self.path / file
+        if not path.exists():
+            return [], 0.0, None
+        stored: Any = serialization.msgpack_restore(path.read_bytes())
+        leaves = [stored["leaves"][str(i)] for i in range(len(stored["leaves"]))]
+        return json.loads(stored["records"]), stored["seconds"], Checkpoint(stored["step"], leaves)
+
+
+def verdict_json(verdict: Verdict) -> dict[str, Any]:
+    """A verdict as JSON values; what is not finite is null."""
+    values = verdict._asdict()
+    return {k: number(v) if isinstance(v, float) else v for k, v in values.items()}
+
+
+def _pack(records: list[Record], seconds: float, checkpoint: Checkpoint) -> bytes:
+    leaves = {str(i): np.asarray(v) for i, v in enumerate(jax.device_get(checkpoint.leaves))}
+    return serialization.msgpack_serialize(
+        {
+            "records": json.dumps(records),
+            "seconds": seconds,
+            "step": checkpoint.step,
+            "leaves": leaves,
+        }
+    )

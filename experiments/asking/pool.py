@@ -1,0 +1,211 @@
+"""The workers: conditions are measured in processes of their own, one for each core.
+
+A worker of the quick profile has one core to itself. So the two cores of a laptop train two
+conditions side by side, and the numbers do not depend on how many cores there are.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import contextlib
+import dataclasses
+import multiprocessing
+import os
+import pickle
+import threading
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing.queues import SimpleQueue
+from typing import Any
+
+import jax
+
+from ..data import DataError
+from ..engine.question import Config
+from ..rundir import RunError
+from ..training.trainer import set_devices
+from .kept import Kept
+from .sources import HERE, version
+
+ALLOCATION = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "100000000000"}
+"""Environment of the workers: memory that was freed is used again, and not given back first."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """A condition to measure.
+
+    Attributes:
+      question: The question's name.
+      config: Its config.
+      index: Which of its conditions.
+      kept: Where its records go.
+      weight: What it costs, as a share of all that is to be done.
+      version: That of the code it is to be measured with.
+    """
+
+    question: str
+    config: Config
+    index: int
+    kept: Kept
+    weight: float
+    version: str
+
+    @property
+    def devices(self) -> int:
+        """How many devices its process needs."""
+        return getattr(self.config, "devices", 1)
+
+
+@dataclasses.dataclass
+class Done:
+    """A task that came to its end.
+
+    Attributes:
+      task: Which.
+      error: What went wrong, in words; empty if nothing did. No exception leaves its process:
+        some of them cannot be sent.
+    """
+
+    task: Task
+    error: str = ""
+
+
+Tell = Callable[[Task, float], None]
+"""Hears which share of a task is done."""
+
+
+def work(tasks: Sequence[Task], jobs: int, tell: Tell, *, pinned: bool) -> Iterator[Done]:
+    """Measures tasks and yields each that ends.
+
+    Those that need as many devices are measured together, in this order: a process with eight
+    devices on its core takes twice as long for what one device does.
+
+    Args:
+      tasks: The tasks.
+      jobs: How many processes; 0 works in this one.
+      tell: Hears of progress.
+      pinned: Whether each process has a core of its own.
+
+    Raises:
+      RunError: If a process was killed.
+    """
+    if not jobs:
+        with contextlib.suppress(RunError, RuntimeError):  # a task that lacks some will say so
+            set_devices(max(task.devices for task in tasks))
+        for task in tasks:
+            yield Done(task, _attempt(task, lambda share, task=task: tell(task, share)))
+        return
+    for devices in sorted({task.devices for task in tasks}):
+        alike = [task for task in tasks if task.devices == devices]
+        yield from _side_by_side(alike, min(jobs, len(alike)), tell, pinned)
+
+
+def _side_by_side(tasks: Sequence[Task], jobs: int, tell: Tell, pinned: bool) -> Iterator[Done]:
+    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+    context = multiprocessing.get_context("spawn")
+    places, heard = context.SimpleQueue(), context.SimpleQueue()
+    for i in range(os.getpid(), os.getpid() + jobs):  # two runs with one job each meet seldom
+        places.put(cores[i % len(cores)] if cores and pinned else None)
+    for name, value in ALLOCATION.items():
+        os.environ.setdefault(name, value)
+    pool = concurrent.futures.ProcessPoolExecutor(
+        jobs, mp_context=context, initializer=_begin, initargs=(places, heard)
+    )
+    threading.Thread(target=_listen, args=(heard, tasks, tell), daemon=True).start()
+    futures = {
+        pool.submit(_measure, i, task.question, pickle.dumps(task)): task
+        for i, task in enumerate(tasks)
+    }
+    try:
+        for future in concurrent.futures.as_completed(futures):
+            try:
+                yield Done(futures[future], future.result())
+            except BrokenProcessPool:
+                raise RunError(
+                    "a worker was killed: by hand, or because the memory ran out. What was "
+                    "measured is kept, and the same command goes on from there; --jobs 1 needs "
+                    "less memory."
+                ) from None
+    finally:
+        if not all(future.done() for future in futures):  # there are tasks nobody waits for
+            for process in list((pool._processes or {}).values()):
+                process.terminate()
+        pool.shutdown(cancel_futures=True)
+
+
+_heard: Any = None
+
+
+def _begin(places: SimpleQueue[int | None], heard: SimpleQueue[Any]) -> None:
+    """What a worker does first."""
+    global _heard
+    _heard = heard
+    core = places.get()
+    if core is not None:
+        os.sched_setaffinity(0, {core})
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def follow() -> None:  # a worker whose parent was killed would measure for nobody
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()
+
+
+def _measure(number: int, question: str, packed: bytes) -> str:
+    try:
+        task = pickle.loads(packed)  # imports the question
+    except Exception as error:
+        return explain(error, f"in {question}")
+    return _attempt(task, lambda share: _heard.put((number, share)))
+
+
+def _attempt(task: Task, tell: Callable[[float], None]) -> str:
+    """Measures a task; returns what went wrong, or nothing."""
+    from ..questions import require
+
+    where = f"in {task.question}"
+    try:
+        _have(task.devices, task.question)
+        condition = list(require(task.question).run(task.config))[task.index]
+        where += f", {condition.name}"
+        if version(f"{HERE}.questions.{task.question}") != task.version:
+            raise RunError(f"the sources of {task.question} changed while it ran; run it again.")
+        file = task.kept.file(task.index, condition)
+        task.kept.measure(file, condition, lambda step: tell(step / max(1, task.config.steps)))
+    except Exception as error:
+        if not isinstance(error, RunError | DataError):
+            with contextlib.suppress(RunError):  # a full disk: the reason is told all the same
+                task.kept.write_bytes("error.txt", traceback.format_exc().encode())
+        return explain(error, where)
+    finally:
+        jax.clear_caches()
+    tell(1.0)
+    return ""
+
+
+def _have(devices: int, question: str) -> None:
+    try:
+        set_devices(devices)
+    except RunError:
+        raise RunError(
+            f"{question} needs {devices} devices, but there are {jax.device_count()} "
+            f"({jax.default_backend()}). Ask for at most that many: run {question} -- --devices "
+            f"{jax.device_count()}; JAX_PLATFORMS=cpu makes as many as are needed."
+        ) from None
+
+
+def explain(error: Exception, where: str) -> str:
+    """What went wrong, in words, and where, unless the words say it."""
+    if isinstance(error, RunError | DataError):
+        return str(error)
+    return f"{type(error).__name__}: {error}".rstrip(": ") + f" ({where})"
+
+
+def _listen(heard: SimpleQueue[Any], tasks: Sequence[Task], tell: Tell) -> None:
+    while True:  # a daemon: it ends with the program
+        number, share = heard.get()
+        tell(tasks[number], min(share, 1.0))

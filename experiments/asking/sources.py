@@ -1,0 +1,109 @@
+"""Which version of the code a question ran: a checksum over the sources that decide its numbers."""
+
+from __future__ import annotations
+
+import ast
+import functools
+import hashlib
+import importlib.metadata
+import importlib.util
+from collections.abc import Iterator
+from pathlib import Path
+
+from ..rundir import CHECKOUT
+
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy")
+"""Those whose versions count."""
+
+SHOWS = ("figure", "verdict", "SECONDS")
+"""What of a question only looks at its records, or says what they cost."""
+
+HERE = __name__.rsplit(".", 2)[0]
+"""The package of the experiments, by the name it is installed under."""
+
+ASIDE = (f"{HERE}.figures", f"{HERE}.engine.draw", f"{HERE}.rundir")
+"""Modules that numbers do not depend on."""
+
+
+def version(module: str) -> str:
+    """The checksum over a module and all of this repository that it imports, and over `PACKAGES`.
+
+    Comments, docstrings and layout do not count, nor does how a question shows its records and
+    what it says that they cost.
+    """
+    total = hashlib.sha256()
+    for package in PACKAGES:
+        total.update(f"{package} {importlib.metadata.version(package)}\n".encode())
+    for name, code in sorted(_closure(module).items()):
+        total.update(f"{name}\n{code}\n".encode())
+    return total.hexdigest()
+
+
+def _shows(module: str, part: ast.stmt) -> bool:
+    asks = module.startswith(f"{HERE}.questions.")
+    names = [part.name] if isinstance(part, ast.FunctionDef) else _assigned(part)
+    return asks and any(name in SHOWS for name in names)
+
+
+def _assigned(part: ast.stmt) -> list[str]:
+    targets = part.targets if isinstance(part, ast.Assign) else []
+    return [target.id for target in targets if isinstance(target, ast.Name)]
+
+
+def _closure(module: str) -> dict[str, str]:
+    """The code of each module that counts, by its name."""
+    found: dict[str, str] = {}
+    waiting = [module]
+    while waiting:
+        name = waiting.pop()
+        path = _file(name)
+        if path is None or name in found or name in ASIDE:
+            continue
+        package = name if path.name == "__init__.py" else name.rpartition(".")[0]
+        found[name], imported = _read(name, package, path.read_text())
+        waiting += [*imported, package, name.rpartition(".")[0]]
+    return found
+
+
+@functools.cache
+def _read(name: str, package: str, text: str) -> tuple[str, tuple[str, ...]]:
+    """The code of a source without what does not count, and what it imports."""
+    tree = ast.parse(text)
+    imported = tuple(_imports(tree, package))
+    body = ast.Module([part for part in tree.body if not _shows(name, part)], [])
+    return ast.dump(_without_docstrings(body)), imported
+
+
+def _imports(tree: ast.Module, package: str) -> Iterator[str]:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            name = "." * node.level + (node.module or "")
+            module = importlib.util.resolve_name(name, package)
+            yield module
+            yield from (f"{module}.{alias.name}" for alias in node.names)
+
+
+def _file(module: str) -> Path | None:
+    if not f"{module}.".startswith(("normlab.", f"{HERE}.")):
+        return None
+    path = CHECKOUT.joinpath(*module.split("."))
+    files = (path / "__init__.py", path.with_suffix(".py"))
+    return next((file for file in files if file.is_file()), None)
+
+
+def _without_docstrings(tree: ast.Module) -> ast.Module:
+    for node in ast.walk(tree):
+        body = getattr(node, "body", None)
+        if isinstance(body, list):
+            node.body = [part for part in body if not _is_text(part)]  # type: ignore[attr-defined]
+    return tree
+
+
+def _is_text(part: ast.stmt) -> bool:
+    return (
+        isinstance(part, ast.Expr)
+        and isinstance(part.value, ast.Constant)
+        and isinstance(part.value.value, str)
+    )

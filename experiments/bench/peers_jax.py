@@ -1,0 +1,240 @@
+"""The JAX contestants of `bench ops`: normlab, flax.linen, flax.nnx, haiku and equinox.
+
+All take their parameters as arguments, in float32, and return y in the type of x. Statistics are
+float32: flax promotes by itself, and haiku's modules and equinox's batch norm are given x in
+float32, which is what a mixed-precision policy does; XLA fuses the casts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+import normlab as nl
+
+from ..rundir import environment
+from .worker import BOTH, DECAY, EPS, FORWARD, GROUPS, Built, Case, Contestant
+
+F = Callable[..., tuple[Array, Any]]
+
+
+class JaxFamily:
+    """The JAX libraries, on the default device."""
+
+    def environment(self) -> dict[str, Any]:
+        """As `rundir.environment`, and the backend: cpu, gpu, tpu."""
+        return {"backend": jax.default_backend(), **environment()}
+
+    def contestants(self, peer: str, case: Case) -> list[Contestant]:
+        """The ways in which a library does the op."""
+        return BUILDERS[peer](case)
+
+    def load(self, case: Case) -> None:
+        """Puts the inputs of a case on the device."""
+        x, dy, params = case.inputs()
+        self.x, self.dy = (jnp.asarray(v, case.dtype) for v in (x, dy))
+        self.params = tuple(map(jnp.asarray, params))
+
+    def copy(self) -> Callable[[], Array]:
+        """Flips bits by a mask that the compiler does not know (it is 0): nothing but traffic."""
+        bits = jnp.dtype(f"uint{8 * self.x.dtype.itemsize}")
+        copy, mask = jax.jit(lambda x, m: (x.view(bits) ^ m).view(x.dtype)), jnp.zeros((), bits)
+        return lambda: copy(self.x, mask)
+
+    def build(self, contestant: Contestant) -> Built:
+        """Compiles both directions."""
+        x, dy, params = self.x, self.dy, self.params
+        forward = jax.jit(contestant.f).lower(x, *params).compile()
+        both = jax.jit(forward_and_backward(contestant.f)).lower(x, dy, *params).compile()
+        memory = both.memory_analysis()
+        calls = {FORWARD: lambda: forward(x, *params), BOTH: lambda: both(x, dy, *params)}
+        return Built(calls, None if memory is None else memory.temp_size_in_bytes)
+
+    def wait(self, out: Any) -> None:
+        """Returns when `out` is there."""
+        jax.block_until_ready(out)
+
+
+def family(platform: str) -> JaxFamily:
+    """The family as a worker serves it; the platform is JAX's own choice."""
+    del platform
+    return JaxFamily()
+
+
+def forward_and_backward(f: F) -> Callable[..., tuple[Array, tuple[Array, ...], Any]]:
+    """Returns `(x, dy, *parameters) -> (y, gradients, aux)`."""
+
+    def both(x: Array, dy: Array, *params: Array) -> tuple[Array, tuple[Array, ...], Any]:
+        y, pull, aux = jax.vjp(f, x, *params, has_aux=True)
+        return y, pull(dy), aux
+
+    return both
+
+
+def _normlab(case: Case) -> list[Contestant]:
+    state = nl.init_running(case.shape[-1])
+
+    def f(x: Array, g: Array, b: Array | None = None) -> tuple[Array, Any]:
+        params = nl.Affine(g, b)
+        match case.op:
+            case "batch":
+                return nl.batch_norm(x, params, state, train=True, decay=DECAY, eps=EPS)
+            case "group":
+                return nl.group_norm(x, params, groups=GROUPS, eps=EPS), ()
+            case _:
+                norm = {"layer": nl.layer_norm, "rms": nl.rms_norm, "instance": nl.instance_norm}
+                return norm[case.op](x, params, eps=EPS), ()
+
+    return [Contestant("normlab", "normlab", f, safe=True)]
+
+
+def _linen(case: Case) -> list[Contestant]:
+    import flax.linen as nn
+
+    channels = case.shape[-1]
+    stats = {"mean": jnp.zeros(channels), "var": jnp.ones(channels)}
+
+    def make(fast: bool) -> F:
+        options: dict[str, Any] = {
+            "epsilon": EPS,
+            "dtype": jnp.dtype(case.dtype),
+            "use_fast_variance": fast,
+        }
+        modules: dict[str, Callable[[], nn.Module]] = {
+            "batch": lambda: nn.BatchNorm(use_running_average=False, momentum=DECAY, **options),
+            "layer": lambda: nn.LayerNorm(**options),
+            "rms": lambda: nn.RMSNorm(**options),
+            "group": lambda: nn.GroupNorm(GROUPS, **options),
+            "instance": lambda: nn.InstanceNorm(**options),
+        }
+        module = modules[case.op]()
+
+        def f(x: Array, g: Array, b: Array | None = None) -> tuple[Array, Any]:
+            params = {"scale": g} if b is None else {"scale": g, "bias": b}
+            variables = {"params": params}
+            if case.op == "batch":
+                variables["batch_stats"] = stats
+            return module.apply(variables, x, mutable=["batch_stats"])
+
+        return f
+
+    return _one_and_two_pass("flax.linen", case, make)
+
+
+def _nnx(case: Case) -> list[Contestant]:
+    from flax import nnx
+
+    channels = case.shape[-1]
+
+    def make(fast: bool) -> F:
+        options: dict[str, Any] = {
+            "epsilon": EPS,
+            "dtype": jnp.dtype(case.dtype),
+            "use_fast_variance": fast,
+        }
+        modules: dict[str, Callable[..., Any]] = {
+            "batch": lambda **o: nnx.BatchNorm(
+                channels, use_running_average=False, momentum=DECAY, **o
+            ),
+            "layer": lambda **o: nnx.LayerNorm(channels, **o),
+            "rms": lambda **o: nnx.RMSNorm(channels, **o),
+            "group": lambda **o: nnx.GroupNorm(channels, GROUPS, **o),
+            "instance": lambda **o: nnx.InstanceNorm(channels, **o),
+        }
+
+        def f(x: Array, g: Array, b: Array | None = None) -> tuple[Array, Any]:
+            module = modules[case.op](rngs=nnx.Rngs(0), **options)
+            module.scale = nnx.Param(g)
+            if b is not None:
+                module.bias = nnx.Param(b)
+            y = module(x)
+            return y, (module.mean[...], module.var[...]) if case.op == "batch" else ()
+
+        return f
+
+    return _one_and_two_pass("flax.nnx", case, make)
+
+
+def _one_and_two_pass(peer: str, case: Case, make: Callable[[bool], F]) -> list[Contestant]:
+    """Flax's default, E[x²] − E[x]², and its option; RMS norm has no mean to lose digits to."""
+    if case.op == "rms":
+        return [Contestant(peer, peer, make(True), safe=True)]
+    return [
+        Contestant(peer, peer, make(True), safe=False),
+        Contestant(peer, f"{peer}, two-pass", make(False), safe=True, default=False),
+    ]
+
+
+def _haiku(case: Case) -> list[Contestant]:
+    import haiku as hk  # pyright: ignore[reportMissingImports]
+
+    learned = {"create_scale": True, "create_offset": True}
+    calls: dict[str, Callable[[Array], Array]] = {
+        "batch": lambda x: hk.BatchNorm(**learned, decay_rate=DECAY, eps=EPS)(x, is_training=True),
+        "layer": lambda x: hk.LayerNorm(-1, **learned, eps=EPS, param_axis=-1)(x),
+        "rms": lambda x: hk.RMSNorm(-1, eps=EPS, param_axis=-1)(x),
+        "group": lambda x: hk.GroupNorm(GROUPS, eps=EPS)(x),
+        "instance": lambda x: hk.InstanceNorm(**learned, eps=EPS)(x),
+    }
+    init, apply = hk.transform_with_state(calls[case.op])
+    abstract = jax.ShapeDtypeStruct(case.shape, jnp.float32)
+    params, state = jax.eval_shape(init, jax.random.key(0), abstract)
+    state = jax.tree.map(lambda v: jnp.zeros(v.shape, v.dtype), state)
+    ((module, shapes),) = params.items()
+
+    def f(x: Array, g: Array, b: Array | None = None) -> tuple[Array, Any]:
+        values = {"scale": g, "offset": b}
+        mine = {name: values[name].reshape(v.shape) for name, v in shapes.items()}
+        y, new = apply({module: mine}, state, None, x.astype(jnp.float32))
+        return y.astype(x.dtype), new
+
+    return [Contestant("haiku", "haiku", f, safe=case.op != "batch")]
+
+
+def _equinox(case: Case) -> list[Contestant]:
+    import equinox as eqx  # pyright: ignore[reportMissingImports]
+
+    channels, note, state = case.shape[-1], "", None
+    if case.op == "batch":
+        note = "mode='batch', vmapped over positions too, so that channels stay last"
+        norm, state = eqx.nn.make_with_state(eqx.nn.BatchNorm)(
+            channels, "n", eps=EPS, momentum=DECAY, mode="batch"
+        )
+    elif case.op in ("layer", "rms"):
+        norm = (
+            eqx.nn.RMSNorm(channels, eps=EPS, use_bias=False)
+            if case.op == "rms"
+            else eqx.nn.LayerNorm(channels, eps=EPS)
+        )
+    else:
+        note = "wants channels first: the transposes are timed"
+        groups = GROUPS if case.op == "group" else channels
+        norm = eqx.nn.GroupNorm(groups, channels, eps=EPS)
+
+    def f(x: Array, g: Array, b: Array | None = None) -> tuple[Array, Any]:
+        learned = (lambda m: m.weight) if b is None else (lambda m: (m.weight, m.bias))
+        mine: Any = eqx.tree_at(learned, norm, g if b is None else (g, b))
+        if case.op == "batch":
+            rows = x.reshape(-1, channels).astype(jnp.float32)
+            y, new = jax.vmap(mine, axis_name="n", in_axes=(0, None), out_axes=(0, None))(
+                rows, state
+            )
+            return y.astype(x.dtype).reshape(x.shape), jax.tree.leaves(new)
+        if case.op in ("layer", "rms"):
+            return jax.vmap(mine)(x.reshape(-1, channels)).reshape(x.shape), ()
+        return jnp.moveaxis(jax.vmap(mine)(jnp.moveaxis(x, -1, 1)), 1, -1), ()
+
+    return [Contestant("equinox", "equinox", f, safe=True, note=note)]
+
+
+BUILDERS: dict[str, Callable[[Case], list[Contestant]]] = {
+    "normlab": _normlab,
+    "flax.linen": _linen,
+    "flax.nnx": _nnx,
+    "haiku": _haiku,
+    "equinox": _equinox,
+}

@@ -1,0 +1,1 @@
+"""The main job: norms side by side on one data set."""

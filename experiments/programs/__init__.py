@@ -1,0 +1,1 @@
+"""What compiled programs move: passes over memory, collectives, and what machines make of them."""

@@ -1,0 +1,1 @@
+"""Training a model: what is trained, on which devices, from which checkpoint."""

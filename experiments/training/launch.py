@@ -1,0 +1,334 @@
+"""Many processes on one machine or a Ray cluster: Ray Train starts them, and starts them again.
+
+Ray's `JaxTrainer` holds the gang of workers together: if one dies, all are started again, and go on
+from the last checkpoint. The workers form `jax.distributed` themselves, by the address that Ray
+hands around, because Ray's own way to do it leaves the timeouts at minutes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import itertools
+import json
+import logging
+import os
+import shutil
+import signal
+import socket
+import tempfile
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
+
+import tyro
+
+from ..rundir import CHECKOUT, RunError
+from .processes import gist, read_diaries
+from .train import Train, check_batch, check_directory, default_path, train
+
+QUIET = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_DEDUP_LOGS_SKIP_REGEX": ".",  # every line: the end says what there is to say
+    "RAY_TRAIN_METRICS_ENABLED": "0",
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_TRAIN_ENABLE_WORKER_STRUCTURED_LOGGING": "0",
+    "RAY_TRAIN_ENABLE_CONTROLLER_STRUCTURED_LOGGING": "0",
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+}
+"""Ray without telemetry and logs of its own, and with an eye on its workers."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Launch:
+    """Run a training run on several processes, and start it again when one dies.
+
+    Example: `launch --workers 4 -- train --dataset mnist --sync all`. What follows `--` is `train`
+    with its options. Ctrl-C or SIGTERM stops all processes with a checkpoint.
+    """
+
+    command: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
+    """After `--`: train, and its options."""
+
+    workers: int = 2
+    """Processes."""
+
+    gpus: int = 0
+    """GPUs for each process; without any, the processes compute on CPUs."""
+
+    address: str | None = None
+    """A Ray cluster, as ray.init(address=...) takes it; by default this machine alone. This
+    checkout, the data and --run-dir must be at the same place on all of its machines."""
+
+    max_failures: int = 3
+    """How often to start all processes again after one of them failed."""
+
+    def __post_init__(self) -> None:
+        """Raises RunError for values that cannot be run."""
+        for name, least in (("workers", 1), ("gpus", 0), ("max_failures", 0)):
+            value = getattr(self, name)
+            if value < least:
+                option = name.replace("_", "-")
+                raise RunError(f"--{option}: got {value}; it must be at least {least}.")
+        example = "for example: launch --workers 4 -- train --dataset mnist"
+        if not self.command:
+            raise RunError(f"there is nothing to launch; {example}")
+        if self.command[0] != "train":
+            raise RunError(f"cannot launch {self.command[0]!r}, only train; {example}")
+
+
+class Outcome(NamedTuple):
+    """How a launched run ended.
+
+    Attributes:
+      path: The run directory.
+      step: The last step that is in a checkpoint.
+      summary: What was measured at the end, or `None` without an end.
+      restarts: How often all processes were started again.
+      failure: Why it ended before the end, or an empty string.
+      usage: Whether that is an error which another start would not mend.
+      signal: The signal that asked for a stop, or 0.
+    """
+
+    path: Path
+    step: int
+    summary: dict[str, Any] | None
+    restarts: int
+    failure: str
+    usage: bool
+    signal: int
+
+
+def launch(
+    config: Launch,
+    run: Train,
+    say: Callable[[str], None] = lambda _: None,
+    tell: Callable[[str], None] = lambda _: None,
+) -> Outcome:
+    """Trains on Ray's workers until it is done, was stopped, or has failed too often.
+
+    Args:
+      config: How to launch.
+      run: What to launch.
+      say: Receives where the run stands.
+      tell: Receives what went wrong on the way and was mended.
+
+    Raises:
+      RunError: If the run cannot start.
+    """
+    path = (run.run_dir or default_path(run)).expanduser().resolve()
+    run = dataclasses.replace(run, run_dir=path)
+    check_directory(run)
+    if not config.gpus:
+        check_batch(run, config.workers * max(run.devices, 1))
+    os.environ.update(QUIET)  # Ray reads them when it is imported
+    try:
+        import ray  # pyright: ignore[reportMissingImports]
+        import ray.train  # pyright: ignore[reportMissingImports]
+    except ImportError as error:
+        raise RunError(
+            f"launch needs Ray, which is not installed ({error}). To install it: "
+            "pip install -c constraints.txt -e '.[launch]'"
+        ) from None
+    temporary = Path(tempfile.mkdtemp(prefix="normlab-ray-"))
+    story = Story(path, run.steps, say, tell)
+    stop = path / "stop"
+    errors: list[BaseException] = []
+    try:
+        say("starting Ray")
+        _start_ray(config, temporary)
+        trainer = _trainer(config, run, temporary)
+        with _signals(stop, say) as heard:
+            stop.unlink(missing_ok=True)
+            thread = threading.Thread(target=_fit, args=(trainer, errors), daemon=True)
+            thread.start()
+            say("waiting for the workers")
+            while thread.is_alive():
+                thread.join(0.2)
+                story.follow()
+    finally:
+        ray.shutdown()
+        stop.unlink(missing_ok=True)
+        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(path / ".ray", ignore_errors=True)
+    story.follow()
+    return story.outcome(errors[0] if errors else None, heard[0] if heard else 0)
+
+
+class Story:
+    """What the workers write into the run directory, as they write it.
+
+    Args:
+      path: The run directory.
+      steps: How many steps there are to be.
+      say: Receives where the run stands.
+      tell: Receives each new start after a failure.
+    """
+
+    def __init__(
+        self, path: Path, steps: int, say: Callable[[str], None], tell: Callable[[str], None]
+    ) -> None:
+        self.path, self.steps, self.say, self.tell = path, steps, say, tell
+        self.before = len(read_diaries(path))
+        self.told = 0
+
+    def gangs(self) -> list[list[dict[str, Any]]]:
+        """What happened since the launch, for each time that all were started."""
+        gangs: list[list[dict[str, Any]]] = [[]]
+        joined: Counter[int] = Counter()
+        for record in read_diaries(self.path)[self.before :]:
+            joined[record["process"]] += record["event"] == "join"
+            if joined[record["process"]] > len(gangs):
+                gangs.append([])
+            gangs[joined[record["process"]] - 1].append(record)
+        return gangs
+
+    def follow(self) -> None:
+        """Says and tells what is new."""
+        gangs = self.gangs()
+        for failed, gang in list(itertools.pairwise(gangs))[self.told :]:
+            for start in (r for r in gang if r["event"] == "start" and r["process"] == 0):
+                self.tell(f"{failure(failed)} Started again from step {start['step']}.")
+                self.told += 1
+        with contextlib.suppress(OSError, IndexError, ValueError):
+            last = json.loads((self.path / "metrics.jsonl").read_text().splitlines()[-1])
+            if any(r["event"] == "start" for r in gangs[-1]):
+                self.say(f"step {last['step']}/{self.steps}, loss {last['loss']:.4f}")
+
+    def outcome(self, error: BaseException | None, number: int) -> Outcome:
+        """How it ended.
+
+        Args:
+          error: What Ray raised, if it did.
+          number: The signal that was heard, or 0.
+        """
+        gangs, summary, reason = self.gangs(), None, ""
+        ended = [r for r in gangs[-1] if r["event"] in ("end", "stop") and r["process"] == 0]
+        if error is not None or not ended:
+            own = [gist(e) for e in getattr(error, "worker_failures", {}).values()]
+            ray = next(iter(own), gist(error) if error else "no process began")
+            reason = failure(gangs[-1]) or ray
+        elif ended[-1]["event"] == "end":
+            summary = json.loads((self.path / "summary.json").read_text())
+        steps = [int(p.name) for p in (self.path / "checkpoints").glob("*") if p.name.isdecimal()]
+        usage, step = error is None and bool(reason), max(steps, default=0)
+        return Outcome(self.path, step, summary, len(gangs) - 1, reason, usage, number)
+
+
+def failure(records: list[dict[str, Any]]) -> str:
+    """Who failed and why: rather one who failed, or was killed, than one who noticed."""
+    failed = [r for r in records if r["event"] == "failure"]
+    silent = {r["process"]: r for r in records}
+    silent = {p: r for p, r in silent.items() if r["event"] in ("join", "start")}
+    for record in failed:
+        if not record["noticed"]:
+            return f"process {record['process']}: {record['text']}"
+    if silent:
+        who = " or ".join(f"process {p} ({r['host']}, pid {r['pid']})" for p, r in silent.items())
+        return f"{who} was killed, or died without a word."
+    return f"process {failed[0]['process']}: {failed[0]['text']}" if failed else ""
+
+
+def _start_ray(config: Launch, temporary: Path) -> None:
+    import ray  # pyright: ignore[reportMissingImports]
+
+    variables = {"PYTHONPATH": str(CHECKOUT)} | ({} if config.gpus else {"JAX_PLATFORMS": "cpu"})
+    local: dict[str, Any] = {
+        "num_cpus": max(config.workers, os.cpu_count() or 1),
+        "include_dashboard": False,
+        "object_store_memory": 100 * 2**20,  # nothing is passed through it
+        "_temp_dir": str(temporary),
+    }
+    try:
+        ray.init(
+            address=config.address or "local",
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            runtime_env={"env_vars": variables},
+            **({} if config.address else local),
+        )
+    except Exception as error:  # Ray raises what it likes
+        where = f"of --address {config.address}" if config.address else "on this machine"
+        raise RunError(f"Ray {where} does not answer: {gist(error)}.") from error
+
+
+def _trainer(config: Launch, run: Train, temporary: Path) -> Any:
+    import ray.train  # pyright: ignore[reportMissingImports]
+    from ray.train.v2.jax import JaxTrainer  # pyright: ignore[reportMissingImports]
+
+    assert run.run_dir is not None
+    storage = run.run_dir / ".ray" if config.address else temporary / "storage"
+    return JaxTrainer(
+        _work,
+        train_loop_config={"run": dataclasses.asdict(run)},
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=config.workers,
+            use_gpu=config.gpus > 0,
+            resources_per_worker={"CPU": 1} | ({"GPU": config.gpus} if config.gpus else {}),
+        ),
+        jax_config=_unformed(),
+        run_config=ray.train.RunConfig(
+            name="run",
+            storage_path=str(storage),
+            failure_config=ray.train.FailureConfig(max_failures=config.max_failures),
+        ),
+    )
+
+
+def _unformed() -> Any:
+    """Leaves `jax.distributed` to the workers."""
+    from ray.train.v2.jax import JaxConfig  # pyright: ignore[reportMissingImports]
+
+    return JaxConfig(use_tpu=False, use_gpu=False)
+
+
+def _work(config: dict[str, Any]) -> None:
+    """What each of Ray's workers does."""
+    import ray.train  # pyright: ignore[reportMissingImports]
+    import ray.train.collective  # pyright: ignore[reportMissingImports]
+    import ray.util  # pyright: ignore[reportMissingImports]
+
+    context = ray.train.get_context()
+    process = context.get_world_rank()
+    address = None
+    if process == 0:
+        with socket.socket() as free:
+            free.bind(("", 0))
+            address = f"{ray.util.get_node_ip_address()}:{free.getsockname()[1]}"
+    address = ray.train.collective.broadcast_from_rank_zero(address)
+    processes = context.get_world_size()
+    mine = {"coordinator": address, "processes": processes, "process": process}
+    # An error that another start would not mend is in the diary; for Ray the work is done.
+    with contextlib.suppress(RunError):
+        train(Train(**{**config["run"], **mine}))
+
+
+def _fit(trainer: Any, errors: list[BaseException]) -> None:
+    try:
+        trainer.fit()
+    except BaseException as error:
+        errors.append(error)
+
+
+@contextlib.contextmanager
+def _signals(stop: Path, say: Callable[[str], None]) -> Iterator[list[int]]:
+    """SIGTERM and the first Ctrl-C ask the workers to stop; the second interrupts."""
+    heard: list[int] = []
+
+    def hear(number: int, _: object) -> None:
+        if heard:
+            raise KeyboardInterrupt
+        heard.append(number)
+        say("stopping at the next step that all processes agree on")
+        stop.parent.mkdir(parents=True, exist_ok=True)
+        stop.touch()
+
+    before = {number: signal.signal(number, hear) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield heard
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,419 @@
+"""One trainer for every norm and model: data-parallel over `pmap` or `shard_map`, seeds together.
+
+Inside each device the steps are scanned and the seeds are vmapped, so a call trains all seeds for
+many steps without returning to Python. Parameters, the norms' states and the optimizer's state
+are explicit pytrees of shape `[devices, seeds, ...]`.
+
+The gradient is the mean over the devices of the gradients of their local losses; with statistics
+merged inside the loss that is the gradient of the global loss (a test compares it with one device
+and the whole batch).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from collections.abc import Callable, Iterable
+from typing import Any, Literal, NamedTuple, get_args
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import Array, lax
+from jax.flatten_util import ravel_pytree
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from jax.typing import DTypeLike
+
+import normlab as nl
+from normlab.devices.merging import vary
+
+from .. import models
+from ..data import Dataset
+from ..rundir import RunError
+
+AXIS = "data"
+"""The name of the mapped axis: devices that each hold a part of the batch."""
+
+QUANTILES = (0.15, 0.5, 0.85)
+"""The percentiles of figure 1 in Ioffe & Szegedy (2015), used for the four parts."""
+
+
+Form = Literal["pmap", "shard_map"]
+"""How the step runs on the devices: `pmap`, or `shard_map` (with its `check_vma`) under `jit`."""
+
+FORMS: tuple[Form, ...] = get_args(Form)
+
+OPTIMIZERS: dict[str, Callable[[float], optax.GradientTransformation]] = {
+    "sgd": lambda lr: optax.sgd(lr),
+    "momentum": lambda lr: optax.sgd(lr, momentum=0.9),
+    "rmsprop": lambda lr: optax.rmsprop(lr),
+    "adam": lambda lr: optax.adam(lr),
+}
+"""Every optimizer by name, of a learning rate; momentum is 0.9."""
+
+
+class TrainState(NamedTuple):
+    """What training changes; every leaf is `[devices, seeds, ...]`."""
+
+    params: Any
+    norm_state: Any
+    opt_state: optax.OptState
+
+
+class Evaluation(NamedTuple):
+    """What an evaluation measures.
+
+    Attributes:
+      loss: `[seeds]`, mean cross-entropy on the test set, in nats.
+      accuracy: `[seeds]`, share of the test set that is classified right.
+      parts: By layer, each part's percentiles `QUANTILES` on a probe batch, `[seeds, 3]`.
+    """
+
+    loss: np.ndarray
+    accuracy: np.ndarray
+    parts: dict[str, nl.Parts]
+
+
+class Trainer:
+    """Trains one model on one data set; `compile` before the first step keeps the times clean.
+
+    Args:
+      model: A model of `models`.
+      optimizer: Any optax optimizer.
+      data: The data set, as `DeviceData`.
+      kernels: The initial kernels of each seed, from `models.draw_kernels`; the seeds are trained
+        side by side.
+      synced: Whether the devices share one running state (the norm merges its statistics) or
+        keep their own, to be pooled for each evaluation.
+      form: How the step runs on the devices; the numbers are the same.
+      delayed: The `Sync(every=...)` of the norm, if it has one: the devices exchange their
+        statistics after each step.
+      microbatches: Into how many parts, one after the other, a device cuts its share of a batch.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: optax.GradientTransformation,
+        data: DeviceData,
+        kernels: Any,
+        *,
+        synced: bool,
+        form: Form = "pmap",
+        delayed: nl.Sync | None = None,
+        microbatches: int = 1,
+    ) -> None:
+        self.model, self.optimizer, self.data = model, optimizer, data
+        self.kernels, self.synced, self.delayed = kernels, synced, delayed
+        self.microbatches = microbatches
+        # The big arrays come as they lie, one copy per device; everything else is mapped.
+        self._train = on_devices(
+            form, data.mesh, self._train_device, in_axes=(0, None, None, 0), donate=0
+        )
+        self._compiled: dict[int, Any] = {}
+        self._evaluate = on_devices(
+            form, data.mesh, self._evaluate_device, in_axes=(0, 0, 0, 0, None)
+        )
+
+    @property
+    def seeds(self) -> int:
+        """The number of seeds."""
+        return len(jax.tree.leaves(self.kernels)[0])
+
+    def init(self) -> TrainState:
+        """The initial state; a data-dependent init of the norm sees the probe batch."""
+        state = jax.jit(jax.vmap(self.init_one))(self.kernels)
+        return jax.device_put(
+            jax.tree.map(lambda v: np.broadcast_to(v, (self.data.devices, *v.shape)), state),
+            self.data.mapped,
+        )
+
+    def init_one(self, kernels: Any) -> TrainState:
+        """The initial state of one seed, without the axes of devices and seeds."""
+        variables = models.complete(self.model, kernels, self.data.probe)
+        params, norm_state = models.split(variables)
+        return TrainState(params, norm_state, self.optimizer.init(params))
+
+    def compile(self, state: TrainState, steps: Iterable[int], batch_size: int) -> None:
+        """Compiles `train` for calls of each number of `steps`, and `evaluate`."""
+        data = self.data
+        for n in steps:
+            shape = (data.devices, n, self.seeds, batch_size // data.devices)
+            indices = jax.ShapeDtypeStruct(shape, jnp.int32)
+            lowered = self._train.lower(state, data.images, data.labels, indices)
+            self._compiled[n] = lowered.compile()
+        self._evaluate = self._evaluate.lower(state, *data.test, data.probe).compile()
+
+    def train(self, state: TrainState, indices: np.ndarray) -> tuple[TrainState, np.ndarray]:
+        """Runs one optimizer step per row of `indices`.
+
+        Args:
+          state: Where training stands. Its buffers are reused: do not use it afterwards.
+          indices: `[steps, seeds, batch]`, the examples of each minibatch.
+
+        Returns:
+          `(state, losses)`, with the global loss of each step, `[steps, seeds]`.
+        """
+        steps, seeds, batch = indices.shape
+        devices = self.data.devices
+        per_device = indices.reshape(steps, seeds, devices, batch // devices)
+        per_device = np.ascontiguousarray(per_device.transpose(2, 0, 1, 3))
+        train = self._compiled.get(steps, self._train)
+        state, losses = train(state, self.data.images, self.data.labels, per_device)
+        return state, np.asarray(losses[0])
+
+    def evaluate(self, state: TrainState) -> Evaluation:
+        """Measures the whole test set with running statistics, pooled if the devices differ."""
+        loss, accuracy, parts = self._evaluate(state, *self.data.test, self.data.probe)
+        first = jax.tree.map(lambda v: np.asarray(v[0]), (loss, accuracy, parts))
+        return Evaluation(*first)
+
+    def loss(
+        self, params: Any, norm_state: Any, images: Array, labels: Array, chosen: Array
+    ) -> tuple[Array, Any]:
+        """The mean cross-entropy of a device's share of the batch, and the norms' next state.
+
+        `chosen` are the examples' places in the data set: what they are decides what dropout
+        leaves out, so that no state is needed to repeat a step.
+        """
+        drawn = jax.random.fold_in(jax.random.key(chosen[0]), chosen[-1])
+        logits, changed = self.model.apply(
+            {"params": params, models.STATE: norm_state},
+            self.data.preprocess(images),
+            train=True,
+            mutable=[models.STATE],
+            rngs={"dropout": drawn},
+        )
+        loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+        return loss, changed.get(models.STATE, norm_state)
+
+    def _step(
+        self, state: TrainState, images: Array, labels: Array, chosen: Array
+    ) -> tuple[TrainState, Array]:
+        params, norm_state, opt_state = state
+        batch = (images, labels, chosen)
+        loss, norm_state, grads = accumulate(
+            self.loss, params, norm_state, batch, self.microbatches
+        )
+        whole = loss
+        if self.data.devices > 1:
+            flat, unravel = ravel_pytree((loss, grads))
+            whole, grads = unravel(lax.pmean(flat, AXIS))  # packed: one collective for everything
+        norm_state = nl.commit(norm_state, jnp.isfinite(whole))
+        updates, opt_state = self.optimizer.update(grads, opt_state, params)
+        return TrainState(optax.apply_updates(params, updates), norm_state, opt_state), loss
+
+    def _train_device(
+        self, state: TrainState, images: Array, labels: Array, indices: Array
+    ) -> tuple[TrainState, Array]:
+        seeds = range(self.seeds)
+
+        def step(state: TrainState, chosen: Array) -> tuple[TrainState, Array]:
+            state, losses = side_by_side(self._step)(state, images[chosen], labels[chosen], chosen)
+            if self.delayed:  # one collective for all layers of all seeds
+                each = [jax.tree.map(lambda v, i=i: v[i], state.norm_state) for i in seeds]
+                each = nl.exchange(each, self.delayed)
+                state = state._replace(norm_state=jax.tree.map(lambda *v: jnp.stack(v), *each))
+            return vary(state, (AXIS,)), losses
+
+        # On one device two steps in a row save a copy of the carried parameters.
+        unroll = 2 if self.data.devices == 1 else 1
+        state, losses = lax.scan(step, state, indices, unroll=unroll)
+        return state, lax.pmean(losses, AXIS)
+
+    def _evaluate_device(
+        self, state: TrainState, images: Array, labels: Array, weights: Array, probe: Array
+    ) -> tuple[Array, Array, Any]:
+        """`images [batches, b, ...]` and so on: this device's share of the test set."""
+
+        def one(state: TrainState) -> tuple[Array, Array, Any]:
+            norm_state = state.norm_state
+            if not self.synced:
+                norm_state = nl.pool_running(norm_state, AXIS)
+            variables = {"params": state.params, models.STATE: norm_state}
+
+            def batch(shard: tuple[Array, Array, Array]) -> tuple[Array, Array]:
+                x, y, w = shard
+                logits: Any = self.model.apply(variables, self.data.preprocess(x), train=False)
+                losses = optax.softmax_cross_entropy_with_integer_labels(logits, y)
+                right = (logits.argmax(-1) == y).astype(w.dtype)
+                return (w * losses).sum(), (w * right).sum()
+
+            sums = [v.sum() for v in lax.map(batch, (images, labels, weights))]
+            loss, right, total = lax.psum((*sums, weights.sum()), AXIS)
+            _, sown = self.model.apply(variables, probe, train=False, mutable=[models.PARTS])
+            return loss / total, right / total, jax.tree.map(quantiles, models.parts_by_layer(sown))
+
+        return side_by_side(one)(state)
+
+
+class DeviceData:
+    """A data set, laid out once on the devices for every norm to read.
+
+    Attributes:
+      images, labels: The training set, a copy on each device.
+      test: Images, labels and weights of the test set, `[devices, batches, b, ...]`; the last
+        batch is padded with examples of weight zero.
+      probe, probe_labels: A batch of training images, preprocessed, on which the parts are looked
+        at, and its labels.
+      dtype: The type of preprocessed images.
+    """
+
+    PROBE = 256
+    TEST_BATCH = 256
+
+    def __init__(self, data: Dataset, devices: int, dtype: DTypeLike = jnp.float32) -> None:
+        self.devices, self.dtype = devices, dtype
+        self.mesh = Mesh(jax.devices()[:devices], (AXIS,))
+        self.copied = NamedSharding(self.mesh, P())
+        self.mapped = NamedSharding(self.mesh, P(AXIS))
+        self.examples = len(data.train_images)
+        pixels = data.train_images[:10_000].astype(np.float32)
+        floating = np.issubdtype(data.train_images.dtype, np.floating)
+        self._mean, self._std = (
+            (0.0, 1.0) if floating else (float(pixels.mean()), float(pixels.std()))
+        )
+        self.images = jax.device_put(data.train_images, self.copied)
+        self.labels = jax.device_put(data.train_labels, self.copied)
+        self.probe = np.asarray(self.preprocess(data.train_images[: self.PROBE]))
+        self.probe_labels = data.train_labels[: self.PROBE]
+        self.test = tuple(
+            jax.device_put(self._split(v), self.mapped)
+            for v in (
+                data.test_images,
+                data.test_labels,
+                np.ones(len(data.test_labels), np.float32),
+            )
+        )
+
+    def preprocess(self, images: Any) -> Array:
+        """Pixels, shifted and scaled by two numbers of the training set; floats as they are."""
+        return (jnp.asarray(images).astype(self.dtype) - self._mean) / self._std
+
+    def _split(self, v: np.ndarray) -> np.ndarray:
+        batch = min(self.TEST_BATCH, -(-len(v) // self.devices))
+        batches = -(-len(v) // (self.devices * batch))
+        padded = np.zeros((self.devices * batches * batch, *v.shape[1:]), v.dtype)
+        padded[: len(v)] = v
+        return padded.reshape(self.devices, batches, batch, *v.shape[1:])
+
+
+def on_devices(
+    form: Form,
+    mesh: Mesh,
+    f: Callable[..., Any],
+    *,
+    in_axes: tuple[int | None, ...],
+    donate: int | tuple[int, ...] = (),
+) -> Any:
+    """Maps `f` over the devices of a mesh, in one of two forms that take and return the same.
+
+    Args:
+      form: A `Form`.
+      mesh: The devices, along `AXIS`.
+      f: Takes and returns what one device holds.
+      in_axes: For each argument 0, if it is `[devices, ...]`, or `None`, if all devices see all.
+      donate: The arguments whose buffers are reused.
+    """
+    if form == "pmap":
+        devices = mesh.devices.tolist()
+        return jax.pmap(f, AXIS, in_axes=in_axes, devices=devices, donate_argnums=donate)
+
+    def body(*args: Any) -> Any:
+        own = [
+            v if axis is None else jax.tree.map(lambda v: v[0], v)
+            for v, axis in zip(args, in_axes, strict=True)
+        ]
+        return jax.tree.map(lambda v: v[None], f(*own))
+
+    specs = tuple(P() if axis is None else P(AXIS) for axis in in_axes)
+    mapped = jax.shard_map(body, mesh=mesh, in_specs=specs, out_specs=P(AXIS))
+    return jax.jit(mapped, donate_argnums=donate)
+
+
+def minibatches(seed: int, examples: int, batch_size: int, steps: int) -> np.ndarray:
+    """Indices of `steps` minibatches, `[steps, batch]`, from epochs shuffled by `seed`."""
+    rng = np.random.default_rng(seed)
+    per_epoch = examples // batch_size
+    epochs = -(-steps // per_epoch)
+    rows = [
+        rng.permutation(examples)[: per_epoch * batch_size].reshape(per_epoch, batch_size)
+        for _ in range(epochs)
+    ]
+    return np.concatenate(rows)[:steps].astype(np.int32)
+
+
+def stretches(steps: int, count: int) -> list[tuple[int, int]]:
+    """Cuts `steps` into `count` stretches `(start, stop)` that differ by one step at most."""
+    marks = [round(i * steps / count) for i in range(count + 1)]
+    return list(itertools.pairwise(marks))
+
+
+def set_devices(count: int) -> None:
+    """Makes `count` devices on a CPU; raises RunError where there are fewer."""
+    with contextlib.suppress(RuntimeError):  # raised when the devices are there already
+        jax.config.update("jax_num_cpu_devices", count)
+    if jax.device_count() < count:
+        raise RunError(
+            f"--devices {count}, but there are {jax.device_count()} "
+            f"({jax.default_backend()}). Ask for at most that many."
+        )
+
+
+def accumulate(
+    loss: Callable[..., tuple[Array, Any]],
+    params: Any,
+    norm_state: Any,
+    batch: tuple[Array, ...],
+    microbatches: int,
+) -> tuple[Array, Any, Any]:
+    """The mean loss and its gradient over the microbatches of one step.
+
+    Args:
+      loss: `(params, norm_state, *batch) -> (value, norm_state)`.
+      params: The parameters.
+      norm_state: The norms' states.
+      batch: Arrays `[examples, ...]`.
+      microbatches: Their number, which divides the examples.
+
+    Returns:
+      The loss, the states in a transaction that saw all microbatches, to be committed, and the
+      gradient by `params`.
+    """
+    run = jax.value_and_grad(loss, has_aux=True)
+    state = nl.begin(norm_state)
+    if microbatches == 1:
+        (value, state), grads = run(params, state, *batch)
+        return value, state, grads
+    params = vary(params, (AXIS,))  # so that the gradient is the device's own
+    parts = jax.tree.map(lambda v: v.reshape(microbatches, -1, *v.shape[1:]), batch)
+
+    def add(total: Any, part: Any) -> tuple[Any, None]:
+        sums, state = total
+        (value, state), grads = run(params, state, *part)
+        return vary((jax.tree.map(jnp.add, sums, (value, grads)), state), (AXIS,)), None
+
+    zeros = jax.tree.map(jnp.zeros_like, (jax.eval_shape(loss, params, state, *batch)[0], params))
+    (sums, state), _ = lax.scan(add, vary((zeros, state), (AXIS,)), parts)
+    value, grads = jax.tree.map(lambda v: v / microbatches, sums)
+    return value, state, grads
+
+
+def side_by_side(f: Callable[..., Any]) -> Callable[..., Any]:
+    """`vmap` over the leading axis; a single seed is not batched, which is faster for one."""
+
+    def mapped(*args: Any) -> Any:
+        if len(jax.tree.leaves(args)[0]) > 1:
+            return jax.vmap(f)(*args)
+        return jax.tree.map(lambda v: v[None], f(*jax.tree.map(lambda v: v[0], args)))
+
+    return mapped
+
+
+def quantiles(v: Array, most: int = 4096) -> Array:
+    """`QUANTILES` of an array, of at most `most` evenly chosen values."""
+    v = v.ravel()
+    return jnp.quantile(v[:: max(1, v.size // most)], jnp.array(QUANTILES))

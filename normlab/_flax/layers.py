@@ -1,0 +1,134 @@
+"""What the modules need that hold a kernel, or any norm of the registry."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.typing import ArrayLike, DTypeLike
+
+from normlab._checks import floating, invalid, normalize_axes, promote_dtype
+from normlab._flax.calls import Axes, operand, output_dtype
+from normlab._flax.words import read
+from normlab.cosine import cosine_norm
+from normlab.linear import Conv, Dense, Linear
+from normlab.registry import get, row
+from normlab.site import Affine, Norm
+from normlab.weight import weight_norm
+
+
+def normalized_kernel(
+    where: str, v: Array, scale: Array | None, features: Axes | None, dtype: DTypeLike | None
+) -> Array:
+    """`weight_norm` for units along any axes.
+
+    Args:
+      where: The module's name.
+      v: A kernel.
+      scale: g, a size for each of the feature axes; `None` for 1.
+      features: The axes of the units; `None` if the kernel is one unit.
+      dtype: That of the result; `None` for the one to which `v` and `scale` promote.
+    """
+    out = output_dtype(where, v, dtype, (scale,))
+    axes = () if features is None else normalize_axes(where, features, v.ndim)
+    order = (*(i for i in range(v.ndim) if i not in axes), *axes)
+    moved = operand(floating(v), out).transpose(order)
+    units = int(np.prod([v.shape[i] for i in axes]))
+    w = weight_norm(moved.reshape(-1, units), None if scale is None else scale.reshape(units))
+    return w.reshape(moved.shape).transpose(np.argsort(order)).astype(out)
+
+
+def check_weight_epsilon(epsilon: float) -> None:
+    """Raises ValueError unless it is Flax's default, which no float32 kernel of length 1 feels."""
+    if epsilon != 1e-12:
+        raise invalid(
+            "WeightNorm",
+            f"epsilon={epsilon!r}",
+            "Flax's 1e-12: the norm is taken without any, and is safe at zero",
+            "leave it out",
+        )
+
+
+def cosine(
+    where: str,
+    x: ArrayLike,
+    kernel: Array,
+    scale: Array | None,
+    bias: Array | None,
+    *,
+    linear: Linear = Dense(),  # noqa: B008
+    dtype: DTypeLike | None,
+    centred: bool,
+) -> Array:
+    """`cosine_norm`, with no or several axes of examples.
+
+    Args:
+      where: The module's name.
+      x: `[..., K]`, or `[..., *positions, K]`.
+      kernel: `[..., K, C]`.
+      scale: `[C]`, or `None`.
+      bias: `[C]`, or `None`.
+      linear: The linear map.
+      dtype: That of the result; `None` for the one to which the arrays promote.
+      centred: As in `cosine_norm`.
+    """
+    x = jnp.asarray(read(where, "x", x))
+    out = output_dtype(where, x, dtype, (kernel, scale, bias))
+    x = operand(floating(x), out)
+    lead = x.shape[: x.ndim - (kernel.ndim - 1)]
+    params = Affine(*(v if v is None else v.astype(promote_dtype(x)) for v in (scale, bias)))
+    w = kernel.astype(promote_dtype(x))
+    h = cosine_norm(x.reshape(-1, *x.shape[len(lead) :]), w, params, linear=linear, centred=centred)
+    return h.reshape(*lead, *h.shape[1:]).astype(out)
+
+
+def group_inputs(where: str, channels: int, groups: int) -> int:
+    """The number of channels that meet a unit.
+
+    Raises:
+      ValueError: If the groups do not divide the channels.
+    """
+    if channels % groups:
+        raise invalid(
+            where,
+            f"feature_group_count={groups} for an input of {channels} channels",
+            "a number of groups that divides them",
+            "change the groups or the input",
+        )
+    return channels // groups
+
+
+def convolution(
+    kernel_size: Axes, strides: Any, padding: Any, dilation: Any, groups: int
+) -> tuple[tuple[int, ...], Conv]:
+    """The window and the linear map that Flax's arguments of a convolution mean."""
+
+    def each(steps: Any) -> int | tuple[int, ...]:
+        return steps if isinstance(steps, int) else 1 if steps is None else tuple(steps)
+
+    window = (kernel_size,) if isinstance(kernel_size, int) else tuple(kernel_size)
+    if isinstance(padding, int):
+        padding = (padding,) * len(window)
+    if not isinstance(padding, str):
+        padding = tuple((p, p) if isinstance(p, int) else tuple(p) for p in padding)
+    return window, Conv(each(strides), padding, each(dilation), groups)
+
+
+def from_registry(name: str, options: Mapping[str, Any]) -> Norm:
+    """`normlab.get`, of a norm that needs no kernel.
+
+    Raises:
+      ValueError: For another, and as `get`.
+    """
+    norm = get(name, **options)
+    if row(name).looks_at.startswith("w"):
+        raise invalid(
+            "RegistryNorm",
+            f"{name!r}, which looks at the weights",
+            "a norm of activations",
+            "use WeightNorm, CosineDense or CosineConv in place of the layer",
+        )
+    return norm

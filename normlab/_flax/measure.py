@@ -1,0 +1,246 @@
+"""Where a Flax norm measures: any axes, several feature axes, and devices that share them."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.sharding import PartitionSpec
+
+from normlab._arguments import check_added, read
+from normlab._checks import invalid, normalize_axes, promote_dtype
+from normlab._flax.calls import Axes, Call, algorithm
+from normlab.batch import batch_parts
+from normlab.devices.merging import measure, values_per_channel
+from normlab.devices.topology import AxisName, Sync, as_sync
+from normlab.equation import Parts
+from normlab.example import group_moments, layer_moments, rms_parts
+from normlab.measure import Algorithm, Moments
+from normlab.population.frozen import Frozen
+from normlab.population.protocol import Population
+
+
+def batch(
+    call: Call,
+    state: Any,
+    *,
+    train: bool,
+    over: AxisName | None,
+    quiet: bool = False,
+    **options: Any,
+) -> tuple[Parts, Any]:
+    """`batch_parts`, with several feature axes as one, and with a warning for one value.
+
+    Args:
+      call: The call.
+      state: Statistics of the features as one axis.
+      train: As in `batch_parts`.
+      over: The axes over which the batch is one.
+      quiet: Whether one value per channel is nothing to warn of.
+      **options: As in `batch_parts`.
+    """
+    x, weights, channel, back = _one_feature_axis(call)
+    measures = (train or not isinstance(state, Population)) and not isinstance(state, Frozen)
+    if measures and not quiet:
+        axes = [i for i in range(x.ndim) if i != channel]
+        values = values_per_channel(call.where, as_sync(over), x.shape, axes)
+        _warn_of_one(call, values, "a larger batch, use_running_average=True")
+    options |= {"axis_name": over, "weights": weights, "channel_axis": channel}
+    parts, state = batch_parts(x, None, state, train=train, **options, _one_value=True)
+    return Parts(*map(back, parts)), state
+
+
+def _one_feature_axis(
+    call: Call,
+) -> tuple[Array, Array | None, int, Callable[[Array], Array]]:
+    """Input and weights with the features on one axis, which axis, and the way back for a part."""
+    if len(call.features) == 1 and call.features[0]:
+        return call.x, call.weights, call.features[0], lambda part: part
+    # The features last, after the examples; an input of features alone is one example.
+    order = (*call.others, *call.features)
+    lead = [call.x.shape[i] for i in call.others] or [1]
+
+    def merge(v: Array) -> Array:
+        return jnp.broadcast_to(v, call.x.shape).transpose(order).reshape(*lead, -1)
+
+    def back(part: Array) -> Array:
+        shape = (1,) * (len(lead) + 1 - part.ndim) + part.shape
+        tail = call.shape if shape[-1] > 1 else (1,) * len(call.features)
+        return part.reshape(*shape[: len(call.others)], *tail).transpose(np.argsort(order))
+
+    spec = jax.typeof(call.x).sharding.spec  # of explicit axes, which a reshape must be told of
+    out = PartitionSpec(*[spec[i] for i in call.others] or [None], None)
+    known = any(axis is not None for axis in spec)
+    run: Any = jax.sharding.auto_axes(merge, out_sharding=out) if known else merge
+    weights = None if call.weights is None else run(call.weights)
+    return run(call.x), weights, len(lead), back
+
+
+def _warn_of_one(call: Call, values: Any, instead: str) -> None:
+    """Warns if a statistic is of one of the `values`: Flax's norms give the bias in silence."""
+    if values == 1:
+        message = (
+            f"{call.where}: each statistic of an input of shape {call.x.shape} is of one value, "
+            f"so its variance is 0 and the output is the bias alone, as in Flax. Use {instead}, or "
+            "a norm that measures over more"
+        )
+        warnings.warn(message, UserWarning, stacklevel=2)
+
+
+def example(
+    call: Call, axes: Axes, eps: float, over: AxisName | None, fast: bool, *, centre: bool = True
+) -> Parts:
+    """The parts of layer norm, or of RMS norm, over any axes, and over devices that share them.
+
+    Args:
+      call: The call.
+      axes: The reduction axes.
+      eps: ε > 0.
+      over: The named axes along which the examples themselves are split.
+      fast: Flax's `use_fast_variance`.
+      centre: Whether to subtract the mean; without, this is RMS norm.
+    """
+    check_added(call.where, read(call.where, "eps", eps), call.x)
+    axes = normalize_axes(call.where, axes, call.x.ndim)
+    if over is None and not centre:
+        return rms_parts(call.x, None, axes=axes, eps=eps, weights=call.weights)
+    m = _over(call, axes, over, fast)
+    if centre:
+        _warn_of_one(call, _values(call, axes, over), "more than one value of each example")
+        return _parts(m, eps)
+    about_zero = m._replace(m2=m.m2 + m.count * jnp.square(m.mean))
+    return _parts(about_zero, eps)._replace(shift=jnp.zeros((), m.mean.dtype))
+
+
+def _parts(m: Moments, eps: float) -> Parts:
+    dtype = m.mean.dtype
+    return Parts(m.mean, m.scale(eps), jnp.ones((), dtype), jnp.zeros((), dtype))
+
+
+def _values(call: Call, axes: Sequence[int], over: AxisName | None) -> Any:
+    """How many values a statistic over `axes` and devices is of."""
+    values = math.prod(call.x.shape[i] for i in axes)
+    return values_per_channel(call.where, as_sync(over), (values,), (0,))
+
+
+def _over(call: Call, axes: tuple[int, ...], over: AxisName | None, fast: bool) -> Moments:
+    """The moments over any axes and devices."""
+    kind = algorithm(fast)
+    if over is None:
+        return layer_moments(call.x, axes=axes, weights=call.weights, algorithm=kind)
+    return _merged(call, axes, as_sync(over), kind)
+
+
+def _merged(call: Call, axes: tuple[int, ...], over: Sync, kind: Algorithm) -> Moments:
+    """The moments over `axes` and devices: what is reduced stands where a batch has examples."""
+    if over.shards > 1 or over.virtual_batch or over.every:
+        raise invalid(
+            call.where,
+            f"{over}",
+            "devices that hold parts of the same examples",
+            "name the axes, and groups of devices, alone",
+        )
+    kept = [i for i in range(call.x.ndim) if i not in axes]
+    lead = [call.x.shape[i] for i in kept]
+
+    def rows(v: Array) -> Array:
+        return jnp.broadcast_to(v, call.x.shape).transpose(*axes, *kept).reshape(-1, *lead)
+
+    w = None if call.weights is None else rows(call.weights).astype(promote_dtype(call.x))
+    m, _ = measure(call.where, rows(call.x), (0,), over, weights=w, algorithm=kind)
+    shape = [1 if i in axes else n for i, n in enumerate(call.x.shape)]
+    return Moments(*(jnp.broadcast_to(f[:1], (1, *lead)).reshape(shape) for f in m))
+
+
+def groups_of(where: str, channels: int, num_groups: int | None, group_size: int | None) -> int:
+    """The number of groups that `num_groups` or `group_size` means.
+
+    Raises:
+      ValueError: If not one of them is given, or it does not divide the channels.
+    """
+    if (num_groups is None) == (group_size is None):
+        raise invalid(
+            where,
+            f"num_groups={num_groups} and group_size={group_size}",
+            "one of the two",
+            "pass num_groups=None with a group_size",
+        )
+    divisor = group_size if num_groups is None else num_groups
+    if not isinstance(divisor, int) or divisor < 1 or channels % divisor:
+        name = "group_size" if num_groups is None else "num_groups"
+        possible = ", ".join(str(d) for d in range(1, channels + 1) if channels % d == 0)
+        raise invalid(
+            where,
+            f"{name}={divisor!r} for {channels} channels",
+            f"a number that divides {channels}",
+            f"use one of {possible}",
+        )
+    return channels // divisor if num_groups is None else divisor
+
+
+def group(
+    call: Call, groups: int, axes: Axes | None, eps: float, over: AxisName | None, fast: bool
+) -> Parts:
+    """The parts of group norm over any axes, the channels' among them.
+
+    Args:
+      call: The call; its features are on the last axis.
+      groups: The number of groups.
+      axes: The reduction axes; `None` for all but the first.
+      eps: ε > 0.
+      over: The named axes along which the examples themselves are split.
+      fast: Flax's `use_fast_variance`.
+    """
+    check_added(call.where, read(call.where, "eps", eps), call.x)
+    x, weights, plain = call.x, call.weights, axes is None and over is None and call.x.ndim > 1
+    axes = (*range(1, x.ndim - 1), -1) if axes is None else axes
+    axes = normalize_axes(call.where, axes, x.ndim)
+    if x.ndim - 1 not in axes:
+        raise invalid(
+            call.where,
+            f"reduction_axes={axes} for an input of rank {x.ndim}",
+            "the last axis, the channels', among them",
+            f"add {x.ndim - 1}, or -1",
+        )
+    _warn_of_one(call, _values(call, axes, over) // groups, "fewer groups, more positions")
+    if plain:
+        m = group_moments(x, groups=groups, weights=weights, algorithm=algorithm(fast))
+        return _parts(m, eps)
+    split = (*x.shape[:-1], groups, x.shape[-1] // groups)
+    if weights is not None:
+        weights = jnp.broadcast_to(weights, (*weights.shape[:-1], x.shape[-1]))
+        weights = weights.reshape(*weights.shape[:-1], *split[-2:])
+    grouped = call._replace(x=x.reshape(split), weights=weights)
+    parts = _parts(_over(grouped, (*axes[:-1], x.ndim), over, fast), eps)
+
+    def join(part: Array) -> Array:
+        if not part.ndim:
+            return part
+        whole = jnp.broadcast_to(part, (*part.shape[:-2], *split[-2:]))
+        return whole.reshape(*part.shape[:-2], x.shape[-1])
+
+    return Parts(*map(join, parts))
+
+
+def instance(call: Call, eps: float, over: AxisName | None, fast: bool) -> Parts:
+    """The parts of instance norm: over all axes but the first and the features'."""
+    if 0 in call.features:
+        raise invalid(
+            call.where,
+            # Flax's own sentence, for those who look for it.
+            f"feature axes {call.features} for an input of shape {call.x.shape} (The channel axes "
+            "cannot include the leading dimension as this is assumed to be the batch axis.)",
+            "examples on axis 0",
+            "move the examples first, or add an axis for the one example",
+        )
+    check_added(call.where, read(call.where, "eps", eps), call.x)
+    axes = tuple(i for i in call.others if i)
+    m = _over(call, axes, over, fast)
+    _warn_of_one(call, _values(call, axes, over), "LayerNorm or RMSNorm")
+    return _parts(m, eps)

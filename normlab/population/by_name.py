@@ -1,0 +1,138 @@
+"""Populations by name: what batch norm can keep."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from normlab._arguments import checked, integer
+from normlab._checks import invalid, nearest
+from normlab.population.cumulative import init_cumulative
+from normlab.population.domains import Domains
+from normlab.population.frozen import Frozen
+from normlab.population.protocol import Population, statistics_dtype
+from normlab.population.renorm import Renorm, init_renorm
+from normlab.population.running import init_running
+
+
+@checked(
+    "domains",
+    domains=integer("a number of domains, at least 1", "count the domains", 1),
+    examples=integer("a number of examples, at least 1", "pass None for one domain per batch", 1),
+)
+def init_domains(
+    channels: int,
+    *,
+    domains: int = 2,
+    examples: int | None = None,
+    population: str | Callable[..., Any] = "debiased",
+    dtype: DTypeLike | None = None,
+    **options: Any,
+) -> Domains:
+    """Returns the initial statistics of every domain; domain 0 is current.
+
+    Args:
+      channels: `C`.
+      domains: Their number.
+      examples: N, if each example of a batch says its own domain; `None` for one per batch.
+      population: What is kept of each, as in `init_population`.
+      dtype: As in `init_running`.
+      **options: Those of that population.
+    """
+    dtype = statistics_dtype(dtype)
+    one = init_population(population, channels, dtype=dtype, **options)
+    if isinstance(one, Renorm | Frozen | Domains) or one == ():
+        raise invalid(
+            "domains",
+            f"a population of type {type(one).__name__}",
+            "one that does not change how training normalizes",
+            "keep an average of each domain; freeze all of them together",
+        )
+    of = jax.tree.map(lambda v: jnp.broadcast_to(v, (domains, *v.shape)), one)
+    return Domains(of, jnp.zeros(() if examples is None else (examples,), jnp.int32))
+
+
+@checked("frozen statistics")
+def _frozen(channels: int, *, population: str = "debiased", **options: Any) -> Frozen:
+    return Frozen(init_population(population, channels, **options))
+
+
+@checked("no statistics")
+def _batch(channels: int, *, dtype: DTypeLike | None = None) -> tuple[()]:
+    del channels
+    return ()
+
+
+POPULATIONS: dict[str, Callable[..., Any]] = {
+    "debiased": init_running,
+    "ema": functools.partial(init_running, debias=False),
+    "cumulative": init_cumulative,
+    "renorm": init_renorm,
+    "domains": init_domains,
+    "frozen": _frozen,
+    "batch": _batch,
+}
+"""What batch norm can keep, by name, each with the function that makes it for `C` channels."""
+
+
+@checked("population")
+def init_population(population: str | Callable[..., Any], channels: int, **options: Any) -> Any:
+    """Returns the initial state of batch norm for a name.
+
+    Args:
+      population: `"debiased"` and `"ema"` (`init_running`, without and with a bias towards 0 and
+        1), `"cumulative"` (`init_cumulative`), `"renorm"` (`init_renorm`), `"domains"`
+        (`init_domains`), `"frozen"` (`Frozen`), `"batch"` (nothing is kept: inference
+        normalizes with its own batch); or a function of the channels (and of the options
+        that are given, and of `dtype` if it has one).
+      channels: `C`.
+      **options: Those of the function it stands for.
+
+    Raises:
+      ValueError: For an unknown name or option, with the nearest.
+
+    >>> init_population("cumulative", 3).read()[1].tolist()
+    [1.0, 1.0, 1.0]
+    """
+    if not callable(population):
+        make = require(population)
+        known = inspect.signature(make).parameters
+        for option in options:
+            if not takes(population, option):
+                names = [name for name in known if name != "channels"]
+                given = f"{population!r}: unknown option {option!r}: {nearest(option, names)}"
+                raise invalid("population", given, "options it has", "use a known one")
+        return make(channels, **options)
+    known = inspect.signature(population).parameters
+    if "dtype" not in known:
+        options.pop("dtype", None)
+    try:
+        inspect.signature(population).bind(channels, **options)
+    except TypeError as error:
+        given, change = f"a function that says: {error}", "take them as it is given them"
+        expected = f"a function of the channels and of {', '.join(options) or 'nothing else'}"
+        raise invalid("population", given, expected, change) from error
+    state = population(channels, **options)
+    if state != () and (isinstance(state, type) or not isinstance(state, Population)):
+        given = f"a function that returns {state!r}"
+        raise invalid("population", given, "one that returns a Population or ()", "see Population")
+    return state
+
+
+def takes(name: str, option: str) -> bool:
+    """Whether the population of that name has an option, or holds another that may have it."""
+    return not {option, "options"}.isdisjoint(inspect.signature(require(name)).parameters)
+
+
+def require(name: str) -> Callable[..., Any]:
+    """Returns what makes the population of that name; raises ValueError for an unknown one."""
+    if name not in POPULATIONS:
+        given = f"the unknown population {name!r}: {nearest(name, POPULATIONS)}"
+        raise invalid("population", given, "the name of a population", "use a known one")
+    return POPULATIONS[name]

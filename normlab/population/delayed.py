@@ -1,0 +1,188 @@
+"""Delayed synchronization: other devices' statistics from the state, one collective for a net.
+
+With `Sync("data", every=k)` a norm merges what it measures now with what the other devices
+measured when `exchange` was last asked for it:
+
+    M = merge(mᵢ(t), others)        others = merge of mⱼ(t − age), j ≠ i
+
+The norm itself has no collective. `exchange`, once after each step, sends the moments of all norms
+of the net in one. The gradient sees mᵢ alone: with its share nᵢ/N of M or, with
+`gradient="forward"`, as if mᵢ were M.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+from jax.typing import DTypeLike
+
+from normlab._arguments import checked, settled_decay
+from normlab._checks import invalid
+from normlab._trees import node
+from normlab.devices.merging import check_bound, gather_members, vary
+from normlab.devices.topology import AxisName, as_sync, plan
+from normlab.measure import Moments, empty
+from normlab.population.domains import Domains
+from normlab.population.frozen import Frozen
+from normlab.population.protocol import BadBatch, arrays
+from normlab.population.renorm import Renorm
+from normlab.population.running import init_running
+
+
+@node
+class Delayed(NamedTuple):
+    """The state of a norm with delayed synchronization. It differs between devices.
+
+    Attributes:
+      running: The running statistics, a `Population`.
+      own: What this device measured last, fields `[C]`.
+      others: What the other devices of its group had measured when it last heard of them, fields
+        `[C]`; empty before the first exchange.
+      age: `[]` int32, how many batches ago that was; -1 before the first exchange.
+    """
+
+    running: Any
+    own: Moments
+    others: Moments
+    age: Array
+
+    def update(self, m: Moments, *, decay: Any = None, bad_batch: BadBatch = "skip") -> Delayed:
+        """Takes a batch into the running statistics."""
+        return self._replace(running=self.running.update(m, decay=decay, bad_batch=bad_batch))
+
+    def read(self) -> tuple[Array, Array]:
+        """Returns those of `running`."""
+        return self.running.read()
+
+    def pool(self, axis_name: AxisName) -> Delayed:
+        """Merges `running`; what the others measured is to be asked for anew."""
+        return delay(self.running.pool(axis_name))
+
+    def others_like(self, m: Moments) -> Moments:
+        """`others`, in the shape of `m`; without a gradient."""
+        others = lax.stop_gradient(arrays(self.others))
+        return Moments(*(f.reshape(m.mean.shape) for f in others))
+
+    def after(self, m: Moments) -> Delayed:
+        """The state after a batch with the moments `m`."""
+        self, m = arrays(self), lax.stop_gradient(m)
+        good = (jnp.isfinite(m.mean) & jnp.isfinite(m.m2)).all()  # or it says nothing to others
+        m = jax.tree.map(lambda f: jnp.where(good, f, 0), m)
+        own = (jnp.broadcast_to(f, m.mean.shape).reshape(self.own.mean.shape) for f in m)
+        age = jnp.where(self.age < 0, self.age, self.age + 1)
+        return self._replace(own=Moments(*own), age=age)
+
+
+def check_delayed(where: str, every: int, state: Any, channels: int) -> None:
+    """Raises ValueError unless the state is of the kind that `Sync(every=...)` has."""
+    if bool(every) == isinstance(state, Delayed):
+        return
+    raise invalid(
+        where,
+        f"a state of type {type(state).__name__} with every={every}",
+        "a Delayed state if, and only if, every is positive",
+        f"make the state with init_delayed({channels})"
+        if every
+        else "use Sync(..., every=1), or the state's running",
+    )
+
+
+@checked("delayed statistics", decay=settled_decay)
+def init_delayed(
+    channels: int,
+    *,
+    decay: float = 0.9,
+    ddof: int = 0,
+    debias: bool = True,
+    dtype: DTypeLike | None = None,
+) -> Delayed:
+    """The state before the first batch.
+
+    Args:
+      channels: `C`.
+      decay: As in `init_running`.
+      ddof: As in `init_running`.
+      debias: As in `init_running`.
+      dtype: As in `init_running`.
+    """
+    return delay(init_running(channels, decay=decay, ddof=ddof, debias=debias, dtype=dtype))
+
+
+def delay(running: Any) -> Delayed:
+    """The state before the first batch, around a `Population` that leaves training as it is."""
+    if isinstance(running, Renorm | Domains) or running == ():
+        raise invalid(
+            "delayed",
+            f"statistics of type {type(running).__name__}",
+            "those that do not change how training normalizes",
+            "use an average, or a Sync without every",
+        )
+    running = arrays(running)
+    mean = running.read()[0]
+    own, others = (empty(mean.shape, mean.dtype) for _ in range(2))
+    return Delayed(running, own, others, jnp.full(mean.shape[:-1], -1, jnp.int32))
+
+
+@checked("exchange")
+def exchange(states: Any, axis_name: AxisName) -> Any:
+    """Tells every device what the others measured last: one collective for all norms together.
+
+    Call it after each training step, inside the map. Nothing is sent while the statistics are
+    younger than the `every` of the `Sync`, in batches; the ages are those of the first state.
+
+    Args:
+      states: A pytree with the `Delayed` states of all norms; whatever else it holds is returned
+        as it is.
+      axis_name: The `Sync` of the norms, whose `groups` or `members` are devices; a name stands for
+        one that exchanges on every call.
+
+    Raises:
+      ValueError: If an axis is not bound, or there is no `Delayed` state.
+    """
+    sync = as_sync(axis_name)
+    check_bound("exchange", sync.names)
+    leaves, structure = jax.tree.flatten(states, is_leaf=lambda v: isinstance(v, Delayed | Frozen))
+    at = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Delayed)]
+    if not at and any(isinstance(leaf, Frozen) for leaf in leaves):
+        return states
+    if not at:
+        raise invalid(
+            "exchange",
+            "a tree without a Delayed state",
+            "the states of norms with Sync(..., every=k)",
+            "pass what batch_norm returned",
+        )
+    delayed = [arrays(leaves[i]) for i in at]
+    own = _together([s.own for s in delayed])
+    devices = lax.axis_size(sync.names)
+    members = plan("exchange", sync, devices, 1).members
+    if sync.whole:
+        members = np.ones((devices, devices), bool)
+    elif members is None:  # each device on its own
+        members = np.eye(devices, dtype=bool)
+    members = members & ~np.eye(devices, dtype=bool)
+
+    def ask(own: Moments, old: tuple[Moments, Array]) -> tuple[Moments, Array]:
+        return gather_members(own, members, sync.names), old[1] - old[1]
+
+    def wait(own: Moments, old: tuple[Moments, Array]) -> tuple[Moments, Array]:
+        del own
+        return old
+
+    age = delayed[0].age
+    due = (age < 0) | (age >= sync.every)
+    own, old = vary((own, (_together([s.others for s in delayed]), age)), sync.names)
+    others, age = lax.cond(due, ask, wait, own, old)
+    ends = np.cumsum([s.own.mean.shape[0] for s in delayed])[:-1]
+    split = zip(*(jnp.split(field, ends) for field in others), strict=True)
+    for i, state, fields in zip(at, delayed, split, strict=True):
+        leaves[i] = state._replace(others=Moments(*fields), age=age)
+    return jax.tree.unflatten(structure, leaves)
+
+
+def _together(each: list[Moments]) -> Moments:
+    return Moments(*(jnp.concatenate(fields) for fields in zip(*each, strict=True)))

@@ -1,0 +1,141 @@
+"""Statistics that devices kept apart, merged; and those of a model, averaged over its steps."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.typing import ArrayLike
+
+from normlab._arguments import KINDS, checked, number
+from normlab._checks import invalid
+from normlab.devices.topology import AxisName
+from normlab.population.checkpoint import check_conventions
+from normlab.population.cumulative import Cumulative
+from normlab.population.protocol import Population, arrays
+
+
+@checked("pool running")
+def pool_running(states: Any, axis_name: AxisName) -> Any:
+    """Merges the running statistics of devices that kept their own, along a named axis.
+
+    Args:
+      states: A state, or a pytree of states: each `Population` in it is merged by its `pool`,
+        whatever else it holds is returned as it is.
+      axis_name: One mapped axis or several.
+
+    Raises:
+      ValueError: If an axis name is not bound where this is called.
+    """
+    return map_populations(lambda state: state.pool(axis_name), states)
+
+
+@checked("merge running")
+def merge_running(states: Any) -> Any:
+    """As `pool_running`, of the statistics of all devices in one place, stacked as `[D, ...]`.
+
+    So does a checkpoint of D devices come to another number of them: `merge_running`, then the
+    result for each.
+
+    Args:
+      states: A state, or a pytree of states, whose arrays have a leading axis of the devices.
+
+    Raises:
+      ValueError: If they have none, or it is empty, or the numbers differ.
+
+    >>> from normlab import init_running
+    >>> states = jax.tree.map(lambda v: jax.numpy.stack([v, v]), init_running(3))
+    >>> merge_running(states).mean.shape
+    (3,)
+    """
+    states = jax.tree.map(jnp.asarray, states)
+    leaves = jax.tree.leaves(states)
+    if not leaves:
+        return states
+    devices = {v.shape[0] if v.ndim else 0 for v in leaves}
+    if len(devices) > 1 or 0 in devices:
+        some = next((v.shape for v in leaves if not v.ndim or not v.shape[0]), None)
+        given = (
+            f"arrays of {sorted(devices)} devices" if some is None else f"an array of shape {some}"
+        )
+        raise invalid(
+            "merge running",
+            given,
+            "a leading axis of the devices, of one length, in every array",
+            "stack the devices' statistics along a new first axis",
+        )
+    pooled = jax.vmap(lambda s: pool_running(s, "_"), axis_name="_")(states)
+    return jax.tree.map(lambda v: v[0], pooled)
+
+
+@checked("share running")
+def share_running(states: Any, devices: int) -> Any:
+    """What each of some devices keeps of merged statistics, so that pooling gives them back.
+
+    An average is the same on all; of what is counted, each device takes its share.
+
+    Args:
+      states: A state, or a pytree of states, as `merge_running` returned it.
+      devices: Their number.
+    """
+
+    def share(state: Any) -> Any:
+        if not isinstance(state, Cumulative):
+            return state
+        state = arrays(state)
+        parts = {name: getattr(state, name) / devices for name in ("count", "within", "between")}
+        counters = jnp.stack([state.updates, state.skipped], -1)
+        whole = -(-counters // devices)
+        exact = (counters.astype(state.rest.dtype) + state.rest) / devices
+        rest = exact - whole.astype(exact.dtype)
+        parts |= {"updates": whole[..., 0], "skipped": whole[..., 1], "rest": rest}
+        return state._replace(**parts)
+
+    return jax.tree.map(share, states, is_leaf=lambda leaf: isinstance(leaf, Cumulative))
+
+
+@checked(
+    "average running",
+    average=KINDS["states"],
+    step_size=number("a number from 0 to 1", "pass for example 0.001", lambda v: 0 <= v <= 1),
+)
+def average_running(states: Any, average: Any, step_size: ArrayLike) -> Any:
+    """Returns average + step_size · (states − average): the running average of a model's states.
+
+    As `optax.incremental_update`, which averages counters as well: here what is counted in whole
+    numbers, the domain that is current and whether a transaction is broken are those of `states`.
+
+    Args:
+      states: The states of the model, or any pytree that holds them.
+      average: Their average so far.
+      step_size: The weight of the new ones.
+
+    Raises:
+      ValueError: If the two do not keep the same (see `conventions`).
+
+    >>> from normlab import init_running
+    >>> new = init_running(1)._replace(mean=jnp.ones(1), updates=jnp.int32(7))
+    >>> average = average_running(new, init_running(1), 0.25)
+    >>> average.mean.tolist(), average.updates.item()
+    ([0.25], 7)
+    """
+    check_conventions(average, states)
+
+    def one(new: Any, old: Any) -> Array:
+        new, old = jnp.asarray(new), jnp.asarray(old)
+        if not jnp.issubdtype(old.dtype, jnp.inexact):
+            return new
+        return old + jnp.asarray(step_size, old.dtype) * (new.astype(old.dtype) - old)
+
+    return jax.tree.map(one, states, average)
+
+
+def map_populations(f: Any, states: Any) -> Any:
+    """Applies `f` to every outermost `Population` of a pytree."""
+    return jax.tree.map(
+        lambda leaf: f(leaf) if isinstance(leaf, Population) else leaf,
+        states,
+        is_leaf=lambda leaf: isinstance(leaf, Population),
+    )
