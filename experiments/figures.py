@@ -102,10 +102,10 @@ def parts(records: Records, title: str) -> Figure:
     """The four parts of every norm, layer by layer: medians over values and seeds, 15–85% bands."""
     layers = list(dict.fromkeys(r["layer"] for r in records))
     labels = {
-        "shift": "shift μ",
-        "scale": "scale σ",
-        "rescale": "rescale g",
-        "reshift": "reshift b",
+        "mu": "shift μ",
+        "sigma": "scale σ",
+        "g": "gain g",
+        "b": "bias b",
     }
     figure, grid = plt.subplots(
         4,
@@ -129,9 +129,9 @@ def parts(records: Records, title: str) -> Figure:
                     low, middle, high = (np.median(v, axis=1) for v in (low, middle, high))
                 axes.plot(steps, middle, label=name, **STYLE[name])
                 axes.fill_between(steps, low, high, color=STYLE[name]["color"], alpha=0.12, lw=0)
-            if part == "scale":
+            if part == "sigma":
                 log_scale(axes)
-            if part == "rescale":  # a gain may be negative
+            if part == "g":  # a gain may be negative
                 axes.set_yscale("symlog", linthresh=0.1)
                 ticks = SymmetricalLogLocator(base=10, linthresh=0.1, subs=(1, 2, 5))
                 axes.yaxis.set_major_locator(ticks)

@@ -8,14 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
-import jax
 import jax.numpy as jnp
 from jax import Array, lax
-from jax.typing import ArrayLike
 
-from normlab._arguments import array, checked, declare, either, instance, integer, one_of, sequence
+from normlab._arguments import PADDING, STEPS, array, checked, declare, instance, integer
 from normlab._checks import invalid, promote
 from normlab._trees import static
 from normlab.measure import Moments, moments
@@ -55,7 +53,6 @@ declare(linear=instance(Linear, "make one: Dense() or Conv()", arrays=False))
 
 
 @static
-@checked("Dense", channel_axis=integer("-1", "move the channels last", among=(-1,)))
 @dataclass(frozen=True)
 class Dense:
     """The matrix product over the last axis: `x [..., K]`, `w [K, C]`, `a [..., C]`.
@@ -64,7 +61,10 @@ class Dense:
     (2, 4)
     """
 
-    channel_axis: int = -1
+    @property
+    def channel_axis(self) -> int:
+        """The last."""
+        return -1
 
     @checked("Dense", w=array())
     def __call__(self, x: Array, w: Array) -> Array:
@@ -94,18 +94,6 @@ class Dense:
     def patch_moments(self, x: Array, w: Array) -> Moments:
         """The moments over the last axis of `x`, shape `[..., 1]`."""
         return moments(x, -1)
-
-
-STEP = integer("a number of steps, at least 1", "pass 1 for every position", 1)
-STEPS = either(
-    "a number of steps, at least 1, or one for each axis", STEP.change, STEP, sequence(STEP)
-)
-PADDING = either(
-    "'SAME', 'VALID' or (low, high) for each axis",
-    "use one",
-    one_of(Literal["SAME", "VALID", "SAME_LOWER"], ""),
-    sequence(sequence(integer("", ""), length=2)),
-)
 
 
 @static
@@ -226,33 +214,6 @@ class Conv:
         """Images in their layout, kernels `[*window, K/groups, C]`."""
         image = (0, ndim - 1, *range(1, ndim - 1)) if self.channel_axis == -1 else (*range(ndim),)
         return lax.ConvDimensionNumbers(image, (ndim - 1, ndim - 2, *range(ndim - 2)), image)
-
-
-def output_shape(where: str, call: str, linear: Linear, x: ArrayLike, w: ArrayLike) -> Any:
-    """Returns the shape of `linear(x, w)`, from the shapes of `x` and `w` alone.
-
-    Args:
-      where: The norm, for the error.
-      call: What is to be given another `linear`, for the error.
-      linear: The linear map.
-      x: Its input.
-      w: Its kernel.
-
-    Raises:
-      ValueError: If the map does not take them.
-    """
-    # Neither types nor shardings: x and w may have had others where a was computed.
-    shapes = [jax.ShapeDtypeStruct(jnp.shape(v), jnp.float32) for v in (x, w)]
-    try:
-        return jax.eval_shape(linear, *shapes).shape
-    except (IndexError, TypeError, ValueError) as error:
-        raise invalid(
-            where,
-            f"x of shape {jnp.shape(x)} and w of shape {jnp.shape(w)}, to which {linear} cannot be "
-            "applied",
-            "the input and the kernel of one linear map",
-            f"pass that map, {call}(..., linear=Conv(...)) or linear=Dense(), and its own x and w",
-        ) from error
 
 
 def _each(name: str, value: int | Sequence[int], spatial: int) -> tuple[int, ...]:

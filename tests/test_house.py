@@ -73,7 +73,8 @@ def test_all_is_complete_and_sorted():
         for name, value in vars(normlab).items()
         if not name.startswith("_") and not inspect.ismodule(value)
     }
-    assert set(normlab.__all__) == bound
+    named = {name for name in normlab.__all__ if not inspect.ismodule(PUBLIC[name])}
+    assert named == bound
     order = sorted(normlab.__all__, key=lambda n: (not n.isupper(), not n[0].isupper(), n))
     assert normlab.__all__ == order
     assert len(normlab.__all__) == len(set(normlab.__all__))
@@ -90,7 +91,7 @@ def test_every_public_function_documents_its_arguments(name):
     assert doc
     assert doc.splitlines()[0].endswith(".")
     if "which see" in doc:
-        reference = re.search(r"`(\w+)`", doc)[1]
+        reference = re.search(r"`(\w+)`, which see", doc)[1]
         doc += inspect.getdoc(PUBLIC[reference])
     for parameter in inspect.signature(PUBLIC[name]).parameters:
         assert re.search(rf"\b{parameter}\b", doc), f"{name} does not say what {parameter} is"
@@ -120,7 +121,7 @@ def test_there_are_examples_in_the_documentation():
 def test_every_row_of_the_registry_is_documented():
     for name in normlab.names():
         row = normlab.row(name)
-        assert row.name == name == row.factory.__name__
+        assert row.name == name
         assert inspect.getdoc(row.factory)
         assert row.invariances <= set(normlab.INVARIANCES)
-        assert all(isinstance(text, str) and text for text in (row.looks_at, row.shift, row.scale))
+        assert all(isinstance(text, str) and text for text in (row.looks_at, row.mu, row.sigma))

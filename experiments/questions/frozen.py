@@ -120,7 +120,7 @@ def measured(config: Frozen, together: int) -> Iterator[Record]:
     for then in ("batch", "frozen"):
         state = jax.device_put(parted, trainer.data.mapped)
         if then == "frozen":
-            state = state._replace(norm_state=nl.freeze(state.norm_state))
+            state = state._replace(norm_state=nl.population.freeze(state.norm_state))
         yield from train(state, marks[cut:], then)
 
 

@@ -168,7 +168,7 @@ class Train:
             raise RunError(str(error)) from None
         syncs.parse(self.sync, AXIS)
 
-    def build_norm(self, sync: nl.AxisName | None) -> nl.Norm:
+    def build_norm(self, sync: nl.devices.AxisName | None) -> nl.Norm:
         """The norm, with the options of this run."""
         if self.norm == "batch":
             options = {"decay": self.decay} if takes(self.population, "decay") else {}
@@ -369,16 +369,16 @@ class Program:
                 mutable=[models.STATE],
             )
             losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-            return nl.global_mean(losses, AXIS), changed.get(models.STATE, own)
+            return nl.devices.global_mean(losses, AXIS), changed.get(models.STATE, own)
 
         parts = self.config.microbatches
         value, after, grads = accumulate(loss, flat, own, (images, labels), parts)
         if parts > 1:  # typed as if it varied over the devices
             value = lax.pmean(value, AXIS)
-        grads = unravel(nl.global_gradient(grads, AXIS))
-        after = nl.commit(after, jnp.isfinite(value))
+        grads = unravel(nl.devices.global_gradient(grads, AXIS))
+        after = nl.population.commit(after, jnp.isfinite(value))
         if isinstance(self.sync, nl.Sync) and self.sync.every:
-            after = nl.exchange(after, self.sync)
+            after = nl.population.exchange(after, self.sync)
         updates, opt_state = self.optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         return TrainState(params, jax.tree.map(lambda v: v[None], after), opt_state), value
@@ -386,7 +386,7 @@ class Program:
     def _evaluate_shard(
         self, state: TrainState, images: Array, labels: Array, weights: Array
     ) -> tuple[Array, Array]:
-        merged = nl.pool_running(jax.tree.map(lambda v: v[0], state.norm_state), AXIS)
+        merged = nl.population.pool_running(jax.tree.map(lambda v: v[0], state.norm_state), AXIS)
         variables = {"params": state.params, models.STATE: merged}
         logits: Any = self.model.apply(variables, self.preprocess(images), train=False)
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)

@@ -1,30 +1,37 @@
-"""What every population is, and what becomes of a batch that cannot be used."""
+"""What every population is: two methods, and what it may decide beside them.
+
+A population is what batch norm keeps: any NamedTuple with `update` and `read`. The functions of
+this module say what else batch norm asks of it, with the answer that holds unless the population
+has a method of the same name:
+
+    measures      whether batch norm is to measure the batch              in training
+    observe       what normalizes the batch, and what is taken in          the batch's moments
+    normalizer    μ and σ                                                  of the batch; else `read`
+    per_example   whether `read` returns values of each example            no
+    moments       the moments that `read` is about                         of a count of 1
+    pool          the same, merged with those of other devices             averages
+    share         what each of some devices keeps of merged statistics     all of it
+    settled       the same, of what a transaction saw                      cannot be
+
+One that holds another, such as `Frozen`, has it in a field `inner`, which answers the first four
+questions (but `observe`) in its place.
+"""
 
 from __future__ import annotations
 
 import functools
-from typing import Any, Literal, Protocol, Self, TypeVar, runtime_checkable
+from collections.abc import Callable
+from typing import Any, Protocol, Self, TypeVar, runtime_checkable
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array, lax
-from jax.typing import DTypeLike
 
-from normlab._arguments import Kind, declare, instance, one_of, tree
+from normlab._arguments import Kind, declare, instance, tree
 from normlab._checks import invalid
-from normlab.devices.topology import AxisName
+from normlab.devices.topology import AxisName, Sync, as_sync
 from normlab.measure import Moments
-
-Tree = TypeVar("Tree")
-
-BadBatch = Literal["skip", "propagate", "raise"]
-"""What becomes of a batch that is empty, fully masked, or holds a NaN or an Inf.
-
-`"skip"`: the running statistics stay as they were, and `skipped` counts it. `"propagate"`: the
-batch is taken in as it is, and an empty one as NaN. `"raise"`: as skip, with an error; under `jit`
-JAX raises it, as a `JaxRuntimeError`, once the batch has been computed.
-"""
+from normlab.population._batches import BadBatch, arrays
 
 
 @runtime_checkable
@@ -32,6 +39,22 @@ class Population(Protocol):
     """A state of batch norm: a pytree that takes batches in and says what inference uses.
 
     Any NamedTuple with these methods is one. What it keeps keeps its structure, shapes and types.
+
+    >>> from typing import NamedTuple
+    >>> class Last(NamedTuple):
+    ...     mean: Array
+    ...     var: Array
+    ...
+    ...     def update(self, m, *, decay=None, bad_batch="skip"):
+    ...         return Last(m.mean.ravel(), m.var().ravel())
+    ...
+    ...     def read(self):
+    ...         return self.mean, self.var
+    >>> from normlab import batch_norm
+    >>> a, last = jnp.array([[1.0], [3.0]]), Last(jnp.zeros(1), jnp.ones(1))
+    >>> h, last = batch_norm(a, None, last, train=True)
+    >>> last.mean.tolist()
+    [2.0]
     """
 
     def update(self, m: Moments, *, decay: Any = None, bad_batch: BadBatch = "skip") -> Self:
@@ -50,9 +73,132 @@ class Population(Protocol):
         """Returns the mean and the variance that inference normalizes with, `[C]`."""
         ...
 
-    def pool(self, axis_name: AxisName) -> Self:
-        """Merges with those of the other devices along a named axis."""
-        ...
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+Run = Callable[..., tuple[Moments, Moments]]
+"""`run(sync, member=None)` measures the batch: the moments that normalize it and those to take in.
+
+`member` weighs the examples, `[N]`.
+"""
+
+
+def _asks(*, inner: bool) -> Callable[[F], F]:
+    """Asks the state's own method of that name; then that of the state `inner`; else this."""
+
+    def decorate(default: F) -> F:
+        @functools.wraps(default)
+        def ask(state: Any, /, *args: Any, **kwargs: Any) -> Any:
+            asked = state
+            while isinstance(asked, Population):
+                own = getattr(asked, default.__name__, None)
+                if own is not None:
+                    return own(*args, **kwargs)
+                asked = getattr(asked, "inner", None) if inner else None
+            return default(state, *args, **kwargs)
+
+        return ask  # pyright: ignore[reportReturnType]
+
+    return decorate
+
+
+@_asks(inner=True)
+def measures(state: Any, train: bool) -> bool:
+    """Whether batch norm is to measure the batch: in training, and where there is no population."""
+    return train or not isinstance(state, Population)
+
+
+def measured(state: Any, run: Run, sync: Sync) -> tuple[Moments, Moments, Any]:
+    """What was measured now, of a state that does not remember what others measured."""
+    if sync.every:
+        raise invalid(
+            "batch norm",
+            f"a state of type {type(state).__name__} with every={sync.every}",
+            "a Delayed state if, and only if, every is positive",
+            "make the state with normlab.population.init_delayed(channels)",
+        )
+    return *run(sync), state
+
+
+@_asks(inner=False)
+def observe(state: Any, run: Run, sync: Sync) -> tuple[Moments, Moments, Any]:
+    """Returns the moments that normalize the batch, those to take in, and the state."""
+    return measured(state, run, sync)
+
+
+@_asks(inner=True)
+def normalizer(state: Any, m: Moments | None, eps: Any, *, train: bool) -> tuple[Array, Array]:
+    """Returns μ and σ: those of the batch if it was measured, else those of `read`.
+
+    Args:
+      state: A population, or `()` or `None`.
+      m: What was measured, fields `[1, C]`, or `[N, C]` of the examples; `None` if nothing was.
+      eps: ε.
+      train: Whether this is training.
+
+    Returns:
+      Each `[C]`, or as the fields of `m`.
+    """
+    if m is not None:
+        return m.mean, m.sigma(eps)
+    mean, var = state.read()
+    return mean, jnp.sqrt(var + eps)
+
+
+@_asks(inner=True)
+def per_example(state: Any) -> bool:
+    """Whether `read` returns values of each example of the next batch, `[N, C]`."""
+    return False
+
+
+@_asks(inner=True)
+def moments(state: Any) -> Moments:
+    """The moments that `read` is about, each of a count of 1 if the state knows no other."""
+    mean, var = state.read()
+    return Moments(jnp.ones_like(mean), mean, var)
+
+
+@_asks(inner=False)
+def pool(state: Any, axis_name: AxisName) -> Any:
+    """Merges with the states of other devices: averages, and of whole numbers the largest."""
+    names = as_sync(axis_name).names
+
+    def one(v: Any) -> Array:
+        v = jnp.asarray(v)
+        return (lax.pmean if jnp.issubdtype(v.dtype, jnp.inexact) else lax.pmax)(v, names)
+
+    return jax.tree.map(one, arrays(state))
+
+
+@_asks(inner=False)
+def share(state: Any, devices: int) -> Any:
+    """What each of so many devices keeps of merged statistics, so that pooling gives them back."""
+    del devices
+    return state
+
+
+@_asks(inner=False)
+def settled(state: Any, seen: Any, estimator: str | None) -> Any:
+    """The state of the same kind whose statistics are those that a transaction saw.
+
+    Args:
+      state: As it was when the transaction began.
+      seen: A `Cumulative` of what it saw.
+      estimator: The variance's, an `Estimator`, or `None`.
+    """
+    del seen, estimator
+    raise invalid(
+        "settle",
+        f"statistics of type {type(state).__name__}",
+        "Running or Cumulative",
+        "read what was seen from Pending.seen, or give the class a method settled(seen, estimator)",
+    )
+
+
+def plain(state: Any) -> bool:
+    """Whether it is a population that leaves training as it is."""
+    changes = ("measures", "observe", "normalizer")
+    return isinstance(state, Population) and not any(hasattr(state, name) for name in changes)
 
 
 def _state(value: Any) -> Any:
@@ -70,67 +216,4 @@ def _states(value: Any) -> Any:
     return value
 
 
-declare(
-    bad_batch=one_of(BadBatch, "the name of a policy"),
-    state=STATE,
-    states=Kind(TREE.expected, TREE.change, _states, (*TREE.wrong, Population)),
-)
-
-
-def arrays(tree: Tree) -> Tree:
-    """Returns jax arrays for NumPy's, and in float32 what is in half precision.
-
-    A half-precision average would stall: it cannot take in 1 − decay of a small difference.
-    """
-
-    def one(v: Any) -> Array:
-        v = jnp.asarray(v)
-        half = jnp.issubdtype(v.dtype, jnp.floating) and jnp.finfo(v.dtype).bits < 32
-        return v.astype(jnp.float32) if half else v
-
-    return jax.tree.map(one, tree)
-
-
-def statistics_dtype(dtype: DTypeLike | None) -> Any:
-    """The type of statistics that are asked for in a type: float32 for `None` and for half ones."""
-    found = jnp.dtype(jnp.float32 if dtype is None else dtype)
-    return found if jnp.finfo(found).bits > 32 else jnp.dtype(jnp.float32)
-
-
-def usable(m: Moments, ddof: int = 0) -> Array:
-    """Whether there is a value (more than `ddof`) in every channel, and all are finite."""
-    return (m.count > ddof).all() & (jnp.isfinite(m.mean) & jnp.isfinite(m.m2)).all()
-
-
-def check_batch(where: str, m: Moments, bad_batch: BadBatch, ddof: int = 0) -> Moments:
-    """Returns the moments of a batch as the policy has them, or says that they are bad.
-
-    Args:
-      where: The caller, for the error.
-      m: The batch's moments.
-      bad_batch: `"propagate"` makes mean and m2 of a bad channel NaN, `"raise"` raises.
-      ddof: A batch of no more than this many values has no variance.
-    """
-    if bad_batch == "propagate":
-        good = (m.count > ddof) & jnp.isfinite(m.mean) & jnp.isfinite(m.m2)
-        return m._replace(mean=jnp.where(good, m.mean, jnp.nan), m2=jnp.where(good, m.m2, jnp.nan))
-    if bad_batch == "raise":
-        check = functools.partial(_raise_if_bad, where, ddof)
-        jax.debug.callback(check, *lax.stop_gradient(m))
-    return m
-
-
-def _raise_if_bad(where: str, ddof: int, *m: Array) -> None:
-    count, mean, m2 = map(np.asarray, m)
-    if not (count > ddof).all():
-        given = f"a batch with {count.min():g} values (or weight) per channel"
-        expected = f"more than {ddof}"
-    elif not (np.isfinite(mean).all() and np.isfinite(m2).all()):
-        bad = np.flatnonzero(~(np.isfinite(mean) & np.isfinite(m2)))
-        given = f"a batch with a NaN or an Inf in {bad.size} of {mean.size} channels, "
-        given += f"the first of them {bad[0]}"
-        expected = "finite values"
-    else:
-        return
-    change = 'give these examples the weight 0, or pass bad_batch="skip"'
-    raise FloatingPointError(str(invalid(where, given, expected, change)))
+declare(state=STATE, states=Kind(TREE.expected, TREE.change, _states, (*TREE.wrong, Population)))

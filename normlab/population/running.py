@@ -17,16 +17,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
-from jax.core import Tracer
 from jax.typing import DTypeLike
 
-from normlab._arguments import checked, instance, number, settled_decay
-from normlab._checks import invalid
+from normlab._arguments import checked, settled_decay
 from normlab._trees import register
 from normlab.devices.merging import all_reduce, check_bound
 from normlab.devices.topology import AxisName, as_sync
 from normlab.measure import Moments
-from normlab.population.protocol import BadBatch, arrays, check_batch, statistics_dtype, usable
+from normlab.population._batches import BadBatch, arrays, check_batch, statistics_dtype, usable
 
 
 class Running(NamedTuple):
@@ -147,6 +145,24 @@ class Running(NamedTuple):
         weight = jnp.where(lax.psum(weight, names) == 0, 1, weight)
         return weight / lax.psum(weight, names), count
 
+    def moments(self) -> Moments:
+        """Moments that weigh as much as the state's mass."""
+        mass = self.mass[..., None]
+        return Moments(mass, self.mean, mass * self.var)
+
+    def settled(self, seen: Any, estimator: str | None) -> Running:
+        """The same, with the statistics that a transaction saw."""
+        mean, var = seen._replace(ddof=self.ddof, estimator=estimator or "pooled").read()
+        batches = jnp.maximum(seen.updates, 1).astype(mean.dtype)
+        return self._replace(
+            mean=mean,
+            var=var,
+            mass=jnp.ones_like(self.mass),
+            count=seen.count.mean(-1) / batches,
+            updates=seen.updates,
+            skipped=seen.skipped,
+        )
+
 
 register(Running, "decay", "ddof", "sigma_eps")
 
@@ -186,38 +202,3 @@ def init_running(
         decay=decay,
         ddof=ddof,
     )
-
-
-@checked(
-    "change ddof",
-    state=instance(Running, "change what it holds, or, of a Cumulative, state._replace(ddof=...)"),
-    count=number("a number of values", "pass the examples of a batch times the positions"),
-)
-def change_ddof(state: Running, ddof: int, *, count: float | None = None) -> Running:
-    """Returns the state with its variance biased (`ddof=0`) or unbiased (`ddof=1`).
-
-    var ← var · (n − old ddof) / (n − ddof) with n values of a channel in a batch; exact if all
-    batches had as many.
-
-    Args:
-      state: The state.
-      ddof: 0 or 1.
-      count: n; `None` for the average of the state's own updates.
-
-    Raises:
-      ValueError: If n is not known, or not above 1.
-
-    >>> state = init_running(1)._replace(var=jnp.array([3.0]))
-    >>> change_ddof(state, 1, count=4).var.tolist()
-    [4.0]
-    """
-    state = arrays(state)
-    n = jnp.asarray(state.count if count is None else count, state.var.dtype)
-    if not isinstance(n, Tracer) and not float(n) > 1:
-        raise invalid(
-            "change ddof",
-            f"{n:g} values of a channel in a batch",
-            "more than 1: the variances differ by the factor n / (n - 1)",
-            "pass count=, the examples of a batch times the positions of each",
-        )
-    return state._replace(var=state.var * (n - state.ddof) / (n - ddof), ddof=ddof)
