@@ -8,6 +8,7 @@ which are imported by name.
 
 from importlib.metadata import version as _version
 
+import normlab.rows  # noqa: F401
 from normlab import convert, devices, folding, instruments, measure, population
 from normlab.batch import batch_moments, batch_norm, batch_parts
 from normlab.cosine import cosine_norm, cosine_parts

@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -153,6 +153,74 @@ def gain_and_bias(where: str, params: Any, a: ArrayLike, channel_axis: int) -> t
             )
         out.append(expand(value.astype(dtype), len(shape), channel_axis))
     return out[0], out[1]
+
+
+def check_options(name: str, known: Mapping[str, Any], options: Mapping[str, Any]) -> None:
+    """Raises ValueError for an option that a norm does not have, or one that is missing.
+
+    Args:
+      name: The norm's.
+      known: The parameters of its factory.
+      options: What was given.
+    """
+    where = f"{name} norm"
+    for option in options:
+        if option not in known:
+            given = f"the unknown option {option!r}: {nearest(option, known)}"
+            raise invalid(where, given, "one of its options", "use a known one")
+    for option, parameter in known.items():
+        if parameter.default is parameter.empty and option not in options:
+            change = f"say get({name!r}, {option}=...)"
+            raise invalid(where, f"no {option}", "this option, which has no default", change)
+
+
+def check_dense(x: Array, w: Array) -> None:
+    """Raises ValueError unless a dense layer takes the input and the kernel."""
+    if w.ndim != 2 or x.ndim == 0 or x.shape[-1] != w.shape[0]:
+        raise invalid(
+            "Dense",
+            f"an input of shape {x.shape} and a kernel of shape {w.shape}",
+            "shapes [..., K] and [K, C]",
+            "give the kernel as many rows as the input has features; for the kernel of a "
+            "convolution pass linear=Conv(...)",
+        )
+
+
+def check_conv(conv: Any, x: Array, w: Array) -> None:
+    """Raises ValueError unless a `Conv` takes the input and the kernel."""
+    spatial = w.ndim - 2
+    if spatial < 0:
+        raise invalid(
+            "Conv",
+            f"a kernel of shape {w.shape}",
+            "[*window, K/groups, C]",
+            "pass a convolution's kernel, or linear=Dense() for a dense layer",
+        )
+    if x.ndim != w.ndim or x.shape[conv.channel_axis] != w.shape[-2] * conv.groups:
+        raise invalid(
+            "Conv",
+            f"an input of shape {x.shape} and a kernel of shape {w.shape}",
+            f"{w.shape[-2] * conv.groups} input channels on axis {conv.channel_axis} of an "
+            f"input of rank {w.ndim}",
+            "give the kernel the shape [*window, K/groups, C], or set channel_axis",
+        )
+    if w.shape[-1] % conv.groups:
+        raise invalid(
+            "Conv",
+            f"groups={conv.groups} for {w.shape[-1]} output channels",
+            "groups that divide the output channels",
+            "change the groups or the kernel",
+        )
+
+
+def each_axis(name: str, value: int | Sequence[int], spatial: int) -> tuple[int, ...]:
+    """A setting of a `Conv` for each of its spatial axes."""
+    values = (value,) * spatial if isinstance(value, int) else tuple(value)
+    if len(values) != spatial:
+        raise invalid(
+            "Conv", f"{name}={value}", f"one number, or {spatial}", "give one per spatial axis"
+        )
+    return values
 
 
 def one_value(

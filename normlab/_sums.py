@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.core import Tracer
 from jax.typing import ArrayLike
 
 from normlab._checks import promote, promote_dtype
@@ -20,8 +21,26 @@ from normlab._weights import align_weights
 from normlab._xla import apart, widen
 
 
+def standard_deviation(var: Array, count: Array, eps: float) -> Array:
+    """σ = √(var + ε); the largest number where nothing was measured, NaN where var overflowed.
+
+    `affine` divides by the largest number as by infinity: h is b, and no gradient passes.
+
+    Args:
+      var: A variance, or a mean of squares.
+      count: Of how many values.
+      eps: ε.
+    """
+    square, info = var + eps, jnp.finfo(var.dtype)
+    if isinstance(eps, Tracer) or eps < 2.0 ** (info.minexp + info.nmant + 4):
+        sigma = jnp.sqrt(square) + lax.stop_gradient(square - square)  # zero, or NaN
+    else:
+        sigma = _root(square, 2.0 ** ((info.maxexp - 2 + math.floor(math.log2(min(eps, 1)))) // 2))
+    return jnp.where(count > 0, sigma, info.max)
+
+
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
-def root(square: Array, factor: float) -> Array:
+def _root(square: Array, factor: float) -> Array:
     """√v; NaN where v is infinite, as an infinite σ would look like a constant sample.
 
     With a power of 2 for f, √v = f / √(f²/v − tiny): tiny is nothing beside f²/v, but beside 0.
@@ -30,9 +49,9 @@ def root(square: Array, factor: float) -> Array:
     return factor / jnp.sqrt(factor * factor / square - jnp.finfo(square.dtype).tiny)
 
 
-@root.defjvp
+@_root.defjvp
 def _(factor: float, primals: Any, tangents: Any) -> Any:
-    sigma = root(*primals, factor)
+    sigma = _root(*primals, factor)
     return sigma, tangents[0] / (2 * sigma)
 
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 from jax.core import Tracer
 from jax.typing import ArrayLike
 
-from normlab._checks import invalid, normalize_axes, promote_dtype
+from normlab._arguments import checked
+from normlab._checks import invalid, normalize_axes, promote, promote_dtype
 
 
 def aligned(
@@ -102,3 +105,29 @@ def leave_out(a: ArrayLike, weights: Array | None) -> Array:
     if weights is None or not jnp.issubdtype(a.dtype, jnp.floating):
         return a
     return jnp.where((weights > 0) | jnp.isfinite(a), a, jnp.zeros((), a.dtype))
+
+
+@checked("effective sample size")
+def effective_sample_size(weights: ArrayLike, axes: int | Sequence[int] | None = None) -> Array:
+    """Kish's effective sample size (Σ w)² / Σ w²: n equal weights are worth n examples.
+
+    A statistic over weighted examples is about as uncertain as one over this many equal ones. With
+    weights of 0 and 1 it is the number of ones; of nothing it is 0.
+
+    Args:
+      weights: Importance, at least 0.
+      axes: The axes of `weights` to count over; `None` for all.
+
+    Returns:
+      The size, in float32 at least, without the axes counted over.
+
+    >>> effective_sample_size(jnp.array([1.0, 1.0, 0.0])).item()
+    2.0
+    """
+    where = "effective sample size"
+    w = promote(weights)
+    axes = tuple(range(w.ndim)) if axes is None else normalize_axes(where, axes, w.ndim)
+    peak = jnp.max(w, axes, keepdims=True, initial=0)
+    w = w / jnp.where(peak > 0, peak, 1)
+    square = jnp.square(w).sum(axes)
+    return jnp.square(w.sum(axes)) / jnp.where(square > 0, square, 1)

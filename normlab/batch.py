@@ -3,7 +3,7 @@
     h = g · (a − μ) / σ + b        σ = √(var + ε)
 
 In training μ and var are those of the batch; in inference those of a *population*, the state that
-took the batches in. What a population may decide beside that is in `normlab.population.protocol`.
+took the batches in. What a population may decide beside that is in `normlab.population.optional`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from jax import Array, lax
 from jax.typing import ArrayLike
 
 from normlab._arguments import KINDS, checked
-from normlab._checks import gain_and_bias, invalid, one_value
+from normlab._checks import gain_and_bias, one_value
 from normlab._weights import aligned
 from normlab._xla import sharded_as
 from normlab.devices.merging import measure, values_per_channel
@@ -24,7 +24,8 @@ from normlab.devices.topology import AxisName, Sync, as_sync
 from normlab.equation import Affine, Parts, affine
 from normlab.measure import Algorithm, Moments
 from normlab.population._batches import BadBatch, check_batch
-from normlab.population.protocol import Population, measures, normalizer, observe, per_example
+from normlab.population.optional import check_state, measures, normalizer, observe
+from normlab.population.protocol import Population
 
 BatchState = Population | tuple[()] | None
 """What batch norm keeps: a `Population`; or `()`, nothing, and inference uses its own batch."""
@@ -129,7 +130,7 @@ def batch_parts(
     where = "batch norm"
     a, channel, weights = aligned(where, a, weights, channel_axis)
     g, b = gain_and_bias(where, params, a, channel)
-    _check_state(where, state, train, a.shape, channel)
+    check_state(where, state, train, a.shape, channel)
     m = population = None
     kept = channel or min(1, a.ndim - 1)  # the axis of the channels once the examples are first
     if measures(state, train):
@@ -202,29 +203,3 @@ def _along(v: Array, ndim: int, channel: int) -> Array:
         return jnp.atleast_2d(v)[0]
     v = jnp.expand_dims(jnp.atleast_2d(v), range(2, ndim))
     return jnp.moveaxis(v, (0, 1), (0 if channel else 1, channel))
-
-
-def _check_state(where: str, state: Any, train: bool, shape: tuple[int, ...], channel: int) -> None:
-    """Raises ValueError unless batch norm can use the state."""
-    channels = shape[channel]
-    if state is None and not train:
-        raise invalid(
-            where,
-            "train=False without a state",
-            "running statistics to normalize with",
-            "pass the state that training returned; for the batch's own statistics train=True, or "
-            "the state ()",
-        )
-    if not isinstance(state, Population):
-        return
-    found = state.read()[0].shape
-    examples = shape[0 if channel or len(shape) == 1 else 1]
-    wanted = (examples, channels) if per_example(state) and len(shape) > 1 else (channels,)
-    if found != wanted:
-        raise invalid(
-            where,
-            f"running statistics of shape {found} for an input of shape "
-            f"{shape} with its channels on axis {channel}",
-            f"shape {wanted}",
-            f"make the state with init_running({channels}), or set channel_axis",
-        )

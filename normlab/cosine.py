@@ -23,10 +23,10 @@ from normlab._checks import (
     promote,
     result_dtype,
 )
+from normlab._units import deviations, safe_sqrt, units_and_lengths
 from normlab.equation import Affine, Parts, affine
 from normlab.linear import Dense, Linear
 from normlab.site import Site
-from normlab.weight import deviations, safe_sqrt, units_and_lengths
 
 
 @checked("cosine norm", w=array())

@@ -27,11 +27,11 @@ from jax.typing import ArrayLike
 
 from normlab._arguments import checked, norm_axes
 from normlab._checks import gain_and_bias, invalid, normalize_axes, one_value, promote
-from normlab._sums import average
+from normlab._sums import average, standard_deviation
 from normlab._weights import aligned
 from normlab._xla import partitioned
 from normlab.equation import Affine, Parts, applied
-from normlab.measure import Algorithm, Moments, merge_axes, moments, standard_deviation
+from normlab.measure import Algorithm, Moments, merge_axes, moments
 
 Axes = int | Sequence[int] | Literal["channels", "all"]
 """What layer and RMS norm measure over."""
@@ -142,19 +142,7 @@ def rms_norm() -> None:
 
     h = g · a / √(mean a² + ε) + b: μ = 0, and the mean square is that of each example over `axes`.
 
-    Args:
-      a: `[N, ..., C]`.
-      params: `Affine(g [C], b [C])`, or `None`. The paper has no bias: `Affine(g, None)`.
-      axes: As in `layer_norm`.
-      eps: ε > 0, in squared units of `a`.
-      weights: As in `layer_norm`.
-      channel_axis: The axis of `params`.
-
-    Returns:
-      h, in the shape and floating type of `a`.
-
-    Raises:
-      ValueError: As `layer_norm`.
+    The arguments are those of `layer_norm`, which see. The paper has no bias: `Affine(g, None)`.
 
     >>> rms_norm(jnp.array([[1.0, -1.0], [10.0, 10.0]])).round(3).tolist()
     [[1.0, -1.0], [1.0, 1.0]]
@@ -229,21 +217,14 @@ def group_norm() -> None:
     h = g · (a − μ) / √(var + ε) + b: μ and var are the mean and the variance of each example over
     all positions and the C/groups neighbouring channels of a group.
 
+    The other arguments are those of `layer_norm`, which see.
+
     Args:
-      a: `[N, ..., C]`.
-      params: `Affine(g [C], b [C])`, or `None`.
       groups: The number of groups; divides `C`. 1 is layer norm over all axes but the first, `C`
         is instance norm.
-      eps: ε > 0, in squared units of `a`.
-      weights: As in `layer_norm`.
-      channel_axis: The axis of the channels.
-      algorithm: How the variance is taken, an `Algorithm`.
-
-    Returns:
-      h, in the shape and floating type of `a`.
 
     Raises:
-      ValueError: If `groups` does not divide `C`, for parameters that do not fit `a`, or ε ≤ 0.
+      ValueError: If `groups` does not divide `C`, or as `layer_norm`.
 
     >>> group_norm(jnp.array([[1.0, 3.0, 10.0, 30.0]]), groups=2).round(3).tolist()
     [[-1.0, 1.0, -1.0, 1.0]]
@@ -293,19 +274,10 @@ def instance_norm() -> None:
     h = g · (a − μ) / √(var + ε) + b: μ and var are the mean and the variance of each channel of
     each example over its positions.
 
-    Args:
-      a: `[N, ..., C]`, with at least one axis of positions.
-      params: `Affine(g [C], b [C])`, or `None`.
-      eps: ε > 0, in squared units of `a`.
-      weights: As in `layer_norm`.
-      channel_axis: The axis of the channels.
-      algorithm: How the variance is taken, an `Algorithm`.
-
-    Returns:
-      h, in the shape and floating type of `a`.
+    The arguments are those of `layer_norm`, which see.
 
     Raises:
-      ValueError: If `a` has no positions, for parameters that do not fit `a`, or ε ≤ 0.
+      ValueError: If `a` has no positions between examples and channels, or as `layer_norm`.
 
     >>> instance_norm(jnp.array([[[1.0], [3.0]]])).round(3).tolist()
     [[[-1.0], [1.0]]]

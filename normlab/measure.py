@@ -14,18 +14,16 @@ lose about log10(1 + (mean − k)²/var) digits. The `Algorithm` is nothing but 
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import jax.numpy as jnp
 from jax import Array, lax
-from jax.core import Tracer
 from jax.typing import ArrayLike, DTypeLike
 
 from normlab._arguments import checked, declare, instance, integer, one_of, sequence
-from normlab._checks import floating, normalize_axes, promote
-from normlab._sums import count_values, pivot_of, power_sums, root, weighted_sums
+from normlab._checks import floating, normalize_axes
+from normlab._sums import count_values, pivot_of, power_sums, standard_deviation, weighted_sums
 from normlab._trees import node
 from normlab._weights import align_weights
 from normlab._xla import derivative_of, partitioned
@@ -86,24 +84,6 @@ class Moments(NamedTuple):
 SAMPLE = instance(Moments, "pass what moments(x, axes) returned")
 SHAPE = sequence(integer("a size", "", 0), "a shape", "pass a tuple of ints, such as (3,)")
 declare(m=SAMPLE, p=SAMPLE, q=SAMPLE)
-
-
-def standard_deviation(var: Array, count: Array, eps: float) -> Array:
-    """σ = √(var + ε); the largest number where nothing was measured, NaN where var overflowed.
-
-    `affine` divides by the largest number as by infinity: h is b, and no gradient passes.
-
-    Args:
-      var: A variance, or a mean of squares.
-      count: Of how many values.
-      eps: ε.
-    """
-    square, info = var + eps, jnp.finfo(var.dtype)
-    if isinstance(eps, Tracer) or eps < 2.0 ** (info.minexp + info.nmant + 4):
-        sigma = jnp.sqrt(square) + lax.stop_gradient(square - square)  # zero, or NaN
-    else:
-        sigma = root(square, 2.0 ** ((info.maxexp - 2 + math.floor(math.log2(min(eps, 1)))) // 2))
-    return jnp.where(count > 0, sigma, info.max)
 
 
 @checked("empty", shape=SHAPE)
@@ -204,29 +184,3 @@ def merge_axes(m: Moments, axes: int | Sequence[int]) -> Moments:
     count = jnp.broadcast_to(m.count, m.mean.shape)
     between = moments(m.mean, axes, weights=count)
     return between._replace(m2=between.m2 + m.m2.sum(axes, keepdims=True))
-
-
-@checked("effective sample size")
-def effective_sample_size(weights: ArrayLike, axes: int | Sequence[int] | None = None) -> Array:
-    """Kish's effective sample size (Σ w)² / Σ w²: n equal weights are worth n examples.
-
-    A statistic over weighted examples is about as uncertain as one over this many equal ones. With
-    weights of 0 and 1 it is the number of ones; of nothing it is 0.
-
-    Args:
-      weights: Importance, at least 0.
-      axes: The axes of `weights` to count over; `None` for all.
-
-    Returns:
-      The size, in float32 at least, without the axes counted over.
-
-    >>> effective_sample_size(jnp.array([1.0, 1.0, 0.0])).item()
-    2.0
-    """
-    where = "effective sample size"
-    w = promote(weights)
-    axes = tuple(range(w.ndim)) if axes is None else normalize_axes(where, axes, w.ndim)
-    peak = jnp.max(w, axes, keepdims=True, initial=0)
-    w = w / jnp.where(peak > 0, peak, 1)
-    square = jnp.square(w).sum(axes)
-    return jnp.square(w.sum(axes)) / jnp.where(square > 0, square, 1)

@@ -5,42 +5,23 @@ A new norm is a function that returns its parts and a row that says what it is:
     def half_parts(a, params=None, *, eps=1e-5, weights=None, channel_axis=-1): ...
     register(Row("half", stateless(half_parts)))
 
-From then on `get("half", eps=1e-6)` is it, in the skins, the experiments and the laws too.
+From then on `get("half", eps=1e-6)` is it, in the skins, the experiments and the laws too. The
+rows of the library itself are in `normlab.rows`.
 """
 
 from __future__ import annotations
 
 import functools
 import inspect
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 
-from normlab._arguments import (
-    a_function,
-    anything,
-    checked,
-    flag,
-    instance,
-    real,
-    settled_decay,
-    text,
-)
-from normlab._checks import gain_and_bias, imported, invalid, nearest, promote_dtype
-from normlab.batch import batch_parts
-from normlab.cosine import cosine_parts
-from normlab.devices.topology import AxisName, as_sync
+from normlab._arguments import a_function, anything, checked, flag, instance, text
+from normlab._checks import check_options, imported, invalid, nearest, promote_dtype
 from normlab.equation import Affine, Parts, init_affine
-from normlab.example import group_parts, instance_parts, layer_parts, rms_parts
-from normlab.measure import Algorithm
-from normlab.population._batches import BadBatch
-from normlab.population.by_name import init_batch_state
-from normlab.population.cumulative import Estimator
 from normlab.site import SHAPES, Made, Norm, Site, State
-from normlab.weight import weight_norm_init, weight_parts, weight_standardization_parts
 
 INVARIANCES = (
     "weights rescaled",
@@ -95,6 +76,7 @@ def register(row: Row) -> Row:
     Raises:
       ValueError: If another norm has the name, it has a ":" in it, or a field means nothing.
 
+    >>> import jax.numpy as jnp
     >>> def centre_parts(a, params=None, *, channel_axis=-1):
     ...     mean = a.mean(channel_axis, keepdims=True)
     ...     return Parts(mean, jnp.ones(()), jnp.ones(()), jnp.zeros(()))
@@ -139,16 +121,8 @@ def get(name: str, **options: Any) -> Norm:
 layer, rms, group, instance, weight, weight_standardization, cosine, centred_cosine; expected the \
 name of a norm. To fix it, use a known one.
     """
-    where, factory = f"{name} norm", row(name).factory
-    known = inspect.signature(factory).parameters
-    for option in options:
-        if option not in known:
-            given = f"the unknown option {option!r}: {nearest(option, known)}"
-            raise invalid(where, given, "one of its options", "use a known one")
-    for option, parameter in known.items():
-        if parameter.default is parameter.empty and option not in options:
-            change = f"say get({name!r}, {option}=...)"
-            raise invalid(where, f"no {option}", "this option, which has no default", change)
+    factory = row(name).factory
+    check_options(name, inspect.signature(factory).parameters, options)
     made = sorted((k, tuple(v) if isinstance(v, list) else v) for k, v in options.items())
     try:
         return _get(Made(name, factory, tuple(made)), tuple(type(v) for _, v in made))
@@ -219,8 +193,8 @@ def stateless(
             of_site = {name: value for name, value in of_site.items() if name in known}
             return parts(site.a, given, **of_site, **options)
 
-        start = functools.partial(params or _affine, use_gain=use_gain, use_bias=use_bias)
-        return _norm(where, measure, start)
+        start = functools.partial(params or initial_affine, use_gain=use_gain, use_bias=use_bias)
+        return norm_of(where, measure, start)
 
     switches = [p for p in inspect.signature(make).parameters.values() if p.kind is p.KEYWORD_ONLY]
     make.__name__ = make.__qualname__ = parts.__name__.removesuffix("_parts")
@@ -232,13 +206,22 @@ def stateless(
 _OF_SITE = ("weights", "channel_axis")
 
 
-def _affine(site: Site, *, use_gain: bool, use_bias: bool, g: Any = 1.0) -> Affine:
+def initial_affine(site: Site, *, use_gain: bool, use_bias: bool, g: Any = 1.0) -> Affine:
+    """`init_affine` for the channels of a site, in the type of its statistics."""
     dtype = promote_dtype(site.a)
     return init_affine(site.channels, use_gain=use_gain, use_bias=use_bias, g=g, dtype=dtype)
 
 
-def _norm(where: str, measure: Callable[[Site, Any], Parts], params: Callable[[Site], Any]) -> Norm:
-    """A norm without state."""
+def norm_of(
+    where: str, measure: Callable[[Site, Any], Parts], params: Callable[[Site], Any]
+) -> Norm:
+    """Returns a norm without state.
+
+    Args:
+      where: Its name, for errors.
+      measure: `(site, params) -> Parts`.
+      params: `site -> params`, the initial ones.
+    """
 
     def init(site: Site) -> tuple[Any, State]:
         jax.eval_shape(lambda site: measure(site, None), site)  # say no before training starts
@@ -249,153 +232,3 @@ def _norm(where: str, measure: Callable[[Site, Any], Parts], params: Callable[[S
         return measure(site, params), state
 
     return Norm(checked(where, site=SHAPES)(init), checked(where)(parts))
-
-
-@checked("no norm")
-def none(*, use_bias: bool = True) -> Norm:
-    """No normalization: μ = 0, σ = 1, and a bias."""
-
-    def measure(site: Site, params: Any) -> Parts:
-        _, b = gain_and_bias("no norm", params, site.a, site.linear.channel_axis)
-        zero = jnp.zeros((), b.dtype)
-        return Parts(zero, zero + 1, zero + 1, b)
-
-    return _norm("no norm", measure, functools.partial(_affine, use_gain=False, use_bias=use_bias))
-
-
-@checked("batch norm", decay=settled_decay)
-def batch(
-    *,
-    decay: float | None = None,
-    eps: float = 1e-5,
-    ddof: int | None = None,
-    estimator: Estimator | None = None,
-    axis_name: AxisName | None = None,
-    population: str | Callable[..., Any] = "debiased",
-    algorithm: Algorithm = "auto",
-    bad_batch: BadBatch = "skip",
-    state_gradient: bool = False,
-    use_gain: bool = True,
-    use_bias: bool = True,
-) -> Norm:
-    """`batch_norm`, with the state of `normlab.population.init_population(population, C)`.
-
-    `decay`, `ddof` and `estimator` are the population's, as far as it has them; `None` is its own
-    default, 0.9, 0 and `"pooled"`.
-    """
-    how: dict[str, Any] = {"eps": eps, "axis_name": axis_name, "algorithm": algorithm}
-    how |= {"bad_batch": bad_batch, "state_gradient": state_gradient}
-    kept = {"decay": decay, "ddof": ddof, "estimator": estimator}
-    state_of = init_batch_state(population, eps, as_sync(axis_name), **kept)
-
-    def parts(params: Any, state: State, site: Site, *, train: bool) -> tuple[Parts, State]:
-        layout = {"weights": site.weights, "channel_axis": site.linear.channel_axis}
-        return batch_parts(site.a, params, state, train=train, **how, **layout)
-
-    def init(site: Site) -> tuple[Any, State]:
-        params = _affine(site, use_gain=use_gain, use_bias=use_bias)
-        state = state_of(site.channels, promote_dtype(site.a))
-        jax.eval_shape(lambda site: parts(params, state, site, train=False), site)
-        return params, state
-
-    where = "batch norm"
-    return Norm(checked(where, site=SHAPES)(init), checked(where)(parts))
-
-
-@checked("weight norm", data_init=flag())
-def weight(
-    *,
-    data_init: bool = False,
-    axis_name: AxisName | None = None,
-    use_gain: bool = True,
-    use_bias: bool = True,
-) -> Norm:
-    """Weight normalization; with `data_init` by `weight_norm_init`, from the values at init."""
-
-    def params(site: Site) -> Affine:
-        if not data_init:
-            return _affine(site, use_gain=use_gain, use_bias=use_bias)
-        if isinstance(site.a, jax.ShapeDtypeStruct):
-            raise invalid(
-                "weight norm",
-                "shapes at init with data_init=True",
-                "a site with values",
-                "pass Site(a=linear(x, w), x=x, w=w, linear=linear) to init, or data_init=False",
-            )
-        made = weight_norm_init(site, axis_name=axis_name)
-        return Affine(made.g if use_gain else None, made.b if use_bias else None)
-
-    return _norm("weight norm", weight_parts, params)
-
-
-@checked("cosine norm", g=real)
-def cosine(*, g: float | None = None, use_gain: bool = True, use_bias: bool = True) -> Norm:
-    """`cosine_norm`; the gain starts at `g`, by default √K for K inputs to a unit.
-
-    With √K the h of random w and x has variance 1 at initialization, as in the other norms. The
-    paper's own form, bounded by 1, is `use_gain=False`.
-    """
-    return _cosine(False, g, use_gain, use_bias)
-
-
-@checked("centred cosine norm", g=real)
-def centred_cosine(*, g: float | None = None, use_gain: bool = True, use_bias: bool = True) -> Norm:
-    """`cosine_norm(centred=True)`, Pearson's correlation; `g` as in `cosine`."""
-    return _cosine(True, g, use_gain, use_bias)
-
-
-def _cosine(centred: bool, g: float | None, use_gain: bool, use_bias: bool) -> Norm:
-    def params(site: Site) -> Affine:
-        assert site.w is not None  # measured before
-        gain = math.sqrt(math.prod(site.w.shape[:-1])) if g is None else g
-        return _affine(site, use_gain=use_gain, use_bias=use_bias, g=gain)
-
-    where = "centred cosine norm" if centred else "cosine norm"
-    return _norm(where, functools.partial(cosine_parts, centred=centred), params)
-
-
-def _add(
-    factory: Callable[..., Any],
-    needs: str,
-    looks_at: str,
-    mu: str,
-    sigma: str,
-    marks: str,
-    paper: str,
-) -> None:
-    """Registers a norm of the library; `marks` has an `I` for each of `INVARIANCES` that holds."""
-    name = getattr(factory, "__name__").removesuffix("_parts")  # noqa: B009
-    held = (change for change, mark in zip(INVARIANCES, marks, strict=True) if mark == "I")
-    register(
-        Row(name, factory, frozenset(needs.split()), looks_at, mu, sigma, frozenset(held), paper)
-    )
-
-
-_OF_A = ("mean a", "√(var a + ε)")
-_BATCH = "a: all examples and positions (and devices), per channel"
-_LAYER = "a: the channels of a position, or all of an example"
-_GROUP = "a: the positions of an example and a group of channels"
-_INSTANCE = "a: the positions of an example, per channel"
-_UNIT = "w: the weights of a unit"
-_SUMS = "w, and the sum of x: the weights of a unit"
-_BOTH = "w and x: the weights of a unit and the inputs they meet"
-_QIAO = "Qiao et al. 2019, Brock et al. 2021"
-
-_add(none, "", "nothing", "0", "1", "------", "–")
-_add(batch, "a batch", _BATCH, *_OF_A, "I-III-", "Ioffe & Szegedy 2015")
-_add(layer_parts, "a", _LAYER, *_OF_A, "II-I-I", "Ba, Kiros & Hinton 2016")
-_add(rms_parts, "a", "a: as layer", "0", "√(mean a² + ε)", "I--I-I", "Zhang & Sennrich 2019")
-_add(group_parts, "a", _GROUP, *_OF_A, "II-I-I", "Wu & He 2018")
-_add(instance_parts, "a", _INSTANCE, *_OF_A, "I-IIII", "Ulyanov, Vedaldi & Lempitsky 2016")
-_add(weight, "w", _UNIT, "0", "‖w‖", "I-I---", "Salimans & Kingma 2016")
-_add(weight_standardization_parts, "w x", _SUMS, "w̄·Σx", "‖w − w̄‖", "I-I---", _QIAO)
-_add(cosine, "w x", _BOTH, "0", "‖w‖·‖x‖", "I-II-I", "Luo et al. 2017")
-_add(
-    centred_cosine,
-    "w x",
-    "w and x: as cosine",
-    "K·w̄·x̄",
-    "‖w − w̄‖·‖x − x̄‖",
-    "I-II-I",
-    "Luo et al. 2017",
-)

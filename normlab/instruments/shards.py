@@ -21,7 +21,8 @@ from normlab.devices.merging import check_bound, gather
 from normlab.devices.topology import AxisName, as_sync
 from normlab.measure import Moments, merge_axes
 from normlab.population._batches import arrays
-from normlab.population.protocol import Population, moments
+from normlab.population.optional import moments
+from normlab.population.protocol import Population
 
 
 class Drift(NamedTuple):

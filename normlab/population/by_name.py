@@ -19,7 +19,8 @@ from normlab.population.cumulative import init_cumulative
 from normlab.population.delayed import delay
 from normlab.population.domains import Domains
 from normlab.population.frozen import Frozen
-from normlab.population.protocol import Population, plain
+from normlab.population.optional import plain
+from normlab.population.protocol import Population
 from normlab.population.renorm import init_renorm
 from normlab.population.running import init_running
 

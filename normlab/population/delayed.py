@@ -28,7 +28,7 @@ from normlab.devices.topology import AxisName, Sync, as_sync, plan
 from normlab.measure import Moments, empty, merge
 from normlab.population._batches import BadBatch, arrays
 from normlab.population.frozen import Frozen
-from normlab.population.protocol import Run, plain, pool
+from normlab.population.optional import Run, plain, pool
 from normlab.population.running import init_running
 
 

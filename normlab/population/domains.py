@@ -17,7 +17,7 @@ from normlab._trees import node
 from normlab.devices.topology import AxisName, Sync
 from normlab.measure import Moments
 from normlab.population._batches import BadBatch, arrays
-from normlab.population.protocol import Run, measured, pool
+from normlab.population.optional import Run, measured, pool
 
 
 @node

@@ -15,7 +15,8 @@ from normlab._trees import node
 from normlab.devices.topology import AxisName
 from normlab.measure import Moments
 from normlab.population._batches import BadBatch
-from normlab.population.protocol import Population, pool
+from normlab.population.optional import pool
+from normlab.population.protocol import Population
 
 
 @node

@@ -13,7 +13,8 @@ from normlab._arguments import KINDS, checked, number
 from normlab._checks import invalid
 from normlab.devices.topology import AxisName
 from normlab.population.checkpoint import check_conventions
-from normlab.population.protocol import Population, pool, share
+from normlab.population.optional import pool, share
+from normlab.population.protocol import Population
 
 
 @checked("pool running")

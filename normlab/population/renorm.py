@@ -14,7 +14,7 @@ from normlab._trees import node
 from normlab.devices.topology import AxisName
 from normlab.measure import Moments
 from normlab.population._batches import BadBatch, arrays
-from normlab.population.protocol import normalizer, pool, settled
+from normlab.population.optional import normalizer, pool, settled
 from normlab.population.running import init_running
 
 

@@ -14,16 +14,15 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
-from jax import Array, lax
+from jax import Array
 from jax.typing import DTypeLike
 
 from normlab._arguments import checked, settled_decay
 from normlab._trees import register
-from normlab.devices.merging import all_reduce, check_bound
-from normlab.devices.topology import AxisName, as_sync
+from normlab.devices.topology import AxisName
 from normlab.measure import Moments
+from normlab.population._averages import pooled
 from normlab.population._batches import BadBatch, arrays, check_batch, statistics_dtype, usable
 
 
@@ -106,44 +105,8 @@ class Running(NamedTuple):
         return arrays((self.mean, self.var))
 
     def pool(self, axis_name: AxisName) -> Running:
-        """Merges with those of the other devices, each weighted by the number of values it saw.
-
-        That number is `count · updates`; a device that has seen nothing weighs nothing, and where
-        no count is known all weigh as much as their mass. The variance between the devices' means
-        is part of the result, also where σ is averaged: averaging variances would lose it. `mass`
-        is averaged with the same weights, so that the next update has the rate it has on the
-        devices; `count` is per batch, as it was; `updates` and `skipped` are the largest of any.
-        Equal states are merged to themselves.
-        """
-        self = arrays(self)
-        if self.mass.ndim:  # stacked
-            return jax.vmap(lambda state: state.pool(axis_name))(self)
-        weight, count = self._weight(axis_name)
-        m = all_reduce(Moments(weight, self.mean, weight * self.var), axis_name)
-        names = as_sync(axis_name).names
-        return self._replace(
-            mean=m.mean,
-            var=m.var(),
-            mass=lax.psum(weight * self.mass, names) / m.count.reshape(self.mass.shape),
-            count=count,
-            updates=lax.pmax(self.updates, names),
-            skipped=lax.pmax(self.skipped, names),
-        )
-
-    def _weight(self, axis_name: AxisName) -> tuple[Array, Array]:
-        """The share of this device's values in those of all, and the count of a batch of any."""
-        names = as_sync(axis_name).names
-        check_bound("pool", names)
-        batches = jnp.where(self.mass > 0, self.updates, 0).astype(self.mass.dtype)
-        known = jnp.where(self.count > 0, batches, 0)
-        values, number = lax.psum((known * self.count, known), names)
-        count = values / jnp.where(number > 0, number, 1)
-        typical = jnp.where(count > 0, count, 1)  # of a device that does not know its own
-        weight = batches * jnp.where(self.count > 0, self.count, typical)
-        nothing = lax.psum(weight, names) == 0
-        weight = jnp.where(nothing, self.mass, weight)
-        weight = jnp.where(lax.psum(weight, names) == 0, 1, weight)
-        return weight / lax.psum(weight, names), count
+        """Merges with those of the other devices, each weighted by the number of values it saw."""
+        return pooled(self, axis_name)
 
     def moments(self) -> Moments:
         """Moments that weigh as much as the state's mass."""

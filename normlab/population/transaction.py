@@ -33,7 +33,8 @@ from normlab.population._batches import BadBatch, arrays
 from normlab.population.cumulative import Cumulative, Estimator
 from normlab.population.domains import Domains
 from normlab.population.frozen import Frozen
-from normlab.population.protocol import Population, Run, observe, pool, settled
+from normlab.population.optional import Run, observe, pool, settled
+from normlab.population.protocol import Population
 
 
 @node
