@@ -1,6 +1,7 @@
 """What a population may decide beside what it must: defaults, unless it has a method of the name.
 
     measures      whether batch norm is to measure the batch              in training
+    delays        whether it remembers what other devices measured        no
     observe       what normalizes the batch, and what is taken in         the batch's moments
     normalizer    μ and σ                                                 of the batch; else `read`
     per_example   whether `read` returns values of each example           no
@@ -10,7 +11,7 @@
     settled       the same, of what a transaction saw                     cannot be
 
 One that holds another, such as `Frozen`, has it in a field `inner`, which answers `measures`,
-`normalizer`, `per_example` and `moments` in its place.
+`delays`, `normalizer`, `per_example` and `moments` in its place.
 """
 
 from __future__ import annotations
@@ -63,22 +64,16 @@ def measures(state: Any, train: bool) -> bool:
     return train or not isinstance(state, Population)
 
 
-def measured(state: Any, run: Run, sync: Sync) -> tuple[Moments, Moments, Any]:
-    """What was measured now, of a state that does not remember what others measured."""
-    if sync.every:
-        raise invalid(
-            "batch norm",
-            f"a state of type {type(state).__name__} with every={sync.every}",
-            "a Delayed state if, and only if, every is positive",
-            "make the state with normlab.population.init_delayed(channels)",
-        )
-    return *run(sync), state
+@_asks(inner=True)
+def delays(state: Any) -> bool:
+    """Whether it remembers what other devices measured, as `Sync(every=...)` wants."""
+    return False
 
 
 @_asks(inner=False)
 def observe(state: Any, run: Run, sync: Sync) -> tuple[Moments, Moments, Any]:
     """Returns the moments that normalize the batch, those to take in, and the state."""
-    return measured(state, run, sync)
+    return *run(sync), state
 
 
 @_asks(inner=True)
@@ -159,6 +154,15 @@ def plain(state: Any) -> bool:
 def check_state(where: str, state: Any, train: bool, shape: tuple[int, ...], channel: int) -> None:
     """Raises ValueError unless batch norm can use the state."""
     channels = shape[channel]
+    if train and measures(state, train) and bool(sync.every) != delays(state):
+        raise invalid(
+            where,
+            f"a state of type {type(state).__name__} with every={sync.every}",
+            "a Delayed state if, and only if, every is positive",
+            f"make the state with init_delayed({channels})"
+            if sync.every
+            else "use Sync(..., every=1), or the state's inner",
+        )
     if state is None and not train:
         raise invalid(
             where,
