@@ -151,7 +151,9 @@ def plain(state: Any) -> bool:
     return isinstance(state, Population) and not any(hasattr(state, name) for name in changes)
 
 
-def check_state(where: str, state: Any, train: bool, shape: tuple[int, ...], channel: int) -> None:
+def check_state(
+    where: str, state: Any, sync: Sync, train: bool, shape: tuple[int, ...], channel: int
+) -> None:
     """Raises ValueError unless batch norm can use the state."""
     channels = shape[channel]
     if train and measures(state, train) and bool(sync.every) != delays(state):
