@@ -88,6 +88,39 @@ def test_public_names_are_flaxs_and_the_documented_ones(library, name):
         assert ours - theirs <= {"pending", "num_features"}
 
 
+MASKS = {
+    "array": jnp.ones((4, 3, 1), bool),
+    "numpy": np.ones(X.shape, bool),
+    "weights": jnp.ones(4),
+    "number": 1,
+}
+
+
+@pytest.mark.parametrize("mask", MASKS)
+@libraries
+@pytest.mark.parametrize("name", [n for n in NORMS if n != "WeightNorm"] + ["RegistryNorm"])
+def test_a_mask_in_the_place_of_the_mode_is_an_error(library, name, mask):
+    """The norms that look at no mode as well: the mask would be lost without a word."""
+    if name == "RegistryNorm":
+        module = nll.RegistryNorm("layer") if library == "linen" else nlx.RegistryNorm("layer", 6)
+    else:
+        options = {} if name != "BatchNorm" else {"use_running_average": None}
+        make = getattr(LIBRARIES[library][1], name)
+        options |= NORMS[name] if library == "linen" else NORMS[name] | {"rngs": nnx.Rngs(0)}
+        module = make(**options) if library == "linen" else make(6, **options)
+    call = functools.partial(module.init, KEY) if library == "linen" else module
+    given = MASKS[mask]
+    refused = pytest.raises(ValueError, match=r"use_running_average.*expected True or False.*mask=")
+    if (library, name) == ("nnx", "RMSNorm"):  # where the mask comes second, as in flax's
+        with refused:
+            call(X, use_running_average=given)
+        return
+    with refused:
+        call(X, given)
+    with refused:
+        jax.eval_shape(lambda x, given: call(x, given), X, given)
+
+
 @names
 def test_linen_modules_are_dataclasses_that_copy_and_pickle(name):
     module = linen(nll, name)
