@@ -47,7 +47,7 @@ def initial(
     """The initial state of a batch norm, as `init_population` makes it.
 
     A name gets decay and ε, if its population has them; a function says its own. With
-    `Sync(every=...)` as the `axis_name` the state is a `Delayed`.
+    `Sync(every=...)` as the `axis_name` the state remembers what other devices measured.
     """
     named = not callable(population) and takes(population, "decay")
     make = init_batch_state(population, eps, as_sync(axis_name), decay=decay if named else None)
