@@ -318,7 +318,7 @@ def test_the_options_are_those_of_a_norm_of_the_same_parameters_and_conventions(
     norm = make(name).norm
     linear = nl.Conv() if norm.kind == "weight" else nl.Dense()
     site = nl.shapes(X, norm.kernel, linear=linear) if norm.kernel is not None else nl.Site(X)
-    init, _ = nl.get(norm.kind, **norm.options)
+    init = nl.get(norm.kind, **norm.options).init
     assert jax.tree.structure(init(site)) == jax.tree.structure((norm.params, norm.state))
     if norm.kind == "weight":
         site = nl.Site(linear(X, norm.kernel), X, norm.kernel, linear=linear)
