@@ -48,7 +48,7 @@ class Converted(NamedTuple):
 
     >>> import jax.numpy as jnp
     >>> Converted("layer", Affine(jnp.ones(3), None), eps=1e-6).options
-    {'rescale': True, 'reshift': False, 'eps': 1e-06, 'axes': 'channels'}
+    {'use_gain': True, 'use_bias': False, 'eps': 1e-06, 'axes': 'channels'}
     """
 
     kind: str
