@@ -87,8 +87,7 @@ def test_importing_normlab_loads_no_family_that_no_norm_needs():
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     families = ("normlab.convert", "normlab.folding", "normlab.instruments")
     assert not [name for name in run.stdout.split() if name.startswith(families)]
-    with pytest.raises(AttributeError, match="no attribute 'fold_norm'"):
-        _ = normlab.fold_norm
+    assert not hasattr(normlab, "fold_norm")
 
 
 def test_no_module_is_hidden_by_a_value_of_its_name():

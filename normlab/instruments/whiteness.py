@@ -16,9 +16,9 @@ from jax.typing import ArrayLike
 
 from normlab._arguments import checked, instance, not_negative, one_of
 from normlab._checks import expand, floating, invalid, promote
+from normlab._units import units_and_lengths
 from normlab.instruments.vectors import norm, rms, scaled
 from normlab.measure import moments
-from normlab.weight import units_and_lengths
 
 Method = Literal["zca", "pca", "zscore", "minmax"]
 """How features are put on one scale, with the covariance Σ = U·Λ·Uᵀ.
