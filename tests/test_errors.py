@@ -269,15 +269,15 @@ TABLE = [
     ),
     case(
         "fold: parts of examples",
-        lambda: nl.fold(nl.layer_parts(A, None), W),
+        lambda: nl.folding.fold(nl.layer_parts(A, None), W),
         "fold",
-        "shift of shape (4, 1)",
+        "mu of shape (4, 1)",
         "3 output channels",
         "train=False",
     ),
     case(
         "fold: parts of another layer",
-        lambda: nl.fold(Parts(*map(jnp.ones, (1, 7, 1, 1))), W),
+        lambda: nl.folding.fold(Parts(*map(jnp.ones, (1, 7, 1, 1))), W),
         "fold",
         "scale of shape (7,)",
         "3 output channels",
@@ -364,9 +364,9 @@ TABLE = [
     ),
     case(
         "fold: parts of as many examples as channels",
-        lambda: nl.fold(nl.layer_parts(jnp.ones((3, 3)), None), W),
+        lambda: nl.folding.fold(nl.layer_parts(jnp.ones((3, 3)), None), W),
         "fold",
-        "shift of shape (3, 1)",
+        "mu of shape (3, 1)",
     ),
     case("decay without a state", lambda: batch(decay=1.5), "decay=1.5", "[0, 1)"),
     # the registry

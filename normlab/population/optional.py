@@ -6,6 +6,7 @@
     normalizer    μ and σ                                                 of the batch; else `read`
     per_example   whether `read` returns values of each example           no
     moments       the moments that `read` is about                        of a count of 1
+    options       the options of `get("batch")` it begins with            none
     pool          the same, merged with those of other devices            averages
     share         what each of some devices keeps of merged statistics    all of it
     settled       the same, of what a transaction saw                     cannot be
@@ -106,6 +107,12 @@ def moments(state: Any) -> Moments:
     """The moments that `read` is about, each of a count of 1 if the state knows no other."""
     mean, var = state.read()
     return Moments(jnp.ones_like(mean), mean, var)
+
+
+@_asks(inner=False)
+def options(state: Any) -> dict[str, Any]:
+    """The options of `get("batch")` with which such a state begins, as far as it says them."""
+    return {"population": "batch"} if state == () else {}
 
 
 @_asks(inner=False)
