@@ -279,7 +279,7 @@ TABLE = [
         "fold: parts of another layer",
         lambda: nl.folding.fold(Parts(*map(jnp.ones, (1, 7, 1, 1))), W),
         "fold",
-        "scale of shape (7,)",
+        "sigma of shape (7,)",
         "3 output channels",
     ),
     # sites and layers
