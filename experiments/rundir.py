@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import subprocess
@@ -17,6 +18,10 @@ import jax
 CHECKOUT = Path(__file__).resolve().parent.parent
 PACKAGES = ("normlab", "jax", "jaxlib", "flax", "optax", "numpy", "tensorflow-datasets")
 VARIABLES = ("XLA_FLAGS", "JAX_PLATFORMS", "MALLOC_MMAP_MAX_", "MALLOC_TRIM_THRESHOLD_")
+
+
+Record = dict[str, Any]
+"""A measurement: JSON values by name; `None` where one is not finite."""
 
 
 class RunError(ValueError):
@@ -77,6 +82,16 @@ class RunDirectory:
             f"cannot write {self.path / name}: {error.strerror or error}. What was written before "
             "is whole. Free some space, or choose another place with --run-dir."
         )
+
+
+def number(value: Any) -> float | None:
+    """A JSON number; null where it is not finite."""
+    return float(value) if math.isfinite(value) else None
+
+
+def shown(value: float | None) -> str:
+    """A number of a record for a reader."""
+    return "not finite" if value is None else f"{value:.4f}"
 
 
 def environment() -> dict[str, Any]:

@@ -260,7 +260,7 @@ class TestCompare:
         assert len(parts) == len(evaluations) * 3 * 4  # layers, parts
         for row in summary["norms"]:
             final = [
-                r["test_accuracy"]
+                r["accuracy"]
                 for r in evaluations
                 if r["norm"] == row["norm"] and r["step"] == 6
             ]
@@ -301,7 +301,8 @@ class TestCompare:
         for lane, ms in zip(comparison.lanes, ([1.0, 2.0], [4.0, 4.0]), strict=True):
             lane.step_ms = ms
             lane.records = [
-                {"seed": seed, "step": step, "test_accuracy": accuracy}
+                {"kind": "evaluation", "seed": seed, "step": step, "accuracy": accuracy}
+                | {"test_loss": 1.0}
                 for seed, accuracies in enumerate(([0.1, 0.6, 0.9], [0.1, 0.2, 0.7]))
                 for step, accuracy in zip((0, 2, 4), accuracies, strict=True)
             ]
@@ -341,9 +342,14 @@ class TestCompare:
             assert len(cut) == count
 
     def test_every_norm_has_a_colour_and_a_marker_of_its_own(self):
-        looks = [(style["color"], style["marker"]) for style in figures.STYLE.values()]
-        assert set(figures.STYLE) == set(nl.names())
+        own = [f"package.module:norm{i}" for i in range(30)]
+        styles = figures.styles([*nl.names(), *own, "Adam", "local"])
+        looks = [(style["color"], style["marker"]) for style in styles.values()]
+        assert set(styles) == {*nl.names(), *own, "Adam", "local"}
         assert len(set(looks)) == len(looks)
+        assert figures.styles(["local", *own[::-1], "batch", "local", "Adam"]) != {}
+        few = figures.styles([own[3], *own])
+        assert all(few[name] == styles[name] for name in own)
 
 
 REFUSED = {

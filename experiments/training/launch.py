@@ -25,9 +25,10 @@ from typing import Annotated, Any, NamedTuple
 
 import tyro
 
-from ..rundir import CHECKOUT, RunError
+from ..rundir import CHECKOUT, RunError, shown
+from .config import require, require_division
 from .processes import gist, read_diaries
-from .train import Train, check_batch, check_directory, default_path, train
+from .train import Train, check_directory, default_path, train
 
 QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -70,9 +71,7 @@ class Launch:
         """Raises RunError for values that cannot be run."""
         for name, least in (("workers", 1), ("gpus", 0), ("max_failures", 0)):
             value = getattr(self, name)
-            if value < least:
-                option = name.replace("_", "-")
-                raise RunError(f"--{option}: got {value}; it must be at least {least}.")
+            require(value >= least, name, value, f"at least {least}")
         example = "for example: launch --workers 4 -- train --dataset mnist"
         if not self.command:
             raise RunError(f"there is nothing to launch; {example}")
@@ -123,7 +122,8 @@ def launch(
     run = dataclasses.replace(run, run_dir=path)
     check_directory(run)
     if not config.gpus:
-        check_batch(run, config.workers * max(run.devices, 1))
+        devices = config.workers * max(run.devices, 1)
+        require_division(run.batch_size, devices, run.microbatches)
     os.environ.update(QUIET)  # Ray reads them when it is imported
     try:
         import ray  # pyright: ignore[reportMissingImports]
@@ -196,7 +196,7 @@ class Story:
         with contextlib.suppress(OSError, IndexError, ValueError):
             last = json.loads((self.path / "metrics.jsonl").read_text().splitlines()[-1])
             if any(r["event"] == "start" for r in gangs[-1]):
-                self.say(f"step {last['step']}/{self.steps}, loss {last['loss']:.4f}")
+                self.say(f"step {last['step']}/{self.steps}, loss {shown(last['train_loss'])}")
 
     def outcome(self, error: BaseException | None, number: int) -> Outcome:
         """How it ended.
@@ -235,7 +235,10 @@ def failure(records: list[dict[str, Any]]) -> str:
 def _start_ray(config: Launch, temporary: Path) -> None:
     import ray  # pyright: ignore[reportMissingImports]
 
-    variables = {"PYTHONPATH": str(CHECKOUT)} | ({} if config.gpus else {"JAX_PLATFORMS": "cpu"})
+    here = (str(CHECKOUT), os.getcwd(), os.environ.get("PYTHONPATH", ""))  # a norm of one's own
+    variables = {"PYTHONPATH": os.pathsep.join(filter(None, here))} | (
+        {} if config.gpus else {"JAX_PLATFORMS": "cpu"}
+    )
     local: dict[str, Any] = {
         "num_cpus": max(config.workers, os.cpu_count() or 1),
         "include_dashboard": False,
