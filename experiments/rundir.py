@@ -28,22 +28,28 @@ class RunError(ValueError):
     """A run that cannot start or go on; the text says why and what to do."""
 
 
+def default_path(name: str) -> Path:
+    """Where a run goes that is not told."""
+    now = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
+    return CHECKOUT / "runs" / f"{name}-{now}"
+
+
 class RunDirectory:
-    """A new directory that belongs to one run.
+    """A directory that belongs to one run.
 
     Args:
       path: Where; `None` for `runs/<name>-<time>` in the checkout.
       name: What the run is, for the default path.
+      again: Whether it may be there already.
 
     Raises:
       RunError: If the directory exists already or cannot be made.
     """
 
-    def __init__(self, path: Path | None, name: str) -> None:
-        now = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
-        self.path = path or CHECKOUT / "runs" / f"{name}-{now}"
+    def __init__(self, path: Path | None, name: str, *, again: bool = False) -> None:
+        self.path = path or default_path(name)
         try:
-            self.path.mkdir(parents=True)
+            self.path.mkdir(parents=True, exist_ok=again)
         except FileExistsError:
             raise RunError(
                 f"the run directory {self.path} exists already, and a run never writes into "

@@ -9,6 +9,8 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import SymmetricalLogLocator
 
+import normlab as nl
+
 from ..figures import log_scale, series, styles
 from ..rundir import Record
 
@@ -50,12 +52,7 @@ def curves(records: Records, title: str, chance: float) -> Figure:
 def parts(records: Records, title: str) -> Figure:
     """The four parts of every norm, layer by layer: medians over values and seeds, 15–85% bands."""
     layers = list(dict.fromkeys(r["layer"] for r in records))
-    labels = {
-        "shift": "shift μ",
-        "scale": "scale σ",
-        "rescale": "rescale g",
-        "reshift": "reshift b",
-    }
+    labels = dict(zip(nl.Parts._fields, ("shift μ", "scale σ", "gain g", "bias b"), strict=True))
     figure, grid = plt.subplots(
         4,
         len(layers),
@@ -78,9 +75,9 @@ def parts(records: Records, title: str) -> Figure:
                     low, middle, high = (np.median(v, axis=1) for v in (low, middle, high))
                 axes.plot(steps, middle, label=name, **style)
                 axes.fill_between(steps, low, high, color=style["color"], alpha=0.12, lw=0)
-            if part == "scale":
+            if row == 1:
                 log_scale(axes)
-            if part == "rescale":  # a gain may be negative
+            if row == 2:  # a gain may be negative
                 axes.set_yscale("symlog", linthresh=0.1)
                 ticks = SymmetricalLogLocator(base=10, linthresh=0.1, subs=(1, 2, 5))
                 axes.yaxis.set_major_locator(ticks)

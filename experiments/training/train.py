@@ -8,7 +8,6 @@ that was stopped and one that was not are the same numbers, bit for bit, on as m
 from __future__ import annotations
 
 import dataclasses
-import datetime
 import functools
 import json
 import math
@@ -16,7 +15,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -31,7 +30,7 @@ import normlab as nl
 
 from .. import models
 from ..data import NAMES, Dataset, load
-from ..rundir import CHECKOUT, RunDirectory, RunError, environment
+from ..rundir import RunDirectory, RunError, default_path, environment
 from . import processes, syncs
 from .checkpoints import Checkpoints
 from .config import Command, require, require_division, require_fit
@@ -48,16 +47,15 @@ from .trainer import (
     minibatches,
 )
 
-FREE = (
+FREE = {
     *("steps", "checkpoint_every", "keep", "log_every", "data_dir", "run_dir", "devices"),
-    *("coordinator", "processes", "process", "cluster", "start_timeout", "heartbeat_timeout"),
-    *("shutdown_timeout", "step_timeout", "grace"),
-)
+    *(field.name for field in dataclasses.fields(processes.Joining)),
+}
 """Options that may change when a run goes on: they change no number up to a given step."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Train(Command):
+class Train(processes.Joining, Command):
     """Train one network, data-parallel, in one process or many; go on where it was stopped.
 
     The same command with the same --run-dir goes on from the last checkpoint. Under Slurm,
@@ -95,34 +93,6 @@ class Train(Command):
     """Where the results go; the place of a run of the same options lets that run go on. By default
     runs/train-DATASET-MODEL-TIME, for one process; several must share a directory."""
 
-    coordinator: str | None = None
-    """HOST:PORT of process 0, where no cluster says it; with --processes and --process."""
-
-    processes: int = 1
-    """With --coordinator: how many processes there are."""
-
-    process: int = 0
-    """With --coordinator: which of them this is."""
-
-    cluster: Literal["auto", "yes", "no"] = "auto"
-    """Whether to ask the cluster for the other processes: if its variables are there, or always
-    (TPU VMs have none), or never."""
-
-    start_timeout: int = 120
-    """Seconds in which all processes must have started."""
-
-    heartbeat_timeout: int = 10
-    """Seconds after which a process that is not heard of is dead, and the others end."""
-
-    shutdown_timeout: int = 8
-    """Seconds that a process that is done waits for the others."""
-
-    step_timeout: float = 60.0
-    """Seconds for a step; the watchdog ends a process that is over it."""
-
-    grace: float = 600.0
-    """Seconds for the first step, which compiles, for a checkpoint and for the evaluation."""
-
     def __post_init__(self) -> None:
         """Raises RunError for values that cannot be run."""
         super().__post_init__()
@@ -150,6 +120,12 @@ class Train(Command):
         """The norm, with the options of this run."""
         return self.norm_of(self.norm, sync, population=self.population)
 
+    @property
+    def path(self) -> Path:
+        """The run directory."""
+        default = default_path(f"train-{self.dataset}-{self.model}")
+        return (self.run_dir or default).expanduser().resolve()
+
     def as_json(self) -> dict[str, Any]:
         """The options that the numbers depend on."""
         return {k: v for k, v in super().as_json().items() if k not in FREE}
@@ -160,17 +136,23 @@ class Result(NamedTuple):
 
     Attributes:
       path: The run directory.
-      step: The steps that are done, all of them in a checkpoint.
-      summary: What was measured at the end; `None` if the run was asked to stop before.
-      signal: The signal that asked, if this process got it.
+      step: The last step that is in a checkpoint.
+      summary: What was measured at the end; `None` without an end.
+      signal: The signal that asked for a stop, if this process got it, or 0.
       process: Which process this is.
+      restarts: How often all processes were started again, of a launch.
+      failure: Why it ended before the end, or an empty string.
+      usage: Whether that is an error which another start would not mend.
     """
 
     path: Path
     step: int
     summary: dict[str, Any] | None
     signal: int
-    process: int
+    process: int = 0
+    restarts: int = 0
+    failure: str = ""
+    usage: bool = False
 
 
 class Resumed(RunDirectory):
@@ -182,11 +164,7 @@ class Resumed(RunDirectory):
     """
 
     def __init__(self, config: Train, process: int) -> None:
-        self.path = (config.run_dir or default_path(config)).expanduser().resolve()
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise RunError(f"cannot make the run directory {self.path}: {error}.") from error
+        super().__init__(config.path, "", again=True)
         if process == 0:
             self.write_json("config.json", config.as_json())
 
@@ -199,12 +177,6 @@ class Resumed(RunDirectory):
         if kept != lines:
             self.write_bytes(path.name, b"".join(kept))
         (self.path / "summary.json").unlink(missing_ok=True)
-
-
-def default_path(config: Train) -> Path:
-    """Where a run goes that is not told."""
-    now = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
-    return CHECKOUT / "runs" / f"train-{config.dataset}-{config.model}-{now}"
 
 
 def check_directory(config: Train) -> None:
@@ -365,15 +337,7 @@ def train(config: Train, say: Callable[[str], None] = lambda _: None) -> Result:
         except RuntimeError as error:  # the devices are there already
             raise RunError(f"--devices {config.devices}: {error}") from error
     say("waiting for the other processes")
-    processes.form(
-        **{
-            name: getattr(config, name)
-            for name in (
-                *("coordinator", "processes", "process", "cluster", "start_timeout"),
-                *("heartbeat_timeout", "shutdown_timeout"),
-            )
-        }
-    )
+    processes.form(config)
     process, count = jax.process_index(), jax.process_count()
     say = say if process == 0 else lambda _: None
     if config.run_dir is None and count > 1:
