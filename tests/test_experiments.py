@@ -260,9 +260,7 @@ class TestCompare:
         assert len(parts) == len(evaluations) * 3 * 4  # layers, parts
         for row in summary["norms"]:
             final = [
-                r["accuracy"]
-                for r in evaluations
-                if r["norm"] == row["norm"] and r["step"] == 6
+                r["accuracy"] for r in evaluations if r["norm"] == row["norm"] and r["step"] == 6
             ]
             assert row["accuracy_mean"] == pytest.approx(np.mean(final))
             assert row["accuracy_sd"] == pytest.approx(np.std(final, ddof=1))

@@ -109,16 +109,9 @@ class Train(processes.Joining, Command):
         together = self.processes == 1 or self.coordinator is not None
         require(together, "processes", self.processes, "beside a --coordinator HOST:PORT")
         require(self.dataset in NAMES, "dataset", self.dataset, f"one of {', '.join(NAMES)}")
-        try:
-            nl.init_population(self.population, 1)
-        except ValueError as error:  # an unknown name
-            raise RunError(str(error)) from None
-        self.build_norm(None)
+        for name in ("batch", self.norm):  # no array is made: JAX must not start yet
+            self.norm_of(name, population=self.population)
         syncs.parse(self.sync, AXIS)
-
-    def build_norm(self, sync: nl.AxisName | None) -> nl.Norm:
-        """The norm, with the options of this run."""
-        return self.norm_of(self.norm, sync, population=self.population)
 
     @property
     def path(self) -> Path:
@@ -223,7 +216,8 @@ class Program:
         mesh = Mesh(np.array(jax.devices()), (AXIS,), axis_types=(AxisType.Auto,))
         self.copied, self.split = NamedSharding(mesh, P()), NamedSharding(mesh, P(AXIS))
         self.sync = syncs.parse(config.sync, AXIS, self.devices)
-        self.model = models.build(config.model, config.build_norm(self.sync), data.classes)
+        norm = config.norm_of(config.norm, self.sync, population=config.population)
+        self.model = models.build(config.model, norm, data.classes)
         self.task = Task(self.model, Preprocess.of(data))
         self.optimizer = OPTIMIZERS[config.optimizer](config.lr)
         mapped = functools.partial(jax.shard_map, mesh=mesh)
