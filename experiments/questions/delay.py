@@ -97,7 +97,7 @@ def figure(records: Sequence[Record]) -> Figure:
     errors: dict[str, list[float]] = {}
     for r in records:
         if r["step"] == last:
-            errors.setdefault(r["condition"], []).append(draw.test_error(r))
+            errors.setdefault(r["condition"], []).append(draw.value(r, draw.test_error))
     references = [name for name in errors if not name.startswith("every")]
     delays = sorted({int(name.split()[1].strip(",")) for name in errors if name not in references})
     gradients = {"": "own moments by their share", ", forward": "own moments whole"}

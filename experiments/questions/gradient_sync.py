@@ -81,7 +81,7 @@ def figure(records: Sequence[Record]) -> Figure:
     draw.over_steps(left, ends, draw.test_error, by="condition", marker=True)
     draw.log_y(left)
     left.set(ylabel="test error (%)")
-    draw.columns(right, {name: 100 - accuracy(ends, name) for name in names})
+    draw.columns(right, {name: [*(100 - accuracy(ends, name))] for name in names})
     right.set(title=f"after {max(r['step'] for r in ends)} steps")
     draw.legend(picture, left)
     picture.suptitle("What the gradient sees: median, band of all seeds; mean, 95% interval")

@@ -113,7 +113,10 @@ def figure(records: Sequence[Record]) -> Figure:
         for ghost, label in ((False, "devices"), (True, "parts of a device's batch")):
             chosen = [r for r in here if (not r["group"]) == ghost]
             places = sorted({r["together"] for r in chosen})
-            errors = [[draw.test_error(r) for r in chosen if r["together"] == n] for n in places]
+            errors = [
+                [draw.value(r, draw.test_error) for r in chosen if r["together"] == n]
+                for n in places
+            ]
             if places:
                 draw.spread(
                     axes,

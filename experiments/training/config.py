@@ -44,7 +44,7 @@ class Training:
     model: str = "conv"
     batch_size: int = 128
     steps: int = 600
-    optimizer: Optimizer = "momentum"
+    optimizer: str = "momentum"
     lr: float = 0.05
     data_dir: Path | None = None
 
@@ -70,6 +70,7 @@ class Command(Training):
       eps: ε, added to the variance under the root.
     """
 
+    optimizer: Optimizer = "momentum"
     microbatches: int = 1
     groups: int = 4
     decay: float | None = None

@@ -312,7 +312,7 @@ class Program:
     ) -> Array:
         merged = nl.pool_running(jax.tree.map(lambda v: v[0], state.norm_state), AXIS)
         variables = {"params": state.params, models.STATE: merged}
-        return lax.psum(self.task.count(variables, images, labels, weights), AXIS)
+        return lax.psum(self.task.sums(variables, images, labels, weights), AXIS)
 
 
 def train(config: Train, say: Callable[[str], None] = lambda _: None) -> Result:

@@ -81,7 +81,7 @@ class Evaluation(NamedTuple):
 
     @classmethod
     def of(cls, sums: np.ndarray, parts: dict[str, nl.Parts]) -> Evaluation:
-        """An evaluation of the sums `[..., 3]` of `Task.count`; the share is exact."""
+        """An evaluation of the sums `[..., 3]` of `Task.sums`; the share is exact."""
         loss, right, total = np.moveaxis(sums, -1, 0)
         return cls(loss / total, right / total.astype(np.float64), parts)
 
@@ -111,7 +111,7 @@ class Task(NamedTuple):
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
         return losses, changed.get(models.STATE, norm_state)
 
-    def count(self, variables: Any, images: Array, labels: Array, weights: Array) -> Array:
+    def sums(self, variables: Any, images: Array, labels: Array, weights: Array) -> Array:
         """Of test examples: the sums of the losses, of those classified right, of the weights."""
         logits: Any = self.model.apply(variables, self.preprocess(images), train=False)
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
@@ -273,7 +273,7 @@ class Trainer:
             variables = {"params": state.params, models.STATE: norm_state}
 
             shards = (images, labels, weights)
-            sums = lax.map(lambda shard: self.task.count(variables, *shard), shards).sum(axis=0)
+            sums = lax.map(lambda shard: self.task.sums(variables, *shard), shards).sum(axis=0)
             _, sown = self.model.apply(variables, probe, train=False, mutable=[models.PARTS])
             parts = jax.tree.map(quantiles, models.parts_by_layer(sown))
             return lax.psum(sums, AXIS), parts
