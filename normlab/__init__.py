@@ -24,15 +24,7 @@ from normlab.instruments.agreement import Equivalence, equivalence
 from normlab.instruments.decorrelation import Whitening, whiten, whitening
 from normlab.instruments.shards import Drift, drift
 from normlab.linear import Conv, Dense, Linear
-from normlab.measure import (
-    Algorithm,
-    Moments,
-    effective_sample_size,
-    empty,
-    merge,
-    merge_axes,
-    moments,
-)
+from normlab.measure import Algorithm, Moments, effective_sample_size, empty, merge, merge_axes, moments
 from normlab.population.by_name import init_domains, init_population
 from normlab.population.checkpoint import check_conventions, conventions, restore_states
 from normlab.population.cumulative import Cumulative, Estimator, init_cumulative
@@ -45,7 +37,8 @@ from normlab.population.renorm import Renorm, init_renorm
 from normlab.population.running import Running, change_ddof, init_running
 from normlab.population.transaction import Pending, begin, commit, precise, settle
 from normlab.registry import INVARIANCES, Row, get, names, row
-from normlab.site import Affine, Norm, Params, Site, State, init_affine, shapes
+from normlab.equation import Affine, init_affine
+from normlab.site import Norm, Params, Site, State, shapes
 from normlab.weight import (
     weight_norm,
     weight_norm_init,

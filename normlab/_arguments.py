@@ -578,8 +578,8 @@ declare(
     channel_axis=axis,
     unit_axis=axis,
     # Switches.
-    rescale=flag(),
-    reshift=flag(),
+    use_gain=flag(),
+    use_bias=flag(),
     debias=flag(),
     centred=flag(),
     state_gradient=flag(),

@@ -19,7 +19,8 @@ from normlab._xla import sharded_as
 from normlab.devices.merging import differentiated, measure, values_per_channel
 from normlab.devices.topology import AxisName, Sync, as_sync
 from normlab.equation import Parts, affine
-from normlab.measure import Algorithm, Moments, align_weights, merge, moments
+from normlab.measure import Algorithm, Moments, merge, moments
+from normlab._weights import align_weights
 from normlab.population.delayed import Delayed, check_delayed
 from normlab.population.domains import Domains
 from normlab.population.frozen import Frozen
@@ -170,7 +171,7 @@ def batch_parts(
             where, x, axes, sync, weights=weights, algorithm=algorithm, least=least
         )
     m = Moments(*map(turn, check_batch(where, m, bad_batch)))
-    mu, sigma = m.mean, m.scale(eps)
+    mu, sigma = m.mean, m.sigma(eps)
     if isinstance(state, Renorm):
         mu, sigma = state.correct(mu, sigma, eps, like)
     if isinstance(state, Population) and train:

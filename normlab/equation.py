@@ -25,7 +25,7 @@ from normlab._checks import (
 )
 from normlab._trees import node
 from normlab._xla import apart, derivative_of, partitioned, widen, zeros_of
-from normlab.measure import align_weights, leave_out
+from normlab._weights import align_weights, leave_out
 
 
 @node
@@ -43,8 +43,8 @@ class Parts(NamedTuple):
 
     shift: Array
     scale: Array
-    rescale: Array
-    reshift: Array
+    use_gain: Array
+    use_bias: Array
 
 
 declare(parts=instance(Parts, "take them from a *_parts, or make Parts(mu, sigma, g, b)"))

@@ -28,15 +28,9 @@ from normlab._arguments import checked, norm_axes
 from normlab._checks import gain_and_bias, invalid, normalize_axes, promote
 from normlab._xla import partitioned
 from normlab.equation import Parts, affine
-from normlab.measure import (
-    Algorithm,
-    Moments,
-    align_weights,
-    average,
-    merge_axes,
-    moments,
-    standard_deviation,
-)
+from normlab.measure import Algorithm, Moments, merge_axes, moments, standard_deviation
+from normlab._weights import align_weights
+from normlab._sums import average
 
 Axes = int | Sequence[int] | Literal["channels", "all"]
 """What layer and RMS norm measure over."""
@@ -105,7 +99,7 @@ def layer_parts(
     _check_values(
         where, a, m, "statistic", "use RMS norm, which has no mean, or measure over more axes"
     )
-    return Parts(m.mean, m.scale(eps), g, b)
+    return Parts(m.mean, m.sigma(eps), g, b)
 
 
 def layer_moments(
@@ -243,7 +237,7 @@ def group_parts(
     if math.prod(a.shape[1:]) == groups:
         change = "use fewer groups, or RMS norm, which has no mean"
         raise _one_value(where, a.shape, "example and group", change)
-    return Parts(m.mean, m.scale(eps), g, b)
+    return Parts(m.mean, m.sigma(eps), g, b)
 
 
 def group_moments(
@@ -335,7 +329,7 @@ def instance_parts(
     change = "use layer norm or RMS norm in a dense layer"
     _check_values(where, a, m, "example and channel", change, positions)
     g, b = gain_and_bias(where, params, a, channel_axis)
-    return Parts(m.mean, m.scale(eps), g, b)
+    return Parts(m.mean, m.sigma(eps), g, b)
 
 
 def instance_moments(

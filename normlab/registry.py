@@ -23,7 +23,8 @@ from normlab.population.by_name import init_population, require
 from normlab.population.cumulative import Estimator
 from normlab.population.delayed import delay
 from normlab.population.protocol import BadBatch
-from normlab.site import SHAPES, Norm, Params, Site, State, init_affine
+from normlab.site import SHAPES, Norm, Params, Site, State
+from normlab.equation import init_affine
 from normlab.weight import weight_norm_init, weight_parts, weight_standardization_parts
 
 INVARIANCES = (
@@ -126,7 +127,7 @@ def _factory(where: str, **special: Any) -> Callable[[Callable[..., Norm]], Call
 
 
 @_factory("no norm")
-def none(*, reshift: bool = True) -> Norm:
+def none(*, use_bias: bool = True) -> Norm:
     """No normalization: μ = 0, σ = 1, and a bias."""
 
     def measure(params: Params, site: Site) -> Parts:
@@ -134,7 +135,7 @@ def none(*, reshift: bool = True) -> Norm:
         zero = jnp.zeros((), b.dtype)
         return Parts(zero, zero + 1, zero + 1, b)
 
-    return _stateless(measure, rescale=False, reshift=reshift)
+    return _stateless(measure, use_gain=False, use_bias=use_bias)
 
 
 @_factory("batch norm", decay=settled_decay)
@@ -149,8 +150,8 @@ def batch(
     algorithm: Algorithm = "auto",
     bad_batch: BadBatch = "skip",
     state_gradient: bool = False,
-    rescale: bool = True,
-    reshift: bool = True,
+    use_gain: bool = True,
+    use_bias: bool = True,
 ) -> Norm:
     """`batch_norm`, with the state of `init_population(population, C)`.
 
@@ -181,7 +182,7 @@ def batch(
 
     def init(site: Site) -> tuple[Params, State]:
         dtype = promote_dtype(site.a)
-        params = init_affine(site.channels, rescale=rescale, reshift=reshift, dtype=dtype)
+        params = init_affine(site.channels, use_gain=use_gain, use_bias=use_bias, dtype=dtype)
         state = init_population(population, site.channels, dtype=dtype, **settings)
         state = delay(state) if as_sync(axis_name).every else state
         jax.eval_shape(lambda site: parts(params, state, site, train=False), site)
@@ -196,11 +197,11 @@ def layer(
     axes: Axes = "channels",
     eps: float = 1e-5,
     algorithm: Algorithm = "auto",
-    rescale: bool = True,
-    reshift: bool = True,
+    use_gain: bool = True,
+    use_bias: bool = True,
 ) -> Norm:
     """`layer_norm`."""
-    return _example(layer_parts, rescale, reshift, axes=axes, eps=eps, algorithm=algorithm)
+    return _example(layer_parts, use_gain, use_bias, axes=axes, eps=eps, algorithm=algorithm)
 
 
 @_factory("RMS norm", axes=norm_axes)
@@ -208,11 +209,11 @@ def rms(
     *,
     axes: Axes = "channels",
     eps: float = 1e-5,
-    rescale: bool = True,
-    reshift: bool = True,
+    use_gain: bool = True,
+    use_bias: bool = True,
 ) -> Norm:
     """`rms_norm`."""
-    return _example(rms_parts, rescale, reshift, axes=axes, eps=eps)
+    return _example(rms_parts, use_gain, use_bias, axes=axes, eps=eps)
 
 
 @_factory("group norm", groups=integer("a number of groups, at least 1", "pass an int", 1))
@@ -221,11 +222,11 @@ def group(
     groups: int,
     eps: float = 1e-5,
     algorithm: Algorithm = "auto",
-    rescale: bool = True,
-    reshift: bool = True,
+    use_gain: bool = True,
+    use_bias: bool = True,
 ) -> Norm:
     """`group_norm`."""
-    return _example(group_parts, rescale, reshift, groups=groups, eps=eps, algorithm=algorithm)
+    return _example(group_parts, use_gain, use_bias, groups=groups, eps=eps, algorithm=algorithm)
 
 
 @_factory("instance norm")
@@ -233,11 +234,11 @@ def instance(
     *,
     eps: float = 1e-5,
     algorithm: Algorithm = "auto",
-    rescale: bool = True,
-    reshift: bool = True,
+    use_gain: bool = True,
+    use_bias: bool = True,
 ) -> Norm:
     """`instance_norm`."""
-    return _example(instance_parts, rescale, reshift, eps=eps, algorithm=algorithm)
+    return _example(instance_parts, use_gain, use_bias, eps=eps, algorithm=algorithm)
 
 
 @_factory("weight norm", data_init=flag())
@@ -245,8 +246,8 @@ def weight(
     *,
     data_init: bool = False,
     axis_name: AxisName | None = None,
-    rescale: bool = True,
-    reshift: bool = True,
+    use_gain: bool = True,
+    use_bias: bool = True,
 ) -> Norm:
     """Weight normalization; with `data_init` by `weight_norm_init`, from the values at init."""
 
@@ -259,36 +260,36 @@ def weight(
                 "pass Site(a=linear(x, w), x=x, w=w, linear=linear) to init, or data_init=False",
             )
         params = weight_norm_init(site, axis_name=axis_name)
-        return params._replace(g=params.g if rescale else None, b=params.b if reshift else None)
+        return params._replace(g=params.g if use_gain else None, b=params.b if use_bias else None)
 
     return _stateless(
-        weight_parts, rescale=rescale, reshift=reshift, params=data_dependent if data_init else None
+        weight_parts, use_gain=use_gain, use_bias=use_bias, params=data_dependent if data_init else None
     )
 
 
 @_factory("weight standardization")
-def weight_standardization(*, rescale: bool = True, reshift: bool = True) -> Norm:
+def weight_standardization(*, use_gain: bool = True, use_bias: bool = True) -> Norm:
     """`weight_standardization`."""
-    return _stateless(weight_standardization_parts, rescale=rescale, reshift=reshift)
+    return _stateless(weight_standardization_parts, use_gain=use_gain, use_bias=use_bias)
 
 
 @_factory("cosine norm", g=real)
-def cosine(*, g: float | None = None, rescale: bool = True, reshift: bool = True) -> Norm:
+def cosine(*, g: float | None = None, use_gain: bool = True, use_bias: bool = True) -> Norm:
     """`cosine_norm`. The gain starts at `g`; `None` stands for √K.
 
     At √K the pre-activation of independent x and w has variance 1, as in the other norms. The
     paper's own form, bounded by 1, is `rescale=False`.
     """
-    return _cosine(False, g, rescale, reshift)
+    return _cosine(False, g, use_gain, use_bias)
 
 
 @_factory("centred cosine norm", g=real)
-def centred_cosine(*, g: float | None = None, rescale: bool = True, reshift: bool = True) -> Norm:
+def centred_cosine(*, g: float | None = None, use_gain: bool = True, use_bias: bool = True) -> Norm:
     """`cosine_norm(centred=True)`, Pearson's correlation; `g` as in `cosine`."""
-    return _cosine(True, g, rescale, reshift)
+    return _cosine(True, g, use_gain, use_bias)
 
 
-def _cosine(centred: bool, g: float | None, rescale: bool, reshift: bool) -> Norm:
+def _cosine(centred: bool, g: float | None, use_gain: bool, use_bias: bool) -> Norm:
     def measure(params: Params, site: Site) -> Parts:
         return cosine_parts(params, site, centred=centred)
 
@@ -296,12 +297,12 @@ def _cosine(centred: bool, g: float | None, rescale: bool, reshift: bool) -> Nor
         assert site.w is not None  # measured before
         gain = math.sqrt(math.prod(site.w.shape[:-1])) if g is None else g
         dtype = promote_dtype(site.a)
-        return init_affine(site.channels, rescale=rescale, reshift=reshift, g=gain, dtype=dtype)
+        return init_affine(site.channels, use_gain=use_gain, use_bias=use_bias, g=gain, dtype=dtype)
 
-    return _stateless(measure, rescale=rescale, reshift=reshift, params=params)
+    return _stateless(measure, use_gain=use_gain, use_bias=use_bias, params=params)
 
 
-def _example(measure: Callable[..., Parts], rescale: bool, reshift: bool, **options: Any) -> Norm:
+def _example(measure: Callable[..., Parts], use_gain: bool, use_bias: bool, **options: Any) -> Norm:
     def at_site(params: Params, site: Site) -> Parts:
         return measure(
             site.a,
@@ -311,14 +312,14 @@ def _example(measure: Callable[..., Parts], rescale: bool, reshift: bool, **opti
             **options,
         )
 
-    return _stateless(at_site, rescale=rescale, reshift=reshift)
+    return _stateless(at_site, use_gain=use_gain, use_bias=use_bias)
 
 
 def _stateless(
     measure: Callable[[Params, Site], Parts],
     *,
-    rescale: bool,
-    reshift: bool,
+    use_gain: bool,
+    use_bias: bool,
     params: Callable[[Site], Params] | None = None,
 ) -> Norm:
     """A norm without state; `params` overrides the initial gain 1 and bias 0."""
@@ -328,7 +329,7 @@ def _stateless(
         if params is not None:
             return params(site), ()
         dtype = promote_dtype(site.a)
-        return init_affine(site.channels, rescale=rescale, reshift=reshift, dtype=dtype), ()
+        return init_affine(site.channels, use_gain=use_gain, use_bias=use_bias, dtype=dtype), ()
 
     def parts(params: Params, state: State, site: Site, *, train: bool) -> tuple[Parts, State]:
         del train

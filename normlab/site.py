@@ -43,8 +43,8 @@ class Affine(NamedTuple):
 def init_affine(
     channels: int,
     *,
-    rescale: bool = True,
-    reshift: bool = True,
+    use_gain: bool = True,
+    use_bias: bool = True,
     g: ArrayLike = 1.0,
     dtype: DTypeLike = jnp.float32,
 ) -> Affine:
@@ -61,8 +61,8 @@ def init_affine(
     [1.0, 1.0]
     """
     return Affine(
-        g=jnp.full(channels, g, dtype) if rescale else None,
-        b=jnp.zeros(channels, dtype) if reshift else None,
+        g=jnp.full(channels, g, dtype) if use_gain else None,
+        b=jnp.zeros(channels, dtype) if use_bias else None,
     )
 
 

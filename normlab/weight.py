@@ -21,8 +21,10 @@ from normlab.devices.merging import all_reduce
 from normlab.devices.topology import AxisName
 from normlab.equation import Parts, affine
 from normlab.linear import output_shape
-from normlab.measure import align_weights, moments
-from normlab.site import Affine, Site
+from normlab._weights import align_weights
+from normlab.measure import moments
+from normlab.equation import Affine
+from normlab.site import Site
 
 
 @checked("weight norm")

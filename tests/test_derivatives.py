@@ -491,7 +491,7 @@ SCALES = (1e-30, 1e-20, 1e-10, 1e10, 1e20, 1e30)
 
 def by_registry(name):
     """h from the four parts."""
-    norm = nl.get(name, rescale=False, reshift=False)
+    norm = nl.get(name, use_gain=False, use_bias=False)
 
     def h(x, w):
         return norm.apply(None, (), nl.Site(x @ w, x, w), train=True)[0]

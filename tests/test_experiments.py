@@ -158,7 +158,7 @@ class TestTrainer:
         state, _ = run_steps(trainer, 3)
         mean = np.asarray(state.norm_state["Normed_0"]["norm"].mean)  # [devices, seeds, C]
         assert np.abs(mean - mean[:1]).max() > 1e-3
-        shift = trainer.evaluate(state).parts["Normed_0"].shift
+        shift = trainer.evaluate(state).parts["Normed_0"].mu
         pooled = np.quantile(mean[:, 0].mean(axis=0), QUANTILES)
         np.testing.assert_allclose(shift[0], pooled, rtol=1e-4, atol=1e-6)
 
@@ -602,7 +602,7 @@ def test_the_table_of_invariances_shows_where_eps_breaks_them(capsys):
     breaks = {(name, column): at for name, column, *_, at in rows}
     for (name, column), at in breaks.items():
         assert column in nl.row(name).invariances
-        if nl.row(name).looks_at.startswith("a"):
+        if "a" in nl.row(name).needs:
             assert 1e-5 < float(at) < 1e-1
         else:
             assert at == "never"

@@ -123,4 +123,4 @@ def test_every_row_of_the_registry_is_documented():
         assert row.name == name == row.factory.__name__
         assert inspect.getdoc(row.factory)
         assert row.invariances <= set(normlab.INVARIANCES)
-        assert all(isinstance(text, str) and text for text in (row.looks_at, row.shift, row.scale))
+        assert all(isinstance(text, str) and text for text in (row.looks_at, row.mu, row.sigma))

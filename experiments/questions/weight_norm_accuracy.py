@@ -101,7 +101,7 @@ def mean_only() -> nl.Norm:
     ) -> tuple[nl.Parts, nl.State]:
         measured, state = batch.parts(params, state, site, train=train)
         own, _ = weight.parts(params, (), site, train=train)
-        return own._replace(shift=measured.shift), state
+        return own._replace(mu=measured.mu), state
 
     return nl.Norm(init, parts)
 

@@ -239,7 +239,7 @@ class Trainer:
         if self.data.devices > 1:
             flat, unravel = ravel_pytree((loss, grads))
             whole, grads = unravel(lax.pmean(flat, AXIS))  # packed: one collective for everything
-        norm_state = nl.commit(norm_state, jnp.isfinite(whole))
+        norm_state = nl.population.commit(norm_state, jnp.isfinite(whole))
         updates, opt_state = self.optimizer.update(grads, opt_state, params)
         return TrainState(optax.apply_updates(params, updates), norm_state, opt_state), loss
 
@@ -252,7 +252,7 @@ class Trainer:
             state, losses = side_by_side(self._step)(state, images[chosen], labels[chosen], chosen)
             if self.delayed:  # one collective for all layers of all seeds
                 each = [jax.tree.map(lambda v, i=i: v[i], state.norm_state) for i in seeds]
-                each = nl.exchange(each, self.delayed)
+                each = nl.population.exchange(each, self.delayed)
                 state = state._replace(norm_state=jax.tree.map(lambda *v: jnp.stack(v), *each))
             return vary(state, (AXIS,)), losses
 
@@ -269,7 +269,7 @@ class Trainer:
         def one(state: TrainState) -> tuple[Array, Any]:
             norm_state = state.norm_state
             if not self.synced:
-                norm_state = nl.pool_running(norm_state, AXIS)
+                norm_state = nl.population.pool_running(norm_state, AXIS)
             variables = {"params": state.params, models.STATE: norm_state}
 
             shards = (images, labels, weights)
@@ -442,7 +442,7 @@ def accumulate(
       gradient by `params`.
     """
     run = jax.value_and_grad(loss, has_aux=True)
-    state = nl.begin(norm_state)
+    state = nl.population.begin(norm_state)
     if microbatches == 1:
         (value, state), grads = run(params, state, *batch)
         return value, state, grads

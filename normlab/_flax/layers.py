@@ -16,7 +16,8 @@ from normlab._flax.words import read
 from normlab.cosine import cosine_norm
 from normlab.linear import Conv, Dense, Linear
 from normlab.registry import get, row
-from normlab.site import Affine, Norm
+from normlab.equation import Affine
+from normlab.site import Norm
 from normlab.weight import weight_norm
 
 

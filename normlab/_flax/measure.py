@@ -115,12 +115,12 @@ def example(
         _warn_of_one(call, _values(call, axes, over), "more than one value of each example")
         return _parts(m, eps)
     about_zero = m._replace(m2=m.m2 + m.count * jnp.square(m.mean))
-    return _parts(about_zero, eps)._replace(shift=jnp.zeros((), m.mean.dtype))
+    return _parts(about_zero, eps)._replace(mu=jnp.zeros((), m.mean.dtype))
 
 
 def _parts(m: Moments, eps: float) -> Parts:
     dtype = m.mean.dtype
-    return Parts(m.mean, m.scale(eps), jnp.ones((), dtype), jnp.zeros((), dtype))
+    return Parts(m.mean, m.sigma(eps), jnp.ones((), dtype), jnp.zeros((), dtype))
 
 
 def _values(call: Call, axes: Sequence[int], over: AxisName | None) -> Any:

@@ -32,7 +32,7 @@ from normlab.convert.statistics import counted, decay_of, mass_after, running, s
 from normlab.convert.value import NORM, Converted, Exported, check
 from normlab.example import Axes
 from normlab.population.running import Running
-from normlab.site import Affine
+from normlab.equation import Affine
 
 HOME = ("equinox",)
 COUNTERS = {"batch": "batch_counter", "ema": "ema_first_time_index"}

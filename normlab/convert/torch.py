@@ -33,7 +33,7 @@ from normlab.example import Axes
 from normlab.population.cumulative import Cumulative, init_cumulative
 from normlab.population.frozen import Frozen
 from normlab.population.running import Running
-from normlab.site import Affine
+from normlab.equation import Affine
 
 HOME = ("torch",)
 ELEMENTWISE = {"normalized_shape": None, "elementwise_affine": True}

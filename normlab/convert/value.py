@@ -27,7 +27,8 @@ from normlab.population.cumulative import Cumulative
 from normlab.population.frozen import Frozen
 from normlab.population.protocol import Population
 from normlab.population.running import Running
-from normlab.site import Affine, Params, State
+from normlab.equation import Affine
+from normlab.site import Params, State
 
 KINDS = ("batch", "layer", "rms", "group", "instance", "weight")
 """The norms that can be converted, by their names in the registry."""
@@ -69,8 +70,8 @@ class Converted(NamedTuple):
         and conventions, before its first batch; `state` is where the conversion stands.
         """
         options: dict[str, Any] = {
-            "rescale": self.params.g is not None,
-            "reshift": self.params.b is not None,
+            "use_gain": self.params.g is not None,
+            "use_bias": self.params.b is not None,
         }
         if self.kind != "weight":
             options["eps"] = self.eps
