@@ -129,11 +129,11 @@ def _bias(params, site):
 
 
 def _weight(case, params, site):
-    return site.linear(site.x, nl.weight_norm(site.w, params.g)) + _bias(params, site)
+    return site.linear(site.x, nl.weight_norm(site.w, params)) + _bias(params, site)
 
 
 def _weight_standardization(case, params, site):
-    w = nl.weight_standardization(site.w, params.g)
+    w = nl.weight_standardization(site.w, params)
     return site.linear(site.x, w) + _bias(params, site)
 
 

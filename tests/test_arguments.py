@@ -72,7 +72,10 @@ CALLS = {
         "recipes": (),
         "seed": 0,
     },
-    nl.population.exchange: {"states": nl.population.init_delayed(6), "axis_name": nl.Sync("d", every=1)},
+    nl.population.exchange: {
+        "states": nl.population.init_delayed(6),
+        "axis_name": nl.Sync("d", every=1),
+    },
     nl.fold: {"parts": PARTS, "kernel": W, "bias": jnp.ones(4), "unit_axis": -1},
     nl.fold_model: {
         "variables": MODEL,
@@ -106,7 +109,12 @@ CALLS = {
         "g": 1.0,
         "dtype": jnp.float32,
     },
-    nl.population.init_cumulative: {"channels": 3, "ddof": 0, "estimator": "pooled", "dtype": jnp.float32},
+    nl.population.init_cumulative: {
+        "channels": 3,
+        "ddof": 0,
+        "estimator": "pooled",
+        "dtype": jnp.float32,
+    },
     nl.population.init_delayed: {
         "channels": 3,
         "decay": 0.9,

@@ -63,7 +63,7 @@ def use(norm, x, train):
     def compute(norm, x):
         if norm.kind == "weight":
             linear = nl.Dense() if norm.kernel.ndim == 2 else nl.Conv()
-            return linear(x, nl.weight_norm(norm.kernel, norm.params.g)) + norm.params.b, ()
+            return linear(x, nl.weight_norm(norm.kernel, norm.params)) + norm.params.b, ()
         apply = nl.get(norm.kind, **norm.options).apply
         return apply(norm.params, norm.state, nl.Site(x), train=train)
 
@@ -416,7 +416,9 @@ def test_haiku_and_equinox_hold_a_plain_average_as_one_of_very_many_updates():
 
 def test_the_variance_of_another_ddof_goes_over_by_change_ddof():
     norm = forget_counters(trained(debias=False, ddof=1), "updates")
-    fixed = norm._replace(state=nl.population.change_ddof(norm.state, 0))  # by the count of its own batches
+    fixed = norm._replace(
+        state=nl.population.change_ddof(norm.state, 0)
+    )  # by the count of its own batches
     values = X.size / C
     fixed = forget_counters(fixed)
     var = convert.to_linen(fixed).variables["batch_stats"]["var"]
@@ -799,7 +801,7 @@ def test_flaxs_epsilon_under_the_root_is_refused_where_it_shows():
     }
     refused("epsilon", lambda: convert.from_nnx(variables, "weight"))
     norm = convert.from_nnx(variables, "weight", allow=("epsilon",))
-    lengths = jnp.linalg.norm(nl.weight_norm(norm.kernel, norm.params.g), axis=0)
+    lengths = jnp.linalg.norm(nl.weight_norm(norm.kernel, norm.params), axis=0)
     assert gap(lengths, np.ones(3)) < 1e-6  # with the ε of Flax it would be 0.999998
 
 

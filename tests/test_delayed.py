@@ -106,7 +106,9 @@ def test_the_own_batch_may_count_whole_in_the_gradient_or_not_at_all(gradient):
 
     (da,) = jax.vjp(h, a)[1](dy)
     for i in range(D):
-        m = nl.measure.merge(nl.moments(a[i], 0), jax.tree.map(lambda f, i=i: f[i, None], state.others))
+        m = nl.measure.merge(
+            nl.moments(a[i], 0), jax.tree.map(lambda f, i=i: f[i, None], state.others)
+        )
         mu, sigma, x, d = m.mean, m.sigma(1e-5), a[i], dy[i] / m.sigma(1e-5)
         if gradient == "forward":  # as the docstring of `Gradient` has it
             seen = (d * (x - mu) / sigma**2).mean(0)
@@ -172,7 +174,9 @@ def test_a_state_of_the_wrong_kind_is_an_error(sync, state, says):
 
 def test_an_exchange_of_nothing_is_an_error():
     with pytest.raises(ValueError, match=r"without a Delayed state.*Sync\(\.\.\., every=k\)"):
-        jax.vmap(lambda s: nl.population.exchange({"a": s}, nl.Sync("d", every=1)), axis_name="d")(jnp.ones(2))
+        jax.vmap(lambda s: nl.population.exchange({"a": s}, nl.Sync("d", every=1)), axis_name="d")(
+            jnp.ones(2)
+        )
     with pytest.raises(ValueError, match="exchange: got axis_name='d'"):
         nl.population.exchange(nl.population.init_delayed(C), nl.Sync("d", every=1))
 

@@ -297,7 +297,9 @@ def test_one_value_can_be_taken_in_as_it_is():
 def test_channels_may_be_first(population, train):
     a = array(draw(17, 4, 3, C, mean=2.0))
     if population == "domain of each":
-        state = nl.population.select_domain(nl.population.init_domains(C, examples=4), jnp.array([0, 1, 1, 0]))
+        state = nl.population.select_domain(
+            nl.population.init_domains(C, examples=4), jnp.array([0, 1, 1, 0])
+        )
     else:
         state = nl.population.init_population(population, C)
     params = nl.Affine(array(draw(18, C)), array(draw(19, C)))

@@ -121,7 +121,9 @@ def test_each_recipe_is_wrong_by_exactly_the_factor_of_the_table(recipe, mapper)
 def test_an_average_of_uneven_devices_is_not_the_global_mean():
     """Each device's mean weighs the same in it, however few values it has."""
     _, (a, _, w) = problem()
-    mean = jax.vmap(lambda v, w: nl.devices.global_mean(v[:, 0], "d", weights=w), axis_name="d")(a, w)
+    mean = jax.vmap(lambda v, w: nl.devices.global_mean(v[:, 0], "d", weights=w), axis_name="d")(
+        a, w
+    )
     valid = np.asarray(a)[..., 0][np.asarray(w) > 0]
     assert gap(mean, np.full(D, valid.mean())) < 1e-6
     by_device = [

@@ -15,7 +15,9 @@ C = 8
 
 
 def _domains(a, **options):
-    state = nl.population.select_domain(nl.population.init_domains(C, examples=len(a)), jnp.arange(len(a)) % 2)
+    state = nl.population.select_domain(
+        nl.population.init_domains(C, examples=len(a)), jnp.arange(len(a)) % 2
+    )
     return nl.batch_norm(a, None, state, train=True, **options)
 
 

@@ -55,7 +55,11 @@ def test_merge_is_commutative(x, y, w):
 @given(values, values, values, counts)
 def test_merge_is_associative(x, y, z, w):
     p, q, r = measured(x), measured(y, w), measured(z)
-    assert same(nl.measure.merge(nl.measure.merge(p, q), r), nl.measure.merge(p, nl.measure.merge(q, r)), terms=15)
+    assert same(
+        nl.measure.merge(nl.measure.merge(p, q), r),
+        nl.measure.merge(p, nl.measure.merge(q, r)),
+        terms=15,
+    )
 
 
 @given(values, counts)

@@ -130,7 +130,9 @@ def test_effective_sample_size_is_kish(weights):
     w = np.asarray(weights, np.float64)
     size = nl.measure.effective_sample_size(array(w))
     assert gap(size, w.sum() ** 2 / max((w**2).sum(), 1e-30)) < 1e-6
-    assert gap(nl.measure.effective_sample_size(array(1e25 * w)), size) < 1e-6  # whatever their unit
+    assert (
+        gap(nl.measure.effective_sample_size(array(1e25 * w)), size) < 1e-6
+    )  # whatever their unit
 
 
 def test_effective_sample_size_of_a_mask_counts_it_by_axis():

@@ -73,7 +73,9 @@ def test_what_was_kept_apart_is_merged_by_what_was_counted(kind):
     assert gap(read(merged), whole(kind)) < 5e-6
     # Also of stacked seeds, as many as channels.
     seeds = jax.tree.map(lambda v: jnp.stack([v] * C, 1), states)
-    for new, old in zip(*map(jax.tree.leaves, (nl.population.merge_running(seeds), merged)), strict=True):
+    for new, old in zip(
+        *map(jax.tree.leaves, (nl.population.merge_running(seeds), merged)), strict=True
+    ):
         assert gap(new, np.stack([old] * C)) < 1e-6
 
 

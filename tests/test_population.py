@@ -268,7 +268,10 @@ def test_layers_are_frozen_by_path():
     frozen = nl.population.freeze(states, "stem/.*")
     assert isinstance(frozen["stem"]["norm"], nl.population.Frozen)
     assert isinstance(frozen["head"]["norm"], nl.Running)
-    assert isinstance(nl.population.freeze(states, lambda path: "head" in path)["head"]["norm"], nl.population.Frozen)
+    assert isinstance(
+        nl.population.freeze(states, lambda path: "head" in path)["head"]["norm"],
+        nl.population.Frozen,
+    )
     assert jax.tree.structure(nl.population.thaw(frozen)) == jax.tree.structure(states)
     with pytest.raises(
         ValueError, match=r"freeze: got a rule for 'stm/norm'.*'stem/norm'.*head/norm"
@@ -346,7 +349,9 @@ def test_renorm_is_the_papers_algorithm(x64):
 
 def test_renorm_averages_sigma_as_the_paper_does(x64):
     """σ ← σ + α(σ_B − σ), where the scale of the batches alternates; and so it is pooled."""
-    state = nl.population.init_renorm(C, begin=0, r_end=0, d_end=0, r_max=1.5, d_max=0.5, dtype="float64")
+    state = nl.population.init_renorm(
+        C, begin=0, r_end=0, d_end=0, r_max=1.5, d_max=0.5, dtype="float64"
+    )
     a = BATCHES[0] * np.array([1.0, 1e-3, 10.0])
     mean, sigma, mass = 0.0, 0.0, 0.0
     for scale in (1.0, 10.0, 0.01, 3.0):
@@ -394,7 +399,9 @@ def test_renorm_of_a_masked_batch_is_the_bias():
 def test_a_batch_of_one_domain_touches_that_domain_alone():
     state = nl.population.init_domains(C, domains=3)
     step = jax.jit(
-        lambda state, d, a: nl.batch_norm(a, None, nl.population.select_domain(state, d), train=True)
+        lambda state, d, a: nl.batch_norm(
+            a, None, nl.population.select_domain(state, d), train=True
+        )
     )
     alone = [nl.init_running(C) for _ in range(3)]
     for d, batch in zip([0, 2, 0, 2, 0], BATCHES, strict=True):
@@ -402,7 +409,9 @@ def test_a_batch_of_one_domain_touches_that_domain_alone():
         expected, alone[d] = nl.batch_norm(array(batch), None, alone[d], train=True)
         assert gap(h, expected) < 1e-6
     assert gap(state.inner, jax.tree.map(lambda *v: jnp.stack(v), *alone)) < 1e-6
-    h, _ = nl.batch_norm(array(BATCHES[0]), None, nl.population.select_domain(state, 2), train=False)
+    h, _ = nl.batch_norm(
+        array(BATCHES[0]), None, nl.population.select_domain(state, 2), train=False
+    )
     assert gap(h, nl.batch_norm(array(BATCHES[0]), None, alone[2], train=False)[0]) < 1e-6
 
 
@@ -468,7 +477,9 @@ def test_a_domain_that_is_not_there_is_an_error():
 
 
 def test_a_domain_of_each_example_may_be_said_for_any_number_of_examples():
-    state = nl.population.select_domain(nl.population.init_domains(C, domains=2, examples=N), jnp.zeros(4, jnp.int32))
+    state = nl.population.select_domain(
+        nl.population.init_domains(C, domains=2, examples=N), jnp.zeros(4, jnp.int32)
+    )
     h, _ = nl.batch_norm(array(BATCHES[0][:4]), None, state, train=False, eps=1e-9)
     assert gap(h, BATCHES[0][:4]) < 1e-6
     frozen = nl.population.freeze(state)

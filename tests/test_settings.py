@@ -23,7 +23,8 @@ def populations():
     states["domain of each"] = nl.population.select_domain(examples, jnp.array([0, 1, 1, 0]))
     states["delayed"] = nl.population.init_delayed(C)
     return states | {
-        f"{name}, pending": nl.population.begin(states[name]) for name in ("debiased", "renorm", "domains")
+        f"{name}, pending": nl.population.begin(states[name])
+        for name in ("debiased", "renorm", "domains")
     }
 
 

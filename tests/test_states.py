@@ -184,7 +184,9 @@ def test_another_convention_is_an_error_that_names_both(old, new, says):
     restored = serialization.from_bytes(new, serialization.to_bytes(old))
     plain = serialization.msgpack_restore(serialization.to_bytes(old))
     for check in (
-        lambda: nl.population.check_conventions(nl.population.conventions(old), new),  # beside Orbax
+        lambda: nl.population.check_conventions(
+            nl.population.conventions(old), new
+        ),  # beside Orbax
         lambda: nl.population.check_conventions(restored, new),
         lambda: nl.population.restore_states(new, plain),
     ):
@@ -213,7 +215,9 @@ def test_a_pure_dict_of_an_nnx_model_goes_through_orbax_and_comes_back(name, tmp
         return normlab.nnx.BatchNorm(C, momentum=0.9, population=name, rngs=nnx.Rngs(0))
 
     old, new = make(), make()
-    assert nl.population.conventions(old) == nl.population.conventions({"population": nl.population.init_population(name, C)})
+    assert nl.population.conventions(old) == nl.population.conventions(
+        {"population": nl.population.init_population(name, C)}
+    )
     nl.population.check_conventions(old, new)
     old(array(A))
     with ocp.StandardCheckpointer() as checkpointer:

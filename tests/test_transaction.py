@@ -268,7 +268,13 @@ def test_each_of_a_stack_may_be_ok_or_not():
 
 
 @pytest.mark.parametrize(
-    "make", [nl.population.init_cumulative, nl.population.init_delayed, nl.population.init_renorm, nl.init_running]
+    "make",
+    [
+        nl.population.init_cumulative,
+        nl.population.init_delayed,
+        nl.population.init_renorm,
+        nl.init_running,
+    ],
 )
 def test_a_state_can_be_donated_from_the_first_step_on(make):
     sync = nl.Sync("d", every=1) if make is nl.population.init_delayed else None
@@ -316,7 +322,9 @@ def test_the_decay_is_the_commits():
     after = nl.population.commit(pending, decay=0.5)
     assert gap(after.mean, 0.5 * WHOLE.mean(0)) < 1e-6
     with pytest.raises(ValueError, match=r"decay=0.5 within a transaction.*commit\(states, decay"):
-        nl.batch_norm(array(WHOLE), None, nl.population.begin(nl.init_running(C)), train=True, decay=0.5)
+        nl.batch_norm(
+            array(WHOLE), None, nl.population.begin(nl.init_running(C)), train=True, decay=0.5
+        )
 
 
 def test_without_a_transaction_there_is_nothing_to_end():
@@ -403,7 +411,9 @@ def test_precise_has_both_published_estimators(ddof):
 
 
 def test_what_is_cumulative_names_its_estimator():
-    state = run(nl.population.begin(nl.population.init_cumulative(C, ddof=1, estimator="within")), MICRO)
+    state = run(
+        nl.population.begin(nl.population.init_cumulative(C, ddof=1, estimator="within")), MICRO
+    )
     assert gap(nl.population.settle(state).read()[1], MICRO.var(1, ddof=1).mean(0)) < 2e-6
     with pytest.raises(ValueError, match=r"estimator='pooled' for statistics with 'within'"):
         nl.population.settle(state, estimator="pooled")
@@ -411,7 +421,9 @@ def test_what_is_cumulative_names_its_estimator():
 
 def test_precise_leaves_a_bad_batch_out_and_counts_it():
     bad = MICRO[1] * np.nan
-    state = nl.population.settle(run(nl.population.begin(nl.init_running(C)), [MICRO[0], bad, MICRO[2]]))
+    state = nl.population.settle(
+        run(nl.population.begin(nl.init_running(C)), [MICRO[0], bad, MICRO[2]])
+    )
     rest = MICRO[[0, 2]].reshape(-1, C)
     assert gap(state.read(), (rest.mean(0), rest.var(0))) < 2e-6
     assert (state.updates, state.skipped) == (2, 1)

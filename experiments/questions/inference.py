@@ -121,9 +121,13 @@ def estimates(a: Array, m: int) -> dict[str, Array]:
     count, flat = values.shape[1], values.reshape(-1, a.shape[-1])
     mean, var = flat.mean(0), flat.var(0)
     within = values.var(1).mean(0)
-    state = nl.population.init_cumulative(a.shape[-1], ddof=1, estimator="within", dtype=jnp.float64)
+    state = nl.population.init_cumulative(
+        a.shape[-1], ddof=1, estimator="within", dtype=jnp.float64
+    )
 
-    def update(state: nl.population.Cumulative, batch: Array) -> tuple[nl.population.Cumulative, None]:
+    def update(
+        state: nl.population.Cumulative, batch: Array
+    ) -> tuple[nl.population.Cumulative, None]:
         return state.update(nl.moments(batch, range(batch.ndim - 1))), None
 
     state, _ = jax.lax.scan(update, state, batches)

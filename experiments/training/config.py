@@ -88,7 +88,9 @@ class Command(Training):
         except ValueError as error:  # an unknown name
             raise RunError(str(error)) from None
 
-    def norm_of(self, name: str, axis_name: nl.devices.AxisName | None = None, **more: Any) -> nl.Norm:
+    def norm_of(
+        self, name: str, axis_name: nl.devices.AxisName | None = None, **more: Any
+    ) -> nl.Norm:
         """The norm called `name`, with those of the options that it takes.
 
         Args:

@@ -22,8 +22,7 @@ from normlab.devices.topology import AxisName, Sync, as_sync
 from normlab.equation import Parts
 from normlab.example import group_moments, layer_moments, rms_parts
 from normlab.measure import Algorithm, Moments
-from normlab.population.frozen import Frozen
-from normlab.population.protocol import Population
+from normlab.population import optional
 
 
 def batch(
@@ -46,7 +45,7 @@ def batch(
       **options: As in `batch_parts`.
     """
     x, weights, channel, back = _one_feature_axis(call)
-    measures = (train or not isinstance(state, Population)) and not isinstance(state, Frozen)
+    measures = optional.measures(state, train)
     if measures and not quiet:
         axes = [i for i in range(x.ndim) if i != channel]
         values = values_per_channel(call.where, as_sync(over), x.shape, axes)

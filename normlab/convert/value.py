@@ -22,12 +22,12 @@ from normlab._arguments import (
 )
 from normlab._checks import invalid, nearest
 from normlab._trees import register
+from normlab.equation import Affine
 from normlab.example import Axes
 from normlab.population.cumulative import Cumulative
 from normlab.population.frozen import Frozen
 from normlab.population.protocol import Population
 from normlab.population.running import Running
-from normlab.equation import Affine
 from normlab.site import Params, State
 
 KINDS = ("batch", "layer", "rms", "group", "instance", "weight")
@@ -51,7 +51,7 @@ class Converted(NamedTuple):
 
     >>> import jax.numpy as jnp
     >>> Converted("layer", Affine(jnp.ones(3), None), eps=1e-6).options
-    {'rescale': True, 'reshift': False, 'eps': 1e-06, 'axes': 'channels'}
+    {'use_gain': True, 'use_bias': False, 'eps': 1e-06, 'axes': 'channels'}
     """
 
     kind: str
@@ -93,7 +93,7 @@ def _population(state: State) -> dict[str, Any]:
     A plain average is told from a complete one by its mass alone, which under `jit` has no value.
     """
     if isinstance(state, Frozen):
-        inner = _population(state.of)
+        inner = _population(state.inner)
         return {"population": "frozen"} | {n: inner[n] for n in ("decay", "ddof") if n in inner}
     if isinstance(state, Cumulative):
         return {"population": "cumulative", "ddof": state.ddof, "estimator": state.estimator}
