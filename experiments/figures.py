@@ -35,7 +35,7 @@ _COLOURS = (
     "#7F7F7F",
 )
 _MARKERS = "osD^vP*pXd"
-_DASHES = ({"ls": "--"}, {"ls": ":"}, {"ls": "-."})
+_DASHES = ("--", ":", "-.")
 _FIRST = (
     *("none", "batch", "layer", "rms", "group", "instance", "weight", "weight_standardization"),
     *("cosine", "centred_cosine"),
@@ -142,10 +142,11 @@ def palette(names: Iterable[Any]) -> dict[Any, dict[str, Any]]:
 
 
 def _norm_looks() -> Iterator[dict[str, Any]]:
-    """Every colour with a marker of its own, then with the next marker, and so on; then dashed."""
-    for line, turn in itertools.product(({}, *_DASHES), range(len(_MARKERS))):
+    """Every colour with a marker of its own; then dashed, with the next marker, and so on."""
+    for turn in range(len(_MARKERS) * len(_DASHES)):
         for i, colour in enumerate(_COLOURS):
-            yield _look(colour, _MARKERS[(i + turn) % len(_MARKERS)]) | line
+            look = _look(colour, _MARKERS[(i + turn) % len(_MARKERS)])
+            yield look | {"ls": _DASHES[turn // len(_MARKERS)]} if turn else look
 
 
 def _look(colour: str, marker: str) -> dict[str, Any]:
