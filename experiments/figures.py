@@ -23,16 +23,8 @@ import normlab as nl
 # Okabe & Ito's palette, legible to the colour-blind, then wine and two greys, told apart by their
 # markers.
 _COLOURS = (
-    "#000000",
-    "#0072B2",
-    "#D55E00",
-    "#CC79A7",
-    "#009E73",
-    "#E69F00",
-    "#56B4E9",
-    "#882255",
-    "#8C6D1F",
-    "#7F7F7F",
+    *("#000000", "#0072B2", "#D55E00", "#CC79A7", "#009E73"),
+    *("#E69F00", "#56B4E9", "#882255", "#8C6D1F", "#7F7F7F"),
 )
 _MARKERS = "osD^vP*pXd"
 _DASHES = ("--", ":", "-.")
@@ -44,14 +36,8 @@ _FIRST = (
 
 # For what is not a norm: Tol's muted palette, without its wine.
 _OTHER_COLOURS = (
-    "#332288",
-    "#CC6677",
-    "#117733",
-    "#88CCEE",
-    "#AA4499",
-    "#999933",
-    "#44AA99",
-    "#DDCC77",
+    *("#332288", "#CC6677", "#117733", "#88CCEE"),
+    *("#AA4499", "#999933", "#44AA99", "#DDCC77"),
 )
 _OTHER_MARKERS = "<>hv8HpX"
 
