@@ -53,7 +53,7 @@ from .invariances import Invariances
 from .numerics import Numerics
 from .programs import ledger
 from .programs.ledger import Ledger
-from .rundir import RunError
+from .rundir import RunError, shown
 from .training.launch import Launch, launch
 from .training.processes import EXIT_FAILED, leave, together
 from .training.train import Train, explain, train
@@ -185,7 +185,7 @@ def table(comparison: Comparison) -> Table:
     """The result, a row per norm."""
     config = comparison.config
     result = Table(title=f"{config.dataset}, {config.model}, {config.sync} statistics")
-    result.add_column("norm", no_wrap=True)
+    result.add_column("norm", overflow="fold")
     for heading in (
         "test accuracy %",
         f"steps to {100 * config.target:g}%",
@@ -392,8 +392,9 @@ def conclude(path: Path, step: int, summary: dict[str, Any] | None) -> None:
             soft_wrap=True,
         )
         return
+    loss = shown(summary["test_loss"])
     console.print(
-        f"step {step}: test loss {summary['loss']:.4f}, accuracy {summary['accuracy']:.2%}, on "
+        f"step {step}: test loss {loss}, accuracy {summary['accuracy']:.2%}, on "
         f"{summary['devices']} devices in {summary['processes']} processes",
         highlight=False,
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import subprocess
@@ -19,26 +20,36 @@ PACKAGES = ("normlab", "jax", "jaxlib", "flax", "optax", "numpy", "tensorflow-da
 VARIABLES = ("XLA_FLAGS", "JAX_PLATFORMS", "MALLOC_MMAP_MAX_", "MALLOC_TRIM_THRESHOLD_")
 
 
+Record = dict[str, Any]
+"""A measurement: JSON values by name; `None` where one is not finite."""
+
+
 class RunError(ValueError):
     """A run that cannot start or go on; the text says why and what to do."""
 
 
+def default_path(name: str) -> Path:
+    """Where a run goes that is not told."""
+    now = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
+    return CHECKOUT / "runs" / f"{name}-{now}"
+
+
 class RunDirectory:
-    """A new directory that belongs to one run.
+    """A directory that belongs to one run.
 
     Args:
       path: Where; `None` for `runs/<name>-<time>` in the checkout.
       name: What the run is, for the default path.
+      again: Whether it may be there already.
 
     Raises:
       RunError: If the directory exists already or cannot be made.
     """
 
-    def __init__(self, path: Path | None, name: str) -> None:
-        now = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
-        self.path = path or CHECKOUT / "runs" / f"{name}-{now}"
+    def __init__(self, path: Path | None, name: str, *, again: bool = False) -> None:
+        self.path = path or default_path(name)
         try:
-            self.path.mkdir(parents=True)
+            self.path.mkdir(parents=True, exist_ok=again)
         except FileExistsError:
             raise RunError(
                 f"the run directory {self.path} exists already, and a run never writes into "
@@ -77,6 +88,16 @@ class RunDirectory:
             f"cannot write {self.path / name}: {error.strerror or error}. What was written before "
             "is whole. Free some space, or choose another place with --run-dir."
         )
+
+
+def number(value: Any) -> float | None:
+    """A JSON number; null where it is not finite."""
+    return float(value) if math.isfinite(value) else None
+
+
+def shown(value: float | None) -> str:
+    """A number of a record for a reader."""
+    return "not finite" if value is None else f"{value:.4f}"
 
 
 def environment() -> dict[str, Any]:

@@ -161,8 +161,8 @@ SAVER = """
 import sys, jax, jax.numpy as jnp, numpy as np
 from pathlib import Path
 import normlab as nl
-from experiments.checkpoints import Checkpoints
-from experiments.trainer import TrainState
+from experiments.training.checkpoints import Checkpoints
+from experiments.training.trainer import TrainState
 
 checkpoints = Checkpoints(Path(sys.argv[1]), 2)
 for step in range(1, 1000):

@@ -130,17 +130,17 @@ def test_the_last_value_of_each_seed_counts():
     records = [
         {"kind": "evaluation", "norm": norm, "seed": seed, "step": step, "accuracy": a}
         for norm, seed, step, a in [
-            ("a", 0, 1, 50.0),
-            ("a", 0, 2, 90.0),
-            ("a", 1, 1, 92.0),
+            ("a", 0, 1, 0.5),
+            ("a", 0, 2, 0.9),
+            ("a", 1, 1, 0.92),
             ("a", 1, 2, None),
-            ("b", 0, 2, 10.0),
+            ("b", 0, 2, 0.1),
         ]
     ]
     np.testing.assert_equal(accuracy(records, norm="a"), [90.0, math.nan])
-    assert by_seed(records, "accuracy", norm="b").tolist() == [10.0]
-    assert steps_to(records, 90, norm="a").tolist() == [2, 1]
-    assert steps_to(records, 95, norm="a").tolist() == [math.inf, math.inf]
+    assert by_seed(records, "accuracy", norm="b").tolist() == [0.1]
+    assert steps_to(records, 0.9, norm="a").tolist() == [2, 1]
+    assert steps_to(records, 0.95, norm="a").tolist() == [math.inf, math.inf]
     assert len(select(records, norm="a", seed=1)) == 2
 
 
@@ -148,14 +148,14 @@ def test_a_share_of_steps_is_nan_where_neither_net_comes_there():
     reached = {"a": (10, 40), "b": (20, None), "c": (None, None)}
     records = [
         {"kind": "evaluation", "norm": norm, "seed": seed, "step": step}
-        | {"accuracy": 95.0 if there is not None and step >= there else 50.0}
+        | {"accuracy": 0.95 if there is not None and step >= there else 0.5}
         for norm, seeds in reached.items()
         for seed, there in enumerate(seeds)
         for step in (10, 20, 40)
     ]
 
     def share(mine, reference):
-        return share_of_steps(records, 90, {"norm": mine}, {"norm": reference})
+        return share_of_steps(records, 0.9, {"norm": mine}, {"norm": reference})
 
     np.testing.assert_equal(share("a", "b"), [0.5, 1.0])
     np.testing.assert_equal(share("a", "c"), [0.25, 1.0])
@@ -208,11 +208,11 @@ class TestLearn:
         for record in records:
             if record["lr"] == 0.1:
                 assert record["diverged"] is None
-                assert record["accuracy"] > 10
+                assert record["accuracy"] > 0.1
             else:
                 assert record["diverged"] == 2  # the first update is not finite
                 assert record["test_loss"] is None
-                assert 0 <= record["accuracy"] <= 30  # what it predicts is still counted
+                assert 0 <= record["accuracy"] <= 0.3  # what it predicts is still counted
 
     def test_it_goes_on_from_a_checkpoint_to_the_same_numbers(self, trained, tmp_path):
         at = [i for i, r in enumerate(trained) if isinstance(r, Checkpoint)]

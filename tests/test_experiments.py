@@ -12,6 +12,7 @@ from pathlib import Path
 import chex
 import jax
 import jax.numpy as jnp
+import matplotlib.pyplot as plt
 import numpy as np
 import optax
 import pytest
@@ -22,6 +23,7 @@ from experiments import figures, models
 from experiments.compare.comparison import COMMON, Compare, Comparison
 from experiments.data import Dataset
 from experiments.rundir import RunDirectory, RunError
+from experiments.training.train import Train
 from experiments.training.trainer import (
     AXIS,
     QUANTILES,
@@ -260,9 +262,7 @@ class TestCompare:
         assert len(parts) == len(evaluations) * 3 * 4  # layers, parts
         for row in summary["norms"]:
             final = [
-                r["test_accuracy"]
-                for r in evaluations
-                if r["norm"] == row["norm"] and r["step"] == 6
+                r["accuracy"] for r in evaluations if r["norm"] == row["norm"] and r["step"] == 6
             ]
             assert row["accuracy_mean"] == pytest.approx(np.mean(final))
             assert row["accuracy_sd"] == pytest.approx(np.std(final, ddof=1))
@@ -301,7 +301,8 @@ class TestCompare:
         for lane, ms in zip(comparison.lanes, ([1.0, 2.0], [4.0, 4.0]), strict=True):
             lane.step_ms = ms
             lane.records = [
-                {"seed": seed, "step": step, "test_accuracy": accuracy}
+                {"kind": "evaluation", "seed": seed, "step": step, "accuracy": accuracy}
+                | {"test_loss": 1.0}
                 for seed, accuracies in enumerate(([0.1, 0.6, 0.9], [0.1, 0.2, 0.7]))
                 for step, accuracy in zip((0, 2, 4), accuracies, strict=True)
             ]
@@ -341,9 +342,88 @@ class TestCompare:
             assert len(cut) == count
 
     def test_every_norm_has_a_colour_and_a_marker_of_its_own(self):
-        looks = [(style["color"], style["marker"]) for style in figures.STYLE.values()]
-        assert set(figures.STYLE) == set(nl.names())
+        own = [f"package.module:norm{i}" for i in range(30)]
+        styles = figures.styles([*nl.names(), *own, "Adam", "local"])
+        looks = [(style["color"], style["marker"]) for style in styles.values()]
+        assert set(styles) == {*nl.names(), *own, "Adam", "local"}
         assert len(set(looks)) == len(looks)
+        few = figures.styles([own[3], *own])
+        assert all(few[name] == styles[name] for name in own)
+
+
+@pytest.fixture
+def mine(tmp_path, monkeypatch):
+    """A module of one's own, with a norm in it."""
+    (tmp_path / "own_norms.py").write_text(
+        "import normlab as nl\n\n\n"
+        "def whole(*, eps=1e-5):\n    return nl.get('layer', axes='all', eps=eps)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    yield "own_norms:whole"
+    sys.modules.pop("own_norms", None)
+
+
+class TestNormsOfOnesOwn:
+    def test_a_norm_named_by_its_place_is_compared(self, mine, tmp_path, capsys, monkeypatch):
+        out = tmp_path / "run"
+        monkeypatch.setenv("COLUMNS", "120")
+        own = ["--model", "mlp", "--norms", mine, "layer", "--devices", "1", "--seeds", "1"]
+        assert cli.main(["compare", *TINY, *own, "--eps", "0.1", "--run-dir", str(out)]) == 0
+        assert mine in capsys.readouterr().out
+        found = {mine: [], "layer": []}
+        for line in (out / "metrics.jsonl").read_text().splitlines():
+            record = json.loads(line)
+            if record["kind"] == "evaluation":
+                found[record["norm"]].append((record["test_loss"], record["accuracy"]))
+        assert found[mine] == found["layer"]  # with the same ε
+        assert mine in (out / "curves.svg").read_text()
+
+    def test_a_norm_named_by_its_place_is_trained(self, mine, tmp_path):
+        config = Train(norm=mine, model="mlp", dataset="digits", groups=2, eps=0.5)
+        assert config.norm_of(mine).init(nl.Site(jnp.ones((2, 3))))[0].g.shape == (3,)
+        assert json.loads(json.dumps(config.as_json()))["norm"] == mine
+
+    @pytest.mark.parametrize(
+        ("norm", "words"),
+        [
+            ("nowhere_at_all:norm", ["nowhere_at_all"]),
+            ("own_norms:hole", ["own_norms", "'hole'", "did you mean 'whole'"]),
+        ],
+    )
+    def test_what_is_missing_of_a_place_is_named(self, mine, norm, words, tmp_path, capsys):
+        out = tmp_path / "run"
+        for command in (["compare", "--norms"], ["train", "--norm"]):
+            arguments = [*command, norm, "--run-dir", str(out)]
+            try:
+                status = cli.main(arguments)
+            except SystemExit as stop:
+                status = stop.code
+            captured = capsys.readouterr()
+            assert status == cli.EXIT_USAGE
+            text = " ".join((captured.out + captured.err).replace("│", " ").split())
+            assert all(word in text for word in words), text
+            assert not out.exists()
+
+    def test_a_registered_norm_has_a_look_of_its_own_and_leaves_the_others_theirs(self, mine):
+        before = figures.styles(nl.names())
+        row = nl.row(mine)._replace(name="whole")
+        nl.register(row)
+        try:
+            after = figures.styles([*nl.names(), "Adam"])
+            assert Train(norm="whole").norm == "whole"
+        finally:
+            nl.unregister("whole")
+        looks = [(style["color"], style["marker"]) for style in after.values()]
+        assert len(set(looks)) == len(looks) == len(before) + 2
+        assert {name: after[name] for name in before} == before
+
+
+def test_a_figure_is_closed_when_it_is_encoded_and_can_be_encoded_again():
+    first = plt.figure()
+    first.gca().plot([1, 2], [3, 4])
+    for kind, start in (("png", b"\x89PNG"), ("svg", b"<?xml"), ("png", b"\x89PNG")):
+        assert figures.encode(first, kind).startswith(start)
+        assert first.number not in plt.get_fignums()
 
 
 REFUSED = {

@@ -32,8 +32,8 @@ OFTEN = ["--checkpoint-every", "10"]
 
 FAULT = """
 import os, sys, time
-from experiments import cli
-from experiments.train import Program
+from experiments import console as cli
+from experiments.training.train import Program
 
 whole = Program.batches
 
@@ -113,7 +113,7 @@ def metrics(path: Path) -> list[dict]:
 def summary(path: Path) -> tuple[float, float]:
     found = json.loads((path / "summary.json").read_text())
     assert found["step"] == STEPS
-    return found["loss"], found["accuracy"]
+    return found["test_loss"], found["accuracy"]
 
 
 def wait_for(holds, seconds: float = 90) -> None:
@@ -287,7 +287,7 @@ def test_the_death_of_process_0_ends_the_others(tmp_path, undisturbed):
 WATCHED = """
 import ctypes, sys, time
 from pathlib import Path
-from experiments.processes import Diary, Watchdog
+from experiments.training.processes import Diary, Watchdog
 Watchdog.LOCKED = 1.0
 with Watchdog(0.5, 60, Diary(Path(sys.argv[1]), 0)) as watchdog:
     for step in range(5):
@@ -328,9 +328,16 @@ def test_a_run_that_goes_on_is_the_run_in_one_piece(tmp_path, sync):
     whole = train(tiny(tmp_path / "whole", sync=sync)).summary
     assert pieces is not None
     assert whole is not None
-    assert (pieces["loss"], pieces["accuracy"]) == (whole["loss"], whole["accuracy"])
+    assert all(pieces[name] == whole[name] for name in ("test_loss", "accuracy"))
     assert metrics(tmp_path / "pieces") == metrics(tmp_path / "whole")
     assert [record["step"] for record in metrics(tmp_path / "whole")] == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("norm", ["weight", *slow("layer", "cosine")])
+def test_a_norm_that_measures_over_no_devices_is_not_told_them(tmp_path, norm):
+    result = train(tiny(tmp_path / "run", norm=norm, sync="every=2", steps=1))
+    assert result.summary is not None
+    assert 0 <= result.summary["accuracy"] <= 1
 
 
 @pytest.mark.parametrize("sync", ["every=2", *slow("local")])

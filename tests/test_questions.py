@@ -100,7 +100,7 @@ def evaluations(final: dict, **labels) -> list[Record]:
     """Records of a run in which every condition ended with these accuracies."""
     return [
         {"kind": "evaluation", "condition": name, "seed": seed, "step": step, **labels}
-        | {"accuracy": value if step == 9 else 10.0}
+        | {"accuracy": (value if step == 9 else 10.0) / 100}
         for name, values in final.items()
         for seed, value in enumerate(values)
         for step in (5, 9)

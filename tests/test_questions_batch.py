@@ -27,7 +27,8 @@ SEEDS = range(3)
 
 
 def evaluation(seed: int, accuracy: float, step: int = 1, **values: object) -> dict:
-    return {"kind": "evaluation", "seed": seed, "step": step, "accuracy": accuracy, **values}
+    """Of an accuracy in percent."""
+    return {"kind": "evaluation", "seed": seed, "step": step, "accuracy": accuracy / 100, **values}
 
 
 def decisions(verdicts) -> list[str]:

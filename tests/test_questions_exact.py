@@ -357,7 +357,7 @@ def test_gradient_bound_decides_by_both_sides(one, two, expected):
 def test_covariate_shift_decides_by_the_factor(factor, expected):
     records = [
         {"kind": "evaluation", "norm": norm, "seed": seed, "step": step}
-        | {"distance": [v * 1e-3, v * 10.0], "cosine": [1.0, 1.0], "accuracy": 90.0}
+        | {"distance": [v * 1e-3, v * 10.0], "cosine": [1.0, 1.0], "accuracy": 0.9}
         for norm, value in (("none", 1.0), ("batch", factor))
         for seed, v in enumerate(seeds(value) if norm == "batch" else [value] * 3)
         for step in (0, 5, 10)

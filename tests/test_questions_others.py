@@ -26,9 +26,10 @@ TINY = {"dataset": "digits", "seeds": 2}
 
 
 def evaluations(accuracies, *, step=10, lr=0.1, **labels):
-    """A final record for each accuracy, one seed after the other."""
+    """A final record for each accuracy in percent, one seed after the other."""
     return [
-        {"kind": "evaluation", **labels, "lr": lr, "seed": seed, "step": step, "accuracy": accuracy}
+        {"kind": "evaluation", **labels, "lr": lr, "seed": seed, "step": step}
+        | {"accuracy": accuracy / 100}
         for seed, accuracy in enumerate(accuracies)
     ]
 
@@ -131,7 +132,9 @@ def test_the_papers_order_holds_and_the_opposite_fails():
 
 
 def test_a_norm_counts_at_its_best_rate():
-    assert weight_norm_accuracy.best(order(60, 60, 61, 62), "batch").tolist() == [61, 61.1, 60.9]
+    assert weight_norm_accuracy.best(order(60, 60, 61, 62), "batch") == pytest.approx(
+        [61, 61.1, 60.9]
+    )
     assert drawn(weight_norm_accuracy, order(60, 60, 61, 62))
 
 
@@ -359,7 +362,7 @@ def along(width, beta):
             "norm": norm,
             "seed": seed,
             "step": step,
-            "accuracy": 90.0,
+            "accuracy": 0.9,
             "lowest": 0.1,
             "highest": 0.1 + w,
             "width": w * (1000 if step == 0 else 1),

@@ -35,7 +35,7 @@ SCHEMES = ("light", "dark")
 def picture(title: str) -> str:
     figure, axes = plt.subplots(figsize=(8, 4), layout="constrained")
     for at, name in enumerate(("none", "batch")):
-        axes.plot([0, 1, 2], [at, 1, 2 * at], label=name, **figures.STYLE[name])
+        axes.plot([0, 1, 2], [at, 1, 2 * at], label=name, **figures.styles([name])[name])
         axes.fill_between([0, 1, 2], [at - 1] * 3, [at + 1] * 3, alpha=0.1)
     axes.set(title=title, xlabel="optimizer step", ylabel=r"$\sigma^2$ (%)", ylim=(0, 1))
     axes.legend()

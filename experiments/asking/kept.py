@@ -25,8 +25,8 @@ import numpy as np
 from flax import serialization
 
 from ..engine.question import Checkpoint, Condition, Config, Record
-from ..engine.verdict import Verdict, number
-from ..rundir import CHECKOUT, RunDirectory, RunError, environment
+from ..engine.verdict import Verdict
+from ..rundir import CHECKOUT, RunDirectory, RunError, environment, number
 
 PAUSE = 20.0
 """Seconds between two checkpoints of a condition, at least."""

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import concurrent.futures
 import dataclasses
-import math
 import shutil
 import statistics
 import time
@@ -20,69 +19,55 @@ from pathlib import Path
 from typing import Any, Literal
 
 import jax
-import numpy as np
 
-import normlab as nl
-
-from .. import figures, models
+from .. import models
 from ..data import load
-from ..rundir import RunDirectory, RunError, environment
+from ..engine.verdict import last, steps_to
+from ..figures import encode
+from ..rundir import Record, RunDirectory, RunError, environment, number
+from ..training.config import (
+    Command,
+    require,
+    require_division,
+    require_evaluations,
+    require_fit,
+)
+from ..training.driver import Progress, drive
 from ..training.trainer import (
     AXIS,
     OPTIMIZERS,
     QUANTILES,
     DeviceData,
-    Evaluation,
     Trainer,
-    TrainState,
+    lengths,
     minibatches,
     set_devices,
     stretches,
+    turns,
 )
+from . import figures
 
 COMMON = ("none", "batch", "layer", "rms", "group", "instance", "weight", "cosine")
 """The norms that are compared by default."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Compare:
+class Compare(Command):
     """Train one network under several norms, data-parallel, on real images.
 
     Ends with a table, a figure of the learning curves and a figure of the four parts (μ, σ, g, b)
     of every norm in every layer. Everything measured is kept in the run directory.
     """
 
-    dataset: str = "mnist"
-    """mnist, fashion_mnist, cifar10 or digits (tiny, needs no download)."""
-
-    model: str = "conv"
-    """conv (three 3×3 convolutions, ReLU), mlp (three layers of 100 sigmoids), or another of
-    `python -m experiments list`."""
-
     norms: tuple[str, ...] = ()
-    """Which norms (`python -m experiments list`); by default the eight common ones, without
-    instance norm where the model has no positions."""
+    """Which norms (`python -m experiments list`, or module:factory for one of your own); by default
+    the eight common ones, without instance norm where the model has no positions."""
 
     sync: Literal["global", "local"] = "global"
     """Batch statistics over all devices, or over each device's own share of the batch."""
 
     devices: int = 8
     """Devices that share each batch. On a CPU that many are made."""
-
-    batch_size: int = 128
-    """Examples per optimizer step, over all devices."""
-
-    microbatches: int = 1
-    """Parts, one after the other, into which a device cuts its share of a batch."""
-
-    steps: int = 600
-    """Optimizer steps."""
-
-    optimizer: Literal["momentum", "sgd", "adam"] = "momentum"
-    """Plain SGD, SGD with momentum 0.9, or Adam."""
-
-    lr: float = 0.05
-    """Learning rate, the same for every norm."""
 
     seeds: int = 3
     """Seeds 0, 1, …, trained side by side."""
@@ -93,49 +78,17 @@ class Compare:
     target: float = 0.95
     """Test accuracy for the column "steps to"."""
 
-    groups: int = 4
-    """Groups of group norm; must divide the channels of every layer."""
-
-    decay: float = 0.9
-    """Weight of the old value in batch norm's running statistics."""
-
-    eps: float = 1e-5
-    """ε, added to the variance under the root."""
-
-    data_dir: Path | None = None
-    """Where prepared data sets are kept; by default $NORMLAB_DATA_DIR or data/."""
-
     run_dir: Path | None = None
     """Where the results go; must not exist. By default runs/compare-DATASET-MODEL-TIME."""
 
     def __post_init__(self) -> None:
         """Raises RunError for values that cannot be run."""
-        for name in (
-            "devices",
-            "batch_size",
-            "microbatches",
-            "steps",
-            "seeds",
-            "evaluations",
-            "groups",
-        ):
-            _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
-        _require(0 < self.lr < math.inf, "lr", self.lr, "positive and finite")
-        _require(0 < self.eps < math.inf, "eps", self.eps, "positive and finite")
-        _require(0 <= self.decay < 1, "decay", self.decay, "in [0, 1)")
-        _require(0 < self.target <= 1, "target", self.target, "a share in (0, 1]")
-        _require(self.evaluations <= self.steps, "evaluations", self.evaluations, "at most --steps")
-        _require(len(set(self.norms)) == len(self.norms), "norms", self.norms, "distinct")
-        parts = self.devices * self.microbatches
-        if self.batch_size % parts:
-            near = self.batch_size // parts * parts
-            options = [str(b) for b in (near, near + parts) if b]
-            cut = f" times --microbatches {self.microbatches}" if self.microbatches > 1 else ""
-            raise RunError(
-                f"--batch-size {self.batch_size} does not divide over --devices {self.devices}"
-                f"{cut}. "
-                f"Use a batch size of {' or '.join(options)}, or another number of devices."
-            )
+        super().__post_init__()
+        self.require_counts("devices", "seeds", "evaluations")
+        require(0 < self.target <= 1, "target", self.target, "a share in (0, 1]")
+        require_evaluations(self.evaluations, self.steps)
+        require(len(set(self.norms)) == len(self.norms), "norms", self.norms, "distinct")
+        require_division(self.batch_size, self.devices, self.microbatches)
 
     def chosen(self) -> tuple[str, ...]:
         """The norms to compare: those asked for, or the default ones that fit the model."""
@@ -143,18 +96,10 @@ class Compare:
             name for name in COMMON if name != "instance" or self.model not in models.FLAT
         )
 
-    def norm(self, name: str) -> nl.Norm:
-        """The norm called `name`, with the options of this run."""
-        axis_name = AXIS if self.sync == "global" and self.devices > 1 else None
-        options: dict[str, dict[str, Any]] = {
-            "batch": {"eps": self.eps, "decay": self.decay, "axis_name": axis_name},
-            "layer": {"eps": self.eps, "axes": "all"},
-            "rms": {"eps": self.eps, "axes": "all"},
-            "group": {"eps": self.eps, "groups": self.groups},
-            "instance": {"eps": self.eps},
-            "weight": {"data_init": True},
-        }
-        return nl.get(name, **options.get(name, {}))
+    @property
+    def axis_name(self) -> str | None:
+        """The devices over which a norm measures."""
+        return AXIS if self.sync == "global" and self.devices > 1 else None
 
 
 @dataclasses.dataclass
@@ -163,18 +108,11 @@ class Lane:
 
     name: str
     trainer: Trainer
-    state: TrainState
+    at: Progress
     compile_seconds: float = 0.0
     step_ms: list[float] = dataclasses.field(default_factory=list)
-    records: list[dict[str, Any]] = dataclasses.field(default_factory=list)
-    parts: list[dict[str, Any]] = dataclasses.field(default_factory=list)
-    diverged: dict[int, int] = dataclasses.field(default_factory=dict)
-    """For each seed whose training or test loss was not finite, the first such step."""
-
-    @property
-    def dead(self) -> bool:
-        """Whether every seed has diverged."""
-        return len(self.diverged) == self.trainer.seeds
+    records: list[Record] = dataclasses.field(default_factory=list)
+    parts: list[Record] = dataclasses.field(default_factory=list)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -199,18 +137,10 @@ class Comparison:
         self.config, self.say = config, say
         self.lanes: list[Lane] = []
         self.stopped_at: int | None = None
-        try:
-            norms = {name: config.norm(name) for name in config.chosen()}
-            models.require(config.model)
-        except ValueError as error:  # an unknown name
-            raise RunError(str(error)) from None
+        norms = {name: config.norm_of(name, config.axis_name) for name in config.chosen()}
         set_devices(config.devices)
         self.data = load(config.dataset, config.data_dir, on_progress=say)
-        if config.batch_size > len(self.data.train_images):
-            raise RunError(
-                f"--batch-size {config.batch_size} is larger than {config.dataset}, which has "
-                f"{len(self.data.train_images)} training examples. Use a smaller batch."
-            )
+        require_fit(config.batch_size, self.data)
         device_data = DeviceData(self.data, config.devices)
         optimizer = OPTIMIZERS[config.optimizer](config.lr)
         say("drawing the initial kernels")
@@ -230,7 +160,7 @@ class Comparison:
             )
             _check_shapes(name, trainer)  # says no before anything is compiled or written
         self.run_dir = RunDirectory(config.run_dir, f"compare-{config.dataset}-{config.model}")
-        self.run_dir.write_json("config.json", _as_json(config))
+        self.run_dir.write_json("config.json", config.as_json())
         origin = {"name": config.dataset, "origin": self.data.origin, "sha256": self.data.checksum}
         self.run_dir.write_json("environment.json", {**environment(), "dataset": origin})
         try:
@@ -242,75 +172,56 @@ class Comparison:
     def run(self) -> Iterator[Turn]:
         """Trains all norms in turns; yields after each turn. Stopping between yields is safe."""
         config = self.config
-        seeds = range(config.seeds)
-        indices = np.stack(
-            [
-                minibatches(seed, len(self.data.train_images), config.batch_size, config.steps)
-                for seed in seeds
-            ],
-            axis=1,
-        )
+        examples = len(self.data.train_images)
+        drawn = [
+            minibatches(seed, examples, config.batch_size, config.steps)
+            for seed in range(config.seeds)
+        ]
+        each = []
         for lane in self.lanes:
-            self._record(lane, 0, lane.trainer.evaluate(lane.state), [math.nan] * config.seeds)
-        for start, stop in stretches(config.steps, config.evaluations):
-            for lane in self.lanes:
-                if not lane.dead:
-                    yield self._turn(lane, start, indices[start:stop])
+            lane.at = lane.at.evaluated(lane.trainer)
+            self._record(lane)
+            each.append(drive(lane.trainer, lane.at, turns(drawn, config.evaluations)))
+        for _, stop in stretches(config.steps, config.evaluations):
+            for lane, progress in zip(self.lanes, each, strict=True):
+                if (lane.at.diverged < 0).any():
+                    lane.at = next(progress)
+                    yield self._record(lane)
             self.stopped_at = stop
 
-    def _turn(self, lane: Lane, start: int, indices: np.ndarray) -> Turn:
-        begin = time.perf_counter()
-        lane.state, losses = lane.trainer.train(lane.state, indices)
-        lane.step_ms.append((time.perf_counter() - begin) / len(indices) * 1e3)
-        for seed in np.flatnonzero(~np.isfinite(losses).all(axis=0)):
-            first = start + int(np.argmin(np.isfinite(losses[:, seed]))) + 1
-            lane.diverged.setdefault(int(seed), first)
-        stop = start + len(indices)
-        evaluation = lane.trainer.evaluate(lane.state)
-        for seed in np.flatnonzero(~np.isfinite(evaluation.loss)):
-            lane.diverged.setdefault(int(seed), stop)
-        self._record(lane, stop, evaluation, losses.mean(axis=0))
-        return Turn(lane.name, stop, float(losses[-1].mean()), float(evaluation.accuracy.mean()))
-
-    def _record(self, lane: Lane, step: int, evaluation: Evaluation, train_loss: Any) -> None:
-        records, parts = [], []
-        for i in range(lane.trainer.seeds):
-            base = {"norm": lane.name, "seed": i, "step": step}
-            finite = bool(np.isfinite(evaluation.loss[i]))
-            records.append(
-                {
-                    "kind": "evaluation",
-                    **base,
-                    "train_loss": _number(train_loss[i]),
-                    "test_loss": _number(evaluation.loss[i]),
-                    "test_accuracy": _number(evaluation.accuracy[i]) if finite else None,
-                    "test_error": _number(100 * (1 - evaluation.accuracy[i])) if finite else None,
-                    "step_ms": lane.step_ms[-1] if lane.step_ms else None,
-                }
-            )
-            for layer, four in evaluation.parts.items():
-                for part, values in four._asdict().items():
-                    marks = {
-                        f"p{round(100 * q)}": _number(v)
-                        for q, v in zip(QUANTILES, values[i], strict=True)
-                    }
-                    parts.append({"kind": "part", **base, "layer": layer, "part": part, **marks})
+    def _record(self, lane: Lane) -> Turn:
+        """Keeps what was measured; returns what a listener hears."""
+        at = lane.at
+        assert at.evaluation is not None
+        if at.step_ms is not None:
+            lane.step_ms.append(at.step_ms)
+        rows = [{"norm": lane.name, "seed": seed} for seed in range(lane.trainer.seeds)]
+        records = [record | {"step_ms": at.step_ms} for record in at.records(rows)]
+        parts = [
+            {"kind": "part", **row, "step": at.step, "layer": layer, "part": part}
+            | {f"p{round(100 * q)}": number(v) for q, v in zip(QUANTILES, values[i], strict=True)}
+            for i, row in enumerate(rows)
+            for layer, four in at.evaluation.parts.items()
+            for part, values in four._asdict().items()
+        ]
         lane.records += records
         lane.parts += parts
         self.run_dir.append("metrics.jsonl", records + parts)
+        return Turn(lane.name, at.step, at.loss, float(at.evaluation.accuracy.mean()))
 
     def _compile(self, trainers: dict[str, Trainer]) -> None:
         """Compiles for every length of stretch, two norms at a time."""
         config = self.config
-        lengths = {stop - start for start, stop in stretches(config.steps, config.evaluations)}
+        steps = lengths(config.steps, config.evaluations)
 
         def one(name: str) -> Lane:
             begin = time.perf_counter()
             trainer = trainers[name]
             state = trainer.init()
-            trainer.compile(state, lengths, config.batch_size)
+            trainer.compile(state, steps, config.batch_size)
             self.say(f"compiled {name}")
-            return Lane(name, trainer, state, time.perf_counter() - begin)
+            at = Progress.start(state, config.seeds)
+            return Lane(name, trainer, at, time.perf_counter() - begin)
 
         with concurrent.futures.ThreadPoolExecutor(2) as pool:
             self.lanes = list(pool.map(one, trainers))
@@ -322,30 +233,29 @@ class Comparison:
         for lane in self.lanes:
             if not lane.records:
                 continue  # stopped before it was looked at
-            by_seed = [
-                [r for r in lane.records if r["seed"] == seed] for seed in range(lane.trainer.seeds)
-            ]
-            final = [rs[-1]["test_accuracy"] for rs in by_seed]
+            final = [None if r["test_loss"] is None else r["accuracy"] for r in last(lane.records)]
             alive = [a for a in final if a is not None]
-            reached = sorted(_steps_to(rs, self.config.target) for rs in by_seed)
-            step_ms = statistics.median(lane.step_ms) if lane.step_ms else None
+            reached = statistics.median(steps_to(lane.records, self.config.target))
             share = None
-            if baseline is not None and baseline is not lane and baseline.step_ms and step_ms:
+            if baseline is not None and baseline is not lane and baseline.step_ms and lane.step_ms:
                 pairs = zip(lane.step_ms, baseline.step_ms, strict=False)
                 share = statistics.median(1 - base / mine for mine, base in pairs)
-            steps_to = statistics.median(reached)
             rows.append(
                 {
                     "norm": lane.name,
-                    "step": lane.records[-1]["step"],
+                    "step": lane.at.step,
                     "accuracy_mean": statistics.fmean(alive) if alive else None,
                     "accuracy_sd": statistics.stdev(alive) if len(alive) > 1 else None,
                     "accuracy_by_seed": final,
-                    "steps_to_target": steps_to if math.isfinite(steps_to) else None,
-                    "step_ms": step_ms,
+                    "steps_to_target": number(reached),
+                    "step_ms": statistics.median(lane.step_ms) if lane.step_ms else None,
                     "norm_share": share,
                     "compile_seconds": lane.compile_seconds,
-                    "diverged": {str(seed): step for seed, step in sorted(lane.diverged.items())},
+                    "diverged": {
+                        str(seed): int(step)
+                        for seed, step in enumerate(lane.at.diverged)
+                        if step > -1
+                    },
                 }
             )
         return rows
@@ -369,8 +279,8 @@ class Comparison:
             ("parts", figures.parts(parts, title)),
         ):
             for kind in ("png", "svg"):
-                content = figures.encode(figure, kind)
-                paths[f"{name}.{kind}"] = self.run_dir.write_bytes(f"{name}.{kind}", content)
+                file = f"{name}.{kind}"
+                paths[file] = self.run_dir.write_bytes(file, encode(figure, kind))
         return paths
 
 
@@ -382,23 +292,3 @@ def _check_shapes(name: str, trainer: Trainer) -> None:
             f"norm {name!r} does not fit the model: {error} Or leave it out with --norms, or "
             "choose another --model."
         ) from error
-
-
-def _require(holds: bool, option: str, given: Any, expected: str) -> None:
-    if not holds:
-        raise RunError(f"--{option.replace('_', '-')}: got {given}; it must be {expected}.")
-
-
-def _as_json(config: Compare) -> dict[str, Any]:
-    values = dataclasses.asdict(config)
-    return {k: str(v) if isinstance(v, Path) else v for k, v in values.items()}
-
-
-def _number(value: Any) -> float | None:
-    """A JSON number; null where it is not finite."""
-    return float(value) if math.isfinite(value) else None
-
-
-def _steps_to(records: list[dict[str, Any]], target: float) -> float:
-    reached = (r["step"] for r in records if (r["test_accuracy"] or 0) >= target)
-    return min(reached, default=math.inf)

@@ -10,13 +10,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jax.typing import DTypeLike
 
 import normlab as nl
 
 from .. import models
-from ..rundir import RunError
+from ..rundir import Record, number
+from ..training.config import require_fit
+from ..training.driver import Checkpoint, Progress, drive
 from ..training.trainer import (
     FORMS,
     DeviceData,
@@ -25,12 +26,11 @@ from ..training.trainer import (
     TrainState,
     minibatches,
     set_devices,
-    stretches,
+    turns,
 )
 from . import question
-from .learn import dataset
-from .question import Checkpoint, Measure, Record
-from .verdict import number
+from .learn import dataset, optimizer
+from .question import Measure
 
 FIRST_STEPS = 5
 """Steps over which `pmap` and `shard_map` are compared: later ones add up rounding."""
@@ -74,11 +74,8 @@ class Lab:
         set_devices(config.devices)
         data = dataset(config.dataset, config.data_dir)
         batch = config.devices * config.per_device
-        if batch > len(data.train_images):
-            raise RunError(
-                f"a batch of {batch} examples, but {config.dataset} has {len(data.train_images)}. "
-                "Lower per_device."
-            )
+        given = f"--devices {config.devices} with --per-device {config.per_device}"
+        require_fit(batch, data, f"{given}: a batch of {batch} examples", "Give fewer.")
         self.classes, self.labels = data.classes, data.train_labels
         self.data = DeviceData(data, devices or config.devices, dtype)
         with jax.enable_x64(False):  # the same numbers in every type
@@ -98,10 +95,8 @@ class Lab:
     def trainer(self, norm: nl.Norm, form: Form, *, synced: bool = True, **options: Any) -> Trainer:
         """A trainer of the config's model with this norm; the options are those of `Trainer`."""
         model = models.build(self.config.model, norm, self.classes)
-        optimizer = optax.sgd(self.config.lr, momentum=0.9)
-        return Trainer(
-            model, optimizer, self.data, self.kernels, synced=synced, form=form, **options
-        )
+        made = optimizer(self.config)(self.config.lr)
+        return Trainer(model, made, self.data, self.kernels, synced=synced, form=form, **options)
 
     def batch_norm(self, sync: nl.Sync) -> nl.Norm:
         """Batch norm over these devices and parts of their batches."""
@@ -128,8 +123,6 @@ class Lab:
     ) -> Iterator[Record | Checkpoint]:
         """Trains batch norm under a `Sync`; yields evaluations, and how far the forms differ.
 
-        An evaluation has `diverged`: the first step whose loss was not finite, or null.
-
         Args:
           sync: Which examples are one batch.
           resume: Where to go on.
@@ -144,46 +137,26 @@ class Lab:
         if sync.every and exchanged:
             options["delayed"] = sync
         trainer = self.trainer(norm, config.form, **options)
-        marks, state = stretches(config.steps, config.evaluations), self.start(trainer)
-        lengths = {stop - start for start, stop in marks}
-        diverged = np.full(config.seeds, -1)
+        state = self.start(trainer)
+        cut = list(turns([*indices.swapaxes(0, 1)], config.evaluations))
+        rows = [{"seed": seed} for seed in range(config.seeds)]
+        begin = Progress.start(state, config.seeds, resume)
+        there = None
         if resume is None:
-            first = indices[: marks[0][1]]
-            (other_form,) = set(FORMS) - {config.form}
-            other = self.trainer(norm, other_form, **options)
+            (form,) = set(FORMS) - {config.form}
+            other = self.trainer(norm, form, **options)
             with concurrent.futures.ThreadPoolExecutor(1) as pool:  # both compile at once
-                there = pool.submit(lambda: other.train(self.start(other), first)[1])
-                trainer.compile(state, lengths, indices.shape[-1])
-            state, losses = trainer.train(state, first)
-            gap = relative(there.result()[:FIRST_STEPS], losses[:FIRST_STEPS])
-            yield {"kind": "forms", "steps": min(FIRST_STEPS, len(first)), "loss_gap": number(gap)}
-        else:
-            diverged, *leaves = resume.leaves
-            diverged = np.array(diverged)
-            whole = jax.tree.unflatten(jax.tree.structure(state), leaves)
-            state, losses = jax.device_put(whole, self.data.mapped), np.empty(0)
-        for start, stop in marks:
-            if resume is not None and start < resume.step:
-                continue
-            if start:
-                state, losses = trainer.train(state, indices[start:stop])
-            bad = ~np.isfinite(losses)
-            first_bad = np.where(bad.any(axis=0), start + 1 + bad.argmax(axis=0), -1)
-            diverged = np.where(diverged < 0, first_bad, diverged)
-            evaluation = trainer.evaluate(state)
-            for seed in range(config.seeds):
-                yield {
-                    "kind": "evaluation",
-                    "seed": seed,
-                    "step": stop,
-                    "train_loss": number(losses[:, seed].mean()),
-                    "test_loss": number(evaluation.loss[seed]),
-                    "accuracy": number(100 * evaluation.accuracy[seed]),
-                    "diverged": None if diverged[seed] < 0 else int(diverged[seed]),
-                }
-            for record in measure(trainer, state):
-                yield {**record, "step": stop}
-            yield Checkpoint(stop, [diverged, *jax.tree.leaves(state)])
+                there = pool.submit(lambda: other.train(self.start(other), cut[0][1])[1])
+                trainer.compile(state, {len(each) for _, each in cut}, indices.shape[-1])
+        for at in drive(trainer, begin, cut):
+            if there is not None and at.losses is not None:
+                gap = relative(there.result()[:FIRST_STEPS], at.losses[:FIRST_STEPS])
+                yield {"kind": "forms", "steps": min(FIRST_STEPS, at.step), "loss_gap": number(gap)}
+                there = None
+            yield from at.records(rows)
+            for record in measure(trainer, at.state):
+                yield {**record, "step": at.step}
+            yield at.checkpoint()
 
 
 def learn(config: Config, sync: nl.Sync) -> Measure:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -11,10 +11,12 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from .. import figures
+from ..figures import log_scale, styles
+from ..rundir import Record
+from .verdict import interval
 
-Records = Sequence[dict[str, Any]]
-Value = str | Callable[[dict[str, Any]], float | None]
+Records = Sequence[Record]
+Value = str | Callable[[Record], float | None]
 """What of a record is drawn: a key, or a function of the record."""
 
 
@@ -32,22 +34,20 @@ def canvas(columns: int = 1, rows: int = 1, *, width: float = 4.6, height: float
     return picture, (grid if rows > 1 else grid[0])
 
 
-def styles(names: Iterable[Any]) -> dict[Any, dict[str, Any]]:
-    """The colour and the marker of each norm; what is not a norm gets those that no norm has."""
-    names = list(names)
-    others = figures.palette(name for name in names if name not in figures.STYLE)
-    return {name: dict(figures.STYLE.get(name) or others[name]) for name in names}
-
-
-def value(record: dict[str, Any], key: Value) -> float:
+def value(record: Record, key: Value) -> float:
     """What is drawn of a record; NaN for null."""
     found = record.get(key) if isinstance(key, str) else key(record)
     return math.nan if found is None else float(found)
 
 
-def test_error(record: dict[str, Any]) -> float | None:
+def accuracy(record: Record) -> float | None:
+    """The test accuracy in percent."""
+    return None if record["accuracy"] is None else 100 * record["accuracy"]
+
+
+def test_error(record: Record) -> float | None:
     """The test error in percent."""
-    return None if record["accuracy"] is None else 100 - record["accuracy"]
+    return None if record["accuracy"] is None else 100 * (1 - record["accuracy"])
 
 
 def over_steps(
@@ -76,7 +76,15 @@ def against(
         places = sorted({r[x] for r in here})
         values = [[value(r, key) for r in here if r[x] == place] for place in places]
         if places:
-            figures.spread(axes, places, values, label=str(name), **{**style, **look})
+            spread(axes, places, values, label=str(name), **{**style, **look})
+
+
+def spread(axes: Axes, x: Sequence[float], values: Sequence[Sequence[float]], **style: Any) -> None:
+    """Means over seeds, with their intervals; of one seed the mean alone."""
+    found = [interval(v) for v in values]
+    halves = [high - mean if math.isfinite(high) else 0.0 for mean, _, high in found]
+    means = [mean for mean, _, _ in found]
+    axes.errorbar(x, means, halves, capsize=3, elinewidth=1, **style)
 
 
 def columns(axes: Axes, groups: Mapping[str, Sequence[float]], **look: Any) -> None:
@@ -85,7 +93,7 @@ def columns(axes: Axes, groups: Mapping[str, Sequence[float]], **look: Any) -> N
         points = [v for v in groups[name] if math.isfinite(v)]
         if points:
             axes.plot([at] * len(points), points, **{**style, "ls": "", "alpha": 0.4, **look})
-            figures.spread(axes, [at + 0.2], [points], **{**style, **look})
+            spread(axes, [at + 0.2], [points], **{**style, **look})
     axes.set_xticks(range(len(groups)), list(groups), rotation=30, ha="right")
 
 
@@ -96,7 +104,7 @@ def threshold(axes: Axes, at: float, *, vertical: bool = False) -> None:
 
 def log_y(axes: Axes) -> None:
     """A logarithmic axis with plain numbers."""
-    figures.log_scale(axes)
+    log_scale(axes)
 
 
 def legend(picture: Figure, axes: Axes) -> None:

@@ -19,10 +19,19 @@ import normlab as nl
 
 from .. import models
 from ..data import Dataset, load
-from ..rundir import RunError
-from ..training.trainer import OPTIMIZERS, DeviceData, Trainer, TrainState, minibatches, stretches
-from .question import Checkpoint, Config, Measure, Record
-from .verdict import number
+from ..rundir import Record, number
+from ..training.config import require_fit
+from ..training.driver import Checkpoint, Progress, drive
+from ..training.trainer import (
+    OPTIMIZERS,
+    DeviceData,
+    Trainer,
+    TrainState,
+    lengths,
+    minibatches,
+    turns,
+)
+from .question import Config, Measure
 
 Lane = Mapping[str, Any]
 """What sets one of the nets apart that are trained side by side: its `seed`, and perhaps its `lr`
@@ -71,11 +80,7 @@ Draw = Callable[[int, Dataset, Config], np.ndarray]
 
 def shuffled(seed: int, data: Dataset, config: Config) -> np.ndarray:
     """Minibatches from epochs shuffled by the seed."""
-    if config.batch_size > len(data.train_images):
-        raise RunError(
-            f"--batch-size: got {config.batch_size}, but {data.name} has "
-            f"{len(data.train_images)} training examples. Give at most that many."
-        )
+    require_fit(config.batch_size, data)
     return minibatches(seed, len(data.train_images), config.batch_size, config.steps)
 
 
@@ -107,9 +112,8 @@ def learn(
 ) -> Measure:
     """Trains nets with a norm and yields a record of each lane at each evaluation.
 
-    The records have `kind="evaluation"`, the lane's values, `step`, `train_loss` (nats, the mean
-    since the last evaluation), `test_loss`, `accuracy` (percent, of the test set), `diverged` (the
-    first step whose loss was not finite, or null), and what the instrument measured.
+    The records are those of `Progress.records`, with the lane's values, and what the instrument
+    measured.
 
     Args:
       config: What to train; another batch size or number of steps by `dataclasses.replace`.
@@ -126,29 +130,17 @@ def learn(
     def run(resume: Checkpoint | None) -> Iterator[Record | Checkpoint]:
         data = prepare(dataset(config.dataset, config.data_dir))
         trainer, state = start(config, norm, rows, data, **options)
-        marks = stretches(config.steps, config.evaluations)
         look = _looking(trainer, instrument or (lambda net: {}), rows, config)
-        diverged = np.full(len(rows), -1)
-        trainer.compile(state, {stop - begin for begin, stop in marks}, config.batch_size)
-        done = 0
-        if resume is None and instrument is not None:
-            yield from _evaluate(trainer, state, look, rows, 0, None, diverged)
-        if resume is not None:
-            done, (diverged, *leaves) = resume.step, resume.leaves
-            diverged = np.array(diverged)
-            whole = jax.tree.unflatten(jax.tree.structure(state), leaves)
-            state = jax.device_put(whole, trainer.data.mapped)
+        steps = lengths(config.steps, config.evaluations)
+        trainer.compile(state, steps, config.batch_size)
         drawn = {seed: draw(seed, data, config) for seed in {row["seed"] for row in rows}}
-        for begin, stop in marks:
-            if begin < done:
-                continue
-            indices = np.stack([drawn[row["seed"]][begin:stop] for row in rows], axis=1)
-            state, losses = trainer.train(state, indices)
-            bad = ~np.isfinite(losses)
-            first = np.where(bad.any(axis=0), begin + 1 + bad.argmax(axis=0), -1)
-            diverged = np.where(diverged < 0, first, diverged)
-            yield from _evaluate(trainer, state, look, rows, stop, losses.mean(axis=0), diverged)
-            yield Checkpoint(stop, [diverged, *jax.tree.leaves(state)])
+        begin = Progress.start(state, len(rows), resume)
+        if resume is None and instrument is not None:
+            yield from look(begin.evaluated(trainer))
+        each = [drawn[row["seed"]] for row in rows]
+        for at in drive(trainer, begin, turns(each, config.evaluations)):
+            yield from look(at)
+            yield at.checkpoint()
 
     return run
 
@@ -207,12 +199,10 @@ def gaussian(kernels: Any, lane: Lane) -> Any:
     )
 
 
-Look = Callable[[TrainState], dict[str, np.ndarray]]
-
-
 def _looking(
     trainer: Trainer, instrument: Instrument, rows: Sequence[Lane], config: Config
-) -> Look:
+) -> Callable[[Progress], list[Record]]:
+    """What makes the records of an evaluation, with what the instrument measures."""
     labels = jnp.asarray(trainer.data.probe_labels)
     images = jnp.asarray(trainer.data.probe)
     rates = jnp.array([row.get("lr", config.lr) for row in rows], jnp.float32)
@@ -222,34 +212,16 @@ def _looking(
     def one(params: Any, norm_state: Any, lr: Array) -> Any:
         return instrument(Net(trainer.model, params, norm_state, images, labels, lr))
 
-    def look(state: TrainState) -> dict[str, np.ndarray]:
+    def look(at: Progress) -> list[Record]:
+        state = at.state
         params, norm_state = jax.tree.map(lambda v: v[0], (state.params, state.norm_state))
-        return {name: np.asarray(v) for name, v in one(params, norm_state, rates).items()}
+        measured = {k: np.asarray(v) for k, v in one(params, norm_state, rates).items()}
+        return [
+            record | {name: as_json(v[i]) for name, v in measured.items()}
+            for i, record in enumerate(at.records(rows))
+        ]
 
     return look
-
-
-def _evaluate(
-    trainer: Trainer,
-    state: TrainState,
-    look: Look,
-    rows: Sequence[Lane],
-    step: int,
-    losses: np.ndarray | None,
-    diverged: np.ndarray,
-) -> Iterator[Record]:
-    evaluation, measured = trainer.evaluate(state), look(state)
-    for i, row in enumerate(rows):
-        yield {
-            "kind": "evaluation",
-            **row,
-            "step": step,
-            "train_loss": None if losses is None else number(losses[i]),
-            "test_loss": number(evaluation.loss[i]),
-            "accuracy": number(100 * evaluation.accuracy[i]),
-            "diverged": None if diverged[i] < 0 else int(diverged[i]),
-            **{name: as_json(v[i]) for name, v in measured.items()},
-        }
 
 
 def as_json(value: Any) -> Any:

@@ -4,77 +4,49 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
 
 from matplotlib.figure import Figure
 
-from ..rundir import RunError
+from ..rundir import Record
+from ..training.config import Training, require_evaluations
+from ..training.driver import Checkpoint
 from .verdict import Verdict
-
-Record = dict[str, Any]
-"""A measurement: JSON values by name; `None` where one is not finite."""
-
 
 Schedule = Literal["constant", "linear", "cosine"]
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(Training):
     """What all questions have in common; a question adds its own fields.
 
     Attributes:
       dataset: A name of `data.NAMES`, or "" for a question that needs none.
-      model: A name of `models.MODELS`.
       batch_size: Examples in each batch.
-      steps: Optimizer steps.
       evaluations: How often to measure on the way.
-      optimizer: A name of `trainer.OPTIMIZERS`.
-      lr: Learning rate.
       schedule: How the rate falls to 0 over the steps, or "constant".
       seeds: Seeds 0, 1, …, each with kernels and minibatches of its own.
-      data_dir: Where prepared data sets are kept.
     """
 
-    dataset: str = "mnist"
     model: str = "mlp"
     batch_size: int = 60
     steps: int = 1000
-    evaluations: int = 10
     optimizer: str = "sgd"
     lr: float = 0.1
+    evaluations: int = 10
     schedule: Schedule = "constant"
     seeds: int = 3
-    data_dir: Path | None = None
 
     def __post_init__(self) -> None:
         """Raises RunError for a number that nothing could be measured with."""
-        for name in ("steps", "evaluations", "seeds", "batch_size"):
-            value = getattr(self, name)
-            if value < 1:
-                raise RunError(f"--{name.replace('_', '-')}: got {value}; it must be 1 or more.")
-        if self.evaluations > self.steps:
-            raise RunError(
-                f"--evaluations: got {self.evaluations}, but --steps is {self.steps}, and there is "
-                "at most one evaluation after each step. Give fewer evaluations or more steps."
-            )
+        counts = ("steps", "evaluations", "seeds", "batch_size")
+        self.require_counts(*counts, expected="1 or more")
+        require_evaluations(self.evaluations, self.steps)
 
     @property
     def datasets(self) -> tuple[str, ...]:
         """Every data set that the question reads."""
         return (self.dataset,) if self.dataset else ()
-
-
-class Checkpoint(NamedTuple):
-    """Where a measurement stands, to go on from.
-
-    Attributes:
-      step: Steps done.
-      leaves: The leaves of the state, as arrays.
-    """
-
-    step: int
-    leaves: list[Any]
 
 
 class Measure(Protocol):

@@ -11,6 +11,8 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import scipy.stats
 
+from ..rundir import Record
+
 Decision = Literal["holds", "fails", "undecided"]
 
 CONFIDENCE = 0.95
@@ -68,14 +70,7 @@ def decide(
             least = 0.0
         with np.errstate(divide="ignore"):
             values = np.log(np.where(values == 0, least, values))
-    mean, low, high = float(values.mean()) if values.size else math.nan, -math.inf, math.inf
-    if values.size > 1 and np.isfinite(values).all():
-        low = high = mean  # Student's t has no interval where all seeds agree
-        if np.ptp(values):
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", RuntimeWarning)  # they agree to rounding
-                interval = scipy.stats.ttest_1samp(values, 0.0).confidence_interval(CONFIDENCE)
-            low, high = float(interval.low), float(interval.high)
+    mean, low, high = interval(values)
     if geometric:
         with np.errstate(over="ignore"):
             mean, low, high = (float(np.exp(v)) for v in (mean, low, high))
@@ -87,26 +82,37 @@ def decide(
     return Verdict(claim, decision, mean, low, high, at_least, at_most, unit, values.size)
 
 
-def number(value: Any) -> float | None:
-    """A JSON number; null where it is not finite."""
-    return float(value) if math.isfinite(value) else None
+def interval(values: Sequence[float] | np.ndarray) -> tuple[float, float, float]:
+    """The mean, and its interval of Student's t: the whole line for one value or a NaN."""
+    values = np.asarray(values, float)
+    if not values.size:
+        return math.nan, -math.inf, math.inf
+    mean = float(values.mean())
+    if values.size < 2 or not np.isfinite(values).all():
+        return mean, -math.inf, math.inf
+    if not np.ptp(values):  # Student's t has no interval where all seeds agree
+        return mean, mean, mean
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # they agree to rounding
+        found = scipy.stats.ttest_1samp(values, 0.0).confidence_interval(CONFIDENCE)
+    return mean, float(found.low), float(found.high)
 
 
-def select(records: Iterable[dict[str, Any]], **wanted: Any) -> list[dict[str, Any]]:
+def select(records: Iterable[Record], **wanted: Any) -> list[Record]:
     """The records that say what is wanted."""
     return [r for r in records if all(r.get(k) == v for k, v in wanted.items())]
 
 
-def last(records: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+def last(records: Iterable[Record]) -> list[Record]:
     """The record of the last evaluation of each net; a net is what stands before the `step`."""
-    found = {}
+    found: dict[tuple[Any, ...], Record] = {}
     for record in select(records, kind="evaluation"):
         labels = itertools.takewhile(lambda item: item[0] != "step", record.items())
         found[tuple(labels)] = record
     return list(found.values())
 
 
-def tuned(records: Iterable[dict[str, Any]], *labels: str) -> list[dict[str, Any]]:
+def tuned(records: Iterable[Record], *labels: str) -> list[Record]:
     """The last evaluations of each setting of the labels, at its best rate.
 
     The best is that of the largest test accuracy, the mean over the seeds: a net that is tuned at
@@ -121,7 +127,7 @@ def tuned(records: Iterable[dict[str, Any]], *labels: str) -> list[dict[str, Any
     return found
 
 
-def by_seed(records: Iterable[dict[str, Any]], key: str, **wanted: Any) -> np.ndarray:
+def by_seed(records: Iterable[Record], key: str, **wanted: Any) -> np.ndarray:
     """The last value of `key` in each seed, of the records that say what is wanted."""
     last: dict[int, float] = {}
     for record in select(records, **wanted):
@@ -130,20 +136,20 @@ def by_seed(records: Iterable[dict[str, Any]], key: str, **wanted: Any) -> np.nd
     return np.array([last[seed] for seed in sorted(last)])
 
 
-def accuracy(records: Iterable[dict[str, Any]], condition: Any = None, **wanted: Any) -> np.ndarray:
-    """The test accuracy of each seed at the end, in percent."""
+def accuracy(records: Iterable[Record], condition: Any = None, **wanted: Any) -> np.ndarray:
+    """The test accuracy of each seed at the end, in percent: what claims in points are about."""
     if condition is not None:
         wanted["condition"] = condition
-    return by_seed(records, "accuracy", kind="evaluation", **wanted)
+    return 100 * by_seed(records, "accuracy", kind="evaluation", **wanted)
 
 
 def share_of_steps(
-    records: Sequence[dict[str, Any]],
+    records: Sequence[Record],
     target: float,
     mine: Mapping[str, Any],
     reference: Mapping[str, Any],
 ) -> np.ndarray:
-    """The steps to `target` percent over those of the reference, of each seed.
+    """The steps to the accuracy `target` over those of the reference, of each seed.
 
     One that does not come there counts with its last step, so that the share is a bound; where
     neither does it is NaN.
@@ -154,8 +160,8 @@ def share_of_steps(
     return np.where(np.isinf(steps[0]) & np.isinf(steps[1]), np.nan, share)
 
 
-def steps_to(records: Iterable[dict[str, Any]], target: float, **wanted: Any) -> np.ndarray:
-    """The first evaluation of each seed at which the accuracy is `target` percent; inf if none."""
+def steps_to(records: Iterable[Record], target: float, **wanted: Any) -> np.ndarray:
+    """The first evaluation of each seed with the accuracy `target`; inf if none."""
     first: dict[int, float] = {}
     for record in select(records, kind="evaluation", **wanted):
         seed, value = record["seed"], record["accuracy"]

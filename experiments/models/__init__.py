@@ -37,36 +37,6 @@ from .recurrent import Gru, Lstm
 from .resnet import ResNet
 from .vit import Vit
 
-__all__ = [
-    "ACTIVATIONS",
-    "FLAT",
-    "MODELS",
-    "PARTS",
-    "STATE",
-    "Activations",
-    "ConvNet",
-    "Gru",
-    "Lstm",
-    "MatmulConv",
-    "Mlp",
-    "Network",
-    "Nin",
-    "Normed",
-    "Placement",
-    "ResNet",
-    "Vgg",
-    "Vit",
-    "Where",
-    "activations_by_layer",
-    "build",
-    "complete",
-    "conv",
-    "draw_kernels",
-    "parts_by_layer",
-    "require",
-    "split",
-]
-
 MODELS: dict[str, Callable[..., nn.Module]] = {
     "mlp": Mlp,
     "conv": ConvNet,
@@ -167,11 +137,14 @@ def parts_by_layer(variables: Any) -> dict[str, nl.Parts]:
 
     A layer is named by its path, and the parts of all time steps of a recurrent one are stacked.
     """
-    sown: Any = flatten_dict(variables[PARTS], is_leaf=lambda _, v: isinstance(v, tuple))
-    return {"/".join(path[:-1]): parts[0] for path, parts in sown.items()}
+    return _sown(variables[PARTS])
 
 
 def activations_by_layer(variables: Any) -> dict[str, Activations]:
     """What flowed through each layer in the last call, by its path, in the order of the layers."""
-    sown: Any = flatten_dict(variables[ACTIVATIONS], is_leaf=lambda _, v: isinstance(v, tuple))
-    return {"/".join(path[:-1]): flowed[0] for path, flowed in sown.items()}
+    return _sown(variables[ACTIVATIONS])
+
+
+def _sown(collection: Any) -> dict[str, Any]:
+    sown: Any = flatten_dict(collection, is_leaf=lambda _, v: isinstance(v, tuple))
+    return {"/".join(path[:-1]): values[0] for path, values in sown.items()}

@@ -5,8 +5,8 @@ it by the last output of the last layer. Time is a scan: the program does not gr
 
 A norm with a state (batch norm) keeps one for each time step, up to `max_steps`: activations right
 after the start of a sequence are distributed unlike later ones (Cooijmans et al. 2016). All steps
-from the last on share one: within a transaction (`nl.population.begin`) what they measure is pooled, outside
-of one each is an update.
+from the last on share one: within a transaction (`nl.population.begin`) what they measure is
+pooled, outside of one each is an update.
 """
 
 from __future__ import annotations

@@ -33,7 +33,6 @@ from matplotlib.figure import Figure
 
 import normlab as nl
 
-from .. import figures
 from ..engine import (
     Condition,
     Config,
@@ -161,7 +160,7 @@ def figure(records: Sequence[Record]) -> Figure:
     draw.against(left, select(final, norm="batch"), "together", draw.test_error)
     for name, style in draw.styles(ALONE).items():
         error = [100 - v for v in accuracy(final, norm=name)]
-        figures.spread(left, [min(sizes), max(sizes)], [error, error], label=name, **style)
+        draw.spread(left, [min(sizes), max(sizes)], [error, error], label=name, **style)
     left.set_xscale("log", base=2)
     left.set_xticks(sizes, [str(size) for size in sizes])
     left.set(xlabel="images normalized together", ylabel="test error (%)")

@@ -101,7 +101,7 @@ def figure(records: Sequence[Record]) -> Figure:
     for axes, depth in zip(grid, depths, strict=True):
         here = [r for r in select(records, kind="evaluation", depth=depth)]
         here = [r for r in here if r["lr"] == best[depth, r["norm"]]]
-        draw.over_steps(axes, here, "accuracy")
+        draw.over_steps(axes, here, draw.accuracy)
         for at in (STUCK, LEARNS):
             draw.threshold(axes, at)
         axes.set(ylabel="test accuracy (%)", title=f"{depth} hidden layers", ylim=(0, 100))

@@ -29,7 +29,7 @@ from matplotlib.figure import Figure
 import normlab as nl
 
 from .. import figures
-from ..engine import Condition, Record, Verdict, accuracy, decide
+from ..engine import Condition, Record, Verdict, accuracy, decide, draw
 from ..engine.devices import Config, learn
 from ..training.trainer import AXIS
 
@@ -97,7 +97,7 @@ def figure(records: Sequence[Record]) -> Figure:
     errors: dict[str, list[float]] = {}
     for r in records:
         if r["step"] == last:
-            errors.setdefault(r["condition"], []).append(100 - r["accuracy"])
+            errors.setdefault(r["condition"], []).append(draw.value(r, draw.test_error))
     references = [name for name in errors if not name.startswith("every")]
     delays = sorted({int(name.split()[1].strip(",")) for name in errors if name not in references})
     gradients = {"": "own moments by their share", ", forward": "own moments whole"}
@@ -105,10 +105,10 @@ def figure(records: Sequence[Record]) -> Figure:
     picture, axes = plt.subplots(figsize=(8, 4.2), layout="constrained")
     for gradient, label in gradients.items():
         values = [errors[f"every {delay}{gradient}"] for delay in delays]
-        figures.spread(axes, delays, values, label=f"old, {label}", **styles[gradient])
+        draw.spread(axes, delays, values, label=f"old, {label}", **styles[gradient])
     for at, name in enumerate(references, 1):
         place = 2 * max(delays) * 1.25**at
-        figures.spread(axes, [place], [errors[name]], label=name, ls="", **styles[name])
+        draw.spread(axes, [place], [errors[name]], label=name, ls="", **styles[name])
         axes.axhline(float(np.mean(errors[name])), color=styles[name]["color"], lw=0.8, ls=":")
     axes.set_xscale("log", base=2)
     axes.set_xticks(delays, [str(delay) for delay in delays])

@@ -48,9 +48,9 @@ GAIN = 0.3
 """Points of test accuracy that batch norm is better at the end, at least."""
 
 SPEED = 0.75
-"""Its steps to `TARGET` percent, as a share of those without a norm, at most."""
+"""Its steps to the accuracy `TARGET`, as a share of those without a norm, at most."""
 
-TARGET = 95.0
+TARGET = 0.95
 
 STILLER = 2.0
 """The factor by which the median wanders less with batch norm, at least."""
@@ -119,7 +119,7 @@ def verdict(records: Sequence[Record]) -> tuple[Verdict, ...]:
         claim = where + "batch norm ends more accurate"
         found.append(decide(claim, gain, at_least=GAIN, unit="points"))
         share = share_of_steps(records, TARGET, batch, none)
-        claim = where + f"it is at {TARGET:g}% in fewer steps (as a share)"
+        claim = where + f"it is at {TARGET:.0%} in fewer steps (as a share)"
         found.append(decide(claim, share, at_most=SPEED))
         claim = where + "the medians of the last layer's inputs wander less (factor)"
         factor = wander(records, **none) / wander(records, **batch)
@@ -133,7 +133,7 @@ def figure(records: Sequence[Record]) -> Figure:
     picture, grid = draw.canvas(3, len(starts), height=2.9)
     for (sd, lr), row in zip(starts, grid, strict=True):
         here = select(records, sd=sd, lr=lr)
-        draw.over_steps(row[0], [r for r in here if r["step"] > 0], "accuracy")
+        draw.over_steps(row[0], [r for r in here if r["step"] > 0], draw.accuracy)
         row[0].set(ylabel="test accuracy (%)", title=f"sd {sd:g}, rate {lr:g}")
         for axes, norm in zip(row[1:], ("none", "batch"), strict=True):
             mine = select(here, norm=norm, seed=0)

@@ -18,11 +18,10 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import flax.linen as nn
 import jax
-import numpy as np
 from matplotlib.figure import Figure
 
 import normlab as nl
@@ -33,19 +32,19 @@ from ..engine import (
     Record,
     Schedule,
     Verdict,
-    by_seed,
+    accuracy,
     dataset,
     decide,
     draw,
     exact,
     lanes,
     last,
-    number,
     select,
     shuffled,
     start,
 )
-from ..training.trainer import TrainState, stretches
+from ..training.driver import Progress, drive
+from ..training.trainer import turns
 
 GAIN = 0.3
 """Points of test accuracy that frozen statistics are better over few examples, at least."""
@@ -93,35 +92,20 @@ def measured(config: Frozen, together: int) -> Iterator[Record]:
     parts = nl.Sync(virtual_batch=together)
     norm = nl.get("batch", axis_name=parts, decay=config.decay, ddof=1)
     trainer, state = start(config, norm, rows, data, activation=nn.relu)
-    drawn = np.stack([shuffled(row["seed"], data, config) for row in rows], axis=1)
-    marks = stretches(config.steps, config.evaluations)
-    cut = round((1 - config.frozen) * config.evaluations)
-
-    def train(
-        state: TrainState, marks: Sequence[tuple[int, int]], then: str
-    ) -> Generator[Record, None, TrainState]:
-        for begin, stop in marks:
-            state, losses = trainer.train(state, drawn[begin:stop])
-            tested = trainer.evaluate(state)
-            for i, row in enumerate(rows):
-                yield {
-                    "kind": "evaluation",
-                    "then": then,
-                    **row,
-                    "step": stop,
-                    "train_loss": number(losses[:, i].mean()),
-                    "test_loss": number(tested.loss[i]),
-                    "accuracy": number(100 * tested.accuracy[i]),
-                }
-        return state
-
-    parted = yield from train(state, marks[:cut], "both")
-    parted = jax.tree.map(np.asarray, parted)  # training reuses the buffers of a state
+    drawn = [shuffled(row["seed"], data, config) for row in rows]
+    cut = list(turns(drawn, config.evaluations))
+    parting = round((1 - config.frozen) * config.evaluations)
+    at = begin = Progress.start(state, len(rows))
+    for at in drive(trainer, begin, cut[:parting]):
+        yield from at.records([{"then": "both", **row} for row in rows])
+    parted = jax.device_get(at.checkpoint())  # training reuses the buffers of a state
     for then in ("batch", "frozen"):
-        state = jax.device_put(parted, trainer.data.mapped)
+        begin = Progress.start(state, len(rows), parted)
         if then == "frozen":
-            state = state._replace(norm_state=nl.population.freeze(state.norm_state))
-        yield from train(state, marks[cut:], then)
+            frozen = begin.state._replace(norm_state=nl.population.freeze(begin.state.norm_state))
+            begin = dataclasses.replace(begin, state=frozen)
+        for at in drive(trainer, begin, cut[parting:]):
+            yield from at.records([{"then": then, **row} for row in rows])
 
 
 def verdict(records: Sequence[Record]) -> tuple[Verdict, ...]:
@@ -131,7 +115,7 @@ def verdict(records: Sequence[Record]) -> tuple[Verdict, ...]:
     many = max(r["together"] for r in ends)
     for together in sorted({r["together"] for r in ends}):
         here = select(ends, together=together)
-        batch, frozen = (by_seed(here, "accuracy", then=then) for then in ("batch", "frozen"))
+        batch, frozen = (accuracy(here, then=then) for then in ("batch", "frozen"))
         gain = frozen - batch
         if together == many:
             claim = f"over {together}: frozen for the last part, inference is as accurate"

@@ -23,8 +23,7 @@ from matplotlib.figure import Figure
 
 import normlab as nl
 
-from .. import figures
-from ..engine import Condition, Record, Verdict, accuracy, decide
+from ..engine import Condition, Record, Verdict, accuracy, decide, draw, select
 from ..engine.devices import Config, learn
 from ..training.trainer import AXIS
 
@@ -76,4 +75,14 @@ def verdict(records: Sequence[Record]) -> tuple[Verdict, ...]:
 
 def figure(records: Sequence[Record]) -> Figure:
     """Learning curves, and the test error at the end."""
-    return figures.conditions(records, "What the gradient sees")
+    ends = select(records, kind="evaluation")
+    names = dict.fromkeys(r["condition"] for r in ends)
+    picture, (left, right) = draw.canvas(2)
+    draw.over_steps(left, ends, draw.test_error, by="condition", marker=True)
+    draw.log_y(left)
+    left.set(ylabel="test error (%)")
+    draw.columns(right, {name: [*(100 - accuracy(ends, name))] for name in names})
+    right.set(title=f"after {max(r['step'] for r in ends)} steps")
+    draw.legend(picture, left)
+    picture.suptitle("What the gradient sees: median, band of all seeds; mean, 95% interval")
+    return picture

@@ -28,7 +28,7 @@ from matplotlib.figure import Figure
 import normlab as nl
 
 from .. import figures
-from ..engine import Condition, Record, Verdict, accuracy, decide
+from ..engine import Condition, Record, Verdict, accuracy, decide, draw
 from ..engine.devices import Config, learn
 from ..training.trainer import AXIS
 
@@ -113,9 +113,12 @@ def figure(records: Sequence[Record]) -> Figure:
         for ghost, label in ((False, "devices"), (True, "parts of a device's batch")):
             chosen = [r for r in here if (not r["group"]) == ghost]
             places = sorted({r["together"] for r in chosen})
-            errors = [[100 - r["accuracy"] for r in chosen if r["together"] == n] for n in places]
+            errors = [
+                [draw.value(r, draw.test_error) for r in chosen if r["together"] == n]
+                for n in places
+            ]
             if places:
-                figures.spread(
+                draw.spread(
                     axes,
                     places,
                     errors,
@@ -123,7 +126,7 @@ def figure(records: Sequence[Record]) -> Figure:
                     **{**style, "ls": ":" if ghost else "-", "mfc": "w" if ghost else None},
                 )
     axes.set(xlabel="examples normalized together", ylabel="test error (%)")
-    figures.log_scale(axes)
+    draw.log_y(axes)
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter("{x:g}")
     axes.grid(alpha=0.3, lw=0.5)

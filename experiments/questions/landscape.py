@@ -124,7 +124,7 @@ def figure(records: Sequence[Record]) -> Figure:
     draw.over_steps(middle, shown, "beta")
     middle.set(ylabel="effective β")
     draw.log_y(middle)
-    draw.over_steps(right, shown, "accuracy")
+    draw.over_steps(right, shown, draw.accuracy)
     right.set(ylabel="test accuracy (%)")
     draw.legend(picture, middle)
     return picture

@@ -130,7 +130,9 @@ def largest_stable(records: Sequence[Record], norm: str) -> np.ndarray:
     enough = least_accuracy(records)
     found = []
     for seed in sorted({r["seed"] for r in ends}):
-        stable = [r for r in select(ends, seed=seed, diverged=None) if r["accuracy"] >= enough]
+        stable = [
+            r for r in select(ends, seed=seed, diverged=None) if 100 * r["accuracy"] >= enough
+        ]
         found.append(max((r["lr"] for r in stable), default=np.nan))
     return np.array(found)
 

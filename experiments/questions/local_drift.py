@@ -35,7 +35,7 @@ import normlab as nl
 from normlab import instruments
 
 from .. import figures
-from ..engine import Checkpoint, Condition, Record, Verdict, by_seed, decide, number
+from ..engine import Checkpoint, Condition, Record, Verdict, by_seed, decide, draw, number
 from ..engine.devices import Config, Lab
 from ..training.trainer import AXIS, Trainer, TrainState
 
@@ -187,7 +187,7 @@ def figure(records: Sequence[Record]) -> Figure:
         here = [r for r in averaging if r["condition"] == condition]
         steps = sorted({r["step"] for r in here})
         values = [[r["lost"] for r in here if r["step"] == step] for step in steps]
-        figures.spread(grid[2], steps, values, label=condition, **marks[condition])
+        draw.spread(grid[2], steps, values, label=condition, **marks[condition])
     grid[2].set(xlabel="optimizer step", ylabel="accuracy lost by averaging (points)")
     grid[2].grid(alpha=0.3, lw=0.5)
     grid[2].legend(frameon=False)

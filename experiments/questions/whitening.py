@@ -58,9 +58,9 @@ COLOURED = 1000.0
 """The condition number after min-max and z-score, at least."""
 
 SPEED = 0.75
-"""Steps to `TARGET` percent as a share of those from min-max data, at most."""
+"""Steps to the accuracy `TARGET` as a share of those from min-max data, at most."""
 
-TARGET = 90.0
+TARGET = 0.9
 
 LOSS = 1.0
 """Points of accuracy that mixed features cost a net without a norm, at least."""
@@ -184,7 +184,7 @@ def verdict(records: Sequence[Record]) -> tuple[Verdict, ...]:
     for norm in ("none", "batch"):
         words = "no norm" if norm == "none" else "batch norm"
         for name in METHODS[1:]:
-            claim = f"{words}: from {name} data {TARGET:g}% takes fewer steps than from min-max "
+            claim = f"{words}: from {name} data {TARGET:.0%} takes fewer steps than from min-max "
             here, minmax = (best(records, data=d, norm=norm) for d in (name, "minmax"))
             share = share_of_steps(records, TARGET, here, minmax)
             found.append(decide(claim + "data (as a share)", share, at_most=SPEED))
@@ -212,7 +212,7 @@ def figure(records: Sequence[Record]) -> Figure:
         for name in names:
             shown += select(records, **best(records, data=name, norm=norm))
         draw.over_steps(axes, [r for r in shown if r["step"] > 0], draw.test_error, by="data")
-        draw.threshold(axes, 100 - TARGET)
+        draw.threshold(axes, 100 * (1 - TARGET))
         draw.log_y(axes)
         axes.set(ylabel="test error (%)", title=f"{norm}, at the best rate")
     draw.legend(picture, rest[0])

@@ -21,13 +21,14 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any
 
 import tyro
 
-from ..rundir import CHECKOUT, RunError
+from ..rundir import CHECKOUT, RunError, shown
+from .config import require, require_division
 from .processes import gist, read_diaries
-from .train import Train, check_batch, check_directory, default_path, train
+from .train import Result, Train, check_directory, train
 
 QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -70,9 +71,7 @@ class Launch:
         """Raises RunError for values that cannot be run."""
         for name, least in (("workers", 1), ("gpus", 0), ("max_failures", 0)):
             value = getattr(self, name)
-            if value < least:
-                option = name.replace("_", "-")
-                raise RunError(f"--{option}: got {value}; it must be at least {least}.")
+            require(value >= least, name, value, f"at least {least}")
         example = "for example: launch --workers 4 -- train --dataset mnist"
         if not self.command:
             raise RunError(f"there is nothing to launch; {example}")
@@ -80,34 +79,12 @@ class Launch:
             raise RunError(f"cannot launch {self.command[0]!r}, only train; {example}")
 
 
-class Outcome(NamedTuple):
-    """How a launched run ended.
-
-    Attributes:
-      path: The run directory.
-      step: The last step that is in a checkpoint.
-      summary: What was measured at the end, or `None` without an end.
-      restarts: How often all processes were started again.
-      failure: Why it ended before the end, or an empty string.
-      usage: Whether that is an error which another start would not mend.
-      signal: The signal that asked for a stop, or 0.
-    """
-
-    path: Path
-    step: int
-    summary: dict[str, Any] | None
-    restarts: int
-    failure: str
-    usage: bool
-    signal: int
-
-
 def launch(
     config: Launch,
     run: Train,
     say: Callable[[str], None] = lambda _: None,
     tell: Callable[[str], None] = lambda _: None,
-) -> Outcome:
+) -> Result:
     """Trains on Ray's workers until it is done, was stopped, or has failed too often.
 
     Args:
@@ -119,11 +96,12 @@ def launch(
     Raises:
       RunError: If the run cannot start.
     """
-    path = (run.run_dir or default_path(run)).expanduser().resolve()
+    path = run.path
     run = dataclasses.replace(run, run_dir=path)
     check_directory(run)
     if not config.gpus:
-        check_batch(run, config.workers * max(run.devices, 1))
+        devices = config.workers * max(run.devices, 1)
+        require_division(run.batch_size, devices, run.microbatches)
     os.environ.update(QUIET)  # Ray reads them when it is imported
     try:
         import ray  # pyright: ignore[reportMissingImports]
@@ -196,9 +174,9 @@ class Story:
         with contextlib.suppress(OSError, IndexError, ValueError):
             last = json.loads((self.path / "metrics.jsonl").read_text().splitlines()[-1])
             if any(r["event"] == "start" for r in gangs[-1]):
-                self.say(f"step {last['step']}/{self.steps}, loss {last['loss']:.4f}")
+                self.say(f"step {last['step']}/{self.steps}, loss {shown(last['train_loss'])}")
 
-    def outcome(self, error: BaseException | None, number: int) -> Outcome:
+    def outcome(self, error: BaseException | None, number: int) -> Result:
         """How it ended.
 
         Args:
@@ -214,8 +192,8 @@ class Story:
         elif ended[-1]["event"] == "end":
             summary = json.loads((self.path / "summary.json").read_text())
         steps = [int(p.name) for p in (self.path / "checkpoints").glob("*") if p.name.isdecimal()]
-        usage, step = error is None and bool(reason), max(steps, default=0)
-        return Outcome(self.path, step, summary, len(gangs) - 1, reason, usage, number)
+        usage, restarts = error is None and bool(reason), len(gangs) - 1
+        return Result(self.path, max(steps, default=0), summary, number, 0, restarts, reason, usage)
 
 
 def failure(records: list[dict[str, Any]]) -> str:
@@ -235,7 +213,10 @@ def failure(records: list[dict[str, Any]]) -> str:
 def _start_ray(config: Launch, temporary: Path) -> None:
     import ray  # pyright: ignore[reportMissingImports]
 
-    variables = {"PYTHONPATH": str(CHECKOUT)} | ({} if config.gpus else {"JAX_PLATFORMS": "cpu"})
+    here = (str(CHECKOUT), os.getcwd(), os.environ.get("PYTHONPATH", ""))  # a norm of one's own
+    variables = {"PYTHONPATH": os.pathsep.join(filter(None, here))} | (
+        {} if config.gpus else {"JAX_PLATFORMS": "cpu"}
+    )
     local: dict[str, Any] = {
         "num_cpus": max(config.workers, os.cpu_count() or 1),
         "include_dashboard": False,
@@ -257,7 +238,7 @@ def _start_ray(config: Launch, temporary: Path) -> None:
 
 def _trainer(config: Launch, run: Train, temporary: Path) -> Any:
     import ray.train  # pyright: ignore[reportMissingImports]
-    from ray.train.v2.jax import JaxTrainer  # pyright: ignore[reportMissingImports]
+    from ray.train.v2.jax import JaxConfig, JaxTrainer  # pyright: ignore[reportMissingImports]
 
     assert run.run_dir is not None
     storage = run.run_dir / ".ray" if config.address else temporary / "storage"
@@ -269,20 +250,13 @@ def _trainer(config: Launch, run: Train, temporary: Path) -> Any:
             use_gpu=config.gpus > 0,
             resources_per_worker={"CPU": 1} | ({"GPU": config.gpus} if config.gpus else {}),
         ),
-        jax_config=_unformed(),
+        jax_config=JaxConfig(use_tpu=False, use_gpu=False),  # the workers form jax.distributed
         run_config=ray.train.RunConfig(
             name="run",
             storage_path=str(storage),
             failure_config=ray.train.FailureConfig(max_failures=config.max_failures),
         ),
     )
-
-
-def _unformed() -> Any:
-    """Leaves `jax.distributed` to the workers."""
-    from ray.train.v2.jax import JaxConfig  # pyright: ignore[reportMissingImports]
-
-    return JaxConfig(use_tpu=False, use_gpu=False)
 
 
 def _work(config: dict[str, Any]) -> None:

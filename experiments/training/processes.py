@@ -6,6 +6,7 @@ one process that does not leave the others waiting.
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import faulthandler
 import json
@@ -40,57 +41,71 @@ EXIT_FAILED = 1
 """Something outside the run failed; the same command goes on from the last checkpoint."""
 
 
-def form(
-    coordinator: str | None,
-    processes: int,
-    process: int,
-    *,
-    cluster: Literal["auto", "yes", "no"],
-    start_timeout: int,
-    heartbeat_timeout: int,
-    shutdown_timeout: int,
-) -> None:
-    """Joins the other processes of this run with `jax.distributed`, if there are any.
+@dataclasses.dataclass(frozen=True)
+class Joining:
+    """How the processes of a run find each other, and when they give up.
 
-    Args:
-      coordinator: Address of process 0, or `None` to ask the cluster, where there is one.
-      processes: Their number, if `coordinator` is given.
-      process: Which of them this one is.
-      cluster: Whether to ask the cluster for the others: `"auto"` if one of `CLUSTERS` is set.
-      start_timeout: Seconds to wait for the others.
-      heartbeat_timeout: Seconds after which a process that is not heard of counts as dead.
-      shutdown_timeout: Seconds to wait for the others at the end.
+    Attributes:
+      coordinator: HOST:PORT of process 0, where no cluster says it; with --processes and --process.
+      processes: With --coordinator: how many processes there are.
+      process: With --coordinator: which of them this is.
+      cluster: Whether to ask the cluster for the other processes: if its variables are there, or
+        always (TPU VMs have none), or never.
+      start_timeout: Seconds in which all processes must have started.
+      heartbeat_timeout: Seconds after which a process that is not heard of is dead, and the others
+        end.
+      shutdown_timeout: Seconds that a process that is done waits for the others.
+      step_timeout: Seconds for a step; the watchdog ends a process that is over it.
+      grace: Seconds for the first step, which compiles, for a checkpoint and for the evaluation.
+    """
+
+    coordinator: str | None = None
+    processes: int = 1
+    process: int = 0
+    cluster: Literal["auto", "yes", "no"] = "auto"
+    start_timeout: int = 120
+    heartbeat_timeout: int = 10
+    shutdown_timeout: int = 8
+    step_timeout: float = 60.0
+    grace: float = 600.0
+
+
+def form(options: Joining) -> None:
+    """Joins the other processes of this run with `jax.distributed`, if there are any.
 
     Raises:
       RunError: If the others are not there in time, or the cluster cannot be asked.
     """
+    coordinator, cluster = options.coordinator, options.cluster
     found = [cluster for name, cluster in CLUSTERS.items() if os.environ.get(name)]
     if coordinator is None and (cluster == "no" or (cluster == "auto" and not found)):
         return
-    who = {"coordinator_address": coordinator, "num_processes": processes, "process_id": process}
-    given = f"--coordinator {coordinator}" if coordinator else f"found {', '.join(found) or 'none'}"
+    who = {
+        "cluster_detection_method": "deactivate",
+        "coordinator_address": coordinator,
+        "num_processes": options.processes,
+        "process_id": options.process,
+    }
+    given = (
+        f"--coordinator {coordinator}" if coordinator else f"found {', '.join(found) or 'nothing'}"
+    )
     advice = (
-        f"Start all of them within --start-timeout {start_timeout} s; --cluster no runs this one "
-        "by itself."
+        f"Start all of them within --start-timeout {options.start_timeout} s; --cluster no runs "
+        "this one by itself."
     )
     text = f"the other processes did not come ({given}). {advice}"
     # JAX's own end to a wait is a crash; it comes later, if at all.
-    patience = threading.Timer(start_timeout, leave, (EXIT_FAILED, text))
+    patience = threading.Timer(options.start_timeout, leave, (EXIT_FAILED, text))
     patience.daemon = True
     patience.start()
     try:
         jax.distributed.initialize(
-            **({**who, "cluster_detection_method": "deactivate"} if coordinator else {}),
-            initialization_timeout=start_timeout + 30,
-            heartbeat_timeout_seconds=heartbeat_timeout,
-            shutdown_timeout_seconds=shutdown_timeout,
+            **(who if coordinator else {}),
+            initialization_timeout=options.start_timeout + 30,
+            heartbeat_timeout_seconds=options.heartbeat_timeout,
+            shutdown_timeout_seconds=options.shutdown_timeout,
         )
     except Exception as error:  # of JAX, of the cluster's client, of the network
-        given = (
-            f"--coordinator {coordinator}"
-            if coordinator
-            else f"found {', '.join(found) or 'nothing'}"
-        )
         failed = f"the processes did not come together ({given}): {gist(error)}. {advice}"
         raise RunError(failed) from error
     finally:

@@ -8,7 +8,6 @@ that was stopped and one that was not are the same numbers, bit for bit, on as m
 from __future__ import annotations
 
 import dataclasses
-import datetime
 import functools
 import json
 import math
@@ -16,7 +15,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,30 +27,35 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import normlab as nl
-from normlab.population.by_name import require as require_population
-from normlab.population.by_name import takes
 
 from .. import models
-from ..compare.comparison import Compare
 from ..data import NAMES, Dataset, load
-from ..rundir import CHECKOUT, RunDirectory, RunError, environment
+from ..rundir import RunDirectory, RunError, default_path, environment
 from . import processes, syncs
 from .checkpoints import Checkpoints
-from .trainer import AXIS, OPTIMIZERS, TrainState, accumulate, minibatches
-
-PROBE = 256
-"""Training images on which a data-dependent init looks."""
-
-FREE = (
-    *("steps", "checkpoint_every", "keep", "log_every", "data_dir", "run_dir", "devices"),
-    *("coordinator", "processes", "process", "cluster", "start_timeout", "heartbeat_timeout"),
-    *("shutdown_timeout", "step_timeout", "grace"),
+from .config import Command, require, require_division, require_fit, takes
+from .driver import Progress, drive
+from .trainer import (
+    AXIS,
+    OPTIMIZERS,
+    PROBE,
+    Evaluation,
+    Preprocess,
+    Task,
+    TrainState,
+    accumulate,
+    minibatches,
 )
+
+FREE = {
+    *("steps", "checkpoint_every", "keep", "log_every", "data_dir", "run_dir", "devices"),
+    *(field.name for field in dataclasses.fields(processes.Joining)),
+}
 """Options that may change when a run goes on: they change no number up to a given step."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Train:
+class Train(processes.Joining, Command):
     """Train one network, data-parallel, in one process or many; go on where it was stopped.
 
     The same command with the same --run-dir goes on from the last checkpoint. Under Slurm,
@@ -59,41 +63,19 @@ class Train:
     """
 
     norm: str = "batch"
-    """Which norm (`python -m experiments list`)."""
+    """Which norm (`python -m experiments list`, or module:factory for one of your own)."""
 
     sync: str = "all"
     """Over which devices batch norm measures: all, local, groups=2, ring=1, virtual=64, ghost=4."""
 
-    model: str = "conv"
-    """conv (three 3×3 convolutions, ReLU), mlp (three layers of 100 sigmoids), or another of
-    `python -m experiments list`."""
-
-    dataset: str = "mnist"
-    """mnist, fashion_mnist, cifar10 or digits (tiny, needs no download)."""
-
-    batch_size: int = 128
-    """Examples per optimizer step, over all devices."""
-
     steps: int = 200
     """Optimizer steps; more than before lets a run that is done go on."""
-
-    optimizer: Literal["momentum", "sgd", "adam"] = "momentum"
-    """Plain SGD, SGD with momentum 0.9, or Adam."""
-
-    lr: float = 0.05
-    """Learning rate."""
 
     seed: int = 0
     """Draws the kernels and the minibatches."""
 
-    decay: float = 0.9
-    """Weight of the old value in batch norm's running statistics."""
-
     population: str = "debiased"
     """What batch norm keeps: debiased, ema, cumulative, renorm, frozen, or batch (nothing)."""
-
-    microbatches: int = 1
-    """Parts, one after the other, into which a device cuts its share of a batch."""
 
     checkpoint_every: int = 50
     """Steps between checkpoints; there is one at the end and one at a stop as well."""
@@ -107,77 +89,39 @@ class Train:
     devices: int = 0
     """On a CPU, devices that each process makes; 0 takes those that there are."""
 
-    data_dir: Path | None = None
-    """Where prepared data sets are kept; by default $NORMLAB_DATA_DIR or data/."""
-
     run_dir: Path | None = None
     """Where the results go; the place of a run of the same options lets that run go on. By default
     runs/train-DATASET-MODEL-TIME, for one process; several must share a directory."""
 
-    coordinator: str | None = None
-    """HOST:PORT of process 0, where no cluster says it; with --processes and --process."""
-
-    processes: int = 1
-    """With --coordinator: how many processes there are."""
-
-    process: int = 0
-    """With --coordinator: which of them this is."""
-
-    cluster: Literal["auto", "yes", "no"] = "auto"
-    """Whether to ask the cluster for the other processes: if its variables are there, or always
-    (TPU VMs have none), or never."""
-
-    start_timeout: int = 120
-    """Seconds in which all processes must have started."""
-
-    heartbeat_timeout: int = 10
-    """Seconds after which a process that is not heard of is dead, and the others end."""
-
-    shutdown_timeout: int = 8
-    """Seconds that a process that is done waits for the others."""
-
-    step_timeout: float = 60.0
-    """Seconds for a step; the watchdog ends a process that is over it."""
-
-    grace: float = 600.0
-    """Seconds for the first step, which compiles, for a checkpoint and for the evaluation."""
-
     def __post_init__(self) -> None:
         """Raises RunError for values that cannot be run."""
-        for name in (
-            *("batch_size", "steps", "keep", "log_every", "checkpoint_every", "processes"),
-            "microbatches",
+        super().__post_init__()
+        self.require_counts(
+            *("keep", "log_every", "checkpoint_every", "processes"),
             *("start_timeout", "heartbeat_timeout", "shutdown_timeout"),
-        ):
-            _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
-        for name in ("lr", "step_timeout", "grace"):
+        )
+        for name in ("step_timeout", "grace"):
             value = getattr(self, name)
-            _require(0 < value < math.inf, name, value, "positive and finite")
-        _require(0 <= self.decay < 1, "decay", self.decay, "in [0, 1)")
-        _require(self.devices >= 0, "devices", self.devices, "0 or more")
+            require(0 < value < math.inf, name, value, "positive and finite")
+        require(self.devices >= 0, "devices", self.devices, "0 or more")
         last = f"one of 0 to {self.processes - 1}"
-        _require(0 <= self.process < self.processes, "process", self.process, last)
-        _require(self.dataset in NAMES, "dataset", self.dataset, f"one of {', '.join(NAMES)}")
+        require(0 <= self.process < self.processes, "process", self.process, last)
         together = self.processes == 1 or self.coordinator is not None
-        _require(together, "processes", self.processes, "beside a --coordinator HOST:PORT")
-        try:
-            models.require(self.model)
-            nl.row(self.norm)
-            require_population(self.population)
-        except ValueError as error:  # an unknown name
-            raise RunError(str(error)) from None
+        require(together, "processes", self.processes, "beside a --coordinator HOST:PORT")
+        require(self.dataset in NAMES, "dataset", self.dataset, f"one of {', '.join(NAMES)}")
+        for name in ("batch", self.norm):  # no array is made: JAX must not start yet
+            self.norm_of(name, population=self.population)
         syncs.parse(self.sync, AXIS)
 
-    def build_norm(self, sync: nl.devices.AxisName | None) -> nl.Norm:
-        """The norm, with the options of this run."""
-        if self.norm == "batch":
-            options = {"decay": self.decay} if takes(self.population, "decay") else {}
-            return nl.get("batch", population=self.population, axis_name=sync, **options)
-        return Compare(devices=1, batch_size=1).norm(self.norm)
+    @property
+    def path(self) -> Path:
+        """The run directory."""
+        default = default_path(f"train-{self.dataset}-{self.model}")
+        return (self.run_dir or default).expanduser().resolve()
 
     def as_json(self) -> dict[str, Any]:
         """The options that the numbers depend on."""
-        return {k: v for k, v in dataclasses.asdict(self).items() if k not in FREE}
+        return {k: v for k, v in super().as_json().items() if k not in FREE}
 
 
 class Result(NamedTuple):
@@ -185,17 +129,23 @@ class Result(NamedTuple):
 
     Attributes:
       path: The run directory.
-      step: The steps that are done, all of them in a checkpoint.
-      summary: What was measured at the end; `None` if the run was asked to stop before.
-      signal: The signal that asked, if this process got it.
+      step: The last step that is in a checkpoint.
+      summary: What was measured at the end; `None` without an end.
+      signal: The signal that asked for a stop, if this process got it, or 0.
       process: Which process this is.
+      restarts: How often all processes were started again, of a launch.
+      failure: Why it ended before the end, or an empty string.
+      usage: Whether that is an error which another start would not mend.
     """
 
     path: Path
     step: int
     summary: dict[str, Any] | None
     signal: int
-    process: int
+    process: int = 0
+    restarts: int = 0
+    failure: str = ""
+    usage: bool = False
 
 
 class Resumed(RunDirectory):
@@ -207,11 +157,7 @@ class Resumed(RunDirectory):
     """
 
     def __init__(self, config: Train, process: int) -> None:
-        self.path = (config.run_dir or default_path(config)).expanduser().resolve()
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise RunError(f"cannot make the run directory {self.path}: {error}.") from error
+        super().__init__(config.path, "", again=True)
         if process == 0:
             self.write_json("config.json", config.as_json())
 
@@ -224,24 +170,6 @@ class Resumed(RunDirectory):
         if kept != lines:
             self.write_bytes(path.name, b"".join(kept))
         (self.path / "summary.json").unlink(missing_ok=True)
-
-
-def default_path(config: Train) -> Path:
-    """Where a run goes that is not told."""
-    now = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
-    return CHECKOUT / "runs" / f"train-{config.dataset}-{config.model}-{now}"
-
-
-def check_batch(config: Train, devices: int) -> None:
-    """Raises RunError if the batch does not divide over the devices."""
-    parts = devices * config.microbatches
-    if config.batch_size % parts:
-        near = max(config.batch_size // parts, 1) * parts
-        cut = f" times --microbatches {config.microbatches}" if config.microbatches > 1 else ""
-        raise RunError(
-            f"--batch-size {config.batch_size} does not divide over {devices} devices{cut}. Use a "
-            f"batch size of {near}, say."
-        )
 
 
 def check_directory(config: Train) -> None:
@@ -283,35 +211,28 @@ class Program:
 
     def __init__(self, config: Train, data: Dataset) -> None:
         self.config, self.data, self.devices = config, data, jax.device_count()
-        check_batch(config, self.devices)
-        if config.batch_size > len(data.train_images):
-            raise RunError(
-                f"--batch-size {config.batch_size} is larger than {config.dataset}, which has "
-                f"{len(data.train_images)} training examples. Use a smaller batch."
-            )
+        require_division(config.batch_size, self.devices, config.microbatches)
+        require_fit(config.batch_size, data)
         mesh = Mesh(np.array(jax.devices()), (AXIS,), axis_types=(AxisType.Auto,))
         self.copied, self.split = NamedSharding(mesh, P()), NamedSharding(mesh, P(AXIS))
-        pixels = data.train_images[:10_000].astype(np.float32)
-        self._mean, self._std = float(pixels.mean()), float(pixels.std())
-        self.sync = syncs.parse(config.sync, AXIS, self.devices) if config.norm == "batch" else None
-        self.model = models.build(config.model, config.build_norm(self.sync), data.classes)
+        sync = syncs.parse(config.sync, AXIS, self.devices)
+        self.sync = sync if takes(config.norm, "axis_name") else None
+        norm = config.norm_of(config.norm, self.sync, population=config.population)
+        self.model = models.build(config.model, norm, data.classes)
+        self.task = Task(self.model, Preprocess.of(data))
         self.optimizer = OPTIMIZERS[config.optimizer](config.lr)
         mapped = functools.partial(jax.shard_map, mesh=mesh)
         states = TrainState(P(), P(AXIS), P())  # type: ignore[arg-type]
-        self.step = jax.jit(
-            mapped(self._step, in_specs=(states, P(AXIS), P(AXIS)), out_specs=(states, P()))
+        self._step = jax.jit(
+            mapped(self._step_shard, in_specs=(states, P(AXIS), P(AXIS)), out_specs=(states, P()))
         )
         self._evaluate = jax.jit(
             mapped(self._evaluate_shard, in_specs=(states, *[P(AXIS)] * 3), out_specs=P())
         )
 
-    def preprocess(self, images: Any) -> Array:
-        """Pixels as float32, shifted and scaled by two numbers taken from the training set."""
-        return (jnp.asarray(images).astype(jnp.float32) - self._mean) / self._std
-
     def init(self) -> TrainState:
         """The initial state: norm states `[devices, ...]`, each on its device, the rest copied."""
-        probe = np.asarray(self.preprocess(self.data.train_images[:PROBE]))
+        probe = np.asarray(self.task.preprocess(self.data.train_images[:PROBE]))
         config = self.config
 
         @jax.jit
@@ -337,39 +258,43 @@ class Program:
         copied, split = jax.tree.map(np.asarray, (copied, split))
         return jax.tree.map(lambda v: _array(v, self.copied), copied), jax.tree.map(stack, split)
 
-    def batches(self, start: int) -> Iterator[tuple[Array, Array]]:
-        """The minibatches from step `start` on; each process reads its own examples."""
+    def batches(self, start: int) -> Iterator[tuple[int, tuple[Array, Array]]]:
+        """The steps after `start`, and their minibatches; each process reads its own examples."""
         config, data = self.config, self.data
         rows = minibatches(config.seed, len(data.train_images), config.batch_size, config.steps)
-        for row in rows[start:]:
-            yield (
-                _array(data.train_images, self.split, row),
-                _array(data.train_labels, self.split, row),
-            )
+        for step, row in enumerate(rows[start:], start + 1):
+            arrays = (data.train_images, data.train_labels)
+            images, labels = (_array(v, self.split, row) for v in arrays)
+            yield step, (images, labels)
 
-    def evaluate(self, state: TrainState) -> tuple[float, float]:
-        """Loss and accuracy on the test set, by running statistics merged over the devices."""
+    def train(self, state: TrainState, batch: tuple[Array, Array]) -> tuple[TrainState, np.ndarray]:
+        """Takes one step; the loss is `[1, 1]`."""
+        try:
+            state, loss = self._step(state, *batch)
+        except ValueError as error:  # groups that do not fit the devices, found in tracing
+            config = self.config
+            raise RunError(f"--norm {config.norm} --sync {config.sync}: {error}") from error
+        return state, np.asarray(loss)[None, None]
+
+    def evaluate(self, state: TrainState) -> Evaluation:
+        """Measures the test set, by running statistics merged over the devices."""
         images, labels = self.data.test_images, self.data.test_labels
         padded = -(-len(labels) // self.devices) * self.devices
         rows = np.arange(padded) % len(labels)
         weights = (np.arange(padded) < len(labels)).astype(np.float32)
         shards = (_array(images, self.split, rows), _array(labels, self.split, rows))
-        loss, accuracy = self._evaluate(state, *shards, _array(weights, self.split))
-        return float(loss), float(accuracy)
+        sums = self._evaluate(state, *shards, _array(weights, self.split))
+        return Evaluation.of(np.asarray(sums)[None], {})
 
-    def _step(self, state: TrainState, images: Array, labels: Array) -> tuple[TrainState, Array]:
+    def _step_shard(
+        self, state: TrainState, images: Array, labels: Array
+    ) -> tuple[TrainState, Array]:
         own = jax.tree.map(lambda v: v[0], state.norm_state)
         flat, unravel = ravel_pytree(state.params)  # one collective for all gradients
 
         def loss(flat: Array, own: Any, images: Array, labels: Array) -> tuple[Array, Any]:
-            logits, changed = self.model.apply(
-                {"params": unravel(flat), models.STATE: own},
-                self.preprocess(images),
-                train=True,
-                mutable=[models.STATE],
-            )
-            losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-            return nl.devices.global_mean(losses, AXIS), changed.get(models.STATE, own)
+            losses, after = self.task.losses(unravel(flat), own, images, labels)
+            return nl.devices.global_mean(losses, AXIS), after
 
         parts = self.config.microbatches
         value, after, grads = accumulate(loss, flat, own, (images, labels), parts)
@@ -385,14 +310,10 @@ class Program:
 
     def _evaluate_shard(
         self, state: TrainState, images: Array, labels: Array, weights: Array
-    ) -> tuple[Array, Array]:
+    ) -> Array:
         merged = nl.population.pool_running(jax.tree.map(lambda v: v[0], state.norm_state), AXIS)
         variables = {"params": state.params, models.STATE: merged}
-        logits: Any = self.model.apply(variables, self.preprocess(images), train=False)
-        losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-        right = (logits.argmax(-1) == labels).astype(weights.dtype)
-        sums = lax.psum(((weights * losses).sum(), (weights * right).sum(), weights.sum()), AXIS)
-        return sums[0] / sums[2], sums[1] / sums[2]
+        return lax.psum(self.task.sums(variables, images, labels, weights), AXIS)
 
 
 def train(config: Train, say: Callable[[str], None] = lambda _: None) -> Result:
@@ -411,15 +332,7 @@ def train(config: Train, say: Callable[[str], None] = lambda _: None) -> Result:
         except RuntimeError as error:  # the devices are there already
             raise RunError(f"--devices {config.devices}: {error}") from error
     say("waiting for the other processes")
-    processes.form(
-        **{
-            name: getattr(config, name)
-            for name in (
-                *("coordinator", "processes", "process", "cluster", "start_timeout"),
-                *("heartbeat_timeout", "shutdown_timeout"),
-            )
-        }
-    )
+    processes.form(config)
     process, count = jax.process_index(), jax.process_count()
     say = say if process == 0 else lambda _: None
     if config.run_dir is None and count > 1:
@@ -482,27 +395,22 @@ def _train(
         directory.rewind(start)
         directory.write_json("environment.json", environment())
     say("compiling")
-    begin, loss, done = time.perf_counter(), math.nan, start
-    for batch in program.batches(start):
-        try:
-            state, value = program.step(state, *batch)
-        except ValueError as error:  # groups that do not fit the devices, found in tracing
-            if done > start:
-                raise
-            raise RunError(f"--norm {config.norm} --sync {config.sync}: {error}") from error
-        loss, done = float(value), done + 1
+    begin = time.perf_counter()
+    at = there = Progress.start(state, 1, step=start)
+    for at in drive(program, there, program.batches(start), evaluate=False):
+        done = at.step
         watchdog.beat(f"step {done + 1}")
         if first and (done % config.log_every == 0 or done == config.steps):
-            record = {"step": done, "loss": loss if math.isfinite(loss) else None}
-            directory.append("metrics.jsonl", [record])
-            say(f"step {done}/{config.steps}, loss {loss:.4f}")
+            directory.append("metrics.jsonl", at.records([{}]))
+            say(f"step {done}/{config.steps}, loss {at.loss:.4f}")
         stopping = stop.reached(done)
         if stopping or done == config.steps or done % config.checkpoint_every == 0:
             watchdog.beat(f"the checkpoint of step {done}", config.grace)
-            checkpoints.save(done, state)
+            checkpoints.save(done, at.state)
             watchdog.beat(f"step {done + 1}")
         if stopping and done < config.steps:
             break
+    done = at.step
     watchdog.beat(f"the checkpoint of step {done}", config.grace)
     checkpoints.manager.wait_until_finished()
     if done < config.steps:
@@ -510,9 +418,9 @@ def _train(
         return Result(directory.path, done, None, stop.signal, jax.process_index())
     watchdog.beat("the evaluation", config.grace)
     say("evaluating")
-    test_loss, accuracy = program.evaluate(state)
+    (record,) = at.evaluated(program).records([{}])
+    summary = {name: record[name] for name in ("step", "test_loss", "accuracy")}
     seconds = time.perf_counter() - begin
-    summary = {"step": done, "loss": test_loss, "accuracy": accuracy}
     summary |= {**devices, "start": start, "seconds": round(seconds, 3)}
     if first:
         directory.write_json("summary.json", summary)
@@ -529,8 +437,3 @@ def _array(values: np.ndarray, sharding: NamedSharding, rows: np.ndarray | None 
         return values[rows[index[0]]]
 
     return jax.make_array_from_callback((len(rows), *values.shape[1:]), sharding, own)
-
-
-def _require(holds: bool, option: str, given: Any, expected: str) -> None:
-    if not holds:
-        raise RunError(f"--{option.replace('_', '-')}: got {given}; it must be {expected}.")

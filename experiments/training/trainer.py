@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple, get_args
 
 import flax.linen as nn
@@ -36,6 +36,9 @@ from ..rundir import RunError
 
 AXIS = "data"
 """The name of the mapped axis: devices that each hold a part of the batch."""
+
+PROBE = 256
+"""Training images on which a data-dependent init and every evaluation look."""
 
 QUANTILES = (0.15, 0.5, 0.85)
 """The percentiles of figure 1 in Ioffe & Szegedy (2015), used for the four parts."""
@@ -76,6 +79,45 @@ class Evaluation(NamedTuple):
     accuracy: np.ndarray
     parts: dict[str, nl.Parts]
 
+    @classmethod
+    def of(cls, sums: np.ndarray, parts: dict[str, nl.Parts]) -> Evaluation:
+        """An evaluation of the sums `[..., 3]` of `Task.sums`; the share is exact."""
+        loss, right, total = np.moveaxis(sums, -1, 0)
+        return cls(loss / total, right / total.astype(np.float64), parts)
+
+
+class Task(NamedTuple):
+    """What a model is asked to do: tell the classes of images.
+
+    Attributes:
+      model: A model of `models`.
+      preprocess: What is done to the images first.
+    """
+
+    model: nn.Module
+    preprocess: Callable[[Any], Array]
+
+    def losses(
+        self, params: Any, norm_state: Any, images: Array, labels: Array, **more: Any
+    ) -> tuple[Array, Any]:
+        """The cross-entropy of each training example, in nats, and the norms' next state."""
+        logits, changed = self.model.apply(
+            {"params": params, models.STATE: norm_state},
+            self.preprocess(images),
+            train=True,
+            mutable=[models.STATE],
+            **more,
+        )
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+        return losses, changed.get(models.STATE, norm_state)
+
+    def sums(self, variables: Any, images: Array, labels: Array, weights: Array) -> Array:
+        """Of test examples: the sums of the losses, of those classified right, of the weights."""
+        logits: Any = self.model.apply(variables, self.preprocess(images), train=False)
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+        right = (logits.argmax(-1) == labels).astype(weights.dtype)
+        return jnp.stack([(weights * losses).sum(), (weights * right).sum(), weights.sum()])
+
 
 class Trainer:
     """Trains one model on one data set; `compile` before the first step keeps the times clean.
@@ -107,6 +149,7 @@ class Trainer:
         microbatches: int = 1,
     ) -> None:
         self.model, self.optimizer, self.data = model, optimizer, data
+        self.task = Task(model, data.preprocess)
         self.kernels, self.synced, self.delayed = kernels, synced, delayed
         self.microbatches = microbatches
         # The big arrays come as they lie, one copy per device; everything else is mapped.
@@ -167,9 +210,9 @@ class Trainer:
 
     def evaluate(self, state: TrainState) -> Evaluation:
         """Measures the whole test set with running statistics, pooled if the devices differ."""
-        loss, accuracy, parts = self._evaluate(state, *self.data.test, self.data.probe)
-        first = jax.tree.map(lambda v: np.asarray(v[0]), (loss, accuracy, parts))
-        return Evaluation(*first)
+        found = self._evaluate(state, *self.data.test, self.data.probe)
+        sums, parts = jax.tree.map(lambda v: np.asarray(v[0]), found)
+        return Evaluation.of(sums, parts)
 
     def loss(
         self, params: Any, norm_state: Any, images: Array, labels: Array, chosen: Array
@@ -180,15 +223,9 @@ class Trainer:
         leaves out, so that no state is needed to repeat a step.
         """
         drawn = jax.random.fold_in(jax.random.key(chosen[0]), chosen[-1])
-        logits, changed = self.model.apply(
-            {"params": params, models.STATE: norm_state},
-            self.data.preprocess(images),
-            train=True,
-            mutable=[models.STATE],
-            rngs={"dropout": drawn},
-        )
-        loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
-        return loss, changed.get(models.STATE, norm_state)
+        rngs = {"dropout": drawn}
+        losses, after = self.task.losses(params, norm_state, images, labels, rngs=rngs)
+        return losses.mean(), after
 
     def _step(
         self, state: TrainState, images: Array, labels: Array, chosen: Array
@@ -226,28 +263,47 @@ class Trainer:
 
     def _evaluate_device(
         self, state: TrainState, images: Array, labels: Array, weights: Array, probe: Array
-    ) -> tuple[Array, Array, Any]:
+    ) -> tuple[Array, Any]:
         """`images [batches, b, ...]` and so on: this device's share of the test set."""
 
-        def one(state: TrainState) -> tuple[Array, Array, Any]:
+        def one(state: TrainState) -> tuple[Array, Any]:
             norm_state = state.norm_state
             if not self.synced:
                 norm_state = nl.population.pool_running(norm_state, AXIS)
             variables = {"params": state.params, models.STATE: norm_state}
 
-            def batch(shard: tuple[Array, Array, Array]) -> tuple[Array, Array]:
-                x, y, w = shard
-                logits: Any = self.model.apply(variables, self.data.preprocess(x), train=False)
-                losses = optax.softmax_cross_entropy_with_integer_labels(logits, y)
-                right = (logits.argmax(-1) == y).astype(w.dtype)
-                return (w * losses).sum(), (w * right).sum()
-
-            sums = [v.sum() for v in lax.map(batch, (images, labels, weights))]
-            loss, right, total = lax.psum((*sums, weights.sum()), AXIS)
+            shards = (images, labels, weights)
+            sums = lax.map(lambda shard: self.task.sums(variables, *shard), shards).sum(axis=0)
             _, sown = self.model.apply(variables, probe, train=False, mutable=[models.PARTS])
-            return loss / total, right / total, jax.tree.map(quantiles, models.parts_by_layer(sown))
+            parts = jax.tree.map(quantiles, models.parts_by_layer(sown))
+            return lax.psum(sums, AXIS), parts
 
         return side_by_side(one)(state)
+
+
+class Preprocess(NamedTuple):
+    """Shifts and scales pixels by two numbers of the training set.
+
+    Attributes:
+      mean, std: The two.
+      dtype: The type of what comes out.
+    """
+
+    mean: float
+    std: float
+    dtype: DTypeLike = jnp.float32
+
+    @classmethod
+    def of(cls, data: Dataset, dtype: DTypeLike = jnp.float32) -> Preprocess:
+        """By the mean and the standard deviation of a data set; floats are taken as they are."""
+        if np.issubdtype(data.train_images.dtype, np.floating):
+            return cls(0.0, 1.0, dtype)
+        pixels = data.train_images[:10_000].astype(np.float32)
+        return cls(float(pixels.mean()), float(pixels.std()), dtype)
+
+    def __call__(self, images: Any) -> Array:
+        """Returns the images, preprocessed."""
+        return (jnp.asarray(images).astype(self.dtype) - self.mean) / self.std
 
 
 class DeviceData:
@@ -259,27 +315,22 @@ class DeviceData:
         batch is padded with examples of weight zero.
       probe, probe_labels: A batch of training images, preprocessed, on which the parts are looked
         at, and its labels.
-      dtype: The type of preprocessed images.
+      preprocess: What is done to images first.
     """
 
-    PROBE = 256
     TEST_BATCH = 256
 
     def __init__(self, data: Dataset, devices: int, dtype: DTypeLike = jnp.float32) -> None:
-        self.devices, self.dtype = devices, dtype
+        self.devices = devices
         self.mesh = Mesh(jax.devices()[:devices], (AXIS,))
         self.copied = NamedSharding(self.mesh, P())
         self.mapped = NamedSharding(self.mesh, P(AXIS))
         self.examples = len(data.train_images)
-        pixels = data.train_images[:10_000].astype(np.float32)
-        floating = np.issubdtype(data.train_images.dtype, np.floating)
-        self._mean, self._std = (
-            (0.0, 1.0) if floating else (float(pixels.mean()), float(pixels.std()))
-        )
+        self.preprocess = Preprocess.of(data, dtype)
         self.images = jax.device_put(data.train_images, self.copied)
         self.labels = jax.device_put(data.train_labels, self.copied)
-        self.probe = np.asarray(self.preprocess(data.train_images[: self.PROBE]))
-        self.probe_labels = data.train_labels[: self.PROBE]
+        self.probe = np.asarray(self.preprocess(data.train_images[:PROBE]))
+        self.probe_labels = data.train_labels[:PROBE]
         self.test = tuple(
             jax.device_put(self._split(v), self.mapped)
             for v in (
@@ -288,10 +339,6 @@ class DeviceData:
                 np.ones(len(data.test_labels), np.float32),
             )
         )
-
-    def preprocess(self, images: Any) -> Array:
-        """Pixels, shifted and scaled by two numbers of the training set; floats as they are."""
-        return (jnp.asarray(images).astype(self.dtype) - self._mean) / self._std
 
     def _split(self, v: np.ndarray) -> np.ndarray:
         batch = min(self.TEST_BATCH, -(-len(v) // self.devices))
@@ -350,6 +397,17 @@ def stretches(steps: int, count: int) -> list[tuple[int, int]]:
     """Cuts `steps` into `count` stretches `(start, stop)` that differ by one step at most."""
     marks = [round(i * steps / count) for i in range(count + 1)]
     return list(itertools.pairwise(marks))
+
+
+def lengths(steps: int, count: int) -> set[int]:
+    """How many steps the stretches have."""
+    return {stop - start for start, stop in stretches(steps, count)}
+
+
+def turns(drawn: Sequence[np.ndarray], count: int) -> Iterator[tuple[int, np.ndarray]]:
+    """Each seed's minibatches `[steps, batch]` in stretches, `(stop, [steps, seeds, batch])`."""
+    for start, stop in stretches(len(drawn[0]), count):
+        yield stop, np.stack([each[start:stop] for each in drawn], axis=1)
 
 
 def set_devices(count: int) -> None:
