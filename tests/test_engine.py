@@ -23,8 +23,7 @@ import pytest
 
 import normlab as nl
 from experiments import console as cli
-from experiments import models, questions
-from experiments.asking import command as asking
+from experiments import models, questions, terminal
 from experiments.asking import kept, pool, sources
 from experiments.asking.ask import ask
 from experiments.asking.kept import Kept
@@ -498,7 +497,8 @@ class TestFaults:
 class TestVersion:
     @pytest.fixture
     def files(self, tmp_path, monkeypatch):
-        monkeypatch.setattr(sources, "CHECKOUT", tmp_path)
+        roots = {name: tmp_path / name for name in ("normlab", "experiments")}
+        monkeypatch.setattr(sources, "ROOTS", roots)
 
         def write(name, text):
             path = tmp_path / name
@@ -519,6 +519,18 @@ class TestVersion:
         assert second != first
         asked = "import normlab\nTHRESHOLD = 3\ndef figure(r): return 1\n"
         assert files("experiments/questions/asked.py", asked) != second
+
+    @pytest.mark.parametrize(
+        "package", ["experiments", "experiments/questions", "normlab", "normlab/devices"]
+    )
+    def test_it_changes_with_the_packages_that_a_module_is_in(self, files, package):
+        files("normlab/devices/merging.py", "A = 1\n")
+        asked = "from normlab.devices.merging import A\ndef figure(r): return 1\n"
+        first = files("experiments/questions/asked.py", asked)
+        init = f"{package}/__init__.py"
+        assert files(init, '"""Words."""\n') != first  # that it is one
+        assert files(init, '"""Words."""\nfrom jax import config\n') != first
+        assert files(init, '"""Other words."""\n') == files(init, '"""Words."""  # a\n')
 
     def test_code_that_changes_during_a_run_is_not_measured(self, files, make, tmp_path):
         def edits():
@@ -621,7 +633,7 @@ class TestReport:
     def test_the_page_says_what_is_missing(self, asked, tmp_path, capsys):
         asked(1.0, 1.1)
         out = tmp_path / "out" / "page.html"
-        assert self.command("report", tmp_path, "--out", out) == asking.EXIT_MISSING
+        assert self.command("report", tmp_path, "--out", out) == terminal.EXIT_MISSING
         said = capsys.readouterr()
         assert "lacks has no answer" in said.err
         assert str(out) in said.out.replace("\n", "")
@@ -641,7 +653,7 @@ class TestReport:
         assert self.command("verify", tmp_path, *against) == 0
         asked(-1.0, -1.1, lacks=False)
         capsys.readouterr()
-        assert self.command("verify", tmp_path, "--again", *against) == asking.EXIT_MISSING
+        assert self.command("verify", tmp_path, "--again", *against) == terminal.EXIT_MISSING
         said = capsys.readouterr().out
         assert "holds, 1.05" in said
         assert "fails, -1.05" in said
@@ -676,7 +688,7 @@ class TestReport:
         out.with_suffix(".json").write_text(json.dumps(said))
         capsys.readouterr()
         against = ("--against", out.with_suffix(".json"))
-        assert self.command("verify", tmp_path, *against) == asking.EXIT_MISSING
+        assert self.command("verify", tmp_path, *against) == terminal.EXIT_MISSING
         table = capsys.readouterr().out
         assert table.count("differs") == 1
         told = {"a claim": "two", "a question": "was", "a config": "(config) steps"}
@@ -695,7 +707,7 @@ class TestReport:
 
         monkeypatch.setattr(questions, "require", broken)
         out = tmp_path / "page.html"
-        assert self.command("report", tmp_path, "--out", out) == asking.EXIT_MISSING
+        assert self.command("report", tmp_path, "--out", out) == terminal.EXIT_MISSING
         assert "ImportError: no module named so" in capsys.readouterr().err
         assert "ImportError: no module named so" in out.read_text()
         assert json.loads(out.with_suffix(".json").read_text())["verdicts"]["has"]
@@ -712,7 +724,7 @@ class TestReport:
         module.QUICK = TINY
         with pytest.raises(SystemExit) as stop:
             self.command("run", tmp_path, "has")
-        assert stop.value.code == asking.EXIT_INTERRUPTED
+        assert stop.value.code == terminal.EXIT_INTERRUPTED
         assert "what was measured is kept; the same command goes on" in capsys.readouterr().err
         _, module, _ = make("has", [Condition({"norm": "batch"}, _Stops(after=3))])
         module.QUICK = TINY

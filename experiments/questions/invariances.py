@@ -31,7 +31,7 @@ from matplotlib.figure import Figure
 import normlab as nl
 
 from ..engine import Condition, Config, Record, Verdict, decide, draw, exact, select
-from ..invariances import changed
+from ..numerics.invariances import changed
 
 SAME, OTHER = 1e-8, 1e-3
 """The output changes by at most so much if it is invariant, and by at least so much if not."""
