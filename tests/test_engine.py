@@ -31,16 +31,12 @@ from experiments.engine import (
     Checkpoint,
     Condition,
     Config,
-    accuracy,
-    by_seed,
+    Records,
     decide,
     exact,
     lanes,
     learn,
-    select,
-    share_of_steps,
     shuffled,
-    steps_to,
 )
 from experiments.engine import devices as on_devices
 from experiments.engine.learn import optimizer
@@ -126,7 +122,7 @@ class TestDecide:
 
 
 def test_the_last_value_of_each_seed_counts():
-    records = [
+    records = Records(
         {"kind": "evaluation", "norm": norm, "seed": seed, "step": step, "accuracy": a}
         for norm, seed, step, a in [
             ("a", 0, 1, 0.5),
@@ -135,26 +131,43 @@ def test_the_last_value_of_each_seed_counts():
             ("a", 1, 2, None),
             ("b", 0, 2, 0.1),
         ]
-    ]
-    np.testing.assert_equal(accuracy(records, norm="a"), [90.0, math.nan])
-    assert by_seed(records, "accuracy", norm="b").tolist() == [0.1]
-    assert steps_to(records, 0.9, norm="a").tolist() == [2, 1]
-    assert steps_to(records, 0.95, norm="a").tolist() == [math.inf, math.inf]
-    assert len(select(records, norm="a", seed=1)) == 2
+    )
+    np.testing.assert_equal(records.accuracy(norm="a"), [90.0, math.nan])
+    assert records.by_seed("accuracy", norm="b").tolist() == [0.1]
+    assert records.steps_to(0.9, norm="a").tolist() == [2, 1]
+    assert records.steps_to(0.95, norm="a").tolist() == [math.inf, math.inf]
+    assert len(records.where(norm="a", seed=1)) == 2
+
+
+def test_records_are_asked_by_value_by_seed_and_by_step():
+    records = Records(
+        {"kind": "loss", "norm": norm, "lr": lr, "seed": seed, "step": step, "loss": step + seed}
+        for norm, lr in (("b", 1.0), ("a", 1.0), ("a", 0.5))
+        for seed in (1, 0)
+        for step in (0, 2, 4)
+    )
+    records.append({"kind": "exact", "seed": 0})
+    assert records.values("norm") == ["b", "a"]
+    assert records.values("norm", "lr") == [("b", 1.0), ("a", 1.0), ("a", 0.5)]
+    assert records.trained().values("step") == [2, 4]
+    assert len(records.where(lambda r: r["step"] > 2, norm="a", kind="loss")) == 4
+    assert records.by_seed("loss", lr=1.0, of=min).tolist() == [0, 1]
+    assert records.by_seed("loss", of=np.mean).tolist() == [2, 3]
+    assert records.each_seed(len).tolist() == [10, 9]
 
 
 def test_a_share_of_steps_is_nan_where_neither_net_comes_there():
     reached = {"a": (10, 40), "b": (20, None), "c": (None, None)}
-    records = [
+    records = Records(
         {"kind": "evaluation", "norm": norm, "seed": seed, "step": step}
         | {"accuracy": 0.95 if there is not None and step >= there else 0.5}
         for norm, seeds in reached.items()
         for seed, there in enumerate(seeds)
         for step in (10, 20, 40)
-    ]
+    )
 
     def share(mine, reference):
-        return share_of_steps(records, 0.9, {"norm": mine}, {"norm": reference})
+        return records.share_of_steps(0.9, {"norm": mine}, {"norm": reference})
 
     np.testing.assert_equal(share("a", "b"), [0.5, 1.0])
     np.testing.assert_equal(share("a", "c"), [0.25, 1.0])
