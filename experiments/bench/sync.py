@@ -3,19 +3,16 @@
     python -m experiments bench sync             # a minute
     python -m experiments bench sync --markdown  # the table of docs/ledger.md
 
-All run in `shard_map` over the devices of this host and take turns, in rounds that start with
-another one each time; medians are compared. Forward computes the output and the next running
-statistics; both is that, and the gradients by x, g and b. The variance is that which goes into the
-running statistics, of x ~ N(1000, 1) in float32, beside that of the same numbers in float64.
+All run in `shard_map` over the devices of this host and take turns. Forward computes the output and
+the next running statistics; both is that, and the gradients by x, g and b. The variance is that
+which goes into the running statistics, of x ~ N(1000, 1) in float32, beside that of the same
+numbers in float64.
 Collectives are counted in the compiled programs, here and, where their compilers are installed,
 for a TPU and a GPU machine.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import statistics
-import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -31,8 +28,9 @@ import normlab as nl
 
 from ..programs.collectives import collectives
 from ..programs.machines import Machine, machine, missing
-from ..rundir import RunError
 from ..training.trainer import set_devices
+from .command import BenchSync
+from .turns import Repeated, medians, take_turns
 
 AXIS = "data"
 MEAN = 1e3
@@ -41,30 +39,6 @@ SHAPES = ((32, 256), (8, 28, 28, 64))
 
 ELSEWHERE = {"tpu": "v5p:4x4x4", "cuda": "h100:1x8x8"}
 DIRECTIONS = ("forward", "both")
-
-
-@dataclasses.dataclass(frozen=True)
-class BenchSync:
-    """Time synced batch norm beside flax's, with the error of its variance at a mean of 1000."""
-
-    devices: int = 8
-    """Devices of this host."""
-
-    rounds: int = 15
-    """Turns of each; the medians count."""
-
-    turn_ms: float = 50.0
-    """How long a turn lasts: the op is repeated to fill it."""
-
-    markdown: bool = False
-    """Print the table as Markdown."""
-
-    def __post_init__(self) -> None:
-        """Raises RunError for values that cannot be run."""
-        for name in ("devices", "rounds", "turn_ms"):
-            if not getattr(self, name) > 0:
-                option = name.replace("_", "-")
-                raise RunError(f"--{option}: got {getattr(self, name)}; it must be positive.")
 
 
 HEADINGS = (
@@ -87,12 +61,11 @@ def rows(config: BenchSync) -> Iterator[tuple[str, ...]]:
     there = [None if missing(t) else machine(name, 0) for t, name in ELSEWHERE.items()]
     for shape in SHAPES:
         times = _times(config, here, shape)
-        base = times["flax"]
         for name in CONTESTANTS:
             cells = []
             for direction in DIRECTIONS:
-                ms = times[name][direction]
-                cells += [f"{ms:.2f}", f"{ms / base[direction]:.2f}"]
+                ms = times[name, direction]
+                cells += [f"{ms:.2f}", f"{ms / times['flax', direction]:.2f}"]
             yield (
                 "×".join(map(str, shape)),
                 name,
@@ -183,34 +156,17 @@ def _concrete(abstract: Any, mean: float) -> list[Array]:
     return [jax.device_put(v, a.sharding) for v, a in zip(values, abstract, strict=True)]
 
 
-def _times(config: BenchSync, here: Machine, shape: tuple[int, ...]) -> dict[str, dict[str, float]]:
+def _times(config: BenchSync, here: Machine, shape: tuple[int, ...]) -> dict[Any, float]:
     """Milliseconds of every contestant and direction."""
-    turns, repeats = {}, {}
+    turns = {}
     for name in CONTESTANTS:
         for direction in DIRECTIONS:
             f, abstract = build(name, direction, here, shape)
             compiled, arguments = f.lower(*abstract).compile(), _concrete(abstract, 0.0)
-            turns[name, direction] = lambda c=compiled, a=arguments: jax.block_until_ready(c(*a))
-    for key, turn in turns.items():
-        turn()
-        once = min(_ms(turn) for _ in range(5))
-        repeats[key] = max(1, round(config.turn_ms / once))
-    times: dict[tuple[str, str], list[float]] = {key: [] for key in turns}
-    lanes = list(turns)
-    for i in range(config.rounds):
-        start = i % len(lanes)
-        for key in lanes[start:] + lanes[:start]:
-            ms = [_ms(turns[key]) for _ in range(repeats[key])]
-            times[key].append(statistics.fmean(ms))
-    return {
-        name: {d: statistics.median(times[name, d]) for d in DIRECTIONS} for name in CONTESTANTS
-    }
-
-
-def _ms(turn: Callable[[], Any]) -> float:
-    begin = time.perf_counter()
-    turn()
-    return 1e3 * (time.perf_counter() - begin)
+            call = lambda c=compiled, a=arguments: jax.block_until_ready(c(*a))  # noqa: E731
+            turns[name, direction] = Repeated(call, config.turn_ms)
+    *_, taken = take_turns(turns, config.rounds)
+    return medians(taken)["ms_per_step"]
 
 
 def error(name: str, here: Machine, shape: tuple[int, ...]) -> float:

@@ -19,9 +19,7 @@ from typing import Any, NamedTuple
 import jax
 from jax.experimental import topologies
 
-from normlab._checks import nearest
-
-from ..rundir import RunError
+from ..rundir import RunError, nearest
 
 TARGETS = {"cpu": "", "tpu": "libtpu", "cuda": "jax_plugins.xla_cuda13"}
 """What can be compiled for, and the module that holds the compiler, if it is not jaxlib's."""
