@@ -12,7 +12,6 @@ those of a model (`experiments.programs.machines`), for one collective after ano
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import inspect
 import json
@@ -34,14 +33,15 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import normlab as nl
+from normlab.devices.merging import vary
 
 from .. import models
 from ..rundir import RunError
 from ..training import syncs
-from ..training.trainer import set_devices
+from ..training.trainer import on_devices, set_devices
 from .collectives import Collective, collectives, shape_of
 from .command import Ledger
-from .machines import Machine, machine
+from .machines import Machine, abstract, machine
 
 CLASSES = 10
 SCOPE = "norm"
@@ -166,8 +166,9 @@ def _account(config: Ledger, norm: str, sync: str, there: Machine) -> Account:
         )
     names = (config.axes,) if isinstance(config.axes, str) else config.axes
     mesh = Mesh(np.array(there.devices).reshape(sizes), names, (AxisType.Auto,) * len(names))
+    backend = {"cuda": "gpu"}.get(there.target, there.target)  # who asks JAX for its own hears this
     try:
-        with _traced_for(there.target), jax.set_mesh(mesh):
+        with mock.patch.object(jax, "default_backend", return_value=backend), jax.set_mesh(mesh):
             f, arguments = program(config, norm, sync, mesh)
             lowered = f.lower(*arguments)
     except ValueError as error:
@@ -235,35 +236,22 @@ def program(config: Ledger, norm: str, sync: str, mesh: Mesh) -> tuple[Any, tupl
     images = jax.ShapeDtypeStruct((config.batch_size, 28, 28, 1), jnp.float32)
     variables = jax.eval_shape(lambda x: model.init(jax.random.key(0), x, train=False), images)
     params, state = models.split(variables)
-    axes, split_by = config.axes, P(config.axes)
+    axes = config.axes
     asked = syncs.parse(sync, axes, count) if sync else None
     step = _steps(model, () if config.mode == "jit" else axes, asked)[config.program]
-    alike, split = (NamedSharding(mesh, spec) for spec in (P(), split_by))
-
-    def abstract(tree: Any, sharding: NamedSharding, *lead: int) -> Any:
-        return jax.tree.map(
-            lambda v: jax.ShapeDtypeStruct((*lead, *v.shape), v.dtype, sharding=sharding), tree
-        )
-
+    alike, split = (NamedSharding(mesh, spec) for spec in (P(), P(axes)))
     shapes = (images, jax.ShapeDtypeStruct((config.batch_size,), jnp.int32))
     if config.mode == "jit":
         batch = jax.tree.map(lambda v: v.update(shape=(count * v.shape[0], *v.shape[1:])), shapes)
         arguments = (abstract(params, alike), abstract(state, alike), *abstract(batch, split))
         return jax.jit(step), arguments
-    lead = abstract(state, split, count)
-    if config.mode == "pmap":
-        devices = list(mesh.devices.flat)
-        mapped = jax.pmap(step, axes, in_axes=(None, 0, 0, 0), devices=devices)
-        return mapped, (abstract(params, alike), lead, *abstract(shapes, split, count))
 
-    def body(params: Any, state: Any, images: Array, labels: Array) -> Any:
-        params = jax.tree.map(lambda v: lax.pcast(v, axes, to="varying"), params)
-        first = jax.tree.map(lambda v: v[0], state)
-        out = step(params, first, images[0], labels[0])
-        return jax.tree.map(lambda v: v[None], out)
+    def own(params: Any, *args: Any) -> Any:
+        # Each device has its own gradients: the step sums them.
+        return step(vary(params, mesh.axis_names), *args)
 
-    mapped = jax.shard_map(body, mesh=mesh, in_specs=(P(), *[split_by] * 3), out_specs=split_by)
-    return jax.jit(mapped), (abstract(params, alike), lead, *abstract(shapes, split, count))
+    mapped = on_devices(config.mode, mesh, own, in_axes=(None, 0, 0, 0))
+    return mapped, (abstract(params, alike), *abstract((state, *shapes), split, count))
 
 
 def _steps(
@@ -313,14 +301,6 @@ def _synced(norm: str) -> bool:
     except ValueError as error:
         raise RunError(f"--norms {norm}: {error}") from None
     return {"axis_name", "decay"} <= set(options)
-
-
-@contextlib.contextmanager
-def _traced_for(target: str) -> Iterator[None]:
-    """What asks JAX for its backend hears that of the machine that is compiled for."""
-    name = {"cuda": "gpu"}.get(target, target)
-    with mock.patch.object(jax, "default_backend", return_value=name):
-        yield
 
 
 # --- What is printed --------------------------------------------------------------------------
