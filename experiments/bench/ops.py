@@ -22,8 +22,9 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from .. import figures
+from ..figures import encode
 from ..rundir import RunDirectory, RunError, processor
+from . import figure
 from .command import BenchOps
 from .turns import REUSE, Process, ProcessError, take_turns
 from .worker import BOTH, BYTES, COPIES, COPY, DIRECTIONS, FORWARD, PEERS, Case, serve
@@ -146,10 +147,10 @@ class Ops:
             shutil.rmtree(self.run_dir.path)
             return {}
         paths = {"ops.json": self._write()}
-        figure = figures.ops(self.results, self.machine())
+        drawn = figure.draw(self.results, self.machine())
         for kind in ("png", "svg"):
             name = f"ops.{kind}"
-            paths[name] = self.run_dir.write_bytes(name, figures.encode(figure, kind))
+            paths[name] = self.run_dir.write_bytes(name, encode(drawn, kind))
         return paths
 
     def close(self) -> None:

@@ -98,12 +98,7 @@ def _linen(case: Case) -> list[Contestant]:
     channels = case.shape[-1]
     stats = {"mean": jnp.zeros(channels), "var": jnp.ones(channels)}
 
-    def make(fast: bool) -> F:
-        options: dict[str, Any] = {
-            "epsilon": EPS,
-            "dtype": jnp.dtype(case.dtype),
-            "use_fast_variance": fast,
-        }
+    def make(**options: Any) -> F:
         modules: dict[str, Callable[[], nn.Module]] = {
             "batch": lambda: nn.BatchNorm(use_running_average=False, momentum=DECAY, **options),
             "layer": lambda: nn.LayerNorm(**options),
@@ -114,8 +109,7 @@ def _linen(case: Case) -> list[Contestant]:
         module = modules[case.op]()
 
         def f(x: Array, g: Array, b: Array | None = None) -> tuple[Array, Any]:
-            params = {"scale": g} if b is None else {"scale": g, "bias": b}
-            variables = {"params": params}
+            variables = {"params": {"scale": g} if b is None else {"scale": g, "bias": b}}
             if case.op == "batch":
                 variables["batch_stats"] = stats
             return module.apply(variables, x, mutable=["batch_stats"])
@@ -129,23 +123,17 @@ def _nnx(case: Case) -> list[Contestant]:
     from flax import nnx
 
     channels = case.shape[-1]
+    modules: dict[str, Callable[..., Any]] = {
+        "batch": lambda **o: nnx.BatchNorm(
+            channels, use_running_average=False, momentum=DECAY, **o
+        ),
+        "layer": lambda **o: nnx.LayerNorm(channels, **o),
+        "rms": lambda **o: nnx.RMSNorm(channels, **o),
+        "group": lambda **o: nnx.GroupNorm(channels, GROUPS, **o),
+        "instance": lambda **o: nnx.InstanceNorm(channels, **o),
+    }
 
-    def make(fast: bool) -> F:
-        options: dict[str, Any] = {
-            "epsilon": EPS,
-            "dtype": jnp.dtype(case.dtype),
-            "use_fast_variance": fast,
-        }
-        modules: dict[str, Callable[..., Any]] = {
-            "batch": lambda **o: nnx.BatchNorm(
-                channels, use_running_average=False, momentum=DECAY, **o
-            ),
-            "layer": lambda **o: nnx.LayerNorm(channels, **o),
-            "rms": lambda **o: nnx.RMSNorm(channels, **o),
-            "group": lambda **o: nnx.GroupNorm(channels, GROUPS, **o),
-            "instance": lambda **o: nnx.InstanceNorm(channels, **o),
-        }
-
+    def make(**options: Any) -> F:
         def f(x: Array, g: Array, b: Array | None = None) -> tuple[Array, Any]:
             module = modules[case.op](rngs=nnx.Rngs(0), **options)
             module.scale = nnx.Param(g)
@@ -159,13 +147,17 @@ def _nnx(case: Case) -> list[Contestant]:
     return _one_and_two_pass("flax.nnx", case, make)
 
 
-def _one_and_two_pass(peer: str, case: Case, make: Callable[[bool], F]) -> list[Contestant]:
+def _one_and_two_pass(peer: str, case: Case, make: Callable[..., F]) -> list[Contestant]:
     """Flax's default, E[x²] − E[x]², and its option; RMS norm has no mean to lose digits to."""
+    one, two = (
+        make(epsilon=EPS, dtype=jnp.dtype(case.dtype), use_fast_variance=fast)
+        for fast in (True, False)
+    )
     if case.op == "rms":
-        return [Contestant(peer, peer, make(True), safe=True)]
+        return [Contestant(peer, peer, one, safe=True)]
     return [
-        Contestant(peer, peer, make(True), safe=False),
-        Contestant(peer, f"{peer}, two-pass", make(False), safe=True, default=False),
+        Contestant(peer, peer, one, safe=False),
+        Contestant(peer, f"{peer}, two-pass", two, safe=True, default=False),
     ]
 
 
