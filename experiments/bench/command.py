@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -220,17 +220,15 @@ def _step(config: BenchStep) -> int:
 
     with errors.status("taking turns …"):
         result = training.step(config)
-    rows = Table("step of the 3×100 MLP with batch norm", "median ms", "range ms")
-    for name, ms in result["ms_per_step"].items():
-        low, high = result["range_ms"][name]
-        rows.add_row(name, f"{ms:.3f}", f"{low:.3f} – {high:.3f}")
-    rows.caption = (
+    rows = [
+        (name, f"{ms:.3f}", f"{low:.3f} – {high:.3f}") for (name, ms), (low, high) in _times(result)
+    ]
+    caption = (
         f"normlab / torch = {result['normlab_over_torch']:.2f}, floor / torch = "
         f"{result['floor_over_torch']:.2f}. Floor: the matrix products and the update alone. "
-        f"{result['cores']} cores; {_in_words(result['variables'])}"
+        + _machine(result)
     )
-    console.print(rows)
-    return 0
+    return _print("step of the 3×100 MLP with batch norm", ("median ms", "range ms"), rows, caption)
 
 
 def _figure1(config: BenchFigure1) -> int:
@@ -239,13 +237,8 @@ def _figure1(config: BenchFigure1) -> int:
 
     with errors.status("starting") as status:
         result = training.figure1(config, lambda text: status.update(f"{text} …"))
-    rows = Table(title=f"figure 1: {len(training.NETS)} nets, {config.seeds} seeds")
-    rows.add_column("")
-    for heading in ("ms per step", "range", "start s", f"{config.whole:,} steps s", "÷ normlab"):
-        rows.add_column(heading, justify="right")
-    for name, ms in result["ms_per_step"].items():
-        low, high = result["range_ms"][name]
-        rows.add_row(
+    rows = [
+        (
             name,
             f"{ms:.2f}",
             f"{low:.2f} – {high:.2f}",
@@ -253,13 +246,16 @@ def _figure1(config: BenchFigure1) -> int:
             f"{result['whole_s'][name]:.0f}",
             f"{result['ratios'][name]:.2f}",
         )
-    rows.caption = (
+        for (name, ms), (low, high) in _times(result)
+    ]
+    title = f"figure 1: {len(training.NETS)} nets, {config.seeds} seeds"
+    headings = ("ms per step", "range", "start s", f"{config.whole:,} steps s", "÷ normlab")
+    caption = (
         f"A step of all nets and seeds, median of {config.rounds} turns of {config.steps} steps; "
         f"the seconds are extrapolated from it. Losses agree to {result['loss_gap']:.0e}. "
-        f"{result['cores']} cores; {_in_words(result['variables'])}"
+        + _machine(result)
     )
-    console.print(rows)
-    return 0
+    return _print(title, headings, rows, caption)
 
 
 def _conv(config: BenchConv) -> int:
@@ -268,22 +264,18 @@ def _conv(config: BenchConv) -> int:
 
     with errors.status("starting") as status:
         results = conv.run(config, lambda text: status.update(f"{text} …"))
-    forms = list(results[0]["ms_per_step"])
-    rows = Table("3×3 convolution", *forms, "MatmulConv / torch", title="ms per step [range]")
+    rows = []
     for result in results:
         ms = result["ms_per_step"]
-        cells = [
-            f"{ms[form]:.2f} [{low:.2f}, {high:.2f}]"
-            for form, (low, high) in result["range_ms"].items()
-        ]
-        rows.add_row(result["label"], *cells, f"{ms['MatmulConv'] / ms['torch']:.2f}")
-    rows.caption = (
+        cells = [f"{ms:.2f} [{low:.2f}, {high:.2f}]" for (_, ms), (low, high) in _times(result)]
+        rows.append((result["label"], *cells, f"{ms['MatmulConv'] / ms['torch']:.2f}"))
+    headings = (*results[0]["ms_per_step"], "MatmulConv / torch")
+    caption = (
         f"forward and backward in a scan, batch {config.batch_size}, {config.seeds} seeds side by "
         f"side, {config.cores} cores, memory "
         + ("reused" if config.reuse_memory else "as the system has it")
     )
-    console.print(rows)
-    return 0
+    return _print("3×3 convolution, ms per step [range]", headings, rows, caption)
 
 
 def _ops(config: BenchOps) -> int:
@@ -329,5 +321,20 @@ def _sync(config: BenchSync) -> int:
     return 0
 
 
-def _in_words(variables: Mapping[str, str | None]) -> str:
-    return ", ".join(f"{name}={value}" for name, value in variables.items())
+def _times(result: Mapping[str, Any]) -> Iterable[tuple[tuple[str, float], tuple[float, float]]]:
+    return zip(result["ms_per_step"].items(), result["range_ms"].values(), strict=True)
+
+
+def _machine(result: Mapping[str, Any]) -> str:
+    variables = ", ".join(f"{name}={value}" for name, value in result["variables"].items())
+    return f"{result['cores']} cores; {variables}"
+
+
+def _print(title: str, headings: Iterable[str], rows: Iterable[Iterable[str]], caption: str) -> int:
+    table = Table("", title=title, caption=caption)
+    for heading in headings:
+        table.add_column(heading, justify="right")
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
+    return 0

@@ -17,12 +17,12 @@ from jax import Array
 import normlab as nl
 
 from ..rundir import environment
-from .worker import BOTH, DECAY, EPS, FORWARD, GROUPS, Built, Case, Contestant
+from .worker import BOTH, DECAY, EPS, FORWARD, GROUPS, Built, Case, Contestant, Family
 
 F = Callable[..., tuple[Array, Any]]
 
 
-class JaxFamily:
+class JaxFamily(Family):
     """The JAX libraries, on the default device."""
 
     def environment(self) -> dict[str, Any]:
@@ -30,11 +30,9 @@ class JaxFamily:
         return {"backend": jax.default_backend(), **environment()}
 
     def contestants(self, peer: str, case: Case) -> list[Contestant]:
-        """The ways in which a library does the op."""
         return BUILDERS[peer](case)
 
     def load(self, case: Case) -> None:
-        """Puts the inputs of a case on the device."""
         x, dy, params = case.inputs()
         self.x, self.dy = (jnp.asarray(v, case.dtype) for v in (x, dy))
         self.params = tuple(map(jnp.asarray, params))
@@ -55,7 +53,6 @@ class JaxFamily:
         return Built(calls, None if memory is None else memory.temp_size_in_bytes)
 
     def wait(self, out: Any) -> None:
-        """Returns when `out` is there."""
         jax.block_until_ready(out)
 
 

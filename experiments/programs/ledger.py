@@ -88,6 +88,10 @@ class Account(NamedTuple):
     memory: dict[str, int]
     seconds: float
 
+    def __str__(self) -> str:
+        """The norm, and the topology if it has one."""
+        return ", ".join(filter(None, (self.norm, self.sync)))
+
 
 class Found(NamedTuple):
     """What was asked for, the machine, and what its programs say."""
@@ -135,8 +139,7 @@ def table(found: Found) -> Iterator[tuple[str, ...]]:
         total = Entry((Purpose(f"whole {found.config.program}"),), tuple(whole))
         entries = [*account.entries, total]
         for i, entry in enumerate(entries):
-            label = ", ".join(filter(None, (account.norm, account.sync))) if i == 0 else ""
-            rows.append((label, *_row(found.machine, entry)))
+            rows.append(("" if i else str(account), *_row(found.machine, entry)))
     used = [k for k in range(len(headings)) if k < 5 or any(row[k] for row in rows)]
     for row in (headings, *rows):
         yield tuple(row[k] for k in used)
@@ -152,8 +155,7 @@ def remarks(found: Found) -> Iterator[str]:
     yield said
     for account in found.accounts:
         parts = [f"{nbytes / 2**20:.2f} MiB {kind}" for kind, nbytes in account.memory.items()]
-        name = ", ".join(filter(None, (account.norm, account.sync)))
-        yield f"{name}: on each device {', '.join(parts)}; compiled in {account.seconds:.1f} s"
+        yield f"{account}: on each device {', '.join(parts)}; compiled in {account.seconds:.1f} s"
 
 
 def _account(config: Ledger, norm: str, sync: str, there: Machine) -> Account:
