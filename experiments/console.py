@@ -130,7 +130,7 @@ def run(config: List) -> int:
     norms = Table("norm", "μ and σ look at", "shift μ", "scale σ", title="norms")
     for name in nl.names():
         row = nl.row(name)
-        norms.add_row(name, row.looks_at, row.shift, row.scale)
+        norms.add_row(name, row.looks_at, row.mu, row.sigma)
     console.print(norms)
     others: dict[str, Any] = {"models": models.MODELS, "data sets": NAMES}
     for what, names in others.items():

@@ -421,6 +421,26 @@ def instance(cls: Any, change: str, *, arrays: bool = True) -> Kind:
     return Kind(expected, change, value_of, others)
 
 
+def site_kind(cls: Any, *, abstract: bool) -> Kind:
+    """A `Site` of arrays, or of their shapes."""
+    any_rank, some_rank = (array(rank=rank, abstract=abstract) for rank in (0, 1))
+
+    def value_of(site: Any) -> Any:
+        _require(isinstance(site, cls))
+        KINDS["linear"].read(site.linear)
+        some_rank.read(site.a)
+        for v, kind in ((site.x, any_rank), (site.w, some_rank), (site.weights, any_rank)):
+            if v is not None:
+                kind.read(v)
+        return site
+
+    some: Any = np.ones((2, 2))
+    others = (None, "x", 1, True, [1.0], {}, cls, cls(some[0, 0]))
+    others = (*others, cls(some)._replace(linear=cls), cls(some)._replace(a=[1.0]))
+    change = "make it of the layer: Site(a=linear(x, w), x=x, w=w, linear=linear)"
+    return Kind(f"a Site of {'shapes' if abstract else 'arrays'}", change, value_of, others)
+
+
 def a_function(
     expected: str = "a function", change: str = "pass a function", *, of: int | None = None
 ) -> Kind:
@@ -528,6 +548,16 @@ not_negative = number(
     lambda v: 0 <= v < math.inf,
     wrong=(-1.0, math.inf),
 )
+STEP = integer("a number of steps, at least 1", "pass 1 for every position", 1)
+STEPS = either(
+    "a number of steps, at least 1, or one for each axis", STEP.change, STEP, sequence(STEP)
+)
+PADDING = either(
+    "'SAME', 'VALID' or (low, high) for each axis",
+    "use one",
+    one_of(Literal["SAME", "VALID", "SAME_LOWER"], ""),
+    sequence(sequence(integer("", ""), length=2)),
+)
 MODEL = a_function("a function of the variables", "pass lambda variables: model.apply(...)", of=1)
 KERNEL = ("a kernel [..., K, C], a real one", "pass a jax or NumPy array, units last")
 
@@ -578,8 +608,8 @@ declare(
     channel_axis=axis,
     unit_axis=axis,
     # Switches.
-    rescale=flag(),
-    reshift=flag(),
+    use_gain=flag(),
+    use_bias=flag(),
     debias=flag(),
     centred=flag(),
     state_gradient=flag(),

@@ -6,10 +6,12 @@ A message names the norm, the value given, what was expected and what to change.
 from __future__ import annotations
 
 import difflib
+import importlib
 import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
@@ -26,6 +28,30 @@ def nearest(word: str, known: Iterable[str]) -> str:
     close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
     guess = f"did you mean {close[0]!r}? " if close else ""
     return f"{guess}Known: {', '.join(known)}"
+
+
+def imported(where: str, what: str, path: str) -> Any:
+    """Returns what `"mypackage.module:name"` names.
+
+    Args:
+      where: The caller, for the error.
+      what: What is looked for, for the error.
+      path: Its module and its name there.
+
+    Raises:
+      ValueError: If there is no such module, or nothing of that name in it.
+    """
+    module, _, name = path.partition(":")
+    expected = "'mypackage.module:name' of something that can be imported"
+    try:
+        home = importlib.import_module(module)
+    except (ImportError, ValueError) as error:
+        change = "name a module on the path of Python"
+        raise invalid(where, f"the {what} {path!r}: {error}", expected, change) from error
+    if not hasattr(home, name):
+        given = f"the {what} {path!r}: {module} has no {name!r}; {nearest(name, vars(home))}"
+        raise invalid(where, given, expected, "name one that the module has")
+    return getattr(home, name)
 
 
 def result_dtype(x: ArrayLike) -> Any:
@@ -127,3 +153,165 @@ def gain_and_bias(where: str, params: Any, a: ArrayLike, channel_axis: int) -> t
             )
         out.append(expand(value.astype(dtype), len(shape), channel_axis))
     return out[0], out[1]
+
+
+def check_options(name: str, known: Mapping[str, Any], options: Mapping[str, Any]) -> None:
+    """Raises ValueError for an option that a norm does not have, or one that is missing.
+
+    Args:
+      name: The norm's.
+      known: The parameters of its factory.
+      options: What was given.
+    """
+    where = f"{name} norm"
+    for option in options:
+        if option not in known:
+            given = f"the unknown option {option!r}: {nearest(option, known)}"
+            raise invalid(where, given, "one of its options", "use a known one")
+    for option, parameter in known.items():
+        if parameter.default is parameter.empty and option not in options:
+            change = f"say get({name!r}, {option}=...)"
+            raise invalid(where, f"no {option}", "this option, which has no default", change)
+
+
+def check_dense(x: Array, w: Array) -> None:
+    """Raises ValueError unless a dense layer takes the input and the kernel."""
+    if w.ndim != 2 or x.ndim == 0 or x.shape[-1] != w.shape[0]:
+        raise invalid(
+            "Dense",
+            f"an input of shape {x.shape} and a kernel of shape {w.shape}",
+            "shapes [..., K] and [K, C]",
+            "give the kernel as many rows as the input has features; for the kernel of a "
+            "convolution pass linear=Conv(...)",
+        )
+
+
+def check_conv(conv: Any, x: Array, w: Array) -> None:
+    """Raises ValueError unless a `Conv` takes the input and the kernel."""
+    spatial = w.ndim - 2
+    if spatial < 0:
+        raise invalid(
+            "Conv",
+            f"a kernel of shape {w.shape}",
+            "[*window, K/groups, C]",
+            "pass a convolution's kernel, or linear=Dense() for a dense layer",
+        )
+    if x.ndim != w.ndim or x.shape[conv.channel_axis] != w.shape[-2] * conv.groups:
+        raise invalid(
+            "Conv",
+            f"an input of shape {x.shape} and a kernel of shape {w.shape}",
+            f"{w.shape[-2] * conv.groups} input channels on axis {conv.channel_axis} of an "
+            f"input of rank {w.ndim}",
+            "give the kernel the shape [*window, K/groups, C], or set channel_axis",
+        )
+    if w.shape[-1] % conv.groups:
+        raise invalid(
+            "Conv",
+            f"groups={conv.groups} for {w.shape[-1]} output channels",
+            "groups that divide the output channels",
+            "change the groups or the kernel",
+        )
+
+
+def each_axis(name: str, value: int | Sequence[int], spatial: int) -> tuple[int, ...]:
+    """A setting of a `Conv` for each of its spatial axes."""
+    values = (value,) * spatial if isinstance(value, int) else tuple(value)
+    if len(values) != spatial:
+        raise invalid(
+            "Conv", f"{name}={value}", f"one number, or {spatial}", "give one per spatial axis"
+        )
+    return values
+
+
+def one_value(
+    where: str, shape: tuple[int, ...], each: str, change: str, also: str = ""
+) -> ValueError:
+    """Returns the error of a norm that would measure the variance of one value."""
+    return invalid(
+        where,
+        f"an input of shape {shape}, one value per {each}",
+        f"{also}at least two: the variance of one is zero and the output would be the bias alone",
+        change,
+    )
+
+
+def output_shape(where: str, call: str, linear: Any, x: ArrayLike, w: ArrayLike) -> Any:
+    """Returns the shape of `linear(x, w)`, from the shapes of `x` and `w` alone.
+
+    Args:
+      where: The norm, for the error.
+      call: What is to be given another `linear`, for the error.
+      linear: The linear map.
+      x: Its input.
+      w: Its kernel.
+
+    Raises:
+      ValueError: If the map does not take them.
+    """
+    # Neither types nor shardings: x and w may have had others where a was computed.
+    shapes = [jax.ShapeDtypeStruct(jnp.shape(v), jnp.float32) for v in (x, w)]
+    try:
+        return jax.eval_shape(linear, *shapes).shape
+    except (IndexError, TypeError, ValueError) as error:
+        raise invalid(
+            where,
+            f"x of shape {jnp.shape(x)} and w of shape {jnp.shape(w)}, to which {linear} cannot be "
+            "applied",
+            "the input and the kernel of one linear map",
+            f"pass that map, {call}(..., linear=Conv(...)) or linear=Dense(), and its own x and w",
+        ) from error
+
+
+def inputs(where: str, site: Any) -> Array:
+    """Returns `site.x`, or says that it is missing."""
+    if site.x is None:
+        raise invalid(
+            where,
+            "a site without x",
+            "the input of the layer",
+            "pass Site(a=linear(x, w), x=x, w=w, linear=linear)",
+        )
+    return site.x
+
+
+def kernel(where: str, site: Any, *, of_x: bool = True) -> Array:
+    """Returns `site.w`, or says what is missing or does not fit.
+
+    That `a` has the shape of `linear(x, w)` is seen by the shapes alone, and of symbolic sizes
+    those that are known to differ are refused. Whoever does not look `of_x` asks for no more than
+    the layer: `a` may be that of other examples.
+    """
+    if site.w is None:
+        raise invalid(
+            where,
+            "a site without w",
+            "the kernel of the layer",
+            "pass Site(a=linear(x, w), x=x, w=w, linear=linear)",
+        )
+    a, w = jnp.shape(site.a), jnp.shape(site.w)
+    if site.x is not None:
+        made = output_shape(where, "Site", site.linear, site.x, site.w)
+        first = 0 if of_x else 1
+        if len(made) != len(a) or any(map(_unequal, made[first:], a[first:])):
+            raise invalid(
+                where,
+                f"a of shape {a} for x of shape {jnp.shape(site.x)} and w of shape {w}, of which "
+                f"{site.linear} makes {made}",
+                "a = linear(x, w)",
+                "pass Site(..., linear=Conv(...)) with the strides, padding, groups and "
+                "channel_axis of the layer that made a, and its own x and w",
+            )
+    elif w[-1] != site.channels:
+        raise invalid(
+            where,
+            f"a kernel of shape {w} for a pre-activation of shape {a} with {site.linear}",
+            f"a kernel with {site.channels} units, on its last axis",
+            "pass the w of the same layer, units last, and the layer: Site(..., linear=Conv(...))",
+        )
+    return site.w
+
+
+def _unequal(m: Any, n: Any) -> bool:
+    """Whether two sizes are known to differ; those that are symbolic may be equal."""
+    difference = m - n
+    return isinstance(difference, int) and difference != 0

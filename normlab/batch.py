@@ -1,39 +1,49 @@
 """Batch norm: each channel measured over the examples, the positions, and the devices.
 
-h = g · (a − μ) / σ + b        σ = √(var + ε)
+    h = g · (a − μ) / σ + b        σ = √(var + ε)
+
+In training μ and var are those of the batch; in inference those of a *population*, the state that
+took the batches in. What a population may decide beside that is in `normlab.population.optional`.
 """
 
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import ArrayLike
 
 from normlab._arguments import KINDS, checked
-from normlab._checks import gain_and_bias, invalid, normalize_axes, promote_dtype
+from normlab._checks import gain_and_bias, one_value
+from normlab._weights import aligned
 from normlab._xla import sharded_as
-from normlab.devices.merging import differentiated, measure, values_per_channel
+from normlab.devices.merging import measure, values_per_channel
 from normlab.devices.topology import AxisName, Sync, as_sync
-from normlab.equation import Parts, affine
-from normlab.measure import Algorithm, Moments, align_weights, merge, moments
-from normlab.population.delayed import Delayed, check_delayed
-from normlab.population.domains import Domains
-from normlab.population.frozen import Frozen
-from normlab.population.protocol import BadBatch, Population, check_batch
-from normlab.population.renorm import Renorm
+from normlab.equation import Affine, Parts, affine
+from normlab.measure import Algorithm, Moments
+from normlab.population._batches import BadBatch, check_batch
+from normlab.population.optional import check_state, measures, normalizer, observe
+from normlab.population.protocol import Population
 
-BatchState = Population | tuple[()]
+BatchState = Population | tuple[()] | None
 """What batch norm keeps: a `Population`; or `()`, nothing, and inference uses its own batch."""
+
+if TYPE_CHECKING:
+    from typing_extensions import TypeVar
+
+    S = TypeVar("S", bound=BatchState, default=None)
+else:
+    from typing import TypeVar
+
+    S = TypeVar("S")
 
 
 def batch_norm(
-    a: Array,
-    params: Any = None,
-    state: BatchState | None = None,
+    a: ArrayLike,
+    params: Affine | None = None,
+    state: S = None,
     *,
     train: bool,
     decay: ArrayLike | None = None,
@@ -44,17 +54,17 @@ def batch_norm(
     algorithm: Algorithm = "auto",
     bad_batch: BadBatch = "skip",
     state_gradient: bool = False,
-) -> tuple[Array, BatchState | None]:
+) -> tuple[Array, S]:
     """Batch normalization (Ioffe & Szegedy 2015, https://arxiv.org/abs/1502.03167).
 
-    In training μ and σ² are the mean and the biased variance of each channel over the batch and
-    all positions; otherwise those of `state`.
+    h = g · (a − μ) / √(var + ε) + b: in training μ and var are the mean and the biased variance of
+    each channel over the batch and all positions; otherwise those of `state`.
 
     Args:
       a: `[N, ..., C]`.
       params: `Affine(g [C], b [C])`, or `None`.
       state: A `Population`, such as `Running` from `init_running(C)`, or another of
-        `init_population`; it says how the statistics are kept. With `Sync(every=...)`, `Delayed`
+        `normlab.population`; it says how the statistics are kept. With `Sync(every=...)`, `Delayed`
         from `init_delayed(C)`. `()` uses the batch's own statistics in inference too; `None`, in
         training, keeps none.
       train: Whether to use, and take into the state, the statistics of this batch.
@@ -89,28 +99,18 @@ def batch_norm(
     >>> h.round(2).tolist(), state.mean.tolist()
     ([[-1.0, -1.0], [1.0, 1.0]], [2.0, 20.0])
     """
-    parts, state = batch_parts(
-        a,
-        params,
-        state,
-        train=train,
-        decay=decay,
-        eps=eps,
-        axis_name=axis_name,
-        weights=weights,
-        channel_axis=channel_axis,
-        algorithm=algorithm,
-        bad_batch=bad_batch,
-        state_gradient=state_gradient,
-    )
+    options: dict[str, Any] = {"decay": decay, "eps": eps, "axis_name": axis_name}
+    options |= {"algorithm": algorithm, "bad_batch": bad_batch, "state_gradient": state_gradient}
+    options |= {"weights": weights, "channel_axis": channel_axis}
+    parts, state = batch_parts(a, params, state, train=train, **options)
     return affine(parts, a, weights=weights, channel_axis=channel_axis), state
 
 
 @checked("batch norm", _one_value=KINDS["state_gradient"])
 def batch_parts(
-    a: Array,
-    params: Any,
-    state: BatchState | None,
+    a: ArrayLike,
+    params: Affine | None = None,
+    state: S = None,
     *,
     train: bool,
     decay: ArrayLike | None = None,
@@ -122,116 +122,84 @@ def batch_parts(
     bad_batch: BadBatch = "skip",
     state_gradient: bool = False,
     _one_value: bool = False,
-) -> tuple[Parts, BatchState | None]:
+) -> tuple[Parts, S]:
     """The parts and the next state of `batch_norm`, which see.
 
     Flax's modules, which warn themselves, let `_one_value` per channel pass.
     """
-    a = jnp.asarray(a)
     where = "batch norm"
-    (channel,) = normalize_axes(where, channel_axis, a.ndim)
+    a, channel, weights = aligned(where, a, weights, channel_axis)
     g, b = gain_and_bias(where, params, a, channel)
-    sync = as_sync(axis_name)
-    _check_state(where, state, sync if train else None, a.shape, channel)
+    check_state(where, state, train, a.shape, channel)
+    m = population = None
+    kept = channel or min(1, a.ndim - 1)  # the axis of the channels once the examples are first
+    if measures(state, train):
+        sync = as_sync(axis_name)
+        x, w = _examples_first(a, weights, channel)
+        axes = [i for i in range(x.ndim) if i != kept]
+        one = values_per_channel(where, sync, x.shape, axes) == 1
+        alone = train or not isinstance(state, Population)  # the batch's own and no other's
+        if one and alone and not _one_value and bad_batch != "propagate":
+            change = "use a larger batch, train=False, a norm that does not look across examples, "
+            change += 'or, for that output, bad_batch="propagate"'
+            raise one_value(where, a.shape, "channel in training", change)
+        least = 1 if one or bad_batch == "propagate" else 2
 
-    def like(v: Array) -> Array:
-        """`[C]` along the channels of `a`; `[N, C]` along its examples as well."""
-        others = [i for i in range(a.ndim) if i not in (0 if channel else 1, channel)]
-        v = jnp.expand_dims(jnp.atleast_2d(v.astype(g.dtype)), [i + 2 for i in range(len(others))])
-        return jnp.moveaxis(v, (0, 1), (0 if channel else 1, channel)) if a.ndim > 1 else v[0]
+        def run(sync: Sync, member: Array | None = None) -> tuple[Moments, Moments]:
+            among = w
+            if member is not None:
+                among = member.reshape(-1, *(1,) * (x.ndim - 1)).astype(g.dtype)
+                among = among if w is None else among * w
+            return measure(where, x, axes, sync, weights=among, algorithm=algorithm, least=least)
 
-    if isinstance(state, Population) and (not train or isinstance(state, Frozen)):
-        mean, var = map(like, state.read())
-        return Parts(mean, jnp.sqrt(var + eps), g, b), state
-    weights = align_weights(where, weights, a, channel)
-    turn = functools.partial(jnp.swapaxes, axis1=0, axis2=int(channel == 0 and a.ndim > 1))
-    x, weights = turn(a), None if weights is None else turn(weights)  # the examples first
-    kept = channel or min(1, a.ndim - 1)
-    axes = [i for i in range(a.ndim) if i != kept]
-    one = values_per_channel(where, sync, x.shape, axes) == 1
-    if one and not _one_value and bad_batch != "propagate":
-        raise invalid(
-            where,
-            f"an input of shape {a.shape} in training, one value per channel",
-            "at least two values per channel: the variance of one is zero and the output would be "
-            "the bias alone",
-            "use a larger batch, train=False, a norm that does not look across examples, or, for "
-            'that output, bad_batch="propagate"',
-        )
-    least = 1 if one or bad_batch == "propagate" else 2
-    if isinstance(state, Delayed):
-        own = moments(x, axes, weights=weights, algorithm=algorithm)
-        population = merge(own, state.others_like(own))
-        m, state = differentiated(sync, own, population), state.after(own)
-    elif isinstance(state, Domains) and state.current.ndim:
-        m, population = _by_domain(where, x, axes, sync, weights, algorithm, least, state)
-    else:
-        m, population = measure(
-            where, x, axes, sync, weights=weights, algorithm=algorithm, least=least
-        )
-    m = Moments(*map(turn, check_batch(where, m, bad_batch)))
-    mu, sigma = m.mean, m.scale(eps)
-    if isinstance(state, Renorm):
-        mu, sigma = state.correct(mu, sigma, eps, like)
-    if isinstance(state, Population) and train:
-        population = sharded_as(population, kept - x.ndim, state.read()[0])
+        m, population, state = observe(state, run, sync)
+        m = _per_channel(check_batch(where, m, bad_batch), kept)
+    mu, sigma = normalizer(state, m, eps, train=train)
+    if train and population is not None and isinstance(state, Population):
+        population = sharded_as(population, kept - a.ndim, state.read()[0])
         policy = "propagate" if bad_batch == "propagate" else "skip"  # "raise" has been seen to
         population = population if state_gradient else lax.stop_gradient(population)
         state = state.update(population, decay=decay, bad_batch=policy)
+    mu, sigma = (_along(v.astype(g.dtype), a.ndim, channel) for v in (mu, sigma))
     return Parts(mu, sigma, g, b), state
 
 
-def _check_state(
-    where: str, state: Any, sync: Sync | None, shape: tuple[int, ...], channel: int
-) -> None:
-    """Raises ValueError unless batch norm can use the state; without a `sync` for inference."""
-    channels = shape[channel]
-    if sync and not isinstance(state, Frozen):
-        check_delayed(where, sync.every, state, channels)
-    elif state is None and not sync:
-        raise invalid(
-            where,
-            "train=False without a state",
-            "running statistics to normalize with",
-            "pass the state that training returned; for the batch's own statistics train=True, or "
-            "the state ()",
-        )
-    if not isinstance(state, Population):
-        return
-    found = state.read()[0].shape
-    inner = state.of if isinstance(state, Frozen) else state
-    by_example = isinstance(inner, Domains) and inner.current.ndim and len(shape) > 1
-    examples = shape[0 if channel or len(shape) == 1 else 1]
-    if found != ((examples, channels) if by_example else (channels,)):
-        raise invalid(
-            where,
-            f"running statistics of shape {found} for an input of shape "
-            f"{shape} with its channels on axis {channel}",
-            f"shape ({examples}, {channels})" if by_example else f"shape ({channels},)",
-            f"make the state with init_running({channels}), or set channel_axis",
-        )
+@checked("batch norm")
+def batch_moments(
+    a: ArrayLike,
+    *,
+    axis_name: AxisName | None = None,
+    weights: ArrayLike | None = None,
+    channel_axis: int = -1,
+    algorithm: Algorithm = "auto",
+) -> Moments:
+    """The moments that batch norm normalizes with in training, broadcastable to `a`.
+
+    The arguments are those of `batch_norm`, which see.
+    """
+    a, channel, weights = aligned("batch norm", a, weights, channel_axis)
+    x, w = _examples_first(a, weights, channel)
+    kept = channel or min(1, a.ndim - 1)
+    axes = [i for i in range(x.ndim) if i != kept]
+    m, _ = measure("batch norm", x, axes, as_sync(axis_name), weights=w, algorithm=algorithm)
+    return Moments(*(_along(v, a.ndim, channel) for v in _per_channel(m, kept)))
 
 
-def _by_domain(
-    where: str,
-    a: Array,
-    axes: list[int],
-    sync: Sync,
-    weights: Array | None,
-    algorithm: Algorithm,
-    least: int,
-    state: Domains,
-) -> tuple[Moments, Moments]:
-    """As `measure`, of the examples of each domain: `m` of each example's, the rest `[D, ...]`."""
-    one = jnp.ones((), promote_dtype(a)) if weights is None else weights
-    numbers = jnp.arange(state.domains, dtype=jnp.int32)
-    member = state.current[None] == numbers[:, None]
-    member = member.reshape(*member.shape, *(1,) * (a.ndim - 1)).astype(one.dtype)
-    run = functools.partial(measure, where, a, axes, sync, algorithm=algorithm, least=least)
-    m, population = jax.vmap(lambda member: run(weights=member * one))(member)
-    examples = jnp.arange(a.shape[0], dtype=jnp.int32)
+def _examples_first(a: Array, weights: Array | None, channel: int) -> tuple[Array, Array | None]:
+    """`a` and the weights with the examples on axis 0."""
+    turn = functools.partial(jnp.swapaxes, axis1=0, axis2=int(channel == 0 and a.ndim > 1))
+    return turn(a), None if weights is None else turn(weights)
 
-    def own(field: Array) -> Array:
-        return field[state.current, examples if field.shape[1] > 1 else 0]
 
-    return Moments(*map(own, m)), population
+def _per_channel(m: Moments, kept: int) -> Moments:
+    """Fields `[1, C]`, or `[N, C]` where the examples have moments of their own."""
+    others = [i for i in range(1, m.mean.ndim) if i != kept]
+    return Moments(*(jnp.atleast_2d(jnp.squeeze(field, others)) for field in m))
+
+
+def _along(v: Array, ndim: int, channel: int) -> Array:
+    """`[C]` along the channels of `a`; `[N, C]` along its examples as well."""
+    if ndim == 1:
+        return jnp.atleast_2d(v)[0]
+    v = jnp.expand_dims(jnp.atleast_2d(v), range(2, ndim))
+    return jnp.moveaxis(v, (0, 1), (0 if channel else 1, channel))

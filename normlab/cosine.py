@@ -9,25 +9,31 @@ window of a convolution, its padding included. r is Pearson's correlation.
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import ArrayLike
 
 from normlab._arguments import array, checked
-from normlab._checks import expand, gain_and_bias, promote, result_dtype
-from normlab.equation import Parts, affine
-from normlab.linear import Dense, Linear, output_shape
+from normlab._checks import (
+    expand,
+    gain_and_bias,
+    inputs,
+    kernel,
+    output_shape,
+    promote,
+    result_dtype,
+)
+from normlab._units import deviations, safe_sqrt, units_and_lengths
+from normlab.equation import Affine, Parts, affine
+from normlab.linear import Dense, Linear
 from normlab.site import Site
-from normlab.weight import deviations, inputs, kernel, safe_sqrt, units_and_lengths
 
 
 @checked("cosine norm", w=array())
 def cosine_norm(
     x: ArrayLike,
     w: ArrayLike,
-    params: Any = None,
+    params: Affine | None = None,
     *,
     linear: Linear = Dense(),  # noqa: B008
     centred: bool = False,
@@ -62,19 +68,19 @@ def cosine_norm(
     x = x / _peak(x, linear)
     w, _ = units_and_lengths(deviations(w)[0] if centred else w)
     site = Site(linear(x, w), x, w, linear=linear)
-    return affine(cosine_parts(params, site, centred=centred), site.a).astype(dtype)
+    return affine(cosine_parts(site, params, centred=centred), site.a).astype(dtype)
 
 
 @checked("cosine norm")
-def cosine_parts(params: Any, site: Site, *, centred: bool = False) -> Parts:
+def cosine_parts(site: Site, params: Affine | None = None, *, centred: bool = False) -> Parts:
     """The parts of cosine normalization.
 
     A zero vector has σ = 1. In the centred form a constant w or x has the σ of the plain one, and
     a constant w has g = 0 too, so that h = b whatever rounding leaves of a − μ.
 
     Args:
-      params: `Affine(g [C], b [C])`, or `None`.
       site: A site with `a`, `x` and `w`.
+      params: `Affine(g [C], b [C])`, or `None`.
       centred: As in `cosine_norm`.
 
     Raises:

@@ -1,22 +1,25 @@
-"""The one equation, its inverse, and its absorption into the layer before.
+"""The one equation and its inverse.
 
-h = g · (a − μ) / σ + b
+    h = g · (a − μ) / σ + b
+
+μ and σ are measured, g and b are learned. `Parts` holds the four, `affine` applies them.
 """
 
 from __future__ import annotations
 
 import functools
-from typing import Any, NamedTuple
+import inspect
+from collections.abc import Callable
+from typing import Any, Concatenate, NamedTuple, ParamSpec
 
-import jax
 import jax.numpy as jnp
-from jax import Array, lax
-from jax.typing import ArrayLike
+from jax import Array
+from jax.typing import ArrayLike, DTypeLike
 
-from normlab._arguments import checked, declare, instance
+from normlab._apply import apply_parts
+from normlab._arguments import checked, declare, instance, real
 from normlab._checks import (
     expand,
-    floating,
     invalid,
     normalize_axes,
     promote,
@@ -24,8 +27,10 @@ from normlab._checks import (
     result_dtype,
 )
 from normlab._trees import node
-from normlab._xla import apart, derivative_of, partitioned, widen, zeros_of
-from normlab.measure import align_weights, leave_out
+from normlab._weights import align_weights
+from normlab._xla import partitioned
+
+P = ParamSpec("P")
 
 
 @node
@@ -35,16 +40,57 @@ class Parts(NamedTuple):
     `mu, sigma, g, b = parts`.
 
     Attributes:
-      shift: μ, in the units of `a`.
-      scale: σ > 0, in the units of `a`; the largest number of its type where nothing was measured.
-      rescale: g, the learned gain.
-      reshift: b, the learned bias.
+      mu: μ, the shift, in the units of `a`.
+      sigma: σ > 0, the scale, in the units of `a`; the largest number of its type where nothing
+        was measured.
+      g: The gain, learned.
+      b: The bias, learned.
     """
 
-    shift: Array
-    scale: Array
-    rescale: Array
-    reshift: Array
+    mu: Array
+    sigma: Array
+    g: Array
+    b: Array
+
+
+@node
+class Affine(NamedTuple):
+    """The learned half of a norm; either field may be `None`, which stands for 1 and 0.
+
+    Attributes:
+      g: `[C]`, the gain (the papers' γ).
+      b: `[C]`, the bias (the papers' β).
+    """
+
+    g: Array | None
+    b: Array | None
+
+
+@checked("init_affine", g=real)
+def init_affine(
+    channels: int,
+    *,
+    use_gain: bool = True,
+    use_bias: bool = True,
+    g: ArrayLike = 1.0,
+    dtype: DTypeLike = jnp.float32,
+) -> Affine:
+    """Returns `Affine(g, b)` with every gain equal to `g` and every bias zero.
+
+    Args:
+      channels: `C`, the number of channels.
+      use_gain: Whether there is a gain; without one the field is `None`.
+      use_bias: Whether there is a bias; without one the field is `None`.
+      g: The initial gain, a number.
+      dtype: A floating type for both.
+
+    >>> init_affine(2).g.tolist()
+    [1.0, 1.0]
+    """
+    return Affine(
+        g=jnp.full(channels, g, dtype) if use_gain else None,
+        b=jnp.zeros(channels, dtype) if use_bias else None,
+    )
 
 
 declare(parts=instance(Parts, "take them from a *_parts, or make Parts(mu, sigma, g, b)"))
@@ -64,7 +110,7 @@ def affine(
     first, so nothing is lost when |μ| is much larger than σ.
 
     Args:
-      parts: Shift, scale, rescale, reshift, each broadcastable to `a`.
+      parts: μ, σ, g and b, each broadcastable to `a`.
       a: `[N, ..., C]`, the pre-activation.
       weights: The weights that the parts were measured with, if any. A value that is not finite
         and weighs nothing counts as zero, so that it reaches no gradient.
@@ -84,76 +130,37 @@ def affine(
         (channel_axis,) = normalize_axes("affine", channel_axis, jnp.ndim(a))
     parts = _checked(parts, jnp.shape(a), promote_dtype(a))
     a, weights = jnp.asarray(a), align_weights("affine", weights, a, channel_axis)
-    return partitioned(_affine, a, parts, weights)
+    return partitioned(apply_parts, a, parts, weights)
 
 
-def _affine(a: Array, parts: Parts, weights: Array | None) -> Array:
-    mu, sigma, g, b = parts
-    a = floating(leave_out(a, weights))
-    # (a − μ)/σ about a pivot, the value of μ: (a − k)·r + c with r = 1/σ and c = (k − μ)/σ. c is
-    # zero, and carries the derivative of μ: so that the gradient of μ is that of c, a small array,
-    # and needs no sum over a of its own.
-    pivot = lax.stop_gradient(mu)
-    r = _reciprocal(sigma, weights is not None)
-    small = jnp.broadcast_shapes(r.shape, g.shape, b.shape, (1,) * a.ndim)
-    if small != a.shape:
-        r = r * g
-        c, g, b = _shift(mu, r) + b, jnp.ones((), r.dtype), jnp.zeros((), r.dtype)
-        small = jnp.broadcast_shapes(r.shape, c.shape, (1,) * a.ndim)
-        axes = [i for i, n in enumerate(a.shape) if n != small[i]]
-        wide = widen(a.shape, axes)
-        if wide:
-            shape = a.shape
-            pivot, r, c = (wide.statistic(jnp.broadcast_to(v, small)) for v in (pivot, r, c))
-            return _apply(wide.array(a), pivot, r, c, g, b).astype(a.dtype).reshape(shape)
-    else:
-        c = _shift(mu, r)
-    return _apply(a, pivot, r, c, g, b).astype(a.dtype)
+def applied(
+    parts: Callable[Concatenate[ArrayLike, P], Parts],
+) -> Callable[[Callable[[], None]], Callable[Concatenate[ArrayLike, P], Array]]:
+    """Makes a norm of a function that returns its parts, with the same arguments.
 
+        h = affine(parts(a, params, ...), a)
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
-def _reciprocal(sigma: Array, weighted: bool) -> Array:
-    """1/σ, with the derivative −(dσ/σ)/σ: 1/σ² would overflow from 1e-19 on.
+    It decorates an empty function, which brings the name and the documentation.
 
-    Where there are weights, the largest σ there is stands for none that was measured: 0.
+    Args:
+      parts: `(a, params, *, weights, channel_axis, ...) -> Parts`.
     """
-    r = 1 / sigma
-    return jnp.where(sigma >= jnp.finfo(sigma.dtype).max, 0, r) if weighted else r
 
+    def decorate(named: Callable[[], None]) -> Callable[Concatenate[ArrayLike, P], Array]:
+        def norm(a: ArrayLike, *args: P.args, **options: P.kwargs) -> Array:
+            found = parts(a, *args, **options)
+            weights, channel_axis = (options.get(k) for k in ("weights", "channel_axis"))
+            axis = -1 if channel_axis is None else channel_axis
+            return affine(found, a, weights=weights, channel_axis=axis)  # pyright: ignore
 
-@_reciprocal.defjvp
-def _(weighted: bool, primals: Any, tangents: Any) -> Any:
-    r = _reciprocal(*primals, weighted)
-    return r, -(tangents[0] * r) * r
+        vars(norm).update(vars(parts))
+        vars(norm).pop("__wrapped__", None)
+        functools.update_wrapper(norm, named, updated=())
+        signature = inspect.signature(parts)
+        vars(norm).update(__signature__=signature.replace(return_annotation="Array"))
+        return norm
 
-
-@jax.custom_jvp
-def _shift(mu: Array, r: Array) -> Array:
-    """(k − μ)·r where k is the value of μ: zero, with all the derivatives."""
-    return zeros_of(mu * r)
-
-
-@_shift.defjvp
-def _(primals: Any, tangents: Any) -> Any:
-    (mu, r), (dmu, dr) = primals, tangents
-    return _shift(mu, r), -dmu * r - derivative_of(mu) * dr
-
-
-@jax.custom_jvp
-def _apply(a: Array, pivot: Array, r: Array, c: Array, g: Array, b: Array) -> Array:
-    """((a − k)·r + c)·g + b, with a derivative that reads `a` once for each of its sums."""
-    return ((promote(a) - pivot) * r + c) * g + b
-
-
-@_apply.defjvp
-def _(primals: Any, tangents: Any) -> Any:
-    (a, pivot, r, c, g, b), (da, dk, dr, dc, dg, db) = primals, tangents
-    a1, k1, r1, g1 = apart(a, pivot, r, g)
-    a2, k2, r2, g2 = apart(a1, k1, r1, g1)
-    by_a = (promote(da) - dk) * r * g
-    by_r = (promote(a1) - k1) * g1 * dr
-    by_g = ((promote(a2) - k2) * r2 + c) * dg
-    return _apply(a, pivot, r, c, g, b), by_a + by_r + dc * g2 + by_g + db
+    return decorate
 
 
 @checked("invert")

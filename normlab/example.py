@@ -9,52 +9,77 @@ They differ in the axes over which the mean and the variance are measured, and i
     group      the positions and a group of channels
     instance   the positions, per channel
 
-ε is always added to the variance under the root. Statistics are taken in float32 at least. Where
-all weights are zero nothing is measured: σ is the largest number and h is b, without a gradient to
-`a`. Where a square overflows, beyond 1e19 in float32, h is NaN.
+Each comes in three steps: `layer_moments` measures, `layer_parts` makes μ, σ, g and b of it, and
+`layer_norm` applies them. Statistics are taken in float32 at least. Where all weights are zero
+nothing is measured: σ is the largest number and h is b, without a gradient to `a`. Where a square
+overflows, beyond 1e19 in float32, h is NaN.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
 from normlab._arguments import checked, norm_axes
-from normlab._checks import gain_and_bias, invalid, normalize_axes, promote
+from normlab._checks import gain_and_bias, invalid, normalize_axes, one_value, promote
+from normlab._sums import average, standard_deviation
+from normlab._weights import aligned
 from normlab._xla import partitioned
-from normlab.equation import Parts, affine
-from normlab.measure import (
-    Algorithm,
-    Moments,
-    align_weights,
-    average,
-    merge_axes,
-    moments,
-    standard_deviation,
-)
+from normlab.equation import Affine, Parts, applied
+from normlab.measure import Algorithm, Moments, merge_axes, moments
 
 Axes = int | Sequence[int] | Literal["channels", "all"]
 """What layer and RMS norm measure over."""
 
 
-def layer_norm(
-    a: Array,
-    params: Any = None,
+@checked("layer norm", axes=norm_axes)
+def layer_moments(
+    a: ArrayLike,
+    *,
+    axes: Axes = "channels",
+    weights: ArrayLike | None = None,
+    channel_axis: int = -1,
+    algorithm: Algorithm = "auto",
+) -> Moments:
+    """The moments that layer norm normalizes with, broadcastable to `a`; of one value too.
+
+    The arguments are those of `layer_norm`, which see.
+    """
+    a, channel, weights = aligned("layer norm", a, weights, channel_axis)
+    axes = _example_axes("layer norm", axes, a.ndim, channel)
+    return moments(a, axes, weights=weights, algorithm=algorithm)
+
+
+@checked("layer norm", axes=norm_axes)
+def layer_parts(
+    a: ArrayLike,
+    params: Affine | None = None,
     *,
     axes: Axes = "channels",
     eps: float = 1e-5,
     weights: ArrayLike | None = None,
     channel_axis: int = -1,
     algorithm: Algorithm = "auto",
-) -> Array:
+) -> Parts:
+    """The parts of `layer_norm`, which see."""
+    m = layer_moments(a, axes=axes, weights=weights, channel_axis=channel_axis, algorithm=algorithm)
+    g, b = gain_and_bias("layer norm", params, a, channel_axis)
+    change = "use RMS norm, which has no mean, or measure over more axes"
+    _check_values("layer norm", a, m, "statistic", change)
+    return Parts(m.mean, m.sigma(eps), g, b)
+
+
+@applied(layer_parts)
+def layer_norm() -> None:
     """Layer normalization (Ba, Kiros & Hinton 2016, https://arxiv.org/abs/1607.06450).
 
-    μ and σ² are the mean and the variance of each example over `axes`.
+    h = g · (a − μ) / √(var + ε) + b: μ and var are the mean and the variance of each example over
+    `axes`.
 
     Args:
       a: `[N, ..., C]`.
@@ -73,93 +98,32 @@ def layer_norm(
 
     Raises:
       ValueError: For parameters that do not fit `a`, axes out of range or repeated, or ε ≤ 0.
+
+    >>> layer_norm(jnp.array([[1.0, 3.0], [10.0, 30.0]])).round(3).tolist()
+    [[-1.0, 1.0], [-1.0, 1.0]]
     """
-    parts = layer_parts(
-        a,
-        params,
-        axes=axes,
-        eps=eps,
-        weights=weights,
-        channel_axis=channel_axis,
-        algorithm=algorithm,
-    )
-    return affine(parts, a, weights=weights, channel_axis=channel_axis)
 
 
-@checked("layer norm", axes=norm_axes)
-def layer_parts(
-    a: Array,
-    params: Any,
-    *,
-    axes: Axes = "channels",
-    eps: float = 1e-5,
-    weights: ArrayLike | None = None,
-    channel_axis: int = -1,
-    algorithm: Algorithm = "auto",
-) -> Parts:
-    """The parts of `layer_norm`, which see."""
-    a = jnp.asarray(a)
-    where = "layer norm"
-    m = layer_moments(a, axes=axes, weights=weights, channel_axis=channel_axis, algorithm=algorithm)
-    g, b = gain_and_bias(where, params, a, channel_axis)
-    _check_values(
-        where, a, m, "statistic", "use RMS norm, which has no mean, or measure over more axes"
-    )
-    return Parts(m.mean, m.scale(eps), g, b)
-
-
-def layer_moments(
+@checked("RMS norm", axes=norm_axes)
+def rms_moments(
     a: ArrayLike,
     *,
     axes: Axes = "channels",
     weights: ArrayLike | None = None,
     channel_axis: int = -1,
-    algorithm: Algorithm = "auto",
 ) -> Moments:
-    """The moments that layer norm normalizes with, broadcastable to `a`; of one value too."""
-    a, where = jnp.asarray(a), "layer norm"
-    (channel,) = normalize_axes(where, channel_axis, a.ndim)
-    weights = align_weights(where, weights, a, channel)
-    axes = _example_axes(where, axes, a.ndim, channel)
-    return moments(a, axes, weights=weights, algorithm=algorithm)
+    """The moments about zero that RMS norm normalizes with: mean 0, m2 = Σ w·a².
 
-
-def rms_norm(
-    a: Array,
-    params: Any = None,
-    *,
-    axes: Axes = "channels",
-    eps: float = 1e-5,
-    weights: ArrayLike | None = None,
-    channel_axis: int = -1,
-) -> Array:
-    """Root mean square normalization (Zhang & Sennrich 2019, https://arxiv.org/abs/1910.07467).
-
-    μ = 0 and σ = √(E a² + ε), over the `axes` of each example.
-
-    Args:
-      a: `[N, ..., C]`.
-      params: `Affine(g [C], b [C])`, or `None`. The paper has no bias: `Affine(g, None)`.
-      axes: As in `layer_norm`.
-      eps: ε > 0, in squared units of `a`.
-      weights: Importance of positions, aligned with the leading axes of `a` other than the
-        channels'. Zero leaves out.
-      channel_axis: The axis of `params`.
-
-    Returns:
-      h, in the shape and floating type of `a`.
-
-    Raises:
-      ValueError: As `layer_norm`.
+    The arguments are those of `rms_norm`, which see.
     """
-    parts = rms_parts(a, params, axes=axes, eps=eps, weights=weights, channel_axis=channel_axis)
-    return affine(parts, a, weights=weights, channel_axis=channel_axis)
+    square, count = _mean_square(a, axes, weights, channel_axis)
+    return Moments(count, jnp.zeros_like(square), square * count)
 
 
 @checked("RMS norm", axes=norm_axes)
 def rms_parts(
-    a: Array,
-    params: Any,
+    a: ArrayLike,
+    params: Affine | None = None,
     *,
     axes: Axes = "channels",
     eps: float = 1e-5,
@@ -167,85 +131,25 @@ def rms_parts(
     channel_axis: int = -1,
 ) -> Parts:
     """The parts of `rms_norm`, which see."""
-    a = jnp.asarray(a)
-    (channel,) = normalize_axes("RMS norm", channel_axis, a.ndim)
-    axes = _example_axes("RMS norm", axes, a.ndim, channel)
-    weights = align_weights("RMS norm", weights, a, channel)
-    g, b = gain_and_bias("RMS norm", params, a, channel)
-    valid = promote(a) if weights is None else jnp.where(weights > 0, promote(a), 0)
-    square, count = average(jnp.square(valid), axes, weights=weights)
-    sigma = standard_deviation(square, count, eps)
-    return Parts(jnp.zeros((), square.dtype), sigma, g, b)
+    square, count = _mean_square(a, axes, weights, channel_axis)
+    g, b = gain_and_bias("RMS norm", params, a, channel_axis)
+    return Parts(jnp.zeros((), square.dtype), standard_deviation(square, count, eps), g, b)
 
 
-def group_norm(
-    a: Array,
-    params: Any = None,
-    *,
-    groups: int,
-    eps: float = 1e-5,
-    weights: ArrayLike | None = None,
-    channel_axis: int = -1,
-    algorithm: Algorithm = "auto",
-) -> Array:
-    """Group normalization (Wu & He 2018, https://arxiv.org/abs/1803.08494).
+@applied(rms_parts)
+def rms_norm() -> None:
+    """Root mean square normalization (Zhang & Sennrich 2019, https://arxiv.org/abs/1910.07467).
 
-    μ and σ² are the mean and the variance of each example over all positions and the C/groups
-    neighbouring channels of a group.
+    h = g · a / √(mean a² + ε) + b: μ = 0, and the mean square is that of each example over `axes`.
 
-    Args:
-      a: `[N, ..., C]`.
-      params: `Affine(g [C], b [C])`, or `None`.
-      groups: The number of groups; divides `C`. 1 is layer norm over all axes but the first, `C`
-        is instance norm.
-      eps: ε > 0, in squared units of `a`.
-      weights: Importance of positions, aligned with the leading axes of `a` other than the
-        channels'. Zero leaves out.
-      channel_axis: The axis of the channels.
-      algorithm: How the variance is taken, an `Algorithm`.
+    The arguments are those of `layer_norm`, which see. The paper has no bias: `Affine(g, None)`.
 
-    Returns:
-      h, in the shape and floating type of `a`.
-
-    Raises:
-      ValueError: If `groups` does not divide `C`, for parameters that do not fit `a`, or ε ≤ 0.
+    >>> rms_norm(jnp.array([[1.0, -1.0], [10.0, 10.0]])).round(3).tolist()
+    [[1.0, -1.0], [1.0, 1.0]]
     """
-    parts = group_parts(
-        a,
-        params,
-        groups=groups,
-        eps=eps,
-        weights=weights,
-        channel_axis=channel_axis,
-        algorithm=algorithm,
-    )
-    return affine(parts, a, weights=weights, channel_axis=channel_axis)
 
 
 @checked("group norm")
-def group_parts(
-    a: Array,
-    params: Any,
-    *,
-    groups: int,
-    eps: float = 1e-5,
-    weights: ArrayLike | None = None,
-    channel_axis: int = -1,
-    algorithm: Algorithm = "auto",
-) -> Parts:
-    """The parts of `group_norm`, which see."""
-    a = jnp.asarray(a)
-    where = "group norm"
-    m = group_moments(
-        a, groups=groups, weights=weights, channel_axis=channel_axis, algorithm=algorithm
-    )
-    g, b = gain_and_bias(where, params, a, channel_axis)
-    if math.prod(a.shape[1:]) == groups:
-        change = "use fewer groups, or RMS norm, which has no mean"
-        raise _one_value(where, a.shape, "example and group", change)
-    return Parts(m.mean, m.scale(eps), g, b)
-
-
 def group_moments(
     a: ArrayLike,
     *,
@@ -254,19 +158,20 @@ def group_moments(
     channel_axis: int = -1,
     algorithm: Algorithm = "auto",
 ) -> Moments:
-    """The moments that group norm normalizes with, broadcastable to `a`; of one value too."""
-    a, where = jnp.asarray(a), "group norm"
-    channel = _channel_axis(where, channel_axis, a)
+    """The moments that group norm normalizes with, broadcastable to `a`; of one value too.
+
+    The arguments are those of `group_norm`, which see.
+    """
+    a, channel, weights = _with_examples_first("group norm", a, weights, channel_axis)
     channels = a.shape[channel]
     if groups < 1 or channels % groups:
         divisors = [d for d in range(1, channels + 1) if channels % d == 0]
         raise invalid(
-            where,
+            "group norm",
             f"groups={groups!r} for {channels} channels",
             f"a number of groups that divides {channels}",
             f"use one of {', '.join(map(str, divisors))}",
         )
-    weights = align_weights(where, weights, a, channel)
     split = (*a.shape[:channel], groups, channels // groups, *a.shape[channel + 1 :])
     axes = [i for i in range(1, a.ndim) if i != channel]
 
@@ -283,61 +188,50 @@ def group_moments(
     return partitioned(measure, a, weights)
 
 
-def instance_norm(
-    a: Array,
-    params: Any = None,
+@checked("group norm")
+def group_parts(
+    a: ArrayLike,
+    params: Affine | None = None,
     *,
-    eps: float = 1e-5,
-    weights: ArrayLike | None = None,
-    channel_axis: int = -1,
-    algorithm: Algorithm = "auto",
-) -> Array:
-    """Instance normalization (Ulyanov, Vedaldi & Lempitsky 2016, https://arxiv.org/abs/1607.08022).
-
-    μ and σ² are the mean and the variance of each channel of each example over its positions.
-
-    Args:
-      a: `[N, ..., C]`, with at least one axis of positions.
-      params: `Affine(g [C], b [C])`, or `None`.
-      eps: ε > 0, in squared units of `a`.
-      weights: Importance of positions, aligned with the leading axes of `a` other than the
-        channels'. Zero leaves out.
-      channel_axis: The axis of the channels.
-      algorithm: How the variance is taken, an `Algorithm`.
-
-    Returns:
-      h, in the shape and floating type of `a`.
-
-    Raises:
-      ValueError: If `a` has no positions, for parameters that do not fit `a`, or ε ≤ 0.
-    """
-    parts = instance_parts(
-        a, params, eps=eps, weights=weights, channel_axis=channel_axis, algorithm=algorithm
-    )
-    return affine(parts, a, weights=weights, channel_axis=channel_axis)
-
-
-@checked("instance norm")
-def instance_parts(
-    a: Array,
-    params: Any,
-    *,
+    groups: int,
     eps: float = 1e-5,
     weights: ArrayLike | None = None,
     channel_axis: int = -1,
     algorithm: Algorithm = "auto",
 ) -> Parts:
-    """The parts of `instance_norm`, which see."""
-    a = jnp.asarray(a)
-    where = "instance norm"
-    m = instance_moments(a, weights=weights, channel_axis=channel_axis, algorithm=algorithm)
-    positions = "an input [N, ..., C] with positions between examples and channels, "
-    change = "use layer norm or RMS norm in a dense layer"
-    _check_values(where, a, m, "example and channel", change, positions)
-    g, b = gain_and_bias(where, params, a, channel_axis)
-    return Parts(m.mean, m.scale(eps), g, b)
+    """The parts of `group_norm`, which see."""
+    m = group_moments(
+        a, groups=groups, weights=weights, channel_axis=channel_axis, algorithm=algorithm
+    )
+    g, b = gain_and_bias("group norm", params, a, channel_axis)
+    if math.prod(jnp.shape(a)[1:]) == groups:
+        change = "use fewer groups, or RMS norm, which has no mean"
+        raise one_value("group norm", jnp.shape(a), "example and group", change)
+    return Parts(m.mean, m.sigma(eps), g, b)
 
 
+@applied(group_parts)
+def group_norm() -> None:
+    """Group normalization (Wu & He 2018, https://arxiv.org/abs/1803.08494).
+
+    h = g · (a − μ) / √(var + ε) + b: μ and var are the mean and the variance of each example over
+    all positions and the C/groups neighbouring channels of a group.
+
+    The other arguments are those of `layer_norm`, which see.
+
+    Args:
+      groups: The number of groups; divides `C`. 1 is layer norm over all axes but the first, `C`
+        is instance norm.
+
+    Raises:
+      ValueError: If `groups` does not divide `C`, or as `layer_norm`.
+
+    >>> group_norm(jnp.array([[1.0, 3.0, 10.0, 30.0]]), groups=2).round(3).tolist()
+    [[-1.0, 1.0, -1.0, 1.0]]
+    """
+
+
+@checked("instance norm")
 def instance_moments(
     a: ArrayLike,
     *,
@@ -345,29 +239,67 @@ def instance_moments(
     channel_axis: int = -1,
     algorithm: Algorithm = "auto",
 ) -> Moments:
-    """The moments that instance norm normalizes with, broadcastable to `a`; of one value too."""
-    a, where = jnp.asarray(a), "instance norm"
-    channel = _channel_axis(where, channel_axis, a)
-    weights = align_weights(where, weights, a, channel)
+    """The moments that instance norm normalizes with, broadcastable to `a`; of one value too.
+
+    The arguments are those of `instance_norm`, which see.
+    """
+    a, channel, weights = _with_examples_first("instance norm", a, weights, channel_axis)
     axes = [i for i in range(1, a.ndim) if i != channel]
     return moments(a, axes, weights=weights, algorithm=algorithm)
 
 
-def _check_values(where: str, a: Array, m: Moments, each: str, change: str, also: str = "") -> None:
+@checked("instance norm")
+def instance_parts(
+    a: ArrayLike,
+    params: Affine | None = None,
+    *,
+    eps: float = 1e-5,
+    weights: ArrayLike | None = None,
+    channel_axis: int = -1,
+    algorithm: Algorithm = "auto",
+) -> Parts:
+    """The parts of `instance_norm`, which see."""
+    m = instance_moments(a, weights=weights, channel_axis=channel_axis, algorithm=algorithm)
+    positions = "an input [N, ..., C] with positions between examples and channels, "
+    change = "use layer norm or RMS norm in a dense layer"
+    _check_values("instance norm", a, m, "example and channel", change, positions)
+    g, b = gain_and_bias("instance norm", params, a, channel_axis)
+    return Parts(m.mean, m.sigma(eps), g, b)
+
+
+@applied(instance_parts)
+def instance_norm() -> None:
+    """Instance normalization (Ulyanov, Vedaldi & Lempitsky 2016, https://arxiv.org/abs/1607.08022).
+
+    h = g · (a − μ) / √(var + ε) + b: μ and var are the mean and the variance of each channel of
+    each example over its positions.
+
+    The arguments are those of `layer_norm`, which see.
+
+    Raises:
+      ValueError: If `a` has no positions between examples and channels, or as `layer_norm`.
+
+    >>> instance_norm(jnp.array([[[1.0], [3.0]]])).round(3).tolist()
+    [[[-1.0], [1.0]]]
+    """
+
+
+def _mean_square(
+    a: ArrayLike, axes: Axes, weights: ArrayLike | None, channel_axis: int
+) -> tuple[Array, Array]:
+    a, channel, w = aligned("RMS norm", a, weights, channel_axis)
+    valid = promote(a) if w is None else jnp.where(w > 0, promote(a), 0)
+    axes = _example_axes("RMS norm", axes, a.ndim, channel)
+    return average(jnp.square(valid), axes, weights=w)
+
+
+def _check_values(
+    where: str, a: ArrayLike, m: Moments, each: str, change: str, also: str = ""
+) -> None:
     """Raises ValueError if each of the moments is that of one value."""
-    if m.mean.shape == a.shape and 0 not in a.shape:
-        raise _one_value(where, a.shape, each, change, also)
-
-
-def _one_value(
-    where: str, shape: tuple[int, ...], each: str, change: str, also: str = ""
-) -> ValueError:
-    return invalid(
-        where,
-        f"an input of shape {shape}, one value per {each}",
-        f"{also}at least two: the variance of one is zero and the output would be the bias alone",
-        change,
-    )
+    shape = jnp.shape(a)
+    if m.mean.shape == shape and 0 not in shape:
+        raise one_value(where, shape, each, change, also)
 
 
 def _example_axes(where: str, axes: Axes, ndim: int, channel: int) -> tuple[int, ...]:
@@ -378,8 +310,10 @@ def _example_axes(where: str, axes: Axes, ndim: int, channel: int) -> tuple[int,
     return normalize_axes(where, axes, ndim)
 
 
-def _channel_axis(where: str, channel_axis: int, a: Array) -> int:
-    (channel,) = normalize_axes(where, channel_axis, a.ndim)
+def _with_examples_first(
+    where: str, a: ArrayLike, weights: ArrayLike | None, channel_axis: int
+) -> tuple[Array, int, Array | None]:
+    a, channel, weights = aligned(where, a, weights, channel_axis)
     if channel == 0:
         raise invalid(
             where,
@@ -387,4 +321,4 @@ def _channel_axis(where: str, channel_axis: int, a: Array) -> int:
             "examples on axis 0 and channels on another",
             "move the examples first, or add an axis for the one example",
         )
-    return channel
+    return a, channel, weights

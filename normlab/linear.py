@@ -6,17 +6,14 @@ linear map therefore offers, beside itself, the moments of its input patches.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
-import jax
 import jax.numpy as jnp
 from jax import Array, lax
-from jax.typing import ArrayLike
 
-from normlab._arguments import array, checked, declare, either, instance, integer, one_of, sequence
-from normlab._checks import invalid, promote
+from normlab._arguments import PADDING, STEPS, array, checked, declare, instance, integer
+from normlab._checks import check_conv, check_dense, each_axis, promote
 from normlab._trees import static
 from normlab.measure import Moments, moments
 
@@ -55,7 +52,6 @@ declare(linear=instance(Linear, "make one: Dense() or Conv()", arrays=False))
 
 
 @static
-@checked("Dense", channel_axis=integer("-1", "move the channels last", among=(-1,)))
 @dataclass(frozen=True)
 class Dense:
     """The matrix product over the last axis: `x [..., K]`, `w [K, C]`, `a [..., C]`.
@@ -64,19 +60,15 @@ class Dense:
     (2, 4)
     """
 
-    channel_axis: int = -1
+    @property
+    def channel_axis(self) -> int:
+        """The last."""
+        return -1
 
     @checked("Dense", w=array())
     def __call__(self, x: Array, w: Array) -> Array:
         """Returns `x @ w`."""
-        if w.ndim != 2 or x.ndim == 0 or x.shape[-1] != w.shape[0]:
-            raise invalid(
-                "Dense",
-                f"an input of shape {x.shape} and a kernel of shape {w.shape}",
-                "shapes [..., K] and [K, C]",
-                "give the kernel as many rows as the input has features; for the kernel of a "
-                "convolution pass linear=Conv(...)",
-            )
+        check_dense(x, w)
         return x @ w
 
     def patch_axes(self, x: Array) -> tuple[int, ...]:
@@ -94,18 +86,6 @@ class Dense:
     def patch_moments(self, x: Array, w: Array) -> Moments:
         """The moments over the last axis of `x`, shape `[..., 1]`."""
         return moments(x, -1)
-
-
-STEP = integer("a number of steps, at least 1", "pass 1 for every position", 1)
-STEPS = either(
-    "a number of steps, at least 1, or one for each axis", STEP.change, STEP, sequence(STEP)
-)
-PADDING = either(
-    "'SAME', 'VALID' or (low, high) for each axis",
-    "use one",
-    one_of(Literal["SAME", "VALID", "SAME_LOWER"], ""),
-    sequence(sequence(integer("", ""), length=2)),
-)
 
 
 @static
@@ -145,35 +125,14 @@ class Conv:
     @checked("Conv", w=array())
     def __call__(self, x: Array, w: Array) -> Array:
         """Returns the convolution of `x` with `w`, in the layout of `x`."""
+        check_conv(self, x, w)
         spatial = w.ndim - 2
-        if spatial < 0:
-            raise invalid(
-                "Conv",
-                f"a kernel of shape {w.shape}",
-                "[*window, K/groups, C]",
-                "pass a convolution's kernel, or linear=Dense() for a dense layer",
-            )
-        if x.ndim != w.ndim or x.shape[self.channel_axis] != w.shape[-2] * self.groups:
-            raise invalid(
-                "Conv",
-                f"an input of shape {x.shape} and a kernel of shape {w.shape}",
-                f"{w.shape[-2] * self.groups} input channels on axis {self.channel_axis} of an "
-                f"input of rank {w.ndim}",
-                "give the kernel the shape [*window, K/groups, C], or set channel_axis",
-            )
-        if w.shape[-1] % self.groups:
-            raise invalid(
-                "Conv",
-                f"groups={self.groups} for {w.shape[-1]} output channels",
-                "groups that divide the output channels",
-                "change the groups or the kernel",
-            )
         return lax.conv_general_dilated(
             x,
             w,
-            window_strides=_each("strides", self.strides, spatial),
+            window_strides=each_axis("strides", self.strides, spatial),
             padding=self.padding,
-            rhs_dilation=_each("dilation", self.dilation, spatial),
+            rhs_dilation=each_axis("dilation", self.dilation, spatial),
             dimension_numbers=self._dimension_numbers(x.ndim),
             feature_group_count=self.groups,
         )
@@ -202,9 +161,9 @@ class Conv:
         patches = lax.conv_general_dilated_patches(
             x,
             w.shape[:-2],
-            _each("strides", self.strides, spatial),
+            each_axis("strides", self.strides, spatial),
             self.padding,  # pyright: ignore[reportArgumentType]
-            rhs_dilation=_each("dilation", self.dilation, spatial),
+            rhs_dilation=each_axis("dilation", self.dilation, spatial),
             dimension_numbers=self._dimension_numbers(x.ndim),
         )
         m = moments(self._by_group(patches), -1)
@@ -226,39 +185,3 @@ class Conv:
         """Images in their layout, kernels `[*window, K/groups, C]`."""
         image = (0, ndim - 1, *range(1, ndim - 1)) if self.channel_axis == -1 else (*range(ndim),)
         return lax.ConvDimensionNumbers(image, (ndim - 1, ndim - 2, *range(ndim - 2)), image)
-
-
-def output_shape(where: str, call: str, linear: Linear, x: ArrayLike, w: ArrayLike) -> Any:
-    """Returns the shape of `linear(x, w)`, from the shapes of `x` and `w` alone.
-
-    Args:
-      where: The norm, for the error.
-      call: What is to be given another `linear`, for the error.
-      linear: The linear map.
-      x: Its input.
-      w: Its kernel.
-
-    Raises:
-      ValueError: If the map does not take them.
-    """
-    # Neither types nor shardings: x and w may have had others where a was computed.
-    shapes = [jax.ShapeDtypeStruct(jnp.shape(v), jnp.float32) for v in (x, w)]
-    try:
-        return jax.eval_shape(linear, *shapes).shape
-    except (IndexError, TypeError, ValueError) as error:
-        raise invalid(
-            where,
-            f"x of shape {jnp.shape(x)} and w of shape {jnp.shape(w)}, to which {linear} cannot be "
-            "applied",
-            "the input and the kernel of one linear map",
-            f"pass that map, {call}(..., linear=Conv(...)) or linear=Dense(), and its own x and w",
-        ) from error
-
-
-def _each(name: str, value: int | Sequence[int], spatial: int) -> tuple[int, ...]:
-    values = (value,) * spatial if isinstance(value, int) else tuple(value)
-    if len(values) != spatial:
-        raise invalid(
-            "Conv", f"{name}={value}", f"one number, or {spatial}", "give one per spatial axis"
-        )
-    return values

@@ -1,30 +1,27 @@
-"""Every norm by name: one table for tests, documentation and experiments."""
+"""Every norm by name: one table for tests, documentation and experiments.
+
+A new norm is a function that returns its parts and a row that says what it is:
+
+    def half_parts(a, params=None, *, eps=1e-5, weights=None, channel_axis=-1): ...
+    register(Row("half", stateless(half_parts)))
+
+From then on `get("half", eps=1e-6)` is it, in the skins, the experiments and the laws too. The
+rows of the library itself are in `normlab.rows`.
+"""
 
 from __future__ import annotations
 
 import functools
 import inspect
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 
-from normlab._arguments import checked, flag, integer, norm_axes, real, settled_decay, text
-from normlab._checks import gain_and_bias, invalid, nearest, promote_dtype
-from normlab.batch import batch_parts
-from normlab.cosine import cosine_parts
-from normlab.devices.topology import AxisName, as_sync
-from normlab.equation import Parts
-from normlab.example import Axes, group_parts, instance_parts, layer_parts, rms_parts
-from normlab.measure import Algorithm
-from normlab.population.by_name import init_population, require
-from normlab.population.cumulative import Estimator
-from normlab.population.delayed import delay
-from normlab.population.protocol import BadBatch
-from normlab.site import SHAPES, Norm, Params, Site, State, init_affine
-from normlab.weight import weight_norm_init, weight_parts, weight_standardization_parts
+from normlab._arguments import a_function, anything, checked, flag, instance, text
+from normlab._checks import check_options, imported, invalid, nearest, promote_dtype
+from normlab.equation import Affine, Parts, init_affine
+from normlab.site import SHAPES, Made, Norm, Site, State
 
 INVARIANCES = (
     "weights rescaled",
@@ -34,42 +31,84 @@ INVARIANCES = (
     "data recentred",
     "one case rescaled",
 )
-"""The columns of table 1 of Ba, Kiros & Hinton (2016), for a dense layer (instance norm: for a
-convolution without padding). Recentring adds one vector to the weights of every unit, or one vector
-to every example."""
+"""Changes that may leave h as it is, with ε = 0, for a dense layer (Ba et al. 2016, table 1)."""
 
 
 class Row(NamedTuple):
-    """What the library declares about one norm.
+    """What a norm is, in one line.
 
     Attributes:
-      name: The key for `get`.
-      factory: Returns the `Norm` for keyword options.
-      looks_at: What μ and σ are measured on: of the pre-activation a, the weights w, the input x.
-      shift: μ, as a formula.
-      scale: σ, as a formula.
-      invariances: Those of `INVARIANCES` under which h does not change (as ε → 0).
-      paper: Where the norm was proposed.
+      name: The name it goes by.
+      factory: Makes the norm of its options, which are keyword arguments: see `stateless`.
+      needs: What μ and σ are measured on: `"a"`, the pre-activation, `"w"`, the weights, `"x"`, the
+        input, and `"batch"` where an example's μ and σ depend on the others.
+      looks_at: The same in words.
+      mu: The shift μ.
+      sigma: The scale σ.
+      invariances: Which of `INVARIANCES` leave h unchanged.
+      paper: Where it comes from.
     """
 
     name: str
     factory: Callable[..., Norm]
-    looks_at: str
-    shift: str
-    scale: str
-    invariances: frozenset[str]
-    paper: str
+    needs: frozenset[str] = frozenset({"a"})
+    looks_at: str = "a"
+    mu: str = "?"
+    sigma: str = "?"
+    invariances: frozenset[str] = frozenset()
+    paper: str = "–"
 
 
+_ROWS: dict[str, Row] = {}
 NAME = text("the name of a norm", "use one of names()")
+
+
+@checked("register", row=instance(Row, "pass Row(name, factory, ...)", arrays=False))
+def register(row: Row) -> Row:
+    """Adds a norm, which then goes by its name everywhere: `get`, the skins, experiments, laws.
+
+    Args:
+      row: What it is. Its `factory` may be a function that returns parts, as `stateless` takes it.
+
+    Returns:
+      The row.
+
+    Raises:
+      ValueError: If another norm has the name, it has a ":" in it, or a field means nothing.
+
+    >>> import jax.numpy as jnp
+    >>> def centre_parts(a, params=None, *, channel_axis=-1):
+    ...     mean = a.mean(channel_axis, keepdims=True)
+    ...     return Parts(mean, jnp.ones(()), jnp.ones(()), jnp.zeros(()))
+    >>> row = register(Row("centre", stateless(centre_parts), mu="mean a", sigma="1"))
+    >>> get("centre").apply(None, (), Site(jnp.array([[1.0, 3.0]])), train=True)[0].tolist()
+    [[-1.0, 1.0]]
+    >>> unregister("centre")
+    """
+    if not isinstance(row.name, str) or not row.name or ":" in row.name or row.name in _ROWS:
+        given = f"the name {row.name!r}" + ", which another norm has" * (row.name in _ROWS)
+        raise invalid("register", given, "a name of its own, without ':'", "choose another")
+    wrong = {*row.invariances} - {*INVARIANCES} | {*row.needs} - {"a", "w", "x", "batch"}
+    if wrong:
+        known = f"of {', '.join((*INVARIANCES, 'a', 'w', 'x', 'batch'))}"
+        raise invalid("register", f"the marks {sorted(wrong)}", known, "use these words")
+    row = row._replace(factory=_factory_of(row.factory))
+    _ROWS[row.name] = row
+    return row
+
+
+@checked("unregister", name=NAME)
+def unregister(name: str) -> None:
+    """Takes a norm out of the table again, by its name; raises ValueError for an unknown one."""
+    del _ROWS[row(name).name]
 
 
 @checked("get", name=NAME)
 def get(name: str, **options: Any) -> Norm:
-    """Returns the norm called `name`.
+    """Returns the norm called `name`; twice the same for the same options.
 
     Args:
-      name: One of `names()`.
+      name: One of `names()`, or `"mypackage.module:factory"`, which is imported.
       **options: The options of its factory; `help(row(name).factory)` lists them.
 
     Raises:
@@ -82,22 +121,28 @@ def get(name: str, **options: Any) -> Norm:
 layer, rms, group, instance, weight, weight_standardization, cosine, centred_cosine; expected the \
 name of a norm. To fix it, use a known one.
     """
-    where, factory = f"{name} norm", row(name).factory
-    known = inspect.signature(factory).parameters
-    for option in options:
-        if option not in known:
-            given = f"the unknown option {option!r}: {nearest(option, known)}"
-            raise invalid(where, given, "one of its options", "use a known one")
-    for option, parameter in known.items():
-        if parameter.default is parameter.empty and option not in options:
-            change = f"say get({name!r}, {option}=...)"
-            raise invalid(where, f"no {option}", "this option, which has no default", change)
-    return factory(**options)
+    factory = row(name).factory
+    check_options(name, inspect.signature(factory).parameters, options)
+    made = sorted((k, tuple(v) if isinstance(v, list) else v) for k, v in options.items())
+    try:
+        return _get(Made(name, factory, tuple(made)), tuple(type(v) for _, v in made))
+    except TypeError:  # an option that cannot be hashed
+        return factory(**options)
+
+
+@functools.lru_cache(maxsize=1024)
+def _get(made: Made, types: tuple[type, ...]) -> Norm:
+    del types  # True is no 1
+    norm = made.factory(**dict(made.options))
+    return Norm(norm.init, norm.parts, made)
 
 
 @checked("row", name=NAME)
 def row(name: str) -> Row:
     """Returns the registry's row for `name`; raises ValueError for an unknown one."""
+    if ":" in name:
+        found = imported("registry", "norm", name)
+        return found if isinstance(found, Row) else Row(name, _factory_of(found))
     if name not in _ROWS:
         given = f"the unknown norm {name!r}: {nearest(name, _ROWS)}"
         raise invalid("registry", given, "the name of a norm", "use a known one")
@@ -109,304 +154,81 @@ def names() -> tuple[str, ...]:
     return tuple(_ROWS)
 
 
-def _factory(where: str, **special: Any) -> Callable[[Callable[..., Norm]], Callable[..., Norm]]:
-    """A factory whose options, and the arguments of whose norms, are held against their kinds."""
-
-    def decorate(f: Callable[..., Norm]) -> Callable[..., Norm]:
-        make = checked(where, **special)(f)
-
-        @functools.wraps(make)
-        def factory(**options: Any) -> Norm:
-            init, parts = make(**options)
-            return Norm(checked(where, site=SHAPES)(init), checked(where)(parts))
-
-        return factory
-
-    return decorate
+def _factory_of(made: Any) -> Callable[..., Norm]:
+    """A factory as it is, or that of the norms whose parts a function returns."""
+    parameters = list(inspect.signature(made).parameters.values())
+    positional = parameters and parameters[0].kind is not parameters[0].KEYWORD_ONLY
+    return stateless(made) if positional else made
 
 
-@_factory("no norm")
-def none(*, reshift: bool = True) -> Norm:
-    """No normalization: μ = 0, σ = 1, and a bias."""
+@checked("stateless", parts=a_function(), params=a_function())
+def stateless(
+    parts: Callable[..., Parts], params: Callable[..., Any] | None = None
+) -> Callable[..., Norm]:
+    """Returns the factory of the norms without state that a function returns the parts of.
 
-    def measure(params: Params, site: Site) -> Parts:
-        _, b = gain_and_bias("no norm", params, site.a, site.linear.channel_axis)
-        zero = jnp.zeros((), b.dtype)
-        return Parts(zero, zero + 1, zero + 1, b)
+    Args:
+      parts: `(a, params, *, weights, channel_axis, ...) -> Parts`; or `(site, params, ...)`, of a
+        norm that looks at more than `a`. The other keyword arguments are options of the norm,
+        beside `use_gain` and `use_bias`.
+      params: `(site, use_gain=, use_bias=) -> params`, the initial parameters; by default an
+        `Affine` of gains 1 and biases 0.
 
-    return _stateless(measure, rescale=False, reshift=reshift)
-
-
-@_factory("batch norm", decay=settled_decay)
-def batch(
-    *,
-    decay: float | None = None,
-    eps: float = 1e-5,
-    ddof: int | None = None,
-    estimator: Estimator | None = None,
-    axis_name: AxisName | None = None,
-    population: str | Callable[..., Any] = "debiased",
-    algorithm: Algorithm = "auto",
-    bad_batch: BadBatch = "skip",
-    state_gradient: bool = False,
-    rescale: bool = True,
-    reshift: bool = True,
-) -> Norm:
-    """`batch_norm`, with the state of `init_population(population, C)`.
-
-    `decay`, `ddof` and `estimator` are the population's, as far as it has them; `None` is its own
-    default, 0.9, 0 and `"pooled"`.
+    Returns:
+      `(**options) -> Norm`.
     """
-    given = {"decay": decay, "ddof": ddof, "estimator": estimator}
-    settings = {name: value for name, value in given.items() if value is not None}
-    if not callable(population):
-        require(population)
-    if population == "renorm":
-        settings["eps"] = eps
+    known = inspect.signature(parts).parameters
+    of_a = next(iter(known)) != "site"
+    own = [p for p in known.values() if p.kind is p.KEYWORD_ONLY and p.name not in _OF_SITE]
+    where = getattr(parts, "where", f"{parts.__name__.removesuffix('_parts')} norm")
+    kinds = {"use_gain": flag(), "use_bias": flag()} | getattr(parts, "kinds", {})
 
-    def parts(params: Params, state: State, site: Site, *, train: bool) -> tuple[Parts, State]:
-        return batch_parts(
-            site.a,
-            params,
-            state,
-            train=train,
-            eps=eps,
-            axis_name=axis_name,
-            weights=site.weights,
-            channel_axis=site.linear.channel_axis,
-            algorithm=algorithm,
-            bad_batch=bad_batch,
-            state_gradient=state_gradient,
-        )
+    def make(*, use_gain: bool = True, use_bias: bool = True, **options: Any) -> Norm:
+        def measure(site: Site, given: Any) -> Parts:
+            if not of_a:
+                return parts(site, given, **options)
+            of_site = {"weights": site.weights, "channel_axis": site.linear.channel_axis}
+            if site.weights is not None and "weights" not in known:
+                raise invalid(where, "weights", "none", "give its parts an argument weights")
+            of_site = {name: value for name, value in of_site.items() if name in known}
+            return parts(site.a, given, **of_site, **options)
 
-    def init(site: Site) -> tuple[Params, State]:
-        dtype = promote_dtype(site.a)
-        params = init_affine(site.channels, rescale=rescale, reshift=reshift, dtype=dtype)
-        state = init_population(population, site.channels, dtype=dtype, **settings)
-        state = delay(state) if as_sync(axis_name).every else state
-        jax.eval_shape(lambda site: parts(params, state, site, train=False), site)
-        return params, state
+        start = functools.partial(params or initial_affine, use_gain=use_gain, use_bias=use_bias)
+        return norm_of(where, measure, start)
 
-    return Norm(init, parts)
+    switches = [p for p in inspect.signature(make).parameters.values() if p.kind is p.KEYWORD_ONLY]
+    make.__name__ = make.__qualname__ = parts.__name__.removesuffix("_parts")
+    make.__doc__ = f"The norm of `{parts.__name__}`; its options are arguments of that."
+    vars(make)["__signature__"] = inspect.Signature([*own, *switches], return_annotation="Norm")
+    return checked(where, **{p.name: kinds.get(p.name, anything) for p in [*own, *switches]})(make)
 
 
-@_factory("layer norm", axes=norm_axes)
-def layer(
-    *,
-    axes: Axes = "channels",
-    eps: float = 1e-5,
-    algorithm: Algorithm = "auto",
-    rescale: bool = True,
-    reshift: bool = True,
+_OF_SITE = ("weights", "channel_axis")
+
+
+def initial_affine(site: Site, *, use_gain: bool, use_bias: bool, g: Any = 1.0) -> Affine:
+    """`init_affine` for the channels of a site, in the type of its statistics."""
+    dtype = promote_dtype(site.a)
+    return init_affine(site.channels, use_gain=use_gain, use_bias=use_bias, g=g, dtype=dtype)
+
+
+def norm_of(
+    where: str, measure: Callable[[Site, Any], Parts], params: Callable[[Site], Any]
 ) -> Norm:
-    """`layer_norm`."""
-    return _example(layer_parts, rescale, reshift, axes=axes, eps=eps, algorithm=algorithm)
+    """Returns a norm without state.
 
-
-@_factory("RMS norm", axes=norm_axes)
-def rms(
-    *,
-    axes: Axes = "channels",
-    eps: float = 1e-5,
-    rescale: bool = True,
-    reshift: bool = True,
-) -> Norm:
-    """`rms_norm`."""
-    return _example(rms_parts, rescale, reshift, axes=axes, eps=eps)
-
-
-@_factory("group norm", groups=integer("a number of groups, at least 1", "pass an int", 1))
-def group(
-    *,
-    groups: int,
-    eps: float = 1e-5,
-    algorithm: Algorithm = "auto",
-    rescale: bool = True,
-    reshift: bool = True,
-) -> Norm:
-    """`group_norm`."""
-    return _example(group_parts, rescale, reshift, groups=groups, eps=eps, algorithm=algorithm)
-
-
-@_factory("instance norm")
-def instance(
-    *,
-    eps: float = 1e-5,
-    algorithm: Algorithm = "auto",
-    rescale: bool = True,
-    reshift: bool = True,
-) -> Norm:
-    """`instance_norm`."""
-    return _example(instance_parts, rescale, reshift, eps=eps, algorithm=algorithm)
-
-
-@_factory("weight norm", data_init=flag())
-def weight(
-    *,
-    data_init: bool = False,
-    axis_name: AxisName | None = None,
-    rescale: bool = True,
-    reshift: bool = True,
-) -> Norm:
-    """Weight normalization; with `data_init` by `weight_norm_init`, from the values at init."""
-
-    def data_dependent(site: Site) -> Params:
-        if isinstance(site.a, jax.ShapeDtypeStruct):
-            raise invalid(
-                "weight norm",
-                "shapes at init with data_init=True",
-                "a site with values",
-                "pass Site(a=linear(x, w), x=x, w=w, linear=linear) to init, or data_init=False",
-            )
-        params = weight_norm_init(site, axis_name=axis_name)
-        return params._replace(g=params.g if rescale else None, b=params.b if reshift else None)
-
-    return _stateless(
-        weight_parts, rescale=rescale, reshift=reshift, params=data_dependent if data_init else None
-    )
-
-
-@_factory("weight standardization")
-def weight_standardization(*, rescale: bool = True, reshift: bool = True) -> Norm:
-    """`weight_standardization`."""
-    return _stateless(weight_standardization_parts, rescale=rescale, reshift=reshift)
-
-
-@_factory("cosine norm", g=real)
-def cosine(*, g: float | None = None, rescale: bool = True, reshift: bool = True) -> Norm:
-    """`cosine_norm`. The gain starts at `g`; `None` stands for √K.
-
-    At √K the pre-activation of independent x and w has variance 1, as in the other norms. The
-    paper's own form, bounded by 1, is `rescale=False`.
+    Args:
+      where: Its name, for errors.
+      measure: `(site, params) -> Parts`.
+      params: `site -> params`, the initial ones.
     """
-    return _cosine(False, g, rescale, reshift)
 
+    def init(site: Site) -> tuple[Any, State]:
+        jax.eval_shape(lambda site: measure(site, None), site)  # say no before training starts
+        return params(site), ()
 
-@_factory("centred cosine norm", g=real)
-def centred_cosine(*, g: float | None = None, rescale: bool = True, reshift: bool = True) -> Norm:
-    """`cosine_norm(centred=True)`, Pearson's correlation; `g` as in `cosine`."""
-    return _cosine(True, g, rescale, reshift)
-
-
-def _cosine(centred: bool, g: float | None, rescale: bool, reshift: bool) -> Norm:
-    def measure(params: Params, site: Site) -> Parts:
-        return cosine_parts(params, site, centred=centred)
-
-    def params(site: Site) -> Params:
-        assert site.w is not None  # measured before
-        gain = math.sqrt(math.prod(site.w.shape[:-1])) if g is None else g
-        dtype = promote_dtype(site.a)
-        return init_affine(site.channels, rescale=rescale, reshift=reshift, g=gain, dtype=dtype)
-
-    return _stateless(measure, rescale=rescale, reshift=reshift, params=params)
-
-
-def _example(measure: Callable[..., Parts], rescale: bool, reshift: bool, **options: Any) -> Norm:
-    def at_site(params: Params, site: Site) -> Parts:
-        return measure(
-            site.a,
-            params,
-            weights=site.weights,
-            channel_axis=site.linear.channel_axis,
-            **options,
-        )
-
-    return _stateless(at_site, rescale=rescale, reshift=reshift)
-
-
-def _stateless(
-    measure: Callable[[Params, Site], Parts],
-    *,
-    rescale: bool,
-    reshift: bool,
-    params: Callable[[Site], Params] | None = None,
-) -> Norm:
-    """A norm without state; `params` overrides the initial gain 1 and bias 0."""
-
-    def init(site: Site) -> tuple[Params, State]:
-        jax.eval_shape(lambda site: measure(None, site), site)  # say no before training starts
-        if params is not None:
-            return params(site), ()
-        dtype = promote_dtype(site.a)
-        return init_affine(site.channels, rescale=rescale, reshift=reshift, dtype=dtype), ()
-
-    def parts(params: Params, state: State, site: Site, *, train: bool) -> tuple[Parts, State]:
+    def parts(params: Any, state: State, site: Site, *, train: bool) -> tuple[Parts, State]:
         del train
-        return measure(params, site), state
+        return measure(site, params), state
 
-    return Norm(init, parts)
-
-
-def _row(
-    factory: Callable[..., Norm], looks_at: str, shift: str, scale: str, marks: str, paper: str
-) -> Row:
-    """`marks` has a character per column of `INVARIANCES`: `I` for invariant, `-` for not."""
-    held = (name for name, mark in zip(INVARIANCES, marks, strict=True) if mark == "I")
-    return Row(factory.__name__, factory, looks_at, shift, scale, frozenset(held), paper)
-
-
-_VARIANCE = "√(var a + ε)"
-_ROWS = {
-    row.name: row
-    for row in (
-        _row(none, "nothing", "0", "1", "------", "–"),
-        _row(
-            batch,
-            "a: all examples and positions (and devices), per channel",
-            "mean a",
-            _VARIANCE,
-            "I-III-",
-            "Ioffe & Szegedy 2015",
-        ),
-        _row(
-            layer,
-            "a: the channels of a position, or all of an example",
-            "mean a",
-            _VARIANCE,
-            "II-I-I",
-            "Ba, Kiros & Hinton 2016",
-        ),
-        _row(rms, "a: as layer", "0", "√(mean a² + ε)", "I--I-I", "Zhang & Sennrich 2019"),
-        _row(
-            group,
-            "a: the positions of an example and a group of channels",
-            "mean a",
-            _VARIANCE,
-            "II-I-I",
-            "Wu & He 2018",
-        ),
-        _row(
-            instance,
-            "a: the positions of an example, per channel",
-            "mean a",
-            _VARIANCE,
-            "I-IIII",
-            "Ulyanov, Vedaldi & Lempitsky 2016",
-        ),
-        _row(weight, "w: the weights of a unit", "0", "‖w‖", "I-I---", "Salimans & Kingma 2016"),
-        _row(
-            weight_standardization,
-            "w, and the sum of x: the weights of a unit",
-            "w̄·Σx",
-            "‖w − w̄‖",
-            "I-I---",
-            "Qiao et al. 2019, Brock et al. 2021",
-        ),
-        _row(
-            cosine,
-            "w and x: the weights of a unit and the inputs they meet",
-            "0",
-            "‖w‖·‖x‖",
-            "I-II-I",
-            "Luo et al. 2017",
-        ),
-        _row(
-            centred_cosine,
-            "w and x: as cosine",
-            "K·w̄·x̄",
-            "‖w − w̄‖·‖x − x̄‖",
-            "I-II-I",
-            "Luo et al. 2017",
-        ),
-    )
-}
+    return Norm(checked(where, site=SHAPES)(init), checked(where)(parts))

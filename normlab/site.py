@@ -6,64 +6,24 @@ A kernel `w` always carries its output channels last: `[..., K, C]`.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, Protocol
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 from jax import Array
-from jax.typing import ArrayLike, DTypeLike
 
-from normlab._arguments import KINDS, Kind, anything, array, checked, declare, real
+from normlab._arguments import anything, array, checked, declare, site_kind
 from normlab._trees import node
 from normlab.equation import Parts, affine
 from normlab.linear import Dense, Linear
 
 Params = Any
-"""Any pytree of arrays that an optimizer may change."""
+"""What an optimizer may change: any pytree of arrays; `Affine` in the norms of the library."""
 
 State = Any
 """Any pytree of arrays that training updates outside the optimizer; `()` for a stateless norm."""
 
-
-@node
-class Affine(NamedTuple):
-    """The learned half of a norm; either field may be `None`, which stands for 1 and 0.
-
-    Attributes:
-      g: `[C]`, the rescale (the papers' gain γ).
-      b: `[C]`, the reshift (the papers' bias β).
-    """
-
-    g: Array | None
-    b: Array | None
-
-
-@checked("init_affine", g=real)
-def init_affine(
-    channels: int,
-    *,
-    rescale: bool = True,
-    reshift: bool = True,
-    g: ArrayLike = 1.0,
-    dtype: DTypeLike = jnp.float32,
-) -> Affine:
-    """Returns `Affine(g, b)` with every gain equal to `g` and every bias zero.
-
-    Args:
-      channels: `C`, the number of channels.
-      rescale: Whether there is a gain; without one the field is `None`.
-      reshift: Whether there is a bias; without one the field is `None`.
-      g: The initial gain, a number.
-      dtype: A floating type for both.
-
-    >>> init_affine(2).g.tolist()
-    [1.0, 1.0]
-    """
-    return Affine(
-        g=jnp.full(channels, g, dtype) if rescale else None,
-        b=jnp.zeros(channels, dtype) if reshift else None,
-    )
+S = TypeVar("S")
 
 
 @node
@@ -92,32 +52,8 @@ class Site(NamedTuple):
         return self.a.shape[self.linear.channel_axis]
 
 
-def _site(abstract: bool) -> Kind:
-    any_rank, some_rank = (array(rank=rank, abstract=abstract) for rank in (0, 1))
-
-    def read(site: Any) -> Site:
-        if not isinstance(site, Site):
-            raise TypeError
-        KINDS["linear"].read(site.linear)
-        some_rank.read(site.a)
-        for v, kind in ((site.x, any_rank), (site.w, some_rank), (site.weights, any_rank)):
-            if v is not None:
-                kind.read(v)
-        return site
-
-    some: Any = np.ones((2, 2))
-    wrong = (None, "x", 1, True, [1.0], {}, Site, Site(some[0, 0]))
-    wrong = (*wrong, Site(some)._replace(linear=Dense), Site(some)._replace(a=[1.0]))
-    return Kind(
-        "a Site of " + ("shapes" if abstract else "arrays"),
-        "make it of the layer: Site(a=linear(x, w), x=x, w=w, linear=linear)",
-        read,
-        wrong,
-    )
-
-
-SHAPES = _site(abstract=True)
-declare(site=_site(abstract=False))
+SHAPES = site_kind(Site, abstract=True)
+declare(site=site_kind(Site, abstract=False))
 
 
 @checked("shapes", x=array(rank=1, abstract=True), w=array(rank=2, abstract=True))
@@ -132,6 +68,7 @@ def shapes(x: Any, w: Any, *, linear: Linear = Dense(), weights: Any = None) -> 
       linear: The linear map.
       weights: The weights of the examples, if any.
 
+    >>> import jax.numpy as jnp
     >>> shapes(jnp.ones((8, 3)), jnp.ones((3, 5))).a.shape
     (8, 5)
     """
@@ -141,39 +78,42 @@ def shapes(x: Any, w: Any, *, linear: Linear = Dense(), weights: Any = None) -> 
 
 
 class Init(Protocol):
-    """The first half of a norm."""
+    """The first half of a norm: `site -> (params, state)`, of which the shapes suffice."""
 
-    def __call__(self, site: Site) -> tuple[Params, State]:
-        """Returns the initial `(params, state)` for `site`, of which it needs only the shapes."""
-        ...
+    def __call__(self, site: Site) -> tuple[Params, State]: ...
 
 
 class Measure(Protocol):
-    """The second half of a norm: where μ and σ are measured."""
+    """The second half of a norm: where μ and σ are measured.
+
+    The next state keeps its structure, shapes and types. With `train=False` it is returned as it
+    came.
+    """
 
     def __call__(
         self, params: Params, state: State, site: Site, *, train: bool
-    ) -> tuple[Parts, State]:
-        """Returns the four parts for `site` and the next state.
-
-        The state keeps its structure, shapes and dtypes. With `train=False` it is returned as it
-        came.
-        """
-        ...
+    ) -> tuple[Parts, State]: ...
 
 
-class Norm(NamedTuple):
+@dataclass(frozen=True, eq=False, repr=False)
+class Norm:
     """A normalization: a pair of pure functions, the same for every norm.
 
-    Any norm can stand in for any other: `parts` returns shift, scale, rescale and reshift, and
-    what is done with them is always `affine`.
+    Any norm can stand in for any other: `parts` returns μ, σ, g and b, and what is done with them
+    is always `affine`. What `get` returned is equal to, and hashes as, what it returns for the same
+    name and options, so that it may be a static argument of `jit`.
 
     Attributes:
       init: `site -> (params, state)`.
       parts: `(params, state, site, train=...) -> (Parts, state)`.
+      made: How `get` made it: the name and the options that were given; `None` for a norm of
+        one's own, which is equal to one of the same two functions.
 
+    >>> import jax.numpy as jnp
     >>> from normlab import get
-    >>> norm = get("layer")
+    >>> norm = get("layer", eps=1e-6)
+    >>> norm, norm == get("layer", eps=1e-6)
+    (get('layer', eps=1e-06), True)
     >>> site = Site(a=jnp.array([[1.0, 3.0]]))
     >>> params, state = norm.init(site)
     >>> h, state = norm.apply(params, state, site, train=True)
@@ -183,12 +123,40 @@ class Norm(NamedTuple):
 
     init: Init
     parts: Measure
+    made: Made | None = None
 
     @checked("norm", params=anything, state=anything)
-    def apply(
-        self, params: Params, state: State, site: Site, *, train: bool
-    ) -> tuple[Array, State]:
+    def apply(self, params: Params, state: S, site: Site, *, train: bool) -> tuple[Array, S]:
         """Returns `(affine(parts, site.a), state)`."""
         parts, state = self.parts(params, state, site, train=train)
         channel_axis = site.linear.channel_axis
         return affine(parts, site.a, weights=site.weights, channel_axis=channel_axis), state
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Norm) and self._key() == other._key()
+
+    def __hash__(self) -> int:
+        return hash(self._key())
+
+    def __repr__(self) -> str:
+        if self.made is None:
+            return f"Norm({self.init!r}, {self.parts!r})"
+        options = (f"{name}={value!r}" for name, value in self.made.options)
+        return f"get({', '.join([repr(self.made.name), *options])})"
+
+    def _key(self) -> Any:
+        return (self.init, self.parts) if self.made is None else self.made
+
+
+class Made(NamedTuple):
+    """How a norm was made.
+
+    Attributes:
+      name: That in the registry, or `"module:factory"`.
+      factory: What made it.
+      options: The names and values that were given, in the order of the names.
+    """
+
+    name: str
+    factory: Any
+    options: tuple[tuple[str, Any], ...]

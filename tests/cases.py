@@ -95,7 +95,7 @@ class Case(NamedTuple):
 
     def oracle(self, x, w, g, b):
         """h by the oracle, channels last, from `numbers`."""
-        with_g, with_b = (self.options.get(k, True) for k in ("rescale", "reshift"))
+        with_g, with_b = (self.options.get(k, True) for k in ("use_gain", "use_bias"))
         h = ORACLES[self.name](self, x, w)
         h = h * g if with_g and self.name != "none" else h
         return h + b if with_b else h
@@ -129,11 +129,11 @@ def _bias(params, site):
 
 
 def _weight(case, params, site):
-    return site.linear(site.x, nl.weight_norm(site.w, params.g)) + _bias(params, site)
+    return site.linear(site.x, nl.weight_norm(site.w, params)) + _bias(params, site)
 
 
 def _weight_standardization(case, params, site):
-    w = nl.weight_standardization(site.w, params.g)
+    w = nl.weight_standardization(site.w, params)
     return site.linear(site.x, w) + _bias(params, site)
 
 
@@ -203,56 +203,56 @@ POSITIONS = ((1.0, 1.0, 0.0, 2.0), (1.0, 0.0, 0.0, 1.0), (0.5, 1.0, 1.0, 1.0))
 
 CASES = (
     Case("none-dense", "none"),
-    Case("none-conv-first", "none", {"reshift": False}, **FIRST),
+    Case("none-conv-first", "none", {"use_bias": False}, **FIRST),
     Case("batch-dense", "batch"),
     Case("batch-tokens", "batch", {"eps": 0.1, "decay": 0.5, "ddof": 1}, **TOKENS),
     Case("batch-conv", "batch", **VALID),
-    Case("batch-conv-first", "batch", {"reshift": False, "population": "ema"}, **FIRST),
-    Case("batch-weighted", "batch", {"rescale": False}, weights=IMPORTANCE),
+    Case("batch-conv-first", "batch", {"use_bias": False, "population": "ema"}, **FIRST),
+    Case("batch-weighted", "batch", {"use_gain": False}, weights=IMPORTANCE),
     Case("batch-weighted-tokens", "batch", **TOKENS, weights=POSITIONS),
     Case("batch-two-pass", "batch", {"algorithm": "two_pass", "bad_batch": "raise"}, **TOKENS),
     Case("batch-cumulative", "batch", {"population": "cumulative", "estimator": "within"}),
     Case("batch-learned", "batch", {"state_gradient": True}),
     Case("layer-dense", "layer"),
-    Case("layer-tokens", "layer", {"eps": 0.1, "reshift": False}, **TOKENS),
+    Case("layer-tokens", "layer", {"eps": 0.1, "use_bias": False}, **TOKENS),
     Case("layer-conv", "layer", **LAST),
     Case("layer-conv-first", "layer", **FIRST),
     Case("layer-conv-all", "layer", {"axes": "all", "algorithm": "shifted"}, **LAST),
-    Case("layer-conv-first-all", "layer", {"axes": "all", "rescale": False}, **FIRST),
+    Case("layer-conv-first-all", "layer", {"axes": "all", "use_gain": False}, **FIRST),
     Case("layer-weighted", "layer", {"axes": "all"}, **TOKENS, weights=POSITIONS),
     Case("rms-dense", "rms"),
-    Case("rms-tokens", "rms", {"eps": 0.1, "reshift": False}, **TOKENS),
+    Case("rms-tokens", "rms", {"eps": 0.1, "use_bias": False}, **TOKENS),
     Case("rms-conv-first", "rms", **FIRST),
-    Case("rms-conv-all", "rms", {"axes": "all", "rescale": False}, **LAST),
+    Case("rms-conv-all", "rms", {"axes": "all", "use_gain": False}, **LAST),
     Case("rms-weighted", "rms", {"axes": "all"}, **TOKENS, weights=POSITIONS),
     Case("group-dense", "group", {"groups": 2}, w=(5, 8)),
-    Case("group-conv", "group", {"groups": 3, "eps": 0.1, "reshift": False}, **LAST),
+    Case("group-conv", "group", {"groups": 3, "eps": 0.1, "use_bias": False}, **LAST),
     Case("group-one-pass", "group", {"groups": 2, "algorithm": "one_pass"}, **TOKENS),
-    Case("group-conv-first", "group", {"groups": 2, "rescale": False}, **FIRST),
+    Case("group-conv-first", "group", {"groups": 2, "use_gain": False}, **FIRST),
     Case("group-weighted", "group", {"groups": 2}, **TOKENS, weights=POSITIONS),
     Case("instance-conv", "instance", **VALID),
-    Case("instance-conv-first", "instance", {"eps": 0.1, "reshift": False}, **FIRST),
-    Case("instance-line", "instance", {"rescale": False, "algorithm": "two_pass"}, **LINE),
+    Case("instance-conv-first", "instance", {"eps": 0.1, "use_bias": False}, **FIRST),
+    Case("instance-line", "instance", {"use_gain": False, "algorithm": "two_pass"}, **LINE),
     Case("instance-weighted", "instance", **TOKENS, weights=POSITIONS),
     Case("weight-dense", "weight"),
     Case("weight-data-init", "weight", {"data_init": True}, **TOKENS),
-    Case("weight-conv", "weight", {"rescale": False}, **LAST),
-    Case("weight-conv-first", "weight", {"reshift": False}, **FIRST),
+    Case("weight-conv", "weight", {"use_gain": False}, **LAST),
+    Case("weight-conv-first", "weight", {"use_bias": False}, **FIRST),
     Case("weight-odd", "weight", **ODD),
     Case("weight-standardization-dense", "weight_standardization"),
     Case(
-        "weight-standardization-conv-first", "weight_standardization", {"rescale": False}, **FIRST
+        "weight-standardization-conv-first", "weight_standardization", {"use_gain": False}, **FIRST
     ),
-    Case("weight-standardization-odd", "weight_standardization", {"reshift": False}, **ODD),
+    Case("weight-standardization-odd", "weight_standardization", {"use_bias": False}, **ODD),
     Case("cosine-dense", "cosine"),
-    Case("cosine-tokens", "cosine", {"rescale": False, "reshift": False}, **TOKENS),
+    Case("cosine-tokens", "cosine", {"use_gain": False, "use_bias": False}, **TOKENS),
     Case("cosine-conv", "cosine", **LAST),
     Case("cosine-conv-first", "cosine", {"g": 2.0}, **FIRST),
-    Case("cosine-odd", "cosine", {"rescale": False}, **ODD),
+    Case("cosine-odd", "cosine", {"use_gain": False}, **ODD),
     Case("centred-cosine-dense", "centred_cosine"),
-    Case("centred-cosine-tokens", "centred_cosine", {"reshift": False}, **TOKENS),
+    Case("centred-cosine-tokens", "centred_cosine", {"use_bias": False}, **TOKENS),
     Case("centred-cosine-conv", "centred_cosine", **LAST),
-    Case("centred-cosine-conv-first", "centred_cosine", {"rescale": False}, **FIRST),
+    Case("centred-cosine-conv-first", "centred_cosine", {"use_gain": False}, **FIRST),
     Case("centred-cosine-odd", "centred_cosine", **ODD),
     Case("centred-cosine-line", "centred_cosine", {"g": 1.5}, **LINE),
 )

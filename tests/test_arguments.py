@@ -24,7 +24,7 @@ PARAMS, STATE, M = nl.init_affine(6), nl.init_running(6), nl.moments(A[0], 0)
 PARTS = nl.Parts(*map(jnp.float32, (1.0, 2.0, 3.0, 4.0)))
 SITE = nl.Site(X @ W, X, W)
 NORM = nl.get("batch")
-PENDING = nl.begin(nl.init_running(6)).update(M)
+PENDING = nl.population.begin(nl.init_running(6)).update(M)
 STACKED = jax.tree.map(lambda v: jnp.stack([v, v]), STATE)
 MODEL = {
     "Dense_0": {"kernel": W, "bias": jnp.ones(4)},
@@ -39,16 +39,16 @@ SQUARE = jnp.eye(6)
 # A right call of every function, with all its arguments.
 CALLS = {
     nl.affine: {"parts": PARTS, "a": A, "weights": None, "channel_axis": -1},
-    nl.all_reduce: {"m": M, "axis_name": None},
+    nl.devices.all_reduce: {"m": M, "axis_name": None},
     nl.batch_norm: BATCH,
     nl.batch_parts: BATCH,
-    nl.average_running: {"states": STATE, "average": STATE, "step_size": 0.5},
-    nl.begin: {"states": STATE},
-    nl.check_conventions: {"saved": STATE, "states": STATE},
-    nl.restore_states: {"states": STATE, "saved": STATE._asdict()},
-    nl.change_ddof: {"state": STATE, "ddof": 1, "count": 4.0},
-    nl.commit: {"states": PENDING, "ok": True, "decay": 0.9, "bad_batch": "skip"},
-    nl.conventions: {"states": STATE},
+    nl.population.average_running: {"states": STATE, "average": STATE, "step_size": 0.5},
+    nl.population.begin: {"states": STATE},
+    nl.population.check_conventions: {"saved": STATE, "states": STATE},
+    nl.population.restore_states: {"states": STATE, "saved": STATE._asdict()},
+    nl.population.change_ddof: {"state": STATE, "ddof": 1, "count": 4.0},
+    nl.population.commit: {"states": PENDING, "ok": True, "decay": 0.9, "bad_batch": "skip"},
+    nl.population.conventions: {"states": STATE},
     nl.cosine_norm: {
         "x": X,
         "w": W,
@@ -58,8 +58,8 @@ CALLS = {
     },
     nl.cosine_parts: {"params": nl.init_affine(4), "site": SITE, "centred": False},
     nl.drift: {"stats": STACKED, "axis_name": None},
-    nl.effective_sample_size: {"weights": jnp.ones(3), "axes": 0},
-    nl.empty: {"shape": (3,), "dtype": jnp.float32},
+    nl.measure.effective_sample_size: {"weights": jnp.ones(3), "axes": 0},
+    nl.measure.empty: {"shape": (3,), "dtype": jnp.float32},
     nl.equivalence: {
         "norm": "batch",
         "axis_name": "data",
@@ -72,7 +72,10 @@ CALLS = {
         "recipes": (),
         "seed": 0,
     },
-    nl.exchange: {"states": nl.init_delayed(6), "axis_name": nl.Sync("d", every=1)},
+    nl.population.exchange: {
+        "states": nl.population.init_delayed(6),
+        "axis_name": nl.Sync("d", every=1),
+    },
     nl.fold: {"parts": PARTS, "kernel": W, "bias": jnp.ones(4), "unit_axis": -1},
     nl.fold_model: {
         "variables": MODEL,
@@ -93,36 +96,41 @@ CALLS = {
         "x": X,
         "linear": nl.Dense(),
     },
-    nl.freeze: {"states": {"a": STATE}, "rule": "a"},
+    nl.population.freeze: {"states": {"a": STATE}, "rule": "a"},
     nl.get: {"name": "batch"},
-    nl.global_gradient: {"grads": {"w": W}, "axis_name": "d"},
-    nl.global_mean: {"values": X, "axis_name": "d", "weights": jnp.ones(2)},
+    nl.devices.global_gradient: {"grads": {"w": W}, "axis_name": "d"},
+    nl.devices.global_mean: {"values": X, "axis_name": "d", "weights": jnp.ones(2)},
     nl.group_norm: EXAMPLE | {"groups": 2, "algorithm": "auto"},
     nl.group_parts: EXAMPLE | {"groups": 2, "algorithm": "auto"},
     nl.init_affine: {
         "channels": 3,
-        "rescale": True,
-        "reshift": True,
+        "use_gain": True,
+        "use_bias": True,
         "g": 1.0,
         "dtype": jnp.float32,
     },
-    nl.init_cumulative: {"channels": 3, "ddof": 0, "estimator": "pooled", "dtype": jnp.float32},
-    nl.init_delayed: {
+    nl.population.init_cumulative: {
+        "channels": 3,
+        "ddof": 0,
+        "estimator": "pooled",
+        "dtype": jnp.float32,
+    },
+    nl.population.init_delayed: {
         "channels": 3,
         "decay": 0.9,
         "ddof": 0,
         "debias": True,
         "dtype": jnp.float32,
     },
-    nl.init_domains: {
+    nl.population.init_domains: {
         "channels": 3,
         "domains": 2,
         "examples": None,
         "population": "debiased",
         "dtype": jnp.float32,
     },
-    nl.init_population: {"population": "debiased", "channels": 3},
-    nl.init_renorm: {
+    nl.population.init_population: {"population": "debiased", "channels": 3},
+    nl.population.init_renorm: {
         "channels": 3,
         "r_max": 3.0,
         "d_max": 5.0,
@@ -147,9 +155,9 @@ CALLS = {
     nl.invert: {"parts": PARTS, "h": A},
     nl.layer_norm: EXAMPLE | {"axes": -1, "algorithm": "auto"},
     nl.layer_parts: EXAMPLE | {"axes": -1, "algorithm": "auto"},
-    nl.merge: {"p": M, "q": M},
-    nl.merge_axes: {"m": M, "axes": 0},
-    nl.merge_running: {"states": STACKED},
+    nl.measure.merge: {"p": M, "q": M},
+    nl.measure.merge_axes: {"m": M, "axes": 0},
+    nl.population.merge_running: {"states": STACKED},
     nl.moments: {"x": A, "axes": 0, "weights": jnp.ones(2), "algorithm": "auto"},
     nl.plain_weights: {
         "variables": {"Dense_0": {"kernel": W}},
@@ -159,22 +167,22 @@ CALLS = {
         "apply": None,
         "folded_apply": None,
     },
-    nl.pool_running: {"states": STATE, "axis_name": "d"},
-    nl.precise: {
+    nl.population.pool_running: {"states": STATE, "axis_name": "d"},
+    nl.population.precise: {
         "step": lambda state, batch: nl.batch_norm(batch, None, state, train=True)[1],
         "states": STATE,
         "batches": [A],
         "estimator": None,
     },
-    nl.ring: {"count": 4, "reach": 1},
+    nl.devices.ring: {"count": 4, "reach": 1},
     nl.rms_norm: EXAMPLE | {"axes": -1},
     nl.rms_parts: EXAMPLE | {"axes": -1},
     nl.row: {"name": "batch"},
-    nl.select_domain: {"states": nl.init_domains(3), "domain": 1},
-    nl.settle: {"states": PENDING, "estimator": None},
+    nl.population.select_domain: {"states": nl.population.init_domains(3), "domain": 1},
+    nl.population.settle: {"states": PENDING, "estimator": None},
     nl.shapes: {"x": X, "w": W, "linear": nl.Dense(), "weights": None},
-    nl.share_running: {"states": STATE, "devices": 2},
-    nl.thaw: {"states": {"a": nl.freeze(STATE)}, "rule": "a"},
+    nl.population.share_running: {"states": STATE, "devices": 2},
+    nl.population.thaw: {"states": {"a": nl.population.freeze(STATE)}, "rule": "a"},
     nl.weight_norm: {"v": W, "g": jnp.ones(4)},
     nl.weight_norm_init: {"site": SITE, "eps": 0.0, "axis_name": None},
     nl.weight_parts: {"params": nl.init_affine(4), "site": SITE},
@@ -236,7 +244,7 @@ CALLS = {
 
 for _name in nl.names():
     _own = {"groups": 2, "eps": 1e-5, "axes": "channels", "algorithm": "auto", "bad_batch": "skip"}
-    _own |= {"rescale": True, "reshift": True, "data_init": False, "axis_name": None, "g": None}
+    _own |= {"use_gain": True, "use_bias": True, "data_init": False, "axis_name": None, "g": None}
     _own |= {
         "estimator": None,
         "decay": 0.9,
@@ -445,7 +453,7 @@ def test_every_public_function_has_a_right_call():
 
 
 # Not for use under `jit`: they look at values.
-EAGER = (nl.fold_norm, nl.fold_model, nl.plain_weights, nl.precise)
+EAGER = (nl.fold_norm, nl.fold_model, nl.plain_weights, nl.population.precise)
 
 
 def ends(f, own):

@@ -24,11 +24,11 @@ from tests.helpers import array, draw, gap, mesh
 
 C = 3
 KINDS = {
-    name: functools.partial(nl.init_population, name, C)
+    name: functools.partial(nl.population.init_population, name, C)
     for name in ("debiased", "ema", "cumulative", "renorm", "domains", "frozen", "batch")
 } | {
-    "delayed": functools.partial(nl.init_delayed, C),
-    "pending": lambda: nl.begin(nl.init_running(C)),
+    "delayed": functools.partial(nl.population.init_delayed, C),
+    "pending": lambda: nl.population.begin(nl.init_running(C)),
 }
 
 
@@ -94,8 +94,8 @@ def test_on_another_number_of_devices_all_that_was_seen_is_merged(tmp_path, devi
     state = Devices(8).trained(KINDS)
     few = Devices(devices)
     _, back = saved(tmp_path, state).restore(few, few.state(KINDS))
-    merged = nl.merge_running(state.norm_state)
-    shares = nl.share_running(merged, devices)
+    merged = nl.population.merge_running(state.norm_state)
+    shares = nl.population.share_running(merged, devices)
     assert gap(back.params, state.params) == 0
     for name, norm in back.norm_state.items():
         assert jax.tree.structure(norm) == jax.tree.structure(merged[name])
@@ -107,7 +107,7 @@ def test_on_another_number_of_devices_all_that_was_seen_is_merged(tmp_path, devi
     mean, var = merged["cumulative"].read()
     assert gap((mean, var), (whole.mean(0), whole.var(0))) < 5e-6
     assert merged["cumulative"].updates == 8
-    again = nl.merge_running(back.norm_state["cumulative"])
+    again = nl.population.merge_running(back.norm_state["cumulative"])
     assert gap((again.read(), again.count), ((mean, var), merged["cumulative"].count)) < 5e-6
 
 

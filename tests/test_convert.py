@@ -63,7 +63,7 @@ def use(norm, x, train):
     def compute(norm, x):
         if norm.kind == "weight":
             linear = nl.Dense() if norm.kernel.ndim == 2 else nl.Conv()
-            return linear(x, nl.weight_norm(norm.kernel, norm.params.g)) + norm.params.b, ()
+            return linear(x, nl.weight_norm(norm.kernel, norm.params)) + norm.params.b, ()
         apply = nl.get(norm.kind, **norm.options).apply
         return apply(norm.params, norm.state, nl.Site(x), train=train)
 
@@ -416,7 +416,9 @@ def test_haiku_and_equinox_hold_a_plain_average_as_one_of_very_many_updates():
 
 def test_the_variance_of_another_ddof_goes_over_by_change_ddof():
     norm = forget_counters(trained(debias=False, ddof=1), "updates")
-    fixed = norm._replace(state=nl.change_ddof(norm.state, 0))  # by the count of its own batches
+    fixed = norm._replace(
+        state=nl.population.change_ddof(norm.state, 0)
+    )  # by the count of its own batches
     values = X.size / C
     fixed = forget_counters(fixed)
     var = convert.to_linen(fixed).variables["batch_stats"]["var"]
@@ -710,7 +712,7 @@ def test_a_state_dict_without_a_counter_is_that_of_no_counted_batch():
     assert norm.state.read()[1].tolist() == [2] * C
     options = {"momentum": None, "count": 8}
     refused("statistics of no batch", lambda: convert.from_torch(leaves, "batch", **options))
-    frozen = norm._replace(state=nl.freeze(norm.state))
+    frozen = norm._replace(state=nl.population.freeze(norm.state))
     assert frozen.options["population"] == "frozen"
     _, state = use(frozen, X, train=True)
     same(state, frozen.state)
@@ -799,12 +801,12 @@ def test_flaxs_epsilon_under_the_root_is_refused_where_it_shows():
     }
     refused("epsilon", lambda: convert.from_nnx(variables, "weight"))
     norm = convert.from_nnx(variables, "weight", allow=("epsilon",))
-    lengths = jnp.linalg.norm(nl.weight_norm(norm.kernel, norm.params.g), axis=0)
+    lengths = jnp.linalg.norm(nl.weight_norm(norm.kernel, norm.params), axis=0)
     assert gap(lengths, np.ones(3)) < 1e-6  # with the ε of Flax it would be 0.999998
 
 
 def test_another_population_is_refused_and_then_written_as_it_reads():
-    cumulative = nl.init_cumulative(C)
+    cumulative = nl.population.init_cumulative(C)
     _, cumulative = nl.batch_norm(X, None, cumulative, train=True)
     norm = trained(debias=True)._replace(state=cumulative)
     variables, arguments = lost(lambda allow: convert.to_linen(norm, allow=allow), "population")
@@ -871,7 +873,7 @@ def test_the_norms_of_a_model_go_there_and_back_by_a_rule():
     expected = {name: v for name, v in variables["params"].items() if "Dense" not in name}
     same(exported.variables, {"params": expected, "batch_stats": variables["batch_stats"]})
     state = jax.tree.map(lambda norm: norm.state, norms, is_leaf=lambda v: hasattr(v, "state"))
-    assert nl.conventions(state)["bn_0"] == "Running(decay=0.8, ddof=0)"
+    assert nl.population.conventions(state)["bn_0"] == "Running(decay=0.8, ddof=0)"
     refused(
         "did you mean 'bn_0'",
         lambda: convert.from_model(convert.from_linen, variables, {"b_0": module}),

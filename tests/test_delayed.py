@@ -21,7 +21,7 @@ def batches():
 
 
 def start(dtype=jnp.float32):
-    return jax.tree.map(lambda v: jnp.stack([v] * D), nl.init_delayed(C, dtype=dtype))
+    return jax.tree.map(lambda v: jnp.stack([v] * D), nl.population.init_delayed(C, dtype=dtype))
 
 
 def train(mapper, sync, a, exchanged=True):
@@ -30,7 +30,7 @@ def train(mapper, sync, a, exchanged=True):
     def step(_, sharded):
         a, state = sharded
         h, state = nl.batch_norm(a, None, state, train=True, axis_name=sync, decay=0.5)
-        return h, nl.exchange(state, sync) if exchanged else state
+        return h, nl.population.exchange(state, sync) if exchanged else state
 
     step, state, found = mappers()[mapper](step), start(), []
     for batch in a:
@@ -56,7 +56,7 @@ def test_the_others_are_as_old_as_the_state_says(mapper, every):
             others = [] if heard is None else [a[heard][j] for j in range(D) if j != i]
             assert gap(h[i], normalized(a[t][i], others)) < 5e-6
         assert state.age.tolist() == [t % every] * D
-        assert state.running.updates.tolist() == [t + 1] * D
+        assert state.inner.updates.tolist() == [t + 1] * D
 
 
 @over_mappers
@@ -65,7 +65,7 @@ def test_the_others_are_as_old_as_the_state_says(mapper, every):
     [
         (nl.Sync("d", every=1, groups=2), lambda i: [i ^ 1]),
         (nl.Sync("d", every=1, groups=1), lambda i: []),
-        (nl.Sync("d", every=1, members=nl.ring(D)), lambda i: [(i - 1) % D, (i + 1) % D]),
+        (nl.Sync("d", every=1, members=nl.devices.ring(D)), lambda i: [(i - 1) % D, (i + 1) % D]),
     ],
 )
 def test_groups_hear_of_their_own_members(mapper, sync, others):
@@ -85,8 +85,8 @@ def test_the_gradient_sees_the_own_batch_alone():
 
     def fixed(a, others):
         own = nl.moments(a, 0)
-        m = nl.merge(own, jax.tree.map(lambda f: f[None], others))
-        return (a - m.mean) / m.scale(1e-5)
+        m = nl.measure.merge(own, jax.tree.map(lambda f: f[None], others))
+        return (a - m.mean) / m.sigma(1e-5)
 
     f = jax.vmap(h, axis_name="d")
     (da,) = jax.vjp(lambda a: f(a, state), a)[1](dy)
@@ -106,8 +106,10 @@ def test_the_own_batch_may_count_whole_in_the_gradient_or_not_at_all(gradient):
 
     (da,) = jax.vjp(h, a)[1](dy)
     for i in range(D):
-        m = nl.merge(nl.moments(a[i], 0), jax.tree.map(lambda f, i=i: f[i, None], state.others))
-        mu, sigma, x, d = m.mean, m.scale(1e-5), a[i], dy[i] / m.scale(1e-5)
+        m = nl.measure.merge(
+            nl.moments(a[i], 0), jax.tree.map(lambda f, i=i: f[i, None], state.others)
+        )
+        mu, sigma, x, d = m.mean, m.sigma(1e-5), a[i], dy[i] / m.sigma(1e-5)
         if gradient == "forward":  # as the docstring of `Gradient` has it
             seen = (d * (x - mu) / sigma**2).mean(0)
             d = d - d.mean(0) - (x - x.mean(0)) * seen
@@ -128,7 +130,7 @@ def test_a_net_of_many_norms_exchanges_once_and_its_norms_not_at_all(mapper):
 
     def and_exchange(_, sharded):
         h, states = step(_, sharded)
-        return h, nl.exchange({"norms": states, "else": jnp.ones(2)}, sync)
+        return h, nl.population.exchange({"norms": states, "else": jnp.ones(2)}, sync)
 
     run = mappers()[mapper]
     arguments = (), (array(batches()[0]), states)
@@ -139,7 +141,7 @@ def test_a_net_of_many_norms_exchanges_once_and_its_norms_not_at_all(mapper):
 def test_the_state_keeps_its_structure_and_evaluates_by_its_running_statistics():
     norm = nl.get("batch", axis_name=nl.Sync("d", every=1))
     params, state = norm.init(nl.shapes(jnp.ones((N, 2)), jnp.ones((2, C))))
-    assert isinstance(state, nl.Delayed)
+    assert isinstance(state, nl.population.Delayed)
     a = array(batches()[0, 0])
 
     def step(a, state):
@@ -151,7 +153,7 @@ def test_the_state_keeps_its_structure_and_evaluates_by_its_running_statistics()
         assert (new.shape[1:], new.dtype) == (old.shape, old.dtype)
     one = jax.tree.map(lambda v: v[0], after)
     evaluated, same = norm.apply(params, one, nl.Site(a), train=False)
-    expected, _ = nl.batch_norm(a, params, one.running, train=False)
+    expected, _ = nl.batch_norm(a, params, one.inner, train=False)
     assert gap((evaluated, same), (expected, one)) == 0
     assert gap(h[0], normalized(np.asarray(a), [])) < 5e-6
 
@@ -161,8 +163,8 @@ def test_the_state_keeps_its_structure_and_evaluates_by_its_running_statistics()
     [
         (nl.Sync("d", every=1), nl.init_running(C), r"Running with every=1.*init_delayed\(3\)"),
         (nl.Sync("d", every=1), None, r"NoneType with every=1.*init_delayed\(3\)"),
-        ("d", nl.init_delayed(C), r"Delayed with every=0.*every=1"),
-        (None, nl.init_delayed(2), r"Delayed with every=0"),
+        ("d", nl.population.init_delayed(C), r"Delayed with every=0.*every=1"),
+        (None, nl.population.init_delayed(2), r"Delayed with every=0"),
     ],
 )
 def test_a_state_of_the_wrong_kind_is_an_error(sync, state, says):
@@ -172,29 +174,31 @@ def test_a_state_of_the_wrong_kind_is_an_error(sync, state, says):
 
 def test_an_exchange_of_nothing_is_an_error():
     with pytest.raises(ValueError, match=r"without a Delayed state.*Sync\(\.\.\., every=k\)"):
-        jax.vmap(lambda s: nl.exchange({"a": s}, nl.Sync("d", every=1)), axis_name="d")(jnp.ones(2))
+        jax.vmap(lambda s: nl.population.exchange({"a": s}, nl.Sync("d", every=1)), axis_name="d")(
+            jnp.ones(2)
+        )
     with pytest.raises(ValueError, match="exchange: got axis_name='d'"):
-        nl.exchange(nl.init_delayed(C), nl.Sync("d", every=1))
+        nl.population.exchange(nl.population.init_delayed(C), nl.Sync("d", every=1))
 
 
 def test_a_frozen_layer_does_not_stop_the_exchange_of_the_others():
     """It has no age of its own that could stand for theirs."""
     sync = nl.Sync("d", every=2)
-    states = {"frozen": nl.freeze(start()), "layer": start()}
+    states = {"frozen": nl.population.freeze(start()), "layer": start()}
 
     def step(states, a):
         new = {
             name: nl.batch_norm(a, None, state, train=True, axis_name=sync)[1]
             for name, state in states.items()
         }
-        return nl.exchange(new, sync)
+        return nl.population.exchange(new, sync)
 
     run, ages = jax.jit(jax.vmap(step, axis_name="d")), []
     for batch in batches():
         states = run(states, array(batch))
         ages.append(int(states["layer"].age[0]))
     assert ages == [0, 1, 0, 1, 0, 1]
-    assert gap(states["frozen"], nl.freeze(start())) == 0
+    assert gap(states["frozen"], nl.population.freeze(start())) == 0
 
 
 def test_a_batch_that_is_not_finite_says_nothing_to_the_other_devices():
@@ -204,5 +208,5 @@ def test_a_batch_that_is_not_finite_says_nothing_to_the_other_devices():
     for t, (h, state) in enumerate(found):
         finite = np.isfinite(h).all(axis=(1, 2))
         assert finite.tolist() == [t != 2] + [True] * (D - 1)
-        assert np.isfinite(state.running.mean).all()
+        assert np.isfinite(state.inner.mean).all()
     assert found[2][1].own.count[0].max() == 0

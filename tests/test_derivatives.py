@@ -25,7 +25,7 @@ POINTS = (
     *{
         (c.name, type(c.linear), c.weights is None): c
         for c in reversed(CASES)
-        if isinstance(c.linear, nl.Dense) or not c.row.looks_at.startswith(("a:", "nothing"))
+        if isinstance(c.linear, nl.Dense) or c.row.needs & {"w", "x"}
     }.values(),
     Case("batch-many", "batch", x=(32, 3), w=(3, 2)),
     Case("group-many", "group", {"groups": 2}, **_MANY),
@@ -338,7 +338,7 @@ ON_A = (
     *(
         Case(name, name, _OPTIONS.get(name, {}), x=(4, 16, 6), w=(6, 6))
         for name in nl.names()
-        if nl.row(name).looks_at.startswith("a:")
+        if "a" in nl.row(name).needs
     ),
     Case("layer-channels", "layer", x=(4, 16, 6), w=(6, 6)),
     Case("rms-channels", "rms", x=(4, 16, 6), w=(6, 6)),
@@ -491,7 +491,7 @@ SCALES = (1e-30, 1e-20, 1e-10, 1e10, 1e20, 1e30)
 
 def by_registry(name):
     """h from the four parts."""
-    norm = nl.get(name, rescale=False, reshift=False)
+    norm = nl.get(name, use_gain=False, use_bias=False)
 
     def h(x, w):
         return norm.apply(None, (), nl.Site(x @ w, x, w), train=True)[0]

@@ -281,7 +281,7 @@ def test_pooled_statistics_keep_the_variance_between_devices(check_vma):
     @jax.jit
     @jax.shard_map(mesh=mesh(d=D), in_specs=P("d"), out_specs=P(), check_vma=check_vma)
     def pool(states):
-        return nl.pool_running(jax.tree.map(lambda v: v[0], states), "d")
+        return nl.population.pool_running(jax.tree.map(lambda v: v[0], states), "d")
 
     pooled = pool(states)
     x = np.asarray(whole(a), np.float64)
@@ -296,14 +296,14 @@ def test_pooling_leaves_out_a_device_that_saw_nothing():
     masks = np.ones((D, N), np.float32)
     masks[[2, 5]] = 0
     states = own_statistics(a, masks)
-    pooled = mappers()["vmap"](lambda _, state: nl.pool_running(state, "d"))((), states)
+    pooled = mappers()["vmap"](lambda _, state: nl.population.pool_running(state, "d"))((), states)
     x = np.asarray(a, np.float64)[masks[:, 0] > 0].reshape(-1, C)
     assert gap((pooled.mean, pooled.var), everywhere((x.mean(0), x.var(0)))) < 5e-6
 
 
 def test_pooling_devices_that_all_saw_nothing_keeps_the_initial_values():
     states = own_statistics(jnp.ones((D, N, C)), np.zeros((D, N), np.float32))
-    pooled = mappers()["vmap"](lambda _, state: nl.pool_running(state, "d"))((), states)
+    pooled = mappers()["vmap"](lambda _, state: nl.population.pool_running(state, "d"))((), states)
     assert gap((pooled.mean, pooled.var), everywhere((np.zeros(C), np.ones(C)))) == 0
 
 
@@ -354,7 +354,7 @@ def test_an_unbound_axis_name_is_an_error_that_names_it(bound):
     calls = (
         lambda a: layer(None, None, a, "replica")[0],
         lambda a: nl.weight_norm_init(nl.Site(a, w=jnp.ones((2, C))), axis_name="replica").g,
-        lambda a: nl.pool_running(nl.init_running(C), ("replica",)).mean,
+        lambda a: nl.population.pool_running(nl.init_running(C), ("replica",)).mean,
         lambda a: nl.get("batch", axis_name="replica").apply(
             None, nl.init_running(C), nl.Site(a), train=True
         )[0],

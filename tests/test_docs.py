@@ -19,7 +19,7 @@ def test_the_readme_holds_the_registrys_table():
     readme = (ROOT / "README.md").read_text()
     for name in nl.names():
         row = nl.row(name)
-        line = f"| `{name}` | {row.looks_at} | {row.shift} | {row.scale} | {row.paper} |"
+        line = f"| `{name}` | {row.looks_at} | {row.mu} | {row.sigma} | {row.paper} |"
         assert line in readme
 
 

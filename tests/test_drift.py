@@ -67,7 +67,7 @@ def test_a_device_that_saw_nothing_weighs_nothing():
 
 def test_merged_statistics_are_those_of_one_device_and_averages_are_not():
     x = values()
-    merged = nl.merge_running(states(x))
+    merged = nl.population.merge_running(states(x))
     whole = x.reshape(-1, C)
     assert gap((merged.mean, merged.var), (whole.mean(0), whole.var(0))) < 5e-6
     assert gap(np.asarray(states(x).var).mean(0), whole.var(0)) > 0.3
@@ -79,15 +79,15 @@ def test_merged_statistics_are_those_of_one_device_and_averages_are_not():
 @pytest.mark.parametrize("devices", [1, 2, 4])
 def test_a_checkpoint_of_eight_devices_restores_on_another_number(devices):
     """Nothing is dropped: merged, spread over the new devices, and merged again, it is the same."""
-    merged = nl.merge_running(states(values()))
+    merged = nl.population.merge_running(states(values()))
     spread = jax.tree.map(lambda v: jnp.stack([v] * devices), merged)
-    assert gap(nl.merge_running(spread), merged) < 1e-6
+    assert gap(nl.population.merge_running(spread), merged) < 1e-6
 
 
 def test_statistics_without_devices_are_an_error():
     with pytest.raises(ValueError, match=r"drift: got statistics of shape \(3,\)"):
         nl.drift(nl.init_running(C))
     with pytest.raises(ValueError, match=r"merge running: got an array of shape \(\).*stack"):
-        nl.merge_running(nl.init_running(C))
+        nl.population.merge_running(nl.init_running(C))
     with pytest.raises(ValueError, match="drift: got axis_name='d'"):
         nl.drift(nl.init_running(C), "d")

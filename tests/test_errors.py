@@ -73,7 +73,7 @@ TABLE = [
     ),
     case(
         "weight norm: gain of another size",
-        lambda: nl.weight_norm(W, jnp.ones(5)),
+        lambda: nl.weight_norm(W, nl.Affine(jnp.ones(5), None)),
         "weight norm",
         "g of shape (5,)",
         "(5, 3)",
@@ -179,7 +179,12 @@ TABLE = [
     ),
     case("channel axis out of range", lambda: batch(channel_axis=5), "batch norm", "5", "rank 2"),
     case("moments: axis out of range", lambda: moments(axes=(0, 7)), "moments", "(0, 7)", "rank 2"),
-    case("merge_axes: axis out of range", lambda: nl.merge_axes(moments(), 3), "merge_axes", "3"),
+    case(
+        "merge_axes: axis out of range",
+        lambda: nl.measure.merge_axes(moments(), 3),
+        "merge_axes",
+        "3",
+    ),
     case(
         "channels on the axis of the examples",
         lambda: nl.group_norm(A, groups=2, channel_axis=0),
@@ -242,7 +247,7 @@ TABLE = [
         "affine: a part of another shape",
         lambda: nl.affine(Parts(*map(jnp.ones, (1, 1, 1, 4))), A),
         "affine",
-        "reshift",
+        "use_bias",
         "(4,)",
         "(4, 3)",
         "broadcasts",
@@ -391,7 +396,7 @@ TABLE = [
     ),
     case(
         "effective sample size: axis out of range",
-        lambda: nl.effective_sample_size(jnp.ones(3), 1),
+        lambda: nl.measure.effective_sample_size(jnp.ones(3), 1),
         *("effective sample size", "axes 1", "rank 1"),
     ),
     case(

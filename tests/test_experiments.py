@@ -17,6 +17,7 @@ from pathlib import Path
 import chex
 import jax
 import jax.numpy as jnp
+import matplotlib.pyplot as plt
 import numpy as np
 import optax
 import pytest
@@ -27,6 +28,7 @@ from experiments import figures, models
 from experiments.compare.comparison import COMMON, Compare, Comparison
 from experiments.data import Dataset
 from experiments.rundir import RunDirectory, RunError
+from experiments.training.train import Train
 from experiments.training.trainer import (
     AXIS,
     QUANTILES,
@@ -161,7 +163,7 @@ class TestTrainer:
         state, _ = run_steps(trainer, 3)
         mean = np.asarray(state.norm_state["Normed_0"]["norm"].mean)  # [devices, seeds, C]
         assert np.abs(mean - mean[:1]).max() > 1e-3
-        shift = trainer.evaluate(state).parts["Normed_0"].shift
+        shift = trainer.evaluate(state).parts["Normed_0"].mu
         pooled = np.quantile(mean[:, 0].mean(axis=0), QUANTILES)
         np.testing.assert_allclose(shift[0], pooled, rtol=1e-4, atol=1e-6)
 
@@ -350,9 +352,83 @@ class TestCompare:
         looks = [(style["color"], style["marker"]) for style in styles.values()]
         assert set(styles) == {*nl.names(), *own, "Adam", "local"}
         assert len(set(looks)) == len(looks)
-        assert figures.styles(["local", *own[::-1], "batch", "local", "Adam"]) != {}
         few = figures.styles([own[3], *own])
         assert all(few[name] == styles[name] for name in own)
+
+
+@pytest.fixture
+def mine(tmp_path, monkeypatch):
+    """A module of one's own, with a norm in it."""
+    (tmp_path / "own_norms.py").write_text(
+        "import normlab as nl\n\n\n"
+        "def whole(*, eps=1e-5):\n    return nl.get('layer', axes='all', eps=eps)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    yield "own_norms:whole"
+    sys.modules.pop("own_norms", None)
+
+
+class TestNormsOfOnesOwn:
+    def test_a_norm_named_by_its_place_is_compared(self, mine, tmp_path, capsys, monkeypatch):
+        out = tmp_path / "run"
+        monkeypatch.setenv("COLUMNS", "120")
+        own = ["--model", "mlp", "--norms", mine, "layer", "--devices", "1", "--seeds", "1"]
+        assert cli.main(["compare", *TINY, *own, "--eps", "0.1", "--run-dir", str(out)]) == 0
+        assert mine in capsys.readouterr().out
+        found = {mine: [], "layer": []}
+        for line in (out / "metrics.jsonl").read_text().splitlines():
+            record = json.loads(line)
+            if record["kind"] == "evaluation":
+                found[record["norm"]].append((record["test_loss"], record["accuracy"]))
+        assert found[mine] == found["layer"]  # with the same ε
+        assert mine in (out / "curves.svg").read_text()
+
+    def test_a_norm_named_by_its_place_is_trained(self, mine, tmp_path):
+        config = Train(norm=mine, model="mlp", dataset="digits", groups=2, eps=0.5)
+        assert config.norm_of(mine).init(nl.Site(jnp.ones((2, 3))))[0].g.shape == (3,)
+        assert json.loads(json.dumps(config.as_json()))["norm"] == mine
+
+    @pytest.mark.parametrize(
+        ("norm", "words"),
+        [
+            ("nowhere_at_all:norm", ["nowhere_at_all"]),
+            ("own_norms:hole", ["own_norms", "'hole'", "did you mean 'whole'"]),
+        ],
+    )
+    def test_what_is_missing_of_a_place_is_named(self, mine, norm, words, tmp_path, capsys):
+        out = tmp_path / "run"
+        for command in (["compare", "--norms"], ["train", "--norm"]):
+            arguments = [*command, norm, "--run-dir", str(out)]
+            try:
+                status = cli.main(arguments)
+            except SystemExit as stop:
+                status = stop.code
+            captured = capsys.readouterr()
+            assert status == cli.EXIT_USAGE
+            text = " ".join((captured.out + captured.err).replace("│", " ").split())
+            assert all(word in text for word in words), text
+            assert not out.exists()
+
+    def test_a_registered_norm_has_a_look_of_its_own_and_leaves_the_others_theirs(self, mine):
+        before = figures.styles(nl.names())
+        row = nl.row(mine)._replace(name="whole")
+        nl.register(row)
+        try:
+            after = figures.styles([*nl.names(), "Adam"])
+            assert Train(norm="whole").norm == "whole"
+        finally:
+            nl.unregister("whole")
+        looks = [(style["color"], style["marker"]) for style in after.values()]
+        assert len(set(looks)) == len(looks) == len(before) + 2
+        assert {name: after[name] for name in before} == before
+
+
+def test_a_figure_is_closed_when_it_is_encoded_and_can_be_encoded_again():
+    first = plt.figure()
+    first.gca().plot([1, 2], [3, 4])
+    for kind, start in (("png", b"\x89PNG"), ("svg", b"<?xml"), ("png", b"\x89PNG")):
+        assert figures.encode(first, kind).startswith(start)
+        assert first.number not in plt.get_fignums()
 
 
 REFUSED = {
@@ -587,7 +663,7 @@ def test_the_table_of_invariances_shows_where_eps_breaks_them(capsys):
     breaks = {(name, column): at for name, column, *_, at in rows}
     for (name, column), at in breaks.items():
         assert column in nl.row(name).invariances
-        if nl.row(name).looks_at.startswith("a"):
+        if "a" in nl.row(name).needs:
             assert 1e-5 < float(at) < 1e-1
         else:
             assert at == "never"

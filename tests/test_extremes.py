@@ -251,7 +251,7 @@ def test_what_is_no_weight_is_an_error(name, wrong):
 def test_a_mask_that_leaves_one_value_is_a_bad_batch(population, ddof, size):
     """Whatever it weighs; two that weigh no more together are a batch."""
     a = array(draw(14, 4, C))
-    state = nl.init_population(population, C, ddof=ddof)
+    state = nl.population.init_population(population, C, ddof=ddof)
     one, two = array([0.0, size, 0.0, 0.0]), array([0.0, 0.5, 0.5, 0.0]) * (1 + 3 * ddof)
     h, after = nl.batch_norm(a, None, state, train=True, weights=one)
     average = getattr(after, "running", after)
@@ -297,9 +297,11 @@ def test_one_value_can_be_taken_in_as_it_is():
 def test_channels_may_be_first(population, train):
     a = array(draw(17, 4, 3, C, mean=2.0))
     if population == "domain of each":
-        state = nl.select_domain(nl.init_domains(C, examples=4), jnp.array([0, 1, 1, 0]))
+        state = nl.population.select_domain(
+            nl.population.init_domains(C, examples=4), jnp.array([0, 1, 1, 0])
+        )
     else:
-        state = nl.init_population(population, C)
+        state = nl.population.init_population(population, C)
     params = nl.Affine(array(draw(18, C)), array(draw(19, C)))
     for weights in (None, array([1.0, 2.0, 0.5, 1.0])):
         h, after = nl.batch_norm(a, params, state, train=train, weights=weights)

@@ -91,7 +91,7 @@ def test_statistics_that_devices_kept_apart_are_pooled_with_the_variance_between
 
     def own_then_pooled(a):
         _, state = nl.batch_norm(a, None, nl.init_running(3), train=True)
-        return nl.pool_running(state, "d")
+        return nl.population.pool_running(state, "d")
 
     pooled = over_devices(own_then_pooled)(array(SHARDS))
     whole = SHARDS.reshape(-1, 3)
@@ -378,7 +378,7 @@ def test_four_microbatches_are_one_batch():
 
     @compiled
     def accumulated(micro):
-        m = functools.reduce(nl.merge, (nl.moments(batch, 0) for batch in micro))
+        m = functools.reduce(nl.measure.merge, (nl.moments(batch, 0) for batch in micro))
         return nl.init_running(3).update(m)
 
     state = accumulated(array(micro))

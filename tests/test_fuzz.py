@@ -734,14 +734,14 @@ def start(case: Kept):
     if case.name == "batch":
         return ()
     if case.name == "cumulative":
-        return nl.init_population("cumulative", 3, ddof=case.ddof)
+        return nl.population.init_population("cumulative", 3, ddof=case.ddof)
     options = {"decay": case.decay, "ddof": case.ddof}
     if case.name == "renorm":
         options |= {"begin": 0, "r_end": 1, "d_end": 1}
     if case.name == "domain of each":
         options["examples"] = 8
     name = "domains" if case.name == "domain of each" else case.name
-    return nl.init_population(name, 3, **options)
+    return nl.population.init_population(name, 3, **options)
 
 
 @hypothesis.given(populations())
@@ -762,11 +762,11 @@ def check_population(case: Kept) -> None:
         domains = np.zeros(8, int)
         if case.name == "domains":
             domains[:] = number % 2
-            state = nl.select_domain(state, number % 2)
+            state = nl.population.select_domain(state, number % 2)
         elif case.name == "domain of each":
             domains = np.arange(8) // 2 % 2
-            state = nl.select_domain(state, array(domains, "int32"))
-        state = nl.begin(state) if case.micro else state
+            state = nl.population.select_domain(state, array(domains, "int32"))
+        state = nl.population.begin(state) if case.micro else state
         seen = []
         for _ in range(max(case.micro, 1)):
             a = rounded(case.mean + 3 * rng.normal(size=(8, 3)), "float32")
@@ -779,7 +779,7 @@ def check_population(case: Kept) -> None:
             elif kind == "mask":
                 w[[0, 3]] = 0
                 a[0] = np.nan
-            inner = state.of if case.micro and hasattr(state, "of") else state
+            inner = state.inner if case.micro and hasattr(state, "inner") else state
             h, state = train(array(a), None, state, weights=array(w))
             for d in {*domains}:
                 own = domains == d
@@ -788,7 +788,7 @@ def check_population(case: Kept) -> None:
                 )
             seen.append((a, w, domains))
         if case.micro:
-            state = nl.commit(state)
+            state = nl.population.commit(state)
         a, w, d = (np.concatenate(v) for v in zip(*seen, strict=True))
         broken = np.isnan(a[w > 0]).any()
         if case.name not in ("frozen", "batch"):

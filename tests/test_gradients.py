@@ -47,10 +47,10 @@ def test_the_helpers_give_the_gradient_of_one_device_in_every_mode(mapper, maske
         w = w if masked else None
 
         def loss(params, a):
-            return nl.global_mean(losses(params, a, c, "d", w), "d", weights=w)
+            return nl.devices.global_mean(losses(params, a, c, "d", w), "d", weights=w)
 
         value, (dparams, da) = jax.value_and_grad(loss, (0, 1))(params, a)
-        return value, nl.global_gradient(dparams, "d"), da
+        return value, nl.devices.global_gradient(dparams, "d"), da
 
     found = mappers()[mapper](on_device)(params, sharded)
     tolerance = {"float32": 5e-6, "float64": 1e-12}[precision]
@@ -121,7 +121,9 @@ def test_each_recipe_is_wrong_by_exactly_the_factor_of_the_table(recipe, mapper)
 def test_an_average_of_uneven_devices_is_not_the_global_mean():
     """Each device's mean weighs the same in it, however few values it has."""
     _, (a, _, w) = problem()
-    mean = jax.vmap(lambda v, w: nl.global_mean(v[:, 0], "d", weights=w), axis_name="d")(a, w)
+    mean = jax.vmap(lambda v, w: nl.devices.global_mean(v[:, 0], "d", weights=w), axis_name="d")(
+        a, w
+    )
     valid = np.asarray(a)[..., 0][np.asarray(w) > 0]
     assert gap(mean, np.full(D, valid.mean())) < 1e-6
     by_device = [

@@ -111,9 +111,9 @@ def test_parts_broadcast_to_the_preactivation(case, precision, train):
         assert jnp.broadcast_shapes(part.shape, a.shape) == a.shape
         assert part.dtype == precision
         assert np.isfinite(part).all()
-    assert (np.asarray(parts.scale) > 0).all()
-    assert case.options.get("rescale", case.name != "none") or (parts.rescale == 1).all()
-    assert case.options.get("reshift", True) or (parts.reshift == 0).all()
+    assert (np.asarray(parts.sigma) > 0).all()
+    assert case.options.get("use_gain", case.name != "none") or (parts.g == 1).all()
+    assert case.options.get("use_bias", True) or (parts.b == 0).all()
 
 
 @over_runs
@@ -388,7 +388,7 @@ def _usual(name, p, u):
 @pytest.mark.parametrize("name", ["weight", "cosine", "centred_cosine"])
 @pytest.mark.parametrize("layer", LAYERS, ids=lambda case: case.label.removeprefix("cosine-"))
 def test_the_usual_computation_is_affine_of_the_parts(name, layer, precision):
-    case = layer._replace(name=name, options={"rescale": False, "reshift": False})
+    case = layer._replace(name=name, options={"use_gain": False, "use_bias": False})
     x, w, _, _ = case.numbers()
     site = case.site(array(x, precision), array(w, precision))
     parts, _ = case.norm.parts(None, (), site, train=True)

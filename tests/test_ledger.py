@@ -25,7 +25,7 @@ WORDS = {
     "all": "data",
     "groups=4": nl.Sync("data", groups=4),
     "groups=0,2|1,3": nl.Sync("data", groups=((0, 2), (1, 3))),
-    "ring=1": nl.Sync("data", members=nl.ring(8)),
+    "ring=1": nl.Sync("data", members=nl.devices.ring(8)),
     "virtual=64": nl.Sync("data", virtual_batch=64),
     "ghost=4": nl.Sync((), shards=4, groups=1),
     "ghost=4+groups=2": nl.Sync("data", shards=4, groups=2),

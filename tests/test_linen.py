@@ -123,7 +123,7 @@ def test_a_skin_compiles_to_the_program_of_the_plain_function():
         return (h**2).sum(), changed["batch_stats"]
 
     def plain(params, stats, x):
-        state = nl.init_population("ema", 6, decay=0.99)._replace(**stats)
+        state = nl.population.init_population("ema", 6, decay=0.99)._replace(**stats)
         affine = nl.Affine(params["scale"], params["bias"])
         h, state = nl.batch_norm(x, affine, state, train=True)
         return (h**2).sum(), {"mean": state.mean, "var": state.var}
@@ -480,7 +480,7 @@ def test_group_norm_refuses_what_does_not_divide():
 def test_statistics_of_other_devices_may_come_late():
     late = nll.BatchNorm(**TRAIN, axis_name=nl.Sync("d", every=1), population="debiased")
     variables = init(late, SHARDS[0])
-    assert isinstance(variables["batch_stats"]["population"], nl.Delayed)
+    assert isinstance(variables["batch_stats"]["population"], nl.population.Delayed)
     h, changed = mapped(late, variables, SHARDS)
     own = nll.BatchNorm(**TRAIN)
     assert gap(h, mapped(own, init(own, SHARDS[0]), SHARDS)[0]) < 1e-6
@@ -493,7 +493,7 @@ def test_any_population_is_one_variable_and_does_what_batch_norm_does(name):
     variables = init(module, X, True)
     (kept,) = variables["batch_stats"].values()
     options = {} if name == "cumulative" else {"decay": 0.9}
-    state = nl.init_population(name, 6, **options)
+    state = nl.population.init_population(name, 6, **options)
     assert jax.tree.structure(kept) == jax.tree.structure(state)
     expected, state = batch_norm(X, state, train=True)
     h, changed = call(module, variables, X, False, mutable=["batch_stats"])
@@ -597,7 +597,7 @@ def test_devices_that_measured_apart_pool_their_transactions():
 
     def run(x):
         _, changed = module.apply(variables, x, mutable=["transaction"])
-        return nll.commit(variables, nl.pool_running(changed["transaction"], "d"))
+        return nll.commit(variables, nl.population.pool_running(changed["transaction"], "d"))
 
     stats = compiled(jax.vmap(run, axis_name="d"))(SHARDS)
     seen = np.asarray(SHARDS, np.float64).reshape(-1, 3)

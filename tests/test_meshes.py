@@ -15,7 +15,9 @@ C = 8
 
 
 def _domains(a, **options):
-    state = nl.select_domain(nl.init_domains(C, examples=len(a)), jnp.arange(len(a)) % 2)
+    state = nl.population.select_domain(
+        nl.population.init_domains(C, examples=len(a)), jnp.arange(len(a)) % 2
+    )
     return nl.batch_norm(a, None, state, train=True, **options)
 
 
@@ -28,8 +30,8 @@ NORMS = {
     "batch": _batch(lambda: nl.init_running(C), train=True),
     "inference": _batch(lambda: nl.init_running(C), train=False),
     "ghost": _batch(lambda: nl.init_running(C), train=True, axis_name=nl.Sync(shards=4, groups=1)),
-    "renorm": _batch(lambda: nl.init_renorm(C), train=True),
-    "cumulative": _batch(lambda: nl.init_cumulative(C), train=True),
+    "renorm": _batch(lambda: nl.population.init_renorm(C), train=True),
+    "cumulative": _batch(lambda: nl.population.init_cumulative(C), train=True),
     "domains": _domains,
     "layer": lambda a, **options: nl.layer_norm(a, nl.init_affine(C), **options),
     "layer, all": lambda a, **options: nl.layer_norm(a, axes="all", **options),

@@ -403,8 +403,8 @@ class TestRecurrent:
         params, state = variables(network, self.LONG)
 
         def step(params, state):
-            _, changed = apply(network, params, nl.begin(state), self.LONG, train=True)
-            return nl.commit(changed[models.STATE])
+            _, changed = apply(network, params, nl.population.begin(state), self.LONG, train=True)
+            return nl.population.commit(changed[models.STATE])
 
         states = compiled(step)(params, state)["layer0"]["vertical"]["norm"]
         a = self.LONG @ np.asarray(params["layer0"]["vertical"]["kernel"])
@@ -451,7 +451,7 @@ class TestRecurrent:
         _, sown = apply(network, params, states, self.LONG, train=False, mutable=[models.PARTS])
         parts = models.parts_by_layer(sown)
         assert sorted(parts) == sorted(network.layers)
-        shift = parts["layer0/vertical"].shift
+        shift = parts["layer0/vertical"].mu
         mean = states["layer0"]["vertical"]["norm"].mean
         assert gap(shift.reshape(6, -1), mean[jnp.array([0, 1, 2, 2, 2, 2])]) == 0
 

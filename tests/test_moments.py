@@ -49,20 +49,24 @@ def same(m, expected, size=100.0, terms=5):
 @given(values, values, counts)
 def test_merge_is_commutative(x, y, w):
     p, q = measured(x, w), measured(y)
-    assert same(nl.merge(p, q), nl.merge(q, p))
+    assert same(nl.measure.merge(p, q), nl.measure.merge(q, p))
 
 
 @given(values, values, values, counts)
 def test_merge_is_associative(x, y, z, w):
     p, q, r = measured(x), measured(y, w), measured(z)
-    assert same(nl.merge(nl.merge(p, q), r), nl.merge(p, nl.merge(q, r)), terms=15)
+    assert same(
+        nl.measure.merge(nl.measure.merge(p, q), r),
+        nl.measure.merge(p, nl.measure.merge(q, r)),
+        terms=15,
+    )
 
 
 @given(values, counts)
 def test_empty_is_the_exact_identity(x, w):
     m = measured(x, w)
-    zero = nl.empty(m.mean.shape)
-    for merged in (nl.merge(zero, m), nl.merge(m, zero)):
+    zero = nl.measure.empty(m.mean.shape)
+    for merged in (nl.measure.merge(zero, m), nl.measure.merge(m, zero)):
         assert gap(spread(merged), spread(m)) == 0
 
 
@@ -70,14 +74,14 @@ def test_nothing_is_empty():
     for m in (
         measured(np.ones((0, 3), np.float32)),
         measured(np.full((5, 3), np.nan, np.float32), np.zeros(5)),
-        nl.merge(nl.empty((1, 3)), nl.empty((1, 3))),
+        nl.measure.merge(nl.measure.empty((1, 3)), nl.measure.empty((1, 3))),
     ):
-        assert gap(spread(m), nl.empty((1, 3))) == 0
+        assert gap(spread(m), nl.measure.empty((1, 3))) == 0
 
 
 @given(values, values)
 def test_merge_is_the_moments_of_both_together(x, y):
-    assert same(nl.merge(measured(x), measured(y)), truth(np.concatenate([x, y])), terms=10)
+    assert same(nl.measure.merge(measured(x), measured(y)), truth(np.concatenate([x, y])), terms=10)
 
 
 @given(values, counts)
@@ -113,9 +117,9 @@ def test_merging_axes_gives_the_moments_of_the_whole(x, w):
     whole = truth(x, (0, 1), w[..., None])
     for first, second in ((0, 1), (1, 0)):
         part = nl.moments(jnp.asarray(x), first, weights=jnp.asarray(w))
-        assert same(nl.merge_axes(part, second), whole, terms=24)
+        assert same(nl.measure.merge_axes(part, second), whole, terms=24)
     part = nl.moments(jnp.asarray(x), (), weights=jnp.asarray(w))
-    assert same(nl.merge_axes(part, (0, 1)), whole, terms=24)
+    assert same(nl.measure.merge_axes(part, (0, 1)), whole, terms=24)
 
 
 def test_no_axes_measure_every_value_alone():
@@ -179,7 +183,7 @@ def test_the_variance_is_safe_at_any_mean(count, mean):
 @pytest.mark.parametrize("mean", [0.0, 1e2, 1e4])
 def test_merging_a_thousand_samples_loses_no_digits(mean):
     x = draw(0, 1000, 64, mean=mean).astype(np.float32)
-    m = nl.merge_axes(nl.moments(x, 1), 0)
+    m = nl.measure.merge_axes(nl.moments(x, 1), 0)
     assert gap(m.var().item(), x.astype(np.float64).var()) < 5e-6
     assert abs(m.mean.item() - x.astype(np.float64).mean()) < 1e-7 * max(mean, 10)
 

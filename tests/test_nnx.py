@@ -334,7 +334,7 @@ def test_any_population_is_one_variable_and_does_what_batch_norm_does(name):
     ours = nlx.BatchNorm(6, population=name, momentum=0.9, rngs=nnx.Rngs(0))
     assert set(pure(ours)) - {"population"} == {"scale", "bias"}
     options = {} if name in ("cumulative", "batch") else {"decay": 0.9}
-    state = nl.init_population(name, 6, **options)
+    state = nl.population.init_population(name, 6, **options)
     expected, state = nl.batch_norm(X, None, state, train=True)
     assert gap(ours(X), expected) < 1e-6
     if name == "batch":

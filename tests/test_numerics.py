@@ -128,16 +128,18 @@ def test_cancellation_is_the_squared_mean_over_the_variance():
 @given(st.lists(st.integers(0, 5), min_size=1, max_size=8))
 def test_effective_sample_size_is_kish(weights):
     w = np.asarray(weights, np.float64)
-    size = nl.effective_sample_size(array(w))
+    size = nl.measure.effective_sample_size(array(w))
     assert gap(size, w.sum() ** 2 / max((w**2).sum(), 1e-30)) < 1e-6
-    assert gap(nl.effective_sample_size(array(1e25 * w)), size) < 1e-6  # whatever their unit
+    assert (
+        gap(nl.measure.effective_sample_size(array(1e25 * w)), size) < 1e-6
+    )  # whatever their unit
 
 
 def test_effective_sample_size_of_a_mask_counts_it_by_axis():
     mask = array([[1, 1, 0, 0], [1, 1, 1, 1]], jnp.int32)
-    assert nl.effective_sample_size(mask, 1).tolist() == [2, 4]
-    assert nl.effective_sample_size(mask).item() == 6
-    assert nl.effective_sample_size(array(np.zeros((0,)))).item() == 0
+    assert nl.measure.effective_sample_size(mask, 1).tolist() == [2, 4]
+    assert nl.measure.effective_sample_size(mask).item() == 6
+    assert nl.measure.effective_sample_size(array(np.zeros((0,)))).item() == 0
 
 
 # Where nothing is measured.

@@ -43,12 +43,12 @@ def test_any_population_stands_behind_batch_norm_by_name(name):
     assert h.shape == (N, C)
     assert np.isfinite(h).all()
     assert (name == "batch") == (state == ())
-    assert (state == ()) or isinstance(state, nl.Population)
+    assert (state == ()) or isinstance(state, nl.population.Population)
 
 
 @pytest.mark.parametrize("name", [n for n in POPULATIONS if n != "batch"])
 def test_inference_normalizes_by_what_is_read(name):
-    _, state = train(nl.init_population(name, C), BATCHES[:3])
+    _, state = train(nl.population.init_population(name, C), BATCHES[:3])
     mean, var = state.read()
     h, _ = nl.batch_norm(array(BATCHES[3]), None, state, train=False, eps=0.1)
     assert gap(h, (BATCHES[3] - mean) / np.sqrt(np.asarray(var) + 0.1)) < 2e-6
@@ -59,11 +59,11 @@ def test_inference_normalizes_by_what_is_read(name):
 def test_what_devices_kept_apart_is_pooled(name, mapper):
     """Equal batches on every device, so that every kind has one answer: the whole."""
     shards = array(np.stack([BATCHES[0] + 3 * i for i in range(8)]))
-    state = nl.init_population(name, C)
+    state = nl.population.init_population(name, C)
 
     def run(state, a):
         _, own = nl.batch_norm(a, None, state, train=True)
-        return nl.pool_running(own, "d")
+        return nl.population.pool_running(own, "d")
 
     pooled = mappers()[mapper](run)(state, shards)
     whole = np.asarray(shards, np.float64).reshape(-1, C)
@@ -82,18 +82,18 @@ def test_what_devices_kept_apart_is_pooled(name, mapper):
     stacked = mappers()[mapper](lambda s, a: nl.batch_norm(a, None, s, train=True)[1])(
         state, shards
     )
-    assert gap(nl.merge_running(stacked), pooled) < 2e-6
+    assert gap(nl.population.merge_running(stacked), pooled) < 2e-6
 
 
 @pytest.mark.parametrize("name", [n for n in POPULATIONS if n not in ("batch", "frozen")])
 @pytest.mark.parametrize("transaction", [False, True])
 def test_the_states_gradient_is_cut_unless_it_is_asked_for(name, transaction):
-    start = nl.init_population(name, C)
+    start = nl.population.init_population(name, C)
 
     def ours(a, **options):
-        state = nl.begin(start) if transaction else start
+        state = nl.population.begin(start) if transaction else start
         _, state = nl.batch_norm(a, None, state, train=True, **options)
-        mean, var = (nl.commit(state) if transaction else state).read()
+        mean, var = (nl.population.commit(state) if transaction else state).read()
         return (mean**3 + var**2).sum()
 
     def plain(a):
@@ -129,15 +129,15 @@ def test_the_states_gradient_reaches_the_batches_of_all_devices(sync):
 
 def test_an_unknown_population_or_option_is_an_error_with_the_nearest():
     with pytest.raises(ValueError, match=r"unknown population 'cumulativ': did you mean 'cumu"):
-        nl.init_population("cumulativ", C)
+        nl.population.init_population("cumulativ", C)
     with pytest.raises(ValueError, match=r"unknown population 'emma': did you mean 'ema'"):
         nl.get("batch", population="emma")
     with pytest.raises(ValueError, match=r"'cumulative': unknown option 'decay': Known: ddof, es"):
-        nl.init_population("cumulative", C, decay=0.5)
+        nl.population.init_population("cumulative", C, decay=0.5)
     with pytest.raises(ValueError, match=r"'renorm': unknown option 'rmax': did you mean 'r_max'"):
-        nl.init_population("renorm", C, rmax=0.5)
+        nl.population.init_population("renorm", C, rmax=0.5)
     with pytest.raises(ValueError, match=r"'debiased': unknown option 'dcay'"):
-        nl.init_population("frozen", C, dcay=0.5)
+        nl.population.init_population("frozen", C, dcay=0.5)
 
 
 @pytest.mark.parametrize("state", [5, jnp.zeros(3), (jnp.zeros(3), jnp.ones(3)), {"mean": 0}])
@@ -157,9 +157,9 @@ def test_a_population_of_ones_own_stands_behind_batch_norm():
             return self.mean, self.var()
 
         def pool(self, axis_name):
-            return Latest(*nl.all_reduce(self, axis_name))
+            return Latest(*nl.devices.all_reduce(self, axis_name))
 
-    _, state = train(Latest(*nl.empty((C,))), BATCHES)
+    _, state = train(Latest(*nl.measure.empty((C,))), BATCHES)
     h, _ = nl.batch_norm(array(BATCHES[0]), None, state, train=False)
     expected = (BATCHES[0] - BATCHES[4].mean(0)) / np.sqrt(BATCHES[4].var(0) + 1e-5)
     assert gap(h, expected) < 2e-6
@@ -202,13 +202,13 @@ def test_count_is_the_number_of_values_of_a_channel_in_a_batch():
 def test_changing_ddof_is_the_state_that_was_kept_so_from_the_start(ddof):
     _, state = train(nl.init_running(C, ddof=ddof), BATCHES)
     _, other = train(nl.init_running(C, ddof=1 - ddof), BATCHES)
-    changed = nl.change_ddof(state, 1 - ddof)
+    changed = nl.population.change_ddof(state, 1 - ddof)
     assert jax.tree.structure(changed) == jax.tree.structure(other)
     assert gap(changed, other) < 1e-6
     with pytest.raises(ValueError, match=r"change ddof: got 0 values.*pass count="):
-        nl.change_ddof(nl.init_running(C), 1)
+        nl.population.change_ddof(nl.init_running(C), 1)
     with pytest.raises(ValueError, match=r"ddof=2; expected 0, the biased"):
-        nl.change_ddof(state, 2)
+        nl.population.change_ddof(state, 2)
 
 
 # Cumulative.
@@ -219,7 +219,7 @@ def test_cumulative_is_all_batches_as_one(ddof):
     """Of different sizes, each weighted by its count; masked examples count for nothing."""
     sizes = (8, 3, 5, 1, 7)
     batches = [batch[:n] for batch, n in zip(BATCHES, sizes, strict=True)]
-    state = nl.init_cumulative(C, ddof=ddof)
+    state = nl.population.init_cumulative(C, ddof=ddof)
     for batch in batches:
         state = state.update(nl.moments(array(batch), 0))
     whole = np.concatenate(batches)
@@ -230,7 +230,7 @@ def test_cumulative_is_all_batches_as_one(ddof):
 
 def test_within_is_the_papers_estimate_and_between_is_the_rest():
     """m/(m − 1)·E σ_B², algorithm 2 of Ioffe & Szegedy (2015); pooled, the variance of all."""
-    state = nl.init_cumulative(C, ddof=1, estimator="within")
+    state = nl.population.init_cumulative(C, ddof=1, estimator="within")
     _, state = train(state, BATCHES)
     assert gap(state.read()[1], BATCHES.var(1, ddof=1).mean(0)) < 2e-6
     whole = BATCHES.reshape(-1, C)
@@ -242,7 +242,7 @@ def test_within_is_the_papers_estimate_and_between_is_the_rest():
 def test_cumulative_skips_a_bad_batch_and_refuses_a_decay():
     bad = BATCHES[1].copy()
     bad[0, 0] = np.nan
-    _, state = train(nl.init_cumulative(C), [BATCHES[0], bad, BATCHES[2]])
+    _, state = train(nl.population.init_cumulative(C), [BATCHES[0], bad, BATCHES[2]])
     whole = BATCHES[[0, 2]].reshape(-1, C)
     assert gap(state.read(), (whole.mean(0), whole.var(0))) < 2e-6
     assert (state.updates, state.skipped) == (2, 1)
@@ -255,27 +255,30 @@ def test_cumulative_skips_a_bad_batch_and_refuses_a_decay():
 
 def test_frozen_statistics_normalize_training_and_stay():
     _, state = train(nl.init_running(C), BATCHES[:2])
-    frozen = nl.freeze(state)
+    frozen = nl.population.freeze(state)
     h, same = nl.batch_norm(array(BATCHES[2]), None, frozen, train=True)
     expected, _ = nl.batch_norm(array(BATCHES[2]), None, state, train=False)
     assert gap(h, expected) == 0
     assert gap(same, frozen) == 0
-    assert gap(nl.thaw(same), state) == 0
+    assert gap(nl.population.thaw(same), state) == 0
 
 
 def test_layers_are_frozen_by_path():
     states = {"stem": {"norm": nl.init_running(2)}, "head": {"norm": nl.init_running(2)}}
-    frozen = nl.freeze(states, "stem/.*")
-    assert isinstance(frozen["stem"]["norm"], nl.Frozen)
+    frozen = nl.population.freeze(states, "stem/.*")
+    assert isinstance(frozen["stem"]["norm"], nl.population.Frozen)
     assert isinstance(frozen["head"]["norm"], nl.Running)
-    assert isinstance(nl.freeze(states, lambda path: "head" in path)["head"]["norm"], nl.Frozen)
-    assert jax.tree.structure(nl.thaw(frozen)) == jax.tree.structure(states)
+    assert isinstance(
+        nl.population.freeze(states, lambda path: "head" in path)["head"]["norm"],
+        nl.population.Frozen,
+    )
+    assert jax.tree.structure(nl.population.thaw(frozen)) == jax.tree.structure(states)
     with pytest.raises(
         ValueError, match=r"freeze: got a rule for 'stm/norm'.*'stem/norm'.*head/norm"
     ):
-        nl.freeze(states, "stm/norm")
+        nl.population.freeze(states, "stm/norm")
     with pytest.raises(ValueError, match=r"thaw: got a rule that chooses none.*head/norm, stem/no"):
-        nl.thaw(states, lambda path: False)
+        nl.population.thaw(states, lambda path: False)
 
 
 def test_without_a_population_inference_uses_its_own_batch():
@@ -290,7 +293,7 @@ def test_without_a_population_inference_uses_its_own_batch():
 
 
 def renorm(**limits):
-    return nl.init_renorm(C, begin=0, r_end=0, d_end=0, **limits)
+    return nl.population.init_renorm(C, begin=0, r_end=0, d_end=0, **limits)
 
 
 @pytest.mark.parametrize("weighted", [False, True])
@@ -307,14 +310,14 @@ def test_renorm_with_r_1_and_d_0_is_batch_norm_to_the_bit(weighted):
 
         return jax.value_and_grad(loss, (0, 1), has_aux=True)(a, params)
 
-    (loss, (h, state)), grads = run(renorm(r_max=1.0, d_max=0.0)._replace(running=running))
+    (loss, (h, state)), grads = run(renorm(r_max=1.0, d_max=0.0)._replace(inner=running))
     (loss_, (h_, state_)), grads_ = run(running)
-    assert gap((loss, h, grads, state.running), (loss_, h_, grads_, state_)) == 0
+    assert gap((loss, h, grads, state.inner), (loss_, h_, grads_, state_)) == 0
 
 
 def test_renorm_without_limits_normalizes_as_inference_does():
     _, running = train(nl.init_running(C), BATCHES[:2])
-    state = renorm(r_max=1e6, d_max=1e6)._replace(running=running)
+    state = renorm(r_max=1e6, d_max=1e6)._replace(inner=running)
     a = array(BATCHES[3])
     h, _ = nl.batch_norm(a, None, state, train=True)
     assert gap(h, nl.batch_norm(a, None, running, train=False)[0]) < 2e-6
@@ -324,7 +327,7 @@ def test_renorm_is_the_papers_algorithm(x64):
     """Algorithm 1 with finite limits, and its gradient: r and d are constants."""
     running = nl.init_running(C, dtype="float64")
     _, running = train(running, [jnp.asarray(b) for b in BATCHES[:2]])
-    state = renorm(r_max=1.1, d_max=0.2, dtype="float64")._replace(running=running)
+    state = renorm(r_max=1.1, d_max=0.2, dtype="float64")._replace(inner=running)
     a, c = jnp.asarray(BATCHES[3] * 2), jnp.asarray(draw(7, N, C))
     mean, sigma = np.asarray(a).mean(0), np.sqrt(np.asarray(a).var(0) + 1e-5)
     old = np.sqrt(np.asarray(running.var) + 1e-5)
@@ -346,7 +349,9 @@ def test_renorm_is_the_papers_algorithm(x64):
 
 def test_renorm_averages_sigma_as_the_paper_does(x64):
     """σ ← σ + α(σ_B − σ), where the scale of the batches alternates; and so it is pooled."""
-    state = nl.init_renorm(C, begin=0, r_end=0, d_end=0, r_max=1.5, d_max=0.5, dtype="float64")
+    state = nl.population.init_renorm(
+        C, begin=0, r_end=0, d_end=0, r_max=1.5, d_max=0.5, dtype="float64"
+    )
     a = BATCHES[0] * np.array([1.0, 1e-3, 10.0])
     mean, sigma, mass = 0.0, 0.0, 0.0
     for scale in (1.0, 10.0, 0.01, 3.0):
@@ -360,49 +365,53 @@ def test_renorm_averages_sigma_as_the_paper_does(x64):
         sigma = sigma + 0.1 / mass * (s - sigma)
         h, _ = nl.batch_norm(jnp.asarray(a), None, state, train=False)
         assert gap(h, (a - mean) / sigma) < 1e-9
-    assert nl.conventions(state) == {
-        "": "Renorm(running=Running(decay=0.9, ddof=0, sigma_eps=1e-05))"
+    assert nl.population.conventions(state) == {
+        "": "Renorm(inner=Running(decay=0.9, ddof=0, sigma_eps=1e-05))"
     }
     assert nl.get("batch", population="renorm", eps=0.1).init(nl.Site(array(a)))[
         1
-    ].running.sigma_eps == pytest.approx(0.1)
+    ].inner.sigma_eps == pytest.approx(0.1)
 
 
 def test_renorms_limits_grow_with_the_updates():
-    state = nl.init_renorm(C, r_max=3.0, d_max=5.0, begin=10, r_end=30, d_end=20)
+    state = nl.population.init_renorm(C, r_max=3.0, d_max=5.0, begin=10, r_end=30, d_end=20)
     seen = [0, 10, 15, 20, 30, 99]
     limits = [
-        state._replace(running=state.running._replace(updates=jnp.int32(n))).limits() for n in seen
+        state._replace(inner=state.inner._replace(updates=jnp.int32(n))).limits() for n in seen
     ]
     expected = np.array([[1, 1, 1.5, 2, 3, 3], [0, 0, 2.5, 5, 5, 5]])
     assert gap(np.array(limits).T, expected) < 1e-6
     with pytest.raises(ValueError, match=r"batch renorm: got r_max=0.5"):
-        nl.init_renorm(C, r_max=0.5)
+        nl.population.init_renorm(C, r_max=0.5)
     with pytest.raises(ValueError, match=r"batch renorm: got begin=10, r_end=5"):
-        nl.init_renorm(C, begin=10, r_end=5)
+        nl.population.init_renorm(C, begin=10, r_end=5)
 
 
 def test_renorm_of_a_masked_batch_is_the_bias():
     h, state = nl.batch_norm(array(BATCHES[0]), None, renorm(), train=True, weights=jnp.zeros(N))
     assert gap(h, np.zeros((N, C))) == 0
-    assert state.running.skipped == 1
+    assert state.inner.skipped == 1
 
 
 # Domains.
 
 
 def test_a_batch_of_one_domain_touches_that_domain_alone():
-    state = nl.init_domains(C, domains=3)
+    state = nl.population.init_domains(C, domains=3)
     step = jax.jit(
-        lambda state, d, a: nl.batch_norm(a, None, nl.select_domain(state, d), train=True)
+        lambda state, d, a: nl.batch_norm(
+            a, None, nl.population.select_domain(state, d), train=True
+        )
     )
     alone = [nl.init_running(C) for _ in range(3)]
     for d, batch in zip([0, 2, 0, 2, 0], BATCHES, strict=True):
         h, state = step(state, d, array(batch))
         expected, alone[d] = nl.batch_norm(array(batch), None, alone[d], train=True)
         assert gap(h, expected) < 1e-6
-    assert gap(state.of, jax.tree.map(lambda *v: jnp.stack(v), *alone)) < 1e-6
-    h, _ = nl.batch_norm(array(BATCHES[0]), None, nl.select_domain(state, 2), train=False)
+    assert gap(state.inner, jax.tree.map(lambda *v: jnp.stack(v), *alone)) < 1e-6
+    h, _ = nl.batch_norm(
+        array(BATCHES[0]), None, nl.population.select_domain(state, 2), train=False
+    )
     assert gap(h, nl.batch_norm(array(BATCHES[0]), None, alone[2], train=False)[0]) < 1e-6
 
 
@@ -413,13 +422,13 @@ def test_a_batch_of_many_domains_is_many_batches(mapper):
     a = draw(3, devices, 6, 2, C, mean=1.0)
     domain = np.random.default_rng(0).integers(0, 2, (devices, 6)) * 2  # none of domain 1
     a = a + 5 * domain[..., None, None]
-    state = nl.init_domains(C, domains=3, examples=6)
+    state = nl.population.init_domains(C, domains=3, examples=6)
 
     def run(state, sharded, axis_name=None):
         a, domain = sharded
-        state = nl.select_domain(state, domain)
+        state = nl.population.select_domain(state, domain)
         h, after = nl.batch_norm(a, None, state, train=True, axis_name=axis_name)
-        return h, after.of
+        return h, after.inner
 
     if mapper is None:
         h, of = jax.tree.map(lambda v: v[None], run(state, (array(a[0]), jnp.asarray(domain[0]))))
@@ -443,42 +452,44 @@ def test_a_batch_of_many_domains_is_many_batches(mapper):
 
 
 def test_inference_takes_each_examples_domain():
-    state = nl.init_domains(C, domains=2, examples=N)
-    state = state._replace(of=state.of._replace(mean=array([[0.0] * C, [7.0] * C])))
+    state = nl.population.init_domains(C, domains=2, examples=N)
+    state = state._replace(inner=state.inner._replace(mean=array([[0.0] * C, [7.0] * C])))
     domain = jnp.arange(N) % 2
     a = array(draw(0, N, C, 2))
     h, _ = nl.batch_norm(
-        a, None, nl.select_domain(state, domain), train=False, channel_axis=1, eps=1e-9
+        a, None, nl.population.select_domain(state, domain), train=False, channel_axis=1, eps=1e-9
     )
     assert gap(h, np.asarray(a) - 7.0 * (np.arange(N) % 2)[:, None, None]) < 1e-6
 
 
 def test_a_domain_that_is_not_there_is_an_error():
-    state = nl.init_domains(C, domains=2)
+    state = nl.population.init_domains(C, domains=2)
     with pytest.raises(ValueError, match=r"select domain: got domain=2.*0 to 1"):
-        nl.select_domain(state, 2)
+        nl.population.select_domain(state, 2)
     with pytest.raises(ValueError, match=r"select domain: got domains of shape \(4,\)"):
-        nl.select_domain(state, jnp.zeros(4, int))
+        nl.population.select_domain(state, jnp.zeros(4, int))
     with pytest.raises(ValueError, match=r"select domain: got a domain of type float32.*integers"):
-        nl.select_domain(state, 1.5)
+        nl.population.select_domain(state, 1.5)
     with pytest.raises(ValueError, match=r"change ddof: got a state of type Domains"):
-        nl.change_ddof(state, 1)
+        nl.population.change_ddof(state, 1)
     with pytest.raises(ValueError, match=r"select domain: got a tree without domains"):
-        nl.select_domain({"norm": nl.init_running(C)}, 0)
+        nl.population.select_domain({"norm": nl.init_running(C)}, 0)
 
 
 def test_a_domain_of_each_example_may_be_said_for_any_number_of_examples():
-    state = nl.select_domain(nl.init_domains(C, domains=2, examples=N), jnp.zeros(4, jnp.int32))
+    state = nl.population.select_domain(
+        nl.population.init_domains(C, domains=2, examples=N), jnp.zeros(4, jnp.int32)
+    )
     h, _ = nl.batch_norm(array(BATCHES[0][:4]), None, state, train=False, eps=1e-9)
     assert gap(h, BATCHES[0][:4]) < 1e-6
-    frozen = nl.freeze(state)
+    frozen = nl.population.freeze(state)
     assert gap(nl.batch_norm(array(BATCHES[0][:4]), None, frozen, train=True)[0], h) < 1e-4
 
 
 @pytest.mark.parametrize("population", ["renorm", "frozen", "batch", "domains"])
 def test_what_changes_training_is_not_held_by_another(population):
     with pytest.raises(ValueError, match=r"domains: got a population of type"):
-        nl.init_domains(C, population=population)
+        nl.population.init_domains(C, population=population)
     if population != "frozen":
         norm = nl.get("batch", population=population, axis_name=nl.Sync("d", every=2))
         with pytest.raises(ValueError, match=r"delayed: got statistics of type"):

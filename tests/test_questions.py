@@ -223,7 +223,7 @@ def test_averaging_the_running_statistics_leaves_out_what_lies_between():
     after = state.norm_state["layer"]
     assert after.mean.ravel().tolist() == [2.0, 2.0]
     assert after.var.ravel().tolist() == [2.0, 2.0]
-    merged = nl.merge_running(jax.tree.map(lambda v: v[:, 0], running))
+    merged = nl.population.merge_running(jax.tree.map(lambda v: v[:, 0], running))
     assert merged.var.tolist() == [6.0]
     np.testing.assert_allclose(local_drift.shares(running), [4 / 6], rtol=1e-6)
 

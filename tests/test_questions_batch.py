@@ -265,7 +265,7 @@ class TestRenorm:
         site = nl.shapes(jnp.zeros((8, 3)), jnp.zeros((3, 5)))
         state = renorm.make(config, "renorm", 4).init(site)[1]
         assert [int(v) for v in (state.begin, state.d_end, state.r_end)] == [5000, 25000, 40000]
-        assert (float(state.r_max), float(state.d_max), state.running.decay) == (3, 5, 0.99)
+        assert (float(state.r_max), float(state.d_max), state.inner.decay) == (3, 5, 0.99)
 
 
 @pytest.mark.parametrize("profile", ["QUICK", "FULL"])

@@ -185,7 +185,7 @@ def test_gain_and_bias_hold_and_fail():
 
 def test_a_variant_has_the_parameters_that_its_name_says():
     for variant, (gain, bias) in gain_bias.VARIANTS.items():
-        norm = nl.get("batch", rescale=gain, reshift=bias)
+        norm = nl.get("batch", use_gain=gain, use_bias=bias)
         params, _ = norm.init(nl.Site(jnp.ones((4, 3))))
         assert ((params.g is not None), (params.b is not None)) == (gain, bias), variant
 

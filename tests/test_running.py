@@ -304,7 +304,7 @@ def test_ignoring_the_gradient_of_the_mean_lets_the_bias_grow_at_constant_loss(i
         a = u + b
         parts, _ = nl.batch_parts(a, None, None, train=True)
         if ignored:
-            parts = parts._replace(shift=lax.stop_gradient(parts.shift))
+            parts = parts._replace(mu=lax.stop_gradient(parts.mu))
         return (c * nl.affine(parts, a)).sum()
 
     def step(b, _):

@@ -18,12 +18,13 @@ POPULATIONS = ("debiased", "ema", "cumulative", "renorm", "domains", "frozen", "
 
 def populations():
     """Every kind of state of batch norm, in and out of a transaction."""
-    states = {name: nl.init_population(name, C) for name in POPULATIONS}
-    examples = nl.init_domains(C, examples=4)
-    states["domain of each"] = nl.select_domain(examples, jnp.array([0, 1, 1, 0]))
-    states["delayed"] = nl.init_delayed(C)
+    states = {name: nl.population.init_population(name, C) for name in POPULATIONS}
+    examples = nl.population.init_domains(C, examples=4)
+    states["domain of each"] = nl.population.select_domain(examples, jnp.array([0, 1, 1, 0]))
+    states["delayed"] = nl.population.init_delayed(C)
     return states | {
-        f"{name}, pending": nl.begin(states[name]) for name in ("debiased", "renorm", "domains")
+        f"{name}, pending": nl.population.begin(states[name])
+        for name in ("debiased", "renorm", "domains")
     }
 
 
@@ -97,7 +98,7 @@ def test_a_state_is_exported_with_the_batch_symbolic(name):
         nl.Site(jnp.ones((2, 3)), linear=nl.Conv(strides=(2,), padding=((1, 0),), channel_axis=1)),
         nl.Sync(("i", "j"), groups=((0, 2), (1,)), gradient="forward"),
         nl.init_running(2, decay=0.99, ddof=1),
-        nl.init_cumulative(2, estimator="within"),
+        nl.population.init_cumulative(2, estimator="within"),
     ],
     ids=lambda tree: type(tree).__name__,
 )
@@ -158,9 +159,9 @@ def test_a_state_of_what_is_masked_is_no_fault(name):
             after = run(x, state, weights)
             if name.endswith("pending"):
                 for ok in (True, False):
-                    nl.commit(after, ok)
+                    nl.population.commit(after, ok)
                 if "renorm" not in name and "domains" not in name and weights[1]:
-                    nl.settle(after)
+                    nl.population.settle(after)
 
 
 def test_what_is_beside_the_norms_promotes_no_ranks():
@@ -171,7 +172,7 @@ def test_what_is_beside_the_norms_promotes_no_ranks():
         state = nl.batch_norm(x, None, nl.init_running(C), train=True)[1]
         stacked = jax.tree.map(lambda v: jnp.stack([v, v]), state)
         nl.drift(stacked)
-        nl.merge_running(stacked)
+        nl.population.merge_running(stacked)
         norm = nl.get("batch")
         params, _ = norm.init(nl.Site(x))
         folded = functools.partial(nl.fold, kernel=array(draw(3, 5, C)), bias=jnp.zeros(C))

@@ -21,15 +21,15 @@ SYNC = nl.Sync("d", every=1)
 
 
 def by_example(**options):
-    state = nl.init_domains(C, domains=3, examples=N, **options)
-    return nl.select_domain(state, jnp.array([0, 0, 2, 2, 0, 2]))
+    state = nl.population.init_domains(C, domains=3, examples=N, **options)
+    return nl.population.select_domain(state, jnp.array([0, 0, 2, 2, 0, 2]))
 
 
-STATES = {name: functools.partial(nl.init_population, name, C) for name in NAMES} | {
+STATES = {name: functools.partial(nl.population.init_population, name, C) for name in NAMES} | {
     "domains by example": by_example,
-    "delayed": functools.partial(nl.init_delayed, C),
-    "pending": lambda: nl.begin(nl.init_running(C)),
-    "pending domains": lambda: nl.begin(nl.init_domains(C)),
+    "delayed": functools.partial(nl.population.init_delayed, C),
+    "pending": lambda: nl.population.begin(nl.init_running(C)),
+    "pending domains": lambda: nl.population.begin(nl.population.init_domains(C)),
 }
 every_kind = pytest.mark.parametrize("kind", STATES)
 
@@ -37,12 +37,12 @@ every_kind = pytest.mark.parametrize("kind", STATES)
 def trained(state, a=A, **options):
     """The state after a batch; what is delayed is exchanged, on one device."""
     a = array(a)
-    if not isinstance(state, nl.Delayed):
+    if not isinstance(state, nl.population.Delayed):
         return nl.batch_norm(a, None, state, train=True, **options)[1]
 
     def step(state):
         state = nl.batch_norm(a, None, state, train=True, axis_name=SYNC, **options)[1]
-        return nl.exchange(state, SYNC)
+        return nl.population.exchange(state, SYNC)
 
     state = jax.vmap(step, axis_name="d")(jax.tree.map(lambda v: jnp.asarray(v)[None], state))
     return jax.tree.map(lambda v: v[0], state)
@@ -57,24 +57,24 @@ def use(state, convert=lambda tree: tree):
     state = convert(trained(convert(trained(state))))
     found = {"state": state, "read": state.read()}
     stack = convert(jax.tree.map(lambda *v: jnp.stack(v), state, state))
-    found["merged"] = convert(nl.merge_running(stack))
-    found["shared"] = nl.share_running(found["merged"], 3)
-    found["average"] = nl.average_running(state, found["merged"], 0.5)
-    found["frozen"] = nl.freeze(state).read()
-    if not isinstance(state, nl.Pending | nl.Delayed):
+    found["merged"] = convert(nl.population.merge_running(stack))
+    found["shared"] = nl.population.share_running(found["merged"], 3)
+    found["average"] = nl.population.average_running(state, found["merged"], 0.5)
+    found["frozen"] = nl.population.freeze(state).read()
+    if not isinstance(state, nl.population.Pending | nl.population.Delayed):
         found["inference"] = nl.batch_norm(array(A), None, state, train=False)
-    if not isinstance(state, nl.Delayed):
-        pending = convert(trained(convert(nl.begin(state))))
-        found["committed"] = convert(nl.commit(pending))
+    if not isinstance(state, nl.population.Delayed):
+        pending = convert(trained(convert(nl.population.begin(state))))
+        found["committed"] = convert(nl.population.commit(pending))
         for options in ({"ok": False}, {"bad_batch": "propagate"}, {"bad_batch": "raise"}):
-            found[str(options)] = nl.commit(pending, **options)
-    if isinstance(state, nl.Domains):
-        found["selected"] = nl.select_domain(state, np.int32(1))
-    if isinstance(state, nl.Running | nl.Cumulative):
+            found[str(options)] = nl.population.commit(pending, **options)
+    if isinstance(state, nl.population.Domains):
+        found["selected"] = nl.population.select_domain(state, np.int32(1))
+    if isinstance(state, nl.Running | nl.population.Cumulative):
         found["drift"] = nl.drift(stack)
-        found["settled"] = nl.settle(pending)
+        found["settled"] = nl.population.settle(pending)
     if isinstance(state, nl.Running):
-        found["ddof"] = nl.change_ddof(state, 1)
+        found["ddof"] = nl.population.change_ddof(state, 1)
     jax.effects_barrier()
     return found
 
@@ -104,13 +104,13 @@ def test_debug_settings_find_no_fault_outside_jit(kind):
     "init",
     [
         nl.init_running,
-        nl.init_cumulative,
-        nl.init_renorm,
-        nl.init_domains,
-        nl.init_delayed,
-        functools.partial(nl.init_population, "ema"),
-        functools.partial(nl.init_population, "frozen"),
-        functools.partial(nl.init_domains, population="cumulative"),
+        nl.population.init_cumulative,
+        nl.population.init_renorm,
+        nl.population.init_domains,
+        nl.population.init_delayed,
+        functools.partial(nl.population.init_population, "ema"),
+        functools.partial(nl.population.init_population, "frozen"),
+        functools.partial(nl.population.init_domains, population="cumulative"),
     ],
 )
 def test_statistics_are_kept_in_float32_at_least(init):
@@ -127,7 +127,7 @@ def test_statistics_are_kept_in_float32_at_least(init):
 def test_statistics_that_were_cast_to_half_precision_do_not_stall(name):
     """They are taken back to float32, where 0.99 of an average and 0.01 of a batch can be added."""
     options = {} if name == "cumulative" else {"decay": 0.99}
-    state, batch = nl.init_population(name, C, **options), array(A)
+    state, batch = nl.population.init_population(name, C, **options), array(A)
     step = jax.jit(lambda state: nl.batch_norm(batch, None, state, train=True)[1])
     state, half = step(state), jax.tree.map(lambda v: v.astype(jnp.bfloat16), step(state))
     half = jax.tree.map(lambda h, v: h.astype(v.dtype) if v.dtype == jnp.int32 else h, half, state)
@@ -144,7 +144,7 @@ def test_statistics_that_were_cast_to_half_precision_do_not_stall(name):
 def test_every_state_comes_back_from_msgpack_and_from_orbax_without_a_target(kind, tmp_path):
     tree = {"norms": [trained(STATES[kind]())], "w": jnp.ones(2)}
     fresh = jax.tree.map(jnp.zeros_like, {"norms": [STATES[kind]()], "w": jnp.ones(2)})
-    words = nl.conventions(tree)
+    words = nl.population.conventions(tree)
     data = serialization.to_bytes(tree)
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(tmp_path / "states", tree)
@@ -152,11 +152,11 @@ def test_every_state_comes_back_from_msgpack_and_from_orbax_without_a_target(kin
         plain = checkpointer.restore(tmp_path / "states")
     for back in (
         serialization.from_bytes(fresh, data),
-        nl.restore_states(fresh, serialization.msgpack_restore(data)),
-        nl.restore_states(fresh, plain),
+        nl.population.restore_states(fresh, serialization.msgpack_restore(data)),
+        nl.population.restore_states(fresh, plain),
     ):
-        nl.check_conventions(words, back)
-        nl.check_conventions(back, fresh)
+        nl.population.check_conventions(words, back)
+        nl.population.check_conventions(back, fresh)
         assert jax.tree.structure(back) == jax.tree.structure(tree)
         assert gap(back, tree) == 0
         use(back["norms"][0])
@@ -168,7 +168,7 @@ def test_every_state_comes_back_from_msgpack_and_from_orbax_without_a_target(kin
         ({"decay": 0.9}, {"decay": 0.99}, r"decay=0.9, ddof=0\).*decay=0.99, ddof=0\)"),
         ({"ddof": 0}, {"ddof": 1}, r"ddof=0\).*ddof=1\)"),
         ({"population": "renorm"}, {"population": "renorm", "eps": 0.1}, r"1e-05.*sigma_eps=0.1"),
-        ({"population": "frozen"}, {"population": "frozen", "ddof": 1}, r"Frozen\(of=.*ddof=1"),
+        ({"population": "frozen"}, {"population": "frozen", "ddof": 1}, r"Frozen\(inner=.*ddof=1"),
         (
             {"population": "cumulative"},
             {"population": "cumulative", "estimator": "within"},
@@ -178,19 +178,21 @@ def test_every_state_comes_back_from_msgpack_and_from_orbax_without_a_target(kin
 )
 def test_another_convention_is_an_error_that_names_both(old, new, says):
     def make(population="debiased", **options):
-        return {"norm": nl.init_population(population, C, **options)}
+        return {"norm": nl.population.init_population(population, C, **options)}
 
     old, new = make(**old), make(**new)
     restored = serialization.from_bytes(new, serialization.to_bytes(old))
     plain = serialization.msgpack_restore(serialization.to_bytes(old))
     for check in (
-        lambda: nl.check_conventions(nl.conventions(old), new),  # beside Orbax
-        lambda: nl.check_conventions(restored, new),
-        lambda: nl.restore_states(new, plain),
+        lambda: nl.population.check_conventions(
+            nl.population.conventions(old), new
+        ),  # beside Orbax
+        lambda: nl.population.check_conventions(restored, new),
+        lambda: nl.population.restore_states(new, plain),
     ):
         with pytest.raises(ValueError, match=rf"conventions: got 'norm', which is .*{says}"):
             check()
-        nl.check_conventions(nl.conventions(old), old)
+        nl.population.check_conventions(nl.population.conventions(old), old)
 
 
 def test_what_a_checkpoint_lacks_is_named():
@@ -198,13 +200,13 @@ def test_what_a_checkpoint_lacks_is_named():
     with pytest.raises(
         ValueError, match=r"'a', which is not there in the checkpoint; expected Run"
     ):
-        nl.check_conventions({}, states)
+        nl.population.check_conventions({}, states)
     saved = {"a": states["a"]._asdict()}
     del saved["a"]["mass"]
     with pytest.raises(ValueError, match=r"without 'a/mass'.*Known: mean, var"):
-        nl.restore_states(states, saved)
+        nl.population.restore_states(states, saved)
     with pytest.raises(ValueError, match=r"'a/mean' of shape \(3,\).*shape \(2,\)"):
-        nl.restore_states({"a": nl.init_running(2)}, {"a": states["a"]._asdict()})
+        nl.population.restore_states({"a": nl.init_running(2)}, {"a": states["a"]._asdict()})
 
 
 @pytest.mark.parametrize("name", ["debiased", "cumulative", "renorm", "domains", "frozen", "batch"])
@@ -213,8 +215,10 @@ def test_a_pure_dict_of_an_nnx_model_goes_through_orbax_and_comes_back(name, tmp
         return normlab.nnx.BatchNorm(C, momentum=0.9, population=name, rngs=nnx.Rngs(0))
 
     old, new = make(), make()
-    assert nl.conventions(old) == nl.conventions({"population": nl.init_population(name, C)})
-    nl.check_conventions(old, new)
+    assert nl.population.conventions(old) == nl.population.conventions(
+        {"population": nl.population.init_population(name, C)}
+    )
+    nl.population.check_conventions(old, new)
     old(array(A))
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(tmp_path / "pure", nnx.to_pure_dict(nnx.state(old)))
@@ -233,7 +237,7 @@ def test_a_pure_dict_of_an_nnx_model_goes_through_orbax_and_comes_back(name, tmp
 
 @every_kind
 def test_the_average_of_a_models_states_keeps_its_counters_whole(kind):
-    old, step = trained(STATES[kind]()), jax.jit(nl.average_running)
+    old, step = trained(STATES[kind]()), jax.jit(nl.population.average_running)
     new = trained(old, A + 1)
     average = step(new, old, 0.25)
     assert jax.tree.structure(average) == jax.tree.structure(new)
@@ -244,7 +248,7 @@ def test_the_average_of_a_models_states_keeps_its_counters_whole(kind):
         assert gap(leaf, expected) < 1e-6
     use(average)
     with pytest.raises(ValueError, match=r"conventions: got '', which is Running.*ddof=1"):
-        nl.average_running(nl.init_running(C, ddof=1), nl.init_running(C), 0.5)
+        nl.population.average_running(nl.init_running(C, ddof=1), nl.init_running(C), 0.5)
 
 
 def test_optax_averages_what_is_no_counter():

@@ -30,7 +30,7 @@ TOPOLOGIES = {
     "alone": nl.Sync("d", groups=1),
     "strided": nl.Sync("d", groups=STRIDED),
     "uneven": nl.Sync("d", groups=UNEVEN),
-    "ring": nl.Sync("d", members=nl.ring(D)),
+    "ring": nl.Sync("d", members=nl.devices.ring(D)),
     "ghosts": nl.Sync("d", shards=2, groups=1),
     "ghosts across devices": nl.Sync(
         "d", shards=2, groups=((*range(1, 16, 2),), (*range(0, 16, 2),))
@@ -234,7 +234,7 @@ def test_a_virtual_batch_gives_the_same_numbers_on_any_number_of_devices(devices
         ({"groups": ((*range(8),), ())}, r"empty groups at: 1"),
         ({"groups": ((*range(8),), (3,))}, r"in more than one place: 3.*members may overlap"),
         ({"groups": ((*range(7), 9),)}, r"missing: 7; not there: 9"),
-        ({"members": nl.ring(4)}, r"members for 4 shards where there are 8.*ring\(8\)"),
+        ({"members": nl.devices.ring(4)}, r"members for 4 shards where there are 8.*ring\(8\)"),
         ({"members": ((),) * 8}, r"the members \(\) of shard 0"),
         ({"members": ((8,),) * 8}, r"the members \(8,\) of shard 0.*0 to 7"),
         ({"shards": 3, "groups": 1}, r"3 shards of a device's batch of 4.*use 2 shards"),
@@ -258,7 +258,7 @@ def test_a_batch_that_cannot_be_cut_so_is_an_error(options, says):
         ({"every": -1}, "every=-1"),
         ({"gradient": "forwards"}, "'forwards'.*did you mean 'forward'"),
         ({"groups": 2, "virtual_batch": 4}, "groups and virtual_batch; expected one way"),
-        ({"groups": 2, "members": nl.ring(8)}, "groups and members"),
+        ({"groups": 2, "members": nl.devices.ring(8)}, "groups and members"),
         ({"groups": 2, "staged": True}, "groups and staged"),
         ({"virtual_batch": 4, "shards": 2}, "virtual_batch and shards"),
         ({"every": 1, "shards": 2}, "every with parts of a batch"),

@@ -463,9 +463,9 @@ def test_merged_microbatches_committed_once_are_the_whole_batch(ddof, debias, pr
     @compiled
     def accumulated(micro, state):
         def add(m, batch):
-            return nl.merge(m, nl.moments(batch, 0)), None
+            return nl.measure.merge(m, nl.moments(batch, 0)), None
 
-        m, _ = lax.scan(add, nl.empty((1, C), precision), micro)
+        m, _ = lax.scan(add, nl.measure.empty((1, C), precision), micro)
         return commit(m, state)
 
     state = accumulated(micro, start)
@@ -497,7 +497,7 @@ def test_microbatches_of_any_size_in_any_order_weigh_by_their_count():
     masked = nl.moments(array(draw(9, 4, C, mean=1e6)), 0, weights=jnp.zeros(4))
     whole = np.concatenate(batches)
     for order in itertools.islice(itertools.permutations(batches), 0, 24, 5):
-        m = functools.reduce(nl.merge, (nl.moments(array(b), 0) for b in order), masked)
+        m = functools.reduce(nl.measure.merge, (nl.moments(array(b), 0) for b in order), masked)
         state = commit(m)
         assert state.updates == 1
         assert gap((state.mean, state.var), (whole.mean(0), whole.var(0))) < 2e-6
@@ -516,9 +516,9 @@ def test_the_gradient_of_the_whole_batch_comes_from_microbatches(precision):
     def in_microbatches(w, params):
         @jax.checkpoint
         def measure(m, x):
-            return nl.merge(m, nl.moments(x @ w, 0)), None
+            return nl.measure.merge(m, nl.moments(x @ w, 0)), None
 
-        m, _ = lax.scan(measure, nl.empty((1, C), dtype), x)
+        m, _ = lax.scan(measure, nl.measure.empty((1, C), dtype), x)
         parts = nl.Parts(m.mean, jnp.sqrt(m.var() + 1e-5), params.g, params.b)
 
         @jax.checkpoint
@@ -547,9 +547,9 @@ def test_microbatches_on_devices_are_the_whole_batch(mapper):
     shards = array(draw(0, 8, 4, 6, C) + 3 * draw(1, 8, 4, 1, C))
 
     def on_device(state, micro):
-        within = nl.merge_axes(nl.moments(micro, 1), 0)
+        within = nl.measure.merge_axes(nl.moments(micro, 1), 0)
         m = nl.Moments(*(jnp.broadcast_to(v, within.mean.shape)[0] for v in within))
-        return commit(nl.all_reduce(m, "d"), state)
+        return commit(nl.devices.all_reduce(m, "d"), state)
 
     run = mappers()[mapper](on_device)
     state = (run if mapper == "pmap" else compiled(run))(nl.init_running(C), shards)
@@ -617,7 +617,7 @@ def test_the_linear_map_is_a_static_part_of_the_site():
     @jax.jit
     def measure(site):
         traces.append(site.linear)
-        return nl.get("cosine").parts(None, (), site, train=True)[0].scale
+        return nl.get("cosine").parts(None, (), site, train=True)[0].sigma
 
     x, w = array(draw(0, 2, 5, 5, 3)), array(draw(1, 3, 3, 3, 4))
     for linear in (nl.Conv(), nl.Conv(), nl.Conv(padding="VALID"), nl.Conv(strides=1)):

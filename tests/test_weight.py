@@ -79,7 +79,7 @@ def test_weight_norm_gradients_are_the_papers(x64):
     length = np.linalg.norm(v, axis=0)
     dg = (c * v).sum(0) / length
     dv = g / length * c - g * dg / length**2 * v
-    by_jax = jax.grad(lambda v, g: (c * nl.weight_norm(v, g)).sum(), (0, 1))(
+    by_jax = jax.grad(lambda v, g: (c * nl.weight_norm(v, nl.Affine(g, None))).sum(), (0, 1))(
         jnp.asarray(v), jnp.asarray(g)
     )
     assert gap(by_jax, (dv, dg)) < 1e-12
@@ -147,18 +147,18 @@ def test_a_nan_in_a_unit_is_nan_in_its_output(name):
 def test_a_zero_weight_stays_zero_with_finite_derivatives():
     v = array(draw(0, 5, 4) * np.array([1, 0, 1, 0]))
     g, c = array(draw(1, 4)), array(draw(2, 5, 4))
-    assert (nl.weight_norm(v, g)[:, 1::2] == 0).all()
-    dv, dg = jax.grad(lambda v, g: (c * nl.weight_norm(v, g)).sum(), (0, 1))(v, g)
+    assert (nl.weight_norm(v, nl.Affine(g, None))[:, 1::2] == 0).all()
+    dv, dg = jax.grad(lambda v, g: (c * nl.weight_norm(v, nl.Affine(g, None))).sum(), (0, 1))(v, g)
     assert np.isfinite(dv).all()
     assert gap(dv[:, 1::2], (g * c)[:, 1::2]) < 1e-6  # "with derivative g"
     assert (dg[1::2] == 0).all()
-    hessian = jax.jit(jax.hessian(lambda v: (c * nl.weight_norm(v, g)).sum()))(v)
+    hessian = jax.jit(jax.hessian(lambda v: (c * nl.weight_norm(v, nl.Affine(g, None))).sum()))(v)
     assert np.isfinite(hessian).all()
 
 
 @pytest.mark.parametrize("name", ["weight", "cosine", "centred_cosine"])
 def test_zero_weights_and_inputs_give_zero_with_finite_derivatives(name):
-    norm = nl.get(name, rescale=False, reshift=False)
+    norm = nl.get(name, use_gain=False, use_bias=False)
 
     @jax.jit
     def h(x, w):
@@ -293,7 +293,7 @@ def test_a_large_constant_has_no_correlation_either(name):
     if name == "plain":
         h = cosine(x, w, centred=True)
     else:
-        norm = nl.get("centred_cosine", rescale=False, reshift=False)
+        norm = nl.get("centred_cosine", use_gain=False, use_bias=False)
         h, _ = norm.apply(None, (), nl.Site(x @ w, x, w), train=True)
     assert np.abs(h).max() < 1e-5
 
@@ -346,7 +346,7 @@ def test_data_dependent_init_weighs_positions_wherever_the_channels_are():
 
 # What a site must be, and constants.
 
-ON_W = tuple(name for name in nl.names() if nl.row(name).looks_at.startswith("w"))
+ON_W = tuple(name for name in nl.names() if "w" in nl.row(name).needs)
 """The norms that look at the weights."""
 
 

@@ -313,7 +313,7 @@ def kernels(*shape):
 
 def by_function(linear):
     """h of w = g·v/‖v‖ made first."""
-    return lambda x, v, g, b: linear(x, nl.weight_norm(v, g)) + b
+    return lambda x, v, g, b: linear(x, nl.weight_norm(v, nl.Affine(g, None))) + b
 
 
 def by_registry(linear):

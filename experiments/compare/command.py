@@ -62,7 +62,7 @@ def table(comparison: Comparison) -> Table:
     """The result, a row per norm."""
     config = comparison.config
     result = Table(title=f"{config.dataset}, {config.model}, {config.sync} statistics")
-    result.add_column("norm", no_wrap=True)
+    result.add_column("norm", overflow="fold")
     for heading in (
         "test accuracy %",
         f"steps to {100 * config.target:g}%",

@@ -11,6 +11,6 @@ draw.py        what the figures are made of
 from ..rundir import Record, number
 from ..training.driver import Checkpoint
 from .learn import Instrument, Lane, Net, dataset, lanes, learn, shuffled, start
-from .question import Condition, Config, Measure, Optimizer, Question, Schedule, exact
+from .question import Condition, Config, Measure, Question, Schedule, exact
 from .records import Records
 from .verdict import Verdict, decide

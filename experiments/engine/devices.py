@@ -138,7 +138,7 @@ class Lab:
             options["delayed"] = sync
         trainer = self.trainer(norm, config.form, **options)
         state = self.start(trainer)
-        cut = list(turns(indices.swapaxes(0, 1), config.evaluations))
+        cut = list(turns([*indices.swapaxes(0, 1)], config.evaluations))
         rows = [{"seed": seed} for seed in range(config.seeds)]
         begin = Progress.start(state, config.seeds, resume)
         there = None
@@ -149,7 +149,7 @@ class Lab:
                 there = pool.submit(lambda: other.train(self.start(other), cut[0][1])[1])
                 trainer.compile(state, {len(each) for _, each in cut}, indices.shape[-1])
         for at in drive(trainer, begin, cut):
-            if there is not None:
+            if there is not None and at.losses is not None:
                 gap = relative(there.result()[:FIRST_STEPS], at.losses[:FIRST_STEPS])
                 yield {"kind": "forms", "steps": min(FIRST_STEPS, at.step), "loss_gap": number(gap)}
                 there = None

@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 from matplotlib.figure import Figure
 
 from ..rundir import Record
-from ..training.config import Optimizer, Training, require_evaluations
+from ..training.config import Training, require_evaluations
 from ..training.driver import Checkpoint
 from .records import Records
 from .verdict import Verdict
@@ -32,7 +32,7 @@ class Config(Training):
     model: str = "mlp"
     batch_size: int = 60
     steps: int = 1000
-    optimizer: Optimizer = "sgd"
+    optimizer: str = "sgd"
     lr: float = 0.1
     evaluations: int = 10
     schedule: Schedule = "constant"

@@ -103,7 +103,7 @@ def draw_kernels(
     Returns:
       A tree of parameters `[seeds, ...]`, to be completed by `complete`.
     """
-    model = build(name, nl.get("none", reshift=False), classes, **options)
+    model = build(name, nl.get("none", use_bias=False), classes, **options)
     draw = jax.jit(lambda seed: model.init(jax.random.key(seed), example, train=False)["params"])
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *map(draw, seeds))
 

@@ -130,7 +130,7 @@ class Normed(nn.Module):
       activation: f; `None` for none.
       placement: Where the norm stands.
       kernel_init: How w is drawn.
-      gain: What the norm's initial rescale is multiplied by.
+      gain: What the norm's initial gain is multiplied by.
       steps: Keeps a state of the norm for each of so many time steps; `None` keeps one.
     """
 

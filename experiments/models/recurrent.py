@@ -5,8 +5,8 @@ it by the last output of the last layer. Time is a scan: the program does not gr
 
 A norm with a state (batch norm) keeps one for each time step, up to `max_steps`: activations right
 after the start of a sequence are distributed unlike later ones (Cooijmans et al. 2016). All steps
-from the last on share one: within a transaction (`nl.begin`) what they measure is pooled, outside
-of one each is an update.
+from the last on share one: within a transaction (`nl.population.begin`) what they measure is
+pooled, outside of one each is an update.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Cell(nn.Module):
       width: H, the size of the layer's state.
       norms: By the names of `SITES`, the norms that stand there.
       activation: What the candidate for the new state goes through.
-      gain: What the norms' initial rescale is multiplied by.
+      gain: What the norms' initial gain is multiplied by.
       steps: How many time steps have a state of their own.
     """
 
@@ -113,7 +113,7 @@ class Recurrent(Network):
       widths: The size of each layer's state.
       max_steps: How many states the norm keeps, one for each time step; `None` for as many as
         there are steps in the sequences with which the model is initialized.
-      gain: What the norms' initial rescale is multiplied by. Cooijmans et al. start batch norm
+      gain: What the norms' initial gain is multiplied by. Cooijmans et al. start batch norm
         with 0.1, so that tanh is not saturated.
       read: How an image becomes a sequence.
     """

@@ -82,7 +82,7 @@ def change(name: str, column: str, spread: float, eps: float) -> float:
     # One factor, split between the two, so that neither is what makes the difference.
     small = np.sqrt(spread / float(np.std(linear(jnp.asarray(x), jnp.asarray(w)))))
     options: dict[str, Any] = {"groups": 2} if name == "group" else {}
-    if nl.row(name).looks_at.startswith("a"):
+    if "a" in nl.row(name).needs:
         options["eps"] = eps
     norm = nl.get(name, **options)
 

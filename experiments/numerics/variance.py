@@ -28,7 +28,7 @@ from jax import Array
 import normlab as nl
 
 MEANS = (0.0, 1e1, 1e2, 1e3, 1e4, 1e5, 1e6)
-ALGORITHMS = tuple(name for name in get_args(nl.Algorithm) if name != "auto")
+ALGORITHMS = tuple(name for name in get_args(nl.measure.Algorithm) if name != "auto")
 EPS = 1e-5
 
 
@@ -78,7 +78,7 @@ def errors(config: Numerics, mean: float, dtype: str) -> dict[str, float]:
         return nl.affine(parts, x.astype(jnp.float32))
 
     @functools.partial(jax.jit, static_argnames="algorithm")
-    def normlab(x: Array, algorithm: nl.Algorithm) -> Array:
+    def normlab(x: Array, algorithm: nl.measure.Algorithm) -> Array:
         parts, _ = nl.batch_parts(x, None, None, train=True, eps=EPS, algorithm=algorithm)
         return output(parts, x)
 
@@ -109,7 +109,7 @@ def costs(rounds: int) -> dict[str, float]:
     x, dy = (jnp.asarray(rng.normal(size=(64, 28, 28, 64)), jnp.float32) for _ in range(2))
     params = nl.init_affine(64)
 
-    def step(algorithm: nl.Algorithm) -> Callable[[], Any]:
+    def step(algorithm: nl.measure.Algorithm) -> Callable[[], Any]:
         def f(x: Array, params: nl.Affine) -> Array:
             return nl.batch_norm(x, params, train=True, algorithm=algorithm)[0]
 

@@ -280,7 +280,7 @@ def _steps(
                 value = lax.pmean(value, axis)
         if isinstance(sync, nl.Sync) and sync.every:
             with jax.named_scope("exchange"):
-                state = nl.exchange(state, sync)
+                state = nl.population.exchange(state, sync)
         return jax.tree.map(lambda v, g: v - 0.1 * g, params, grads), state, value
 
     return {"forward": loss, "both": both, "step": step}

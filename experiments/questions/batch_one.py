@@ -33,7 +33,7 @@ from .. import models
 from ..engine import (
     Condition,
     Config,
-    Optimizer,
+
     Record,
     Records,
     Verdict,
@@ -72,7 +72,7 @@ class BatchOne(Config):
 
     batch_size: int = 100
     steps: int = 3000
-    optimizer: Optimizer = "momentum"
+    optimizer: str = "momentum"
     sizes: tuple[int, ...] = (100, 16, 4, 2, 1)
 
 

@@ -35,7 +35,7 @@ import normlab as nl
 from ..engine import (
     Condition,
     Config,
-    Optimizer,
+
     Record,
     Records,
     Schedule,
@@ -77,7 +77,7 @@ class BatchSizeConv(Config):
     schedule: Schedule = "cosine"
     steps: int = 300
     evaluations: int = 3
-    optimizer: Optimizer = "momentum"
+    optimizer: str = "momentum"
     lr: float = 0.05
 
 

@@ -123,7 +123,7 @@ def values(config: Cosine) -> Iterator[Record]:
     """The largest |pre-activation|, and the distance from Pearson's r, of each draw."""
     data = dataset(config.dataset, config.data_dir)
     plain, centred = (
-        nl.get(name, rescale=False, reshift=False) for name in ("cosine", "centred_cosine")
+        nl.get(name, use_gain=False, use_bias=False) for name in ("cosine", "centred_cosine")
     )
     for seed in range(config.seeds):
         rng = np.random.default_rng(seed)

@@ -33,7 +33,7 @@ from ..data import Dataset
 from ..engine import (
     Condition,
     Config,
-    Optimizer,
+
     Records,
     Schedule,
     Verdict,
@@ -64,7 +64,7 @@ class DataSize(Config):
     norms: tuple[str, ...] = ("none", "batch")
     sizes: tuple[int, ...] = (500, 1000, 2000, 4000)
     rates: tuple[float, ...] = (0.03, 0.1, 0.3)
-    optimizer: Optimizer = "momentum"
+    optimizer: str = "momentum"
     schedule: Schedule = "linear"
     steps: int = 1500
     evaluations: int = 2

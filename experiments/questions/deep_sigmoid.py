@@ -23,7 +23,7 @@ from matplotlib.figure import Figure
 
 import normlab as nl
 
-from ..engine import Condition, Config, Optimizer, Records, Verdict, decide, draw, lanes, learn
+from ..engine import Condition, Config, Records, Verdict, decide, draw, lanes, learn
 
 STUCK = 30.0
 """Percent of the test set that a net which does not learn gets right, at most."""
@@ -47,7 +47,7 @@ class DeepSigmoid(Config):
     depths: tuple[int, ...] = (5, 8)
     rates: tuple[float, ...] = (0.03, 0.1, 0.3, 1.0)
     width: int = 100
-    optimizer: Optimizer = "momentum"
+    optimizer: str = "momentum"
     steps: int = 2000
 
 

@@ -117,10 +117,10 @@ def accuracies(config: Domain, net: Net) -> dict[str, Array]:
         return 100 * (logits.argmax(-1) == data.test_labels).mean()
 
     def settled(images: np.ndarray) -> object:
-        variables = {"params": net.params, models.STATE: nl.begin(net.norm_state)}
+        variables = {"params": net.params, models.STATE: nl.population.begin(net.norm_state)}
         images = images.astype(np.float32)
         _, after = net.model.apply(variables, images, train=True, mutable=[models.STATE])
-        return nl.settle(after[models.STATE])
+        return nl.population.settle(after[models.STATE])
 
     plain = settled(seen)
     found = {"clean": accuracy(plain, test)}

@@ -31,7 +31,7 @@ from ..data import Dataset
 from ..engine import (
     Condition,
     Config,
-    Optimizer,
+
     Records,
     Schedule,
     Verdict,
@@ -61,7 +61,7 @@ class Dropout(Config):
     shares: tuple[float, ...] = (0.0, 0.2, 0.5)
     rates: tuple[float, ...] = (0.01, 0.03, 0.1, 0.3)
     examples: int = 2000
-    optimizer: Optimizer = "momentum"
+    optimizer: str = "momentum"
     schedule: Schedule = "linear"
     steps: int = 1500
     evaluations: int = 2

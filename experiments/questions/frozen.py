@@ -99,7 +99,7 @@ def measured(config: Frozen, together: int) -> Iterator[Record]:
     for then in ("batch", "frozen"):
         begin = Progress.start(state, len(rows), parted)
         if then == "frozen":
-            frozen = begin.state._replace(norm_state=nl.freeze(begin.state.norm_state))
+            frozen = begin.state._replace(norm_state=nl.population.freeze(begin.state.norm_state))
             begin = dataclasses.replace(begin, state=frozen)
         for at in drive(trainer, begin, cut[parting:]):
             yield from at.records([{"then": then, **row} for row in rows])

@@ -69,7 +69,7 @@ def run(config: GainBias) -> Iterator[Condition]:
     rows = lanes(config, lr=config.rates)
     for activation in config.activations:
         for variant, (gain, bias) in VARIANTS.items():
-            norm = nl.get("batch", rescale=gain, reshift=bias)
+            norm = nl.get("batch", use_gain=gain, use_bias=bias)
             f = getattr(nn, activation)
             measure = learn(config, norm, side_by_side=rows, activation=f)
             yield Condition({"activation": activation, "variant": variant}, measure)

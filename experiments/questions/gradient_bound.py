@@ -79,7 +79,7 @@ def sides(config: GradientBound, *, two: bool) -> Iterator[Record]:
 
         left = squares(jax.grad(lambda y: above(norm(y, g, b)))(y))
         arriving = jax.grad(above)(y if two else g * y_hat + b)
-        factor = jnp.square(g / parts.scale).ravel()
+        factor = jnp.square(g / parts.sigma).ravel()
         return left, factor * reduced(arriving, y_hat), factor * squares(arriving)
 
     with jax.enable_x64(True):

@@ -42,7 +42,7 @@ class GradientSync(Config):
       gradients: What the gradient sees, beside "both".
     """
 
-    gradients: tuple[nl.Gradient, ...] = ("forward", "backward", "none")
+    gradients: tuple[nl.devices.Gradient, ...] = ("forward", "backward", "none")
 
 
 SECONDS = 145

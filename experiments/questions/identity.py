@@ -82,7 +82,9 @@ def errors(config: Identity, *, share: float, train: bool) -> Iterator[Record]:
     def one(x: Array) -> tuple[Array, Array]:
         mean, var = x.mean(0), x.var(0)
         params = nl.Affine(jnp.sqrt(var + share * config.eps), mean)
-        state = nl.init_cumulative(config.channels, dtype=x.dtype).update(nl.moments(x, 0))
+        state = nl.population.init_cumulative(config.channels, dtype=x.dtype).update(
+            nl.moments(x, 0)
+        )
         h, _ = nl.batch_norm(x, params, state, train=train, eps=config.eps)
         error = jnp.abs(h - x).max(0) / jnp.abs(x - mean).max(0)
         factor = jnp.sqrt((var + share * config.eps) / (var + config.eps))

@@ -77,7 +77,7 @@ def path(u: Array, t: Array, lr: float, steps: int, ignored: bool) -> tuple[Arra
         x = u + b
         parts, _ = nl.batch_parts(x, None, None, train=True)
         if ignored:
-            parts = parts._replace(shift=lax.stop_gradient(parts.shift))
+            parts = parts._replace(mu=lax.stop_gradient(parts.mu))
         return jnp.square(nl.affine(parts, x) - t).mean() / 2
 
     def step(b: Array, _: None) -> tuple[Array, tuple[Array, Array]]:

@@ -110,9 +110,13 @@ def estimates(a: Array, m: int) -> dict[str, Array]:
     count, flat = values.shape[1], values.reshape(-1, a.shape[-1])
     mean, var = flat.mean(0), flat.var(0)
     within = values.var(1).mean(0)
-    state = nl.init_cumulative(a.shape[-1], ddof=1, estimator="within", dtype=jnp.float64)
+    state = nl.population.init_cumulative(
+        a.shape[-1], ddof=1, estimator="within", dtype=jnp.float64
+    )
 
-    def update(state: nl.Cumulative, batch: Array) -> tuple[nl.Cumulative, None]:
+    def update(
+        state: nl.population.Cumulative, batch: Array
+    ) -> tuple[nl.population.Cumulative, None]:
         return state.update(nl.moments(batch, range(batch.ndim - 1))), None
 
     state, _ = jax.lax.scan(update, state, batches)
@@ -128,7 +132,7 @@ def estimates(a: Array, m: int) -> dict[str, Array]:
 def folded(name: str, x: Array, w: Array, a: Array, rng: np.random.Generator) -> float:
     """The largest difference between batch norm and the layer that holds it, relative."""
     channels = w.shape[-1]
-    state = nl.init_cumulative(channels, ddof=1, dtype=jnp.float64)
+    state = nl.population.init_cumulative(channels, ddof=1, dtype=jnp.float64)
     state = state.update(nl.moments(a, range(a.ndim - 1)))
     params = nl.Affine(*(jnp.asarray(rng.normal(size=channels)) for _ in range(2)))
     return float(nl.fold_norm(NORM, params, state, w, x=x, linear=LINEAR[name]).error.max())

@@ -76,7 +76,7 @@ def changes(config: Invariances, name: str) -> Iterator[Record]:
     """How far the output moves under each change, and whether it should."""
     linear = nl.Conv(padding="VALID") if name == "instance" else nl.Dense()
     options: dict[str, Any] = {"groups": 2} if name == "group" else {}
-    if nl.row(name).looks_at.startswith("a"):
+    if "a" in nl.row(name).needs:
         options["eps"] = 1e-30
     norm = nl.get(name, **options)
 

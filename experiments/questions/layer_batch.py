@@ -25,7 +25,7 @@ from collections.abc import Iterator
 import flax.linen as nn
 from matplotlib.figure import Figure
 
-from ..engine import Condition, Config, Optimizer, Records, Schedule, Verdict, decide, draw, learn
+from ..engine import Condition, Config, Records, Schedule, Verdict, decide, draw, learn
 from .batch_size import make, rise
 
 STILL = 0.5
@@ -56,7 +56,7 @@ class LayerBatch(Config):
     schedule: Schedule = "cosine"
     steps: int = 468
     evaluations: int = 6
-    optimizer: Optimizer = "adam"
+    optimizer: str = "adam"
     lr: float = 0.001
 
 

@@ -29,7 +29,7 @@ from matplotlib.figure import Figure
 import normlab as nl
 
 from ..data import Dataset
-from ..engine import Condition, Config, Optimizer, Records, Verdict, decide, draw, lanes, learn
+from ..engine import Condition, Config, Records, Verdict, decide, draw, lanes, learn
 
 STABLE = 0.9
 """The accuracy at the end with a stable rate, as a share of the baseline's, at least."""
@@ -63,7 +63,7 @@ class LearningRate(Config):
     rates: tuple[float, ...] = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
     starts: tuple[float, ...] = (0.003, 0.01, 0.03)
     tests: int = 5000
-    optimizer: Optimizer = "momentum"
+    optimizer: str = "momentum"
     steps: int = 1500
     evaluations: int = 30
 

@@ -4,7 +4,7 @@ Claim: Where every device draws from all data, the statistics of its batches dif
 by sampling and by no more, all through training; averaging the devices' running variances then
 costs nothing at evaluation. Where the devices' data differ in their classes they drift apart, and
 an average of variances, which leaves out the variance between devices, costs accuracy; merging
-(`nl.pool_running`) keeps it.
+(`nl.population.pool_running`) keeps it.
 
 Source: Hsieh et al. 2020, https://arxiv.org/abs/1910.00189
 
@@ -68,8 +68,8 @@ def train(
 
     def measure(trainer: Trainer, state: TrainState) -> Iterator[Record]:
         for layer, norm in state.norm_state.items():
-            delayed: nl.Delayed = norm["norm"]  # [devices, seeds, C]
-            batch, running = shares(delayed.own), shares(delayed.running)
+            delayed: nl.population.Delayed = norm["norm"]  # [devices, seeds, C]
+            batch, running = shares(delayed.own), shares(delayed.inner)
             for seed in range(config.seeds):
                 yield {
                     "kind": "drift",

@@ -83,7 +83,7 @@ def run(config: MeanField) -> Iterator[Condition]:
 
 def growth(config: MeanField, *, norm: str, activation: str, batch: int) -> Iterator[Record]:
     """The squared norm of the gradient at each layer, and its mean growth."""
-    options: dict[str, Any] = {"eps": 1e-12} if nl.row(norm).looks_at.startswith("a") else {}
+    options: dict[str, Any] = {"eps": 1e-12} if "a" in nl.row(norm).needs else {}
     layer = nl.get(norm, **options)
     f = jax.nn.relu if activation == "relu" else lambda z: z
 

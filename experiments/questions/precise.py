@@ -115,7 +115,7 @@ def accuracies(config: Precise, net: Net) -> dict[str, Array]:
         return 100 * right.mean(dtype=jnp.float32)
 
     many = cut(data.train_images)[: config.batches]
-    precise = nl.settle(lax.scan(see, nl.begin(net.norm_state), many)[0])
+    precise = nl.population.settle(lax.scan(see, nl.population.begin(net.norm_state), many)[0])
     return {
         "with_average": accuracy(net.norm_state),
         "with_precise": accuracy(precise),

@@ -99,7 +99,7 @@ def make(config: Renorm, name: str, together: int) -> nl.Norm:
     begin, d_end, r_end = (config.steps * share // 160 for share in (5, 25, 40))
     limits = {"r_max": config.r_max, "d_max": config.d_max}
     growing = {"begin": begin, "r_end": r_end, "d_end": d_end}
-    renorm = functools.partial(nl.init_renorm, **limits, **growing)
+    renorm = functools.partial(nl.population.init_renorm, **limits, **growing)
     return nl.get("batch", population=renorm, **options)
 
 
@@ -121,7 +121,7 @@ def compare(seeds: int) -> Iterator[Record]:
         drawn = np.random.default_rng(seed).normal(1, 2, (2, 8, 5)).astype(np.float32)
         a, cotangent = jnp.asarray(drawn)
         running = nl.init_running(5).update(nl.moments(3 * a, 0))
-        held = nl.init_renorm(5, r_max=1, d_max=0, begin=0)._replace(running=running)
+        held = nl.population.init_renorm(5, r_max=1, d_max=0, begin=0)._replace(inner=running)
         each = (forth_and_back(state, a, cotangent) for state in (running, held))
         gap = max(abs(v - w).max() for v, w in zip(*each, strict=True))
         yield {"kind": "layer", "seed": seed, "gap": number(gap)}

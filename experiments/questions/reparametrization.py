@@ -82,7 +82,7 @@ def run(config: Config) -> Iterator[Condition]:
     norms = {
         "none": nl.get("none"),
         "batch": nl.get("batch"),
-        "batch, no gain or bias": nl.get("batch", rescale=False, reshift=False),
+        "batch, no gain or bias": nl.get("batch", use_gain=False, use_bias=False),
         "batch, from the identity": from_identity(),
     }
     for name, norm in norms.items():
@@ -97,7 +97,7 @@ def from_identity() -> nl.Norm:
     def init(site: nl.Site) -> tuple[nl.Params, nl.State]:
         params, state = batch.init(site)
         parts, state = batch.parts(params, state, site, train=True)
-        return nl.Affine(parts.scale.ravel(), parts.shift.ravel()), state
+        return nl.Affine(parts.sigma.ravel(), parts.mu.ravel()), state
 
     return nl.Norm(init, batch.parts)
 

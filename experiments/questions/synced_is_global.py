@@ -51,7 +51,7 @@ PASSES = {"forward": ("h", "state.mean", "state.var"), "backward": ("dx", "dg", 
 NORMS = ("synced", "variances averaged")
 
 
-def norm(name: str, axis_name: nl.AxisName | None) -> nl.Norm:
+def norm(name: str, axis_name: nl.devices.AxisName | None) -> nl.Norm:
     """Batch norm, synced by the library, or by averaging means and variances."""
     inner = nl.get("batch", axis_name=axis_name if name == "synced" else None)
     if name == "synced" or axis_name is None:

@@ -133,7 +133,7 @@ def gradients(params: Any, images: Array, labels: Array) -> tuple[Array, Array]:
     plain = dict(params)
     for layer in LAYERS:
         v, (g, b) = params[layer]["kernel"], params[layer]["norm"]
-        plain[layer] = {"kernel": nl.weight_norm(v, g), "norm": nl.Affine(None, b)}
+        plain[layer] = {"kernel": nl.weight_norm(v, nl.Affine(g, None)), "norm": nl.Affine(None, b)}
     by_w = jax.grad(lambda p: loss(network("none"), p, images, labels))(plain)
     wrong, cosines = [], []
     for layer in LAYERS:

@@ -26,7 +26,7 @@ from matplotlib.figure import Figure
 
 import normlab as nl
 
-from ..engine import Condition, Config, Optimizer, Records, Verdict, decide, draw, lanes, learn
+from ..engine import Condition, Config, Records, Verdict, decide, draw, lanes, learn
 
 EQUAL = 0.5
 """Points of test accuracy that weight norm may be off the plain net, either way."""
@@ -49,7 +49,7 @@ class WeightNormAccuracy(Config):
     rates: tuple[float, ...] = (0.001, 0.003, 0.01, 0.03)
     dataset: str = "cifar10"
     model: str = "conv"
-    optimizer: Optimizer = "adam"
+    optimizer: str = "adam"
     steps: int = 600
     evaluations: int = 1
     seeds: int = 4
@@ -88,7 +88,7 @@ def mean_only() -> nl.Norm:
     ) -> tuple[nl.Parts, nl.State]:
         measured, state = batch.parts(params, state, site, train=train)
         own, _ = weight.parts(params, (), site, train=train)
-        return own._replace(shift=measured.shift), state
+        return own._replace(mu=measured.mu), state
 
     return nl.Norm(init, parts)
 

@@ -57,7 +57,7 @@ class Checkpoints:
             self.manager.save(
                 step,
                 args=ocp.args.StandardSave(state._asdict()),
-                custom_metadata={"norm_state": nl.conventions(state.norm_state)},
+                custom_metadata={"norm_state": nl.population.conventions(state.norm_state)},
                 force=True,
             )
 
@@ -73,7 +73,7 @@ class Checkpoints:
         if step is None:
             return 0, new
         kept = (self.manager.metadata(step).custom_metadata or {}).get("norm_state", {})
-        here = {f"norm_state.{k}": v for k, v in nl.conventions(new.norm_state).items()}
+        here = {f"norm_state.{k}": v for k, v in nl.population.conventions(new.norm_state).items()}
         self._check(step, {f"norm_state.{k}": v for k, v in kept.items()}, here)
         there, here = _shapes(self.manager.item_metadata(step)), _shapes(new._asdict())
         devices = next((v[0] for k, v in there.items() if k.startswith("norm_state")), 0)
@@ -118,7 +118,7 @@ def _merge(states: Any, devices: int) -> Any:
     """What each of `devices` keeps of the states of other devices, which are stacked."""
     leaves = [(v == v[:1]).all() for v in jax.tree.leaves(states)]
     alike = jnp.stack(leaves).all() if leaves else True  # synced: each has seen everything
-    shared = nl.share_running(nl.merge_running(states), devices)
+    shared = nl.population.share_running(nl.population.merge_running(states), devices)
     return jax.tree.map(lambda v, one: jnp.where(alike, v[0], one), states, shared)
 
 

@@ -44,7 +44,7 @@ class Training:
     model: str = "conv"
     batch_size: int = 128
     steps: int = 600
-    optimizer: Optimizer = "momentum"
+    optimizer: str = "momentum"
     lr: float = 0.05
     data_dir: Path | None = None
 
@@ -70,6 +70,7 @@ class Command(Training):
       eps: ε, added to the variance under the root.
     """
 
+    optimizer: Optimizer = "momentum"
     microbatches: int = 1
     groups: int = 4
     decay: float | None = None
@@ -87,7 +88,9 @@ class Command(Training):
         except ValueError as error:  # an unknown name
             raise RunError(str(error)) from None
 
-    def norm_of(self, name: str, axis_name: nl.AxisName | None = None, **more: Any) -> nl.Norm:
+    def norm_of(
+        self, name: str, axis_name: nl.devices.AxisName | None = None, **more: Any
+    ) -> nl.Norm:
         """The norm called `name`, with those of the options that it takes.
 
         Args:

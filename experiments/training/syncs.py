@@ -62,7 +62,7 @@ def parse(
     if "groups" in given:
         options["groups"] = _groups(text, given["groups"])
     elif "ring" in given:
-        options["members"] = nl.ring(devices * parts, _number(text, given, "ring"))
+        options["members"] = nl.devices.ring(devices * parts, _number(text, given, "ring"))
     elif "virtual" in given:
         options["virtual_batch"] = _number(text, given, "virtual")
     elif alone and (parts > 1 or options["axes"] or not axes):

@@ -293,16 +293,16 @@ class Program:
 
         def loss(flat: Array, own: Any, images: Array, labels: Array) -> tuple[Array, Any]:
             losses, after = self.task.losses(unravel(flat), own, images, labels)
-            return nl.global_mean(losses, AXIS), after
+            return nl.devices.global_mean(losses, AXIS), after
 
         parts = self.config.microbatches
         value, after, grads = accumulate(loss, flat, own, (images, labels), parts)
         if parts > 1:  # typed as if it varied over the devices
             value = lax.pmean(value, AXIS)
-        grads = unravel(nl.global_gradient(grads, AXIS))
-        after = nl.commit(after, jnp.isfinite(value))
+        grads = unravel(nl.devices.global_gradient(grads, AXIS))
+        after = nl.population.commit(after, jnp.isfinite(value))
         if isinstance(self.sync, nl.Sync) and self.sync.every:
-            after = nl.exchange(after, self.sync)
+            after = nl.population.exchange(after, self.sync)
         updates, opt_state = self.optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         return TrainState(params, jax.tree.map(lambda v: v[None], after), opt_state), value
@@ -310,9 +310,9 @@ class Program:
     def _evaluate_shard(
         self, state: TrainState, images: Array, labels: Array, weights: Array
     ) -> Array:
-        merged = nl.pool_running(jax.tree.map(lambda v: v[0], state.norm_state), AXIS)
+        merged = nl.population.pool_running(jax.tree.map(lambda v: v[0], state.norm_state), AXIS)
         variables = {"params": state.params, models.STATE: merged}
-        return lax.psum(self.task.count(variables, images, labels, weights), AXIS)
+        return lax.psum(self.task.sums(variables, images, labels, weights), AXIS)
 
 
 def train(config: Train, say: Callable[[str], None] = lambda _: None) -> Result:

@@ -81,7 +81,7 @@ class Evaluation(NamedTuple):
 
     @classmethod
     def of(cls, sums: np.ndarray, parts: dict[str, nl.Parts]) -> Evaluation:
-        """An evaluation of the sums `[..., 3]` of `Task.count`; the share is exact."""
+        """An evaluation of the sums `[..., 3]` of `Task.sums`; the share is exact."""
         loss, right, total = np.moveaxis(sums, -1, 0)
         return cls(loss / total, right / total.astype(np.float64), parts)
 
@@ -111,7 +111,7 @@ class Task(NamedTuple):
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
         return losses, changed.get(models.STATE, norm_state)
 
-    def count(self, variables: Any, images: Array, labels: Array, weights: Array) -> Array:
+    def sums(self, variables: Any, images: Array, labels: Array, weights: Array) -> Array:
         """Of test examples: the sums of the losses, of those classified right, of the weights."""
         logits: Any = self.model.apply(variables, self.preprocess(images), train=False)
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
@@ -239,7 +239,7 @@ class Trainer:
         if self.data.devices > 1:
             flat, unravel = ravel_pytree((loss, grads))
             whole, grads = unravel(lax.pmean(flat, AXIS))  # packed: one collective for everything
-        norm_state = nl.commit(norm_state, jnp.isfinite(whole))
+        norm_state = nl.population.commit(norm_state, jnp.isfinite(whole))
         updates, opt_state = self.optimizer.update(grads, opt_state, params)
         return TrainState(optax.apply_updates(params, updates), norm_state, opt_state), loss
 
@@ -252,7 +252,7 @@ class Trainer:
             state, losses = side_by_side(self._step)(state, images[chosen], labels[chosen], chosen)
             if self.delayed:  # one collective for all layers of all seeds
                 each = [jax.tree.map(lambda v, i=i: v[i], state.norm_state) for i in seeds]
-                each = nl.exchange(each, self.delayed)
+                each = nl.population.exchange(each, self.delayed)
                 state = state._replace(norm_state=jax.tree.map(lambda *v: jnp.stack(v), *each))
             return vary(state, (AXIS,)), losses
 
@@ -269,11 +269,11 @@ class Trainer:
         def one(state: TrainState) -> tuple[Array, Any]:
             norm_state = state.norm_state
             if not self.synced:
-                norm_state = nl.pool_running(norm_state, AXIS)
+                norm_state = nl.population.pool_running(norm_state, AXIS)
             variables = {"params": state.params, models.STATE: norm_state}
 
             shards = (images, labels, weights)
-            sums = lax.map(lambda shard: self.task.count(variables, *shard), shards).sum(axis=0)
+            sums = lax.map(lambda shard: self.task.sums(variables, *shard), shards).sum(axis=0)
             _, sown = self.model.apply(variables, probe, train=False, mutable=[models.PARTS])
             parts = jax.tree.map(quantiles, models.parts_by_layer(sown))
             return lax.psum(sums, AXIS), parts
@@ -444,7 +444,7 @@ def accumulate(
       gradient by `params`.
     """
     run = jax.value_and_grad(loss, has_aux=True)
-    state = nl.begin(norm_state)
+    state = nl.population.begin(norm_state)
     if microbatches == 1:
         (value, state), grads = run(params, state, *batch)
         return value, state, grads

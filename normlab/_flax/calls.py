@@ -166,8 +166,8 @@ def apply(call: Call, parts: Parts, scale: Array | None, bias: Array | None) -> 
         check_features(call, name, v.size)
         return v.astype(promote_dtype(call.x)).reshape(shape)
 
-    g, b = along("scale", scale, parts.rescale), along("bias", bias, parts.reshift)
-    parts = parts._replace(rescale=g, reshift=b)
+    g, b = along("scale", scale, parts.g), along("bias", bias, parts.b)
+    parts = parts._replace(g=g, b=b)
     return affine(parts, call.x, weights=call.weights).astype(call.dtype)
 
 

@@ -97,7 +97,7 @@ def by_name(new: Any) -> tuple[str, Mapping[str, Any]] | None:
 
 _ARGUMENTS = {"axis": -1, "dtype": None, "param_dtype": jnp.float32}
 _ARGUMENTS |= {"axis_name": None, "axis_index_groups": None, "use_bias": True, "use_scale": True}
-_OPTIONS = {"use_bias": "reshift", "use_scale": "rescale", "axis_name": "axis_name"}
+_OPTIONS = {"use_bias": "use_bias", "use_scale": "use_gain", "axis_name": "axis_name"}
 
 
 def check_taken(old: Any, taken: Iterable[str], *, synced: bool = True) -> None:

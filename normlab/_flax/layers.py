@@ -14,9 +14,10 @@ from normlab._checks import floating, invalid, normalize_axes, promote_dtype
 from normlab._flax.calls import Axes, operand, output_dtype
 from normlab._flax.words import read
 from normlab.cosine import cosine_norm
+from normlab.equation import Affine
 from normlab.linear import Conv, Dense, Linear
 from normlab.registry import get, row
-from normlab.site import Affine, Norm
+from normlab.site import Norm
 from normlab.weight import weight_norm
 
 
@@ -37,7 +38,9 @@ def normalized_kernel(
     order = (*(i for i in range(v.ndim) if i not in axes), *axes)
     moved = operand(floating(v), out).transpose(order)
     units = int(np.prod([v.shape[i] for i in axes]))
-    w = weight_norm(moved.reshape(-1, units), None if scale is None else scale.reshape(units))
+    w = weight_norm(
+        moved.reshape(-1, units), None if scale is None else Affine(scale.reshape(units), None)
+    )
     return w.reshape(moved.shape).transpose(np.argsort(order)).astype(out)
 
 
@@ -124,7 +127,7 @@ def from_registry(name: str, options: Mapping[str, Any]) -> Norm:
       ValueError: For another, and as `get`.
     """
     norm = get(name, **options)
-    if row(name).looks_at.startswith("w"):
+    if "w" in row(name).needs:
         raise invalid(
             "RegistryNorm",
             f"{name!r}, which looks at the weights",

@@ -22,8 +22,7 @@ from normlab.devices.topology import AxisName, Sync, as_sync
 from normlab.equation import Parts
 from normlab.example import group_moments, layer_moments, rms_parts
 from normlab.measure import Algorithm, Moments
-from normlab.population.frozen import Frozen
-from normlab.population.protocol import Population
+from normlab.population import optional
 
 
 def batch(
@@ -46,7 +45,7 @@ def batch(
       **options: As in `batch_parts`.
     """
     x, weights, channel, back = _one_feature_axis(call)
-    measures = (train or not isinstance(state, Population)) and not isinstance(state, Frozen)
+    measures = optional.measures(state, train)
     if measures and not quiet:
         axes = [i for i in range(x.ndim) if i != channel]
         values = values_per_channel(call.where, as_sync(over), x.shape, axes)
@@ -115,12 +114,12 @@ def example(
         _warn_of_one(call, _values(call, axes, over), "more than one value of each example")
         return _parts(m, eps)
     about_zero = m._replace(m2=m.m2 + m.count * jnp.square(m.mean))
-    return _parts(about_zero, eps)._replace(shift=jnp.zeros((), m.mean.dtype))
+    return _parts(about_zero, eps)._replace(mu=jnp.zeros((), m.mean.dtype))
 
 
 def _parts(m: Moments, eps: float) -> Parts:
     dtype = m.mean.dtype
-    return Parts(m.mean, m.scale(eps), jnp.ones((), dtype), jnp.zeros((), dtype))
+    return Parts(m.mean, m.sigma(eps), jnp.ones((), dtype), jnp.zeros((), dtype))
 
 
 def _values(call: Call, axes: Sequence[int], over: AxisName | None) -> Any:

@@ -30,9 +30,9 @@ from normlab.convert.layers import (
 from normlab.convert.leaves import given, take
 from normlab.convert.statistics import counted, decay_of, mass_after, running, statistics_dtype
 from normlab.convert.value import NORM, Converted, Exported, check
+from normlab.equation import Affine
 from normlab.example import Axes
 from normlab.population.running import Running
-from normlab.site import Affine
 
 HOME = ("equinox",)
 COUNTERS = {"batch": "batch_counter", "ema": "ema_first_time_index"}

@@ -17,7 +17,7 @@ from jax import Array
 from normlab.convert.layers import refuse, spectral
 from normlab.convert.leaves import given, nest, take
 from normlab.convert.value import Converted, Exported, check
-from normlab.site import Affine
+from normlab.equation import Affine
 
 EPSILON = 1e-12
 """Flax's default ε."""

@@ -18,8 +18,8 @@ from normlab.convert.layers import REQUIRED, Layer, axes_from, axes_to, refuse, 
 from normlab.convert.leaves import flatten, take, vector
 from normlab.convert.statistics import counted, decay_of, mass_after, running, statistics_dtype
 from normlab.convert.value import NORM, Converted, Exported, check
+from normlab.equation import Affine
 from normlab.population.running import Running
-from normlab.site import Affine
 
 HOME = ("haiku",)
 AFFINE = {"create_scale": REQUIRED, "create_offset": REQUIRED, "eps": 1e-5}

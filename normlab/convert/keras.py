@@ -11,7 +11,7 @@ from normlab.convert.layers import Layer, axes_from, axes_to, refuse, settings, 
 from normlab.convert.leaves import flatten, near, numbers, take
 from normlab.convert.statistics import decay_of, mean_and_var, running
 from normlab.convert.value import NORM, Converted, Exported, check
-from normlab.site import Affine
+from normlab.equation import Affine
 
 HOME = ("keras",)
 AFFINE = {"epsilon": 1e-3, "scale": True, "center": True}

@@ -11,7 +11,7 @@ from jax import Array
 from normlab._checks import invalid
 from normlab.convert.leaves import vector
 from normlab.convert.value import Converted, check
-from normlab.site import Affine
+from normlab.equation import Affine
 
 
 def from_units_first(where: str, kernel: Array, g: Array, b: Array | None) -> Converted:

@@ -25,7 +25,7 @@ ADVICE = {
     "dtype": "normlab's output has its input's type: cast around it",
     "compute_dtype": "normlab's output has its input's type: cast around it",
     "force_float32_reductions": "normlab's statistics are float32 at least",
-    "trainable": "normlab.freeze(state) freezes the statistics",
+    "trainable": "normlab.population.freeze(state) freezes the statistics",
     "mode": "in training it normalizes by the running statistics, normlab by those of the batch",
     "track_running_stats": "normlab's instance norm measures each example at evaluation too; as "
     "the kind 'batch' its statistics are those of inference",

@@ -14,7 +14,7 @@ from normlab.convert.layers import Layer, axes_from, axes_to, refuse, settings
 from normlab.convert.leaves import flatten, nest, take
 from normlab.convert.statistics import decay_of, mean_and_var, running
 from normlab.convert.value import NORM, Converted, Exported, check
-from normlab.site import Affine
+from normlab.equation import Affine
 
 HOME = ("flax.linen", "normlab.linen")
 SYNC = {"axis_name": None, "axis_index_groups": None}

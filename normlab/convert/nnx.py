@@ -84,7 +84,7 @@ def to_nnx(norm: Converted, *, path: str = "", allow: Sequence[str] = ()) -> Exp
       ValueError: If nnx has no such norm, or a convention would be lost.
 
     >>> import jax.numpy as jnp
-    >>> from normlab.site import Affine
+    >>> from normlab.equation import Affine
     >>> sorted(to_nnx(Converted("rms", Affine(jnp.ones(3), None), eps=1e-6)).variables)
     ['scale']
     """

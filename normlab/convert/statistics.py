@@ -100,7 +100,7 @@ def mean_and_var(
     if state.ddof != ddof:
         lost["ddof"] = (
             f"{state.ddof}, the other variance has {ddof}: with n values of a channel in a batch, "
-            f"norm._replace(state=normlab.change_ddof(norm.state, {ddof}, count=n))"
+            f"norm._replace(state=normlab.population.change_ddof(norm.state, {ddof}, count=n))"
         )
     for name in ("updates", "skipped", "count"):
         if name not in holds and float(getattr(state, name)):

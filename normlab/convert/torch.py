@@ -29,11 +29,11 @@ from normlab.convert.layers import (
 from normlab.convert.leaves import flatten, near, numbers, take
 from normlab.convert.statistics import mean_and_var, running, statistics
 from normlab.convert.value import NORM, Converted, Exported, check
+from normlab.equation import Affine
 from normlab.example import Axes
 from normlab.population.cumulative import Cumulative, init_cumulative
 from normlab.population.frozen import Frozen
 from normlab.population.running import Running
-from normlab.site import Affine
 
 HOME = ("torch",)
 ELEMENTWISE = {"normalized_shape": None, "elementwise_affine": True}

@@ -22,12 +22,13 @@ from normlab._arguments import (
 )
 from normlab._checks import invalid, nearest
 from normlab._trees import register
+from normlab.equation import Affine
 from normlab.example import Axes
 from normlab.population.cumulative import Cumulative
 from normlab.population.frozen import Frozen
 from normlab.population.protocol import Population
 from normlab.population.running import Running
-from normlab.site import Affine, Params, State
+from normlab.site import Params, State
 
 KINDS = ("batch", "layer", "rms", "group", "instance", "weight")
 """The norms that can be converted, by their names in the registry."""
@@ -50,7 +51,7 @@ class Converted(NamedTuple):
 
     >>> import jax.numpy as jnp
     >>> Converted("layer", Affine(jnp.ones(3), None), eps=1e-6).options
-    {'rescale': True, 'reshift': False, 'eps': 1e-06, 'axes': 'channels'}
+    {'use_gain': True, 'use_bias': False, 'eps': 1e-06, 'axes': 'channels'}
     """
 
     kind: str
@@ -69,8 +70,8 @@ class Converted(NamedTuple):
         and conventions, before its first batch; `state` is where the conversion stands.
         """
         options: dict[str, Any] = {
-            "rescale": self.params.g is not None,
-            "reshift": self.params.b is not None,
+            "use_gain": self.params.g is not None,
+            "use_bias": self.params.b is not None,
         }
         if self.kind != "weight":
             options["eps"] = self.eps
@@ -92,7 +93,7 @@ def _population(state: State) -> dict[str, Any]:
     A plain average is told from a complete one by its mass alone, which under `jit` has no value.
     """
     if isinstance(state, Frozen):
-        inner = _population(state.of)
+        inner = _population(state.inner)
         return {"population": "frozen"} | {n: inner[n] for n in ("decay", "ddof") if n in inner}
     if isinstance(state, Cumulative):
         return {"population": "cumulative", "ddof": state.ddof, "estimator": state.estimator}

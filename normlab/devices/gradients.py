@@ -5,9 +5,9 @@ devices (`shard_map` with `check_vma`), JAX sums the gradients of replicated par
 elsewhere every device differentiates the sum of all devices' losses. Two functions hide that:
 
     def loss(params, x, y):
-        return nl.global_mean(losses(params, x, y), "data")
+        return nl.devices.global_mean(losses(params, x, y), "data")
 
-    grads = nl.global_gradient(jax.grad(loss)(params, x, y), "data")
+    grads = nl.devices.global_gradient(jax.grad(loss)(params, x, y), "data")
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from jax.typing import ArrayLike
 
 from normlab._arguments import array, checked
 from normlab._checks import invalid, promote
+from normlab._weights import align_weights
 from normlab._xla import derivative_of
 from normlab.devices.merging import check_bound, is_typed, varying_axes
 from normlab.devices.topology import AxisName, as_sync
-from normlab.measure import align_weights
 
 Tree = TypeVar("Tree")
 

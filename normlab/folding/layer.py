@@ -221,8 +221,8 @@ def _constant_parts(
             "keep this norm as a layer of its own; batch norm folds with population statistics",
         )
     zero = parts(jnp.zeros_like(x), linear)
-    mu = jnp.moveaxis(jnp.broadcast_to(zero.shift, linear(x, w).shape), linear.channel_axis, -1)
-    return zero._replace(shift=mu.reshape(-1, mu.shape[-1])[0]), _kernel_of(at, w, linear)
+    mu = jnp.moveaxis(jnp.broadcast_to(zero.mu, linear(x, w).shape), linear.channel_axis, -1)
+    return zero._replace(mu=mu.reshape(-1, mu.shape[-1])[0]), _kernel_of(at, w, linear)
 
 
 def _kernel_of(f: Callable[..., Array], w: Array, linear: Dense | Conv) -> Array:

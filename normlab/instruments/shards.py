@@ -20,10 +20,9 @@ from normlab._checks import invalid
 from normlab.devices.merging import check_bound, gather
 from normlab.devices.topology import AxisName, as_sync
 from normlab.measure import Moments, merge_axes
-from normlab.population.cumulative import Cumulative
-from normlab.population.delayed import Delayed
-from normlab.population.protocol import arrays
-from normlab.population.running import Running
+from normlab.population._batches import arrays
+from normlab.population.optional import moments
+from normlab.population.protocol import Population
 
 
 class Drift(NamedTuple):
@@ -50,13 +49,11 @@ class Drift(NamedTuple):
         return self.between / jnp.where(var == 0, 1, var)
 
 
-STATS = instance((Moments, Running, Cumulative, Delayed), "pass the statistics of the devices")
+STATS = instance((Moments, Population), "pass the statistics of the devices")
 
 
 @checked("drift", stats=STATS)
-def drift(
-    stats: Moments | Running | Cumulative | Delayed, axis_name: AxisName | None = None
-) -> Drift:
+def drift(stats: Moments | Population, axis_name: AxisName | None = None) -> Drift:
     """Compares the statistics of devices with those of all of them together.
 
     Args:
@@ -73,8 +70,7 @@ def drift(
     >>> report.within.tolist(), report.between.tolist(), report.share.tolist()
     ([4.0], [4.0], [0.5])
     """
-    running = stats.running if isinstance(stats, Delayed) else stats
-    m = running if isinstance(running, Moments) else _moments(running)
+    m = stats if isinstance(stats, Moments) else moments(stats)
     names = as_sync(axis_name).names
     if names:
         check_bound("drift", names)
@@ -101,10 +97,3 @@ def drift(
         shift=(m.mean - whole.mean[None]) / jnp.where(sigma == 0, 1, sigma)[None],
         ratio=m.var() / jnp.where(var == 0, 1, var)[None],
     )
-
-
-def _moments(state: Running | Cumulative) -> Moments:
-    if isinstance(state, Cumulative):
-        return state.moments()
-    mass = state.mass[..., None]
-    return Moments(mass, state.mean, mass * state.var)

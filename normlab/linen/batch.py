@@ -45,7 +45,7 @@ class BatchNorm(nn.Module):
       force_float32_reductions: Without, the running statistics begin in `param_dtype` and stay
         there if the input is as narrow; sums are in float32 all the same.
       population: What is kept for inference. `"ema"` is Flax's own, `mean` and `var`. Any other
-        name known to `normlab.init_population`, or a function of the number of features, keeps
+        name known to `normlab.population.init_population`, or a function of the features, keeps
         the state of that name as the one variable `population` of `batch_stats`.
 
     >>> layer = BatchNorm(use_running_average=False)

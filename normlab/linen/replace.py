@@ -17,8 +17,9 @@ from normlab import _flax as skin
 from normlab._arguments import instance
 from normlab._checks import invalid
 from normlab._flax.exchange import Choice, Rule, by_class, by_name, check_taken, is_norm
+from normlab.equation import Affine
 from normlab.linen.batch import stored
-from normlab.site import Affine, Site
+from normlab.site import Site
 
 
 @skin.checked("RegistryNorm")

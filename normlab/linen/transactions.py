@@ -28,7 +28,7 @@ def commit(variables: Mapping[str, Any], transaction: Any, ok: ArrayLike = True)
     Args:
       variables: The variables, of which `batch_stats` is looked at.
       transaction: The collection `"transaction"` that the calls returned.
-      ok: Whether the step may count, a bool or an array `[]`; see `normlab.commit`.
+      ok: Whether the step may count, a bool or an array `[]`; see `normlab.population.commit`.
 
     Raises:
       ValueError: If the transaction is empty, or is not one of these variables.
@@ -45,7 +45,7 @@ def settle(
     Args:
       variables: The variables, of which `batch_stats` is looked at.
       transaction: The collection `"transaction"` that the calls returned.
-      estimator: Of which deviations the variance is made; see `normlab.settle`.
+      estimator: Of which deviations the variance is made; see `normlab.population.settle`.
 
     Raises:
       ValueError: As `commit`, and if no batch was seen.

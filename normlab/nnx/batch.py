@@ -81,7 +81,7 @@ class BatchNorm(Stateful):
           bias_metadata: Of the bias.
           scale_metadata: Of the gain.
           population: What is kept for inference. `"ema"` is Flax's own, `mean` and `var`. Any other
-            name known to `normlab.init_population`, or a function of the number of features,
+            name known to `normlab.population.init_population`, or a function of the features,
             keeps the state of that name as `population`, a `BatchStat` for each of its arrays.
         """
         decay = skin.check_momentum("BatchNorm", momentum)

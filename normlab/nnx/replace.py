@@ -16,8 +16,9 @@ from normlab import _flax as skin
 from normlab._arguments import instance
 from normlab._checks import invalid
 from normlab._flax.exchange import Choice, Rule, by_class, by_name, check_taken, is_norm
+from normlab.equation import Affine
 from normlab.nnx.transactions import Kept, Stateful
-from normlab.site import Affine, Site
+from normlab.site import Site
 
 
 class RegistryNorm(Stateful):

@@ -123,7 +123,7 @@ def commit(model: nnx.Module, ok: ArrayLike = True) -> None:
 
     Args:
       model: The model.
-      ok: Whether the step may count, a bool or an array `[]`; see `normlab.commit`.
+      ok: Whether the step may count, a bool or an array `[]`; see `normlab.population.commit`.
 
     Raises:
       ValueError: If there is no transaction.
@@ -137,7 +137,7 @@ def settle(model: nnx.Module, *, estimator: Estimator | None = None) -> None:
 
     Args:
       model: The model.
-      estimator: Of which deviations the variance is made; see `normlab.settle`.
+      estimator: Of which deviations the variance is made; see `normlab.population.settle`.
 
     Raises:
       ValueError: If there is no transaction, or a norm saw no batch.

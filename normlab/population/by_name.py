@@ -12,12 +12,16 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from normlab._arguments import checked, integer
-from normlab._checks import invalid, nearest
+from normlab._checks import imported, invalid, nearest
+from normlab.devices.topology import Sync
+from normlab.population._batches import statistics_dtype
 from normlab.population.cumulative import init_cumulative
+from normlab.population.delayed import delay
 from normlab.population.domains import Domains
 from normlab.population.frozen import Frozen
-from normlab.population.protocol import Population, statistics_dtype
-from normlab.population.renorm import Renorm, init_renorm
+from normlab.population.optional import plain
+from normlab.population.protocol import Population
+from normlab.population.renorm import init_renorm
 from normlab.population.running import init_running
 
 
@@ -47,15 +51,15 @@ def init_domains(
     """
     dtype = statistics_dtype(dtype)
     one = init_population(population, channels, dtype=dtype, **options)
-    if isinstance(one, Renorm | Frozen | Domains) or one == ():
+    if not plain(one) or one == ():
         raise invalid(
             "domains",
             f"a population of type {type(one).__name__}",
             "one that does not change how training normalizes",
             "keep an average of each domain; freeze all of them together",
         )
-    of = jax.tree.map(lambda v: jnp.broadcast_to(v, (domains, *v.shape)), one)
-    return Domains(of, jnp.zeros(() if examples is None else (examples,), jnp.int32))
+    inner = jax.tree.map(lambda v: jnp.broadcast_to(v, (domains, *v.shape)), one)
+    return Domains(inner, jnp.zeros(() if examples is None else (examples,), jnp.int32))
 
 
 @checked("frozen statistics")
@@ -125,6 +129,28 @@ def init_population(population: str | Callable[..., Any], channels: int, **optio
     return state
 
 
+def init_batch_state(
+    population: str | Callable[..., Any], eps: float, sync: Sync, **settings: Any
+) -> Callable[[int, Any], Any]:
+    """Returns `(channels, dtype) -> state` for batch norm.
+
+    Args:
+      population: As in `init_population`.
+      eps: The norm's ε, for a population that asks for one.
+      sync: What is merged; with `every` the state is a `Delayed`.
+      **settings: What is said of the population; `None` is its own default.
+    """
+    settings = {name: value for name, value in settings.items() if value is not None}
+    if not callable(population) and "eps" in inspect.signature(require(population)).parameters:
+        settings["eps"] = eps
+
+    def state_of(channels: int, dtype: Any) -> Any:
+        state = init_population(population, channels, dtype=dtype, **settings)
+        return delay(state) if sync.every else state
+
+    return state_of
+
+
 def takes(name: str, option: str) -> bool:
     """Whether the population of that name has an option, or holds another that may have it."""
     return not {option, "options"}.isdisjoint(inspect.signature(require(name)).parameters)
@@ -132,6 +158,8 @@ def takes(name: str, option: str) -> bool:
 
 def require(name: str) -> Callable[..., Any]:
     """Returns what makes the population of that name; raises ValueError for an unknown one."""
+    if ":" in name:
+        return imported("population", "population", name)
     if name not in POPULATIONS:
         given = f"the unknown population {name!r}: {nearest(name, POPULATIONS)}"
         raise invalid("population", given, "the name of a population", "use a known one")

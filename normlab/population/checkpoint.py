@@ -14,10 +14,24 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
-from normlab._arguments import KINDS, anything, checked, either, is_array, is_number, mapping, text
+from normlab._arguments import (
+    KINDS,
+    anything,
+    checked,
+    either,
+    instance,
+    is_array,
+    is_number,
+    mapping,
+    number,
+    text,
+)
 from normlab._checks import invalid, nearest
+from normlab.population._batches import arrays
 from normlab.population.protocol import Population
+from normlab.population.running import Running
 
 
 @checked("conventions")
@@ -117,6 +131,42 @@ def restore_states(states: Any, saved: Any) -> Any:
                 "make the states as those that were saved",
             )
     return jax.tree.unflatten(structure, found)
+
+
+@checked(
+    "change ddof",
+    state=instance(Running, "change what it holds, or, of a Cumulative, state._replace(ddof=...)"),
+    count=number("a number of values", "pass the examples of a batch times the positions"),
+)
+def change_ddof(state: Running, ddof: int, *, count: float | None = None) -> Running:
+    """Returns the state with its variance biased (`ddof=0`) or unbiased (`ddof=1`).
+
+    var ← var · (n − old ddof) / (n − ddof) with n values of a channel in a batch; exact if all
+    batches had as many.
+
+    Args:
+      state: The state.
+      ddof: 0 or 1.
+      count: n; `None` for the average of the state's own updates.
+
+    Raises:
+      ValueError: If n is not known, or not above 1.
+
+    >>> from normlab import init_running
+    >>> state = init_running(1)._replace(var=jnp.array([3.0]))
+    >>> change_ddof(state, 1, count=4).var.tolist()
+    [4.0]
+    """
+    state = arrays(state)
+    n = jnp.asarray(state.count if count is None else count, state.var.dtype)
+    if not isinstance(n, Tracer) and not float(n) > 1:
+        raise invalid(
+            "change ddof",
+            f"{n:g} values of a channel in a batch",
+            "more than 1: the variances differ by the factor n / (n - 1)",
+            "pass count=, the examples of a batch times the positions of each",
+        )
+    return state._replace(var=state.var * (n - state.ddof) / (n - ddof), ddof=ddof)
 
 
 def _describe(state: Any, saved: Any = None) -> str:

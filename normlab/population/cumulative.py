@@ -19,7 +19,7 @@ from normlab._trees import register
 from normlab.devices.merging import all_reduce
 from normlab.devices.topology import AxisName, as_sync
 from normlab.measure import Moments, merge
-from normlab.population.protocol import BadBatch, arrays, check_batch, statistics_dtype, usable
+from normlab.population._batches import BadBatch, arrays, check_batch, statistics_dtype, usable
 
 Estimator = Literal["pooled", "within"]
 """Of which deviations a variance over many batches is made.
@@ -141,6 +141,28 @@ class Cumulative(NamedTuple):
             skipped=counters[1],
             rest=rest - jnp.round(rest),
         )
+
+    def share(self, devices: int) -> Cumulative:
+        """A device's share of what is counted."""
+        self = arrays(self)
+        parts = {name: getattr(self, name) / devices for name in ("count", "within", "between")}
+        counters = jnp.stack([self.updates, self.skipped], -1)
+        whole = -(-counters // devices)
+        exact = (counters.astype(self.rest.dtype) + self.rest) / devices
+        rest = exact - whole.astype(exact.dtype)
+        parts |= {"updates": whole[..., 0], "skipped": whole[..., 1], "rest": rest}
+        return self._replace(**parts)
+
+    def settled(self, seen: Any, estimator: str | None) -> Cumulative:
+        """What a transaction saw, with the settings of this."""
+        if estimator not in (None, self.estimator):
+            raise invalid(
+                "settle",
+                f"estimator={estimator!r} for statistics with {self.estimator!r}",
+                "the estimator that the state names",
+                "leave it out, or make the state with init_cumulative(..., estimator=...)",
+            )
+        return seen._replace(ddof=self.ddof, estimator=self.estimator)
 
 
 register(Cumulative, "ddof", "estimator")

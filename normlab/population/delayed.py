@@ -23,13 +23,12 @@ from jax.typing import DTypeLike
 from normlab._arguments import checked, settled_decay
 from normlab._checks import invalid
 from normlab._trees import node
-from normlab.devices.merging import check_bound, gather_members, vary
-from normlab.devices.topology import AxisName, as_sync, plan
-from normlab.measure import Moments, empty
-from normlab.population.domains import Domains
+from normlab.devices.merging import check_bound, differentiated, gather_members, vary
+from normlab.devices.topology import AxisName, Sync, as_sync, plan
+from normlab.measure import Moments, empty, merge
+from normlab.population._batches import BadBatch, arrays
 from normlab.population.frozen import Frozen
-from normlab.population.protocol import BadBatch, arrays
-from normlab.population.renorm import Renorm
+from normlab.population.optional import Run, plain, pool
 from normlab.population.running import init_running
 
 
@@ -38,29 +37,42 @@ class Delayed(NamedTuple):
     """The state of a norm with delayed synchronization. It differs between devices.
 
     Attributes:
-      running: The running statistics, a `Population`.
+      inner: The running statistics, a `Population`.
       own: What this device measured last, fields `[C]`.
       others: What the other devices of its group had measured when it last heard of them, fields
         `[C]`; empty before the first exchange.
       age: `[]` int32, how many batches ago that was; -1 before the first exchange.
     """
 
-    running: Any
+    inner: Any
     own: Moments
     others: Moments
     age: Array
 
     def update(self, m: Moments, *, decay: Any = None, bad_batch: BadBatch = "skip") -> Delayed:
         """Takes a batch into the running statistics."""
-        return self._replace(running=self.running.update(m, decay=decay, bad_batch=bad_batch))
+        return self._replace(inner=self.inner.update(m, decay=decay, bad_batch=bad_batch))
 
     def read(self) -> tuple[Array, Array]:
-        """Returns those of `running`."""
-        return self.running.read()
+        """Returns those of `inner`."""
+        return self.inner.read()
 
     def pool(self, axis_name: AxisName) -> Delayed:
-        """Merges `running`; what the others measured is to be asked for anew."""
-        return delay(self.running.pool(axis_name))
+        """Merges `inner`; what the others measured is to be asked for anew."""
+        return delay(pool(self.inner, axis_name))
+
+    def observe(self, run: Run, sync: Sync) -> tuple[Moments, Moments, Delayed]:
+        """Merges what this device measures with what the others had measured: no collective."""
+        if not sync.every:
+            raise invalid(
+                "batch norm",
+                f"a state of type {type(self).__name__} with every=0",
+                "a Delayed state if, and only if, every is positive",
+                "use Sync(..., every=1), or the state's inner",
+            )
+        own, _ = run(Sync())
+        population = merge(own, self.others_like(own))
+        return differentiated(sync, own, population), population, self.after(own)
 
     def others_like(self, m: Moments) -> Moments:
         """`others`, in the shape of `m`; without a gradient."""
@@ -75,20 +87,6 @@ class Delayed(NamedTuple):
         own = (jnp.broadcast_to(f, m.mean.shape).reshape(self.own.mean.shape) for f in m)
         age = jnp.where(self.age < 0, self.age, self.age + 1)
         return self._replace(own=Moments(*own), age=age)
-
-
-def check_delayed(where: str, every: int, state: Any, channels: int) -> None:
-    """Raises ValueError unless the state is of the kind that `Sync(every=...)` has."""
-    if bool(every) == isinstance(state, Delayed):
-        return
-    raise invalid(
-        where,
-        f"a state of type {type(state).__name__} with every={every}",
-        "a Delayed state if, and only if, every is positive",
-        f"make the state with init_delayed({channels})"
-        if every
-        else "use Sync(..., every=1), or the state's running",
-    )
 
 
 @checked("delayed statistics", decay=settled_decay)
@@ -114,7 +112,7 @@ def init_delayed(
 
 def delay(running: Any) -> Delayed:
     """The state before the first batch, around a `Population` that leaves training as it is."""
-    if isinstance(running, Renorm | Domains) or running == ():
+    if not isinstance(running, Frozen) and not plain(running):
         raise invalid(
             "delayed",
             f"statistics of type {type(running).__name__}",

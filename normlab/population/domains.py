@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -13,9 +14,10 @@ from jax.typing import ArrayLike
 from normlab._arguments import array, checked
 from normlab._checks import invalid
 from normlab._trees import node
-from normlab.devices.topology import AxisName
+from normlab.devices.topology import AxisName, Sync
 from normlab.measure import Moments
-from normlab.population.protocol import BadBatch, arrays
+from normlab.population._batches import BadBatch, arrays
+from normlab.population.optional import Run, measured, pool
 
 
 @node
@@ -26,18 +28,18 @@ class Domains(NamedTuple):
     are normalized together, whatever else is in the batch.
 
     Attributes:
-      of: The statistics of all domains, stacked along a first axis.
+      inner: The statistics of all domains, stacked along a first axis.
       current: `[]` int32, the domain of the next batch, or `[N]`, of each of its examples;
         `select_domain` sets it.
     """
 
-    of: Any
+    inner: Any
     current: Array
 
     @property
     def domains(self) -> int:
         """Their number."""
-        return jax.tree.leaves(self.of)[0].shape[0]
+        return jax.tree.leaves(self.inner)[0].shape[0]
 
     def update(self, m: Moments, *, decay: Any = None, bad_batch: BadBatch = "skip") -> Domains:
         """Takes a batch of the current domain in; or moments `[domains, ...]`, if there are many.
@@ -46,10 +48,10 @@ class Domains(NamedTuple):
         """
         self = arrays(self)
         if not self.current.ndim:
-            one = jax.tree.map(lambda v: v[self.current], self.of)
+            one = jax.tree.map(lambda v: v[self.current], self.inner)
             new = one.update(m, decay=decay, bad_batch=bad_batch)
-            of = jax.tree.map(lambda all_, v: all_.at[self.current].set(v), self.of, new)
-            return self._replace(of=of)
+            put = lambda all_, v: all_.at[self.current].set(v)  # noqa: E731
+            return self._replace(inner=jax.tree.map(put, self.inner, new))
 
         def each(old: Any, m: Moments) -> Any:
             seen = (m.count > 0).any()
@@ -57,18 +59,37 @@ class Domains(NamedTuple):
             new = old.update(m, decay=decay, bad_batch=bad_batch)
             return jax.tree.map(lambda v, w: jnp.where(seen, v, w), new, old)
 
-        return self._replace(of=jax.vmap(each)(self.of, m))
+        return self._replace(inner=jax.vmap(each)(self.inner, m))
+
+    def per_example(self) -> bool:
+        """Whether each example says its own domain."""
+        return jnp.ndim(self.current) > 0
+
+    def observe(self, run: Run, sync: Sync) -> tuple[Moments, Moments, Domains]:
+        """Measures the examples of each domain; what is taken in has fields `[domains, ...]`."""
+        if not self.per_example():
+            return measured(self, run, sync)
+        numbers = jnp.arange(self.domains, dtype=jnp.int32)
+        member = self.current[None] == numbers[:, None]
+        each = lambda member: measured((), partial(run, member=member), sync)[:2]  # noqa: E731
+        m, population = jax.vmap(each)(member)
+        examples = jnp.arange(member.shape[1], dtype=jnp.int32)
+
+        def own(field: Array) -> Array:
+            return field[self.current, examples if field.shape[1] > 1 else 0]
+
+        return Moments(*map(own, m)), population, self
 
     def read(self) -> tuple[Array, Array]:
         """Returns those of the current domain, `[C]`, or of each example's, `[N, C]`."""
         self = arrays(self)
-        mean, var = jax.vmap(lambda s: s.read())(self.of)
+        mean, var = jax.vmap(lambda s: s.read())(self.inner)
         return mean[self.current], var[self.current]
 
     def pool(self, axis_name: AxisName) -> Domains:
         """Merges each domain's."""
         self = arrays(self)
-        return self._replace(of=jax.vmap(lambda s: s.pool(axis_name))(self.of))
+        return self._replace(inner=jax.vmap(lambda s: pool(s, axis_name))(self.inner))
 
 
 @checked(

@@ -14,7 +14,9 @@ from normlab._paths import matches
 from normlab._trees import node
 from normlab.devices.topology import AxisName
 from normlab.measure import Moments
-from normlab.population.protocol import BadBatch, Population
+from normlab.population._batches import BadBatch
+from normlab.population.optional import pool
+from normlab.population.protocol import Population
 
 
 @node
@@ -22,10 +24,15 @@ class Frozen(NamedTuple):
     """Statistics that no batch changes, with which training normalizes as well.
 
     Attributes:
-      of: The statistics.
+      inner: The statistics.
     """
 
-    of: Any
+    inner: Any
+
+    def measures(self, train: bool) -> bool:
+        """No: training normalizes with `inner` as well."""
+        del train
+        return False
 
     def update(self, m: Moments, *, decay: Any = None, bad_batch: BadBatch = "skip") -> Frozen:
         """Returns itself."""
@@ -33,12 +40,12 @@ class Frozen(NamedTuple):
         return self
 
     def read(self) -> tuple[Array, Array]:
-        """Returns those of `of`."""
-        return self.of.read()
+        """Returns those of `inner`."""
+        return self.inner.read()
 
     def pool(self, axis_name: AxisName) -> Frozen:
-        """Merges `of`."""
-        return Frozen(self.of.pool(axis_name))
+        """Merges `inner`."""
+        return Frozen(pool(self.inner, axis_name))
 
 
 RULE = either(
@@ -80,7 +87,7 @@ def thaw(states: Any, rule: str | Callable[[str], bool] | None = None) -> Any:
     Raises:
       ValueError: If nothing matches, with the paths there are.
     """
-    return _where("thaw", states, rule, lambda s: s.of if isinstance(s, Frozen) else s)
+    return _where("thaw", states, rule, lambda s: s.inner if isinstance(s, Frozen) else s)
 
 
 def _where(

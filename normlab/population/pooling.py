@@ -13,8 +13,8 @@ from normlab._arguments import KINDS, checked, number
 from normlab._checks import invalid
 from normlab.devices.topology import AxisName
 from normlab.population.checkpoint import check_conventions
-from normlab.population.cumulative import Cumulative
-from normlab.population.protocol import Population, arrays
+from normlab.population.optional import pool, share
+from normlab.population.protocol import Population
 
 
 @checked("pool running")
@@ -29,7 +29,7 @@ def pool_running(states: Any, axis_name: AxisName) -> Any:
     Raises:
       ValueError: If an axis name is not bound where this is called.
     """
-    return map_populations(lambda state: state.pool(axis_name), states)
+    return map_populations(lambda state: pool(state, axis_name), states)
 
 
 @checked("merge running")
@@ -80,20 +80,7 @@ def share_running(states: Any, devices: int) -> Any:
       states: A state, or a pytree of states, as `merge_running` returned it.
       devices: Their number.
     """
-
-    def share(state: Any) -> Any:
-        if not isinstance(state, Cumulative):
-            return state
-        state = arrays(state)
-        parts = {name: getattr(state, name) / devices for name in ("count", "within", "between")}
-        counters = jnp.stack([state.updates, state.skipped], -1)
-        whole = -(-counters // devices)
-        exact = (counters.astype(state.rest.dtype) + state.rest) / devices
-        rest = exact - whole.astype(exact.dtype)
-        parts |= {"updates": whole[..., 0], "skipped": whole[..., 1], "rest": rest}
-        return state._replace(**parts)
-
-    return jax.tree.map(share, states, is_leaf=lambda leaf: isinstance(leaf, Cumulative))
+    return map_populations(lambda state: share(state, devices), states)
 
 
 @checked(

@@ -13,7 +13,8 @@ from normlab._checks import invalid
 from normlab._trees import node
 from normlab.devices.topology import AxisName
 from normlab.measure import Moments
-from normlab.population.protocol import BadBatch, arrays
+from normlab.population._batches import BadBatch, arrays
+from normlab.population.optional import normalizer, pool, settled
 from normlab.population.running import init_running
 
 
@@ -35,7 +36,7 @@ class Renorm(NamedTuple):
     `state._replace(r_max=...)`.
 
     Attributes:
-      running: The running statistics, a `Running` with `sigma_eps`: μ and σ = √(var + ε).
+      inner: The running statistics, a `Running` with `sigma_eps`: μ and σ = √(var + ε).
       r_max: `[]`, the last limit of r, at least 1.
       d_max: `[]`, the last limit of d, at least 0.
       begin: `[]` int32, the number of updates up to which this is batch norm.
@@ -43,7 +44,7 @@ class Renorm(NamedTuple):
       d_end: `[]` int32, that from which on d_max holds.
     """
 
-    running: Any
+    inner: Any
     r_max: Array
     d_max: Array
     begin: Array
@@ -52,15 +53,15 @@ class Renorm(NamedTuple):
 
     def update(self, m: Moments, *, decay: Any = None, bad_batch: BadBatch = "skip") -> Renorm:
         """Takes the batch into the running statistics."""
-        return self._replace(running=self.running.update(m, decay=decay, bad_batch=bad_batch))
+        return self._replace(inner=self.inner.update(m, decay=decay, bad_batch=bad_batch))
 
     def read(self) -> tuple[Array, Array]:
-        """Returns those of `running`."""
-        return self.running.read()
+        """Returns those of `inner`."""
+        return self.inner.read()
 
     def pool(self, axis_name: AxisName) -> Renorm:
-        """Merges `running`."""
-        return self._replace(running=self.running.pool(axis_name))
+        """Merges `inner`."""
+        return self._replace(inner=pool(self.inner, axis_name))
 
     def limits(self) -> tuple[Array, Array]:
         """The limits of r and of d that hold now."""
@@ -69,23 +70,19 @@ class Renorm(NamedTuple):
         return r, self.d_max * self._grown(self.d_end)
 
     def _grown(self, end: Array) -> Array:
-        since = (self.running.updates - self.begin).astype(self.r_max.dtype)
+        since = (self.inner.updates - self.begin).astype(self.r_max.dtype)
         span = jnp.maximum(end - self.begin, 1).astype(self.r_max.dtype)
         return jnp.clip(since / span, 0, 1)
 
-    def correct(self, mu: Array, sigma: Array, eps: float, like: Any) -> tuple[Array, Array]:
-        """Returns the shift μ_B − d·σ_B/r and the scale σ_B/r.
-
-        Args:
-          mu: μ_B, broadcastable to the input.
-          sigma: σ_B, the same.
-          eps: ε.
-          like: Puts `C` values along the channels of the input.
-        """
+    def normalizer(self, m: Moments | None, eps: Any, *, train: bool) -> tuple[Array, Array]:
+        """Returns μ_B − d·σ_B/r and σ_B/r in training; else those of `inner`."""
+        if m is None or not train:
+            return normalizer(self.inner, None, eps, train=False)
         self = arrays(self)
-        mean, var = (like(lax.stop_gradient(v)) for v in self.read())
+        mu, sigma = m.mean, m.sigma(eps)
+        mean, var = (lax.stop_gradient(v) for v in self.read())
         r_max, d_max = (v.astype(mean.dtype) for v in self.limits())
-        known = self.running.updates > 0
+        known = self.inner.updates > 0
         old = jnp.sqrt(var + eps)
         new_mu, new_sigma = lax.stop_gradient((mu, sigma))
         r = jnp.where(known, jnp.clip(new_sigma / old, 1 / r_max, r_max), 1)
@@ -94,6 +91,10 @@ class Renorm(NamedTuple):
         seen = sigma < jnp.finfo(sigma.dtype).max
         scale = jnp.where(seen, sigma / r, sigma)
         return mu - jnp.where(seen, d * scale, 0), scale
+
+    def settled(self, seen: Any, estimator: str | None) -> Renorm:
+        """The same, with the statistics that a transaction saw."""
+        return self._replace(inner=settled(self.inner, seen, estimator))
 
 
 UPDATES = integer("a number of updates, at least 0", "pass an int", 0)

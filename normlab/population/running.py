@@ -14,19 +14,16 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
-from jax import Array, lax
-from jax.core import Tracer
+from jax import Array
 from jax.typing import DTypeLike
 
-from normlab._arguments import checked, instance, number, settled_decay
-from normlab._checks import invalid
+from normlab._arguments import checked, settled_decay
 from normlab._trees import register
-from normlab.devices.merging import all_reduce, check_bound
-from normlab.devices.topology import AxisName, as_sync
+from normlab.devices.topology import AxisName
 from normlab.measure import Moments
-from normlab.population.protocol import BadBatch, arrays, check_batch, statistics_dtype, usable
+from normlab.population._averages import pooled
+from normlab.population._batches import BadBatch, arrays, check_batch, statistics_dtype, usable
 
 
 class Running(NamedTuple):
@@ -108,44 +105,26 @@ class Running(NamedTuple):
         return arrays((self.mean, self.var))
 
     def pool(self, axis_name: AxisName) -> Running:
-        """Merges with those of the other devices, each weighted by the number of values it saw.
+        """Merges with those of the other devices, each weighted by the number of values it saw."""
+        return pooled(self, axis_name)
 
-        That number is `count · updates`; a device that has seen nothing weighs nothing, and where
-        no count is known all weigh as much as their mass. The variance between the devices' means
-        is part of the result, also where σ is averaged: averaging variances would lose it. `mass`
-        is averaged with the same weights, so that the next update has the rate it has on the
-        devices; `count` is per batch, as it was; `updates` and `skipped` are the largest of any.
-        Equal states are merged to themselves.
-        """
-        self = arrays(self)
-        if self.mass.ndim:  # stacked
-            return jax.vmap(lambda state: state.pool(axis_name))(self)
-        weight, count = self._weight(axis_name)
-        m = all_reduce(Moments(weight, self.mean, weight * self.var), axis_name)
-        names = as_sync(axis_name).names
+    def moments(self) -> Moments:
+        """Moments that weigh as much as the state's mass."""
+        mass = self.mass[..., None]
+        return Moments(mass, self.mean, mass * self.var)
+
+    def settled(self, seen: Any, estimator: str | None) -> Running:
+        """The same, with the statistics that a transaction saw."""
+        mean, var = seen._replace(ddof=self.ddof, estimator=estimator or "pooled").read()
+        batches = jnp.maximum(seen.updates, 1).astype(mean.dtype)
         return self._replace(
-            mean=m.mean,
-            var=m.var(),
-            mass=lax.psum(weight * self.mass, names) / m.count.reshape(self.mass.shape),
-            count=count,
-            updates=lax.pmax(self.updates, names),
-            skipped=lax.pmax(self.skipped, names),
+            mean=mean,
+            var=var,
+            mass=jnp.ones_like(self.mass),
+            count=seen.count.mean(-1) / batches,
+            updates=seen.updates,
+            skipped=seen.skipped,
         )
-
-    def _weight(self, axis_name: AxisName) -> tuple[Array, Array]:
-        """The share of this device's values in those of all, and the count of a batch of any."""
-        names = as_sync(axis_name).names
-        check_bound("pool", names)
-        batches = jnp.where(self.mass > 0, self.updates, 0).astype(self.mass.dtype)
-        known = jnp.where(self.count > 0, batches, 0)
-        values, number = lax.psum((known * self.count, known), names)
-        count = values / jnp.where(number > 0, number, 1)
-        typical = jnp.where(count > 0, count, 1)  # of a device that does not know its own
-        weight = batches * jnp.where(self.count > 0, self.count, typical)
-        nothing = lax.psum(weight, names) == 0
-        weight = jnp.where(nothing, self.mass, weight)
-        weight = jnp.where(lax.psum(weight, names) == 0, 1, weight)
-        return weight / lax.psum(weight, names), count
 
 
 register(Running, "decay", "ddof", "sigma_eps")
@@ -186,38 +165,3 @@ def init_running(
         decay=decay,
         ddof=ddof,
     )
-
-
-@checked(
-    "change ddof",
-    state=instance(Running, "change what it holds, or, of a Cumulative, state._replace(ddof=...)"),
-    count=number("a number of values", "pass the examples of a batch times the positions"),
-)
-def change_ddof(state: Running, ddof: int, *, count: float | None = None) -> Running:
-    """Returns the state with its variance biased (`ddof=0`) or unbiased (`ddof=1`).
-
-    var ← var · (n − old ddof) / (n − ddof) with n values of a channel in a batch; exact if all
-    batches had as many.
-
-    Args:
-      state: The state.
-      ddof: 0 or 1.
-      count: n; `None` for the average of the state's own updates.
-
-    Raises:
-      ValueError: If n is not known, or not above 1.
-
-    >>> state = init_running(1)._replace(var=jnp.array([3.0]))
-    >>> change_ddof(state, 1, count=4).var.tolist()
-    [4.0]
-    """
-    state = arrays(state)
-    n = jnp.asarray(state.count if count is None else count, state.var.dtype)
-    if not isinstance(n, Tracer) and not float(n) > 1:
-        raise invalid(
-            "change ddof",
-            f"{n:g} values of a channel in a batch",
-            "more than 1: the variances differ by the factor n / (n - 1)",
-            "pass count=, the examples of a batch times the positions of each",
-        )
-    return state._replace(var=state.var * (n - state.ddof) / (n - ddof), ddof=ddof)

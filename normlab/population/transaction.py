@@ -27,13 +27,14 @@ from normlab._arguments import Kind, checked, is_array, read, tree
 from normlab._checks import invalid
 from normlab._trees import node
 from normlab._xla import zeros_of
-from normlab.devices.topology import AxisName
+from normlab.devices.topology import AxisName, Sync
 from normlab.measure import Moments
+from normlab.population._batches import BadBatch, arrays
 from normlab.population.cumulative import Cumulative, Estimator
 from normlab.population.domains import Domains
 from normlab.population.frozen import Frozen
-from normlab.population.protocol import BadBatch, Population, arrays
-from normlab.population.running import Running
+from normlab.population.optional import Run, observe, pool, settled
+from normlab.population.protocol import Population
 
 
 @node
@@ -41,19 +42,19 @@ class Pending(NamedTuple):
     """Statistics with a transaction under way: they stay as they are until `commit`.
 
     Attributes:
-      of: The statistics, as they were at `begin`.
+      inner: The statistics, as they were at `begin`.
       seen: The batches since.
       broken: `[]` bool, whether one of them was not finite.
     """
 
-    of: Any
+    inner: Any
     seen: Cumulative
     broken: Array
 
     @property
     def updates(self) -> Array:
-        """Those of `of`: the transaction is not one yet."""
-        return self.of.updates
+        """Those of `inner`: the transaction is not one yet."""
+        return self.inner.updates
 
     def update(self, m: Moments, *, decay: Any = None, bad_batch: BadBatch = "skip") -> Pending:
         """Takes one batch into the transaction.
@@ -73,15 +74,20 @@ class Pending(NamedTuple):
         finite = (jnp.isfinite(m.mean) & jnp.isfinite(m.m2)).all()
         return self._replace(seen=seen, broken=self.broken | ~finite)
 
+    def observe(self, run: Run, sync: Sync) -> tuple[Moments, Moments, Pending]:
+        """As `inner` does."""
+        m, population, inner = observe(self.inner, run, sync)
+        return m, population, self._replace(inner=inner)
+
     def read(self) -> tuple[Array, Array]:
-        """Returns those of `of`."""
-        return self.of.read()
+        """Returns those of `inner`."""
+        return self.inner.read()
 
     def pool(self, axis_name: AxisName) -> Pending:
-        """Merges what the devices saw, and `of`."""
+        """Merges what the devices saw, and `inner`."""
         self = arrays(self)
         broken = lax.pmax(self.broken.astype(jnp.int32), axis_name) > 0
-        return Pending(self.of.pool(axis_name), self.seen.pool(axis_name), broken)
+        return Pending(pool(self.inner, axis_name), pool(self.seen, axis_name), broken)
 
 
 @checked("begin")
@@ -181,7 +187,7 @@ def commit(
         if state.broken.ndim:  # stacked
             ok = ok.reshape(ok.shape + (1,) * (state.broken.ndim - ok.ndim))
             return jax.vmap(one)(state, jnp.broadcast_to(ok, state.broken.shape))
-        m, of, broken = state.seen.moments(), state.of, state.broken
+        m, of, broken = state.seen.moments(), state.inner, state.broken
         called = (state.seen.updates + state.seen.skipped > 0) | broken
         nothing = jax.tree.map(jnp.zeros_like, m)  # a bad batch, but no NaN for jax_debug_nans
         if bad_batch == "skip":
@@ -226,36 +232,10 @@ def settle(states: Any, *, estimator: Estimator | None = None) -> Any:
         state = arrays(state)
         if state.broken.ndim:  # stacked
             return jax.vmap(one)(state)
-        of, seen = state.of, state.seen
-        if isinstance(of, Cumulative):
-            if estimator not in (None, of.estimator):
-                raise invalid(
-                    "settle",
-                    f"estimator={estimator!r} for statistics with {of.estimator!r}",
-                    "the estimator that the state names",
-                    "leave it out, or make the state with init_cumulative(..., estimator=...)",
-                )
-            new = seen._replace(ddof=of.ddof, estimator=of.estimator)
-        elif isinstance(of, Running):
-            mean, var = seen._replace(ddof=of.ddof, estimator=estimator or "pooled").read()
-            batches = jnp.maximum(seen.updates, 1).astype(mean.dtype)
-            new = of._replace(
-                mean=mean,
-                var=var,
-                mass=jnp.ones_like(of.mass),
-                count=seen.count.mean(-1) / batches,
-                updates=seen.updates,
-                skipped=seen.skipped,
-            )
-        else:
-            raise invalid(
-                "settle",
-                f"statistics of type {type(of).__name__}",
-                "Running or Cumulative",
-                "read what was seen from Pending.seen",
-            )
+        inner, seen = state.inner, state.seen
+        new = settled(inner, seen, estimator)
         used = seen.updates > 0
-        return jax.tree.map(lambda v, old: jnp.where(used, v, old), new, of)
+        return jax.tree.map(lambda v, old: jnp.where(used, v, old), new, inner)
 
     pending = [s for s in jax.tree.leaves(states, is_leaf=_is_pending) if _is_pending(s)]
     updates = [s.seen.updates for s in pending]
@@ -350,7 +330,7 @@ def _broken(states: Any) -> list[Array]:
         if isinstance(leaf, Pending):
             found.append(jnp.asarray(leaf.broken))
         elif isinstance(leaf, Domains):
-            found.extend(b.any(-1) for b in _broken(leaf.of))
+            found.extend(b.any(-1) for b in _broken(leaf.inner))
     return found
 
 
@@ -393,7 +373,7 @@ def _map(where: str, states: Any, chosen: Any, change: Any, expected: str) -> An
     def ended(leaf: Any) -> Any:
         if chosen(leaf):
             return change(leaf)
-        within = lambda v: v.of if _is_pending(v) else v  # noqa: E731
+        within = lambda v: v.inner if _is_pending(v) else v  # noqa: E731
         return jax.tree.map(within, leaf, is_leaf=_is_pending)
 
     return jax.tree.unflatten(structure, list(map(ended, leaves)))

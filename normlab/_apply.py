@@ -1,0 +1,84 @@
+"""How the equation is computed: (a − k)·r + c about a pivot; a derivative reads `a` once a sum."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from normlab._checks import floating, promote
+from normlab._weights import leave_out
+from normlab._xla import apart, derivative_of, widen, zeros_of
+
+
+def apply_parts(a: Array, parts: tuple[Array, ...], weights: Array | None) -> Array:
+    """H = g · (a − μ)/σ + b for four arrays that broadcast to `a`."""
+    mu, sigma, g, b = parts
+    a = floating(leave_out(a, weights))
+    # (a − μ)/σ about a pivot, the value of μ: (a − k)·r + c with r = 1/σ and c = (k − μ)/σ. c is
+    # zero, and carries the derivative of μ: so that the gradient of μ is that of c, a small array,
+    # and needs no sum over a of its own.
+    pivot = lax.stop_gradient(mu)
+    r = _reciprocal(sigma, weights is not None)
+    small = jnp.broadcast_shapes(r.shape, g.shape, b.shape, (1,) * a.ndim)
+    if small != a.shape:
+        r = r * g
+        c, g, b = _shift(mu, r) + b, jnp.ones((), r.dtype), jnp.zeros((), r.dtype)
+        small = jnp.broadcast_shapes(r.shape, c.shape, (1,) * a.ndim)
+        axes = [i for i, n in enumerate(a.shape) if n != small[i]]
+        wide = widen(a.shape, axes)
+        if wide:
+            shape = a.shape
+            pivot, r, c = (wide.statistic(jnp.broadcast_to(v, small)) for v in (pivot, r, c))
+            return _apply(wide.array(a), pivot, r, c, g, b).astype(a.dtype).reshape(shape)
+    else:
+        c = _shift(mu, r)
+    return _apply(a, pivot, r, c, g, b).astype(a.dtype)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
+def _reciprocal(sigma: Array, weighted: bool) -> Array:
+    """1/σ, with the derivative −(dσ/σ)/σ: 1/σ² would overflow from 1e-19 on.
+
+    Where there are weights, the largest σ there is stands for none that was measured: 0.
+    """
+    r = 1 / sigma
+    return jnp.where(sigma >= jnp.finfo(sigma.dtype).max, 0, r) if weighted else r
+
+
+@_reciprocal.defjvp
+def _(weighted: bool, primals: Any, tangents: Any) -> Any:
+    r = _reciprocal(*primals, weighted)
+    return r, -(tangents[0] * r) * r
+
+
+@jax.custom_jvp
+def _shift(mu: Array, r: Array) -> Array:
+    """(k − μ)·r where k is the value of μ: zero, with all the derivatives."""
+    return zeros_of(mu * r)
+
+
+@_shift.defjvp
+def _(primals: Any, tangents: Any) -> Any:
+    (mu, r), (dmu, dr) = primals, tangents
+    return _shift(mu, r), -dmu * r - derivative_of(mu) * dr
+
+
+@jax.custom_jvp
+def _apply(a: Array, pivot: Array, r: Array, c: Array, g: Array, b: Array) -> Array:
+    """((a − k)·r + c)·g + b, with a derivative that reads `a` once for each of its sums."""
+    return ((promote(a) - pivot) * r + c) * g + b
+
+
+@_apply.defjvp
+def _(primals: Any, tangents: Any) -> Any:
+    (a, pivot, r, c, g, b), (da, dk, dr, dc, dg, db) = primals, tangents
+    a1, k1, r1, g1 = apart(a, pivot, r, g)
+    a2, k2, r2, g2 = apart(a1, k1, r1, g1)
+    by_a = (promote(da) - dk) * r * g
+    by_r = (promote(a1) - k1) * g1 * dr
+    by_g = ((promote(a2) - k2) * r2 + c) * dg
+    return _apply(a, pivot, r, c, g, b), by_a + by_r + dc * g2 + by_g + db

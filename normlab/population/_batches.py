@@ -1,0 +1,87 @@
+"""What becomes of a batch that cannot be used, and in which types statistics are kept."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, Literal, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+from jax.typing import DTypeLike
+
+from normlab._arguments import declare, one_of
+from normlab._checks import invalid
+from normlab.measure import Moments
+
+Tree = TypeVar("Tree")
+
+BadBatch = Literal["skip", "propagate", "raise"]
+"""What becomes of a batch that is empty, fully masked, or holds a NaN or an Inf.
+
+`"skip"`: the running statistics stay as they were, and `skipped` counts it. `"propagate"`: the
+batch is taken in as it is, and an empty one as NaN. `"raise"`: as skip, with an error; under `jit`
+JAX raises it, as a `JaxRuntimeError`, once the batch has been computed.
+"""
+
+declare(bad_batch=one_of(BadBatch, "the name of a policy"))
+
+
+def arrays(tree: Tree) -> Tree:
+    """Returns jax arrays for NumPy's, and in float32 what is in half precision.
+
+    A half-precision average would stall: it cannot take in 1 − decay of a small difference.
+    """
+
+    def one(v: Any) -> Array:
+        v = jnp.asarray(v)
+        half = jnp.issubdtype(v.dtype, jnp.floating) and jnp.finfo(v.dtype).bits < 32
+        return v.astype(jnp.float32) if half else v
+
+    return jax.tree.map(one, tree)
+
+
+def statistics_dtype(dtype: DTypeLike | None) -> Any:
+    """The type of statistics that are asked for in a type: float32 for `None` and for half ones."""
+    found = jnp.dtype(jnp.float32 if dtype is None else dtype)
+    return found if jnp.finfo(found).bits > 32 else jnp.dtype(jnp.float32)
+
+
+def usable(m: Moments, ddof: int = 0) -> Array:
+    """Whether there is a value (more than `ddof`) in every channel, and all are finite."""
+    return (m.count > ddof).all() & (jnp.isfinite(m.mean) & jnp.isfinite(m.m2)).all()
+
+
+def check_batch(where: str, m: Moments, bad_batch: BadBatch, ddof: int = 0) -> Moments:
+    """Returns the moments of a batch as the policy has them, or says that they are bad.
+
+    Args:
+      where: The caller, for the error.
+      m: The batch's moments.
+      bad_batch: `"propagate"` makes mean and m2 of a bad channel NaN, `"raise"` raises.
+      ddof: A batch of no more than this many values has no variance.
+    """
+    if bad_batch == "propagate":
+        good = (m.count > ddof) & jnp.isfinite(m.mean) & jnp.isfinite(m.m2)
+        return m._replace(mean=jnp.where(good, m.mean, jnp.nan), m2=jnp.where(good, m.m2, jnp.nan))
+    if bad_batch == "raise":
+        check = functools.partial(_raise_if_bad, where, ddof)
+        jax.debug.callback(check, *lax.stop_gradient(m))
+    return m
+
+
+def _raise_if_bad(where: str, ddof: int, *m: Array) -> None:
+    count, mean, m2 = map(np.asarray, m)
+    if not (count > ddof).all():
+        given = f"a batch with {count.min():g} values (or weight) per channel"
+        expected = f"more than {ddof}"
+    elif not (np.isfinite(mean).all() and np.isfinite(m2).all()):
+        bad = np.flatnonzero(~(np.isfinite(mean) & np.isfinite(m2)))
+        given = f"a batch with a NaN or an Inf in {bad.size} of {mean.size} channels, "
+        given += f"the first of them {bad[0]}"
+        expected = "finite values"
+    else:
+        return
+    change = 'give these examples the weight 0, or pass bad_batch="skip"'
+    raise FloatingPointError(str(invalid(where, given, expected, change)))

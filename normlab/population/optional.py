@@ -1,0 +1,182 @@
+"""What a population may decide beside what it must: defaults, unless it has a method of the name.
+
+    measures      whether batch norm is to measure the batch              in training
+    observe       what normalizes the batch, and what is taken in         the batch's moments
+    normalizer    μ and σ                                                 of the batch; else `read`
+    per_example   whether `read` returns values of each example           no
+    moments       the moments that `read` is about                        of a count of 1
+    pool          the same, merged with those of other devices            averages
+    share         what each of some devices keeps of merged statistics    all of it
+    settled       the same, of what a transaction saw                     cannot be
+
+One that holds another, such as `Frozen`, has it in a field `inner`, which answers `measures`,
+`normalizer`, `per_example` and `moments` in its place.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from normlab._checks import invalid
+from normlab.devices.topology import AxisName, Sync, as_sync
+from normlab.measure import Moments
+from normlab.population._batches import arrays
+from normlab.population.protocol import Population
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+Run = Callable[..., tuple[Moments, Moments]]
+"""`run(sync, member=None)` measures the batch: the moments that normalize it and those to take in.
+
+`member` weighs the examples, `[N]`.
+"""
+
+
+def _asks(*, inner: bool) -> Callable[[F], F]:
+    """Asks the state's own method of that name; then that of the state `inner`; else this."""
+
+    def decorate(default: F) -> F:
+        @functools.wraps(default)
+        def ask(state: Any, /, *args: Any, **kwargs: Any) -> Any:
+            asked = state
+            while isinstance(asked, Population):
+                own = getattr(asked, default.__name__, None)
+                if own is not None:
+                    return own(*args, **kwargs)
+                asked = getattr(asked, "inner", None) if inner else None
+            return default(state, *args, **kwargs)
+
+        return ask  # pyright: ignore[reportReturnType]
+
+    return decorate
+
+
+@_asks(inner=True)
+def measures(state: Any, train: bool) -> bool:
+    """Whether batch norm is to measure the batch: in training, and where there is no population."""
+    return train or not isinstance(state, Population)
+
+
+def measured(state: Any, run: Run, sync: Sync) -> tuple[Moments, Moments, Any]:
+    """What was measured now, of a state that does not remember what others measured."""
+    if sync.every:
+        raise invalid(
+            "batch norm",
+            f"a state of type {type(state).__name__} with every={sync.every}",
+            "a Delayed state if, and only if, every is positive",
+            "make the state with normlab.population.init_delayed(channels)",
+        )
+    return *run(sync), state
+
+
+@_asks(inner=False)
+def observe(state: Any, run: Run, sync: Sync) -> tuple[Moments, Moments, Any]:
+    """Returns the moments that normalize the batch, those to take in, and the state."""
+    return measured(state, run, sync)
+
+
+@_asks(inner=True)
+def normalizer(state: Any, m: Moments | None, eps: Any, *, train: bool) -> tuple[Array, Array]:
+    """Returns μ and σ: those of the batch if it was measured, else those of `read`.
+
+    Args:
+      state: A population, or `()` or `None`.
+      m: What was measured, fields `[1, C]`, or `[N, C]` of the examples; `None` if nothing was.
+      eps: ε.
+      train: Whether this is training.
+
+    Returns:
+      Each `[C]`, or as the fields of `m`.
+    """
+    if m is not None:
+        return m.mean, m.sigma(eps)
+    mean, var = state.read()
+    return mean, jnp.sqrt(var + eps)
+
+
+@_asks(inner=True)
+def per_example(state: Any) -> bool:
+    """Whether `read` returns values of each example of the next batch, `[N, C]`."""
+    return False
+
+
+@_asks(inner=True)
+def moments(state: Any) -> Moments:
+    """The moments that `read` is about, each of a count of 1 if the state knows no other."""
+    mean, var = state.read()
+    return Moments(jnp.ones_like(mean), mean, var)
+
+
+@_asks(inner=False)
+def pool(state: Any, axis_name: AxisName) -> Any:
+    """Merges with the states of other devices: averages, and of whole numbers the largest."""
+    names = as_sync(axis_name).names
+
+    def one(v: Any) -> Array:
+        v = jnp.asarray(v)
+        return (lax.pmean if jnp.issubdtype(v.dtype, jnp.inexact) else lax.pmax)(v, names)
+
+    return jax.tree.map(one, arrays(state))
+
+
+@_asks(inner=False)
+def share(state: Any, devices: int) -> Any:
+    """What each of so many devices keeps of merged statistics, so that pooling gives them back."""
+    del devices
+    return state
+
+
+@_asks(inner=False)
+def settled(state: Any, seen: Any, estimator: str | None) -> Any:
+    """The state of the same kind whose statistics are those that a transaction saw.
+
+    Args:
+      state: As it was when the transaction began.
+      seen: A `Cumulative` of what it saw.
+      estimator: The variance's, an `Estimator`, or `None`.
+    """
+    del seen, estimator
+    raise invalid(
+        "settle",
+        f"statistics of type {type(state).__name__}",
+        "Running or Cumulative",
+        "read what was seen from Pending.seen, or give the class a method settled(seen, estimator)",
+    )
+
+
+def plain(state: Any) -> bool:
+    """Whether it is a population that leaves training as it is."""
+    changes = ("measures", "observe", "normalizer")
+    return isinstance(state, Population) and not any(hasattr(state, name) for name in changes)
+
+
+def check_state(where: str, state: Any, train: bool, shape: tuple[int, ...], channel: int) -> None:
+    """Raises ValueError unless batch norm can use the state."""
+    channels = shape[channel]
+    if state is None and not train:
+        raise invalid(
+            where,
+            "train=False without a state",
+            "running statistics to normalize with",
+            "pass the state that training returned; for the batch's own statistics train=True, or "
+            "the state ()",
+        )
+    if not isinstance(state, Population):
+        return
+    found = state.read()[0].shape
+    examples = shape[0 if channel or len(shape) == 1 else 1]
+    wanted = (examples, channels) if per_example(state) and len(shape) > 1 else (channels,)
+    if found != wanted:
+        raise invalid(
+            where,
+            f"running statistics of shape {found} for an input of shape "
+            f"{shape} with its channels on axis {channel}",
+            f"shape {wanted}",
+            f"make the state with init_running({channels}), or set channel_axis",
+        )

@@ -1,0 +1,178 @@
+"""The norms of the library, as rows of the registry, and the options they are made with."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from normlab._arguments import checked, flag, real, settled_decay
+from normlab._checks import gain_and_bias, invalid, promote_dtype
+from normlab.batch import batch_parts
+from normlab.cosine import cosine_parts
+from normlab.devices.topology import AxisName, as_sync
+from normlab.equation import Affine, Parts
+from normlab.example import group_parts, instance_parts, layer_parts, rms_parts
+from normlab.measure import Algorithm
+from normlab.population._batches import BadBatch
+from normlab.population.by_name import init_batch_state
+from normlab.population.cumulative import Estimator
+from normlab.registry import INVARIANCES, Row, initial_affine, norm_of, register
+from normlab.site import SHAPES, Norm, Site, State
+from normlab.weight import weight_norm_init, weight_parts, weight_standardization_parts
+
+
+@checked("no norm")
+def none(*, use_bias: bool = True) -> Norm:
+    """No normalization: μ = 0, σ = 1, and a bias."""
+
+    def measure(site: Site, params: Any) -> Parts:
+        _, b = gain_and_bias("no norm", params, site.a, site.linear.channel_axis)
+        zero = jnp.zeros((), b.dtype)
+        return Parts(zero, zero + 1, zero + 1, b)
+
+    return norm_of(
+        "no norm", measure, functools.partial(initial_affine, use_gain=False, use_bias=use_bias)
+    )
+
+
+@checked("batch norm", decay=settled_decay)
+def batch(
+    *,
+    decay: float | None = None,
+    eps: float = 1e-5,
+    ddof: int | None = None,
+    estimator: Estimator | None = None,
+    axis_name: AxisName | None = None,
+    population: str | Callable[..., Any] = "debiased",
+    algorithm: Algorithm = "auto",
+    bad_batch: BadBatch = "skip",
+    state_gradient: bool = False,
+    use_gain: bool = True,
+    use_bias: bool = True,
+) -> Norm:
+    """`batch_norm`, with the state of `normlab.population.init_population(population, C)`.
+
+    `decay`, `ddof` and `estimator` are the population's, as far as it has them; `None` is its own
+    default, 0.9, 0 and `"pooled"`.
+    """
+    how: dict[str, Any] = {"eps": eps, "axis_name": axis_name, "algorithm": algorithm}
+    how |= {"bad_batch": bad_batch, "state_gradient": state_gradient}
+    kept = {"decay": decay, "ddof": ddof, "estimator": estimator}
+    state_of = init_batch_state(population, eps, as_sync(axis_name), **kept)
+
+    def parts(params: Any, state: State, site: Site, *, train: bool) -> tuple[Parts, State]:
+        layout = {"weights": site.weights, "channel_axis": site.linear.channel_axis}
+        return batch_parts(site.a, params, state, train=train, **how, **layout)
+
+    def init(site: Site) -> tuple[Any, State]:
+        params = initial_affine(site, use_gain=use_gain, use_bias=use_bias)
+        state = state_of(site.channels, promote_dtype(site.a))
+        jax.eval_shape(lambda site: parts(params, state, site, train=False), site)
+        return params, state
+
+    where = "batch norm"
+    return Norm(checked(where, site=SHAPES)(init), checked(where)(parts))
+
+
+@checked("weight norm", data_init=flag())
+def weight(
+    *,
+    data_init: bool = False,
+    axis_name: AxisName | None = None,
+    use_gain: bool = True,
+    use_bias: bool = True,
+) -> Norm:
+    """Weight normalization; with `data_init` by `weight_norm_init`, from the values at init."""
+
+    def params(site: Site) -> Affine:
+        if not data_init:
+            return initial_affine(site, use_gain=use_gain, use_bias=use_bias)
+        if isinstance(site.a, jax.ShapeDtypeStruct):
+            raise invalid(
+                "weight norm",
+                "shapes at init with data_init=True",
+                "a site with values",
+                "pass Site(a=linear(x, w), x=x, w=w, linear=linear) to init, or data_init=False",
+            )
+        made = weight_norm_init(site, axis_name=axis_name)
+        return Affine(made.g if use_gain else None, made.b if use_bias else None)
+
+    return norm_of("weight norm", weight_parts, params)
+
+
+@checked("cosine norm", g=real)
+def cosine(*, g: float | None = None, use_gain: bool = True, use_bias: bool = True) -> Norm:
+    """`cosine_norm`; the gain starts at `g`, by default √K for K inputs to a unit.
+
+    With √K the h of random w and x has variance 1 at initialization, as in the other norms. The
+    paper's own form, bounded by 1, is `use_gain=False`.
+    """
+    return _cosine(False, g, use_gain, use_bias)
+
+
+@checked("centred cosine norm", g=real)
+def centred_cosine(*, g: float | None = None, use_gain: bool = True, use_bias: bool = True) -> Norm:
+    """`cosine_norm(centred=True)`, Pearson's correlation; `g` as in `cosine`."""
+    return _cosine(True, g, use_gain, use_bias)
+
+
+def _cosine(centred: bool, g: float | None, use_gain: bool, use_bias: bool) -> Norm:
+    def params(site: Site) -> Affine:
+        assert site.w is not None  # measured before
+        gain = math.sqrt(math.prod(site.w.shape[:-1])) if g is None else g
+        return initial_affine(site, use_gain=use_gain, use_bias=use_bias, g=gain)
+
+    where = "centred cosine norm" if centred else "cosine norm"
+    return norm_of(where, functools.partial(cosine_parts, centred=centred), params)
+
+
+def _add(
+    factory: Callable[..., Any],
+    needs: str,
+    looks_at: str,
+    mu: str,
+    sigma: str,
+    marks: str,
+    paper: str,
+) -> None:
+    """Registers a norm of the library; `marks` has an `I` for each of `INVARIANCES` that holds."""
+    name = getattr(factory, "__name__").removesuffix("_parts")  # noqa: B009
+    held = (change for change, mark in zip(INVARIANCES, marks, strict=True) if mark == "I")
+    register(
+        Row(name, factory, frozenset(needs.split()), looks_at, mu, sigma, frozenset(held), paper)
+    )
+
+
+_OF_A = ("mean a", "√(var a + ε)")
+_BATCH = "a: all examples and positions (and devices), per channel"
+_LAYER = "a: the channels of a position, or all of an example"
+_GROUP = "a: the positions of an example and a group of channels"
+_INSTANCE = "a: the positions of an example, per channel"
+_UNIT = "w: the weights of a unit"
+_SUMS = "w, and the sum of x: the weights of a unit"
+_BOTH = "w and x: the weights of a unit and the inputs they meet"
+_QIAO = "Qiao et al. 2019, Brock et al. 2021"
+
+_add(none, "", "nothing", "0", "1", "------", "–")
+_add(batch, "a batch", _BATCH, *_OF_A, "I-III-", "Ioffe & Szegedy 2015")
+_add(layer_parts, "a", _LAYER, *_OF_A, "II-I-I", "Ba, Kiros & Hinton 2016")
+_add(rms_parts, "a", "a: as layer", "0", "√(mean a² + ε)", "I--I-I", "Zhang & Sennrich 2019")
+_add(group_parts, "a", _GROUP, *_OF_A, "II-I-I", "Wu & He 2018")
+_add(instance_parts, "a", _INSTANCE, *_OF_A, "I-IIII", "Ulyanov, Vedaldi & Lempitsky 2016")
+_add(weight, "w", _UNIT, "0", "‖w‖", "I-I---", "Salimans & Kingma 2016")
+_add(weight_standardization_parts, "w x", _SUMS, "w̄·Σx", "‖w − w̄‖", "I-I---", _QIAO)
+_add(cosine, "w x", _BOTH, "0", "‖w‖·‖x‖", "I-II-I", "Luo et al. 2017")
+_add(
+    centred_cosine,
+    "w x",
+    "w and x: as cosine",
+    "K·w̄·x̄",
+    "‖w − w̄‖·‖x − x̄‖",
+    "I-II-I",
+    "Luo et al. 2017",
+)
