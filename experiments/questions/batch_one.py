@@ -33,7 +33,6 @@ from .. import models
 from ..engine import (
     Condition,
     Config,
-
     Record,
     Records,
     Verdict,

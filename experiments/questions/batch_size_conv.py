@@ -35,7 +35,6 @@ import normlab as nl
 from ..engine import (
     Condition,
     Config,
-
     Record,
     Records,
     Schedule,

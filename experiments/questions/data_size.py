@@ -33,7 +33,6 @@ from ..data import Dataset
 from ..engine import (
     Condition,
     Config,
-
     Records,
     Schedule,
     Verdict,

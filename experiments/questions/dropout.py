@@ -31,7 +31,6 @@ from ..data import Dataset
 from ..engine import (
     Condition,
     Config,
-
     Records,
     Schedule,
     Verdict,

@@ -127,7 +127,9 @@ def compare(seeds: int) -> Iterator[Record]:
         yield {"kind": "layer", "seed": seed, "gap": number(gap)}
 
 
-def forth_and_back(state: nl.BatchState, a: Array, cotangent: Array) -> tuple[Array, Array]:
+def forth_and_back(
+    state: nl.population.Population, a: Array, cotangent: Array
+) -> tuple[Array, Array]:
     """The output of batch norm in training, and its gradient by the input."""
     h, back = jax.vjp(lambda a: nl.batch_norm(a, None, state, train=True)[0], a)
     return h, back(cotangent)[0]

@@ -31,6 +31,7 @@ from matplotlib.figure import Figure
 
 import normlab as nl
 from normlab import instruments
+from normlab.site import Params, State
 
 from ..data import Dataset
 from ..engine import (
@@ -94,7 +95,7 @@ def from_identity() -> nl.Norm:
     """Batch norm whose gain and bias start as what the first batch has: it is the identity."""
     batch = nl.get("batch")
 
-    def init(site: nl.Site) -> tuple[nl.Params, nl.State]:
+    def init(site: nl.Site) -> tuple[Params, State]:
         params, state = batch.init(site)
         parts, state = batch.parts(params, state, site, train=True)
         return nl.Affine(parts.sigma.ravel(), parts.mu.ravel()), state

@@ -25,6 +25,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 import normlab as nl
+from normlab.site import Params, State
 
 from ..engine import Condition, Config, Records, Verdict, decide, draw, lanes, learn
 
@@ -78,14 +79,14 @@ def mean_only() -> nl.Norm:
     """Weight norm with mean-only batch norm: μ of the batch, σ = ‖w‖."""
     batch, weight = nl.get("batch"), nl.get("weight", data_init=True)
 
-    def init(site: nl.Site) -> tuple[nl.Params, nl.State]:
+    def init(site: nl.Site) -> tuple[Params, State]:
         params = weight.init(site)[0]
         params = params._replace(b=jnp.zeros_like(params.b))  # the batch's mean is taken off
         return params, batch.parts(params, batch.init(site)[1], site, train=True)[1]
 
     def parts(
-        params: nl.Params, state: nl.State, site: nl.Site, *, train: bool
-    ) -> tuple[nl.Parts, nl.State]:
+        params: Params, state: State, site: nl.Site, *, train: bool
+    ) -> tuple[nl.Parts, State]:
         measured, state = batch.parts(params, state, site, train=train)
         own, _ = weight.parts(params, (), site, train=train)
         return own._replace(mu=measured.mu), state
