@@ -1,4 +1,4 @@
-"""What all pictures are made of, and that of `bench ops`. A norm looks the same everywhere."""
+"""What all pictures are made of. A norm looks the same everywhere."""
 
 from __future__ import annotations
 
@@ -41,66 +41,11 @@ _OTHER_COLOURS = (
 )
 _OTHER_MARKERS = "<>hv8HpX"
 
-# The first palette for the libraries of `bench ops`.
-_PEER_STYLE = {
-    "normlab": ("#000000", "o"),
-    "flax.linen": ("#0072B2", "s"),
-    "flax.nnx": ("#56B4E9", "D"),
-    "haiku": ("#009E73", "^"),
-    "equinox": ("#E69F00", "v"),
-    "torch": ("#D55E00", "P"),
-}
-
 # Of an SVG: its unit is 1/72 inch, so that a hundredth of it cannot be seen.
 _COORDINATES = re.compile(rb' (?:d|x|y)="[^"]+"')
 _DIGITS = re.compile(rb"(\.\d\d)\d+")
 
 Records = Sequence[dict[str, Any]]
-
-
-def ops(cases: Records, title: str) -> Figure:
-    """Medians of every case in units of the floor; a hollow marker is a one-pass variance."""
-    dtypes = list(dict.fromkeys(case["dtype"] for case in cases))
-    labels = list(dict.fromkeys(_shape_label(case) for case in cases))
-    names = list(dict.fromkeys(row["name"] for case in cases for row in case["contestants"]))
-    figure, grid = plt.subplots(
-        1,
-        2 * len(dtypes),
-        figsize=(6.8 * len(dtypes) + 2.6, max(0.075 * len(names), 0.3) * len(labels) + 1.8),
-        layout="constrained",
-        squeeze=False,
-        sharey=True,
-    )
-    panels = [(t, d) for t in dtypes for d in ("forward", "forward+backward")]
-    for axes, (dtype, direction) in zip(grid[0], panels, strict=True):
-        for case in (case for case in cases if case["dtype"] == dtype):
-            for row in (row for row in case["contestants"] if row["turns"]):
-                lane = (names.index(row["name"]) + 0.5) / len(names) - 0.5
-                y = labels.index(_shape_label(case)) + 0.8 * lane
-                x = row["turns"][direction]["floors"]
-                axes.plot(x, y, **_peer_style(row["peer"], row["safe"]))
-        axes.axvline(1, color="grey", lw=1)
-        axes.set(xscale="log", title=f"{direction}, {dtype}", xlabel="time / floor")
-        axes.set_yticks(range(len(labels)), labels)
-        axes.set_ylim(len(labels) - 0.5, -0.5)
-        for i in range(1, len(labels), 2):
-            axes.axhspan(i - 0.5, i + 0.5, color="black", alpha=0.05, lw=0)
-        _plain_numbers(axes.xaxis, *axes.get_xlim())
-        axes.grid(axis="x", alpha=0.3, lw=0.5)
-    for name in names:
-        rows = [r for c in cases for r in c["contestants"] if r["name"] == name and r["turns"]]
-        if rows:
-            safe = 2 * sum(row["safe"] for row in rows) >= len(rows)
-            grid[0, 0].plot([], [], label=name, **_peer_style(rows[0]["peer"], safe))
-    figure.legend(
-        *grid[0, 0].get_legend_handles_labels(), loc="outside right center", frameon=False
-    )
-    figure.suptitle(
-        f"{title}\nline at 1: the bytes that must move, timed as a copy. "
-        "Hollow: E[x²] − E[x]², which loses digits to a large mean",
-        fontsize=10,
-    )
-    return figure
 
 
 def styles(names: Iterable[Any]) -> dict[Any, dict[str, Any]]:
@@ -163,24 +108,15 @@ def log_scale(axes: Axes) -> None:
     if not any((np.asarray(line.get_ydata()) > 0).any() for line in axes.get_lines()):
         return  # nothing finite to show
     axes.set_yscale("log")
-    _plain_numbers(axes.yaxis, *axes.get_ylim())
+    plain_numbers(axes.yaxis, *axes.get_ylim())
 
 
-def _plain_numbers(axis: Axis, low: float, high: float) -> None:
+def plain_numbers(axis: Axis, low: float, high: float) -> None:
+    """Ticks of a logarithmic axis with plain numbers: at 1, 2 and 5 where it spans few decades."""
     near = high / low < 50
     axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if near else (1.0,)))
     axis.set_major_formatter("{x:g}")
     axis.set_minor_formatter(NullFormatter())
-
-
-def _shape_label(case: dict[str, Any]) -> str:
-    return f"{case['op']} {'×'.join(map(str, case['shape']))}"
-
-
-def _peer_style(peer: str, filled: bool) -> dict[str, Any]:
-    look = _look(*_PEER_STYLE[peer])
-    face = look["color"] if filled else "white"
-    return {**look, "linestyle": "", "markersize": 5, "markerfacecolor": face}
 
 
 def series(records: Records, key: str) -> tuple[np.ndarray, np.ndarray]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import difflib
 import importlib.metadata
 import json
 import math
@@ -12,8 +13,6 @@ import subprocess
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
-
-import jax
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 PACKAGES = ("normlab", "jax", "jaxlib", "flax", "optax", "numpy", "tensorflow-datasets")
@@ -26,6 +25,23 @@ Record = dict[str, Any]
 
 class RunError(ValueError):
     """A run that cannot start or go on; the text says why and what to do."""
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """Returns `did you mean 'x'? Known: ...` for a word that is not among `known`."""
+    known = list(known)
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    guess = f"did you mean {close[0]!r}? " if close else ""
+    return f"{guess}Known: {', '.join(known)}"
+
+
+def require_positive(config: Any, *fields: str) -> None:
+    """Raises RunError, with the option and its value, for a count below 1 or a duration below 0."""
+    for name in fields:
+        value = getattr(config, name)
+        if not (value >= 1 if isinstance(value, int) else 0 < value < math.inf):
+            wanted = "at least 1" if isinstance(value, int) else "positive and finite"
+            raise RunError(f"--{name.replace('_', '-')}: got {value}; it must be {wanted}.")
 
 
 def default_path(name: str) -> Path:
@@ -102,6 +118,8 @@ def shown(value: float | None) -> str:
 
 def environment() -> dict[str, Any]:
     """What a reader needs to judge or repeat a measurement."""
+    import jax  # which the command line does without
+
     devices = jax.devices()
     return {
         "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),

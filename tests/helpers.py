@@ -69,3 +69,10 @@ def mappers(devices: int = 8):
 
 
 MAPPERS = ("pmap", "shard_map", "shard_map, check_vma=False", "vmap")
+
+
+def judged(question, records):
+    """The verdicts of a question on these records."""
+    from experiments.engine import Records
+
+    return [*question.verdict(Records(records))]

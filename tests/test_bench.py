@@ -4,6 +4,7 @@ import importlib
 import json
 import os
 import sys
+import time
 import warnings
 from types import SimpleNamespace
 
@@ -15,29 +16,32 @@ import tyro
 
 from experiments import console as cli
 from experiments import models
-from experiments.bench import (
-    conv as bench_conv,
+from experiments.bench import conv as bench_conv
+from experiments.bench import ops as bench_ops
+from experiments.bench import peers_jax as bench_jax
+from experiments.bench import tables as bench_report
+from experiments.bench import training as bench_training
+from experiments.bench.command import BenchConv, BenchFigure1, BenchOps, BenchStep
+from experiments.bench.turns import Process, Repeated, ask_all, take_turns
+from experiments.bench.worker import (
+    BOTH,
+    COPY,
+    DIRECTIONS,
+    EPS,
+    FORWARD,
+    GROUPS,
+    KINDS_OF,
+    PEERS,
+    Case,
+    Server,
 )
-from experiments.bench import (
-    figure1 as bench_figure1,
-)
-from experiments.bench import (
-    ops as bench_ops,
-)
-from experiments.bench import (
-    peers_jax as bench_jax,
-)
-from experiments.bench import (
-    tables as bench_report,
-)
-from experiments.bench.worker import BOTH, COPY, DIRECTIONS, EPS, FORWARD, GROUPS, Case, Server
 from experiments.rundir import RunError
 from tests import oracles
 from tests.helpers import gap
 
 SMALL = {"conv": (2, 3, 4, 16), "dense": (6, 16), "tokens": (2, 3, 16)}
-WAYS = [(op, kinds[0], "float32") for op, kinds in bench_ops.KINDS_OF.items()]
-WAYS += [(op, kinds[-1], "bfloat16") for op, kinds in bench_ops.KINDS_OF.items()]
+WAYS = [(op, kinds[0], "float32") for op, kinds in KINDS_OF.items()]
+WAYS += [(op, kinds[-1], "bfloat16") for op, kinds in KINDS_OF.items()]
 ORACLES = {
     "batch": oracles.batch,
     "layer": oracles.layer,
@@ -68,7 +72,7 @@ def _as_peers_are_used():
 
 def family(peer: str):
     """The family that holds a peer, here in this process; skips where it is not installed."""
-    pytest.importorskip(bench_ops.PEERS.get(peer, ("jax", "jax"))[0])
+    pytest.importorskip(PEERS.get(peer, ("jax", "jax"))[0])
     name = "torch" if peer == "torch" else "jax"
     return importlib.import_module(f"experiments.bench.peers_{name}").family("cpu")
 
@@ -89,8 +93,85 @@ def measure(peer: str, case: Case):
         yield contestant, *((v.float().numpy() if peer == "torch" else v) for v in arrays)
 
 
+class Told:
+    """What a process of the tests makes."""
+
+    def __init__(self, name: str) -> None:
+        if name == "refused":
+            raise RunError("no such thing")
+        self.name = name
+
+    def here(self) -> tuple[str, int, str | None]:
+        return self.name, os.getpid(), os.environ.get("NORMLAB_TEST")
+
+    def cores(self) -> set[int]:
+        return os.sched_getaffinity(0)
+
+    def fail(self) -> None:
+        raise ValueError("too much\nof it")
+
+    def end(self) -> None:
+        os._exit(7)
+
+
+class TestTurns:
+    def test_every_round_starts_with_another_one_and_all_turns_are_kept(self):
+        order = []
+        turns = {name: lambda name=name: order.append(name) or float(len(order)) for name in "abc"}
+        seen = [{name: list(ms) for name, ms in taken.items()} for taken in take_turns(turns, 4)]
+        assert "".join(order) == "abcbcacababc"
+        assert seen[0] == {"a": [1], "b": [2], "c": [3]}
+        assert seen[-1] == {"a": [1, 6, 8, 10], "b": [2, 4, 9, 11], "c": [3, 5, 7, 12]}
+
+    def test_a_call_is_repeated_to_fill_a_turn_and_waited_for(self):
+        calls, waited = [], []
+
+        def call():
+            time.sleep(2e-3)
+            calls.append(None)
+            return len(calls)
+
+        turn = Repeated(call, 10.0, waited.append)
+        assert 1 <= turn.repetitions <= 5
+        before = len(calls)
+        assert turn() >= 2.0
+        assert len(calls) - before == 1 + turn.repetitions
+        assert waited[-2:] == [before + 1, len(calls)]
+        assert Repeated(call, 1e-3).repetitions == 1
+
+
+class TestProcess:
+    def test_it_starts_with_its_cores_and_variables_and_leaves_ours(self, monkeypatch):
+        if not hasattr(os, "sched_getaffinity"):
+            pytest.skip("this system cannot pin a process")
+        before = os.sched_getaffinity(0)
+        monkeypatch.delenv("NORMLAB_TEST", raising=False)
+        variables = {"NORMLAB_TEST": "7"}
+        with Process("a", Told, "b", variables=variables, cores={min(before)}) as process:
+            assert os.sched_getaffinity(0) == before
+            assert "NORMLAB_TEST" not in os.environ
+            assert process.ask("cores") == {min(before)}
+            name, pid, variable = process.ask("here")
+        assert (name, variable) == ("b", "7")
+        assert pid != os.getpid()
+
+    def test_one_that_fails_is_asked_again_and_one_that_ends_is_told(self):
+        with (
+            Process("good", Told, "a", variables={}) as good,
+            Process("bad", Told, "refused", variables={}) as bad,
+        ):
+            with pytest.raises(RunError, match=r"^the good process failed: ValueError: too much$"):
+                good.ask("fail")
+            assert [name for name, *_ in ask_all([good, good], "here")] == ["a", "a"]
+            with pytest.raises(RunError, match=r"^the bad process failed: no such thing$"):
+                bad.ask("here")
+            for _ in range(2):
+                with pytest.raises(RunError, match="the good process ended with exit code 7"):
+                    good.ask("end")
+
+
 class TestContestants:
-    @pytest.mark.parametrize("peer", ["normlab", *bench_ops.PEERS])
+    @pytest.mark.parametrize("peer", ["normlab", *PEERS])
     @pytest.mark.parametrize(("op", "kind", "dtype"), WAYS)
     def test_all_time_the_norm_and_its_gradients(self, op, kind, dtype, peer):
         case = Case(op, kind, SMALL[kind], dtype)
@@ -110,8 +191,8 @@ class TestContestants:
             names.append(contestant.name)
         assert len(names) == 1 + any("two-pass" in name for name in names)
 
-    @pytest.mark.parametrize("peer", ["normlab", *bench_ops.PEERS])
-    @pytest.mark.parametrize("op", [op for op in bench_ops.KINDS_OF if op != "rms"])
+    @pytest.mark.parametrize("peer", ["normlab", *PEERS])
+    @pytest.mark.parametrize("op", [op for op in KINDS_OF if op != "rms"])
     def test_safe_is_what_loses_no_digits_to_a_large_mean(self, op, peer, monkeypatch):
         case = Case(op, "conv", (4, 8, 8, 64), "float32")
         x, dy, (g, b) = case.inputs()
@@ -121,7 +202,7 @@ class TestContestants:
         for contestant, y, *_ in measure(peer, case):
             assert (gap(y, expected) < 1e-3) == contestant.safe, contestant.name
 
-    @pytest.mark.parametrize("peer", bench_ops.PEERS)
+    @pytest.mark.parametrize("peer", PEERS)
     def test_every_peer_has_one_default_and_ways_of_different_names(self, peer):
         for op, kind, dtype in WAYS:
             found = family(peer).contestants(peer, Case(op, kind, SMALL[kind], dtype))
@@ -214,7 +295,7 @@ class TestOps:
         assert [row["name"] for row in case["contestants"]] == ["normlab"]
 
     def test_stopping_keeps_the_cases_that_were_done(self, tmp_path):
-        config = bench_ops.BenchOps(
+        config = BenchOps(
             ops=("rms",), shapes=("dense",), dtypes=("float32",), peers=(), rounds=1,
             turn_ms=0.1, run_dir=tmp_path / "run",
         )  # fmt: skip
@@ -232,7 +313,7 @@ class TestOps:
         assert [case["label"] for case in result["cases"]] == ["rms 4096×256 f32"]
 
     def test_stopping_before_a_case_is_done_leaves_no_directory(self, tmp_path):
-        ops = bench_ops.Ops(bench_ops.BenchOps(peers=(), run_dir=tmp_path / "run"))
+        ops = bench_ops.Ops(BenchOps(peers=(), run_dir=tmp_path / "run"))
         assert ops.finish() == {}
         assert not (tmp_path / "run").exists()
 
@@ -325,33 +406,21 @@ class TestCommandLine:
 class TestFigure1:
     def test_both_libraries_do_the_same_work(self, monkeypatch):
         pytest.importorskip("torch")
-        monkeypatch.setattr(bench_figure1, "EXAMPLES", 100)
+        monkeypatch.setattr(bench_training, "EXAMPLES", 100)
         monkeypatch.setattr(
-            bench_figure1.Trainer, "compile", lambda *_: None
+            bench_training.Trainer, "compile", lambda *_: None
         )  # the first turn does
-        config = bench_figure1.BenchFigure1(seeds=2, batch_size=6, steps=4)
+        config = BenchFigure1(seeds=2, batch_size=6, steps=4)
         ours, theirs = (
             np.concatenate([turn(), turn()], 1)
             for turn in (
-                bench_figure1.build_normlab(config, bench_figure1.NETS),
-                bench_figure1.build_torch(config, bench_figure1.NETS),
+                bench_training.build_normlab(config, bench_training.NETS),
+                bench_training.build_torch(config, bench_training.NETS),
             )
         )
         assert ours.shape == (2, 8, 2)
         np.testing.assert_allclose(ours, theirs, rtol=1e-4)
         assert not np.allclose(ours[0], ours[1], rtol=1e-2)
-
-    def test_a_process_starts_with_its_cores_and_variables_and_leaves_ours(self, monkeypatch):
-        if not hasattr(os, "sched_getaffinity"):
-            pytest.skip("this system cannot pin a process")
-        before = os.sched_getaffinity(0)
-        monkeypatch.delenv("NORMLAB_TEST", raising=False)
-        with bench_figure1.process() as pool:
-            with bench_figure1.inherited({min(before)}, {"NORMLAB_TEST": "7"}):
-                found = pool.submit(os.sched_getaffinity, 0), pool.submit(os.getenv, "NORMLAB_TEST")
-            assert [future.result() for future in found] == [{min(before)}, "7"]
-        assert os.sched_getaffinity(0) == before
-        assert "NORMLAB_TEST" not in os.environ
 
     @pytest.mark.parametrize(
         ("given", "words"),
@@ -359,7 +428,7 @@ class TestFigure1:
     )
     def test_refuses_with_the_option_and_the_value(self, given, words):
         with pytest.raises(RunError, match=words):
-            bench_figure1.BenchFigure1(**given)
+            BenchFigure1(**given)
 
 
 class TestConv:
@@ -398,25 +467,28 @@ class TestConv:
 
     def test_refuses_with_the_option_and_the_value(self):
         with pytest.raises(RunError, match="--batch-size: got 0"):
-            bench_conv.BenchConv(batch_size=0)
+            BenchConv(batch_size=0)
         with pytest.raises(RunError, match=r"--cores: got 999, and there are \d+"):
-            bench_conv.BenchConv(cores=999)
+            BenchConv(cores=999)
 
 
-@pytest.mark.parametrize("bench", ["figure1", "conv"])
+@pytest.mark.parametrize("bench", ["step", "figure1", "conv"])
 def test_a_bench_without_torch_says_how_to_install_it(bench, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", None)
-    module = {"figure1": bench_figure1, "conv": bench_conv}[bench]
-    config = {"figure1": bench_figure1.BenchFigure1, "conv": bench_conv.BenchConv}[bench]()
+    measure, config = {
+        "step": (bench_training.step, BenchStep()),
+        "figure1": (bench_training.figure1, BenchFigure1()),
+        "conv": (bench_conv.run, BenchConv()),
+    }[bench]
     with pytest.raises(RunError, match=rf"bench {bench}.*pip install"):
-        module.run(config)
+        measure(config)
 
 
 @pytest.mark.slow
 def test_figure1_extrapolates_the_median_turn():
     pytest.importorskip("torch")
-    config = bench_figure1.BenchFigure1(seeds=2, steps=5, rounds=2, whole=1000)
-    result = bench_figure1.run(config)
+    config = BenchFigure1(seeds=2, steps=5, rounds=2, whole=1000)
+    result = bench_training.figure1(config)
     assert list(result["whole_s"]) == ["normlab", "torch", "torch, a process per net"]
     for name, seconds in result["whole_s"].items():
         assert seconds == pytest.approx(result["start_s"][name] + result["ms_per_step"][name])
@@ -428,7 +500,7 @@ def test_figure1_extrapolates_the_median_turn():
 def test_conv_measures_every_form_of_every_case(monkeypatch):
     pytest.importorskip("torch")
     monkeypatch.setattr(bench_conv, "CASES", ((5, 1, 2, 1),))
-    (row,) = bench_conv.run(bench_conv.BenchConv(batch_size=2, rounds=1))
+    (row,) = bench_conv.run(BenchConv(batch_size=2, rounds=1))
     assert list(row["ms_per_step"]) == ["XLA", "one product", "MatmulConv", "torch"]
     assert all(ms > 0 for ms in row["ms_per_step"].values())
 
@@ -436,20 +508,18 @@ def test_conv_measures_every_form_of_every_case(monkeypatch):
 @pytest.mark.slow
 def test_step_measures_both_in_one_run():
     pytest.importorskip("torch")
-    from experiments.bench import step as bench_step
-
-    result = bench_step.run(bench_step.BenchStep(steps=20, rounds=2))
+    result = bench_training.step(BenchStep(steps=20, rounds=2))
     assert set(result["ms_per_step"]) == {"normlab", "torch, eager", "floor"}
     assert result["normlab_over_torch"] > 0
 
 
 @pytest.mark.slow
 def test_every_peer_takes_turns_in_one_run(tmp_path):
-    for module, _ in bench_ops.PEERS.values():
+    for module, _ in PEERS.values():
         pytest.importorskip(module)
     assert run(tmp_path / "run", "--shapes", "conv", "tokens") == 0
     result = json.loads((tmp_path / "run" / "ops.json").read_text())
     assert result["absent"] == {}
     for case in result["cases"]:
-        assert {row["peer"] for row in case["contestants"]} == {"normlab", *bench_ops.PEERS}
+        assert {row["peer"] for row in case["contestants"]} == {"normlab", *PEERS}
         assert [row["reason"] for row in case["contestants"]] == [None] * len(case["contestants"])

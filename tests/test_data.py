@@ -7,6 +7,7 @@ import hashlib
 import http.server
 import importlib.util
 import json
+import math
 import os
 import shutil
 import socket
@@ -383,31 +384,102 @@ def test_a_failing_client_is_quoted_by_its_error_lines(client, work):
         fetch.run(["fake"], work, 60, print)
 
 
-def test_a_silent_client_is_stopped_with_its_children(client, work):
-    client("fake", "sleep 30 & echo $! > child; wait")
-    began = time.monotonic()
+@pytest.fixture
+def begun(monkeypatch):
+    """Return a function that lets every client write a file before anybody looks at it."""
+
+    def until(file: Path, size: int) -> None:
+        start = subprocess.Popen
+
+        def popen(*args, **options):
+            process = start(*args, **options)
+            while not file.is_file() or file.stat().st_size < size:
+                time.sleep(0.01)
+            return process
+
+        monkeypatch.setattr(subprocess, "Popen", popen)
+
+    return until
+
+
+def test_a_silent_client_is_stopped_with_its_children(client, work, begun):
+    client("fake", "sleep 300 & echo $! > child; wait")
+    begun(work / "child", 2)
     with pytest.raises(fetch.AbsentError, match="no data came"):
-        fetch.run(["fake"], work, 0.5, print)
-    assert time.monotonic() - began < 5
+        fetch.run(["fake"], work, 0.1, print)
     child = (work / "child").read_text().strip()
-    time.sleep(0.2)
-    stat_line = Path(f"/proc/{child}/stat")
-    assert not stat_line.exists() or ") Z " in stat_line.read_text()
+    while alive(child):
+        time.sleep(0.01)
 
 
-def test_a_slow_client_may_take_longer_than_the_patience(client, work):
-    client(
-        "fake", 'for i in 1 2 3 4 5; do head -c 40000 /dev/zero >> f; sleep 0.3; done; echo "$E"'
-    )
-    assert fetch.run(["fake"], work, 0.7, print, E="done") == "done\n"
-    assert (work / "f").stat().st_size == 200_000
+def alive(process: str) -> bool:
+    try:
+        return ") Z " not in Path(f"/proc/{process}/stat").read_text()
+    except OSError:
+        return False
 
 
-def test_a_download_that_stalls_is_stopped(client, work, monkeypatch):
-    monkeypatch.setattr(fetch, "STALL", 0.5)
-    client("fake", "head -c 40000 /dev/zero > f; sleep 30")
-    with pytest.raises(fetch.AbsentError, match=r"within 0\.5 s"):
+def test_what_a_client_says_and_writes_is_returned_and_kept(client, work):
+    client("fake", 'head -c 40000 /dev/zero > f; echo "$E"')
+    assert fetch.run(["fake"], work, 60, print, E="done") == "done\n"
+    assert (work / "f").stat().st_size == 40_000
+
+
+def test_a_download_that_stalls_is_stopped_however_early_it_began(client, work, monkeypatch, begun):
+    monkeypatch.setattr(fetch, "STALL", 0.1)
+    client("fake", "head -c 40000 /dev/zero > f; sleep 300")
+    begun(work / "f", 40_000)
+    with pytest.raises(fetch.AbsentError, match=r"within 0\.1 s"):
         fetch.run(["fake"], work, 60, print)
+
+
+class Clock:
+    """A time that passes where a client is waited for, and the client: what it has written when."""
+
+    def __init__(self, written: dict[float, int], ends: float = math.inf) -> None:
+        self.now, self.written, self.ends = 0.0, written, ends
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+
+    def size(self) -> int:
+        return max((size for at, size in self.written.items() if at <= self.now), default=0)
+
+    def poll(self) -> int | None:
+        return 0 if self.now >= self.ends else None
+
+
+@pytest.mark.parametrize(
+    ("written", "ends", "stopped", "limit"),
+    [
+        ({}, math.inf, 2, "2.0"),  # nothing at all
+        ({}, 1.9, None, ""),  # nothing, and its end in time
+        ({0.5: 30_000, 1: 31_000}, math.inf, 2, "2.0"),  # its own notes: no data
+        ({1.9: 40_000}, math.inf, 1.9 + 60, "60.0"),  # data in time, then none
+        ({t: 40_000 * t for t in range(1, 300, 50)}, 300, None, ""),  # slow, and longer than both
+        ({1: 40_000, 60: 40_001}, math.inf, 120, "60.0"),  # one more byte is data, too
+    ],
+)
+def test_a_client_is_stopped_when_no_data_comes(monkeypatch, written, ends, stopped, limit):
+    clock = Clock(written, ends)
+    monkeypatch.setattr(fetch, "time", clock)
+    if stopped is None:
+        fetch._watch(clock, clock.size, 2.0, lambda text: None)
+        assert clock.now == pytest.approx(ends, abs=0.06)
+        return
+    with pytest.raises(fetch.AbsentError, match=rf"no data came within {limit} s, stopped"):
+        fetch._watch(clock, clock.size, 2.0, lambda text: None)
+    assert clock.now == pytest.approx(stopped, abs=0.11)
+
+
+def test_progress_is_told_every_three_seconds(monkeypatch):
+    clock, said = Clock({1: 5_000_000, 5: 8_000_000}, 10), []
+    monkeypatch.setattr(fetch, "time", clock)
+    fetch._watch(clock, clock.size, 2.0, said.append)
+    assert said == ["5 MB so far", "8 MB so far", "8 MB so far"]
 
 
 def test_the_next_package_is_tried_after_an_unusable_one(monkeypatch, work):

@@ -23,8 +23,7 @@ import pytest
 
 import normlab as nl
 from experiments import console as cli
-from experiments import models, questions
-from experiments.asking import command as asking
+from experiments import models, questions, terminal
 from experiments.asking import kept, pool, sources
 from experiments.asking.ask import ask
 from experiments.asking.kept import Kept
@@ -32,16 +31,12 @@ from experiments.engine import (
     Checkpoint,
     Condition,
     Config,
-    accuracy,
-    by_seed,
+    Records,
     decide,
     exact,
     lanes,
     learn,
-    select,
-    share_of_steps,
     shuffled,
-    steps_to,
 )
 from experiments.engine import devices as on_devices
 from experiments.engine.learn import optimizer
@@ -127,7 +122,7 @@ class TestDecide:
 
 
 def test_the_last_value_of_each_seed_counts():
-    records = [
+    records = Records(
         {"kind": "evaluation", "norm": norm, "seed": seed, "step": step, "accuracy": a}
         for norm, seed, step, a in [
             ("a", 0, 1, 0.5),
@@ -136,26 +131,43 @@ def test_the_last_value_of_each_seed_counts():
             ("a", 1, 2, None),
             ("b", 0, 2, 0.1),
         ]
-    ]
-    np.testing.assert_equal(accuracy(records, norm="a"), [90.0, math.nan])
-    assert by_seed(records, "accuracy", norm="b").tolist() == [0.1]
-    assert steps_to(records, 0.9, norm="a").tolist() == [2, 1]
-    assert steps_to(records, 0.95, norm="a").tolist() == [math.inf, math.inf]
-    assert len(select(records, norm="a", seed=1)) == 2
+    )
+    np.testing.assert_equal(records.accuracy(norm="a"), [90.0, math.nan])
+    assert records.by_seed("accuracy", norm="b").tolist() == [0.1]
+    assert records.steps_to(0.9, norm="a").tolist() == [2, 1]
+    assert records.steps_to(0.95, norm="a").tolist() == [math.inf, math.inf]
+    assert len(records.where(norm="a", seed=1)) == 2
+
+
+def test_records_are_asked_by_value_by_seed_and_by_step():
+    records = Records(
+        {"kind": "loss", "norm": norm, "lr": lr, "seed": seed, "step": step, "loss": step + seed}
+        for norm, lr in (("b", 1.0), ("a", 1.0), ("a", 0.5))
+        for seed in (1, 0)
+        for step in (0, 2, 4)
+    )
+    records.append({"kind": "exact", "seed": 0})
+    assert records.values("norm") == ["b", "a"]
+    assert records.values("norm", "lr") == [("b", 1.0), ("a", 1.0), ("a", 0.5)]
+    assert records.trained().values("step") == [2, 4]
+    assert len(records.where(lambda r: r["step"] > 2, norm="a", kind="loss")) == 4
+    assert records.by_seed("loss", lr=1.0, of=min).tolist() == [0, 1]
+    assert records.by_seed("loss", of=np.mean).tolist() == [2, 3]
+    assert records.each_seed(len).tolist() == [10, 9]
 
 
 def test_a_share_of_steps_is_nan_where_neither_net_comes_there():
     reached = {"a": (10, 40), "b": (20, None), "c": (None, None)}
-    records = [
+    records = Records(
         {"kind": "evaluation", "norm": norm, "seed": seed, "step": step}
         | {"accuracy": 0.95 if there is not None and step >= there else 0.5}
         for norm, seeds in reached.items()
         for seed, there in enumerate(seeds)
         for step in (10, 20, 40)
-    ]
+    )
 
     def share(mine, reference):
-        return share_of_steps(records, 0.9, {"norm": mine}, {"norm": reference})
+        return records.share_of_steps(0.9, {"norm": mine}, {"norm": reference})
 
     np.testing.assert_equal(share("a", "b"), [0.5, 1.0])
     np.testing.assert_equal(share("a", "c"), [0.25, 1.0])
@@ -498,7 +510,8 @@ class TestFaults:
 class TestVersion:
     @pytest.fixture
     def files(self, tmp_path, monkeypatch):
-        monkeypatch.setattr(sources, "CHECKOUT", tmp_path)
+        roots = {name: tmp_path / name for name in ("normlab", "experiments")}
+        monkeypatch.setattr(sources, "ROOTS", roots)
 
         def write(name, text):
             path = tmp_path / name
@@ -527,6 +540,18 @@ class TestVersion:
         asked = "from normlab import sums\ndef figure(r): return 1\n"
         second = files("experiments/questions/asked.py", asked)
         assert files("normlab/sums.py", "def mean(x):\n    return 1\n") != second
+
+    @pytest.mark.parametrize(
+        "package", ["experiments", "experiments/questions", "normlab", "normlab/devices"]
+    )
+    def test_it_changes_with_the_packages_that_a_module_is_in(self, files, package):
+        files("normlab/devices/merging.py", "A = 1\n")
+        asked = "from normlab.devices.merging import A\ndef figure(r): return 1\n"
+        first = files("experiments/questions/asked.py", asked)
+        init = f"{package}/__init__.py"
+        assert files(init, '"""Words."""\n') != first  # that it is one
+        assert files(init, '"""Words."""\nfrom jax import config\n') != first
+        assert files(init, '"""Other words."""\n') == files(init, '"""Words."""  # a\n')
 
     def test_code_that_changes_during_a_run_is_not_measured(self, files, make, tmp_path):
         def edits():
@@ -629,7 +654,7 @@ class TestReport:
     def test_the_page_says_what_is_missing(self, asked, tmp_path, capsys):
         asked(1.0, 1.1)
         out = tmp_path / "out" / "page.html"
-        assert self.command("report", tmp_path, "--out", out) == asking.EXIT_MISSING
+        assert self.command("report", tmp_path, "--out", out) == terminal.EXIT_MISSING
         said = capsys.readouterr()
         assert "lacks has no answer" in said.err
         assert str(out) in said.out.replace("\n", "")
@@ -649,7 +674,7 @@ class TestReport:
         assert self.command("verify", tmp_path, *against) == 0
         asked(-1.0, -1.1, lacks=False)
         capsys.readouterr()
-        assert self.command("verify", tmp_path, "--again", *against) == asking.EXIT_MISSING
+        assert self.command("verify", tmp_path, "--again", *against) == terminal.EXIT_MISSING
         said = capsys.readouterr().out
         assert "holds, 1.05" in said
         assert "fails, -1.05" in said
@@ -684,7 +709,7 @@ class TestReport:
         out.with_suffix(".json").write_text(json.dumps(said))
         capsys.readouterr()
         against = ("--against", out.with_suffix(".json"))
-        assert self.command("verify", tmp_path, *against) == asking.EXIT_MISSING
+        assert self.command("verify", tmp_path, *against) == terminal.EXIT_MISSING
         table = capsys.readouterr().out
         assert table.count("differs") == 1
         told = {"a claim": "two", "a question": "was", "a config": "(config) steps"}
@@ -703,7 +728,7 @@ class TestReport:
 
         monkeypatch.setattr(questions, "require", broken)
         out = tmp_path / "page.html"
-        assert self.command("report", tmp_path, "--out", out) == asking.EXIT_MISSING
+        assert self.command("report", tmp_path, "--out", out) == terminal.EXIT_MISSING
         assert "ImportError: no module named so" in capsys.readouterr().err
         assert "ImportError: no module named so" in out.read_text()
         assert json.loads(out.with_suffix(".json").read_text())["verdicts"]["has"]
@@ -720,7 +745,7 @@ class TestReport:
         module.QUICK = TINY
         with pytest.raises(SystemExit) as stop:
             self.command("run", tmp_path, "has")
-        assert stop.value.code == asking.EXIT_INTERRUPTED
+        assert stop.value.code == terminal.EXIT_INTERRUPTED
         assert "what was measured is kept; the same command goes on" in capsys.readouterr().err
         _, module, _ = make("has", [Condition({"norm": "batch"}, _Stops(after=3))])
         module.QUICK = TINY

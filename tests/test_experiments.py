@@ -1,8 +1,13 @@
 """The experiments: the trainer's numbers, the main job end to end, and what it refuses."""
 
+import ast
+import importlib
+import inspect
 import json
 import os
+import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -571,6 +576,62 @@ class TestCommandLine:
             cli.main([*command, "--help"])
         assert stop.value.code == 0
         assert "usage:" in capsys.readouterr().out
+
+    @pytest.mark.parametrize("name", cli.COMMANDS)
+    def test_the_list_of_commands_says_what_each_is_for(self, name):
+        where, sentence = cli.COMMANDS[name]
+        module, _, options = where.partition(":")
+        command = importlib.import_module(module, cli.__package__)
+        told = inspect.getdoc(getattr(command, options))
+        assert " ".join(told.split("\n\n")[0].split()) == sentence
+        assert list(inspect.signature(command.run).parameters) == ["config"]
+
+    def test_the_list_of_commands_loads_none_of_them(self):
+        code = "import sys; from experiments.console import main\n"
+        code += "try: main(['--help'])\n"
+        code += "except SystemExit: print(*{name.partition('.')[0] for name in sys.modules})"
+        run = subprocess.run(
+            [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+        )
+        assert "invariances" in run.stdout
+        loaded = set(run.stdout.splitlines()[-1].split())
+        assert "tyro" in loaded
+        assert loaded.isdisjoint({"jax", "flax", "matplotlib", "numpy", "scipy", "normlab"})
+
+    def test_it_runs_under_another_name(self, tmp_path):
+        """As `elsewhere.experiments`, where to import `experiments` is an error."""
+        here = Path(cli.__file__).parent
+        shutil.copytree(
+            here, tmp_path / "elsewhere" / here.name, ignore=shutil.ignore_patterns("__pycache__")
+        )
+        (tmp_path / "normlab").symlink_to(here.parent / "normlab")
+        (tmp_path / "experiments.py").write_text("raise ImportError\n")
+
+        def run(*arguments):
+            command = [sys.executable, *arguments]
+            done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+            assert done.returncode == 0, done.stderr
+            return done.stdout
+
+        name, small = "ignored_gradient", ("--seeds", "2", "--steps", "100")
+        program = ("-m", "elsewhere.experiments")
+        assert f"usage: python {' '.join(program)}" in run(*program, "--help")
+        run(*program, "run", name, "--jobs", "1", "--", *small)
+        (verdicts,) = tmp_path.glob("elsewhere/runs/questions/*/verdict.json")
+        assert len(json.loads(verdicts.read_text())) == 3
+        code = "from elsewhere.experiments.asking import sources\n"
+        code += f"print(*sources._closure('elsewhere.experiments.questions.{name}'))"
+        counted = run("-c", code).split()
+        assert {"elsewhere.experiments.engine.question", "normlab.equation"} <= set(counted)
+
+    def test_no_message_names_the_package(self):
+        for path in Path(cli.__file__).parent.rglob("*.py"):
+            tree = ast.parse(path.read_text())
+            words = [n for n in ast.walk(tree) if isinstance(n, ast.Expr | ast.Constant)]
+            told = {id(n.value) for n in words if isinstance(n, ast.Expr)}  # documentation
+            for node in words:
+                if isinstance(node, ast.Constant) and id(node) not in told:
+                    assert not re.search(r"-m experiments|experiments\.", str(node.value)), path
 
 
 # The tables.

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import normlab as nl
-from experiments.invariances import changed
+from experiments.numerics.invariances import changed
 from tests import oracles
 from tests.cases import CASES, KINDS, everything, first_of, reference, stack
 from tests.helpers import MAPPERS, array, draw, gap, mappers

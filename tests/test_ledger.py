@@ -12,7 +12,8 @@ from experiments.bench import sync as bench_sync
 from experiments.console import main
 from experiments.programs import machines
 from experiments.programs.collectives import algorithm, collectives, groups, shape_of
-from experiments.programs.ledger import Ledger, Purpose, compile_all, table
+from experiments.programs.command import Ledger
+from experiments.programs.ledger import Purpose, compile_all, table
 from experiments.programs.machines import Cluster, Machine, Torus, machine, missing
 from experiments.rundir import RunError
 from experiments.training.syncs import parse

@@ -24,6 +24,7 @@ from experiments.engine.devices import forms_gap, relative
 from experiments.questions import delay, gradient_sync, group_size, local_drift, synced_is_global
 from experiments.rundir import CHECKOUT
 from experiments.training.trainer import FORMS, DeviceData, Trainer, TrainState, minibatches
+from tests.helpers import judged
 
 TINY = {
     "dataset": "digits",
@@ -114,13 +115,13 @@ CASES = [(SAME, "holds"), (MIXED, "undecided"), (BAD, "fails")]
 @pytest.mark.parametrize(("delayed", "decision"), CASES)
 def test_delay_decides_by_the_accuracy_lost(delayed, decision):
     records = evaluations({"fresh": GOOD, "every 2": delayed, "local": BAD})
-    assert delay.verdict(records)[0].decision == decision
+    assert judged(delay, records)[0].decision == decision
 
 
 @pytest.mark.parametrize(("forward", "decision"), CASES)
 def test_gradient_sync_decides_by_the_accuracy_lost(forward, decision):
     records = evaluations({"both": GOOD, "forward": forward, "none": BAD, "local": BAD})
-    assert [v.decision for v in gradient_sync.verdict(records)] == [decision, "holds"]
+    assert [v.decision for v in judged(gradient_sync, records)] == [decision, "holds"]
 
 
 @pytest.mark.parametrize(
@@ -131,7 +132,7 @@ def test_group_size_decides_by_the_accuracy_gained(alone, decision):
         *evaluations({"alone": alone}, per_device=2, group=1, together=2),
         *evaluations({"together": SAME}, per_device=2, group=8, together=16),
     ]
-    assert [v.decision for v in group_size.verdict(records)] == [decision]
+    assert [v.decision for v in judged(group_size, records)] == [decision]
 
 
 @pytest.mark.parametrize(
@@ -156,7 +157,7 @@ def test_local_drift_decides_by_the_share_between_devices(share, lost, decisions
         for condition in ("shuffled", "sorted")
         for seed in range(3)
     ]
-    assert [v.decision for v in local_drift.verdict(drifts + averaging)] == decisions
+    assert [v.decision for v in judged(local_drift, drifts + averaging)] == decisions
 
 
 @pytest.mark.parametrize(
@@ -178,7 +179,7 @@ def test_synced_is_global_decides_by_the_error(error, synced, averaged):
         for dtype in synced_is_global.LAYER
         for seed in range(3)
     ]
-    decisions = [v.decision for v in synced_is_global.verdict(records)]
+    decisions = [v.decision for v in judged(synced_is_global, records)]
     assert decisions == [synced] * 6 + [averaged] * 6
 
 

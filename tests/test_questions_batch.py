@@ -12,7 +12,7 @@ import pytest
 import normlab as nl
 from experiments import models
 from experiments.data import load
-from experiments.engine import Net
+from experiments.engine import Net, Records
 from experiments.questions import (
     batch_size,
     batch_size_conv,
@@ -22,6 +22,7 @@ from experiments.questions import (
     precise,
     renorm,
 )
+from tests.helpers import judged
 
 SEEDS = range(3)
 
@@ -58,16 +59,16 @@ class TestBatchSize:
         )
 
     def test_it_holds_where_batch_norm_alone_gets_worse(self):
-        found = batch_size.verdict(self.errors(4.1, 45.0, 2.3))
+        found = judged(batch_size, self.errors(4.1, 45.0, 2.3))
         assert decisions(found) == ["holds", "holds", "holds", "holds", "fails"]
 
     def test_it_fails_where_the_batch_does_not_matter(self):
-        found = batch_size.verdict(self.errors(1.9, 2.0, 3.0))
+        found = judged(batch_size, self.errors(1.9, 2.0, 3.0))
         assert decisions(found) == ["fails", "fails", "fails", "fails", "holds"]
 
     def test_the_effect_is_the_rise_in_points(self):
         records = self.errors(4.1, 45.0, 2.3)
-        rise = batch_size.rise(records, "batch", batch=128, together=2)
+        rise = batch_size.rise(Records(records), "batch", batch=128, together=2)
         np.testing.assert_allclose(rise, [43, 43.43, 43.86])
 
     def test_running_statistics_remember_as_many_examples_at_every_batch(self):
@@ -94,11 +95,11 @@ class TestBatchSizeConv:
         ] + [{"kind": "layer", "norm": "both", "together": 1, "seed": s, "gap": gap} for s in SEEDS]
 
     def test_it_holds_where_convolutions_hide_the_damage(self):
-        found = batch_size_conv.verdict(self.records(11.4, 12.9, 0.4, 1e-7))
+        found = judged(batch_size_conv, self.records(11.4, 12.9, 0.4, 1e-7))
         assert decisions(found) == ["holds"] * 6
 
     def test_it_fails_where_they_do_not(self):
-        found = batch_size_conv.verdict(self.records(15.0, 45.0, 2.3, 1e-3))
+        found = judged(batch_size_conv, self.records(15.0, 45.0, 2.3, 1e-3))
         assert decisions(found) == ["fails", "fails", "holds", "holds", "fails", "fails"]
 
     def test_batch_norm_over_one_image_is_instance_norm(self):
@@ -117,7 +118,7 @@ class TestLayerBatch:
         layer_norm = by_batch({("layer", 128, 128): 2.1, ("layer", 4, 4): layer})
         records = [r | {"layers": where} for where in ("hidden", "all") for r in batch_norm]
         records += [r | {"layers": "hidden"} for r in layer_norm]
-        assert decisions(layer_batch.verdict(records)) == expected
+        assert decisions(judged(layer_batch, records)) == expected
 
 
 class TestPrecise:
@@ -134,13 +135,13 @@ class TestPrecise:
         ]
 
     def test_it_holds_where_the_average_lags_and_then_does_not(self):
-        assert decisions(precise.verdict(self.records(2.0, 0.0))) == ["holds"] * 4
+        assert decisions(judged(precise, self.records(2.0, 0.0))) == ["holds"] * 4
 
     def test_it_fails_where_the_average_never_lags_but_at_the_end(self):
-        assert decisions(precise.verdict(self.records(0.0, 2.0))) == ["fails"] * 4
+        assert decisions(judged(precise, self.records(0.0, 2.0))) == ["fails"] * 4
 
     def test_the_gain_is_a_mean_over_a_share_of_the_run(self):
-        records = self.records(2.0, 1.0)
+        records = Records(self.records(2.0, 1.0))
         np.testing.assert_allclose(precise.gain(records, 1, 1, rate="falling"), [1, 1.01, 1.02])
         np.testing.assert_allclose(precise.gain(records, 0, 1, rate="falling"), [1.5, 1.51, 1.52])
 
@@ -165,7 +166,7 @@ class TestFrozen:
             for seed in SEEDS
         ]
         records = [{k: r[k] for k in ("together", "then", *r)} for r in records]
-        assert decisions(frozen.verdict(records)) == expected
+        assert decisions(judged(frozen, records)) == expected
 
     def test_both_ends_go_on_from_the_same_net_and_part(self):
         config = dataclasses.replace(
@@ -193,7 +194,7 @@ class TestDomain:
             evaluation(seed, 97.0, clean=97.0, noise_training=training + seed / 10, noise_own=own)
             for seed in SEEDS
         ]
-        assert decisions(domain.verdict(records)) == expected
+        assert decisions(judged(domain, records)) == expected
 
     @pytest.mark.parametrize("name", domain.DOMAINS)
     def test_a_domain_keeps_shapes_and_repeats(self, name):
@@ -241,10 +242,10 @@ class TestRenorm:
         ] + [{"kind": "layer", "seed": seed, "gap": 0.0} for seed in SEEDS]
 
     def test_it_holds_where_renormalization_mends(self):
-        assert decisions(renorm.verdict(self.records(97.0, 96.0))) == ["holds"] * 4
+        assert decisions(judged(renorm, self.records(97.0, 96.0))) == ["holds"] * 4
 
     def test_it_fails_where_it_does_not(self):
-        found = decisions(renorm.verdict(self.records(95.0, 70.0)))
+        found = decisions(judged(renorm, self.records(95.0, 70.0)))
         assert found == ["fails", "holds", "fails", "holds"]
 
     def test_with_r_1_and_d_0_it_is_batch_norm(self):

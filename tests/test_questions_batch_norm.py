@@ -12,7 +12,7 @@ import pytest
 import normlab as nl
 from experiments import models, questions
 from experiments.data import load
-from experiments.engine import Net, tuned
+from experiments.engine import Net, Records
 from experiments.questions import (
     data_size,
     deep_sigmoid,
@@ -24,6 +24,7 @@ from experiments.questions import (
     optimizers,
     placement,
 )
+from tests.helpers import judged
 
 NAMES = (
     *("learning_rate", "deep_sigmoid", "gain_bias", "placement", "dropout"),
@@ -42,21 +43,22 @@ def ends(accuracy: float, *, step: int = 100, diverged=None, **labels) -> list:
 
 
 def decisions(question, records) -> list[str]:
-    return [verdict.decision for verdict in question.verdict(records)]
+    return [verdict.decision for verdict in judged(question, records)]
 
 
 # The best rate
 
 
 def test_the_best_rate_is_that_with_the_best_mean_at_the_end_in_each_setting():
-    records = [
+    records = Records()
+    records += [
         *ends(99, step=50, norm="none", lr=1.0),  # on the way, which does not count
         *ends(20, norm="none", lr=1.0),
         *ends(90, norm="none", lr=0.1),
         *ends(95, norm="batch", lr=1.0),
         *ends(94, norm="batch", lr=0.1),
     ]
-    best = tuned(records, "norm")
+    best = records.tuned("norm")
     assert {(r["norm"], r["lr"]) for r in best} == {("none", 0.1), ("batch", 1.0)}
     assert len(best) == 6
 
@@ -80,22 +82,22 @@ def rates(*, none: float, batch: float, layer: float) -> list:
 
 def test_the_largest_stable_rate_is_finite_and_accurate():
     records = rates(none=0.03, batch=1.0, layer=0.0)
-    assert learning_rate.largest_stable(records, "none").tolist() == [0.03] * 3
-    assert learning_rate.largest_stable(records, "batch").tolist() == [1.0] * 3
-    assert np.isnan(learning_rate.largest_stable(records, "layer")).all()
+    assert learning_rate.largest_stable(Records(records), "none").tolist() == [0.03] * 3
+    assert learning_rate.largest_stable(Records(records), "batch").tolist() == [1.0] * 3
+    assert np.isnan(learning_rate.largest_stable(Records(records), "layer")).all()
     slow = [*records, *ends(0.9 * 95 - 1, norm="none", lr=10.0)]
-    assert learning_rate.largest_stable(slow, "none").tolist() == [0.03] * 3
+    assert learning_rate.largest_stable(Records(slow), "none").tolist() == [0.03] * 3
 
 
 def test_the_baseline_has_a_rate_of_which_batch_norm_had_the_multiples():
     records = [*ends(95, norm="none", lr=0.1), *ends(90, norm="none", lr=0.01)]
     records += [r for lr in (0.01, 0.05, 0.3, 0.1) for r in ends(96, norm="batch", lr=lr)]
-    assert {r["lr"] for r in learning_rate.baseline(records)} == {0.01}
+    assert {r["lr"] for r in learning_rate.baseline(Records(records))} == {0.01}
 
 
 def test_a_rate_that_the_net_without_a_norm_did_not_have_is_not_compared():
     records = [*rates(none=0.03, batch=0.3, layer=0.3), *ends(95, norm="batch", lr=0.9)]
-    assert learning_rate.largest_stable(records, "batch").tolist() == [0.3] * 3
+    assert learning_rate.largest_stable(Records(records), "batch").tolist() == [0.3] * 3
 
 
 def course(there: int, height: float, **labels) -> list:
@@ -123,7 +125,7 @@ def learned(batch: dict[float, int], height: float) -> list:
 
 
 def test_speed_is_the_baselines_steps_over_those_of_batch_norm_to_the_same_accuracy():
-    records = learned({0.03: 140, 0.15: 20, 0.9: 310}, 96)
+    records = Records(learned({0.03: 140, 0.15: 20, 0.9: 310}, 96))
     assert learning_rate.speed(records, 1.0) == pytest.approx([2.0] * 3)
     assert learning_rate.speed(records, 5.0) == pytest.approx([14.0] * 3)
     assert learning_rate.speed(records, 30.0) == pytest.approx([280 / 300] * 3)  # never there
@@ -367,7 +369,7 @@ def example(name: str) -> list:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_figure_has_units_on_every_axis_that_shows_something(name):
-    picture = questions.require(name).figure(example(name))
+    picture = questions.require(name).figure(Records(example(name)))
     shown = [axes for axes in picture.axes if axes.has_data()]
     assert shown
     assert all(axes.get_ylabel() for axes in shown)

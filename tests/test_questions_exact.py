@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import normlab as nl
-from experiments.engine import Checkpoint, Config, Record
+from experiments.engine import Checkpoint, Config, Record, Records
 from experiments.questions import (
     backward,
     batch_one,
@@ -21,6 +21,7 @@ from experiments.questions import (
     mean_field,
     scale_invariance,
 )
+from tests.helpers import judged
 
 
 def measured(question, config: Config, **chosen) -> list[Record]:
@@ -35,7 +36,7 @@ def measured(question, config: Config, **chosen) -> list[Record]:
 
 
 def decisions(question, records) -> list[str]:
-    return [v.decision for v in question.verdict(records)]
+    return [v.decision for v in judged(question, records)]
 
 
 def tiny(question, **fields) -> Config:
@@ -255,7 +256,7 @@ def test_longer_weights_at_an_adjusted_rate_are_the_same_function():
     records = measured(scale_invariance, config)
     assert decisions(scale_invariance, records)[::3] == ["holds", "holds"]
     unchanged = [r for r in records if r["condition"] == "unchanged"]
-    np.testing.assert_allclose(scale_invariance.slope(unchanged), -2, atol=1e-3)
+    np.testing.assert_allclose(Records(unchanged).each_seed(scale_invariance.slope), -2, atol=1e-3)
 
 
 @pytest.mark.parametrize(

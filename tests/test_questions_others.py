@@ -10,7 +10,7 @@ import pytest
 
 import normlab as nl
 from experiments.data import load
-from experiments.engine import Condition
+from experiments.engine import Condition, Records
 from experiments.questions import (
     cosine,
     landscape,
@@ -20,6 +20,7 @@ from experiments.questions import (
     weight_norm_accuracy,
     whitening,
 )
+from tests.helpers import judged
 
 SEEDS = range(3)
 TINY = {"dataset": "digits", "seeds": 2}
@@ -46,7 +47,7 @@ def measured(condition: Condition):
 
 def drawn(question, records):
     """Whether the figure has something in every panel."""
-    picture = question.figure(records)
+    picture = question.figure(Records(records))
     panels = [bool(axes.lines or axes.collections) for axes in picture.axes]
     picture.clear()
     return all(panels)
@@ -68,14 +69,14 @@ def exact_weight(**values):
 
 
 def test_the_equations_of_weight_norm_hold_if_they_are_right_to_rounding():
-    assert decisions(weight_norm.verdict(exact_weight())) == ["holds"] * 6
+    assert decisions(judged(weight_norm, exact_weight())) == ["holds"] * 6
 
 
 @pytest.mark.parametrize(
     ("index", "key"), [*enumerate(("gradients", "cosine", "length", "fall", "mean", "spread"))]
 )
 def test_an_equation_of_weight_norm_that_is_off_fails_alone(index, key):
-    found = decisions(weight_norm.verdict(exact_weight(**{key: 1e-3})))
+    found = decisions(judged(weight_norm, exact_weight(**{key: 1e-3})))
     assert found[index] == "fails"
     assert found.count("holds") == 5
 
@@ -102,7 +103,7 @@ def test_weight_norm_starts_and_grows_as_in_its_paper():
     config = dataclasses.replace(weight_norm.QUICK, **TINY, steps=4, evaluations=2)
     (condition,) = weight_norm.run(config)
     records = measured(condition)
-    assert decisions(weight_norm.verdict(records)) == ["holds"] * 6
+    assert decisions(judged(weight_norm, records)) == ["holds"] * 6
     assert {r["layer"] for r in records if r["kind"] == "length"} == {
         "layer 1",
         "layer 2",
@@ -125,14 +126,13 @@ def order(none, weight, batch, both):
 
 
 def test_the_papers_order_holds_and_the_opposite_fails():
-    verdict = weight_norm_accuracy.verdict
-    assert decisions(verdict(order(60, 60, 61, 62))) == ["holds"] * 3
-    assert decisions(verdict(order(60, 62, 59, 58))) == ["fails"] * 3
-    assert verdict(order(60, 60, 61, 62))[1].effect == pytest.approx(1.0)
+    assert decisions(judged(weight_norm_accuracy, order(60, 60, 61, 62))) == ["holds"] * 3
+    assert decisions(judged(weight_norm_accuracy, order(60, 62, 59, 58))) == ["fails"] * 3
+    assert judged(weight_norm_accuracy, order(60, 60, 61, 62))[1].effect == pytest.approx(1.0)
 
 
 def test_a_norm_counts_at_its_best_rate():
-    assert weight_norm_accuracy.best(order(60, 60, 61, 62), "batch") == pytest.approx(
+    assert weight_norm_accuracy.best(Records(order(60, 60, 61, 62)), "batch") == pytest.approx(
         [61, 61.1, 60.9]
     )
     assert drawn(weight_norm_accuracy, order(60, 60, 61, 62))
@@ -175,7 +175,7 @@ def compared(ours, data="mnist"):
 def test_cosine_norm_is_measured_against_the_best_of_the_others():
     bounds = [{"kind": "exact", "seed": s, "largest": 1.0, "off_pearson": 1e-15} for s in SEEDS]
     records = bounds + compared(99.0) + compared(97.5, "cifar10")
-    found = cosine.verdict(records)
+    found = judged(cosine, records)
     assert decisions(found) == ["holds"] * 4 + ["fails"] * 2
     assert "here batch" in found[2].claim
     assert found[2].effect == pytest.approx(1.0)
@@ -185,7 +185,7 @@ def test_cosine_norm_is_measured_against_the_best_of_the_others():
 
 def test_a_bound_that_is_passed_fails():
     off = [{"kind": "exact", "seed": s, "largest": 1.1, "off_pearson": 0.1} for s in SEEDS]
-    assert decisions(cosine.verdict(off)) == ["fails", "fails"]
+    assert decisions(judged(cosine, off)) == ["fails", "fails"]
 
 
 def test_the_cosine_is_bounded_and_centred_it_is_pearsons_r():
@@ -234,11 +234,10 @@ def shares(bare, both, *, white=1.0, start=0.0, slower=1.0):
 
 
 def test_what_gain_and_bias_give_back():
-    verdict = reparametrization.verdict
     right = shares(0.68, 0.4, slower=2.0)
-    assert decisions(verdict(right)) == ["holds"] * 7
+    assert decisions(judged(reparametrization, right)) == ["holds"] * 7
     wrong = shares(0.5, 0.5, white=0.1, start=0.1)
-    assert decisions(verdict(wrong)) == ["holds"] * 2 + ["fails"] * 5
+    assert decisions(judged(reparametrization, wrong)) == ["holds"] * 2 + ["fails"] * 5
     assert drawn(reparametrization, right)
 
 
@@ -285,8 +284,8 @@ def factors(*, saturated=0.2, kept=1.0, slope=0.2, large=1.5):
 
 
 def test_gradients_vanish_or_stay_by_their_factor_per_layer():
-    assert decisions(vanishing.verdict(factors())) == ["holds"] * 10
-    wrong = vanishing.verdict(factors(saturated=0.9, kept=1.5, slope=1.1, large=1.0))
+    assert decisions(judged(vanishing, factors())) == ["holds"] * 10
+    wrong = judged(vanishing, factors(saturated=0.9, kept=1.5, slope=1.1, large=1.0))
     assert decisions(wrong) == ["fails"] * 10
     assert drawn(vanishing, factors())
 
@@ -326,9 +325,9 @@ def learned(*, steps, mixed, condition):
 
 def test_whitening_is_judged_by_condition_steps_and_accuracy():
     right = learned(steps=5, mixed={"none": 60.0, "batch": 95.0}, condition=(1e5, 1e5, 1.0, 1.0))
-    assert decisions(whitening.verdict(right)) == ["holds"] * 12
+    assert decisions(judged(whitening, right)) == ["holds"] * 12
     wrong = learned(steps=15, mixed={"none": 95.0, "batch": 60.0}, condition=(1.0, 1.0, 1e5, 1e5))
-    assert decisions(whitening.verdict(wrong)) == ["fails"] * 12
+    assert decisions(judged(whitening, wrong)) == ["fails"] * 12
     assert drawn(whitening, right)
 
 
@@ -375,7 +374,7 @@ def along(width, beta):
 
 
 def test_the_landscape_is_judged_by_width_and_beta_after_the_start():
-    assert decisions(landscape.verdict(along(4.0, 5.0))) == ["holds"] * 2
-    assert decisions(landscape.verdict(along(2.0, 0.5))) == ["fails"] * 2
-    assert landscape.over_training(along(4.0, 5.0), "width", "none").tolist() == [4.0] * 3
+    assert decisions(judged(landscape, along(4.0, 5.0))) == ["holds"] * 2
+    assert decisions(judged(landscape, along(2.0, 0.5))) == ["fails"] * 2
+    assert landscape.over_training(Records(along(4.0, 5.0)), "width", "none").tolist() == [4.0] * 3
     assert drawn(landscape, along(4.0, 5.0))

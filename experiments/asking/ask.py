@@ -11,6 +11,7 @@ from .. import figures
 from ..data import Dataset
 from ..engine.learn import dataset
 from ..engine.question import Condition, Config, Question, Record
+from ..engine.records import Records
 from ..engine.verdict import Verdict
 from ..rundir import RunError
 from . import kept, pool
@@ -232,7 +233,7 @@ def finish(one: Asked, failed: str = "") -> Answer:
             return answer
         if left := one.left():
             raise RunError(f"{one.kept.path / one.files[left[0]]} is gone; run {one.name} again.")
-        measured = [record for record in answer.records if record["kind"] != "cost"]
+        measured = Records(record for record in answer.records if record["kind"] != "cost")
         verdicts = tuple(one.question.verdict(measured))
         one.kept.write_json("verdict.json", [verdict_json(v) for v in verdicts])
         picture = one.question.figure(measured)

@@ -7,10 +7,11 @@ import functools
 import hashlib
 import importlib.metadata
 import importlib.util
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 
-from ..rundir import CHECKOUT
+import normlab
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy")
 """Those whose versions count."""
@@ -21,6 +22,9 @@ SHOWS = ("figure", "verdict", "SECONDS")
 HERE = __name__.rsplit(".", 2)[0]
 """The package of the experiments, by the name it is installed under."""
 
+ROOTS = {"normlab": Path(normlab.__file__).parent, HERE: Path(__file__).parent.parent}
+"""Where the sources are that count."""
+
 ASIDE = (f"{HERE}.figures", f"{HERE}.engine.draw", f"{HERE}.rundir")
 """Modules that numbers do not depend on."""
 
@@ -28,6 +32,7 @@ ASIDE = (f"{HERE}.figures", f"{HERE}.engine.draw", f"{HERE}.rundir")
 def version(module: str) -> str:
     """The checksum over a module and all of this repository that it imports, and over `PACKAGES`.
 
+    What it imports are also the packages that a module is in, whose `__init__` runs before it.
     Comments, docstrings and layout do not count, nor does how a question shows its records and
     what it says that they cost.
     """
@@ -61,7 +66,8 @@ def _closure(module: str) -> dict[str, str]:
             continue
         package = name if path.name == "__init__.py" else name.rpartition(".")[0]
         found[name], imported = _read(name, package, path.read_text())
-        waiting += [*imported, package, name.rpartition(".")[0]]
+        within = itertools.accumulate(name.split("."), "{}.{}".format)
+        waiting += [*imported, *within]
     return found
 
 
@@ -87,11 +93,12 @@ def _imports(tree: ast.Module, package: str) -> Iterator[str]:
 
 
 def _file(module: str) -> Path | None:
-    if not f"{module}.".startswith(("normlab.", f"{HERE}.")):
-        return None
-    path = CHECKOUT.joinpath(*module.split("."))
-    files = (path / "__init__.py", path.with_suffix(".py"))
-    return next((file for file in files if file.is_file()), None)
+    for package, root in ROOTS.items():
+        if f"{module}.".startswith(f"{package}."):
+            path = root.joinpath(*module.removeprefix(package).split("."))
+            files = (path / "__init__.py", path.with_suffix(".py"))
+            return next((file for file in files if file.is_file()), None)
+    return None
 
 
 def _for_types(part: ast.stmt) -> bool:

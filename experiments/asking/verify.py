@@ -13,18 +13,16 @@ from rich.table import Table
 
 from .. import questions
 from ..rundir import CHECKOUT, RunError
-from .command import EXIT_MISSING, Ask, answers, console, status
+from ..terminal import EXIT_MISSING, PROGRAM, console
+from .answers import Ask, answers, status
 from .kept import as_json
-
-COMMITTED = CHECKOUT / "docs" / "report.json"
-"""The verdicts of the last report that was committed, beside its page."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Verify(Ask):
     """Run questions, by default those of the last report, and compare the verdicts with it."""
 
-    against: Path = COMMITTED
+    against: Path = CHECKOUT / "docs" / "report.json"
     """The verdicts of a report."""
 
 
@@ -41,7 +39,7 @@ def verify(command: Verify) -> int:
             f"{command.against} has no verdict of a question that is here. Name another report "
             "with --against."
         )
-    found = [*answers(command, names, show=False)]
+    found = [*answers(command, names)]
     rows = [row for name, before in gone.items() for row in _compared(name, before, {})]
     for answer in found:
         here = as_json(answer.config)
@@ -75,7 +73,7 @@ def _told(path: Path) -> tuple[dict[str, Told], dict[str, dict[str, Any]]]:
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise RunError(
             f"cannot read the verdicts of a report in {path}: {error!r}. Make one with "
-            "`python -m experiments report`, or name another with --against."
+            f"`{PROGRAM} report`, or name another with --against."
         ) from error
     return told, configs
 

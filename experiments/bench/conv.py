@@ -9,9 +9,7 @@ over the seeds, channels last. The forms take turns; medians are compared.
 
 from __future__ import annotations
 
-import dataclasses
-import statistics
-import time
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -23,9 +21,16 @@ from jax import Array, lax
 import normlab as nl
 
 from .. import models
-from ..rundir import RunError
-from .figure1 import available_cores, inherited, process, require_torch
-from .ops import REUSE
+from .command import BenchConv
+from .turns import (
+    REUSE,
+    Process,
+    available_cores,
+    medians,
+    per_step,
+    require_torch,
+    take_turns,
+)
 
 CASES = (
     (28, 1, 8, 2),
@@ -45,43 +50,6 @@ FORMS: dict[str, Callable[[Array, Array, int], Array]] = {
 """`MatmulConv` is one product, or one for each block of images."""
 
 
-@dataclasses.dataclass(frozen=True)
-class BenchConv:
-    """Time forms of a convolution on a CPU beside an eager PyTorch loop."""
-
-    seeds: int = 3
-    """Kernels, and batches, side by side under vmap."""
-
-    batch_size: int = 64
-    """Images per step and seed."""
-
-    steps: int = 2
-    """Steps per turn."""
-
-    rounds: int = 5
-    """Turns of each; the medians are reported."""
-
-    cores: int = 1
-    """Cores that the process is pinned to; 1 is what a worker of the questions has."""
-
-    xla: bool = True
-    """Whether XLA's own convolution takes part: it takes most of the time."""
-
-    reuse_memory: bool = True
-    """Whether the C library keeps memory that was freed."""
-
-    def __post_init__(self) -> None:
-        """Raises RunError for values that cannot be run."""
-        for option in ("seeds", "batch_size", "steps", "rounds", "cores"):
-            if getattr(self, option) < 1:
-                name = option.replace("_", "-")
-                raise RunError(f"--{name}: got {getattr(self, option)}; it must be at least 1.")
-        if self.cores > len(available_cores()):
-            raise RunError(
-                f"--cores: got {self.cores}, and there are {len(available_cores())}: ask for fewer."
-            )
-
-
 def run(config: BenchConv, say: Callable[[str], None] = lambda _: None) -> list[dict[str, Any]]:
     """Measures case after case, in a process of its own.
 
@@ -97,21 +65,16 @@ def run(config: BenchConv, say: Callable[[str], None] = lambda _: None) -> list[
     """
     require_torch("conv")
     variables = {"JAX_PLATFORMS": "cpu", **(REUSE if config.reuse_memory else {})}
+    cores = available_cores()[: config.cores]
     results = []
-    with process() as pool:
+    with Process(
+        "conv", functools.partial, measure, config, variables=variables, cores=cores
+    ) as process:
         for case in CASES:
             size, inputs, outputs, stride = case
             label = f"{size}×{size}, {inputs} → {outputs}, stride {stride}"
             say(label)
-            with inherited(set(available_cores()[: config.cores]), variables):
-                times = pool.submit(measure, config, case)
-            results.append(
-                {
-                    "label": label,
-                    "ms_per_step": {k: statistics.median(ms) for k, ms in times.result().items()},
-                    "range_ms": {k: (min(ms), max(ms)) for k, ms in times.result().items()},
-                }
-            )
+            results.append({"label": label, **medians(process.ask("__call__", case))})
     return results
 
 
@@ -122,7 +85,7 @@ def measure(config: BenchConv, case: tuple[int, int, int, int]) -> dict[str, lis
     shape = (config.seeds, config.batch_size, size, size, inputs)
     x = rng.standard_normal(shape, np.float32)
     w = 0.1 * rng.standard_normal((config.seeds, 3, 3, inputs, outputs), np.float32)
-    turns = {
+    turns: dict[str, Callable[[], Any]] = {
         name: _scan(form, stride, config.steps, x, w)
         for name, form in FORMS.items()
         if config.xla or name != "XLA"
@@ -130,13 +93,9 @@ def measure(config: BenchConv, case: tuple[int, int, int, int]) -> dict[str, lis
     turns["torch"] = _torch(stride, config, x, w)
     for turn in turns.values():
         turn()
-    times: dict[str, list[float]] = {name: [] for name in turns}
-    for _ in range(config.rounds):
-        for name, turn in turns.items():
-            begin = time.perf_counter()
-            turn()
-            times[name].append((time.perf_counter() - begin) / config.steps * 1e3)
-    return times
+    timed = {name: per_step(turn, config.steps) for name, turn in turns.items()}
+    *_, taken = take_turns(timed, config.rounds)
+    return taken
 
 
 def training_step(form: Callable[[Array, Array, int], Array], stride: int) -> Callable[..., Any]:
@@ -152,15 +111,11 @@ def training_step(form: Callable[[Array, Array, int], Array], stride: int) -> Ca
 
 def _scan(
     form: Callable[[Array, Array, int], Array], stride: int, steps: int, x: Any, w: Any
-) -> Callable[[], None]:
+) -> Callable[[], Any]:
     step = jax.vmap(training_step(form, stride))
     scan = jax.jit(lambda x, w: lax.scan(lambda v, _: (step(*v), None), (x, w), length=steps)[0])
     x, w = jnp.asarray(x), jnp.asarray(w)
-
-    def turn() -> None:
-        jax.block_until_ready(scan(x, w))
-
-    return turn
+    return lambda: jax.block_until_ready(scan(x, w))
 
 
 def _torch(stride: int, config: BenchConv, x: np.ndarray, w: np.ndarray) -> Callable[[], None]:

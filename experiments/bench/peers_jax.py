@@ -17,12 +17,12 @@ from jax import Array
 import normlab as nl
 
 from ..rundir import environment
-from .worker import BOTH, DECAY, EPS, FORWARD, GROUPS, Built, Case, Contestant
+from .worker import BOTH, DECAY, EPS, FORWARD, GROUPS, Built, Case, Contestant, Family
 
 F = Callable[..., tuple[Array, Any]]
 
 
-class JaxFamily:
+class JaxFamily(Family):
     """The JAX libraries, on the default device."""
 
     def environment(self) -> dict[str, Any]:
@@ -30,11 +30,9 @@ class JaxFamily:
         return {"backend": jax.default_backend(), **environment()}
 
     def contestants(self, peer: str, case: Case) -> list[Contestant]:
-        """The ways in which a library does the op."""
         return BUILDERS[peer](case)
 
     def load(self, case: Case) -> None:
-        """Puts the inputs of a case on the device."""
         x, dy, params = case.inputs()
         self.x, self.dy = (jnp.asarray(v, case.dtype) for v in (x, dy))
         self.params = tuple(map(jnp.asarray, params))
@@ -55,7 +53,6 @@ class JaxFamily:
         return Built(calls, None if memory is None else memory.temp_size_in_bytes)
 
     def wait(self, out: Any) -> None:
-        """Returns when `out` is there."""
         jax.block_until_ready(out)
 
 
@@ -98,12 +95,7 @@ def _linen(case: Case) -> list[Contestant]:
     channels = case.shape[-1]
     stats = {"mean": jnp.zeros(channels), "var": jnp.ones(channels)}
 
-    def make(fast: bool) -> F:
-        options: dict[str, Any] = {
-            "epsilon": EPS,
-            "dtype": jnp.dtype(case.dtype),
-            "use_fast_variance": fast,
-        }
+    def make(**options: Any) -> F:
         modules: dict[str, Callable[[], nn.Module]] = {
             "batch": lambda: nn.BatchNorm(use_running_average=False, momentum=DECAY, **options),
             "layer": lambda: nn.LayerNorm(**options),
@@ -114,8 +106,7 @@ def _linen(case: Case) -> list[Contestant]:
         module = modules[case.op]()
 
         def f(x: Array, g: Array, b: Array | None = None) -> tuple[Array, Any]:
-            params = {"scale": g} if b is None else {"scale": g, "bias": b}
-            variables = {"params": params}
+            variables = {"params": {"scale": g} if b is None else {"scale": g, "bias": b}}
             if case.op == "batch":
                 variables["batch_stats"] = stats
             return module.apply(variables, x, mutable=["batch_stats"])
@@ -129,23 +120,17 @@ def _nnx(case: Case) -> list[Contestant]:
     from flax import nnx
 
     channels = case.shape[-1]
+    modules: dict[str, Callable[..., Any]] = {
+        "batch": lambda **o: nnx.BatchNorm(
+            channels, use_running_average=False, momentum=DECAY, **o
+        ),
+        "layer": lambda **o: nnx.LayerNorm(channels, **o),
+        "rms": lambda **o: nnx.RMSNorm(channels, **o),
+        "group": lambda **o: nnx.GroupNorm(channels, GROUPS, **o),
+        "instance": lambda **o: nnx.InstanceNorm(channels, **o),
+    }
 
-    def make(fast: bool) -> F:
-        options: dict[str, Any] = {
-            "epsilon": EPS,
-            "dtype": jnp.dtype(case.dtype),
-            "use_fast_variance": fast,
-        }
-        modules: dict[str, Callable[..., Any]] = {
-            "batch": lambda **o: nnx.BatchNorm(
-                channels, use_running_average=False, momentum=DECAY, **o
-            ),
-            "layer": lambda **o: nnx.LayerNorm(channels, **o),
-            "rms": lambda **o: nnx.RMSNorm(channels, **o),
-            "group": lambda **o: nnx.GroupNorm(channels, GROUPS, **o),
-            "instance": lambda **o: nnx.InstanceNorm(channels, **o),
-        }
-
+    def make(**options: Any) -> F:
         def f(x: Array, g: Array, b: Array | None = None) -> tuple[Array, Any]:
             module = modules[case.op](rngs=nnx.Rngs(0), **options)
             module.scale = nnx.Param(g)
@@ -159,13 +144,17 @@ def _nnx(case: Case) -> list[Contestant]:
     return _one_and_two_pass("flax.nnx", case, make)
 
 
-def _one_and_two_pass(peer: str, case: Case, make: Callable[[bool], F]) -> list[Contestant]:
+def _one_and_two_pass(peer: str, case: Case, make: Callable[..., F]) -> list[Contestant]:
     """Flax's default, E[x²] − E[x]², and its option; RMS norm has no mean to lose digits to."""
+    one, two = (
+        make(epsilon=EPS, dtype=jnp.dtype(case.dtype), use_fast_variance=fast)
+        for fast in (True, False)
+    )
     if case.op == "rms":
-        return [Contestant(peer, peer, make(True), safe=True)]
+        return [Contestant(peer, peer, one, safe=True)]
     return [
-        Contestant(peer, peer, make(True), safe=False),
-        Contestant(peer, f"{peer}, two-pass", make(False), safe=True, default=False),
+        Contestant(peer, peer, one, safe=False),
+        Contestant(peer, f"{peer}, two-pass", two, safe=True, default=False),
     ]
 
 

@@ -12,10 +12,10 @@ from typing import Any
 import torch  # pyright: ignore[reportMissingImports]
 import torch.nn.functional as F  # pyright: ignore[reportMissingImports]
 
-from .worker import BOTH, DECAY, EPS, FORWARD, GROUPS, Built, Case, Contestant
+from .worker import BOTH, DECAY, EPS, FORWARD, GROUPS, Built, Case, Contestant, Family
 
 
-class TorchFamily:
+class TorchFamily(Family):
     """PyTorch on `device`, with its default number of threads."""
 
     def __init__(self, device: str) -> None:
@@ -48,7 +48,6 @@ class TorchFamily:
         return [Contestant(peer, "torch", f, safe, note="; ".join(notes))]
 
     def load(self, case: Case) -> None:
-        """Puts the inputs of a case on the device."""
         x, dy, params = case.inputs()
         dtype = getattr(torch, case.dtype)
         self.x, self.dy = (torch.from_numpy(v).to(self.device, dtype) for v in (x, dy))
@@ -79,7 +78,6 @@ class TorchFamily:
         return Built({FORWARD: forward, BOTH: both}, None)
 
     def wait(self, out: Any) -> None:
-        """Returns when `out` is there."""
         if self.device.type == "cuda":
             torch.cuda.synchronize()
 

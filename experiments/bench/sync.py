@@ -3,19 +3,16 @@
     python -m experiments bench sync             # a minute
     python -m experiments bench sync --markdown  # the table of docs/ledger.md
 
-All run in `shard_map` over the devices of this host and take turns, in rounds that start with
-another one each time; medians are compared. Forward computes the output and the next running
-statistics; both is that, and the gradients by x, g and b. The variance is that which goes into the
-running statistics, of x ~ N(1000, 1) in float32, beside that of the same numbers in float64.
+All run in `shard_map` over the devices of this host and take turns. Forward computes the output and
+the next running statistics; both is that, and the gradients by x, g and b. The variance is that
+which goes into the running statistics, of x ~ N(1000, 1) in float32, beside that of the same
+numbers in float64.
 Collectives are counted in the compiled programs, here and, where their compilers are installed,
 for a TPU and a GPU machine.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import statistics
-import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -23,48 +20,25 @@ import flax.linen
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array, lax
+from jax import Array
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import normlab as nl
+from normlab.devices.merging import vary
 
 from ..programs.collectives import collectives
-from ..programs.machines import Machine, machine, missing
-from ..rundir import RunError
-from ..training.trainer import set_devices
+from ..programs.machines import Machine, abstract, machine, missing
+from ..training.trainer import AXIS, on_devices, set_devices
+from .command import BenchSync
+from .turns import Repeated, medians, take_turns
 
-AXIS = "data"
 MEAN = 1e3
 SHAPES = ((32, 256), (8, 28, 28, 64))
 """Of x on each device."""
 
 ELSEWHERE = {"tpu": "v5p:4x4x4", "cuda": "h100:1x8x8"}
 DIRECTIONS = ("forward", "both")
-
-
-@dataclasses.dataclass(frozen=True)
-class BenchSync:
-    """Time synced batch norm beside flax's, with the error of its variance at a mean of 1000."""
-
-    devices: int = 8
-    """Devices of this host."""
-
-    rounds: int = 15
-    """Turns of each; the medians count."""
-
-    turn_ms: float = 50.0
-    """How long a turn lasts: the op is repeated to fill it."""
-
-    markdown: bool = False
-    """Print the table as Markdown."""
-
-    def __post_init__(self) -> None:
-        """Raises RunError for values that cannot be run."""
-        for name in ("devices", "rounds", "turn_ms"):
-            if not getattr(self, name) > 0:
-                option = name.replace("_", "-")
-                raise RunError(f"--{option}: got {getattr(self, name)}; it must be positive.")
 
 
 HEADINGS = (
@@ -87,12 +61,11 @@ def rows(config: BenchSync) -> Iterator[tuple[str, ...]]:
     there = [None if missing(t) else machine(name, 0) for t, name in ELSEWHERE.items()]
     for shape in SHAPES:
         times = _times(config, here, shape)
-        base = times["flax"]
         for name in CONTESTANTS:
             cells = []
             for direction in DIRECTIONS:
-                ms = times[name][direction]
-                cells += [f"{ms:.2f}", f"{ms / base[direction]:.2f}"]
+                ms = times[name, direction]
+                cells += [f"{ms:.2f}", f"{ms / times['flax', direction]:.2f}"]
             yield (
                 "×".join(map(str, shape)),
                 name,
@@ -161,62 +134,41 @@ def build(name: str, direction: str, m: Machine, shape: tuple[int, ...]) -> tupl
         y, pull, var = jax.vjp(f, x, g, b, has_aux=True)
         return y, pull(dy), var
 
-    def body(x: Array, dy: Array, g: Array, b: Array) -> Any:
+    def own(x: Array, dy: Array, g: Array, b: Array) -> Any:
         # Each device has its own gradients of g and b; summing them is not the norm's affair.
-        g, b = (lax.pcast(v, AXIS, to="varying") for v in (g, b))
-        out = {"forward": forward, "both": both}[direction](x[0], dy[0], g, b)
-        return jax.tree.map(lambda v: v[None], out)
+        return {"forward": forward, "both": both}[direction](x, dy, *vary((g, b), (AXIS,)))
 
     mesh = Mesh(np.array(m.devices), (AXIS,), axis_types=(AxisType.Auto,))
     split, alike = NamedSharding(mesh, P(AXIS)), NamedSharding(mesh, P())
-    x = jax.ShapeDtypeStruct((len(m.devices), *shape), jnp.float32, sharding=split)
-    g = jax.ShapeDtypeStruct(shape[-1:], jnp.float32, sharding=alike)
-    specs = (P(AXIS), P(AXIS), P(), P())
-    mapped = jax.shard_map(body, mesh=mesh, in_specs=specs, out_specs=P(AXIS))
-    return jax.jit(mapped), (x, x, g, g)
+    x = abstract(jax.ShapeDtypeStruct(shape, jnp.float32), split, len(m.devices))
+    g = abstract(jax.ShapeDtypeStruct(shape[-1:], jnp.float32), alike)
+    return on_devices("shard_map", mesh, own, in_axes=(0, 0, None, None)), (x, x, g, g)
 
 
-def _concrete(abstract: Any, mean: float) -> list[Array]:
+def _concrete(shapes: Any, mean: float) -> list[Array]:
     rng = np.random.default_rng(0)
-    x, dy, g, b = (rng.normal(size=v.shape).astype(np.float32) for v in abstract)
+    x, dy, g, b = (rng.normal(size=v.shape).astype(np.float32) for v in shapes)
     values = ((mean + x).astype(np.float32), dy, g, b)
-    return [jax.device_put(v, a.sharding) for v, a in zip(values, abstract, strict=True)]
+    return [jax.device_put(v, a.sharding) for v, a in zip(values, shapes, strict=True)]
 
 
-def _times(config: BenchSync, here: Machine, shape: tuple[int, ...]) -> dict[str, dict[str, float]]:
+def _times(config: BenchSync, here: Machine, shape: tuple[int, ...]) -> dict[Any, float]:
     """Milliseconds of every contestant and direction."""
-    turns, repeats = {}, {}
+    turns = {}
     for name in CONTESTANTS:
         for direction in DIRECTIONS:
-            f, abstract = build(name, direction, here, shape)
-            compiled, arguments = f.lower(*abstract).compile(), _concrete(abstract, 0.0)
-            turns[name, direction] = lambda c=compiled, a=arguments: jax.block_until_ready(c(*a))
-    for key, turn in turns.items():
-        turn()
-        once = min(_ms(turn) for _ in range(5))
-        repeats[key] = max(1, round(config.turn_ms / once))
-    times: dict[tuple[str, str], list[float]] = {key: [] for key in turns}
-    lanes = list(turns)
-    for i in range(config.rounds):
-        start = i % len(lanes)
-        for key in lanes[start:] + lanes[:start]:
-            ms = [_ms(turns[key]) for _ in range(repeats[key])]
-            times[key].append(statistics.fmean(ms))
-    return {
-        name: {d: statistics.median(times[name, d]) for d in DIRECTIONS} for name in CONTESTANTS
-    }
-
-
-def _ms(turn: Callable[[], Any]) -> float:
-    begin = time.perf_counter()
-    turn()
-    return 1e3 * (time.perf_counter() - begin)
+            f, shapes = build(name, direction, here, shape)
+            compiled, arguments = f.lower(*shapes).compile(), _concrete(shapes, 0.0)
+            call = lambda c=compiled, a=arguments: jax.block_until_ready(c(*a))  # noqa: E731
+            turns[name, direction] = Repeated(call, config.turn_ms)
+    *_, taken = take_turns(turns, config.rounds)
+    return medians(taken)["ms_per_step"]
 
 
 def error(name: str, here: Machine, shape: tuple[int, ...]) -> float:
     """The largest relative error of a contestant's variance at `MEAN`."""
-    f, abstract = build(name, "forward", here, shape)
-    arguments = _concrete(abstract, MEAN)
+    f, shapes = build(name, "forward", here, shape)
+    arguments = _concrete(shapes, MEAN)
     _, var = f(*arguments)
     x = np.asarray(arguments[0], np.float64).reshape(-1, shape[-1])
     return float(np.abs(np.asarray(var[0], np.float64) / x.var(0) - 1).max())
@@ -226,8 +178,8 @@ def counted(name: str, m: Machine, shape: tuple[int, ...]) -> str:
     """A contestant's collectives, forward and backward: how many, and what a device puts in."""
     totals = []
     for direction in DIRECTIONS:
-        f, abstract = build(name, direction, m, shape)
-        found = collectives(f.lower(*abstract).compile(), len(m.devices))
+        f, shapes = build(name, direction, m, shape)
+        found = collectives(f.lower(*shapes).compile(), len(m.devices))
         totals.append((sum(c.times for c in found), sum(c.times * c.nbytes for c in found)))
     (count, nbytes), (all_count, all_nbytes) = totals
     return f"{count} ({nbytes:,} B) + {all_count - count} ({all_nbytes - nbytes:,} B)"

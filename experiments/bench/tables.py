@@ -9,8 +9,9 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
-from .ops import COPIES, INSTALL, Ops
-from .worker import BOTH, DIRECTIONS, FORWARD
+from .ops import Ops
+from .turns import INSTALL
+from .worker import BOTH, COPIES, DIRECTIONS, FORWARD
 
 ONE_PASS = escape("E[x²] − E[x]²")
 Cases = Sequence[dict[str, Any]]

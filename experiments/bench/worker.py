@@ -1,31 +1,52 @@
-"""A process per family of libraries, which times one contestant at a time when it is asked to.
+"""What `bench ops` times, and the side of it that runs in a process for a family of libraries.
 
-The environment of a process is set before it starts, and the families do not share threads or an
-allocator. The module itself imports neither jax nor torch: a worker loads only its own.
+The families do not share threads or an allocator. The module itself imports neither jax nor torch:
+a process loads only its own.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import gc
 import importlib
-import math
-import multiprocessing
-import os
-import signal
-import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
+from .turns import Repeated, first_line
+
+SHAPES = {
+    "conv": ((64, 28, 28, 64), (32, 56, 56, 32)),
+    "dense": ((4096, 256), (128, 1024)),
+    "tokens": ((16, 128, 768),),
+}
+KINDS_OF = {
+    "batch": ("conv", "dense", "tokens"),
+    "layer": ("conv", "dense", "tokens"),
+    "rms": ("dense", "tokens"),
+    "group": ("conv",),
+    "instance": ("conv",),
+}
+BYTES = {"float32": 4, "bfloat16": 2}
+PEERS = {
+    "flax.linen": ("flax", "flax"),
+    "flax.nnx": ("flax", "flax"),
+    "haiku": ("haiku", "dm-haiku"),
+    "equinox": ("equinox", "equinox"),
+    "torch": ("torch", "torch"),
+}
+"""For each peer the module to look for and the package it comes in."""
+
 EPS, DECAY, GROUPS = 1e-5, 0.9, 8
 FORWARD, BOTH = DIRECTIONS = ("forward", "forward+backward")
 COPY = "copy"
 """The contestant that only reads x and writes it."""
+
+COPIES = {FORWARD: 1.0, BOTH: 2.5}
+"""The bytes that must move, in copies of x."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,60 +128,12 @@ class Family(Protocol):
         ...
 
 
-class WorkerError(RuntimeError):
-    """A worker that failed or died; the text says how."""
-
-
-class Worker:
-    """A process that serves one family.
-
-    Args:
-      family: `"jax"` or `"torch"`.
-      variables: Environment variables of the process, beside those of this one.
-      platform: Where the family is to compute: `"cpu"`, `"cuda"`; `""` leaves it the choice.
-    """
-
-    def __init__(self, family: str, variables: Mapping[str, str], platform: str = "") -> None:
-        self.family = family
-        context = multiprocessing.get_context("spawn")
-        self._connection, theirs = context.Pipe()
-        self._process = context.Process(
-            target=serve, args=(theirs, family, platform), daemon=True, name=f"bench-{family}"
-        )
-        with _environment(variables):
-            self._process.start()
-        theirs.close()
-
-    def ask(self, request: str, *arguments: Any) -> Any:
-        """Calls a method of the worker's `Server` and waits for what it returns.
-
-        Raises:
-          WorkerError: If it raised there, or the process has ended.
-        """
-        try:
-            self._connection.send((request, arguments))
-            good, reply = self._connection.recv()
-        except (EOFError, OSError):
-            self._process.join(5)
-            code = self._process.exitcode
-            raise WorkerError(f"the {self.family} process ended with exit code {code}") from None
-        if not good:
-            raise WorkerError(f"the {self.family} process failed: {reply}")
-        return reply
-
-    def close(self) -> None:
-        """Ends the process."""
-        self._connection.close()
-        self._process.terminate()
-        self._process.join(10)
-
-
 class Server:
-    """The worker's side: holds the contestants of one case."""
+    """Holds the contestants of one case."""
 
     def __init__(self, family: Family) -> None:
         self.family = family
-        self._lanes: dict[tuple[str, str], tuple[Callable[[], Any], int]] = {}
+        self._turns: dict[tuple[str, str], Repeated] = {}
 
     def environment(self) -> dict[str, Any]:
         """What the family says of itself."""
@@ -171,18 +144,19 @@ class Server:
 
         One that cannot run has a `reason`, and no turns.
         """
-        self._lanes.clear()
+        family = self.family
+        self._turns.clear()
         gc.collect()
-        self.family.load(case)
-        self._calibrate(COPY, FORWARD, self.family.copy(), turn_ms)
+        family.load(case)
+        self._turns[COPY, FORWARD] = Repeated(family.copy(), turn_ms, family.wait)
         contestants, rows = [], []
         for peer in peers:
             try:
-                contestants += self.family.contestants(peer, case)
+                contestants += family.contestants(peer, case)
             except Exception as error:  # whatever a library raises: it is left out, and said
-                rows.append({"peer": peer, "name": peer, "reason": _first_line(error)})
+                rows.append({"peer": peer, "name": peer, "reason": first_line(error)})
         with ThreadPoolExecutor(2) as pool:
-            built = [pool.submit(self.family.build, contestant) for contestant in contestants]
+            built = [pool.submit(family.build, contestant) for contestant in contestants]
         for contestant, future in zip(contestants, built, strict=True):
             row: dict[str, Any] = dataclasses.asdict(contestant)
             del row["f"]
@@ -191,69 +165,25 @@ class Server:
             try:
                 calls, row["temp_bytes"] = future.result()
                 for direction, call in calls.items():
-                    repetitions = self._calibrate(contestant.name, direction, call, turn_ms)
-                    row["repetitions"][direction] = repetitions
+                    turn = Repeated(call, turn_ms, family.wait)
+                    self._turns[contestant.name, direction] = turn
+                    row["repetitions"][direction] = turn.repetitions
             except Exception as error:
-                row["reason"] = _first_line(error)
+                row["reason"] = first_line(error)
         return rows
 
     def turn(self, name: str, direction: str) -> float:
-        """Returns milliseconds per call. The first call, which finds cold caches, is not timed."""
-        call, repetitions = self._lanes[name, direction]
-        self.family.wait(call())
-        return self._milliseconds(call, repetitions)
-
-    def _calibrate(self, name: str, direction: str, call: Callable[[], Any], turn_ms: float) -> int:
-        self.family.wait(call())
-        ms = min(self._milliseconds(call, 1) for _ in range(2))
-        repetitions = max(1, math.ceil(turn_ms / ms))
-        self._lanes[name, direction] = call, repetitions
-        return repetitions
-
-    def _milliseconds(self, call: Callable[[], Any], repetitions: int) -> float:
-        begin = time.perf_counter()
-        out = None
-        for _ in range(repetitions):
-            out = call()
-        self.family.wait(out)
-        return (time.perf_counter() - begin) / repetitions * 1e3
+        """Returns milliseconds per call."""
+        return self._turns[name, direction]()
 
 
-def serve(connection: Any, family: str, platform: str) -> None:
-    """Answers requests until the other side closes the connection."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the coordinator
+def serve(family: str, platform: str = "") -> Server:
+    """What a process makes for a family, `"jax"` or `"torch"`.
+
+    Args:
+      family: Which.
+      platform: Where it is to compute: `"cpu"`, `"cuda"`; `""` leaves it the choice.
+    """
     warnings.simplefilter("ignore")
     gc.disable()  # a collection in the middle of a turn would be timed
-    server: Server | None = None
-    while True:
-        try:
-            request, arguments = connection.recv()
-        except EOFError:
-            return
-        try:
-            if server is None:
-                module = importlib.import_module(f".peers_{family}", __package__)
-                server = Server(module.family(platform))
-            reply = True, getattr(server, request)(*arguments)
-        except Exception as error:
-            reply = False, _first_line(error)
-        connection.send(reply)
-
-
-@contextlib.contextmanager
-def _environment(variables: Mapping[str, str]) -> Iterator[None]:
-    before = {name: os.environ.get(name) for name in variables}
-    os.environ.update(variables)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
-
-
-def _first_line(error: Exception) -> str:
-    text = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {text[0] if text else ''}"
+    return Server(importlib.import_module(f".peers_{family}", __package__).family(platform))

@@ -22,7 +22,7 @@ import jax
 
 from .. import models
 from ..data import load
-from ..engine.verdict import last, steps_to
+from ..engine.records import Records
 from ..figures import encode
 from ..rundir import Record, RunDirectory, RunError, environment, number
 from ..training.config import (
@@ -111,7 +111,7 @@ class Lane:
     at: Progress
     compile_seconds: float = 0.0
     step_ms: list[float] = dataclasses.field(default_factory=list)
-    records: list[Record] = dataclasses.field(default_factory=list)
+    records: Records = dataclasses.field(default_factory=Records)
     parts: list[Record] = dataclasses.field(default_factory=list)
 
 
@@ -233,9 +233,9 @@ class Comparison:
         for lane in self.lanes:
             if not lane.records:
                 continue  # stopped before it was looked at
-            final = [None if r["test_loss"] is None else r["accuracy"] for r in last(lane.records)]
+            final = [None if r["test_loss"] is None else r["accuracy"] for r in lane.records.last()]
             alive = [a for a in final if a is not None]
-            reached = statistics.median(steps_to(lane.records, self.config.target))
+            reached = statistics.median(lane.records.steps_to(self.config.target))
             share = None
             if baseline is not None and baseline is not lane and baseline.step_ms and lane.step_ms:
                 pairs = zip(lane.step_ms, baseline.step_ms, strict=False)

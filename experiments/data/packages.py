@@ -147,6 +147,7 @@ def run(command: list[str], work: Path, patience: float, report: Say, **env: str
     if program is None:
         raise AbsentError(f"{command[0]} is not installed")
     environment = os.environ | {"TMPDIR": str(work), "LC_ALL": "C", "NO_COLOR": "1"} | env
+    before = _size(work)  # a fast client has written by the time it is looked at
     with tempfile.TemporaryFile() as log:
         process = subprocess.Popen(
             [program, *command[1:]],
@@ -158,7 +159,7 @@ def run(command: list[str], work: Path, patience: float, report: Say, **env: str
             start_new_session=True,  # so that its children can be stopped with it
         )
         try:
-            _watch(process, work, patience, report)
+            _watch(process, lambda: _size(work) - before, patience, report)
         finally:
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
@@ -170,13 +171,15 @@ def run(command: list[str], work: Path, patience: float, report: Say, **env: str
     return printed
 
 
-def _watch(process: subprocess.Popen[bytes], work: Path, patience: float, report: Say) -> None:
-    """Wait for a process for as long as its working directory grows."""
+def _watch(
+    process: subprocess.Popen[bytes], written: Callable[[], int], patience: float, report: Say
+) -> None:
+    """Wait for a process for as long as what it has written grows."""
     grown = reported = time.monotonic()
-    before, seen = _size(work), 0
+    seen = 0
     while process.poll() is None:
         time.sleep(0.05)
-        now, new = time.monotonic(), _size(work) - before
+        now, new = time.monotonic(), written()
         if new >= max(SPOKEN, seen + 1):
             seen, grown = new, now
         if seen and now - reported > 3:

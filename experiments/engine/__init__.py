@@ -3,6 +3,7 @@
 question.py    Config, Condition: what a question is
 learn.py       training as a condition: lanes side by side, instruments on the way
 devices.py     training over several devices as a condition
+records.py     what was measured, and what verdicts and figures ask of it
 verdict.py     a claim, its effect, its interval over seeds, its threshold
 draw.py        what the figures are made of
 """
@@ -11,14 +12,5 @@ from ..rundir import Record, number
 from ..training.driver import Checkpoint
 from .learn import Instrument, Lane, Net, dataset, lanes, learn, shuffled, start
 from .question import Condition, Config, Measure, Question, Schedule, exact
-from .verdict import (
-    Verdict,
-    accuracy,
-    by_seed,
-    decide,
-    last,
-    select,
-    share_of_steps,
-    steps_to,
-    tuned,
-)
+from .records import Records
+from .verdict import Verdict, decide

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -13,11 +13,15 @@ from matplotlib.figure import Figure
 
 from ..figures import log_scale, styles
 from ..rundir import Record
+from .records import Records
 from .verdict import interval
 
-Records = Sequence[Record]
 Value = str | Callable[[Record], float | None]
 """What of a record is drawn: a key, or a function of the record."""
+
+
+Values = Sequence[float] | np.ndarray
+"""A value of each seed."""
 
 
 def canvas(columns: int = 1, rows: int = 1, *, width: float = 4.6, height: float = 3.6) -> Any:
@@ -32,6 +36,14 @@ def canvas(columns: int = 1, rows: int = 1, *, width: float = 4.6, height: float
     for axes in grid.flat:
         axes.grid(alpha=0.3, lw=0.5)
     return picture, (grid if rows > 1 else grid[0])
+
+
+def panels(records: Records, key: str, **size: float) -> tuple[Figure, list[tuple]]:
+    """A figure with a panel for each value of `key`: its axes, the value, and its records."""
+    values = records.values(key)
+    picture, grid = canvas(len(values), 1, **size)
+    places = zip(grid, values, strict=True)
+    return picture, [(axes, v, records.where(**{key: v})) for axes, v in places]
 
 
 def value(record: Record, key: Value) -> float:
@@ -51,7 +63,13 @@ def test_error(record: Record) -> float | None:
 
 
 def over_steps(
-    axes: Axes, records: Records, key: Value, *, by: str = "norm", marker: bool = False, **look: Any
+    axes: Axes,
+    records: Sequence[Record],
+    key: Value,
+    *,
+    by: str = "norm",
+    marker: bool = False,
+    **look: Any,
 ) -> None:
     """Values against steps: for each value of `by` the median seed, and the band of all seeds."""
     for name, style in styles(dict.fromkeys(r[by] for r in records)).items():
@@ -68,7 +86,7 @@ def over_steps(
 
 
 def against(
-    axes: Axes, records: Records, x: str, key: Value, *, by: str = "norm", **look: Any
+    axes: Axes, records: Sequence[Record], x: str, key: Value, *, by: str = "norm", **look: Any
 ) -> None:
     """Values against a label: for each value of `by` the means over seeds with 95% intervals."""
     for name, style in styles(dict.fromkeys(r[by] for r in records)).items():
@@ -79,7 +97,7 @@ def against(
             spread(axes, places, values, label=str(name), **{**style, **look})
 
 
-def spread(axes: Axes, x: Sequence[float], values: Sequence[Sequence[float]], **style: Any) -> None:
+def spread(axes: Axes, x: Sequence[float], values: Sequence[Values], **style: Any) -> None:
     """Means over seeds, with their intervals; of one seed the mean alone."""
     found = [interval(v) for v in values]
     halves = [high - mean if math.isfinite(high) else 0.0 for mean, _, high in found]
@@ -87,7 +105,7 @@ def spread(axes: Axes, x: Sequence[float], values: Sequence[Sequence[float]], **
     axes.errorbar(x, means, halves, capsize=3, elinewidth=1, **style)
 
 
-def columns(axes: Axes, groups: Mapping[str, Sequence[float]], **look: Any) -> None:
+def columns(axes: Axes, groups: Mapping[str, Values], **look: Any) -> None:
     """A column of points for each group, a point for each seed, with mean and 95% interval."""
     for at, (name, style) in enumerate(styles(groups).items()):
         points = [v for v in groups[name] if math.isfinite(v)]
@@ -95,6 +113,13 @@ def columns(axes: Axes, groups: Mapping[str, Sequence[float]], **look: Any) -> N
             axes.plot([at] * len(points), points, **{**style, "ls": "", "alpha": 0.4, **look})
             spread(axes, [at + 0.2], [points], **{**style, **look})
     axes.set_xticks(range(len(groups)), list(groups), rotation=30, ha="right")
+
+
+def ticks(axes: Axes, places: Iterable[float]) -> None:
+    """Marks these places of the horizontal axis, and no others."""
+    places = sorted(places)
+    axes.set_xticks(places, [f"{place:,g}" for place in places])
+    axes.set_xticks([], minor=True)
 
 
 def threshold(axes: Axes, at: float, *, vertical: bool = False) -> None:
@@ -107,9 +132,9 @@ def log_y(axes: Axes) -> None:
     log_scale(axes)
 
 
-def legend(picture: Figure, axes: Axes) -> None:
-    """One legend for all axes, below them."""
-    handles, labels = axes.get_legend_handles_labels()
+def legend(picture: Figure, axes: Axes | None = None) -> None:
+    """One legend for all axes, below them; that of the first, if no other is named."""
+    handles, labels = (axes or picture.axes[0]).get_legend_handles_labels()
     picture.legend(
         handles, labels, loc="outside lower center", ncols=min(6, len(labels)), frameon=False
     )

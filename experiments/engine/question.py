@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal, NamedTuple, Protocol
 
 from matplotlib.figure import Figure
@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from ..rundir import Record
 from ..training.config import Training, require_evaluations
 from ..training.driver import Checkpoint
+from .records import Records
 from .verdict import Verdict
 
 Schedule = Literal["constant", "linear", "cosine"]
@@ -98,10 +99,10 @@ class Question(Protocol):
         """Yields the conditions; nothing is computed yet, and each time they are the same."""
         ...
 
-    def figure(self, records: Sequence[Record]) -> Figure:
+    def figure(self, records: Records) -> Figure:
         """Draws the records."""
         ...
 
-    def verdict(self, records: Sequence[Record]) -> Sequence[Verdict]:
-        """Decides each claim."""
+    def verdict(self, records: Records) -> Iterator[Verdict]:
+        """Yields what became of each claim."""
         ...

@@ -21,7 +21,9 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 import normlab as nl
-from normlab._checks import invalid, nearest
+from normlab._checks import invalid
+
+from ..rundir import nearest
 
 PARTS = "parts"
 """The variable collection into which every layer sows its four parts."""

@@ -63,10 +63,7 @@ def collectives(compiled: Compiled | str, devices: int) -> list[Collective]:
       compiled: A compiled function, or its text.
       devices: How many devices it is for.
     """
-    text = compiled if isinstance(compiled, str) else compiled.as_text()
-    if not text:
-        raise ValueError("collectives: the program has no text; expected a compiled function")
-    computations, entry = parse(text)
+    computations, entry = parse(compiled, "collectives")
     found: dict[str, list[Collective]] = {}
 
     def within(name: str) -> list[Collective]:

@@ -1,6 +1,6 @@
 """The figure of docs/ledger.md: what a model says synchronization costs on large machines.
 
-    python -m experiments.ledger_figure docs/ledger.png    # both compilers: '.[tpu,cuda]'
+    python -m experiments.programs.figure docs/ledger.png    # needs .[tpu,cuda]
 
 Every point is a training step that is compiled ahead of time for its machine, of which the
 collectives are read; only their times are those of the model in `experiments.programs.machines`.
@@ -9,14 +9,16 @@ collectives are read; only their times are those of the model in `experiments.pr
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import matplotlib.pyplot as plt
-from rich.console import Console
 
 from ..figures import encode
 from ..rundir import RunError
-from .ledger import Account, Ledger, compile_all, modelled
+from ..terminal import report
+from .command import Ledger
+from .ledger import Account, compile_all, modelled
 from .machines import Machine
 
 WIDTHS = (64, 128, 256, 512)
@@ -44,57 +46,44 @@ def cost(account: Account, there: Machine) -> dict[str, float]:
     return {"step": 1e6 * total, "layer": 1e6 * layer}
 
 
-def against_chips(kind: str) -> list[tuple[int, dict[str, float]]]:
-    """All devices together, on larger and larger machines; `local` is the step without."""
-    points = []
+def larger_machines(kind: str) -> Iterator[Ledger]:
+    """All devices together, on larger and larger machines, beside the step that is not synced."""
     for sizes in CHIPS[kind]:
-        config = Ledger(topology=f"{kind}:{sizes}", widths=WIDTHS, sync=("all", "local"))
-        found = compile_all(config)
-        synced, local = (cost(account, found.machine) for account in found.accounts)
-        points.append((len(found.machine.devices), {**synced, "local": local["step"]}))
-    return points
+        yield Ledger(topology=f"{kind}:{sizes}", widths=WIDTHS, sync=("all", "local"))
 
 
-def against_groups(kind: str) -> list[tuple[int, dict[str, float]]]:
+def larger_groups(kind: str) -> Iterator[Ledger]:
     """Groups of more and more devices that are neighbours, along the last axis of a mesh."""
     sizes, count = GROUPS_ON[kind]
-    points = []
     for size in SIZES:
         mesh = (count // size, size) if size < count else ()
         sync = ("inner" if mesh else "all",)
-        config = Ledger(topology=f"{kind}:{sizes}", widths=WIDTHS, sync=sync, mesh=mesh)
-        found = compile_all(config)
-        points.append((size, cost(found.accounts[0], found.machine)))
-    return points
+        yield Ledger(topology=f"{kind}:{sizes}", widths=WIDTHS, sync=sync, mesh=mesh)
 
 
 def main(path: Path) -> None:
     """Compiles, draws and writes the figure."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.4), layout="constrained", sharey=True)
+    figure, panels = plt.subplots(1, 2, figsize=(10, 4.4), layout="constrained", sharey=True)
     for kind, colour in COLOURS.items():
         name = {"v5p": "TPU v5p", "h100": "H100"}[kind]
-        chips = against_chips(kind)
-        for axes, points in ((left, chips), (right, against_groups(kind))):
+        for axes, configs in zip(panels, (larger_machines, larger_groups), strict=True):
+            x, costs = [], []
+            for config in configs(kind):
+                found = compile_all(config)
+                x.append(config.mesh[-1] if config.mesh else len(found.machine.devices))
+                costs.append([cost(account, found.machine) for account in found.accounts])
             for what, (marker, line, label) in LINES.items():
-                axes.plot(
-                    [x for x, _ in points],
-                    [y[what] for _, y in points],
-                    marker=marker,
-                    ls=line,
-                    color=colour,
-                    label=f"{name}: {label}",
-                    markersize=5,
-                )
-        left.plot(
-            [x for x, _ in chips],
-            [y["local"] for _, y in chips],
-            ls=":",
-            color=colour,
-            label=f"{name}: whole step, local statistics",
-        )
+                y = [synced[what] for synced, *_ in costs]
+                style = {"marker": marker, "ls": line, "markersize": 5}
+                axes.plot(x, y, color=colour, label=f"{name}: {label}", **style)
+            if len(costs[0]) > 1:
+                y = [local["step"] for _, local in costs]
+                label = f"{name}: whole step, local statistics"
+                axes.plot(x, y, color=colour, label=label, ls=":")
+    left, right = panels
     left.set(xlabel="devices, all synchronized", ylabel="time in collectives, modelled (µs)")
     right.set(xlabel="devices in a group, of 512")
-    for axes in (left, right):
+    for axes in panels:
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
         axes.xaxis.set_major_formatter("{x:g}")
@@ -111,10 +100,8 @@ def main(path: Path) -> None:
 
 if __name__ == "__main__":
     try:
+        if len(sys.argv) != 2:
+            raise RunError("name the file to write, as docs/ledger.png")
         main(Path(sys.argv[1]))
-    except (RunError, IndexError) as error:
-        said = (
-            error if isinstance(error, RunError) else "name the file to write, as docs/ledger.png"
-        )
-        Console(stderr=True).print(f"error: {said}", markup=False, soft_wrap=True)
-        sys.exit(2)
+    except RunError as error:
+        sys.exit(report(error))

@@ -7,6 +7,8 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
+from jax.stages import Compiled
+
 
 class Array(NamedTuple):
     """One array of a result."""
@@ -44,15 +46,22 @@ class Computation(NamedTuple):
         return self.behind(i.operands[0]) if i.opcode == "bitcast" else i
 
 
-def parse(text: str) -> tuple[dict[str, Computation], str]:
-    """Reads the text of a compiled function, `compiled.as_text()`.
+def parse(compiled: Compiled | str, where: str) -> tuple[dict[str, Computation], str]:
+    """Reads the text of a compiled function.
+
+    Args:
+      compiled: The function, or its text, `compiled.as_text()`.
+      where: Who asks, for errors.
 
     Returns:
       `(computations, entry)`: the computations by name, and the name of the first to run.
 
     Raises:
-      ValueError: For a line that is none of HLO.
+      ValueError: For a program without a text, or a line that is none of HLO.
     """
+    text = compiled if isinstance(compiled, str) else compiled.as_text()
+    if not text:
+        raise ValueError(f"{where}: the program has no text; expected a compiled function")
     computations: dict[str, Computation] = {}
     # Vector memory is S(1) where layouts have tiles; a GPU calls another thing by that number.
     tiled = re.search(r"\]\{[^}]*:T\(", text) is not None

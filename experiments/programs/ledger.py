@@ -12,7 +12,6 @@ those of a model (`experiments.programs.machines`), for one collective after ano
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import inspect
 import json
@@ -20,8 +19,7 @@ import math
 import re
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 from unittest import mock
 
 import flax.linen as nn
@@ -35,95 +33,19 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import normlab as nl
+from normlab.devices.merging import vary
 
 from .. import models
 from ..rundir import RunError
 from ..training import syncs
-from ..training.trainer import set_devices
+from ..training.trainer import on_devices, set_devices
 from .collectives import Collective, collectives, shape_of
-from .machines import Machine, machine
+from .command import Ledger
+from .machines import Machine, abstract, machine
 
 CLASSES = 10
 SCOPE = "norm"
 """What the compiler calls everything a norm does."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Ledger:
-    """List the collectives of one training step, and what a model says they cost.
-
-    They are read from the compiled program, on devices of this host or, with --topology, ahead of
-    time for a machine that need not be here. Nothing runs.
-    """
-
-    model: str = "conv"
-    """conv, mlp, or another of `python -m experiments list`."""
-
-    widths: tuple[int, ...] = ()
-    """Channels of the layers; by default the model's own."""
-
-    norms: tuple[str, ...] = ("batch",)
-    """Norms by name; `python -m experiments list` describes them."""
-
-    sync: tuple[str, ...] = ("all", "local")
-    """Over which devices batch statistics are measured: local, all, inner (the last axis of
-    --mesh), groups=4, groups=0,2|1,3, ring=1, virtual=64, ghost=4; joined by + with staged,
-    every=2, gradient=forward and the like."""
-
-    devices: int = 8
-    """Devices of this host, without a topology."""
-
-    topology: str | None = None
-    """A machine to compile for: v4:4x4x8, v5e:16x16, v5p:16x16x24, v6e:16x16 or tpu7x:4x4x8, in
-    chips; h100:1x128x8, in slices x hosts x GPUs."""
-
-    mesh: tuple[int, ...] = ()
-    """Sizes of the mesh's axes, as in 16 8; by default one axis of all devices."""
-
-    mode: Literal["shard_map", "pmap", "jit"] = "shard_map"
-    """How the step is mapped over the devices; jit: one program on a sharded batch."""
-
-    program: Literal["forward", "both", "step"] = "step"
-    """The forward pass alone, with the backward pass, or the whole step."""
-
-    batch_size: int = 32
-    """Examples on each device, of 28 x 28 pixels."""
-
-    json: Path | None = None
-    """A file for every collective, the memory and the model's times; must not exist."""
-
-    markdown: bool = False
-    """Print the table as Markdown."""
-
-    def __post_init__(self) -> None:
-        """Raises RunError for values that cannot be compiled."""
-        for name in ("devices", "batch_size"):
-            value = getattr(self, name)
-            if value < 1:
-                option = name.replace("_", "-")
-                raise RunError(f"--{option}: got {value}; it must be at least 1.")
-        if any(width < 1 for width in self.widths):
-            raise RunError(f"--widths: got {self.widths}; they must be at least 1.")
-        if self.json and self.json.exists():
-            raise RunError(f"--json {self.json}: there is such a file. Choose another name.")
-        try:
-            models.require(self.model)
-        except ValueError as error:
-            raise RunError(f"--model: {error}.") from None
-        if len(self.mesh) > 1 and self.mode == "pmap":
-            raise RunError("--mesh: pmap has one axis. Choose another --mode.")
-        for text in self.sync:
-            syncs.parse(text, self.axes)
-            if self.mode == "jit" and "inner" in text.split("+"):
-                raise RunError(
-                    f"--sync {text}: in plain jit the batch lies along the axes that are named, "
-                    "and here it lies along all of them. Use groups=K, or another --mode."
-                )
-
-    @property
-    def axes(self) -> str | tuple[str, ...]:
-        """The names of the mesh's axes."""
-        return tuple(f"axis{i}" for i in range(len(self.mesh))) if len(self.mesh) > 1 else "data"
 
 
 class Purpose(NamedTuple):
@@ -165,6 +87,10 @@ class Account(NamedTuple):
     entries: list[Entry]
     memory: dict[str, int]
     seconds: float
+
+    def __str__(self) -> str:
+        """The norm, and the topology if it has one."""
+        return ", ".join(filter(None, (self.norm, self.sync)))
 
 
 class Found(NamedTuple):
@@ -213,8 +139,7 @@ def table(found: Found) -> Iterator[tuple[str, ...]]:
         total = Entry((Purpose(f"whole {found.config.program}"),), tuple(whole))
         entries = [*account.entries, total]
         for i, entry in enumerate(entries):
-            label = ", ".join(filter(None, (account.norm, account.sync))) if i == 0 else ""
-            rows.append((label, *_row(found.machine, entry)))
+            rows.append(("" if i else str(account), *_row(found.machine, entry)))
     used = [k for k in range(len(headings)) if k < 5 or any(row[k] for row in rows)]
     for row in (headings, *rows):
         yield tuple(row[k] for k in used)
@@ -230,8 +155,7 @@ def remarks(found: Found) -> Iterator[str]:
     yield said
     for account in found.accounts:
         parts = [f"{nbytes / 2**20:.2f} MiB {kind}" for kind, nbytes in account.memory.items()]
-        name = ", ".join(filter(None, (account.norm, account.sync)))
-        yield f"{name}: on each device {', '.join(parts)}; compiled in {account.seconds:.1f} s"
+        yield f"{account}: on each device {', '.join(parts)}; compiled in {account.seconds:.1f} s"
 
 
 def _account(config: Ledger, norm: str, sync: str, there: Machine) -> Account:
@@ -244,8 +168,9 @@ def _account(config: Ledger, norm: str, sync: str, there: Machine) -> Account:
         )
     names = (config.axes,) if isinstance(config.axes, str) else config.axes
     mesh = Mesh(np.array(there.devices).reshape(sizes), names, (AxisType.Auto,) * len(names))
+    backend = {"cuda": "gpu"}.get(there.target, there.target)  # who asks JAX for its own hears this
     try:
-        with _traced_for(there.target), jax.set_mesh(mesh):
+        with mock.patch.object(jax, "default_backend", return_value=backend), jax.set_mesh(mesh):
             f, arguments = program(config, norm, sync, mesh)
             lowered = f.lower(*arguments)
     except ValueError as error:
@@ -313,35 +238,22 @@ def program(config: Ledger, norm: str, sync: str, mesh: Mesh) -> tuple[Any, tupl
     images = jax.ShapeDtypeStruct((config.batch_size, 28, 28, 1), jnp.float32)
     variables = jax.eval_shape(lambda x: model.init(jax.random.key(0), x, train=False), images)
     params, state = models.split(variables)
-    axes, split_by = config.axes, P(config.axes)
+    axes = config.axes
     asked = syncs.parse(sync, axes, count) if sync else None
     step = _steps(model, () if config.mode == "jit" else axes, asked)[config.program]
-    alike, split = (NamedSharding(mesh, spec) for spec in (P(), split_by))
-
-    def abstract(tree: Any, sharding: NamedSharding, *lead: int) -> Any:
-        return jax.tree.map(
-            lambda v: jax.ShapeDtypeStruct((*lead, *v.shape), v.dtype, sharding=sharding), tree
-        )
-
+    alike, split = (NamedSharding(mesh, spec) for spec in (P(), P(axes)))
     shapes = (images, jax.ShapeDtypeStruct((config.batch_size,), jnp.int32))
     if config.mode == "jit":
         batch = jax.tree.map(lambda v: v.update(shape=(count * v.shape[0], *v.shape[1:])), shapes)
         arguments = (abstract(params, alike), abstract(state, alike), *abstract(batch, split))
         return jax.jit(step), arguments
-    lead = abstract(state, split, count)
-    if config.mode == "pmap":
-        devices = list(mesh.devices.flat)
-        mapped = jax.pmap(step, axes, in_axes=(None, 0, 0, 0), devices=devices)
-        return mapped, (abstract(params, alike), lead, *abstract(shapes, split, count))
 
-    def body(params: Any, state: Any, images: Array, labels: Array) -> Any:
-        params = jax.tree.map(lambda v: lax.pcast(v, axes, to="varying"), params)
-        first = jax.tree.map(lambda v: v[0], state)
-        out = step(params, first, images[0], labels[0])
-        return jax.tree.map(lambda v: v[None], out)
+    def own(params: Any, *args: Any) -> Any:
+        # Each device has its own gradients: the step sums them.
+        return step(vary(params, mesh.axis_names), *args)
 
-    mapped = jax.shard_map(body, mesh=mesh, in_specs=(P(), *[split_by] * 3), out_specs=split_by)
-    return jax.jit(mapped), (abstract(params, alike), lead, *abstract(shapes, split, count))
+    mapped = on_devices(config.mode, mesh, own, in_axes=(None, 0, 0, 0))
+    return mapped, (abstract(params, alike), *abstract((state, *shapes), split, count))
 
 
 def _steps(
@@ -391,14 +303,6 @@ def _synced(norm: str) -> bool:
     except ValueError as error:
         raise RunError(f"--norms {norm}: {error}") from None
     return {"axis_name", "decay"} <= set(options)
-
-
-@contextlib.contextmanager
-def _traced_for(target: str) -> Iterator[None]:
-    """What asks JAX for its backend hears that of the machine that is compiled for."""
-    name = {"cuda": "gpu"}.get(target, target)
-    with mock.patch.object(jax, "default_backend", return_value=name):
-        yield
 
 
 # --- What is printed --------------------------------------------------------------------------

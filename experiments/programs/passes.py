@@ -17,7 +17,7 @@ from jax.sharding import SingleDeviceSharding
 from jax.stages import Compiled, Lowered
 
 from .hlo import Array, Computation, Instruction, parse
-from .machines import compile_for
+from .machines import abstract, compile_for
 
 
 def place(target: str) -> SingleDeviceSharding:
@@ -44,10 +44,7 @@ def lower(f: Callable[..., Any], where: SingleDeviceSharding, *arguments: Any) -
       where: From `place`.
       *arguments: Those of `f`; of the arrays, only shape and dtype matter.
     """
-    abstract = jax.tree.map(
-        lambda v: jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=where), arguments
-    )
-    return jax.jit(f).lower(*abstract)
+    return jax.jit(f).lower(*abstract(arguments, where))
 
 
 class Passes(NamedTuple):
@@ -83,19 +80,16 @@ def passes(compiled: Compiled | str, nbytes: int) -> Passes:
     >>> passes(jax.jit(lambda x: x + 1).lower(x).compile(), 4 * 512 * 512)
     Passes(reads=1, writes=1)
     """
-    text = compiled if isinstance(compiled, str) else compiled.as_text()
-    if not text:
-        raise ValueError("passes: the program has no text; expected a compiled function")
-    program = _Program(text, nbytes)
+    program = _Program(compiled, nbytes)
     return program.passes(program.entry)
 
 
 class _Program:
-    """The computations of an HLO text, and what they read and write."""
+    """The computations of a program, and what they read and write."""
 
-    def __init__(self, text: str, nbytes: int) -> None:
+    def __init__(self, compiled: Compiled | str, nbytes: int) -> None:
         self.nbytes = nbytes
-        self.computations, self.entry = parse(text)
+        self.computations, self.entry = parse(compiled, "passes")
         self.demands: dict[tuple[str, str], int] = {}
 
     def passes(self, name: str) -> Passes:

@@ -21,10 +21,8 @@ import re
 from pathlib import Path
 from typing import cast
 
-from normlab._checks import nearest
-
 from ..engine.question import Question
-from ..rundir import RunError
+from ..rundir import RunError, nearest
 
 NAMES = tuple(sorted(module.name for module in pkgutil.iter_modules(__path__)))
 """The names of the files."""

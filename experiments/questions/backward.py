@@ -18,7 +18,7 @@ Command: python -m experiments run backward
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 
 import jax
 import numpy as np
@@ -27,7 +27,7 @@ from matplotlib.figure import Figure
 
 import normlab as nl
 
-from ..engine import Condition, Config, Record, Verdict, decide, draw, exact, select
+from ..engine import Condition, Config, Record, Records, Verdict, decide, draw, exact
 from ..engine.devices import relative
 
 RIGHT = 1e-8
@@ -155,26 +155,23 @@ STATEMENTS = {
 }
 
 
-def worst(records: Sequence[Record], statement: str) -> list[float]:
+def worst(records: Records, statement: str) -> np.ndarray:
     """The error of each seed with the smallest ε, at the worst scale."""
-    smallest = min(r["eps"] for r in records if "eps" in r)
-    mine = [r for r in select(records, statement=statement) if r.get("eps", smallest) == smallest]
-    seeds = sorted({r["seed"] for r in mine})
-    return [max(r["error"] for r in select(mine, seed=seed)) for seed in seeds]
+    smallest = min(records.values("eps"))
+    mine = records.where(lambda r: r.get("eps", smallest) == smallest, statement=statement)
+    return mine.by_seed("error", of=max)
 
 
-def verdict(records: Sequence[Record]) -> tuple[Verdict, ...]:
+def verdict(records: Records) -> Iterator[Verdict]:
     """Each statement, the worst scale of each seed."""
-    return tuple(
-        decide(f"{words} (relative error)", worst(records, name), at_most=RIGHT)
-        for name, words in STATEMENTS.items()
-    )
+    for name, words in STATEMENTS.items():
+        yield decide(f"{words} (relative error)", worst(records, name), at_most=RIGHT)
 
 
-def figure(records: Sequence[Record]) -> Figure:
+def figure(records: Records) -> Figure:
     """The error of each statement; and what ε makes of the invariance."""
     picture, (left, right) = draw.canvas(2)
-    smallest, largest = (f(r["eps"] for r in records if "eps" in r) for f in (min, max))
+    smallest, largest = (f(records.values("eps")) for f in (min, max))
     for at, name in enumerate(STATEMENTS):
         errors = [max(error, 1e-17) for error in worst(records, name)]
         left.plot([at] * len(errors), errors, "o", color="black", alpha=0.4, markersize=4)
@@ -182,7 +179,7 @@ def figure(records: Sequence[Record]) -> Figure:
     draw.threshold(left, RIGHT)
     left.set(yscale="log", ylabel="relative error", title=f"ε = {smallest:g}, dotted: threshold")
     for eps, style in draw.styles([smallest, largest]).items():
-        mine = select(records, statement="output", eps=eps)
+        mine = records.where(statement="output", eps=eps)
         style = {**style, "ls": "", "alpha": 0.6, "label": f"ε = {eps:g}"}
         right.plot([r["scale"] for r in mine], [r["error"] for r in mine], **style)
     draw.threshold(right, RIGHT)

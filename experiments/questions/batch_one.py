@@ -18,7 +18,7 @@ Command: python -m experiments run batch_one
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -34,14 +34,13 @@ from ..engine import (
     Condition,
     Config,
     Record,
+    Records,
     Verdict,
-    by_seed,
     dataset,
     decide,
     draw,
     exact,
     lanes,
-    select,
     start,
 )
 from ..engine.devices import relative
@@ -146,50 +145,30 @@ def in_batches(
     return z.reshape(len(z), -1, z.shape[-1])
 
 
-def verdict(records: Sequence[Record]) -> tuple[Verdict, ...]:
+def verdict(records: Records) -> Iterator[Verdict]:
     """What a single example gets from either statistics, and from small batches."""
-    errors = {
-        (name, n): by_seed(records, "error", statistics=name, n=n)
-        for name in ("population", "batch")
-        for n in (100, 4, 1)
-    }
-    moved = by_seed(records, "moved", statistics="population", n=1)
-    best = errors["population", 100]
-    population, batch = "population statistics: ", "statistics of the batch: "
-    cost = {n: errors["batch", n] - best for n in (100, 4)}
-    return (
-        decide(
-            population + "a single example is predicted well (test error)",
-            errors["population", 1],
-            at_most=GOOD,
-            unit="%",
-        ),
-        decide(
-            population + "its logits are those it has in a batch of 100 (relative difference)",
-            moved,
-            at_most=SAME,
-        ),
-        decide(
-            batch + "a single example is a guess (test error)",
-            errors["batch", 1],
-            at_least=GUESS,
-            unit="%",
-        ),
-        decide(batch + "error rises in batches of 4", cost[4], at_least=WORSE, unit="points"),
-        decide(batch + "100 are nearly enough", cost[100], at_most=CLOSE, unit="points"),
-    )
+    own, batch = (records.where(statistics=name) for name in ("population", "batch"))
+    best = own.by_seed("error", n=100)
+    claim = "population statistics: a single example is predicted well (test error)"
+    yield decide(claim, own.by_seed("error", n=1), at_most=GOOD, unit="%")
+    claim = "population statistics: its logits are those it has in a batch of 100 "
+    yield decide(f"{claim}(relative difference)", own.by_seed("moved", n=1), at_most=SAME)
+    claim = "statistics of the batch: a single example is a guess (test error)"
+    yield decide(claim, batch.by_seed("error", n=1), at_least=GUESS, unit="%")
+    claim = "statistics of the batch: error rises in batches of 4"
+    yield decide(claim, batch.by_seed("error", n=4) - best, at_least=WORSE, unit="points")
+    claim = "statistics of the batch: 100 are nearly enough"
+    yield decide(claim, batch.by_seed("error", n=100) - best, at_most=CLOSE, unit="points")
 
 
-def figure(records: Sequence[Record]) -> Figure:
+def figure(records: Records) -> Figure:
     """The test error against the batch size of inference."""
     picture, (axes,) = draw.canvas(width=6.4, height=4.2)
     named = [r | {"statistics": f"{r['statistics']} statistics"} for r in records]
-    draw.against(axes, select(named, kind="prediction"), "n", "error", by="statistics")
-    axes.axhline(90, color="grey", lw=1, ls=":")
-    sizes = sorted({r["n"] for r in records})
+    draw.against(axes, named, "n", "error", by="statistics")
+    draw.threshold(axes, 90)
     axes.set_xscale("log")
-    axes.set_xticks(sizes, [str(n) for n in sizes])
-    axes.minorticks_off()
+    draw.ticks(axes, records.values("n"))
     axes.set(xlabel="examples predicted together", ylabel="test error (%)", ylim=(0, 100))
     axes.set_title("One net, predicting in batches; dotted: chance")
     draw.legend(picture, axes)

@@ -19,7 +19,7 @@ Command: python -m experiments run batch_size
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import flax.linen as nn
 import numpy as np
@@ -27,18 +27,7 @@ from matplotlib.figure import Figure
 
 import normlab as nl
 
-from ..engine import (
-    Condition,
-    Config,
-    Record,
-    Schedule,
-    Verdict,
-    accuracy,
-    decide,
-    draw,
-    learn,
-    select,
-)
+from ..engine import Condition, Config, Records, Schedule, Verdict, decide, draw, learn
 
 FOUR = 1.5
 """Points by which batch norm's error rises over 4 examples, at least."""
@@ -93,11 +82,7 @@ def run(config: BatchSize) -> Iterator[Condition]:
             steps=config.steps * whole // size,
             lr=config.lr * size / whole,
         )
-        measure = learn(
-            here,
-            make(name, size, together, whole),
-            activation=nn.relu,
-        )
+        measure = learn(here, make(name, size, together, whole), activation=nn.relu)
         yield Condition({"norm": name, "batch": size, "together": together}, measure)
 
 
@@ -111,40 +96,39 @@ def make(name: str, batch: int, together: int, whole: int) -> nl.Norm:
     return nl.get("batch", axis_name=parts, decay=1 - 0.1 * batch / whole, ddof=1)
 
 
-def rise(records: Sequence[Record], norm: str, *, batch: int, together: int) -> np.ndarray:
+def rise(records: Records, norm: str, *, batch: int, together: int) -> np.ndarray:
     """Points by which each seed's error is above that at the largest batch."""
-    whole = max(r["batch"] for r in records)
-    best = accuracy(records, norm=norm, batch=whole, together=whole)
-    return best - accuracy(records, norm=norm, batch=batch, together=together)
+    whole = max(records.values("batch"))
+    best = records.accuracy(norm=norm, batch=whole, together=whole)
+    return best - records.accuracy(norm=norm, batch=batch, together=together)
 
 
-def verdict(records: Sequence[Record]) -> tuple[Verdict, ...]:
+def verdict(records: Records) -> Iterator[Verdict]:
     """How far the error moves from the largest batch to batches of 4 and of 2."""
-    whole = max(r["batch"] for r in records)
+    whole = max(records.values("batch"))
     four = rise(records, "batch", batch=whole, together=4)
+    yield decide("batch norm over 4: its error rises", four, at_least=FOUR, unit="points")
     two = rise(records, "batch", batch=whole, together=2)
+    yield decide("batch norm over 2: its error rises", two, at_least=TWO, unit="points")
     small = rise(records, "batch", batch=4, together=4)
-    found = [
-        decide("batch norm over 4: its error rises", four, at_least=FOUR, unit="points"),
-        decide("batch norm over 2: its error rises", two, at_least=TWO, unit="points"),
-        decide("batch norm at batch 4: its error rises", small, at_least=FOUR, unit="points"),
-    ]
-    for name in dict.fromkeys(r["norm"] for r in records if r["norm"] != "batch"):
+    yield decide("batch norm at batch 4: its error rises", small, at_least=FOUR, unit="points")
+    for name in records.where(lambda r: r["norm"] != "batch").values("norm"):
         moved = rise(records, name, batch=4, together=4)
         claim = f"{NAMES[name]} at batch 4: its error stays"
-        found.append(decide(claim, moved, at_least=-STILL, at_most=STILL, unit="points"))
+        yield decide(claim, moved, at_least=-STILL, at_most=STILL, unit="points")
     claim = f"in circulation: batch norm's error falls from {whole} to 4 examples together"
-    return (*found, decide(claim, -four, at_least=0, unit="points"))
+    yield decide(claim, -four, at_least=0, unit="points")
 
 
-def figure(records: Sequence[Record]) -> Figure:
+def figure(records: Records) -> Figure:
     """The error at the end against either batch."""
     seen = max(r["step"] * r["batch"] for r in records)
-    final = [r for r in records if r["step"] * r["batch"] == seen]
-    whole = max(r["batch"] for r in records)
+    final = records.where(lambda r: r["step"] * r["batch"] == seen)
+    whole = max(records.values("batch"))
     picture, (left, right) = draw.canvas(2)
-    draw.against(left, select(final, norm="batch", batch=whole), "together", draw.test_error)
-    draw.against(right, [r for r in final if r["batch"] == r["together"]], "batch", draw.test_error)
+    draw.against(left, final.where(norm="batch", batch=whole), "together", draw.test_error)
+    true = final.where(lambda r: r["batch"] == r["together"])
+    draw.against(right, true, "batch", draw.test_error)
     left.set(xlabel=f"examples normalized together, of {whole}", ylabel="test error (%)")
     right.set(xlabel="examples in a batch", ylabel="test error (%)")
     for axes in (left, right):

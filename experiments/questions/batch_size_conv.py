@@ -21,9 +21,8 @@ Command: python -m experiments run batch_size_conv
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -37,17 +36,14 @@ from ..engine import (
     Condition,
     Config,
     Record,
+    Records,
     Schedule,
     Verdict,
-    accuracy,
-    by_seed,
     decide,
     draw,
     exact,
-    last,
     learn,
     number,
-    select,
 )
 
 FOUR = 1.5
@@ -99,8 +95,7 @@ def run(config: BatchSizeConv) -> Iterator[Condition]:
     """Batch norm over each part of a batch, the norms of single images, and one layer of each."""
     for together in (config.batch_size, *config.together):
         norm = nl.get("batch", axis_name=nl.Sync(virtual_batch=together))
-        measure = learn(config, norm)
-        yield Condition({"norm": "batch", "together": together}, measure)
+        yield Condition({"norm": "batch", "together": together}, learn(config, norm))
     for name, norm in ALONE.items():
         yield Condition({"norm": name, "together": 1}, learn(config, norm))
     yield Condition({"norm": "both", "together": 1}, exact(compare, config.seeds))
@@ -126,50 +121,46 @@ def gap(a: Array, cotangent: Array) -> Array:
     return jnp.stack([abs(v - w).max() / abs(w).max() for v, w in pairs]).max()
 
 
-def verdict(records: Sequence[Record]) -> tuple[Verdict, ...]:
+def verdict(records: Records) -> Iterator[Verdict]:
     """The cost of small statistics, group norm beside them, and what a single image does."""
-    whole = max(r["together"] for r in records)
-    batch = {n: accuracy(records, norm="batch", together=n) for n in (whole, 4, 2)}
-    group = accuracy(records, norm="group")
-    loss = by_seed(records, "train_loss", norm="batch", together=1) / math.log(10)
-    apart = by_seed(records, "gap", kind="layer")
-    points = functools.partial(decide, unit="points")
-    four, two = batch[whole] - batch[4], batch[whole] - batch[2]
-    many = f"conv, {whole} images: batch norm is better than group norm"
-    little = "conv batch norm over 2 images: its error rises a little"
-    trains = "conv batch norm over 1 image trains (its loss, as a share of guessing's)"
-    same = "conv batch norm over 1 image is instance norm, forth and back (relative gap)"
-    return (
-        points("conv batch norm over 4 images: its error hardly rises", four, at_most=FOUR),
-        points(little, two, at_least=0, at_most=TWO),
-        points(
-            "conv, 2 images: group norm is better than batch norm", group - batch[2], at_least=0
-        ),
-        points(many, batch[whole] - group, at_least=0),
-        decide(trains, loss, at_most=TRAINS),
-        decide(same, apart, at_most=SAME, geometric=True),
-    )
+    whole = max(records.values("together"))
+    batch = {n: records.accuracy(norm="batch", together=n) for n in (whole, 4, 2)}
+    group = records.accuracy(norm="group")
+    loss = records.by_seed("train_loss", norm="batch", together=1) / math.log(10)
+    apart = records.by_seed("gap", kind="layer")
+    claim = "conv batch norm over 4 images: its error hardly rises"
+    yield decide(claim, batch[whole] - batch[4], at_most=FOUR, unit="points")
+    claim = "conv batch norm over 2 images: its error rises a little"
+    yield decide(claim, batch[whole] - batch[2], at_least=0, at_most=TWO, unit="points")
+    claim = "conv, 2 images: group norm is better than batch norm"
+    yield decide(claim, group - batch[2], at_least=0, unit="points")
+    claim = f"conv, {whole} images: batch norm is better than group norm"
+    yield decide(claim, batch[whole] - group, at_least=0, unit="points")
+    claim = "conv batch norm over 1 image trains (its loss, as a share of guessing's)"
+    yield decide(claim, loss, at_most=TRAINS)
+    claim = "conv batch norm over 1 image is instance norm, forth and back (relative gap)"
+    yield decide(claim, apart, at_most=SAME, geometric=True)
 
 
-def figure(records: Sequence[Record]) -> Figure:
+def figure(records: Records) -> Figure:
     """The error at the end against the images normalized together; the training loss."""
-    records = select(records, kind="evaluation")
-    final, batch = last(records), select(records, norm="batch")
-    sizes = sorted({r["together"] for r in batch})
+    records = records.where(kind="evaluation")
+    final, batch = records.last(), records.where(norm="batch")
+    sizes = sorted(batch.values("together"))
     picture, (left, right) = draw.canvas(2)
-    draw.against(left, select(final, norm="batch"), "together", draw.test_error)
+    draw.against(left, final.where(norm="batch"), "together", draw.test_error)
     for name, style in draw.styles(ALONE).items():
-        error = [100 - v for v in accuracy(final, norm=name)]
+        error = [100 - v for v in final.accuracy(norm=name)]
         draw.spread(left, [min(sizes), max(sizes)], [error, error], label=name, **style)
     left.set_xscale("log", base=2)
-    left.set_xticks(sizes, [str(size) for size in sizes])
+    draw.ticks(left, sizes)
     left.set(xlabel="images normalized together", ylabel="test error (%)")
-    lines = {f"over {n}": select(batch, together=n) for n in sizes}
-    lines["instance norm"] = select(records, norm="instance")
+    lines = {f"over {n}": batch.where(together=n) for n in sizes}
+    lines["instance norm"] = records.where(norm="instance")
     named = [{**r, "line": name} for name, rows in lines.items() for r in rows if r["step"] > 0]
     draw.over_steps(right, named, "train_loss", by="line", marker=True)
     right.set(ylabel="training loss (nats)", title="batch norm over so many images")
     right.legend(frameon=False, fontsize=8)
-    draw.legend(picture, left)
+    draw.legend(picture)
     picture.suptitle("Left: running statistics at inference. Mean and 95% interval over seeds")
     return picture

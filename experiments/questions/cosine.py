@@ -23,7 +23,7 @@ Command: python -m experiments run cosine
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -37,18 +37,15 @@ from ..engine import (
     Condition,
     Config,
     Record,
+    Records,
     Schedule,
     Verdict,
-    accuracy,
-    by_seed,
     dataset,
     decide,
     draw,
     exact,
     lanes,
     learn,
-    select,
-    tuned,
 )
 
 BOUND = 1e-12
@@ -149,38 +146,32 @@ def values(config: Cosine) -> Iterator[Record]:
         }
 
 
-def best(records: Sequence[Record], **wanted: object) -> np.ndarray:
+def best(records: Records, **wanted: object) -> np.ndarray:
     """The accuracy of each seed at the best rate."""
-    return accuracy(tuned(select(records, **wanted)))
+    return records.where(**wanted).tuned().accuracy()
 
 
-def verdict(records: Sequence[Record]) -> tuple[Verdict, ...]:
+def verdict(records: Records) -> Iterator[Verdict]:
     """The bound, Pearson's r, and each form against the best of the others on each data set."""
     claim = "cosine norm: |pre-activation| without gain and bias is at most 1 (what it is above)"
-    found = [decide(claim, by_seed(records, "largest") - 1, at_most=BOUND)]
+    yield decide(claim, records.by_seed("largest") - 1, at_most=BOUND)
     claim = "centred cosine norm is Pearson's r (largest difference from SciPy's)"
-    off = by_seed(records, "off_pearson")
-    found.append(decide(claim, off, at_most=PEARSON, geometric=True))
-    for data in dict.fromkeys(r["data"] for r in select(records, part="training")):
+    off = records.by_seed("off_pearson")
+    yield decide(claim, off, at_most=PEARSON, geometric=True)
+    for data in records.where(part="training").values("data"):
         rivals = {norm: best(records, norm=norm, data=data) for norm in RIVALS}
         first = max(rivals, key=lambda norm: float(np.nanmean(rivals[norm])))
         for norm in ("cosine", "centred_cosine"):
             gain = best(records, norm=norm, data=data) - rivals[first]
             claim = f"{data}: {norm.replace('_', ' ')} norm ends more accurate than the best of "
             claim += f"batch, layer and weight norm (here {first})"
-            found.append(decide(claim, gain, at_least=BETTER.get(data, ELSEWHERE), unit="points"))
-    return tuple(found)
+            yield decide(claim, gain, at_least=BETTER.get(data, ELSEWHERE), unit="points")
 
 
-def figure(records: Sequence[Record]) -> Figure:
+def figure(records: Records) -> Figure:
     """The error of each norm at its best rate, on both data sets."""
-    sets = list(dict.fromkeys(r["data"] for r in select(records, part="training")))
-    picture, grid = draw.canvas(len(sets))
-    for axes, data in zip(grid, sets, strict=True):
-        norms = dict.fromkeys(r["norm"] for r in select(records, part="training", data=data))
-        errors: dict[str, Sequence[float]] = {
-            norm: [*(100 - best(records, norm=norm, data=data))] for norm in norms
-        }
-        draw.columns(axes, errors)
+    picture, panels = draw.panels(records.where(part="training"), "data")
+    for axes, data, here in panels:
+        draw.columns(axes, {n: 100 - best(here, norm=n) for n in here.values("norm")})
         axes.set(ylabel="test error (%)", title=f"{data}: seeds, mean, 95% interval")
     return picture

@@ -17,7 +17,7 @@ Command: python -m experiments run covariate_shift
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -28,7 +28,7 @@ from matplotlib.figure import Figure
 import normlab as nl
 from normlab import instruments
 
-from ..engine import Condition, Config, Net, Record, Verdict, decide, draw, learn, select
+from ..engine import Condition, Config, Net, Record, Records, Verdict, decide, draw, learn
 
 NO_SMALLER = 0.8
 """Covariate shift with batch norm over that without, at least."""
@@ -80,29 +80,25 @@ def mean(record: Record) -> float:
     return float(np.exp(np.log(np.array(record["distance"], float)).mean()))
 
 
-def verdict(records: Sequence[Record]) -> tuple[Verdict, ...]:
+def verdict(records: Records) -> Iterator[Verdict]:
     """Covariate shift with batch norm over that without."""
-    factors = []
-    for seed in sorted({r["seed"] for r in records}):
-        mine = [r for r in records if r["seed"] == seed and r["step"] > 0]
-        logs = {
-            name: np.mean([np.log(mean(r)) for r in select(mine, norm=name)])
-            for name in ("none", "batch")
-        }
-        factors.append(float(np.exp(logs["batch"] - logs["none"])))
+
+    def log(mine: Records) -> float:
+        return np.log([mean(r) for r in mine]).mean()
+
+    none, batch = (records.trained().where(norm=n).each_seed(log) for n in ("none", "batch"))
     claim = "internal covariate shift with batch norm over that without (‖G − G′‖)"
-    return (decide(claim, factors, at_least=NO_SMALLER, geometric=True),)
+    yield decide(claim, np.exp(batch - none), at_least=NO_SMALLER, geometric=True)
 
 
-def figure(records: Sequence[Record]) -> Figure:
+def figure(records: Records) -> Figure:
     """The test error, and ‖G − G′‖ and the cosine, over the steps."""
     picture, grid = draw.canvas(3, width=4)
-    later = [r for r in records if r["step"] > 0]
-    draw.over_steps(grid[0], later, draw.test_error)
+    draw.over_steps(grid[0], records.trained(), draw.test_error)
     grid[0].set(ylabel="test error (%)", title="learning")
     draw.over_steps(grid[1], records, mean)
     grid[1].set(ylabel="‖G − G′‖, mean over layers", yscale="log", title="covariate shift")
     draw.over_steps(grid[2], records, lambda r: float(np.mean(np.array(r["cosine"], float))))
     grid[2].set(ylabel="cosine of G and G′, mean over layers", title="1: no shift")
-    draw.legend(picture, grid[0])
+    draw.legend(picture)
     return picture

@@ -33,15 +33,13 @@ from ..data import Dataset
 from ..engine import (
     Condition,
     Config,
-    Record,
+    Records,
     Schedule,
     Verdict,
-    accuracy,
     decide,
     draw,
     lanes,
     learn,
-    tuned,
 )
 
 SHARE = 0.75
@@ -104,46 +102,29 @@ def needed(accuracies: Sequence[float], sizes: Sequence[int], target: float) -> 
     return float(np.exp(np.interp(target, rising, np.log(sizes))))
 
 
-def verdict(records: Sequence[Record]) -> tuple[Verdict, ...]:
+def verdict(records: Records) -> Iterator[Verdict]:
     """The share of the examples, and the gain with the fewest and with all."""
-    best = tuned(records, "norm", "examples")
-    sizes = sorted({r["examples"] for r in best})
+    best = records.tuned("norm", "examples")
+    sizes = sorted(best.values("examples"))
     none, batch = (
-        np.array([accuracy(best, norm=norm, examples=size) for size in sizes])
+        np.array([best.accuracy(norm=norm, examples=size) for size in sizes])
         for norm in ("none", "batch")
     )
     share = [needed(b, sizes, n[-1]) / sizes[-1] for n, b in zip(none.T, batch.T, strict=True)]
     few, more = batch[0] - none[0], (batch[0] - none[0]) - (batch[-1] - none[-1])
-    return (
-        decide(
-            f"batch norm needs at most {SHARE:g} of the examples for the accuracy without a norm "
-            f"at {sizes[-1]}",
-            share,
-            at_most=SHARE,
-            geometric=True,
-        ),
-        decide(
-            f"with {sizes[0]} examples batch norm is more accurate",
-            few,
-            at_least=GAIN,
-            unit="points",
-        ),
-        decide(
-            f"batch norm wins more with {sizes[0]} examples than with {sizes[-1]}",
-            more,
-            at_least=GAIN,
-            unit="points",
-        ),
-    )
+    claim = f"batch norm needs at most {SHARE:g} of the examples for the accuracy without a norm "
+    yield decide(f"{claim}at {sizes[-1]}", share, at_most=SHARE, geometric=True)
+    claim = f"with {sizes[0]} examples batch norm is more accurate"
+    yield decide(claim, few, at_least=GAIN, unit="points")
+    claim = f"batch norm wins more with {sizes[0]} examples than with {sizes[-1]}"
+    yield decide(claim, more, at_least=GAIN, unit="points")
 
 
-def figure(records: Sequence[Record]) -> Figure:
+def figure(records: Records) -> Figure:
     """The test error at the end against the number of examples."""
     picture, (axes,) = draw.canvas(width=5.5)
-    draw.against(axes, tuned(records, "norm", "examples"), "examples", draw.test_error)
+    draw.against(axes, records.tuned("norm", "examples"), "examples", draw.test_error)
     axes.set(xscale="log", xlabel="training examples", ylabel="test error (%)")
-    sizes = sorted({r["examples"] for r in records})
-    axes.set_xticks(sizes, [f"{size:,}" for size in sizes])
-    axes.set_xticks([], minor=True)
+    draw.ticks(axes, records.values("examples"))
     axes.legend(frameon=False)
     return picture

@@ -17,25 +17,13 @@ Command: python -m experiments run deep_sigmoid
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 from matplotlib.figure import Figure
 
 import normlab as nl
 
-from ..engine import (
-    Condition,
-    Config,
-    Record,
-    Verdict,
-    accuracy,
-    decide,
-    draw,
-    lanes,
-    learn,
-    select,
-    tuned,
-)
+from ..engine import Condition, Config, Records, Verdict, decide, draw, lanes, learn
 
 STUCK = 30.0
 """Percent of the test set that a net which does not learn gets right, at most."""
@@ -79,31 +67,26 @@ def run(config: DeepSigmoid) -> Iterator[Condition]:
             yield Condition({"norm": norm, "depth": depth}, measure)
 
 
-def verdict(records: Sequence[Record]) -> tuple[Verdict, ...]:
+def verdict(records: Records) -> Iterator[Verdict]:
     """The accuracy at each depth, without and with batch norm."""
-    found, best = [], tuned(records, "depth", "norm")
-    for depth in sorted({r["depth"] for r in best}):
+    best = records.tuned("depth", "norm")
+    for depth in sorted(best.values("depth")):
         where = f"{depth} hidden layers of sigmoids: "
-        stuck = accuracy(best, depth=depth, norm="none")
+        stuck = best.accuracy(depth=depth, norm="none")
         claim = f"{where}without a norm at most {STUCK:g}% accuracy"
-        found.append(decide(claim, stuck, at_most=STUCK, unit="%"))
-        learned = accuracy(best, depth=depth, norm="batch")
+        yield decide(claim, stuck, at_most=STUCK, unit="%")
+        learned = best.accuracy(depth=depth, norm="batch")
         claim = f"{where}with batch norm at least {LEARNS:g}% accuracy"
-        found.append(decide(claim, learned, at_least=LEARNS, unit="%"))
-    return tuple(found)
+        yield decide(claim, learned, at_least=LEARNS, unit="%")
 
 
-def figure(records: Sequence[Record]) -> Figure:
+def figure(records: Records) -> Figure:
     """The accuracy on the way, at each net's best rate, a panel for each depth."""
-    best = {(r["depth"], r["norm"]): r["lr"] for r in tuned(records, "depth", "norm")}
-    depths = sorted({depth for depth, _ in best})
-    picture, grid = draw.canvas(len(depths), width=4)
-    for axes, depth in zip(grid, depths, strict=True):
-        here = [r for r in select(records, kind="evaluation", depth=depth)]
-        here = [r for r in here if r["lr"] == best[depth, r["norm"]]]
+    picture, panels = draw.panels(records.at_best_rate("depth", "norm"), "depth", width=4)
+    for axes, depth, here in panels:
         draw.over_steps(axes, here, draw.accuracy)
         for at in (STUCK, LEARNS):
             draw.threshold(axes, at)
         axes.set(ylabel="test accuracy (%)", title=f"{depth} hidden layers", ylim=(0, 100))
-    draw.legend(picture, grid[0])
+    draw.legend(picture)
     return picture

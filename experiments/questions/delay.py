@@ -20,16 +20,14 @@ Command: python -m experiments run delay
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
-import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
 
 import normlab as nl
 
-from .. import figures
-from ..engine import Condition, Record, Verdict, accuracy, decide, draw
+from ..engine import Condition, Records, Verdict, decide, draw
 from ..engine.devices import Config, learn
 from ..training.trainer import AXIS
 
@@ -76,33 +74,28 @@ def run(config: Delay) -> Iterator[Condition]:
         yield Condition({"condition": name}, learn(config, sync))
 
 
-def verdict(records: Sequence[Record]) -> tuple[Verdict, ...]:
+def verdict(records: Records) -> Iterator[Verdict]:
     """What the delays cost against fresh statistics, and against none of the others'."""
-    fresh, local = accuracy(records, "fresh"), accuracy(records, "local")
-    names = dict.fromkeys(r["condition"] for r in records)
-    found = []
+    fresh, local = records.accuracy("fresh"), records.accuracy("local")
+    names = records.values("condition")
     for name in (name for name in names if name.startswith("every")):
-        delayed = accuracy(records, name)
+        delayed = records.accuracy(name)
         claim = f"statistics exchanged {name} serve as well as fresh ones (accuracy lost)"
-        found.append(decide(claim, fresh - delayed, at_most=LOSS, unit="points"))
+        yield decide(claim, fresh - delayed, at_most=LOSS, unit="points")
         claim = f"statistics exchanged {name} serve better than each device's own"
-        found.append(decide(claim, delayed - local, at_least=0, unit="points"))
-    return tuple(found)
+        yield decide(claim, delayed - local, at_least=0, unit="points")
 
 
-def figure(records: Sequence[Record]) -> Figure:
+def figure(records: Records) -> Figure:
     """The test error at the end against the delay, beside that of each reference."""
-    records = [r for r in records if r["kind"] == "evaluation"]
-    last = max(r["step"] for r in records)
-    errors: dict[str, list[float]] = {}
-    for r in records:
-        if r["step"] == last:
-            errors.setdefault(r["condition"], []).append(draw.value(r, draw.test_error))
+    records = records.where(kind="evaluation")
+    last = max(records.values("step"))
+    errors = {name: 100 - records.accuracy(name) for name in records.values("condition")}
     references = [name for name in errors if not name.startswith("every")]
     delays = sorted({int(name.split()[1].strip(",")) for name in errors if name not in references})
     gradients = {"": "own moments by their share", ", forward": "own moments whole"}
-    styles = figures.palette([*gradients, *references])
-    picture, axes = plt.subplots(figsize=(8, 4.2), layout="constrained")
+    styles = draw.styles([*gradients, *references])
+    picture, (axes,) = draw.canvas(width=8, height=4.2)
     for gradient, label in gradients.items():
         values = [errors[f"every {delay}{gradient}"] for delay in delays]
         draw.spread(axes, delays, values, label=f"old, {label}", **styles[gradient])
@@ -111,9 +104,8 @@ def figure(records: Sequence[Record]) -> Figure:
         draw.spread(axes, [place], [errors[name]], label=name, ls="", **styles[name])
         axes.axhline(float(np.mean(errors[name])), color=styles[name]["color"], lw=0.8, ls=":")
     axes.set_xscale("log", base=2)
-    axes.set_xticks(delays, [str(delay) for delay in delays])
+    draw.ticks(axes, delays)
     axes.set(xlabel="steps between exchanges", ylabel="test error (%)")
-    axes.grid(alpha=0.3, lw=0.5)
     picture.legend(*axes.get_legend_handles_labels(), loc="outside right center", frameon=False)
     picture.suptitle(f"Delayed statistics: {last} steps; mean and 95% interval", fontsize=10)
     return picture

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 
 import flax.linen as nn
 import numpy as np
@@ -36,14 +36,12 @@ from ..engine import (
     Condition,
     Config,
     Net,
-    Record,
+    Records,
     Schedule,
     Verdict,
-    by_seed,
     dataset,
     decide,
     draw,
-    last,
     learn,
 )
 from .precise import floats
@@ -133,33 +131,31 @@ def accuracies(config: Domain, net: Net) -> dict[str, Array]:
     return found
 
 
-def verdict(records: Sequence[Record]) -> tuple[Verdict, ...]:
+def verdict(records: Records) -> Iterator[Verdict]:
     """What each domain costs, and what its own statistics win back."""
-    ends = last(records)
-    clean = by_seed(ends, "clean")
-    found = []
+    ends = records.last()
+    clean = ends.by_seed("clean")
     for name in domains(ends):
-        training, own = (by_seed(ends, f"{name}_{which}") for which in ("training", "own"))
+        training, own = (ends.by_seed(f"{name}_{which}") for which in ("training", "own"))
         claim = f"{name}: with the statistics of training it costs"
-        found.append(decide(claim, clean - training, at_least=LOST, unit="points"))
+        yield decide(claim, clean - training, at_least=LOST, unit="points")
         claim = f"{name}: its own statistics win back a share of that"
-        found.append(decide(claim, (own - training) / (clean - training), at_least=WON))
-    return tuple(found)
+        yield decide(claim, (own - training) / (clean - training), at_least=WON)
 
 
-def domains(records: Sequence[Record]) -> list[str]:
+def domains(records: Records) -> list[str]:
     """The domains that were measured."""
     return [key.removesuffix("_own") for key in records[0] if key.endswith("_own")]
 
 
-def figure(records: Sequence[Record]) -> Figure:
+def figure(records: Records) -> Figure:
     """The test accuracy in each domain, with either statistics, a point for each seed."""
-    ends = last(records)
+    ends = records.last()
     names = domains(ends)
     picture, grid = draw.canvas(len(names), width=3)
-    for name, axes in zip(names, np.atleast_1d(grid), strict=True):
+    for name, axes in zip(names, grid, strict=True):
         keys = {"clean": "clean", "of training": f"{name}_training", "its own": f"{name}_own"}
-        draw.columns(axes, {said: [*by_seed(ends, key)] for said, key in keys.items()})
+        draw.columns(axes, {said: ends.by_seed(key) for said, key in keys.items()})
         axes.set(title=name, ylim=(0, 100), ylabel="test accuracy (%)")
     picture.suptitle("Test accuracy by the statistics of inference; a point is a seed")
     return picture

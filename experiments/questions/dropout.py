@@ -19,7 +19,7 @@ Command: python -m experiments run dropout
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import flax.linen as nn
 import numpy as np
@@ -31,15 +31,13 @@ from ..data import Dataset
 from ..engine import (
     Condition,
     Config,
-    Record,
+    Records,
     Schedule,
     Verdict,
-    accuracy,
     decide,
     draw,
     lanes,
     learn,
-    tuned,
 )
 
 POINTS = 0.3
@@ -90,44 +88,30 @@ def run(config: Dropout) -> Iterator[Condition]:
             yield Condition({"norm": norm, "dropout": share}, measure)
 
 
-def best_share(best: Sequence[Record], norm: str) -> np.ndarray:
+def best_share(best: Records, norm: str) -> np.ndarray:
     """The accuracy of each seed at the positive share that is best on average."""
-    shares = sorted({r["dropout"] for r in best} - {0.0})
-    return max((accuracy(best, norm=norm, dropout=p) for p in shares), key=np.mean)
+    shares = set(best.values("dropout")) - {0.0}
+    return max((best.accuracy(norm=norm, dropout=p) for p in shares), key=np.mean)
 
 
-def verdict(records: Sequence[Record]) -> tuple[Verdict, ...]:
+def verdict(records: Records) -> Iterator[Verdict]:
     """What dropout wins without and with batch norm, and one in the place of the other."""
-    best = tuned(records, "norm", "dropout")
+    best = records.tuned("norm", "dropout")
     dropped = {norm: best_share(best, norm) for norm in ("none", "batch")}
-    plain = {norm: accuracy(best, norm=norm, dropout=0.0) for norm in dropped}
+    plain = {norm: best.accuracy(norm=norm, dropout=0.0) for norm in dropped}
     won = {norm: dropped[norm] - plain[norm] for norm in dropped}
-    return (
-        decide(
-            f"dropout wins {POINTS:g} points more without a norm than with batch norm",
-            won["none"] - won["batch"],
-            at_least=POINTS,
-            unit="points",
-        ),
-        decide(
-            f"with batch norm dropout wins at most {POINTS:g} points",
-            won["batch"],
-            at_most=POINTS,
-            unit="points",
-        ),
-        decide(
-            f"batch norm without dropout is at most {POINTS:g} points below dropout without a norm",
-            plain["batch"] - dropped["none"],
-            at_least=-POINTS,
-            unit="points",
-        ),
-    )
+    claim = f"dropout wins {POINTS:g} points more without a norm than with batch norm"
+    yield decide(claim, won["none"] - won["batch"], at_least=POINTS, unit="points")
+    claim = f"with batch norm dropout wins at most {POINTS:g} points"
+    yield decide(claim, won["batch"], at_most=POINTS, unit="points")
+    claim = f"batch norm without dropout is at most {POINTS:g} points below dropout without a norm"
+    yield decide(claim, plain["batch"] - dropped["none"], at_least=-POINTS, unit="points")
 
 
-def figure(records: Sequence[Record]) -> Figure:
+def figure(records: Records) -> Figure:
     """The test error at the end against the share that is left out."""
     picture, (axes,) = draw.canvas(width=5.5)
-    draw.against(axes, tuned(records, "norm", "dropout"), "dropout", draw.test_error)
+    draw.against(axes, records.tuned("norm", "dropout"), "dropout", draw.test_error)
     axes.set(xlabel="share that dropout leaves out", ylabel="test error (%)")
     axes.legend(frameon=False)
     return picture

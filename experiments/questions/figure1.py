@@ -19,7 +19,8 @@ Command: python -m experiments run figure1
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 from jax import Array
@@ -29,20 +30,7 @@ import normlab as nl
 from normlab import instruments
 
 from ..data import Dataset
-from ..engine import (
-    Condition,
-    Config,
-    Net,
-    Record,
-    Verdict,
-    accuracy,
-    decide,
-    draw,
-    lanes,
-    learn,
-    select,
-    share_of_steps,
-)
+from ..engine import Condition, Config, Net, Records, Verdict, decide, draw, lanes, learn
 
 GAIN = 0.3
 """Points of test accuracy that batch norm is better at the end, at least."""
@@ -97,61 +85,52 @@ def inputs(net: Net) -> dict[str, Array]:
     return {"percentiles": instruments.percentiles(flowing.z)}
 
 
-def wander(records: Sequence[Record], **wanted: object) -> np.ndarray:
+def wander(records: Records, **wanted: object) -> np.ndarray:
     """The range of each unit's median over its mean width; the median unit of each seed."""
-    found = []
-    for seed in sorted({r["seed"] for r in records}):
-        here = select(records, kind="evaluation", seed=seed, **wanted)
-        low, middle, high = np.array([r["percentiles"] for r in here if r["step"] > 0]).swapaxes(
-            0, 1
-        )
-        found.append(np.median(np.ptp(middle, axis=0) / (high - low).mean(axis=0)))
-    return np.array(found)
+    here = records.trained().where(**wanted)
+    return here.each_seed(lambda mine: np.median(wandered([r["percentiles"] for r in mine])))
 
 
-def verdict(records: Sequence[Record]) -> tuple[Verdict, ...]:
+def wandered(percentiles: Any) -> np.ndarray:
+    """The same of each unit; the percentiles are `[T, 3, units]`."""
+    low, middle, high = np.array(percentiles).swapaxes(0, 1)
+    return np.ptp(middle, axis=0) / (high - low).mean(axis=0)
+
+
+def verdict(records: Records) -> Iterator[Verdict]:
     """Accuracy, steps and stability, at the paper's small initial weights and beside them."""
-    found = []
-    for sd, lr in dict.fromkeys((r["sd"], r["lr"]) for r in records):
+    for sd, lr in records.values("sd", "lr"):
         where = f"sd {sd:g}, rate {lr:g}: "
         none, batch = ({"norm": norm, "sd": sd, "lr": lr} for norm in ("none", "batch"))
-        gain = accuracy(records, **batch) - accuracy(records, **none)
+        gain = records.accuracy(**batch) - records.accuracy(**none)
         claim = where + "batch norm ends more accurate"
-        found.append(decide(claim, gain, at_least=GAIN, unit="points"))
-        share = share_of_steps(records, TARGET, batch, none)
+        yield decide(claim, gain, at_least=GAIN, unit="points")
+        share = records.share_of_steps(TARGET, batch, none)
         claim = where + f"it is at {TARGET:.0%} in fewer steps (as a share)"
-        found.append(decide(claim, share, at_most=SPEED))
+        yield decide(claim, share, at_most=SPEED)
         claim = where + "the medians of the last layer's inputs wander less (factor)"
         factor = wander(records, **none) / wander(records, **batch)
-        found.append(decide(claim, factor, at_least=STILLER, geometric=True))
-    return tuple(found)
+        yield decide(claim, factor, at_least=STILLER, geometric=True)
 
 
-def figure(records: Sequence[Record]) -> Figure:
+def figure(records: Records) -> Figure:
     """The paper's figure: accuracy, and the percentiles of a typical input without and with."""
-    starts = list(dict.fromkeys((r["sd"], r["lr"]) for r in records))
+    starts = records.values("sd", "lr")
     picture, grid = draw.canvas(3, len(starts), height=2.9)
     for (sd, lr), row in zip(starts, grid, strict=True):
-        here = select(records, sd=sd, lr=lr)
-        draw.over_steps(row[0], [r for r in here if r["step"] > 0], draw.accuracy)
+        here = records.where(sd=sd, lr=lr)
+        draw.over_steps(row[0], here.trained(), draw.accuracy)
         row[0].set(ylabel="test accuracy (%)", title=f"sd {sd:g}, rate {lr:g}")
         for axes, norm in zip(row[1:], ("none", "batch"), strict=True):
-            mine = select(here, norm=norm, seed=0)
+            mine = here.where(norm=norm, seed=0)
             steps = [r["step"] for r in mine]
             values = np.array([r["percentiles"] for r in mine])  # [T, 3, units]
-            unit = typical(values)
+            unit = np.argsort(wandered(values[1:]))[values.shape[-1] // 2]  # as the median unit
             colour = draw.styles(["none", "batch"])[norm]["color"]
             for at, look in enumerate((":", "-", ":")):
                 axes.plot(steps, values[:, at, unit], color=colour, ls=look, label=norm)
             axes.set(title=f"{norm}, unit {unit}", xlabel="optimizer step")
             axes.set_ylabel("input to the sigmoid")
-    draw.legend(picture, grid[0, 0])
+    draw.legend(picture)
     picture.suptitle("Accuracy; 15th, 50th, 85th percentile of an input that wanders typically")
     return picture
-
-
-def typical(values: np.ndarray) -> int:
-    """The unit whose median wanders as much as the median unit's."""
-    low, middle, high = values[1:].swapaxes(0, 1)
-    wandered = np.ptp(middle, axis=0) / (high - low).mean(axis=0)
-    return int(np.argsort(wandered)[len(wandered) // 2])

@@ -17,8 +17,7 @@ Command: python -m experiments run frozen
 from __future__ import annotations
 
 import dataclasses
-import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import flax.linen as nn
 import jax
@@ -30,16 +29,14 @@ from ..engine import (
     Condition,
     Config,
     Record,
+    Records,
     Schedule,
     Verdict,
-    accuracy,
     dataset,
     decide,
     draw,
     exact,
     lanes,
-    last,
-    select,
     shuffled,
     start,
 )
@@ -108,31 +105,25 @@ def measured(config: Frozen, together: int) -> Iterator[Record]:
             yield from at.records([{"then": then, **row} for row in rows])
 
 
-def verdict(records: Sequence[Record]) -> tuple[Verdict, ...]:
+def verdict(records: Records) -> Iterator[Verdict]:
     """What frozen statistics win, over each number of examples."""
-    found, points = [], functools.partial(decide, unit="points")
-    ends = last(records)
-    many = max(r["together"] for r in ends)
-    for together in sorted({r["together"] for r in ends}):
-        here = select(ends, together=together)
-        batch, frozen = (accuracy(here, then=then) for then in ("batch", "frozen"))
-        gain = frozen - batch
+    *few, many = sorted(records.values("together"))
+    for together in (*few, many):
+        here = records.where(together=together)
+        gain = here.accuracy(then="frozen") - here.accuracy(then="batch")
+        claim = f"over {together}: frozen for the last part, inference is "
         if together == many:
-            claim = f"over {together}: frozen for the last part, inference is as accurate"
-            found.append(points(claim, gain, at_least=-EQUAL, at_most=EQUAL))
-            continue
-        claim = f"over {together}: frozen for the last part, inference is more accurate"
-        found.append(points(claim, gain, at_least=GAIN))
-    return tuple(found)
+            claim += "as accurate"
+            yield decide(claim, gain, at_least=-EQUAL, at_most=EQUAL, unit="points")
+        else:
+            yield decide(claim + "more accurate", gain, at_least=GAIN, unit="points")
 
 
-def figure(records: Sequence[Record]) -> Figure:
+def figure(records: Records) -> Figure:
     """The test error on the way to both ends, over each number of examples."""
-    sizes = sorted({r["together"] for r in records})
-    picture, grid = draw.canvas(len(sizes))
-    for together, axes in zip(sizes, grid, strict=True):
-        here = select(records, together=together)
-        parted = max(r["step"] for r in select(here, then="both"))
+    picture, panels = draw.panels(records, "together")
+    for axes, together, here in panels:
+        parted = max(here.where(then="both").values("step"))
         lines = [
             r | {"statistics": said}
             for then, said in (("batch", "of the batch"), ("frozen", "frozen"))
@@ -143,8 +134,7 @@ def figure(records: Sequence[Record]) -> Figure:
         draw.threshold(axes, parted, vertical=True)
         draw.log_y(axes)
         axes.set(ylabel="test error (%)", title=f"{together} normalized together")
-    draw.legend(picture, grid[0])
-    picture.suptitle(
-        "Training with statistics …; dotted: where they part. Median, band of all seeds"
-    )
+    draw.legend(picture)
+    title = "Training with statistics …; dotted: where they part. Median, band of all seeds"
+    picture.suptitle(title)
     return picture

@@ -20,27 +20,14 @@ Command: python -m experiments run gain_bias
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import flax.linen as nn
 from matplotlib.figure import Figure
 
 import normlab as nl
 
-from ..engine import (
-    Condition,
-    Config,
-    Record,
-    Schedule,
-    Verdict,
-    accuracy,
-    decide,
-    draw,
-    lanes,
-    learn,
-    select,
-    tuned,
-)
+from ..engine import Condition, Config, Records, Schedule, Verdict, decide, draw, lanes, learn
 
 COST = 0.3
 """Points of test accuracy: what is needed costs at least as much when it is left out, what is not
@@ -88,35 +75,28 @@ def run(config: GainBias) -> Iterator[Condition]:
             yield Condition({"activation": activation, "variant": variant}, measure)
 
 
-def verdict(records: Sequence[Record]) -> tuple[Verdict, ...]:
+def verdict(records: Records) -> Iterator[Verdict]:
     """What each variant costs with each activation."""
-    found, best = [], tuned(records, "activation", "variant")
-    for activation in dict.fromkeys(r["activation"] for r in best):
-        both = accuracy(best, activation=activation, variant="both")
+    best = records.tuned("activation", "variant")
+    for activation in best.values("activation"):
+        both = best.accuracy(activation=activation, variant="both")
         for variant in ("neither", "gain alone", "bias alone"):
-            cost = both - accuracy(best, activation=activation, variant=variant)
-            where = (
-                f"{activation}, batch norm with {variant.replace('neither', 'no gain and bias')}"
-            )
+            cost = both - best.accuracy(activation=activation, variant=variant)
+            has = variant.replace("neither", "no gain and bias")
+            where = f"{activation}, batch norm with {has}"
             if (activation, variant) == ("relu", "bias alone"):
                 claim = f"{where}: the accuracy is the same within {COST:g} points"
-                found.append(decide(claim, cost, at_least=-COST, at_most=COST, unit="points"))
+                yield decide(claim, cost, at_least=-COST, at_most=COST, unit="points")
             else:
                 claim = f"{where}: costs at least {COST:g} points"
-                found.append(decide(claim, cost, at_least=COST, unit="points"))
-    return tuple(found)
+                yield decide(claim, cost, at_least=COST, unit="points")
 
 
-def figure(records: Sequence[Record]) -> Figure:
+def figure(records: Records) -> Figure:
     """The test error at the end of each variant, a panel for each activation."""
-    best = tuned(records, "activation", "variant")
-    activations = list(dict.fromkeys(r["activation"] for r in best))
-    picture, grid = draw.canvas(len(activations), width=4)
-    for axes, activation in zip(grid, activations, strict=True):
-        here = select(best, activation=activation)
-        errors: dict[str, Sequence[float]] = {
-            v: (100 - accuracy(here, variant=v)).tolist() for v in VARIANTS
-        }
-        draw.columns(axes, errors)
+    best = records.tuned("activation", "variant")
+    picture, panels = draw.panels(best, "activation", width=4)
+    for axes, activation, here in panels:
+        draw.columns(axes, {v: 100 - here.accuracy(variant=v) for v in VARIANTS})
         axes.set(ylabel="test error (%)", title=activation)
     return picture

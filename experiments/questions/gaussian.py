@@ -19,7 +19,7 @@ Command: python -m experiments run gaussian
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -30,7 +30,7 @@ from matplotlib.figure import Figure
 import normlab as nl
 from normlab import instruments
 
-from ..engine import Condition, Config, Net, Record, Verdict, by_seed, decide, draw, learn, select
+from ..engine import Condition, Config, Net, Records, Verdict, decide, draw, learn
 
 SKEWNESS = 0.5
 """Of the median unit, at most."""
@@ -86,42 +86,40 @@ def shape(net: Net) -> dict[str, Array]:
     }
 
 
-def verdict(records: Sequence[Record]) -> tuple[Verdict, ...]:
+def verdict(records: Records) -> Iterator[Verdict]:
     """Near a Gaussian, nearer than the outputs, nearer than without a norm; what the norm does."""
-    found, changed = [], []
-    for activation in dict.fromkeys(r["activation"] for r in records):
-        here = select(records, activation=activation)
-        batch = {"norm": "batch"}
-        skewness, kurtosis = (by_seed(here, k, **batch) for k in ("skewness", "kurtosis"))
-        changed.append(by_seed(here, "changed", **batch))
+    changed = []
+    for activation in records.values("activation"):
+        none, batch = (records.where(activation=activation, norm=n) for n in ("none", "batch"))
+        skewness, kurtosis = (batch.by_seed(key) for key in ("skewness", "kurtosis"))
+        changed.append(batch.by_seed("changed"))
         start = f"{activation}, trained with batch norm: "
         claim = f"{start}the inputs' skewness is at most {SKEWNESS:g}"
-        found.append(decide(claim, skewness, at_most=SKEWNESS))
+        yield decide(claim, skewness, at_most=SKEWNESS)
         claim = f"{start}their excess kurtosis is at most {KURTOSIS:g}"
-        found.append(decide(claim, kurtosis, at_most=KURTOSIS))
-        factor = by_seed(here, "skewness_out", **batch) / skewness
+        yield decide(claim, kurtosis, at_most=KURTOSIS)
+        factor = batch.by_seed("skewness_out") / skewness
         claim = f"{start}the inputs are less skewed than the outputs (factor)"
-        found.append(decide(claim, factor, at_least=1, geometric=True))
-        factor = by_seed(here, "skewness", norm="none") / skewness
+        yield decide(claim, factor, at_least=1, geometric=True)
+        factor = none.by_seed("skewness") / skewness
         claim = f"{start}the inputs are less skewed than without a norm (factor)"
-        found.append(decide(claim, factor, at_least=1, geometric=True))
+        yield decide(claim, factor, at_least=1, geometric=True)
     claim = "batch norm itself changes no unit's skewness"
-    found.append(decide(claim, np.max(changed, axis=0), at_most=SAME))
-    return tuple(found)
+    yield decide(claim, np.max(changed, axis=0), at_most=SAME)
 
 
-def figure(records: Sequence[Record]) -> Figure:
+def figure(records: Records) -> Figure:
     """Skewness and excess kurtosis of the inputs over training, a row for each activation."""
-    activations = list(dict.fromkeys(r["activation"] for r in records))
+    activations = records.values("activation")
     picture, grid = draw.canvas(2, max(2, len(activations)), width=4, height=2.9)
     names = {"skewness": SKEWNESS, "kurtosis": KURTOSIS}
     for row, activation in zip(grid, activations, strict=False):
-        here = select(records, kind="evaluation", activation=activation)
+        here = records.where(kind="evaluation", activation=activation)
         for axes, (name, limit) in zip(row, names.items(), strict=True):
             draw.over_steps(axes, here, name, marker=True)
             draw.threshold(axes, limit)
             label = name.replace("kurtosis", "excess kurtosis")
             axes.set(ylabel=f"|{label}|", title=f"{activation}, the median unit")
             axes.set_ylim(bottom=0)
-    draw.legend(picture, grid[0, 0])
+    draw.legend(picture)
     return picture

@@ -19,7 +19,7 @@ Command: python -m experiments run gradient_bound
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -30,7 +30,7 @@ from matplotlib.figure import Figure
 
 import normlab as nl
 
-from ..engine import Condition, Config, Record, Verdict, dataset, decide, draw, exact, select
+from ..engine import Condition, Config, Record, Records, Verdict, dataset, decide, draw, exact
 
 EQUAL = 1e-8
 """How far the two sides are apart at most, relative."""
@@ -123,35 +123,30 @@ def drawn(config: GradientBound, seed: int, *, affine: bool) -> tuple:
     return x, data.train_labels[chosen], w, g, b
 
 
-def per_seed(records: Sequence[Record], f: Callable[[np.ndarray, np.ndarray], float]) -> list:
-    """`f(left, right)` of the units of each seed."""
-    found = []
-    for seed in sorted({r["seed"] for r in records}):
-        mine = select(records, seed=seed)
-        found.append(f(*(np.array([r[side] for r in mine]) for side in ("left", "right"))))
-    return found
+def units(records: Records) -> np.ndarray:
+    """Both sides of every unit, `[2, units]`."""
+    return np.array([[r[side] for r in records] for side in ("left", "right")])
 
 
-def verdict(records: Sequence[Record]) -> tuple[Verdict, ...]:
+def verdict(records: Records) -> Iterator[Verdict]:
     """The equality at one layer, and the other reading."""
-    one, two = (select(records, condition=name) for name in ("one layer", "two nets"))
-    apart = per_seed(one, lambda left, right: np.abs(left - right).max() / right.max())
-    kept = per_seed(two, lambda left, right: (left <= right * (1 + EQUAL)).mean())
-    return (
-        decide(
-            "one layer: batch norm's gradient bound is an equality (relative difference)",
-            apart,
-            at_most=EQUAL,
-        ),
-        decide(
-            "nets of the same weights with and without batch norm obey it (share of units)",
-            kept,
-            at_least=SHARE,
-        ),
-    )
+    one, two = (records.where(condition=name) for name in ("one layer", "two nets"))
+
+    def apart(records: Records) -> float:
+        left, right = units(records)
+        return np.abs(left - right).max() / right.max()
+
+    def kept(records: Records) -> float:
+        left, right = units(records)
+        return (left <= right * (1 + EQUAL)).mean()
+
+    claim = "one layer: batch norm's gradient bound is an equality (relative difference)"
+    yield decide(claim, one.each_seed(apart), at_most=EQUAL)
+    claim = "nets of the same weights with and without batch norm obey it (share of units)"
+    yield decide(claim, two.each_seed(kept), at_least=SHARE)
 
 
-def figure(records: Sequence[Record]) -> Figure:
+def figure(records: Records) -> Figure:
     """Both sides of the inequality, each unit a point."""
     picture, grid = draw.canvas(2)
     titles = {
@@ -159,9 +154,9 @@ def figure(records: Sequence[Record]) -> Figure:
         "two nets": "∇z of the net without batch norm",
     }
     for axes, (name, title) in zip(grid, titles.items(), strict=True):
-        mine = select(records, condition=name)
-        for seed, style in draw.styles(sorted({r["seed"] for r in mine})[:3]).items():
-            points = [(r["right"], r["left"]) for r in select(mine, seed=seed)][:20]
+        mine = records.where(condition=name)
+        for seed, style in draw.styles(sorted(mine.values("seed"))[:3]).items():
+            points = [(r["right"], r["left"]) for r in mine.where(seed=seed)][:20]
             axes.plot(*zip(*points, strict=True), **{**style, "ls": "", "alpha": 0.5})
         ends = [f(min(r["left"], r["right"]) for r in mine) for f in (min, max)]
         axes.plot(ends, ends, color="grey", lw=1, ls=":")

@@ -17,13 +17,13 @@ Command: python -m experiments run gradient_sync
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 from matplotlib.figure import Figure
 
 import normlab as nl
 
-from ..engine import Condition, Record, Verdict, accuracy, decide, draw, select
+from ..engine import Condition, Records, Verdict, decide, draw
 from ..engine.devices import Config, learn
 from ..training.trainer import AXIS
 
@@ -59,30 +59,28 @@ def run(config: GradientSync) -> Iterator[Condition]:
         yield Condition({"condition": name}, learn(config, sync))
 
 
-def verdict(records: Sequence[Record]) -> tuple[Verdict, ...]:
+def verdict(records: Records) -> Iterator[Verdict]:
     """What each gradient costs against that of both passes."""
-    both, found = accuracy(records, "both"), []
-    for name in dict.fromkeys(r["condition"] for r in records):
-        lost = both - accuracy(records, name)
+    both = records.accuracy("both")
+    for name in records.values("condition"):
+        lost = both - records.accuracy(name)
         if name in ("forward", "backward"):
             claim = f"{name} alone trains as well as both (accuracy lost)"
-            found.append(decide(claim, lost, at_most=LOSS, unit="points"))
+            yield decide(claim, lost, at_most=LOSS, unit="points")
         if name == "none":
             claim = "statistics held constant lose accuracy"
-            found.append(decide(claim, lost, at_least=CONSTANT, unit="points"))
-    return tuple(found)
+            yield decide(claim, lost, at_least=CONSTANT, unit="points")
 
 
-def figure(records: Sequence[Record]) -> Figure:
+def figure(records: Records) -> Figure:
     """Learning curves, and the test error at the end."""
-    ends = select(records, kind="evaluation")
-    names = dict.fromkeys(r["condition"] for r in ends)
+    ends = records.where(kind="evaluation")
     picture, (left, right) = draw.canvas(2)
     draw.over_steps(left, ends, draw.test_error, by="condition", marker=True)
     draw.log_y(left)
     left.set(ylabel="test error (%)")
-    draw.columns(right, {name: [*(100 - accuracy(ends, name))] for name in names})
-    right.set(title=f"after {max(r['step'] for r in ends)} steps")
-    draw.legend(picture, left)
+    draw.columns(right, {name: 100 - ends.accuracy(name) for name in ends.values("condition")})
+    right.set(title=f"after {max(ends.values('step'))} steps")
+    draw.legend(picture)
     picture.suptitle("What the gradient sees: median, band of all seeds; mean, 95% interval")
     return picture

@@ -20,15 +20,13 @@ Command: python -m experiments run group_size
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
-import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 
 import normlab as nl
 
-from .. import figures
-from ..engine import Condition, Record, Verdict, accuracy, decide, draw
+from ..engine import Condition, Records, Verdict, decide, draw
 from ..engine.devices import Config, learn
 from ..training.trainer import AXIS
 
@@ -82,54 +80,39 @@ def run(config: GroupSize) -> Iterator[Condition]:
             yield Condition(labels, learn(here, nl.Sync(AXIS, groups=group)))
 
 
-def verdict(records: Sequence[Record]) -> tuple[Verdict, ...]:
+def verdict(records: Records) -> Iterator[Verdict]:
     """All together against each alone, each alone against its parts, at every batch size."""
-    found = []
-    for per_device in sorted({r["per_device"] for r in records}):
-        here = [r for r in records if r["per_device"] == per_device]
-        most = max(r["group"] for r in here)
-        alone = accuracy(here, group=1)
-        gain = accuracy(here, group=most) - alone
+    for per_device in sorted(records.values("per_device")):
+        here = records.where(per_device=per_device)
+        most = max(here.values("group"))
+        alone = here.accuracy(group=1)
+        gain = here.accuracy(group=most) - alone
         claim = f"{per_device} per device: {most} devices together beat each alone"
-        found.append(decide(claim, gain, at_least=GAIN, unit="points"))
-        parts = sorted(r["together"] for r in here if not r["group"])
+        yield decide(claim, gain, at_least=GAIN, unit="points")
+        parts = sorted(here.where(group=0).values("together"))
         if parts:
-            loss = alone - accuracy(here, group=0, together=parts[0])
+            loss = alone - here.accuracy(group=0, together=parts[0])
             claim = f"{per_device} per device: a device's batch beats its parts of {parts[0]}"
-            found.append(decide(claim, loss, at_least=GAIN, unit="points"))
-    return tuple(found)
+            yield decide(claim, loss, at_least=GAIN, unit="points")
 
 
-def figure(records: Sequence[Record]) -> Figure:
+def figure(records: Records) -> Figure:
     """The test error at the end against the number of examples normalized together."""
-    records = [r for r in records if r["kind"] == "evaluation"]
-    last = max(r["step"] for r in records)
-    picture, axes = plt.subplots(figsize=(6.4, 4.2), layout="constrained")
-    sizes = sorted({r["per_device"] for r in records})
-    styles = figures.palette([str(size) for size in sizes])
-    for size in sizes:
-        here = [r for r in records if (r["per_device"], r["step"]) == (size, last)]
-        style = styles[str(size)]
+    records = records.where(kind="evaluation")
+    last = max(records.values("step"))
+    picture, (axes,) = draw.canvas(width=6.4, height=4.2)
+    for size, style in draw.styles(sorted(records.values("per_device"))).items():
         for ghost, label in ((False, "devices"), (True, "parts of a device's batch")):
-            chosen = [r for r in here if (not r["group"]) == ghost]
-            places = sorted({r["together"] for r in chosen})
-            errors = [
-                [draw.value(r, draw.test_error) for r in chosen if r["together"] == n]
-                for n in places
-            ]
+            here = records.where(lambda r, ghost=ghost: (not r["group"]) == ghost, per_device=size)
+            places = sorted(here.values("together"))
+            errors = [100 - here.accuracy(together=n) for n in places]
+            look = {**style, "ls": ":" if ghost else "-", "mfc": "w" if ghost else None}
             if places:
-                draw.spread(
-                    axes,
-                    places,
-                    errors,
-                    label=f"{size} per device: {label}",
-                    **{**style, "ls": ":" if ghost else "-", "mfc": "w" if ghost else None},
-                )
+                draw.spread(axes, places, errors, label=f"{size} per device: {label}", **look)
     axes.set(xlabel="examples normalized together", ylabel="test error (%)")
     draw.log_y(axes)
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter("{x:g}")
-    axes.grid(alpha=0.3, lw=0.5)
     axes.legend(frameon=False)
     picture.suptitle(f"Group size: {last} steps; mean and 95% interval over seeds", fontsize=10)
     return picture

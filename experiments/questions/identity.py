@@ -18,7 +18,7 @@ Command: python -m experiments run identity
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +28,7 @@ from matplotlib.figure import Figure
 
 import normlab as nl
 
-from ..engine import Condition, Config, Record, Verdict, by_seed, decide, draw, exact, select
+from ..engine import Condition, Config, Record, Records, Verdict, decide, draw, exact
 
 ROUNDING = 1e-12
 """The largest error of the identity, relative."""
@@ -101,40 +101,33 @@ def errors(config: Identity, *, share: float, train: bool) -> Iterator[Record]:
                 yield {"kind": "error", "seed": seed, "sd": spread, **found}
 
 
-def verdict(records: Sequence[Record]) -> tuple[Verdict, ...]:
+def verdict(records: Records) -> Iterator[Verdict]:
     """The identity, and what ε takes of it."""
-    found = []
     exactly, paper = (f"γ = {name}" for name in GAINS)
     for statistics in ("batch", "population"):
         where = f"statistics of the {statistics}: "
-        mine = select(records, statistics=statistics)
+        mine = records.where(statistics=statistics)
         claim = where + "γ = √(Var + ε) gives the identity (relative error)"
-        found.append(decide(claim, worst(select(mine, condition=exactly)), at_most=ROUNDING))
-        mine = select(mine, condition=paper)
-        apart = [r | {"error": abs(r["error"] / r["expected"] - 1)} for r in mine]
+        yield decide(
+            claim, mine.where(condition=exactly).by_seed("error", of=max), at_most=ROUNDING
+        )
+        mine = mine.where(condition=paper)
+        apart = Records(r | {"error": abs(r["error"] / r["expected"] - 1)} for r in mine)
         claim = where + "γ = √Var shrinks the output by √(Var / (Var + ε)) (relative error of that)"
-        found.append(decide(claim, worst(apart), at_most=AGREES))
+        yield decide(claim, apart.by_seed("error", of=max), at_most=AGREES)
         claim = where + f"γ = √Var is not the identity at a standard deviation of {SMALL:g} (share)"
-        found.append(decide(claim, by_seed(mine, "error", sd=SMALL), at_least=SEEN))
-    return tuple(found)
+        yield decide(claim, mine.by_seed("error", sd=SMALL), at_least=SEEN)
 
 
-def worst(records: Sequence[Record]) -> list[float]:
-    """The largest error of each seed."""
-    seeds = sorted({r["seed"] for r in records})
-    return [max(r["error"] for r in records if r["seed"] == seed) for seed in seeds]
-
-
-def figure(records: Sequence[Record]) -> Figure:
+def figure(records: Records) -> Figure:
     """The error of each gain against the spread of the input."""
     picture, (axes,) = draw.canvas(width=6.4, height=4.2)
-    draw.against(axes, select(records, statistics="population"), "sd", "error", by="condition")
-    paper = [r for r in records if r["expected"] > 0]
-    spreads = sorted({r["sd"] for r in paper})
-    middle = [np.median([r["expected"] for r in paper if r["sd"] == spread]) for spread in spreads]
-    axes.plot(
-        spreads, middle, color="grey", lw=1, ls="--", zorder=5, label="1 − √(Var / (Var + ε))"
-    )
+    draw.against(axes, records.where(statistics="population"), "sd", "error", by="condition")
+    paper = records.where(lambda r: r["expected"] > 0)
+    spreads = sorted(paper.values("sd"))
+    middle = [np.median([r["expected"] for r in paper.where(sd=spread)]) for spread in spreads]
+    look = {"color": "grey", "lw": 1, "ls": "--", "zorder": 5}
+    axes.plot(spreads, middle, label="1 − √(Var / (Var + ε))", **look)
     draw.threshold(axes, ROUNDING)
     axes.set(xscale="log", yscale="log", xlabel="standard deviation of the input")
     axes.set(ylabel="|output − input|, relative", title="Batch norm set to be the identity")

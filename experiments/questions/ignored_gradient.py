@@ -17,7 +17,7 @@ Command: python -m experiments run ignored_gradient
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +27,7 @@ from matplotlib.figure import Figure
 
 import normlab as nl
 
-from ..engine import Condition, Config, Record, Verdict, by_seed, decide, draw, exact, select
+from ..engine import Condition, Config, Record, Records, Verdict, decide, draw, exact
 
 GROWTH = (9.9, 10.1)
 """|b| at the end over |b| after a tenth of the steps, if the gradient of the mean is ignored."""
@@ -87,35 +87,26 @@ def path(u: Array, t: Array, lr: float, steps: int, ignored: bool) -> tuple[Arra
     return lax.scan(step, jnp.zeros(()), length=steps + 1)[1]
 
 
-def verdict(records: Sequence[Record]) -> tuple[Verdict, ...]:
+def verdict(records: Records) -> Iterator[Verdict]:
     """The growth, the loss, and the same with the whole gradient."""
-    last = max(r["step"] for r in records)
-    early = min(r["step"] for r in records if r["step"] >= max(1, last // 10))
+    last = max(records.values("step"))
+    early = min(step for step in records.values("step") if step >= max(1, last // 10))
     b = {
-        (name, step): np.abs(by_seed(records, "b", condition=name, step=step))
+        (name, step): np.abs(records.by_seed("b", condition=name, step=step))
         for name in ("ignored", "whole")
         for step in (early, last)
     }
-    losses = select(records, condition="ignored")
-    moved = [
-        np.ptp([r["loss"] for r in losses if r["seed"] == seed])
-        for seed in sorted({r["seed"] for r in losses})
-    ]
     low, high = GROWTH
     ignored = "gradient of the mean ignored: "
-    return (
-        decide(
-            ignored + f"the bias grows linearly (|b| after {last} steps over {early})",
-            np.round(b["ignored", last] / b["ignored", early], 9),
-            at_least=low,
-            at_most=high,
-        ),
-        decide(ignored + "the loss stays as it is (its range)", moved, at_most=STILL),
-        decide("whole gradient: the bias rests (|b|)", b["whole", last], at_most=STILL),
-    )
+    claim = ignored + f"the bias grows linearly (|b| after {last} steps over {early})"
+    growth = np.round(b["ignored", last] / b["ignored", early], 9)
+    yield decide(claim, growth, at_least=low, at_most=high)
+    moved = records.by_seed("loss", of=np.ptp, condition="ignored")
+    yield decide(ignored + "the loss stays as it is (its range)", moved, at_most=STILL)
+    yield decide("whole gradient: the bias rests (|b|)", b["whole", last], at_most=STILL)
 
 
-def figure(records: Sequence[Record]) -> Figure:
+def figure(records: Records) -> Figure:
     """|b| and the change of the loss over the steps."""
     picture, (left, right) = draw.canvas(2)
     first = {(r["condition"], r["seed"]): r["loss"] for r in records if r["step"] == 0}
@@ -124,13 +115,10 @@ def figure(records: Sequence[Record]) -> Figure:
         return r["loss"] - first[r["condition"], r["seed"]]
 
     draw.over_steps(left, records, lambda r: abs(r["b"]), by="condition")
-    draw.over_steps(right, select(records, condition="ignored"), change, by="condition")
+    draw.over_steps(right, records.where(condition="ignored"), change, by="condition")
     left.set(ylabel="|b| (units of the input)", title="the bias")
-    right.set(
-        ylabel="loss minus its start",
-        ylim=(-1e-6, 1e-6),
-        title="the loss, gradient of the mean ignored",
-    )
-    draw.legend(picture, left)
+    right.set(ylabel="loss minus its start", ylim=(-1e-6, 1e-6))
+    right.set_title("the loss, gradient of the mean ignored")
+    draw.legend(picture)
     picture.suptitle("The gradient through the mean, ignored or whole: median seed and band")
     return picture

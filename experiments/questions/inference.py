@@ -25,7 +25,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -36,18 +36,7 @@ from matplotlib.figure import Figure
 import normlab as nl
 from normlab import folding
 
-from ..engine import (
-    Condition,
-    Config,
-    Record,
-    Verdict,
-    by_seed,
-    dataset,
-    decide,
-    draw,
-    exact,
-    select,
-)
+from ..engine import Condition, Config, Record, Records, Verdict, dataset, decide, draw, exact
 
 UNBIASED = 0.1
 """How far the estimated variance over the true one may be from 1, as a share of the correction."""
@@ -150,57 +139,44 @@ def folded(name: str, x: Array, w: Array, a: Array, rng: np.random.Generator) ->
     return float(folding.fold_norm(NORM, params, state, w, x=x, linear=LINEAR[name]).error.max())
 
 
-def verdict(records: Sequence[Record]) -> tuple[Verdict, ...]:
+def verdict(records: Records) -> Iterator[Verdict]:
     """Mean, variance and fold, of each layer."""
-    found = []
-    for name in dict.fromkeys(r["layer"] for r in records):
-        here = select(records, kind="variance", layer=name)
-        ratio, plain = (by_seed(here, key, m=SMALL) for key in ("corrected", "plain"))
+    for name in records.values("layer"):
+        here = records.where(kind="variance", layer=name)
+        ratio, plain = (here.by_seed(key, m=SMALL) for key in ("corrected", "plain"))
         count = "m − 1" if name == "dense" else "m·p·q − 1"
         claim = f"{name}: the variance with {count} is unbiased at m = {SMALL} (over the true one)"
-        values = SMALL * {r["positions"] for r in here}.pop()
+        values = SMALL * here.values("positions").pop()
         off = UNBIASED / (values - 1)
-        found.append(decide(claim, ratio, at_least=1 - off, at_most=1 + off))
+        yield decide(claim, ratio, at_least=1 - off, at_most=1 + off)
         if name == "dense":
             claim = f"{name}: without the factor it is (m − 1)/m of the truth at m = {SMALL}"
             low, high = 1 - 1 / values - off, 1 - 1 / values + off
-            found.append(decide(claim, plain, at_least=low, at_most=high))
-        for key, claim in (
-            (
-                "mean_error",
-                "the mean of the batches' means is that of all (error in standard deviations)",
-            ),
-            ("library_error", "the library's ddof=1 is the paper's estimate (relative error)"),
-        ):
-            worst = worst_of(here, key)
-            found.append(decide(f"{name}: {claim}", worst, at_most=EXACT))
+            yield decide(claim, plain, at_least=low, at_most=high)
+        claim = f"{name}: the mean of the batches' means is that of all "
+        off = here.by_seed("mean_error", of=max)
+        yield decide(f"{claim}(error in standard deviations)", off, at_most=EXACT)
+        claim = f"{name}: the library's ddof=1 is the paper's estimate (relative error)"
+        yield decide(claim, here.by_seed("library_error", of=max), at_most=EXACT)
         claim = f"{name}: folded into the layer it is the same function (relative error)"
-        errors = by_seed(records, "error", kind="fold", layer=name)
-        found.append(decide(claim, errors, at_most=EXACT))
-    return tuple(found)
+        errors = records.by_seed("error", kind="fold", layer=name)
+        yield decide(claim, errors, at_most=EXACT)
 
 
-def worst_of(records: Sequence[Record], key: str) -> list[float]:
-    """The largest value of each seed."""
-    seeds = sorted({r["seed"] for r in records})
-    return [max(r[key] for r in records if r["seed"] == seed) for seed in seeds]
-
-
-def figure(records: Sequence[Record]) -> Figure:
+def figure(records: Records) -> Figure:
     """The estimated variance over the true one, by batch size."""
-    here = select(records, kind="variance")
-    picture, grid = draw.canvas(2)
-    for axes, name in zip(grid, LINEAR, strict=True):
+    picture, panels = draw.panels(records.where(kind="variance"), "layer")
+    for axes, name, here in panels:
         both = [
             r | {"estimate": words, "ratio": r[key]}
             for key, words in (("corrected", "with the factor"), ("plain", "without"))
-            for r in select(here, layer=name)
+            for r in here
         ]
         draw.against(axes, both, "m", "ratio", by="estimate")
         draw.threshold(axes, 1)
         axes.set_xscale("log", base=2)
         axes.set(xlabel="batch size m (images)", title=name)
         axes.set_ylabel("estimated variance / true variance")
-    draw.legend(picture, grid[0])
+    draw.legend(picture)
     picture.suptitle("The factor: m/(m − 1), and m'/(m' − 1) with m' = m·p·q positions")
     return picture

@@ -17,7 +17,7 @@ Command: python -m experiments run initialization
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import flax.linen as nn
 import numpy as np
@@ -25,19 +25,7 @@ from matplotlib.figure import Figure
 
 import normlab as nl
 
-from ..engine import (
-    Condition,
-    Config,
-    Record,
-    Verdict,
-    accuracy,
-    decide,
-    draw,
-    lanes,
-    last,
-    learn,
-    select,
-)
+from ..engine import Condition, Config, Records, Verdict, decide, draw, lanes, learn
 
 NARROWER = 2.0
 """The range of accuracies without a norm over that with batch norm, at least."""
@@ -82,36 +70,32 @@ def run(config: Initialization) -> Iterator[Condition]:
             yield Condition({"norm": norm, "activation": activation}, measure)
 
 
-def verdict(records: Sequence[Record]) -> tuple[Verdict, ...]:
+def verdict(records: Records) -> Iterator[Verdict]:
     """The ranges over the standard deviations, and the gain at both ends."""
-    found = []
-    sds = sorted({r["sd"] for r in records if "sd" in r})
-    for activation in dict.fromkeys(r["activation"] for r in records):
-        here = select(records, activation=activation)
+    sds = sorted(records.values("sd"))
+    for activation in records.values("activation"):
+        here = records.where(activation=activation)
         ends = {
-            norm: np.array([accuracy(here, norm=norm, sd=sd) for sd in sds])
+            norm: np.array([here.accuracy(norm=norm, sd=sd) for sd in sds])
             for norm in ("none", "batch")
         }
         ratio = np.ptp(ends["none"], axis=0) / np.ptp(ends["batch"], axis=0)
         claim = f"{activation}, initial sd {sds[0]:g} to {sds[-1]:g}: "
         claim += f"batch norm narrows the range of accuracies {NARROWER:g} times"
-        found.append(decide(claim, ratio, at_least=NARROWER, unit="times", geometric=True))
+        yield decide(claim, ratio, at_least=NARROWER, unit="times", geometric=True)
         for at in (0, -1):
             gain = (ends["batch"] - ends["none"])[at]
             claim = f"{activation}, initial sd {sds[at]:g}: batch norm is more accurate"
-            found.append(decide(claim, gain, at_least=GAIN, unit="points"))
-    return tuple(found)
+            yield decide(claim, gain, at_least=GAIN, unit="points")
 
 
-def figure(records: Sequence[Record]) -> Figure:
+def figure(records: Records) -> Figure:
     """The test error at the end against the standard deviation, a panel for each activation."""
-    ends = last(records)
-    activations = list(dict.fromkeys(r["activation"] for r in ends))
-    picture, grid = draw.canvas(len(activations), width=4)
-    for axes, activation in zip(grid, activations, strict=True):
-        draw.against(axes, select(ends, activation=activation), "sd", draw.test_error)
+    picture, panels = draw.panels(records.last(), "activation", width=4)
+    for axes, activation, here in panels:
+        draw.against(axes, here, "sd", draw.test_error)
         axes.set(xscale="log", xlabel="standard deviation of the initial weights")
         axes.set(ylabel="test error (%)", title=activation)
         draw.log_y(axes)
-    draw.legend(picture, grid[0])
+    draw.legend(picture)
     return picture

@@ -19,7 +19,7 @@ Command: python -m experiments run invariances
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -30,8 +30,8 @@ from matplotlib.figure import Figure
 
 import normlab as nl
 
-from ..engine import Condition, Config, Record, Verdict, decide, draw, exact, select
-from ..invariances import changed
+from ..engine import Condition, Config, Record, Records, Verdict, decide, draw, exact
+from ..numerics.invariances import changed
 
 SAME, OTHER = 1e-8, 1e-3
 """The output changes by at most so much if it is invariant, and by at least so much if not."""
@@ -118,35 +118,29 @@ def invariant(name: str, column: str) -> bool:
     return column in nl.row(name).invariances or name in CENTRED.get(column, ())
 
 
-def verdict(records: Sequence[Record]) -> tuple[Verdict, ...]:
+def verdict(records: Records) -> Iterator[Verdict]:
     """Each norm: the largest change that it should not notice, the smallest that it should."""
-    found = []
-    for name in dict.fromkeys(r["norm"] for r in records):
+    for name in records.values("norm"):
         for still in (True, False):
-            mine = select(records, norm=name, invariant=still)
-            columns = list(dict.fromkeys(r["change"] for r in mine))
-            if not columns:
-                continue
-            seeds = sorted({r["seed"] for r in mine})
-            each = [[r["moved"] for r in mine if r["seed"] == seed] for seed in seeds]
-            if still:
-                claim = f"{name}: blind to {len(columns)} changes, as declared (largest effect)"
-                found.append(decide(claim, map(max, each), at_most=SAME))
-            else:
-                claim = f"{name}: sees {len(columns)} other changes (smallest effect)"
-                found.append(decide(claim, map(min, each), at_least=OTHER, geometric=True))
-    return tuple(found)
+            mine = records.where(norm=name, invariant=still)
+            count = len(mine.values("change"))
+            if count and still:
+                claim = f"{name}: blind to {count} changes, as declared (largest effect)"
+                yield decide(claim, mine.by_seed("moved", of=max), at_most=SAME)
+            elif count:
+                claim = f"{name}: sees {count} other changes (smallest effect)"
+                smallest = mine.by_seed("moved", of=min)
+                yield decide(claim, smallest, at_least=OTHER, geometric=True)
 
 
-def figure(records: Sequence[Record]) -> Figure:
+def figure(records: Records) -> Figure:
     """The table: the change of the output, its worst seed; grey where it is invariant."""
-    norms = list(dict.fromkeys(r["norm"] for r in records))
-    columns = list(dict.fromkeys(r["change"] for r in records))
+    norms, columns = records.values("norm"), records.values("change")
     picture, (axes,) = draw.canvas(width=9, height=4.6)
     axes.grid(False)
     for y, name in enumerate(norms):
         for x, column in enumerate(columns):
-            mine = select(records, norm=name, change=column)
+            mine = records.where(norm=name, change=column)
             still = mine[0]["invariant"]
             value = (max if still else min)(r["moved"] for r in mine)
             if still:

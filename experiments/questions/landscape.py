@@ -18,7 +18,7 @@ Command: python -m experiments run landscape
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +29,7 @@ from matplotlib.figure import Figure
 import normlab as nl
 from normlab import instruments
 
-from ..engine import Condition, Config, Net, Record, Verdict, decide, draw, learn, select
+from ..engine import Condition, Config, Net, Records, Verdict, decide, draw, learn
 
 NARROWER = 3.0
 """The factor by which the loss ranges over less with batch norm, at least."""
@@ -87,36 +87,31 @@ def walk(net: Net) -> dict[str, Array]:
     }
 
 
-def over_training(records: Sequence[Record], key: str, norm: str) -> np.ndarray:
+def over_training(records: Records, key: str, norm: str) -> np.ndarray:
     """The mean over training of each seed; the initialization does not count."""
-    here = [r for r in select(records, kind="evaluation", norm=norm) if r["step"] > 0]
-    seeds = sorted({r["seed"] for r in here})
-    found = [[draw.value(r, key) for r in here if r["seed"] == seed] for seed in seeds]
-    return np.array([np.mean(values) for values in found])
+    return records.trained().by_seed(key, of=np.mean, kind="evaluation", norm=norm)
 
 
-def verdict(records: Sequence[Record]) -> tuple[Verdict, ...]:
+def verdict(records: Records) -> Iterator[Verdict]:
     """How much less the loss and the gradient range over with batch norm."""
-    found = []
     for claim, key, limit in (
         ("the loss along the step ranges over less with batch norm (factor)", "width", NARROWER),
         ("the gradient along the step is smoother with batch norm (factor of β)", "beta", SMOOTHER),
     ):
         factor = over_training(records, key, "none") / over_training(records, key, "batch")
         claim = f"ReLU net: {claim}"
-        found.append(decide(claim, factor, at_least=limit, geometric=True))
-    return tuple(found)
+        yield decide(claim, factor, at_least=limit, geometric=True)
 
 
-def figure(records: Sequence[Record]) -> Figure:
+def figure(records: Records) -> Figure:
     """The loss along the step as a band, the effective β, and the accuracy, over training."""
     picture, (left, middle, right) = draw.canvas(3, width=3.7)
-    shown = [r for r in records if r["step"] > 0]
-    for norm, style in draw.styles(dict.fromkeys(r["norm"] for r in shown)).items():
-        here = select(shown, norm=norm)
-        steps = sorted({r["step"] for r in here})
+    shown = records.trained()
+    for norm, style in draw.styles(shown.values("norm")).items():
+        here = shown.where(norm=norm)
+        steps = sorted(here.values("step"))
         low, high = (
-            [np.median([draw.value(r, key) for r in here if r["step"] == step]) for step in steps]
+            [np.median([draw.value(r, key) for r in here.where(step=step)]) for step in steps]
             for key in ("lowest", "highest")
         )
         left.fill_between(steps, low, high, color=style["color"], alpha=0.3, lw=0)

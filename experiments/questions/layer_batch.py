@@ -19,25 +19,13 @@ Command: python -m experiments run layer_batch
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import flax.linen as nn
 from matplotlib.figure import Figure
 
-from ..engine import (
-    Condition,
-    Config,
-    Record,
-    Schedule,
-    Verdict,
-    accuracy,
-    decide,
-    draw,
-    learn,
-    select,
-)
+from ..engine import Condition, Config, Records, Schedule, Verdict, decide, draw, learn
 from .batch_size import make, rise
 
 STILL = 0.5
@@ -102,41 +90,37 @@ def run(config: LayerBatch) -> Iterator[Condition]:
             yield Condition(labels, measure)
 
 
-def verdict(records: Sequence[Record]) -> tuple[Verdict, ...]:
+def verdict(records: Records) -> Iterator[Verdict]:
     """How far the small batch moves each error, and which norm is better at it."""
-    small, whole = (f(r["batch"] for r in records) for f in (min, max))
-    points = functools.partial(decide, unit="points")
-    layer = select(records, norm="layer")
+    small, whole = (f(records.values("batch")) for f in (min, max))
+    layer = records.where(norm="layer")
     moved = rise(layer, "layer", batch=small, together=small)
     claim = f"layer norm from batch {whole} to {small}: its error stays"
-    found = [points(claim, moved, at_least=-STILL, at_most=STILL)]
-    for where in dict.fromkeys(r["layers"] for r in select(records, norm="batch")):
-        batch = select(records, norm="batch", layers=where)
+    yield decide(claim, moved, at_least=-STILL, at_most=STILL, unit="points")
+    for where in records.where(norm="batch").values("layers"):
+        batch = records.where(norm="batch", layers=where)
         moved = rise(batch, "batch", batch=small, together=small)
         claim = f"batch norm in {where} layers, from batch {whole} to {small}: its error rises"
-        found.append(points(claim, moved, at_least=WORSE))
-        better = accuracy(layer, batch=small) - accuracy(batch, batch=small)
+        yield decide(claim, moved, at_least=WORSE, unit="points")
+        better = layer.accuracy(batch=small) - batch.accuracy(batch=small)
         claim = f"at batch {small} layer norm is more accurate than batch norm in {where} layers"
-        found.append(points(claim, better, at_least=0))
-    return tuple(found)
+        yield decide(claim, better, at_least=0, unit="points")
 
 
-def figure(records: Sequence[Record]) -> Figure:
+def figure(records: Records) -> Figure:
     """The test error against the examples seen, with either batch."""
-    sizes = sorted({r["batch"] for r in records}, reverse=True)
-    picture, grid = draw.canvas(len(sizes))
-    for size, axes in zip(sizes, grid, strict=True):
-        here = [r for r in records if r["batch"] == size and r["step"] > 0]
-        hidden, everywhere = (select(here, layers=where) for where in ("hidden", "all"))
+    picture, panels = draw.panels(records.trained(), "batch")
+    for axes, size, here in panels:
+        hidden, everywhere = (here.where(layers=where) for where in ("hidden", "all"))
         draw.over_steps(axes, hidden, draw.test_error, marker=True)
-        for norm in dict.fromkeys(r["norm"] for r in everywhere):
-            mine, label = select(everywhere, norm=norm), f"{norm}, in all layers"
+        for norm in everywhere.values("norm"):
+            mine, label = everywhere.where(norm=norm), f"{norm}, in all layers"
             draw.over_steps(axes, mine, draw.test_error, ls="--", label=label)
         axes.set(ylabel="test error (%)", title=f"batches of {size}")
         draw.log_y(axes)
-    lows, highs = zip(*(axes.get_ylim() for axes in grid), strict=True)
-    for axes in grid:
+    lows, highs = zip(*(axes.get_ylim() for axes, *_ in panels), strict=True)
+    for axes, *_ in panels:
         axes.set_ylim(min(lows), max(highs))
-    draw.legend(picture, grid[0])
+    draw.legend(picture)
     picture.suptitle("Median and band of all seeds")
     return picture

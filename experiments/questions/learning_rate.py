@@ -20,7 +20,7 @@ Command: python -m experiments run learning_rate
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import flax.linen as nn
 import numpy as np
@@ -29,19 +29,7 @@ from matplotlib.figure import Figure
 import normlab as nl
 
 from ..data import Dataset
-from ..engine import (
-    Condition,
-    Config,
-    Record,
-    Verdict,
-    accuracy,
-    decide,
-    draw,
-    lanes,
-    last,
-    learn,
-    select,
-)
+from ..engine import Condition, Config, Records, Verdict, decide, draw, lanes, learn
 
 STABLE = 0.9
 """The accuracy at the end with a stable rate, as a share of the baseline's, at least."""
@@ -112,97 +100,78 @@ def multiple(lr: float, factor: float) -> float:
     return round(lr * factor, 9)
 
 
-def tuned(records: Sequence[Record], *labels: str) -> list[Record]:
-    """The last evaluations of each setting of the labels, at its best rate on average."""
-    ends, found = last(records), []
-    for setting in dict.fromkeys(tuple(r[label] for label in labels) for r in ends):
-        here = select(ends, **dict(zip(labels, setting, strict=True)))
-        rates = sorted({r["lr"] for r in here})
-        best = max(rates, key=lambda lr: accuracy(here, lr=lr).mean())
-        found += select(here, lr=best)
-    return found
-
-
-def largest_stable(records: Sequence[Record], norm: str) -> np.ndarray:
+def largest_stable(records: Records, norm: str) -> np.ndarray:
     """The largest stable rate of each seed, of those that all norms had; NaN if none is."""
-    rates = {r["lr"] for r in records if r["norm"] == "none" and r["kind"] == "evaluation"}
-    ends = [r for r in last(records) if r["norm"] == norm and r["lr"] in rates]
+    rates = records.where(norm="none", kind="evaluation").values("lr")
     enough = least_accuracy(records)
-    found = []
-    for seed in sorted({r["seed"] for r in ends}):
-        stable = [
-            r for r in select(ends, seed=seed, diverged=None) if 100 * r["accuracy"] >= enough
-        ]
-        found.append(max((r["lr"] for r in stable), default=np.nan))
-    return np.array(found)
+
+    def largest(ends: Records) -> float:
+        stable = ends.where(lambda r: 100 * r["accuracy"] >= enough, diverged=None)
+        return max(stable.values("lr"), default=np.nan)
+
+    return records.last().where(lambda r: r["lr"] in rates, norm=norm).each_seed(largest)
 
 
-def least_accuracy(records: Sequence[Record]) -> float:
+def least_accuracy(records: Records) -> float:
     """What a net with a stable rate ends with, in percent, at least."""
-    return STABLE * float(accuracy(tuned(select(records, norm="none"))).mean())
+    return STABLE * float(records.where(norm="none").tuned().accuracy().mean())
 
 
-def baseline(records: Sequence[Record]) -> list[Record]:
+def baseline(records: Records) -> Records:
     """The last evaluations without a norm at the best rate that batch norm had the multiples of."""
-    runs = select(records, kind="evaluation")
-    had = {r["lr"] for r in select(runs, norm="batch")}
-    none = select(runs, norm="none")
-    return tuned([r for r in none if all(multiple(r["lr"], f) in had for f in FEWER)])
+    had = records.where(norm="batch").values("lr")
+    none = records.where(lambda r: all(multiple(r["lr"], f) in had for f in FEWER), norm="none")
+    return none.tuned()
 
 
-def speed(records: Sequence[Record], factor: float) -> np.ndarray:
+def speed(records: Records, factor: float) -> np.ndarray:
     """The baseline's steps to its best accuracy over those with batch norm, of each seed.
 
     A net that never comes there is taken to come there with its last step.
     """
     rate = baseline(records)[0]["lr"]
-    found = []
-    for seed in sorted({r["seed"] for r in records if "seed" in r}):
-        mine = select(records, kind="evaluation", seed=seed)
-        base = select(mine, norm="none", lr=rate)
-        batch = select(mine, norm="batch", lr=multiple(rate, factor))
-        target = max(r["accuracy"] for r in base)
-        first = min(r["step"] for r in base if r["accuracy"] >= target)
-        there = [r["step"] for r in batch if r["accuracy"] >= target and r["step"] > 0]
-        found.append(first / min([*there, max(r["step"] for r in batch)]))
-    return np.array(found)
+
+    def one(mine: Records) -> float:
+        base = mine.where(norm="none", lr=rate)
+        batch = mine.where(norm="batch", lr=multiple(rate, factor)).trained()
+        target = max(base.values("accuracy"))
+        there = batch.where(lambda r: r["accuracy"] >= target).values("step")
+        return base.steps_to(target)[0] / min([*there, max(batch.values("step"))])
+
+    return records.where(kind="evaluation").each_seed(one)
 
 
-def verdict(records: Sequence[Record]) -> tuple[Verdict, ...]:
+def verdict(records: Records) -> Iterator[Verdict]:
     """Stable rates, steps at each multiple of the baseline's rate, and the accuracy at the end."""
-    found = []
     plain = largest_stable(records, "none")
     for norm in ("batch", "layer"):
         claim = f"{norm} norm: the largest stable rate is {HIGHER:g} times that without a norm"
         factor = largest_stable(records, norm) / plain
-        found.append(decide(claim, factor, at_least=HIGHER, unit="times", geometric=True))
+        yield decide(claim, factor, at_least=HIGHER, unit="times", geometric=True)
     for factor, fewer in FEWER.items():
         claim = f"batch norm at {factor:g} times the rate: there in {fewer:g} times fewer steps"
-        found.append(
-            decide(claim, speed(records, factor), at_least=fewer, unit="times", geometric=True)
-        )
+        yield decide(claim, speed(records, factor), at_least=fewer, unit="times", geometric=True)
     base = baseline(records)
-    high = accuracy(records, norm="batch", lr=multiple(base[0]["lr"], 30))
+    high = records.accuracy(norm="batch", lr=multiple(base[0]["lr"], 30))
     claim = f"batch norm at 30 times the rate ends {BETTER:g} points more accurate"
-    found.append(decide(claim, high - accuracy(base), at_least=BETTER, unit="points"))
-    return tuple(found)
+    yield decide(claim, high - base.accuracy(), at_least=BETTER, unit="points")
 
 
-def figure(records: Sequence[Record]) -> Figure:
+def figure(records: Records) -> Figure:
     """The error at the end against the rate, and on the way at the baseline's rate and above."""
     picture, (left, right) = draw.canvas(2)
-    draw.against(left, last(records), "lr", draw.test_error)
+    draw.against(left, records.last(), "lr", draw.test_error)
     left.set(xscale="log", xlabel="learning rate", ylabel="test error at the end (%)")
     draw.threshold(left, 100 - least_accuracy(records))
     draw.log_y(left)
     left.legend(frameon=False)
     rate = baseline(records)[0]["lr"]
-    way = [r for r in records if r["kind"] == "evaluation" and r["step"] > 0]
-    base = select(way, norm="none", lr=rate)
+    way = records.where(kind="evaluation").trained()
+    base = way.where(norm="none", lr=rate)
     draw.over_steps(right, base, draw.test_error, label=f"none, rate {rate:g}")
     for factor, line in zip(FEWER, ("-", "--", ":"), strict=True):
         lr = multiple(rate, factor)
-        batch = select(way, norm="batch", lr=lr)
+        batch = way.where(norm="batch", lr=lr)
         draw.over_steps(right, batch, draw.test_error, label=f"batch, rate {lr:g}", ls=line)
     right.set_ylabel("test error (%)")
     draw.log_y(right)

@@ -10,13 +10,13 @@ Source: Hsieh et al. 2020, https://arxiv.org/abs/1910.00189
 
 Protocol: Fashion-MNIST, an MLP (three layers of 100 sigmoids), 1,000 steps of SGD with momentum 0.9
 at rate 0.05 on 8 devices, 4 examples per device, every device normalized on its own, gradients
-averaged. "shuffled": minibatches of all data; "sorted": the data sorted by class
-and cut into one piece for each device. `instruments.drift` splits the variance into that within and
-that between devices, for the moments of the last batch and for the running statistics. Of D devices
-with b examples each, sampling alone puts (D − 1)/(bD − 1) of the variance between devices (the mean
-of a beta distribution, for normal values), and less behind a layer that was normalized locally,
-which makes the devices' means alike. At the end the same nets are evaluated with merged and
-with averaged statistics.
+averaged. "shuffled": minibatches of all data; "sorted": the data sorted by class and cut into one
+piece for each device. `instruments.drift` splits the variance into that within and that between
+devices, for the moments of the last batch and for the running statistics. Of D devices with b
+examples each, sampling alone puts (D − 1)/(bD − 1) of the variance between devices (the mean of a
+beta distribution, for normal values), and less behind a layer that was normalized locally, which
+makes the devices' means alike. At the end the same nets are evaluated with merged and with averaged
+statistics.
 
 Command: python -m experiments run local_drift
 """
@@ -24,18 +24,16 @@ Command: python -m experiments run local_drift
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import jax
-import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
 
 import normlab as nl
 from normlab import instruments
 
-from .. import figures
-from ..engine import Checkpoint, Condition, Record, Verdict, by_seed, decide, draw, number
+from ..engine import Checkpoint, Condition, Record, Records, Verdict, decide, draw, number
 from ..engine.devices import Config, Lab
 from ..training.trainer import AXIS, Trainer, TrainState
 
@@ -129,71 +127,46 @@ def sort_by_class(lab: Lab, config: Config) -> np.ndarray:
     return np.stack(columns, axis=1).astype(np.int32)
 
 
-def verdict(records: Sequence[Record]) -> tuple[Verdict, ...]:
+def verdict(records: Records) -> Iterator[Verdict]:
     """Drift beyond sampling, and what averaging loses, on either kind of data."""
-    half = max(r["step"] for r in records if "step" in r) / 2
-    late = [r for r in records if r["kind"] == "drift" and r["step"] > half]
-
-    def shares_of(key: str, condition: str, layer: str) -> list[float]:
-        chosen = [r for r in late if (r["condition"], r["layer"]) == (condition, layer)]
-        return [
-            float(np.mean([r[key] for r in chosen if r["seed"] == seed]))
-            for seed in sorted({r["seed"] for r in chosen})
-        ]
-
-    (sampling,) = {r["sampling"] for r in late}
-    lost = {
-        name: by_seed(records, "lost", kind="averaging", condition=name)
-        for name in ("shuffled", "sorted")
-    }
-    found = []
-    for at, layer in enumerate(sorted({r["layer"] for r in late}), 1):
-        over = [share / sampling for share in shares_of("batch", "shuffled", layer)]
+    half = max(records.values("step")) / 2
+    late = records.where(lambda r: r["kind"] == "drift" and r["step"] > half)
+    (sampling,) = late.values("sampling")
+    for at, layer in enumerate(sorted(late.values("layer")), 1):
+        here = late.where(layer=layer)
+        share = here.by_seed("batch", of=np.mean, condition="shuffled")
         claim = f"shuffled, norm {at}: batches differ as samples do or less (share ÷ sampling's)"
-        found.append(decide(claim, over, at_most=SAMPLING))
+        yield decide(claim, share / sampling, at_most=SAMPLING)
+        share = here.by_seed("running", of=np.mean, condition="sorted")
         claim = f"sorted, norm {at}: running statistics drift apart (share between devices)"
-        found.append(decide(claim, shares_of("running", "sorted", layer), at_least=APART))
+        yield decide(claim, share, at_least=APART)
+    lost = records.where(kind="averaging")
     claim = "shuffled: averaging the running variances costs nothing (accuracy lost)"
-    found.append(decide(claim, lost["shuffled"], at_least=-LOSS, at_most=LOSS, unit="points"))
+    shuffled = lost.by_seed("lost", condition="shuffled")
+    yield decide(claim, shuffled, at_least=-LOSS, at_most=LOSS, unit="points")
     claim = "sorted: averaging the running variances loses accuracy"
-    found.append(decide(claim, lost["sorted"], at_least=LOSS, unit="points"))
-    return tuple(found)
+    by_class = lost.by_seed("lost", condition="sorted")
+    yield decide(claim, by_class, at_least=LOSS, unit="points")
 
 
-def figure(records: Sequence[Record]) -> Figure:
+def figure(records: Records) -> Figure:
     """The share of variance between devices, and the test error, over training."""
-    drifts = [r for r in records if r["kind"] == "drift"]
-    conditions = list(dict.fromkeys(r["condition"] for r in drifts))
-    picture, grid = plt.subplots(1, 3, figsize=(12, 4.8), layout="constrained")
-    layers = sorted({r["layer"] for r in drifts})
-    styles = figures.palette(layers)
-    for axes, condition in zip(grid, conditions, strict=False):
-        here = [r for r in drifts if r["condition"] == condition]
-        for at, layer in enumerate(layers, 1):
-            of_layer = [r for r in here if r["layer"] == layer]
+    drifts = records.where(kind="drift")
+    picture, grid = draw.canvas(3, width=4, height=4.8)
+    for axes, condition in zip(grid, drifts.values("condition"), strict=False):
+        here = drifts.where(condition=condition)
+        for at, (layer, style) in enumerate(draw.styles(sorted(here.values("layer"))).items(), 1):
             for key, line, label in (("batch", "-", "a batch"), ("running", "--", "running")):
-                steps, values = figures.series(of_layer, key)
-                style = {**styles[layer], "ls": line, "label": f"norm {at}, {label}"}
-                axes.plot(steps, np.median(values, axis=1), **style)
-                low, high = values.min(axis=1), values.max(axis=1)
-                axes.fill_between(steps, low, high, color=style["color"], alpha=0.15, lw=0)
+                look = {**style, "ls": line, "label": f"norm {at}, {label}"}
+                draw.over_steps(axes, here.where(layer=layer), key, by="layer", **look)
         axes.axhline(here[0]["sampling"], color="grey", lw=1, ls=":", label="a batch, by sampling")
-        axes.set(xlabel="optimizer step", title=condition, yscale="log", ylim=(1e-5, 1))
-        axes.grid(alpha=0.3, lw=0.5)
+        axes.set(title=condition, yscale="log", ylim=(1e-5, 1))
     grid[0].set_ylabel("share of the variance between devices")
-    averaging = [r for r in records if r["kind"] == "averaging"]
-    marks = figures.palette(conditions)
-    for condition in conditions:
-        here = [r for r in averaging if r["condition"] == condition]
-        steps = sorted({r["step"] for r in here})
-        values = [[r["lost"] for r in here if r["step"] == step] for step in steps]
-        draw.spread(grid[2], steps, values, label=condition, **marks[condition])
+    lost = records.where(kind="averaging")
+    draw.against(grid[2], lost, "step", "lost", by="condition")
     grid[2].set(xlabel="optimizer step", ylabel="accuracy lost by averaging (points)")
-    grid[2].grid(alpha=0.3, lw=0.5)
     grid[2].legend(frameon=False)
-    picture.legend(*grid[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
-    picture.suptitle(
-        "Local statistics. Left: median and band of all seeds; right: mean and 95% interval",
-        fontsize=10,
-    )
+    draw.legend(picture)
+    title = "Local statistics. Left: median and band of all seeds; right: mean and 95% interval"
+    picture.suptitle(title, fontsize=10)
     return picture

@@ -18,7 +18,7 @@ Command: python -m experiments run mean_field
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -29,7 +29,7 @@ from matplotlib.figure import Figure
 
 import normlab as nl
 
-from ..engine import Condition, Config, Record, Verdict, by_seed, decide, draw, exact, select
+from ..engine import Condition, Config, Record, Records, Verdict, decide, draw, exact
 
 NEAR = 0.05
 """How far the measured growth of a layer may be from the theory's."""
@@ -121,39 +121,35 @@ def theory(activation: str, batch: int) -> float:
     return RELU if activation == "relu" else (batch - 2) / (batch - 3)
 
 
-def verdict(records: Sequence[Record]) -> tuple[Verdict, ...]:
+def verdict(records: Records) -> Iterator[Verdict]:
     """Batch norm with and without ReLU against the theory, and layer norm."""
-    grown = select(records, kind="growth")
-    large = max(r["batch"] for r in grown)
-    found = []
+    grown = records.where(kind="growth")
+    large = max(grown.values("batch"))
     for activation, batch in (("relu", large), ("linear", SMALL)):
         expected = theory(activation, batch)
-        rates = by_seed(grown, "growth", norm="batch", activation=activation, batch=batch)
-        claim = (
-            f"batch norm, {activation}, batch {batch}: a layer grows the squared gradient by "
-            f"{expected:.3f} (measured minus that)"
-        )
-        found.append(decide(claim, rates - expected, at_least=-NEAR, at_most=NEAR))
-    rates = by_seed(grown, "growth", norm="layer")
+        rates = grown.by_seed("growth", norm="batch", activation=activation, batch=batch)
+        claim = f"batch norm, {activation}, batch {batch}: a layer grows the squared gradient by "
+        claim += f"{expected:.3f} (measured minus that)"
+        yield decide(claim, rates - expected, at_least=-NEAR, at_most=NEAR)
+    rates = grown.by_seed("growth", norm="layer")
     claim = "layer norm, relu: a layer grows the squared gradient by less than 5% (factor)"
-    found.append(decide(claim, rates, at_most=CALM, geometric=True))
-    return tuple(found)
+    yield decide(claim, rates, at_most=CALM, geometric=True)
 
 
-def figure(records: Sequence[Record]) -> Figure:
+def figure(records: Records) -> Figure:
     """The gradient at each depth by norm, and its growth against the batch."""
     picture, (left, right) = draw.canvas(2)
-    large = max(r["batch"] for r in records)
-    mine = select(records, kind="layer", activation="relu", batch=large)
+    large = max(records.values("batch"))
+    mine = records.where(kind="layer", activation="relu", batch=large)
     top = {(r["norm"], r["seed"]): r["square"] for r in mine}  # the last is the deepest
     mine = [r | {"step": r["depth"]} for r in mine]
     draw.over_steps(left, mine, lambda r: r["square"] / top[r["norm"], r["seed"]])
     left.set(xlabel="layer", ylabel="‖∇‖² at its input, over the last layer's", yscale="log")
     left.set_title(f"ReLU, batch {large}")
     left.legend(frameon=False)
-    grown = select(records, kind="growth", norm="batch")
+    grown = records.where(kind="growth", norm="batch")
     draw.against(right, grown, "batch", "growth", by="activation", ls="")
-    batches = np.geomspace(min(r["batch"] for r in grown), large, 50)
+    batches = np.geomspace(min(grown.values("batch")), large, 50)
     for activation, style in draw.styles(["relu", "linear"]).items():
         expected = [theory(activation, batch) for batch in batches]
         right.plot(batches, expected, color=style["color"], lw=1, ls="--")

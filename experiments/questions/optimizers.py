@@ -17,25 +17,13 @@ Command: python -m experiments run optimizers
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 from matplotlib.figure import Figure
 
 import normlab as nl
 
-from ..engine import (
-    Condition,
-    Config,
-    Record,
-    Schedule,
-    Verdict,
-    accuracy,
-    decide,
-    draw,
-    lanes,
-    learn,
-    tuned,
-)
+from ..engine import Condition, Config, Records, Schedule, Verdict, decide, draw, lanes, learn
 
 GAIN = 0.3
 """Points of test accuracy that batch norm is better at the end, at least."""
@@ -81,25 +69,23 @@ def run(config: Optimizers) -> Iterator[Condition]:
             yield Condition({"norm": norm, "optimizer": optimizer}, measure)
 
 
-def verdict(records: Sequence[Record]) -> tuple[Verdict, ...]:
+def verdict(records: Records) -> Iterator[Verdict]:
     """The gain under each optimizer."""
-    found, best = [], tuned(records, "optimizer", "norm")
-    for optimizer in dict.fromkeys(r["optimizer"] for r in best):
-        none, batch = (accuracy(best, optimizer=optimizer, norm=n) for n in ("none", "batch"))
+    best = records.tuned("optimizer", "norm")
+    for optimizer in best.values("optimizer"):
+        none, batch = (best.accuracy(optimizer=optimizer, norm=n) for n in ("none", "batch"))
         claim = f"{optimizer} at its best rate: batch norm ends more accurate"
-        found.append(decide(claim, batch - none, at_least=GAIN, unit="points"))
-    return tuple(found)
+        yield decide(claim, batch - none, at_least=GAIN, unit="points")
 
 
-def figure(records: Sequence[Record]) -> Figure:
+def figure(records: Records) -> Figure:
     """The test error at the end under each optimizer."""
-    best = tuned(records, "optimizer", "norm")
-    names, norms = (list(dict.fromkeys(r[key] for r in best)) for key in ("optimizer", "norm"))
+    best = records.tuned("optimizer", "norm")
+    names, norms = (best.values(key) for key in ("optimizer", "norm"))
     picture, (axes,) = draw.canvas(width=5.5)
-    places = [
-        {**r, "place": names.index(r["optimizer"]) + 0.15 * norms.index(r["norm"])} for r in best
-    ]
-    draw.against(axes, places, "place", draw.test_error, ls="")
+    place = {(o, n): i + 0.15 * j for i, o in enumerate(names) for j, n in enumerate(norms)}
+    placed = [r | {"place": place[r["optimizer"], r["norm"]]} for r in best]
+    draw.against(axes, placed, "place", draw.test_error, ls="")
     axes.set_xticks(range(len(names)), names)
     axes.set(xlabel="optimizer", ylabel="test error (%)")
     axes.legend(frameon=False)

@@ -17,27 +17,14 @@ Command: python -m experiments run placement
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import flax.linen as nn
 from matplotlib.figure import Figure
 
 import normlab as nl
 
-from ..engine import (
-    Condition,
-    Config,
-    Record,
-    Schedule,
-    Verdict,
-    accuracy,
-    decide,
-    draw,
-    lanes,
-    learn,
-    select,
-    tuned,
-)
+from ..engine import Condition, Config, Records, Schedule, Verdict, decide, draw, lanes, learn
 
 GAIN = 0.3
 """Points of test accuracy that the norm before the activation is better, at least."""
@@ -77,31 +64,23 @@ def run(config: Placement) -> Iterator[Condition]:
             yield Condition({"activation": activation, "placement": placement}, measure)
 
 
-def verdict(records: Sequence[Record]) -> tuple[Verdict, ...]:
+def verdict(records: Records) -> Iterator[Verdict]:
     """Before against after, with each activation."""
-    found, best = [], tuned(records, "activation", "placement")
-    for activation in dict.fromkeys(r["activation"] for r in best):
-        before, after = (
-            accuracy(best, activation=activation, placement=p) for p in ("before", "after")
-        )
+    best = records.tuned("activation", "placement")
+    for activation in best.values("activation"):
+        here = best.where(activation=activation)
+        before, after = (here.accuracy(placement=p) for p in ("before", "after"))
         claim = f"batch norm before the {activation} is more accurate than after it"
-        found.append(decide(claim, before - after, at_least=GAIN, unit="points"))
-    return tuple(found)
+        yield decide(claim, before - after, at_least=GAIN, unit="points")
 
 
-def figure(records: Sequence[Record]) -> Figure:
+def figure(records: Records) -> Figure:
     """The test error on the way, each placement at its best rate, a panel for each activation."""
-    best = {
-        (r["activation"], r["placement"]): r["lr"]
-        for r in tuned(records, "activation", "placement")
-    }
-    activations = list(dict.fromkeys(activation for activation, _ in best))
-    picture, grid = draw.canvas(len(activations), width=4)
-    for axes, activation in zip(grid, activations, strict=True):
-        here = select(records, kind="evaluation", activation=activation)
-        here = [r for r in here if r["step"] and r["lr"] == best[activation, r["placement"]]]
+    best = records.at_best_rate("activation", "placement").trained()
+    picture, panels = draw.panels(best, "activation", width=4)
+    for axes, activation, here in panels:
         draw.over_steps(axes, here, draw.test_error, by="placement", marker=True)
         axes.set(ylabel="test error (%)", title=activation)
         draw.log_y(axes)
-    draw.legend(picture, grid[0])
+    draw.legend(picture)
     return picture

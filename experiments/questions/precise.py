@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -31,19 +31,7 @@ import normlab as nl
 
 from .. import models
 from ..data import Dataset
-from ..engine import (
-    Condition,
-    Config,
-    Net,
-    Record,
-    Verdict,
-    dataset,
-    decide,
-    draw,
-    lanes,
-    learn,
-    select,
-)
+from ..engine import Condition, Config, Net, Records, Verdict, dataset, decide, draw, lanes, learn
 
 GAIN = 0.5
 """Points of test accuracy that PreciseBN is better while the weights change fast, at least."""
@@ -141,41 +129,35 @@ def batches(values: np.ndarray, size: int) -> Array:
     return jnp.asarray(values[: whole * size].reshape(whole, size, *values.shape[1:]))
 
 
-def gain(records: Sequence[Record], first: float, last: float, **wanted: object) -> np.ndarray:
+def gain(records: Records, first: float, last: float, **wanted: object) -> np.ndarray:
     """Points that PreciseBN is better, of each seed, the mean over a share of the run."""
-    here = [r for r in select(records, **wanted) if r["step"] > 0]
-    end = max(r["step"] for r in here)
-    here = [r for r in here if first * end <= r["step"] <= last * end]
-    return np.array(
-        [
-            np.mean([r["with_precise"] - r["with_average"] for r in here if r["seed"] == seed])
-            for seed in sorted({r["seed"] for r in here})
-        ]
-    )
+    here = records.where(**wanted).trained()
+    end = max(here.values("step"))
+    here = here.where(lambda r: first * end <= r["step"] <= last * end)
+    gains = Records(r | {"gain": r["with_precise"] - r["with_average"]} for r in here)
+    return gains.by_seed("gain", of=np.mean)
 
 
-def verdict(records: Sequence[Record]) -> tuple[Verdict, ...]:
+def verdict(records: Records) -> Iterator[Verdict]:
     """Early, while the rate is high, and at the end, for each average."""
-    found = []
     points = functools.partial(decide, unit="points")
-    for average, decay in dict.fromkeys((r["average"], r["decay"]) for r in records):
+    for average, decay in records.values("average", "decay"):
         which = {"average": average, "decay": decay}
         name = f"{said(average, decay)} average: PreciseBN is "
-        for lr in sorted({r["lr"] for r in records}):
+        for lr in sorted(records.values("lr")):
             early = gain(records, 0, 1, rate="constant", lr=lr, **which)
             claim = name + f"better in the first steps at rate {lr:g}"
-            found.append(points(claim, early, at_least=GAIN))
+            yield points(claim, early, at_least=GAIN)
         high = gain(records, 0, 0.5, rate="falling", **which)
-        found.append(points(name + "better while the rate is high", high, at_least=GAIN))
+        yield points(name + "better while the rate is high", high, at_least=GAIN)
         end = gain(records, 1, 1, rate="falling", **which)
         claim = name + "as good when the rate has fallen to zero"
-        found.append(points(claim, end, at_least=-EQUAL, at_most=EQUAL))
-    return tuple(found)
+        yield points(claim, end, at_least=-EQUAL, at_most=EQUAL)
 
 
-def figure(records: Sequence[Record]) -> Figure:
+def figure(records: Records) -> Figure:
     """The test error with each kind of statistics, in each run."""
-    low, high = sorted({r["lr"] for r in records})
+    low, high = sorted(records.values("lr"))
     runs = {
         ("constant", low): f"rate {low:g}",
         ("constant", high): f"rate {high:g}",
@@ -183,20 +165,20 @@ def figure(records: Sequence[Record]) -> Figure:
     }
     picture, grid = draw.canvas(len(runs))
     for ((rate, lr), title), axes in zip(runs.items(), grid, strict=True):
-        here = [r for r in select(records, rate=rate, lr=lr) if r["step"] > 0]
-        names = list(dict.fromkeys((r["average"], r["decay"]) for r in here))
+        here = records.where(rate=rate, lr=lr).trained()
+        names = here.values("average", "decay")
         # No statistics of inference change a step of training: the nets are the same.
         kinds = [("PreciseBN", "precise", names[0]), ("the test batch", "batch", names[0])]
         kinds += [(f"{said(*name)} average", "average", name) for name in names]
         lines = [
             {"with": kind, "step": r["step"], "error": 100 - r[f"with_{key}"]}
             for kind, key, (average, decay) in kinds
-            for r in select(here, average=average, decay=decay)
+            for r in here.where(average=average, decay=decay)
         ]
         draw.over_steps(axes, lines, "error", by="with")
         draw.log_y(axes)
         axes.set(ylabel="test error (%)", title=title)
-    draw.legend(picture, grid[0])
+    draw.legend(picture)
     picture.suptitle("One net, tested with statistics of …; median and band of all seeds")
     return picture
 

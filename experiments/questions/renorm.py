@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import flax.linen as nn
@@ -34,20 +34,7 @@ from matplotlib.figure import Figure
 import normlab as nl
 
 from ..data import Dataset
-from ..engine import (
-    Condition,
-    Config,
-    Record,
-    Verdict,
-    accuracy,
-    by_seed,
-    decide,
-    draw,
-    exact,
-    learn,
-    number,
-    select,
-)
+from ..engine import Condition, Config, Record, Records, Verdict, decide, draw, exact, learn, number
 
 WON = 0.5
 """The share of what batch norm loses that renormalization wins back, at least."""
@@ -135,56 +122,52 @@ def compare(seeds: int) -> Iterator[Record]:
         a, cotangent = jnp.asarray(drawn)
         running = nl.init_running(5).update(nl.moments(3 * a, 0))
         held = nl.population.init_renorm(5, r_max=1, d_max=0, begin=0)._replace(inner=running)
-        pairs = zip(
-            forth_and_back(running, a, cotangent), forth_and_back(held, a, cotangent), strict=True
-        )
-        yield {
-            "kind": "layer",
-            "seed": seed,
-            "gap": number(max(abs(v - w).max() for v, w in pairs)),
-        }
+        each = (forth_and_back(state, a, cotangent) for state in (running, held))
+        gap = max(abs(v - w).max() for v, w in zip(*each, strict=True))
+        yield {"kind": "layer", "seed": seed, "gap": number(gap)}
 
 
-def forth_and_back(state: nl.BatchState, a: Array, cotangent: Array) -> tuple[Array, Array]:
+def forth_and_back(
+    state: nl.population.Population, a: Array, cotangent: Array
+) -> tuple[Array, Array]:
     """The output of batch norm in training, and its gradient by the input."""
     h, back = jax.vjp(lambda a: nl.batch_norm(a, None, state, train=True)[0], a)
     return h, back(cotangent)[0]
 
 
-def verdict(records: Sequence[Record]) -> tuple[Verdict, ...]:
+def verdict(records: Records) -> Iterator[Verdict]:
     """What is won back over few examples, what two classes cost, and the identity."""
-    found = []
-    every, few = (f(r["together"] for r in select(records, drawn="shuffled")) for f in (max, min))
-    for rate in dict.fromkeys(r["rate"] for r in select(records, drawn="shuffled")):
-        final = functools.partial(accuracy, records, rate=rate)
+    every, few = (f(records.where(drawn="shuffled").values("together")) for f in (max, min))
+    for rate in records.where(drawn="shuffled").values("rate"):
+        final = functools.partial(records.accuracy, rate=rate)
         best = final(drawn="shuffled", norm="batch", together=every)
         batch = final(drawn="shuffled", norm="batch", together=few)
         renorm = final(drawn="shuffled", norm="renorm", together=few)
         claim = f"{rate} rate: batch renorm over {few} wins back a share of batch norm's loss"
-        found.append(decide(claim, (renorm - batch) / (best - batch), at_least=WON))
+        yield decide(claim, (renorm - batch) / (best - batch), at_least=WON)
         none, batch, renorm = (final(drawn="two classes", norm=n) for n in NORMS)
         claim = f"{rate} rate, two classes in a minibatch: batch norm loses more than no norm"
-        found.append(decide(claim, none - batch, at_least=BREAKS, unit="points"))
+        yield decide(claim, none - batch, at_least=BREAKS, unit="points")
         claim = f"{rate} rate, two classes: batch renorm wins back a share of that"
-        found.append(decide(claim, (renorm - batch) / (none - batch), at_least=WON))
+        yield decide(claim, (renorm - batch) / (none - batch), at_least=WON)
     claim = "batch renorm with r = 1 and d = 0 is batch norm, forth and back (gap)"
-    return (*found, decide(claim, by_seed(records, "gap"), at_most=0))
+    yield decide(claim, records.by_seed("gap"), at_most=0)
 
 
-def figure(records: Sequence[Record]) -> Figure:
+def figure(records: Records) -> Figure:
     """The test error over training: few examples together, and two classes in a minibatch."""
     said = {"none": "no norm", "batch": "batch norm", "renorm": "batch renorm"}
     styles = draw.styles(said)
-    rates = list(dict.fromkeys(r["rate"] for r in records if "rate" in r))
+    rates = records.values("rate")
     picture, grid = draw.canvas(2, len(rates), height=2.9)
     for rate, row in zip(rates, np.atleast_2d(grid), strict=True):
         for drawn, axes in zip(("shuffled", "two classes"), row, strict=True):
-            here = [r for r in select(records, rate=rate, drawn=drawn) if r["step"] > 0]
-            few = min(r["together"] for r in here)
-            for name, together in dict.fromkeys((r["norm"], r["together"]) for r in here):
+            here = records.where(rate=rate, drawn=drawn).trained()
+            few = min(here.values("together"))
+            for name, together in here.values("norm", "together"):
                 look = {**styles[name], "marker": "", "ls": "-" if together == few else ":"}
                 look["label"] = said[name] + (f" over {together}" if name != "none" else "")
-                mine = select(here, norm=name, together=together)
+                mine = here.where(norm=name, together=together)
                 draw.over_steps(axes, mine, draw.test_error, **look)
             axes.set(ylabel="test error (%)", title=f"{rate} rate, {drawn}")
             draw.log_y(axes)

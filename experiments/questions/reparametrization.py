@@ -20,7 +20,8 @@ Command: python -m experiments run reparametrization
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +31,7 @@ from matplotlib.figure import Figure
 
 import normlab as nl
 from normlab import instruments
+from normlab.site import Params, State
 
 from ..data import Dataset
 from ..engine import (
@@ -38,14 +40,13 @@ from ..engine import (
     Instrument,
     Net,
     Record,
+    Records,
     Verdict,
-    by_seed,
     dataset,
     decide,
     draw,
     exact,
     learn,
-    select,
 )
 
 OFF = 1e-8
@@ -94,7 +95,7 @@ def from_identity() -> nl.Norm:
     """Batch norm whose gain and bias start as what the first batch has: it is the identity."""
     batch = nl.get("batch")
 
-    def init(site: nl.Site) -> tuple[nl.Params, nl.State]:
+    def init(site: nl.Site) -> tuple[Params, State]:
         params, state = batch.init(site)
         parts, state = batch.parts(params, state, site, train=True)
         return nl.Affine(parts.sigma.ravel(), parts.mu.ravel()), state
@@ -147,47 +148,45 @@ def moments(config: Config) -> Iterator[Record]:
                 yield {"kind": "exact", "norm": norm, "seed": seed, "off": float(np.max(off))}
 
 
-def verdict(records: Sequence[Record]) -> tuple[Verdict, ...]:
+def verdict(records: Records) -> Iterator[Verdict]:
     """Each sentence of the claim."""
-    found = []
     for norm in ("batch", "layer"):
         claim = f"{norm} norm: the output has mean b and variance g² (largest relative difference)"
-        off = by_seed(records, "off", norm=norm)
-        found.append(decide(claim, off, at_most=OFF, geometric=True))
+        off = records.by_seed("off", norm=norm)
+        yield decide(claim, off, at_most=OFF, geometric=True)
 
-    def end(key: str, condition: str, **wanted: object) -> np.ndarray:
-        return by_seed(records, key, condition=condition, **wanted)
+    def end(key: str, condition: str, **wanted: Any) -> np.ndarray:
+        return records.by_seed(key, condition=condition, **wanted)
 
     bare = end("linear", "batch, no gain or bias")
     claim = "batch norm without gain and bias keeps a sigmoid's inputs within ±1 (share, trained)"
-    found.append(decide(claim, bare, at_least=LINEAR))
+    yield decide(claim, bare, at_least=LINEAR)
     claim = "gain and bias take a sigmoid's inputs out of ±1 (loss of share, trained)"
-    found.append(decide(claim, bare - end("linear", "batch"), at_least=LEAVES))
+    yield decide(claim, bare - end("linear", "batch"), at_least=LEAVES)
     first = [end("first_loss", name, step=0) for name in ("none", "batch, from the identity")]
     claim = "batch norm with g = √(var + ε), b = mean is the net without a norm (change of loss)"
-    found.append(decide(claim, np.abs(first[1] / first[0] - 1), at_most=SAME))
+    yield decide(claim, np.abs(first[1] / first[0] - 1), at_most=SAME)
     last = [end("train_loss", name) for name in ("none", "batch, from the identity")]
     claim = "from the same function, batch norm ends lower (training loss without, over with)"
-    found.append(decide(claim, last[0] / last[1], at_least=LOWER, geometric=True))
+    yield decide(claim, last[0] / last[1], at_least=LOWER, geometric=True)
     claim = "batch norm's normalized activations are far from white (distance, trained)"
-    found.append(decide(claim, end("from_white", "batch"), at_least=WHITE))
-    return tuple(found)
+    yield decide(claim, end("from_white", "batch"), at_least=WHITE)
 
 
-def figure(records: Sequence[Record]) -> Figure:
+def figure(records: Records) -> Figure:
     """The loss, the share in the linear range, and the distance from white, against steps."""
     picture, grid = draw.canvas(3, width=3.7)
-    shown = select(records, kind="evaluation")
-    for axes, key, label in zip(
-        grid,
-        ("first_loss", "linear", "from_white"),
-        ("loss on the first batch (nats)", "share of inputs within ±1", "distance from white"),
-        strict=True,
-    ):
+    shown = records.where(kind="evaluation")
+    labels = {
+        "first_loss": "loss on the first batch (nats)",
+        "linear": "share of inputs within ±1",
+        "from_white": "distance from white",
+    }
+    for axes, (key, label) in zip(grid, labels.items(), strict=True):
         draw.over_steps(axes, shown, key, by="condition")
         axes.set(ylabel=label)
     draw.log_y(grid[0])
     draw.threshold(grid[1], LINEAR)
     draw.threshold(grid[2], WHITE)
-    draw.legend(picture, grid[0])
+    draw.legend(picture)
     return picture

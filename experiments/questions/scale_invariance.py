@@ -20,7 +20,7 @@ Command: python -m experiments run scale_invariance
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -33,18 +33,7 @@ from matplotlib.figure import Figure
 import normlab as nl
 from normlab import instruments
 
-from ..engine import (
-    Condition,
-    Config,
-    Record,
-    Verdict,
-    by_seed,
-    dataset,
-    decide,
-    draw,
-    exact,
-    select,
-)
+from ..engine import Condition, Config, Record, Records, Verdict, dataset, decide, draw, exact
 from ..engine.devices import relative
 from ..training.trainer import minibatches, stretches
 
@@ -169,69 +158,44 @@ def advance(
     return lax.scan(step, params, (x, y))
 
 
-def slope(records: Sequence[Record]) -> list[float]:
-    """The slope of the logarithm of the first step's turn by that of c, of each seed."""
-    first = [r for r in records if r["turn"] is not None]
-    found = []
-    for seed in sorted({r["seed"] for r in first}):
-        mine = select(first, seed=seed)
-        c, turns = (np.log([r[key] for r in mine]) for key in ("scale", "turn"))
-        found.append(round(float(np.polyfit(c, turns, 1)[0]), 9))
-    return found
+def slope(records: Records) -> float:
+    """The slope of the logarithm of the first step's turn by that of c."""
+    first = records.where(lambda r: r["turn"] is not None)
+    c, turns = (np.log([r[key] for r in first]) for key in ("scale", "turn"))
+    return round(float(np.polyfit(c, turns, 1)[0]), 9)
 
 
-def verdict(records: Sequence[Record]) -> tuple[Verdict, ...]:
+def verdict(records: Records) -> Iterator[Verdict]:
     """The trajectory in function space, and how far a step turns the weights."""
-    adjusted, unchanged = (select(records, condition=c) for c in ("adjusted", "unchanged"))
-    last = max(r["step"] for r in records)
-    scales = sorted({r["scale"] for r in records} - {1.0})
-    seeds = sorted({r["seed"] for r in records})
-    worst = [max(r["gap"] for r in select(adjusted, seed=seed)) for seed in seeds]
-    ends = [by_seed(unchanged, "gap", scale=c, step=last) for c in scales]
-    return (
-        decide(
-            f"(c·w, c²·lr, λ/c²): the same function through {last} steps (relative difference)",
-            worst,
-            at_most=SAME,
-            geometric=True,
-        ),
-        decide(
-            f"(c·w, lr, λ): another function after {last} steps (relative difference)",
-            np.min(ends, axis=0),
-            at_least=OTHER,
-            geometric=True,
-        ),
-        decide(
-            "(c·w, lr, λ): a step turns the weights 1/c² as far (slope of the logarithms)",
-            slope(unchanged),
-            at_least=-2 - SLOPE,
-            at_most=-2 + SLOPE,
-        ),
-        decide(
-            "(c·w, c²·lr, λ/c²): a step turns them as far as at c = 1 (slope of the logarithms)",
-            slope(adjusted),
-            at_least=-SLOPE,
-            at_most=SLOPE,
-        ),
-    )
+    adjusted, unchanged = (records.where(condition=c) for c in ("adjusted", "unchanged"))
+    last = max(records.values("step"))
+    claim = f"(c·w, c²·lr, λ/c²): the same function through {last} steps (relative difference)"
+    yield decide(claim, adjusted.by_seed("gap", of=max), at_most=SAME, geometric=True)
+    ends = unchanged.where(lambda r: r["scale"] != 1, step=last).by_seed("gap", of=min)
+    claim = f"(c·w, lr, λ): another function after {last} steps (relative difference)"
+    yield decide(claim, ends, at_least=OTHER, geometric=True)
+    claim = "(c·w, lr, λ): a step turns the weights 1/c² as far (slope of the logarithms)"
+    found = unchanged.each_seed(slope)
+    yield decide(claim, found, at_least=-2 - SLOPE, at_most=-2 + SLOPE)
+    claim = "(c·w, c²·lr, λ/c²): a step turns them as far as at c = 1 (slope of the logarithms)"
+    yield decide(claim, adjusted.each_seed(slope), at_least=-SLOPE, at_most=SLOPE)
 
 
-def figure(records: Sequence[Record]) -> Figure:
+def figure(records: Records) -> Figure:
     """The loss and the distance from c = 1 over the steps, and the turn against c."""
     picture, (left, middle, right) = draw.canvas(3, width=4)
     lines = {"adjusted": "-", "unchanged": "--"}
     for name, ls in lines.items():
-        mine = select(records, condition=name)
-        shown = [r | {"c": f"c = {r['scale']:g}, {name}"} for r in mine]
-        scales = sorted({r["scale"] for r in mine})
+        mine = records.where(condition=name)
+        shown = Records(r | {"c": f"c = {r['scale']:g}, {name}"} for r in mine)
+        scales = sorted(mine.values("scale"))
         for c, style in draw.styles(scales).items():
             if c not in ((1.0, scales[-1]) if name == "adjusted" else set(scales) - {1.0}):
                 continue  # the lines of all adjusted nets are one
             look = {"ls": ls, "color": style["color"]}
-            here = select(shown, scale=c)
-            draw.over_steps(left, [r for r in here if r["step"] > 1], "loss", by="c", **look)
-            away = [r for r in here if r["step"] > 1 and r["gap"] > 0]
-            draw.over_steps(middle, away, "gap", by="c", **look)
+            here = shown.where(lambda r: r["step"] > 1, scale=c)
+            draw.over_steps(left, here, "loss", by="c", **look)
+            draw.over_steps(middle, here.where(lambda r: r["gap"] > 0), "gap", by="c", **look)
         draw.against(right, mine, "scale", "turn", by="condition", ls=ls)
     draw.threshold(middle, SAME)
     left.set(ylabel="training loss (nats)", title="the loss")
@@ -239,6 +203,5 @@ def figure(records: Sequence[Record]) -> Figure:
     right.set(xscale="log", yscale="log", xlabel="c", ylabel="tangent of the first step's angle")
     right.set_title("the effective rate")
     right.legend(frameon=False)
-    handles = left.get_legend_handles_labels()
-    picture.legend(*handles, loc="outside lower center", ncols=4, frameon=False)
+    draw.legend(picture)
     return picture

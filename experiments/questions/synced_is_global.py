@@ -18,20 +18,20 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import matplotlib.pyplot as plt
 import numpy as np
 from jax import lax
 from matplotlib.figure import Figure
 
 import normlab as nl
 from normlab import instruments
+from normlab.site import Params, State
 
-from .. import figures
-from ..engine import Condition, Record, Verdict, by_seed, decide, exact, number
+from ..engine import Condition, Record, Records, Verdict, decide, draw, exact, number
 from ..engine.devices import FIRST_STEPS, Config, Lab, relative
 from ..training.trainer import AXIS, FORMS, Form
 
@@ -61,8 +61,8 @@ def norm(name: str, axis_name: nl.devices.AxisName | None) -> nl.Norm:
     axis = nl.Sync(axis_name).names if isinstance(axis_name, str) else ()
 
     def parts(
-        params: nl.Params, state: nl.State, site: nl.Site, *, train: bool
-    ) -> tuple[nl.Parts, nl.State]:
+        params: Params, state: State, site: nl.Site, *, train: bool
+    ) -> tuple[nl.Parts, State]:
         if not train:
             return inner.parts(params, state, site, train=False)
         own = nl.moments(site.a, range(site.a.ndim - 1))
@@ -151,30 +151,18 @@ def training(config: Config, dtype: str) -> Iterator[Record]:
                 }
 
 
-def verdict(records: Sequence[Record]) -> tuple[Verdict, ...]:
+def verdict(records: Records) -> Iterator[Verdict]:
     """Each type and pass: synced passes, averaged variances do not."""
-    found = []
     for name in NORMS:
         for dtype in LAYER:
             for which in PASSES:
-                # The worse form counts.
-                errors = np.max(
-                    [
-                        by_seed(
-                            records,
-                            "error",
-                            **{"condition": name, "dtype": dtype, "form": form, "pass": which},
-                        )
-                        for form in FORMS
-                    ],
-                    axis=0,
-                )
-                found.append(_decide(name, f"{dtype}, {which}", errors, LAYER[dtype]))
-            worst = by_seed(records, "worst", kind="training", condition=name, dtype=dtype)
-            steps = max(r["step"] for r in records if r["kind"] == "training")
+                wanted: dict[str, Any] = {"condition": name, "dtype": dtype, "pass": which}
+                errors = records.by_seed("error", of=max, **wanted)  # the worse form counts
+                yield _decide(name, f"{dtype}, {which}", errors, LAYER[dtype])
+            worst = records.by_seed("worst", kind="training", condition=name, dtype=dtype)
+            steps = max(records.where(kind="training").values("step"))
             said = f"{dtype}, losses of {steps} steps"
-            found.append(_decide(name, said, worst, TRAINING[dtype]))
-    return tuple(found)
+            yield _decide(name, said, worst, TRAINING[dtype])
 
 
 def _decide(name: str, what: str, errors: np.ndarray, threshold: float) -> Verdict:
@@ -185,20 +173,16 @@ def _decide(name: str, what: str, errors: np.ndarray, threshold: float) -> Verdi
     return decide(claim, errors, at_least=threshold, unit="relative", geometric=True)
 
 
-def figure(records: Sequence[Record]) -> Figure:
+def figure(records: Records) -> Figure:
     """The errors of a layer, and the difference of the losses over the steps."""
-    picture, (left, right) = plt.subplots(1, 2, figsize=(10, 4.2), layout="constrained")
-    styles = figures.palette([f"{name}, {dtype}" for name in NORMS for dtype in LAYER])
+    picture, (left, right) = draw.canvas(2, width=5, height=4.2)
+    styles = draw.styles([f"{name}, {dtype}" for name in NORMS for dtype in LAYER])
     columns = [(dtype, which) for dtype in LAYER for which in PASSES]
     tiny = np.finfo(np.float64).eps / 2
     for at, (dtype, which) in enumerate(columns):
         for name in NORMS:
-            chosen = [
-                r
-                for r in records
-                if r["kind"] == "layer"
-                and (r["condition"], r["dtype"], r["pass"]) == (name, dtype, which)
-            ]
+            wanted = {"kind": "layer", "condition": name, "dtype": dtype, "pass": which}
+            chosen = records.where(**wanted)
             style = {**styles[f"{name}, {dtype}"], "ls": ""}
             left.plot([at] * len(chosen), [max(r["error"], tiny) for r in chosen], **style)
         left.plot([at - 0.4, at + 0.4], [LAYER[dtype]] * 2, color="grey", lw=1, ls=":")
@@ -206,19 +190,13 @@ def figure(records: Sequence[Record]) -> Figure:
     left.set(yscale="log", ylabel="largest error, relative", title="one layer")
     for name in NORMS:
         for dtype in LAYER:
-            here = [
-                r
-                for r in records
-                if r["kind"] == "training" and (r["condition"], r["dtype"]) == (name, dtype)
-            ]
-            steps, values = figures.series(here, "gap")
-            worst = np.maximum(values.max(axis=1), tiny)
+            here = records.where(kind="training", condition=name, dtype=dtype)
+            steps = here.values("step")
+            worst = [max(tiny, *here.where(step=step).values("gap")) for step in steps]
             label = f"{name}, {dtype}"
             right.plot(steps, worst, label=label, **{**styles[label], "marker": ""})
     right.set(yscale="log", xlabel="optimizer step", ylabel="difference of the loss, relative")
     right.set_title("training, the worst seed")
-    for axes in (left, right):
-        axes.grid(alpha=0.3, lw=0.5)
-    picture.legend(*right.get_legend_handles_labels(), loc="outside lower center", ncols=2)
+    draw.legend(picture, right)
     picture.suptitle("D devices against one with the whole batch; dotted: threshold", fontsize=10)
     return picture

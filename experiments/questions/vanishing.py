@@ -25,7 +25,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -37,7 +37,7 @@ from matplotlib.figure import Figure
 
 import normlab as nl
 
-from ..engine import Condition, Config, Record, Verdict, by_seed, dataset, decide, draw, exact
+from ..engine import Condition, Config, Record, Records, Verdict, dataset, decide, draw, exact
 from ..training.trainer import DeviceData
 
 VANISHES = 0.5
@@ -146,48 +146,41 @@ def gradients(
     )
 
 
-def verdict(records: Sequence[Record]) -> tuple[Verdict, ...]:
+def verdict(records: Records) -> Iterator[Verdict]:
     """What vanishes, what keeps it in range, and that an activation only shrinks it."""
     low, high = RANGE
-    found = []
 
     def factor(activation: str, norm: str, gain: str = "1") -> np.ndarray:
-        return by_seed(records, "factor", activation=activation, norm=norm, gain=gain)
+        return records.by_seed("factor", activation=activation, norm=norm, gain=gain)
 
     for activation in SLOPES:
         claim = f"{activation} without a norm: the gradient vanishes with depth (factor per layer)"
-        found.append(decide(claim, factor(activation, "none"), at_most=VANISHES, geometric=True))
+        yield decide(claim, factor(activation, "none"), at_most=VANISHES, geometric=True)
     settings = [(activation, "1", "") for activation in F]
     for activation, gain, said in (*settings, ("tanh", "large", ", large weights")):
-        for norm in dict.fromkeys(r["norm"] for r in records if r["norm"] != "none"):
+        for norm in records.where(lambda r: r["norm"] != "none").values("norm"):
             claim = f"{activation} with {norm} norm{said}: the gradient stays in range "
-            effects = factor(activation, norm, gain)
             claim += "(factor per layer)"
-            found.append(decide(claim, effects, at_least=low, at_most=high, geometric=True))
+            effects = factor(activation, norm, gain)
+            yield decide(claim, effects, at_least=low, at_most=high, geometric=True)
     claim = "ReLU without a norm, He's start: the gradient stays in range (factor per layer)"
     effects = factor("ReLU", "none", "He")
-    found.append(decide(claim, effects, at_least=low, at_most=high, geometric=True))
+    yield decide(claim, effects, at_least=low, at_most=high, geometric=True)
     for activation, slope in SLOPES.items():
-        here = [r for r in records if r["activation"] == activation]
-        largest = [
-            max(r["activation_factor"] for r in here if r["seed"] == seed)
-            for seed in sorted({r["seed"] for r in here})
-        ]
+        largest = records.by_seed("activation_factor", of=max, activation=activation)
         claim = f"{activation} by itself never makes a gradient grow (largest factor in a layer)"
-        found.append(decide(claim, largest, at_most=slope))
+        yield decide(claim, largest, at_most=slope)
     claim = "tanh without a norm, large weights: the gradient grows, saturated (factor per layer)"
-    found.append(decide(claim, factor("tanh", "none", "large"), at_least=high, geometric=True))
-    return tuple(found)
+    yield decide(claim, factor("tanh", "none", "large"), at_least=high, geometric=True)
 
 
-def figure(records: Sequence[Record]) -> Figure:
+def figure(records: Records) -> Figure:
     """The gradient of each layer, relative to the last one's, by activation."""
-    picture, grid = draw.canvas(3, width=3.6)
-    for axes, activation in zip(grid, F, strict=True):
-        here = [r for r in records if r["activation"] == activation]
-        for norm, style in draw.styles(dict.fromkeys(r["norm"] for r in here)).items():
+    picture, panels = draw.panels(records, "activation", width=3.6)
+    for axes, activation, here in panels:
+        for norm, style in draw.styles(here.values("norm")).items():
             for gain, line in (("1", "-"), ("He", "--"), ("large", ":")):
-                rows = [r["norms"] for r in here if (r["norm"], r["gain"]) == (norm, gain)]
+                rows = [r["norms"] for r in here.where(norm=norm, gain=gain)]
                 if norm == "none" or gain == "1":
                     values = np.median([np.array(v) / v[-1] for v in rows], axis=0)
                     label = norm if gain == "1" else f"{norm}, gain {gain}"
@@ -195,5 +188,5 @@ def figure(records: Sequence[Record]) -> Figure:
                     axes.plot(layers, values, **{**style, "ls": line, "markevery": 5}, label=label)
         draw.log_y(axes)
         axes.set(title=activation, xlabel="layer", ylabel="‖gradient‖ / the last layer's")
-    draw.legend(picture, grid[0])
+    draw.legend(picture)
     return picture

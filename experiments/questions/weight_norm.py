@@ -18,7 +18,7 @@ Command: python -m experiments run weight_norm
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -32,7 +32,7 @@ import normlab as nl
 
 from .. import models
 from ..data import Dataset
-from ..engine import Condition, Config, Record, Verdict, by_seed, dataset, decide, draw, exact
+from ..engine import Condition, Config, Record, Records, Verdict, dataset, decide, draw, exact
 from ..training.trainer import DeviceData, minibatches
 
 ROUNDING = 1e-8
@@ -166,27 +166,25 @@ def unit_lengths(params: Any) -> Array:
     return jnp.stack([jnp.linalg.norm(params[layer]["kernel"], axis=0) for layer in LAYERS])
 
 
-def verdict(records: Sequence[Record]) -> tuple[Verdict, ...]:
+def verdict(records: Records) -> Iterator[Verdict]:
     """Each equation."""
     claims = (
         ("autodiff finds the paper's gradients of g and v (relative difference)", "gradients"),
         ("the gradient of v is orthogonal to v (cosine)", "cosine"),
         ("a step of SGD makes ‖v‖ √(1 + c²) times as long (relative difference)", "length"),
     )
-    found = [
-        decide(f"weight norm: {claim}", by_seed(records, key), at_most=ROUNDING, geometric=True)
-        for claim, key in claims
-    ]
+    for claim, key in claims:
+        claim = f"weight norm: {claim}"
+        yield decide(claim, records.by_seed(key), at_most=ROUNDING, geometric=True)
     claim = "weight norm: no unit's ‖v‖ falls in any step of SGD (largest relative fall)"
-    found.append(decide(claim, by_seed(records, "fall"), at_most=FALL))
+    yield decide(claim, records.by_seed("fall"), at_most=FALL)
     claim = "weight norm: after its start every unit has mean 0 on that batch (largest |mean|)"
-    found.append(decide(claim, by_seed(records, "mean"), at_most=MEAN, geometric=True))
+    yield decide(claim, records.by_seed("mean"), at_most=MEAN, geometric=True)
     claim = "weight norm: after its start every unit has deviation 1 (largest |sd − 1|)"
-    found.append(decide(claim, by_seed(records, "spread"), at_most=SPREAD, geometric=True))
-    return tuple(found)
+    yield decide(claim, records.by_seed("spread"), at_most=SPREAD, geometric=True)
 
 
-def figure(records: Sequence[Record]) -> Figure:
+def figure(records: Records) -> Figure:
     """How far each equation is off, and the lengths over training."""
     picture, (left, right) = draw.canvas(2)
     limits = {
@@ -196,12 +194,12 @@ def figure(records: Sequence[Record]) -> Figure:
         "|mean|": ("mean", MEAN),
         "|sd − 1|": ("spread", SPREAD),
     }
-    draw.columns(left, {name: [*by_seed(records, key)] for name, (key, _) in limits.items()})
+    draw.columns(left, {name: records.by_seed(key) for name, (key, _) in limits.items()})
     for at, (_, limit) in enumerate(limits.values()):
         left.plot([at - 0.3, at + 0.4], [limit, limit], color="grey", lw=1, ls=":")
     draw.log_y(left)
     left.set(ylabel="relative error", title="off by (dotted: the threshold)")
-    draw.over_steps(right, [r for r in records if r["kind"] == "length"], "longer", by="layer")
+    draw.over_steps(right, records.where(kind="length"), "longer", by="layer")
     right.set(ylabel="‖v‖ / ‖v‖ at the start, median unit", title="plain SGD")
     right.legend(frameon=False)
     return picture

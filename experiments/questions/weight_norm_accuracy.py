@@ -18,28 +18,16 @@ Command: python -m experiments run weight_norm_accuracy
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import jax.numpy as jnp
 import numpy as np
 from matplotlib.figure import Figure
 
 import normlab as nl
+from normlab.site import Params, State
 
-from ..engine import (
-    Condition,
-    Config,
-    Record,
-    Verdict,
-    accuracy,
-    decide,
-    draw,
-    lanes,
-    last,
-    learn,
-    select,
-    tuned,
-)
+from ..engine import Condition, Config, Records, Verdict, decide, draw, lanes, learn
 
 EQUAL = 0.5
 """Points of test accuracy that weight norm may be off the plain net, either way."""
@@ -91,14 +79,14 @@ def mean_only() -> nl.Norm:
     """Weight norm with mean-only batch norm: μ of the batch, σ = ‖w‖."""
     batch, weight = nl.get("batch"), nl.get("weight", data_init=True)
 
-    def init(site: nl.Site) -> tuple[nl.Params, nl.State]:
+    def init(site: nl.Site) -> tuple[Params, State]:
         params = weight.init(site)[0]
         params = params._replace(b=jnp.zeros_like(params.b))  # the batch's mean is taken off
         return params, batch.parts(params, batch.init(site)[1], site, train=True)[1]
 
     def parts(
-        params: nl.Params, state: nl.State, site: nl.Site, *, train: bool
-    ) -> tuple[nl.Parts, nl.State]:
+        params: Params, state: State, site: nl.Site, *, train: bool
+    ) -> tuple[nl.Parts, State]:
         measured, state = batch.parts(params, state, site, train=train)
         own, _ = weight.parts(params, (), site, train=train)
         return own._replace(mu=measured.mu), state
@@ -106,35 +94,32 @@ def mean_only() -> nl.Norm:
     return nl.Norm(init, parts)
 
 
-def best(records: Sequence[Record], norm: str) -> np.ndarray:
+def best(records: Records, norm: str) -> np.ndarray:
     """The accuracy of each seed at the norm's best rate."""
-    return accuracy(tuned(select(records, norm=norm)))
+    return records.where(norm=norm).tuned().accuracy()
 
 
-def verdict(records: Sequence[Record]) -> tuple[Verdict, ...]:
+def verdict(records: Records) -> Iterator[Verdict]:
     """The paper's order."""
     none, weight, batch = (best(records, norm) for norm in ("none", "weight", "batch"))
     both = best(records, "mean-only batch")
     claim = "weight norm ends as accurate as no norm"
-    found = [decide(claim, weight - none, at_least=-EQUAL, at_most=EQUAL, unit="points")]
+    yield decide(claim, weight - none, at_least=-EQUAL, at_most=EQUAL, unit="points")
     for claim, gain in (
         ("batch norm ends more accurate than no norm", batch - none),
         ("weight norm with mean-only batch norm ends more accurate than batch norm", both - batch),
     ):
-        found.append(decide(claim, gain, at_least=BETTER, unit="points"))
-    return tuple(found)
+        yield decide(claim, gain, at_least=BETTER, unit="points")
 
 
-def figure(records: Sequence[Record]) -> Figure:
+def figure(records: Records) -> Figure:
     """The error at the end: at each norm's best rate, and against the rate."""
     picture, (left, right) = draw.canvas(2)
-    norms = dict.fromkeys(r["norm"] for r in records)
-    draw.columns(left, {norm: [*(100 - best(records, norm))] for norm in norms})
+    norms = records.values("norm")
+    draw.columns(left, {norm: 100 - best(records, norm) for norm in norms})
     left.set(ylabel="test error (%)", title="at the best rate: seeds, mean, 95% interval")
-    draw.against(right, last(records), "lr", draw.test_error)
+    draw.against(right, records.last(), "lr", draw.test_error)
     right.set(xscale="log", xlabel="learning rate", ylabel="test error (%)", title="by rate")
-    rates = sorted({r["lr"] for r in records})
-    right.set_xticks(rates, [f"{lr:g}" for lr in rates])
-    right.set_xticks([], minor=True)
+    draw.ticks(right, records.values("lr"))
     draw.legend(picture, right)
     return picture

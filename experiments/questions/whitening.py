@@ -21,8 +21,8 @@ Command: python -m experiments run whitening
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, cast
+from collections.abc import Callable, Iterator
+from typing import cast
 
 import jax
 import numpy as np
@@ -37,18 +37,14 @@ from ..engine import (
     Condition,
     Config,
     Record,
+    Records,
     Verdict,
-    accuracy,
-    by_seed,
     dataset,
     decide,
     draw,
     exact,
     lanes,
     learn,
-    select,
-    share_of_steps,
-    tuned,
 )
 
 WHITE = 1.1
@@ -165,53 +161,44 @@ def conditions(config: Whiten) -> Iterator[Record]:
             yield {"kind": "condition", "method": name, "seed": seed, "number": number}
 
 
-def best(records: Sequence[Record], **wanted: Any) -> dict[str, Any]:
-    """What to select for the rate that ends most accurate."""
-    return {"lr": tuned(select(records, **wanted))[0]["lr"], **wanted}
-
-
-def verdict(records: Sequence[Record]) -> tuple[Verdict, ...]:
+def verdict(records: Records) -> Iterator[Verdict]:
     """Conditioning, speed, and what mixed scales cost."""
-    found = []
     for name in ("minmax", "zscore"):
         claim = f"{name} leaves the data ill conditioned (condition number)"
-        numbers = by_seed(records, "number", method=name)
-        found.append(decide(claim, numbers, at_least=COLOURED, geometric=True))
+        numbers = records.by_seed("number", method=name)
+        yield decide(claim, numbers, at_least=COLOURED, geometric=True)
     for name in ("pca", "zca"):
         claim = f"{name} whitens: no direction varies more than another (condition number)"
-        numbers = by_seed(records, "number", method=name)
-        found.append(decide(claim, numbers, at_most=WHITE, geometric=True))
+        numbers = records.by_seed("number", method=name)
+        yield decide(claim, numbers, at_most=WHITE, geometric=True)
+    best = records.at_best_rate("data", "norm")
     for norm in ("none", "batch"):
         words = "no norm" if norm == "none" else "batch norm"
         for name in METHODS[1:]:
             claim = f"{words}: from {name} data {TARGET:.0%} takes fewer steps than from min-max "
-            here, minmax = (best(records, data=d, norm=norm) for d in (name, "minmax"))
-            share = share_of_steps(records, TARGET, here, minmax)
-            found.append(decide(claim + "data (as a share)", share, at_most=SPEED))
+            here, minmax = ({"data": d, "norm": norm} for d in (name, "minmax"))
+            share = best.share_of_steps(TARGET, here, minmax)
+            yield decide(claim + "data (as a share)", share, at_most=SPEED)
     lost = {
-        norm: accuracy(records, **best(records, data="minmax", norm=norm))
-        - accuracy(records, **best(records, data="mixed", norm=norm))
+        norm: best.accuracy(data="minmax", norm=norm) - best.accuracy(data="mixed", norm=norm)
         for norm in ("none", "batch")
     }
     claim = "no norm: features of 0–1 beside 0–1000 cost accuracy at the best of all rates"
-    found.append(decide(claim, lost["none"], at_least=LOSS, unit="points"))
+    yield decide(claim, lost["none"], at_least=LOSS, unit="points")
     claim = "batch norm on the first layer repairs features of 0–1 beside 0–1000 (what they cost)"
-    found.append(decide(claim, lost["batch"], at_most=REPAIRED, unit="points"))
-    return tuple(found)
+    yield decide(claim, lost["batch"], at_most=REPAIRED, unit="points")
 
 
-def figure(records: Sequence[Record]) -> Figure:
+def figure(records: Records) -> Figure:
     """Condition numbers, and the error against steps at the best rate."""
     picture, (left, *rest) = draw.canvas(3, width=3.7)
     names = (*METHODS, "mixed")
-    draw.columns(left, {name: [*by_seed(records, "number", method=name)] for name in names})
+    draw.columns(left, {name: records.by_seed("number", method=name) for name in names})
     draw.log_y(left)
     left.set(ylabel="condition number of the covariance", title="the data")
+    best = records.at_best_rate("data", "norm").trained()
     for axes, norm in zip(rest, ("none", "batch"), strict=True):
-        shown = []
-        for name in names:
-            shown += select(records, **best(records, data=name, norm=norm))
-        draw.over_steps(axes, [r for r in shown if r["step"] > 0], draw.test_error, by="data")
+        draw.over_steps(axes, best.where(norm=norm), draw.test_error, by="data")
         draw.threshold(axes, 100 * (1 - TARGET))
         draw.log_y(axes)
         axes.set(ylabel="test error (%)", title=f"{norm}, at the best rate")

@@ -19,9 +19,8 @@ from __future__ import annotations
 from typing import Any
 
 import normlab as nl
-from normlab._checks import nearest
 
-from ..rundir import RunError
+from ..rundir import RunError, nearest
 
 TOPOLOGIES = ("local", "all", "inner", "groups", "ring", "virtual")
 WORDS = (*TOPOLOGIES, "ghost", "staged", "every", "gradient")

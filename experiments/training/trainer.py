@@ -360,14 +360,15 @@ def on_devices(
 
     Args:
       form: A `Form`.
-      mesh: The devices, along `AXIS`.
+      mesh: The devices; of `pmap`, along one axis.
       f: Takes and returns what one device holds.
       in_axes: For each argument 0, if it is `[devices, ...]`, or `None`, if all devices see all.
       donate: The arguments whose buffers are reused.
     """
     if form == "pmap":
-        devices = mesh.devices.tolist()
-        return jax.pmap(f, AXIS, in_axes=in_axes, devices=devices, donate_argnums=donate)
+        devices = mesh.devices.ravel().tolist()
+        [axis] = mesh.axis_names
+        return jax.pmap(f, axis, in_axes=in_axes, devices=devices, donate_argnums=donate)
 
     def body(*args: Any) -> Any:
         own = [
@@ -376,8 +377,9 @@ def on_devices(
         ]
         return jax.tree.map(lambda v: v[None], f(*own))
 
-    specs = tuple(P() if axis is None else P(AXIS) for axis in in_axes)
-    mapped = jax.shard_map(body, mesh=mesh, in_specs=specs, out_specs=P(AXIS))
+    split = P(mesh.axis_names)
+    specs = tuple(P() if axis is None else split for axis in in_axes)
+    mapped = jax.shard_map(body, mesh=mesh, in_specs=specs, out_specs=split)
     return jax.jit(mapped, donate_argnums=donate)
 
 

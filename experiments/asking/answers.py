@@ -1,0 +1,159 @@
+"""Questions asked at the terminal: a bar for each, and what it came to."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from .. import questions
+from ..engine.devices import forms_gap
+from ..engine.question import Config, Question
+from ..engine.verdict import Verdict
+from ..rundir import RunError
+from ..terminal import EXIT_INTERRUPTED, EXIT_MISSING, PROGRAM, console, errors, print_paths
+from .ask import Answer, ask
+from .pool import explain
+
+
+@dataclasses.dataclass(frozen=True)
+class Ask:
+    """What the commands have in common."""
+
+    names: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
+    """Which questions (`python -m experiments list`)."""
+
+    profile: Literal["quick", "full"] = "quick"
+    """Minutes on two cores, or the paper's protocol on a GPU."""
+
+    jobs: int | None = None
+    """Worker processes: by default one for each core, or one in the full profile. 0 works in this
+    process."""
+
+    again: bool = False
+    """Measure again what is finished. Without it a question is measured once for a config, a
+    version of the code and a checksum of the data."""
+
+    data_dir: Path | None = None
+    """Where prepared data sets are kept; by default $NORMLAB_DATA_DIR or data/."""
+
+    run_dir: Path | None = None
+    """Where the results go, a directory for each question in it. By default runs/questions."""
+
+    def __post_init__(self) -> None:
+        """Raises RunError for an unknown question, before any is run."""
+        for name in self.names:
+            if name not in questions.NAMES:
+                questions.require(name)
+        if self.jobs is not None and self.jobs < 0:
+            raise RunError(f"--jobs: got {self.jobs}; it must be 0 or more.")
+
+
+def answers(command: Ask, names: Sequence[str], rest: Sequence[str] = ()) -> Iterator[Answer]:
+    """Asks with a progress bar for each question and one for all."""
+    chosen, broken = [], []
+    for name in dict.fromkeys(names):
+        try:
+            question = questions.require(name)
+        except Exception as error:  # of the file; the other questions go on
+            why = explain(error, f"in the import of {name}")
+            broken.append(Answer(name, Config(dataset=""), None, failed=why))
+        else:
+            chosen.append((name, question, _config(command, question, name, rest)))
+    seconds = {name: question.SECONDS for name, question, _ in chosen}
+    columns = (
+        TextColumn("{task.description:>24}"),
+        BarColumn(),
+        TextColumn("{task.percentage:>3.0f}%"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(compact=True),
+    )
+    jobs = command.jobs
+    if jobs is None and command.profile == "full":
+        jobs = 1
+    with Progress(
+        *columns, console=errors, speed_estimate_period=600, refresh_per_second=2
+    ) as progress:
+        whole = progress.add_task("all questions", total=sum(seconds.values()))
+        bars = {n: progress.add_task(n, total=total, start=False) for n, total in seconds.items()}
+
+        def tell(name: str, share: float) -> None:
+            progress.start_task(bars[name])
+            progress.update(bars[name], completed=share * seconds[name])
+            done = sum(progress.tasks[bar].completed for bar in bars.values())
+            progress.update(whole, completed=done)
+
+        measured = ask(
+            chosen,
+            root=command.run_dir,
+            jobs=jobs,
+            pinned=command.profile == "quick",
+            again=command.again,
+            say=lambda text: progress.update(whole, description=text),
+            tell=tell,
+        )
+        try:
+            for answer in itertools.chain(broken, measured):
+                if answer.name in bars:
+                    tell(answer.name, 1.0)
+                    progress.update(bars[answer.name], visible=False)
+                if answer.failed:
+                    text = f"[bold red]{answer.name} has no answer:[/] {escape(answer.failed)}"
+                    errors.print(text, highlight=False, soft_wrap=True)
+                yield answer
+        except KeyboardInterrupt:
+            same = "the same command without --again" if command.again else "the same command"
+            text = f"[yellow]interrupted:[/] what was measured is kept; {same} goes on."
+            errors.print(text, soft_wrap=True)
+            raise SystemExit(EXIT_INTERRUPTED) from None
+
+
+def _config(command: Ask, question: Question, name: str, rest: Sequence[str]) -> Config:
+    config = question.QUICK if command.profile == "quick" else question.FULL
+    config = dataclasses.replace(config, data_dir=command.data_dir)
+    if not rest:
+        return config
+    return tyro.cli(
+        type(config),
+        default=config,
+        args=list(rest),
+        prog=f"{PROGRAM} run {name} --",
+        config=(tyro.conf.OmitArgPrefixes,),
+    )
+
+
+def print_answer(answer: Answer) -> None:
+    """The verdicts of a question and where its figure and its records are."""
+    result = Table("claim", "effect [95% interval]", "threshold", "verdict", title=answer.name)
+    for verdict in answer.verdicts:
+        result.add_row(escape(verdict.claim), *_judged(verdict))
+    seeds = {verdict.seeds for verdict in answer.verdicts}
+    gap = forms_gap(answer.records)
+    result.caption = f"mean and interval over {', '.join(map(str, sorted(seeds)))} seeds" + (
+        "" if gap is None else f"; pmap and shard_map differ by {gap:.1e}"
+    )
+    console.print(result)
+    for lane in answer.diverged:
+        console.print(f"{'diverged':>12}  {lane}", highlight=False, markup=False)
+    print_paths({"run": answer.path})
+
+
+def _judged(v: Verdict) -> tuple[str, str, str]:
+    bounds = f"≥ {v.at_least:g}" if v.at_least > -math.inf else ""
+    if v.at_most < math.inf:
+        bounds += f"{', ' if bounds else ''}≤ {v.at_most:g}"
+    unit = f" {v.unit}" if v.unit else ""
+    return f"{v.effect:.3g}{unit} [{v.low:.3g}, {v.high:.3g}]", bounds, v.decision
+
+
+def status(answers: Sequence[Answer]) -> int:
+    """The exit status: whether every question has an answer."""
+    return EXIT_MISSING if any(answer.failed for answer in answers) else 0

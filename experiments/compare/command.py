@@ -1,0 +1,103 @@
+"""The command `compare`: one network under several norms."""
+
+from __future__ import annotations
+
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+
+from ..rundir import RunError
+from ..terminal import EXIT_INTERRUPTED, console, errors, print_paths, report
+from .comparison import Compare, Comparison
+
+__all__ = ["Compare", "run"]
+
+
+def run(config: Compare) -> int:
+    """Runs a comparison with progress bars, then prints the table and the paths."""
+    with errors.status("starting") as status:
+        comparison = Comparison(config, say=lambda text: status.update(f"{text} …"))
+    exit_status = 0
+    columns = (
+        TextColumn("{task.description:>14}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[result]}"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    try:
+        with Progress(*columns, console=errors) as progress:
+            whole = progress.add_task(
+                "all norms", total=config.steps * len(comparison.lanes), result=" " * 28
+            )
+            bars = {
+                lane.name: progress.add_task(lane.name, total=config.steps, result="")
+                for lane in comparison.lanes
+            }
+            for turn in comparison.run():
+                result = f"loss {turn.loss:7.4f}  accuracy {turn.accuracy:6.2%}"
+                progress.update(bars[turn.norm], completed=turn.step, result=result)
+                done = sum(progress.tasks[bar].completed for bar in bars.values())
+                progress.update(whole, completed=done)
+    except KeyboardInterrupt:
+        exit_status = EXIT_INTERRUPTED
+        errors.print("[yellow]interrupted:[/] what was done follows, and is kept.")
+    except RunError as error:  # a disk that is full, say: the result is still worth a table
+        exit_status = report(error)
+    console.print(table(comparison))
+    for remark in remarks(comparison):
+        console.print(remark, highlight=False)
+    print_paths(comparison.finish())
+    return exit_status
+
+
+def table(comparison: Comparison) -> Table:
+    """The result, a row per norm."""
+    config = comparison.config
+    result = Table(title=f"{config.dataset}, {config.model}, {config.sync} statistics")
+    result.add_column("norm", overflow="fold")
+    for heading in (
+        "test accuracy %",
+        f"steps to {100 * config.target:g}%",
+        "ms per step",
+        "time in the norm",
+    ):
+        result.add_column(heading, justify="right", no_wrap=True)
+    for row in comparison.summary():
+        result.add_row(
+            row["norm"],
+            _spread(row["accuracy_mean"], row["accuracy_sd"]),
+            "–" if row["steps_to_target"] is None else f"{row['steps_to_target']:g}",
+            "–" if row["step_ms"] is None else f"{row['step_ms']:.2f}",
+            "–" if row["norm_share"] is None else f"{row['norm_share']:.0%}",
+        )
+    result.caption = (
+        f"mean ± standard deviation over {config.seeds} seeds, or those that did not diverge; "
+        f"median steps and times. Measured every {config.steps / config.evaluations:g} steps. A "
+        "step trains all seeds. Time in the norm: 1 − (step without a norm / step with it)."
+    )
+    return result
+
+
+def remarks(comparison: Comparison) -> list[str]:
+    """What the table does not show: seeds that diverged, norms that were stopped early."""
+    said = []
+    for row in comparison.summary():
+        for seed, step in row["diverged"].items():
+            said.append(f"{row['norm']}: the loss of seed {seed} was not finite at step {step}")
+        if row["step"] < comparison.config.steps:
+            said.append(f"{row['norm']}: stopped after {row['step']} steps")
+    return said
+
+
+def _spread(mean: float | None, sd: float | None) -> str:
+    if mean is None:
+        return "–"
+    return f"{100 * mean:.2f}" + ("" if sd is None else f" ± {100 * sd:.2f}")

@@ -1,0 +1,113 @@
+"""Records: what was measured, and what verdicts and figures ask of it."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from ..rundir import Record
+
+
+class Records(list[Record]):
+    """What was measured, in the order of the measurements.
+
+    >>> records = Records({"lr": lr, "seed": s, "loss": lr + s} for s in (0, 1) for lr in (1, 0.2))
+    >>> records.where(lr=0.2).by_seed("loss").tolist()
+    [0.2, 1.2]
+    """
+
+    def where(self, so: Callable[[Record], bool] | None = None, /, **wanted: Any) -> Records:
+        """The records that say what is wanted, and of which `so` is true."""
+        found = Records(r for r in self if all(r.get(k) == v for k, v in wanted.items()))
+        return found if so is None else Records(filter(so, found))
+
+    def values(self, *keys: str) -> list[Any]:
+        """The different values of a key, or of several keys at once, as they come.
+
+        Records that lack one of them do not count.
+        """
+        found = dict.fromkeys(tuple(r[k] for k in keys) for r in self if r.keys() >= {*keys})
+        return list(found) if len(keys) > 1 else [value for (value,) in found]
+
+    def each_seed(self, f: Callable[[Records], Any]) -> np.ndarray:
+        """What `f` makes of the records of each seed."""
+        return np.array([f(self.where(seed=seed)) for seed in sorted(self.values("seed"))])
+
+    def trained(self) -> Records:
+        """The records of a net that has made a step, without those of its initialization."""
+        return Records(r for r in self if r.get("step", 0) > 0)
+
+    def last(self) -> Records:
+        """The record of the last evaluation of each net; a net is what stands before the `step`."""
+        found = {}
+        for record in self.where(kind="evaluation"):
+            labels = itertools.takewhile(lambda item: item[0] != "step", record.items())
+            found[tuple(labels)] = record
+        return Records(found.values())
+
+    def at_best_rate(self, *labels: str) -> Records:
+        """The evaluations of each setting of the labels, at its best rate.
+
+        The best is that of the largest test accuracy at the end, the mean over the seeds: a net
+        that is tuned at more rates has more to choose from.
+        """
+        found = Records()
+        for setting in dict.fromkeys(tuple(r[label] for label in labels) for r in self.last()):
+            here = self.where(kind="evaluation", **dict(zip(labels, setting, strict=True)))
+            best = max(sorted(here.values("lr")), key=lambda lr: here.accuracy(lr=lr).mean())
+            found += here.where(lr=best)
+        return found
+
+    def tuned(self, *labels: str) -> Records:
+        """The last evaluations of each setting of the labels, at its best rate."""
+        return self.at_best_rate(*labels).last()
+
+    def by_seed(
+        self, key: str, of: Callable[[list[Any]], float] = lambda found: found[-1], **wanted: Any
+    ) -> np.ndarray:
+        """The last value of `key` in each seed, of the records that say what is wanted.
+
+        Args:
+          key: Which value; null is NaN, and records without it do not count.
+          of: What is made of the values of a seed in the place of the last: `max`, `np.mean`, ….
+          **wanted: What the records say.
+        """
+        found: dict[int, list[Any]] = {}
+        for record in self.where(**wanted):
+            if key in record:
+                value = record[key]
+                found.setdefault(record["seed"], []).append(math.nan if value is None else value)
+        return np.array([of(found[seed]) for seed in sorted(found)])
+
+    def accuracy(self, condition: Any = None, **wanted: Any) -> np.ndarray:
+        """The test accuracy of each seed at the end, in percent: claims in points are about it."""
+        if condition is not None:
+            wanted["condition"] = condition
+        return 100 * self.by_seed("accuracy", kind="evaluation", **wanted)
+
+    def steps_to(self, target: float, **wanted: Any) -> np.ndarray:
+        """The first evaluation of each seed with the accuracy `target`; inf if none."""
+        first: dict[int, float] = {}
+        for record in self.where(kind="evaluation", **wanted):
+            seed, value = record["seed"], record["accuracy"]
+            first.setdefault(seed, math.inf)
+            if value is not None and value >= target:
+                first[seed] = min(first[seed], record["step"])
+        return np.array([first[seed] for seed in sorted(first)])
+
+    def share_of_steps(
+        self, target: float, mine: Mapping[str, Any], reference: Mapping[str, Any]
+    ) -> np.ndarray:
+        """The steps to the accuracy `target` over those of the reference, of each seed.
+
+        One that does not come there counts with its last step, so that the share is a bound; where
+        neither does it is NaN.
+        """
+        steps = [self.steps_to(target, **which) for which in (mine, reference)]
+        last = max(self.where(kind="evaluation").values("step"))
+        share = np.minimum(steps[0], last) / np.minimum(steps[1], last)
+        return np.where(np.isinf(steps[0]) & np.isinf(steps[1]), np.nan, share)

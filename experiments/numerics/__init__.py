@@ -1,0 +1,1 @@
+"""The tables of docs/numerics.md: errors of variances, and where ε breaks invariances."""

@@ -1,0 +1,93 @@
+"""The commands `train` and `launch`: one network, in one process or in many."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+from typing import Any
+
+import tyro
+from rich.markup import escape
+
+from ..data import DataError
+from ..rundir import RunError, shown
+from ..terminal import (
+    EXIT_INTERRUPTED,
+    EXIT_TERMINATED,
+    EXIT_USAGE,
+    PROGRAM,
+    console,
+    errors,
+    print_paths,
+    report,
+)
+from .launch import Launch, launch
+from .processes import EXIT_FAILED, leave, together
+from .train import Train, explain, train
+
+
+def run(config: Train | Launch) -> int:
+    """Trains, here or in processes that it starts."""
+    return train_here(config) if isinstance(config, Train) else launch_run(config)
+
+
+def train_here(config: Train) -> int:
+    """Trains in this process, alone or with others, and prints what came out."""
+    try:
+        with errors.status("starting") as status:
+            result = train(config, say=lambda text: status.update(f"{text} …"))
+    except KeyboardInterrupt:
+        errors.print("[yellow]interrupted:[/] the same command goes on from the last checkpoint.")
+        return leave(EXIT_INTERRUPTED) if together() else EXIT_INTERRUPTED
+    except Exception as error:
+        usage = isinstance(error, RunError | DataError)
+        if not together():
+            raise
+        return leave(EXIT_USAGE if usage else EXIT_FAILED, explain(error))
+    if result.process == 0:
+        conclude(result.path, result.step, result.summary)
+    if result.summary is None:
+        return EXIT_INTERRUPTED if result.signal == signal.SIGINT else EXIT_TERMINATED
+    return 0
+
+
+def launch_run(config: Launch) -> int:
+    """Trains in processes that Ray holds together, and prints what came out."""
+    options = (tyro.conf.OmitArgPrefixes,)
+    config_of_run = tyro.cli(
+        Train, prog=f"{PROGRAM} launch -- train", args=config.command[1:], config=options
+    )
+
+    def tell(text: str) -> None:
+        errors.print(f"[yellow]restarted:[/] {escape(text)}", highlight=False, soft_wrap=True)
+
+    with errors.status("starting") as status:
+        outcome = launch(config, config_of_run, lambda text: status.update(f"{text} …"), tell)
+    if outcome.failure:
+        failed = f"failed {outcome.restarts + 1} times, " if outcome.restarts else "failed: "
+        report(RunError(f"the run {failed}{outcome.failure}"))
+    conclude(outcome.path, outcome.step, outcome.summary)
+    if outcome.failure:
+        return EXIT_USAGE if outcome.usage else EXIT_FAILED
+    if outcome.summary is None:
+        return EXIT_INTERRUPTED if outcome.signal == signal.SIGINT else EXIT_TERMINATED
+    return 0
+
+
+def conclude(path: Path, step: int, summary: dict[str, Any] | None) -> None:
+    """Prints the result of a run, or how to go on with it."""
+    if summary is None:
+        errors.print(
+            f"[yellow]stopped[/] with a checkpoint of step {step}: the same command with "
+            f"--run-dir {escape(str(path))} goes on from it.",
+            highlight=False,
+            soft_wrap=True,
+        )
+        return
+    loss = shown(summary["test_loss"])
+    console.print(
+        f"step {step}: test loss {loss}, accuracy {summary['accuracy']:.2%}, on "
+        f"{summary['devices']} devices in {summary['processes']} processes",
+        highlight=False,
+    )
+    print_paths({"summary": path / "summary.json"})
