@@ -292,7 +292,8 @@ def _model(config: Ledger, name: str, sync: str, count: int) -> nn.Module:
     if _synced(name):
         mapped = config.mode != "jit"
         settings["axis_name"] = syncs.parse(sync, config.axes, count, mapped=mapped)
-    norm = _Named(*nl.get(name, **settings))
+    made = nl.get(name, **settings)
+    norm = _Named(made.init, made.parts, made.made)
     return models.build(config.model, norm, CLASSES, **options)
 
 
