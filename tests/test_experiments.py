@@ -1,7 +1,6 @@
 """The experiments: the trainer's numbers, the main job end to end, and what it refuses."""
 
 import json
-import os
 import resource
 import signal
 import subprocess
@@ -30,6 +29,7 @@ from experiments.training.trainer import (
     minibatches,
     stretches,
 )
+from tests.helpers import environment
 
 ROOT = Path(__file__).parent.parent
 TINY = ["--dataset", "digits", "--steps", "6", "--evaluations", "2", "--batch-size", "16"]
@@ -268,9 +268,9 @@ class TestCompare:
             assert row["accuracy_sd"] == pytest.approx(np.std(final, ddof=1))
         config = json.loads((out / "config.json").read_text())
         assert config["steps"] == 6
-        environment = json.loads((out / "environment.json").read_text())
-        assert environment["packages"]["jax"] == jax.__version__
-        assert environment["dataset"]["origin"].startswith("scikit-learn")
+        found = json.loads((out / "environment.json").read_text())
+        assert found["packages"]["jax"] == jax.__version__
+        assert found["dataset"]["origin"].startswith("scikit-learn")
         for name in ("curves", "parts"):
             assert (out / f"{name}.png").read_bytes().startswith(b"\x89PNG")
             assert b"<svg" in (out / f"{name}.svg").read_bytes()
@@ -442,13 +442,9 @@ class TestBadInput:
             *("--model", "mlp", "--norms", "none", "batch", "--steps", "200000"),
             *("--evaluations", "2000", "--devices", "1", "--run-dir", str(out)),
         ]
-        environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
-        # A process inherits that Ctrl-C is ignored, as a shell has it for what runs behind it (&).
-        before = signal.signal(signal.SIGINT, signal.default_int_handler)
         process = subprocess.Popen(
-            command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+            command, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT
         )
-        signal.signal(signal.SIGINT, before)
         try:
             metrics = out / "metrics.jsonl"
             deadline = time.monotonic() + 120
