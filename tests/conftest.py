@@ -70,6 +70,13 @@ def pytest_configure(config):
         shutil.rmtree(_cache(), ignore_errors=True)
 
 
+def pytest_collection_finish():
+    """Tracing makes millions of objects that are freed by themselves; the collector looks less."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 100)
+
+
 @pytest.fixture(scope="module", autouse=True)
 def forget():
     """Forgets the programs of a module: the collector would go over all of them again and again."""

@@ -27,6 +27,10 @@ def gap(actual, expected) -> float:
     return float(worst)
 
 
+# As users compile, where the tests compile without optimization: for what is a matter of rounding.
+optimized = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 3})
+
+
 def array(value, dtype=jnp.float32):
     """A jax array of the given type from anything."""
     return jnp.asarray(np.asarray(value), dtype)
