@@ -34,7 +34,7 @@ Say = Callable[[str], None]
 STALL = 60.0  # seconds without a new byte after which a download that had begun is given up
 SPOKEN = 32 * 1024  # bytes; fewer may be a client's own notes, more have come over the wire
 
-# sha256 of the published files, uncompressed. tests/test_data.py proves the two MNISTs against
+# sha256 of the published files, uncompressed. tests/experiments/test_data.py proves the two MNISTs against
 # the sums of the official gzip files that TFDS registers.
 _IDX = [f"{s}-{k}-ubyte" for s in ("train", "t10k") for k in ("images-idx3", "labels-idx1")]
 _MNIST = (

@@ -25,7 +25,7 @@ from experiments.training.checkpoints import Checkpoints
 from experiments.training.train import Program, Train, train
 from tests.helpers import environment
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 STEPS = 600
 TINY = ["--dataset", "digits", "--model", "mlp", "--batch-size", "32", "--steps", str(STEPS)]
 TINY += ["--log-every", "1", "--sync", "local"]

@@ -31,7 +31,7 @@ from experiments.training.trainer import (
 )
 from tests.helpers import environment
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 TINY = ["--dataset", "digits", "--steps", "6", "--evaluations", "2", "--batch-size", "16"]
 
 
@@ -506,7 +506,7 @@ def test_the_table_of_algorithms_shows_which_are_safe(capsys):
     assert error["flax.linen"] > 0.1
     for name in ("shifted", "two_pass", "Chan's merge of 8 shards"):
         assert error["floor"] <= error[name] < 1e-3
-    document = (Path(__file__).parent.parent / "docs/numerics.md").read_text()
+    document = (Path(__file__).parents[2] / "docs/numerics.md").read_text()
     assert f"| {' | '.join(headings)} |" in document
     assert all(f"| {name} | {dtype} |" in document for name, dtype, *_ in rows)
 
