@@ -14,7 +14,7 @@ INSTALLED := $(VENV)/installed
 PYTEST := -m pytest -n auto --dist worksteal
 
 .PHONY: compare report test test-library test-experiments test-wheel test-newest test-oldest \
-  test-slow coverage lint bench dist lock clean
+  test-slow coverage lint reference bench dist lock clean
 
 compare: $(INSTALLED)-experiments
 	$(BIN)/python -m experiments compare $(ARGS)
@@ -80,6 +80,10 @@ lint: $(INSTALLED)-dev
 	$(BIN)/ruff format --check
 	$(BIN)/ruff check
 	$(BIN)/pyright
+
+# Renews docs/reference.md, the list of public names.
+reference: $(INSTALLED)-test
+	$(BIN)/python -m tests.reference
 
 # One batch norm training step beside an eager PyTorch loop, then every op beside its peers (ARGS).
 bench: $(INSTALLED)-peers
