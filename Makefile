@@ -10,8 +10,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 CONSTRAINTS := constraints.txt
 INSTALLED := $(VENV)/installed
-# A worker that is done takes over half of what another still has to do.
-PYTEST := -m pytest -n auto --dist worksteal
+# As many workers as threads of the processor; one that is done takes over half of what another has left.
+PYTEST := -m pytest -n logical --dist worksteal
 
 .PHONY: compare report test test-library test-experiments test-wheel test-newest test-oldest \
   test-slow coverage lint reference bench dist lock clean
