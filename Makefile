@@ -1,5 +1,5 @@
 # make compare   set up, fetch MNIST, train eight norms side by side (the main job)
-# make test      set up, run the tests; test-newest: with the newest versions of everything
+# make test      set up, run the tests; docs/development.md names the other ways to run them
 # make report    set up, run every question's quick profile, write runs/report.html
 # Options of the main job: make compare ARGS="--dataset cifar10 --steps 2000"
 # Another interpreter: make test-newest PYTHON=python3.13
@@ -10,8 +10,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 CONSTRAINTS := constraints.txt
 INSTALLED := $(VENV)/installed
+# As many workers as threads of the processor; one that is done takes over half of what another has left.
+PYTEST := -m pytest -n logical --dist worksteal
 
-.PHONY: compare report test test-newest test-slow lint bench lock clean
+.PHONY: compare report test test-library test-experiments test-wheel test-newest test-oldest \
+  test-slow coverage lint reference bench dist lock clean
 
 compare: $(INSTALLED)-experiments
 	$(BIN)/python -m experiments compare $(ARGS)
@@ -21,21 +24,66 @@ report: $(INSTALLED)-experiments
 	$(BIN)/python -m experiments report $(ARGS)
 
 test: $(INSTALLED)-dev
-	$(BIN)/python -m pytest -n auto $(ARGS)
+	$(BIN)/python $(PYTEST) $(ARGS)
+
+# The library's tests need neither experiments/ nor its packages.
+test-library: $(INSTALLED)-test
+	$(BIN)/python $(PYTEST) --ignore tests/experiments $(ARGS)
+
+test-experiments: $(INSTALLED)-dev
+	$(BIN)/python $(PYTEST) tests/experiments $(ARGS)
+
+# The library's tests on the built wheel, in an environment and a folder without this checkout.
+WHEEL := .venv-wheel
+test-wheel: dist
+	rm -rf $(WHEEL)
+	$(PYTHON) -m venv $(WHEEL)
+	$(WHEEL)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
+	  "$$(ls dist/*.whl)[test]"
+	mkdir $(WHEEL)/away
+	cp -R pyproject.toml README.md docs tests $(WHEEL)/away
+	rm -r $(WHEEL)/away/tests/experiments
+	cd $(WHEEL)/away && ../bin/python -c "import normlab, importlib.util as util; \
+	  assert 'site-packages' in normlab.__file__ and not util.find_spec('experiments')"
+	cd $(WHEEL)/away && ../bin/python $(PYTEST) $(ARGS)
+
+# The sdist, and the wheel that is built from it.
+dist: $(INSTALLED)-dev
+	rm -rf dist build
+	$(BIN)/python -m build
 
 # In an environment of its own. The newest jax needs a newer Python than normlab does.
 test-newest:
 	rm -f .venv-newest/installed-*
 	$(MAKE) test VENV=.venv-newest CONSTRAINTS=
 
+# The library with the oldest jax, numpy and flax that pyproject.toml declares.
+test-oldest:
+	rm -f .venv-oldest/installed-*
+	mkdir -p .venv-oldest
+	$(PYTHON) -c "import tomllib; p = tomllib.load(open('pyproject.toml', 'rb'))['project']; \
+	  print(*(d.replace('>=', '==') for d in p['dependencies'] + p['optional-dependencies']['flax']), \
+	  sep='\n')" > .venv-oldest/oldest.txt
+	$(MAKE) test-library VENV=.venv-oldest CONSTRAINTS=.venv-oldest/oldest.txt
+
 # Minutes long, with real data; peers that are not installed are skipped.
 test-slow: $(INSTALLED)-dev
-	$(BIN)/python -m pytest -m "slow or not slow" -n auto --timeout 1800 $(ARGS)
+	$(BIN)/python $(PYTEST) -m "slow or not slow" --timeout 1800 $(ARGS)
+
+# Which lines of normlab/ its own tests run; on GitHub in the job's summary too.
+coverage: $(INSTALLED)-test
+	$(BIN)/python $(PYTEST) --ignore tests/experiments --cov --cov-report= $(ARGS)
+	$(BIN)/python -m coverage report --show-missing --skip-covered --format=markdown \
+	  | tee -a "$${GITHUB_STEP_SUMMARY:-/dev/null}"
 
 lint: $(INSTALLED)-dev
 	$(BIN)/ruff format --check
 	$(BIN)/ruff check
 	$(BIN)/pyright
+
+# Renews docs/reference.md, the list of public names.
+reference: $(INSTALLED)-test
+	$(BIN)/python -m tests.reference
 
 # One batch norm training step beside an eager PyTorch loop, then every op beside its peers (ARGS).
 bench: $(INSTALLED)-peers
@@ -63,4 +111,4 @@ lock: $(INSTALLED)-dev
 	  --python-version 3.11 --upgrade --no-header --no-annotate --no-emit-index-url -o constraints.txt
 
 clean:
-	rm -rf $(VENV) .venv-newest runs build *.egg-info
+	rm -rf .venv .venv-* .coverage runs build dist *.egg-info

@@ -1,6 +1,8 @@
 """What the tests share: how far apart two pytrees are, and how to run things on many devices."""
 
 import functools
+import os
+import re
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +27,10 @@ def gap(actual, expected) -> float:
     return float(worst)
 
 
+# As users compile, where the tests compile without optimization: for what is a matter of rounding.
+optimized = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 3})
+
+
 def array(value, dtype=jnp.float32):
     """A jax array of the given type from anything."""
     return jnp.asarray(np.asarray(value), dtype)
@@ -33,6 +39,12 @@ def array(value, dtype=jnp.float32):
 def draw(seed: int, *shape: int, mean: float = 0.0, scale: float = 1.0) -> np.ndarray:
     """Normal float64 numbers."""
     return mean + scale * np.random.default_rng(seed).normal(size=shape)
+
+
+def environment(**more: str) -> dict[str, str]:
+    """For a process that a test starts: as here, but with one device."""
+    flags = re.sub(r"--xla_force_host_platform_device_count=\d+", "", os.environ["XLA_FLAGS"])
+    return {**os.environ, "XLA_FLAGS": flags, **more}
 
 
 def mesh(kind: AxisType = AxisType.Auto, **axes: int):

@@ -36,9 +36,6 @@ over_names = pytest.mark.parametrize(
     "case", [pytest.param(first_of(n), id=n) for n in nl.names()], scope="module"
 )
 
-# Half the time to compile; what is computed is the same.
-compiled = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
-
 EXACT = 1e-10  # float64 against complex steps: 1e-16 a rounding, times what a layer amplifies
 BACKWARD = 2e-5  # float32 against the oracle: 6e-8 a rounding, of some dozens, over σ ≥ 0.1
 EPS = 1e-5  # the default ε
@@ -101,7 +98,7 @@ def programs(label):
     def loss(point):
         return smooth(layer(point), c)
 
-    @compiled
+    @jax.jit
     def everything(point, v):
         h, dh = jax.jvp(layer, (point,), (v,))
         grad = jax.grad(loss)
@@ -236,7 +233,7 @@ def at_degenerate_points(name):
         h = case.apply(params, state, x, w)[0]
         return smooth(h, c), h
 
-    @compiled
+    @jax.jit
     def everything(point):
         grad = jax.grad(loss, has_aux=True)
         (grads, h), (second, _) = jax.jvp(grad, (point,), (v,))
@@ -305,7 +302,7 @@ def test_gradients_are_right_where_nothing_varies(case, where):
 def pulled_back(form, name):
     """`(x, w) -> h, gradients of Σ h` of a norm that looks at w."""
 
-    @compiled
+    @jax.jit
     def both(x, w):
         out, pull = jax.vjp(FORMS[form](name), x, w)
         return out, pull(jnp.ones_like(out))
@@ -362,7 +359,7 @@ def numbers_on_a(case):
 def gradient_on_a(label):
     """∂/∂a of Σ c·h."""
     case = next(c for c in ON_A if c.label == label)
-    return compiled(jax.grad(lambda a, params, c: (c * on_a(case, a, params)).sum()))
+    return jax.jit(jax.grad(lambda a, params, c: (c * on_a(case, a, params)).sum()))
 
 
 @over_a
@@ -451,7 +448,7 @@ def test_gradients_of_the_valid_are_those_of_the_subset(case, form):
     params = nl.Affine(array(g), array(b))
     v, mask = draw(4, *a.shape), RAGGED[..., None]
 
-    @compiled
+    @jax.jit
     def everything(a, v):
         def loss(a, params):
             return valid_loss(case, a, params, form)
@@ -479,7 +476,7 @@ def test_the_lowest_number_reaches_no_gradient_where_it_weighs_nothing(case):
     a, _, g, b = numbers_on_a(case)
     expected = subset_gradient(case, 0.1)
     dirty = np.where(RAGGED[..., None], 0.1 * a, np.finfo(np.float32).min)
-    grads = compiled(jax.grad(lambda a, p: valid_loss(case, a, p, "selected"), (0, 1)))
+    grads = jax.jit(jax.grad(lambda a, p: valid_loss(case, a, p, "selected"), (0, 1)))
     da, dparams = grads(array(dirty), nl.Affine(array(g), array(b)))
     assert gap((da, *dparams), expected) < BACKWARD
 
@@ -521,7 +518,7 @@ def test_the_gradient_by_a_vector_is_inverse_to_its_length(h, which):
     Also where ‖v‖² under- or overflows float32: at ‖v‖ = 1e-20 the gradient is 1e20 long.
     """
     x, w, c = draw(0, 3, 5), draw(1, 5, 4), array(draw(2, 3, 4))
-    grad = compiled(jax.grad(lambda x, w: smooth(h(x, w), c), (0, 1)))
+    grad = jax.jit(jax.grad(lambda x, w: smooth(h(x, w), c), (0, 1)))
     dx, dw = grad(array(x), array(w))
     worst = {}
     for scale in SCALES:

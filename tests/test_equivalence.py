@@ -30,11 +30,11 @@ def maker(name):
 
 
 def pictures(name, dtype):
-    """What the norm needs to be measured on: instance norm wants positions.
+    """What the norm needs to be measured on: positions, where it looks at few examples.
 
     Of few, some lie close together by chance, and σ magnifies the rounding of the linear map.
     """
-    shape = (4 * D, 8, 5) if name == "instance" else (4 * D, 5)
+    shape = (4 * D, 8, 5) if name in ("batch", "instance") else (4 * D, 5)
     return jnp.asarray(
         draw(0, *shape) + np.repeat(draw(1, D), 4).reshape(-1, *(1,) * (len(shape) - 1)), dtype
     )

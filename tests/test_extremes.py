@@ -7,7 +7,7 @@ import pytest
 
 import normlab as nl
 from tests.cases import CASES
-from tests.helpers import array, draw, gap
+from tests.helpers import array, draw, gap, optimized
 
 ALGORITHMS = ("auto", "shifted", "two_pass", "one_pass")
 C = 6
@@ -18,7 +18,7 @@ MEASURED = {  # the norms that subtract a mean
     "group": lambda a, **options: nl.group_norm(a, groups=2, **options),
     "instance": nl.instance_norm,
 }
-modes = pytest.mark.parametrize("mode", [jax.jit, lambda f: f], ids=["jit", "eager"])
+modes = pytest.mark.parametrize("mode", [optimized, lambda f: f], ids=["jit", "eager"])
 
 
 # Constant samples.
@@ -37,10 +37,18 @@ def test_a_constant_sample_comes_out_as_the_bias(name, algorithm, mode):
         options = {"algorithm": algorithm, "channel_axis": axis, "weights": weights}
         return MEASURED[name](a, params=params, **options)
 
-    for shape, axis in (((5, 7, 3, C), -1), ((5, C, 7, 3), 1), ((3, 11, C), -1)):
-        for weights in (None, jnp.linspace(0, 1.3, shape[0]) if name == "batch" else None):
-            run = mode(jax.vmap(lambda v, w=weights, s=shape, x=axis: f(jnp.full(s, v), w, x)))
-            assert (run(constants) == bias).all(), (shape, axis, weights)
+    def over_constants(constants, shape, axis, weighted):
+        weights = jnp.linspace(0, 1.3, shape[0]) if weighted else None
+        return jax.vmap(lambda v: f(jnp.full(shape, v), weights, axis))(constants)
+
+    layouts = [
+        (shape, axis, weighted)
+        for shape, axis in (((5, 7, 3, C), -1), ((5, C, 7, 3), 1), ((3, 11, C), -1))
+        for weighted in ([False, True] if name == "batch" else [False])
+    ]
+    run = mode(lambda constants: [over_constants(constants, *layout) for layout in layouts])
+    for layout, h in zip(layouts, run(constants), strict=True):
+        assert (h == bias).all(), layout
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
@@ -53,7 +61,7 @@ def test_a_constant_sample_comes_out_as_the_bias(name, algorithm, mode):
 def test_the_mean_of_a_constant_is_that_constant(shape, axes, dtype, algorithm):
     keep = [1 if i in np.atleast_1d(axes) else n for i, n in enumerate(shape)]
     value = array(draw(1, *keep, mean=900.0, scale=300.0), dtype)
-    for f in (jax.jit, lambda f: f):
+    for f in (optimized, lambda f: f):
         m = f(lambda x: nl.moments(x, axes, algorithm=algorithm))(jnp.broadcast_to(value, shape))
         assert (m.mean == value.astype(jnp.float32)).all()
         assert (m.m2 >= 0).all()
@@ -67,7 +75,7 @@ def test_the_mean_of_a_constant_is_that_constant(shape, axes, dtype, algorithm):
 def test_the_mean_is_right_to_two_units_in_the_last_place(shape, axes, algorithm, weighted):
     x = array(draw(2, *shape, mean=1000.0))
     w = array(np.random.default_rng(3).uniform(size=shape[0])) if weighted else None
-    found = jax.jit(lambda x: nl.moments(x, axes, algorithm=algorithm, weights=w))(x).mean
+    found = optimized(lambda x: nl.moments(x, axes, algorithm=algorithm, weights=w))(x).mean
     exact, w = np.float64(x), 1.0 if w is None else np.float64(w)
     w = np.broadcast_to(np.reshape(w, (-1,) + (1,) * (len(shape) - 1)), shape)
     expected = (w * exact).sum(axes, keepdims=True) / w.sum(axes, keepdims=True)
@@ -86,27 +94,22 @@ def test_channels_first_keep_the_digits_of_the_variance():
 # Second derivatives where the variance is zero: rounding leaves an m2 of either sign.
 
 AT_ZERO = [
-    pytest.param(case, kind, id=f"{case.label}, constant {kind}")
-    for case in CASES
-    if not case.row.name.startswith(("none", "weight", "cosine", "centred"))
-    for kind in ("samples", "channels")
+    case for case in CASES if not case.row.name.startswith(("none", "weight", "cosine", "centred"))
 ]
 
 
-@pytest.mark.parametrize(("case", "kind"), AT_ZERO)
-def test_hessian_vector_products_at_constant_samples_and_channels(case, kind):
+@pytest.mark.parametrize("case", AT_ZERO, ids=lambda case: case.label)
+def test_hessian_vector_products_at_constant_samples_and_channels(case):
     """In float32 as in float64: one derivative that is cut off would be off by its own size."""
     x, w, params = case.values()
-    a = np.array(case.linear(x, w))
+    a = np.asarray(case.linear(x, w))
     channel = case.linear.channel_axis % a.ndim
-    one = np.moveaxis(a, channel, -1)  # a view
-    if kind == "samples":
-        one[0] = 0.7
-    else:
-        one[..., 0] = 0.7
+    samples, channels = np.moveaxis(a, channel, -1).copy(), np.moveaxis(a, channel, -1).copy()
+    samples[0], channels[..., 0] = 0.7, 0.7
+    points = [np.moveaxis(one, -1, channel) for one in (samples, channels)]
     v, c = draw(5, *a.shape), draw(6, *a.shape)
 
-    def product(dtype):
+    def products(dtype):
         _, state = case.init(x.astype(dtype), w.astype(dtype))
         p = jax.tree.map(lambda q: q.astype(dtype), params)
 
@@ -115,17 +118,18 @@ def test_hessian_vector_products_at_constant_samples_and_channels(case, kind):
             h, _ = case.norm.apply(p, state, site, train=True)
             return (array(c, dtype) * jnp.square(h)).sum()
 
-        return jax.jit(
-            lambda b, v: (
-                jax.jvp(jax.grad(loss), (b,), (v,))[1],
-                jax.grad(lambda b: jnp.vdot(jax.grad(loss)(b), v))(b),
-            )
-        )(array(a, dtype), array(v, dtype))
+        @jax.jit
+        def both_orders(b, v):
+            forward = jax.jvp(jax.grad(loss), (b,), (v,))[1]
+            return forward, jax.grad(lambda b: jnp.vdot(jax.grad(loss)(b), v))(b)
 
-    found = product(jnp.float32)
+        return [both_orders(array(point, dtype), array(v, dtype)) for point in points]
+
+    found = products(jnp.float32)
     with jax.enable_x64(True):
-        expected = product(jnp.float64)
-    assert gap(found, expected) < 2e-3
+        expected = products(jnp.float64)
+    for kind, one, other in zip(("samples", "channels"), found, expected, strict=True):
+        assert gap(one, other) < 2e-3, kind
 
 
 def test_no_derivative_is_cut_where_rounding_left_less_than_nothing():

@@ -19,9 +19,6 @@ import normlab as nl
 from tests import oracles
 from tests.helpers import array, draw, gap
 
-# Half the time to compile; what is computed is the same.
-compiled = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
-
 
 def linen(a, state=None, *, mask=None, jit=True, **options):
     """`(h, {"mean", "var"})` of linen's batch norm in training, without gain and bias."""
@@ -35,7 +32,7 @@ def linen(a, state=None, *, mask=None, jit=True, **options):
         return h, after["batch_stats"]
 
     with jax.numpy_dtype_promotion("standard"):
-        return (compiled(run) if jit else run)(a, state, mask)
+        return (jax.jit(run) if jit else run)(a, state, mask)
 
 
 def normlab(a, state=None, *, weights=None, **options):
@@ -45,7 +42,7 @@ def normlab(a, state=None, *, weights=None, **options):
     def run(a, state, weights):
         return nl.batch_norm(a, None, state, train=True, weights=weights, **options)
 
-    return compiled(run)(a, state, weights)
+    return jax.jit(run)(a, state, weights)
 
 
 # Devices.
@@ -54,7 +51,7 @@ SHARDS = draw(0, 4, 6, 3) + 2 * draw(1, 4, 1, 3)  # four devices of six examples
 
 
 def over_devices(f):
-    return compiled(jax.vmap(f, axis_name="d"))
+    return jax.jit(jax.vmap(f, axis_name="d"))
 
 
 @pytest.mark.parametrize("counts", [(6, 3, 1, 2), (6, 3, 0, 2)], ids=["uneven", "one empty"])
@@ -143,7 +140,7 @@ def test_half_precision_is_measured_in_float32(dtype, mean, norm):
         "group": functools.partial(oracles.group, groups=2),
         "layer": functools.partial(oracles.layer, axes=None),
     }[norm]
-    h = compiled(functools.partial(getattr(nl, f"{norm}_norm"), **options))(a)
+    h = jax.jit(functools.partial(getattr(nl, f"{norm}_norm"), **options))(a)
     h = h[0] if norm == "batch" else h
     assert h.dtype == dtype
     assert gap(h, oracle(wide)) < jnp.finfo(dtype).eps
@@ -175,7 +172,7 @@ def test_integers_have_a_mean_that_is_no_integer(dtype):
     assert h.dtype == jnp.float32
     assert gap(h, oracles.batch(wide)) < 2e-6
     assert gap((state.mean, state.var), (wide.mean(0), wide.var(0))) < 2e-6
-    assert gap(compiled(nl.layer_norm)(a), oracles.layer(wide)) < 2e-6
+    assert gap(jax.jit(nl.layer_norm)(a), oracles.layer(wide)) < 2e-6
 
 
 # Running statistics.
@@ -259,7 +256,7 @@ def test_a_masked_nan_reaches_no_gradient_of_the_valid():
         def loss(a):
             return (jnp.where(jnp.asarray(mask)[:, None], norm(a), 0) ** 3).sum()
 
-        return compiled(jax.grad(loss))(dirty)
+        return jax.jit(jax.grad(loss))(dirty)
 
     ours = gradient(lambda a: nl.batch_norm(a, train=True, weights=jnp.asarray(mask))[0])
     (expected,) = oracles.gradient(lambda a: (oracles.batch(a) ** 3).sum(), a[mask])
@@ -307,7 +304,7 @@ def test_a_unit_of_zero_weights_has_a_gradient_of_its_gain():
     v[:, 1] = 0
 
     def gradient(norm):
-        return compiled(jax.grad(lambda v: (array(c) * norm(v)).sum()))(array(v))
+        return jax.jit(jax.grad(lambda v: (array(c) * norm(v)).sum()))(array(v))
 
     assert gap(gradient(nl.weight_norm)[:, 1], c[:, 1]) < 1e-6
     assert np.abs(gradient(linen_weight_norm)[:, 1]).max() > 1e5
@@ -334,7 +331,7 @@ def test_a_cosine_with_nothing_is_zero_and_has_finite_gradients():
         return x @ w / (jnp.linalg.norm(x, axis=1)[:, None] * jnp.linalg.norm(w, axis=0))
 
     def both(norm):
-        return compiled(jax.value_and_grad(lambda x, w: norm(x, w).sum(), (0, 1)))(
+        return jax.jit(jax.value_and_grad(lambda x, w: norm(x, w).sum(), (0, 1)))(
             array(x), array(w)
         )
 
@@ -376,7 +373,7 @@ def test_four_microbatches_are_one_batch():
     micro = draw(0, 4, 6, 3) + 2 * draw(1, 4, 1, 3)
     whole = micro.reshape(-1, 3)
 
-    @compiled
+    @jax.jit
     def accumulated(micro):
         m = functools.reduce(nl.measure.merge, (nl.moments(batch, 0) for batch in micro))
         return nl.init_running(3).update(m)
@@ -401,7 +398,7 @@ def test_a_forward_pass_that_is_run_again_updates_once():
         )(a)
         return jnp.tanh(h).sum(), state
 
-    _, state = compiled(jax.grad(loss, has_aux=True))(array(a))
+    _, state = jax.jit(jax.grad(loss, has_aux=True))(array(a))
     assert state.updates == 1
     assert gap(state.mean, a.mean(0)) < 2e-6
 
@@ -427,7 +424,7 @@ def test_epsilon_is_a_variance_and_scales_with_the_data(scale):
     a, c = draw(0, 64, 3), array(draw(1, 64, 3))
     s = float(np.float32(scale))
 
-    @functools.partial(compiled, static_argnames="eps")
+    @functools.partial(jax.jit, static_argnames="eps")
     def run(a, eps):
         def loss(a):
             h, state = nl.batch_norm(a, None, nl.init_running(3), train=True, eps=eps)

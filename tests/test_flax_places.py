@@ -22,8 +22,6 @@ import normlab.linen as nll
 import normlab.nnx as nlx
 from tests.helpers import array, draw, gap
 
-# Half the time to compile; what is computed is the same.
-compiled = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 KEY = jax.random.key(0, impl="rbg")
 X = array(draw(0, 4, 3, 6, mean=1.0))
 NORMS = {
@@ -170,7 +168,7 @@ def test_linen_modules_are_dataclasses_that_copy_and_pickle(name):
     module = linen(nll, name)
     again = [pickle.loads(pickle.dumps(module)), copy.deepcopy(module), module.copy()]
     again += [dataclasses.replace(module, use_scale=True), module.clone(name="other")]
-    made = compiled(lambda x: [m.init_with_output(KEY, x) for m in (module, *again)])(X)
+    made = jax.jit(lambda x: [m.init_with_output(KEY, x) for m in (module, *again)])(X)
     for other in made[1:]:
         assert gap(other, made[0]) == 0
     fewer = jax.eval_shape(dataclasses.replace(module, use_scale=False).init, KEY, X)
@@ -289,8 +287,8 @@ def test_rms_norm_takes_a_mask_in_the_second_place_or_the_mode_of_a_batch_norm()
 def test_group_norm_of_one_example_without_a_batch():
     module = linen(nll, "GroupNorm")
     theirs = linen(nn, "GroupNorm")
-    variables = compiled(lambda x: theirs.init(KEY, x))(X[0, 0])
-    run = compiled(lambda x: [m.apply(variables, x) for m in (module, theirs)])
+    variables = jax.jit(lambda x: theirs.init(KEY, x))(X[0, 0])
+    run = jax.jit(lambda x: [m.apply(variables, x) for m in (module, theirs)])
     h, expected = run(X[0, 0])
     assert gap(h, expected) < 1e-6
     assert gap(made(nlx, "GroupNorm")(X[0, 0]), expected) < 1e-6
@@ -302,8 +300,8 @@ def test_a_device_may_hold_one_example(shape, groups):
     x = X[:, 0].reshape(shape)
     options = {"axis_name": "d"} | ({"axis_index_groups": groups} if groups else {})
     module = linen(nll, "BatchNorm", **options)
-    variables = compiled(lambda x: module.init(KEY, x))(x[0])
-    run = compiled(
+    variables = jax.jit(lambda x: module.init(KEY, x))(x[0])
+    run = jax.jit(
         jax.vmap(lambda x: module.apply(variables, x, mutable=["batch_stats"]), axis_name="d")
     )
     if groups and len(groups[0]) == 1:
@@ -352,18 +350,18 @@ def test_inputs_may_have_an_explicit_sharding_or_a_symbolic_size(case):
     name, options = LAYOUTS[case]
     module = getattr(nll, name)(**options)
     x, mask = array(draw(2, 8, 3, 6)), np.arange(8) < 7
-    start = compiled(lambda x: module.init(KEY, x))(x)
+    start = jax.jit(lambda x: module.init(KEY, x))(x)
     if name == "BatchNorm":
         start = start | {"batch_stats": jax.tree.map(lambda v: v + 0.5, start["batch_stats"])}
 
     def run(x, mask):
         return module.apply(start, x, mask=mask[:, None, None], mutable=["batch_stats"])
 
-    expected = compiled(run)(x, mask)
+    expected = jax.jit(run)(x, mask)
     mesh = jax.make_mesh((4, 2), ("i", "j"), axis_types=(AxisType.Explicit,) * 2)
     for spec in (P("i"), P("i", None, "j")):
         with jax.set_mesh(mesh):
-            h = compiled(run)(jax.device_put(x, NamedSharding(mesh, spec)), mask)
+            h = jax.jit(run)(jax.device_put(x, NamedSharding(mesh, spec)), mask)
         assert gap(h, expected) < 1e-5
     (n,) = export.symbolic_shape("n")
     shapes = jax.ShapeDtypeStruct((n, 3, 6), x.dtype), jax.ShapeDtypeStruct((n,), bool)
@@ -403,8 +401,8 @@ def test_one_value_for_a_statistic_is_a_warning_and_flaxs_result(library, case):
                 norm = getattr(module, name)(**mode, **options)
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore")
-                    start = compiled(lambda x: norm.init(KEY, x))(x)  # noqa: B023
-                run = compiled(lambda x: norm.apply(start, x, mutable=["batch_stats"]))  # noqa: B023
+                    start = jax.jit(lambda x: norm.init(KEY, x))(x)  # noqa: B023
+                run = jax.jit(lambda x: norm.apply(start, x, mutable=["batch_stats"]))  # noqa: B023
                 results.append(run(x))
             else:
                 features = 1 if case == "layer, one channel" else 6
@@ -462,7 +460,7 @@ def test_instance_norm_is_nearer_at_a_large_mean_than_flaxs():
     mean, var = exact.mean((1, 2), keepdims=True), exact.var((1, 2), keepdims=True)
     right = (exact - mean) / np.sqrt(var + 1e-6)
     theirs, ours = (m.InstanceNorm(use_fast_variance=False) for m in (nn, nll))
-    run = compiled(lambda x: [m.init_with_output(KEY, x)[0] for m in (theirs, ours)])
+    run = jax.jit(lambda x: [m.init_with_output(KEY, x)[0] for m in (theirs, ours)])
     wrong, h = run(x)
     assert gap(h, right) < gap(wrong, right) < 1e-3
 
@@ -504,7 +502,7 @@ def test_statistics_of_float64_are_kept_in_flaxs_type(x64):
         for module in (nn, nll):
             norm = linen(module, "BatchNorm")
             start = norm.init(KEY, x.astype(np.float32))
-            run = compiled(lambda x: norm.apply(start, x, mutable=["batch_stats"])[1])  # noqa: B023
+            run = jax.jit(lambda x: norm.apply(start, x, mutable=["batch_stats"])[1])  # noqa: B023
             changed.append(run(x)["batch_stats"])
     assert [v.dtype for v in changed[1].values()] == [v.dtype for v in changed[0].values()]
     assert gap(changed[1], {"mean": 0.01 * x.mean(0), "var": 0.99 + 0.01 * x.var(0)}) < 1e-12
@@ -518,7 +516,7 @@ def test_statistics_cast_to_half_do_not_stall():
     def linen_norm(steps):
         norm, stats = nll.BatchNorm(use_running_average=False), {"batch_stats": half}
         norm = norm.clone(use_scale=False, use_bias=False)
-        step = compiled(lambda stats: norm.apply(stats, x, mutable=["batch_stats"])[1])
+        step = jax.jit(lambda stats: norm.apply(stats, x, mutable=["batch_stats"])[1])
         for _ in range(steps):
             stats = step(stats)
         return stats["batch_stats"]["mean"]
@@ -538,7 +536,7 @@ def test_statistics_cast_to_half_do_not_stall():
 
 def test_a_transaction_of_statistics_in_half_ends_in_float32():
     norm = linen(nll, "BatchNorm")
-    variables = compiled(lambda x: norm.init(KEY, x))(X)
+    variables = jax.jit(lambda x: norm.init(KEY, x))(X)
     stats = jax.tree.map(lambda v: v.astype(jnp.bfloat16), variables["batch_stats"])
     _, seen = norm.apply(variables | {"batch_stats": stats}, X, mutable=["transaction"])
     new = nll.commit({"batch_stats": stats}, seen["transaction"])
@@ -549,14 +547,14 @@ def test_a_transaction_of_statistics_in_half_ends_in_float32():
 @pytest.mark.parametrize("population", ["ema", "debiased"])
 def test_the_gradient_through_linen_statistics_is_flaxs(population):
     def gradient(norm):
-        variables = compiled(lambda x: norm.init(KEY, x))(X)
+        variables = jax.jit(lambda x: norm.init(KEY, x))(X)
 
         def loss(x):
             _, changed = norm.apply(variables, x, mutable=["batch_stats"])
             evaluated = norm.clone(use_running_average=True)
             return (evaluated.apply(variables | changed, X) * X).sum()
 
-        return compiled(jax.grad(loss))(X)
+        return jax.jit(jax.grad(loss))(X)
 
     ours = gradient(linen(nll, "BatchNorm", population=population))
     if population == "ema":

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 import normlab
+from tests import reference
 
 ROOT = Path(normlab.__file__).parent
 SKINS = ("normlab.linen", "normlab.nnx")  # the one place where flax is at home
@@ -96,6 +97,21 @@ def test_no_module_is_hidden_by_a_value_of_its_name():
         package, _, last = name.rpartition(".")
         module = importlib.import_module(name)
         assert getattr(importlib.import_module(package), last) is module, name
+
+
+def test_every_public_name_has_a_docstring():
+    """In every namespace; a type alias or a table shows what it holds instead."""
+    sentences = {
+        f"{namespace}.{name}": reference.sentence(value)
+        for namespace, public in reference.namespaces().items()
+        for name, value in public.items()
+    }
+    assert len(sentences) > 100
+    assert not [name for name, text in sentences.items() if not text]
+
+
+def test_the_reference_lists_every_public_name():
+    assert reference.PAGE.read_text() == reference.page(), "renew it: make reference"
 
 
 def _functions():

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 import normlab as nl
-from experiments.numerics.invariances import changed
 from tests import oracles
 from tests.cases import CASES, KINDS, everything, first_of, reference, stack
 from tests.helpers import MAPPERS, array, draw, gap, mappers
@@ -227,6 +226,19 @@ def _change(case, x, w, moved):
         for x, w in ((x, w), moved)
     )
     return float(jnp.abs(after - h).max())
+
+
+def changed(column: str, x: np.ndarray, w: np.ndarray) -> tuple:
+    """`(x, w)` after the change that a column of `nl.INVARIANCES` names."""
+    rng, c = np.random.default_rng(20), 2.7
+    return {
+        "weights rescaled": (x, c * w),
+        "weights recentred": (x, w + rng.normal(size=(*w.shape[:-1], 1))),
+        "one unit rescaled": (x, np.concatenate([c * w[..., :1], w[..., 1:]], -1)),
+        "data rescaled": (c * x, w),
+        "data recentred": (x + rng.normal(size=x.shape[-1]), w),
+        "one case rescaled": (np.concatenate([c * x[:1], x[1:]]), w),
+    }[column]
 
 
 @over_names

@@ -17,8 +17,6 @@ import normlab as nl
 import normlab.linen as nll
 from tests.helpers import array, draw, gap
 
-# Half the time to compile; what is computed is the same.
-compiled = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 KEY = jax.random.key(0, impl="rbg")  # compiles faster than the default one
 X = array(draw(0, 4, 3, 6, mean=1.0))
 WEIGHT = array(draw(1, 4, 3, 6))
@@ -50,29 +48,29 @@ MASKED = {
 
 
 def init(module, x, *args, **kwargs):
-    return compiled(lambda x: module.init(KEY, x, *args, **kwargs))(x)
+    return jax.jit(lambda x: module.init(KEY, x, *args, **kwargs))(x)
 
 
 def made(module, x):
     """Output and variables."""
-    return compiled(lambda x: module.init_with_output(KEY, x))(x)
+    return jax.jit(lambda x: module.init_with_output(KEY, x))(x)
 
 
 def call(module, variables, x, *args, mutable=False, **kwargs):
     def run(variables, x):
         return module.apply(variables, x, *args, mutable=mutable, **kwargs)
 
-    return compiled(run)(variables, x)
+    return jax.jit(run)(variables, x)
 
 
 def batch_norm(x, state, **options):
-    return compiled(lambda x, state: nl.batch_norm(x, None, state, **options))(x, state)
+    return jax.jit(lambda x, state: nl.batch_norm(x, None, state, **options))(x, state)
 
 
 def cosine_norm(x, params, **options):
     affine = nl.Affine(params["scale"], params["bias"])
     run = functools.partial(nl.cosine_norm, **options)
-    return compiled(run)(x, params["kernel"], affine)
+    return jax.jit(run)(x, params["kernel"], affine)
 
 
 def both(name, options):
@@ -107,7 +105,7 @@ def test_variables_outputs_gradients_and_statistics_are_flaxs(case):
     variables = variables_of(theirs)
     assert jax.tree.structure(variables) == jax.tree.structure(variables_of(ours))
     assert gap(variables_of(ours), variables) == 0
-    run = compiled(lambda v, x: (train(ours, v, x), train(theirs, v, x)))
+    run = jax.jit(lambda v, x: (train(ours, v, x), train(theirs, v, x)))
     (h, changed, grads), expected = run(variables, X)
     assert gap(h, expected[0]) < 1e-6
     assert gap(changed, expected[1]) < 1e-6
@@ -287,7 +285,7 @@ def mapped(module, variables, x, axis="d", mapper=None, **kwargs):
     def run(v, x, kwargs):
         return module.apply(v, x, mutable=["batch_stats"], **kwargs)
 
-    mapper = mapper or (lambda f: compiled(jax.vmap(f, in_axes=(None, 0, 0), axis_name=axis)))
+    mapper = mapper or (lambda f: jax.jit(jax.vmap(f, in_axes=(None, 0, 0), axis_name=axis)))
     return mapper(run)(variables, x, kwargs)
 
 
@@ -357,7 +355,7 @@ def test_examples_that_are_split_over_devices_are_normalized_whole(name, options
     run = jax.vmap(
         lambda x, m: split.apply(variables, x, mask=m), in_axes=1, out_axes=1, axis_name="d"
     )
-    assert gap(compiled(run)(x, mask).reshape(2, 12, 6), expected) < 2e-6
+    assert gap(jax.jit(run)(x, mask).reshape(2, 12, 6), expected) < 2e-6
 
 
 def test_groups_of_devices_that_split_examples_may_be_uneven():
@@ -366,7 +364,7 @@ def test_groups_of_devices_that_split_examples_may_be_uneven():
     split = nll.LayerNorm(reduction_axes=(1, 2), axis_name="d", axis_index_groups=groups)
     variables = init(nll.LayerNorm(), x[:, 0])
     run = jax.vmap(lambda x: split.apply(variables, x), in_axes=1, out_axes=1, axis_name="d")
-    h = compiled(run)(x)
+    h = jax.jit(run)(x)
     for group in groups:
         own = x[:, np.array(group)].reshape(2, -1, 6)
         expected = call(nll.LayerNorm(reduction_axes=(1, 2)), variables, own)
@@ -415,7 +413,7 @@ def test_a_masked_nan_reaches_no_gradient_where_flaxs_is_nan():
             )
             return jnp.where(mask, h * WEIGHT, 0).sum()
 
-        return compiled(jax.grad(loss))(variables["params"])
+        return jax.jit(jax.grad(loss))(variables["params"])
 
     assert jnp.isnan(grad(theirs)["scale"]).all()
     clean = jax.tree.map(lambda v: v[1:], (X, WEIGHT))
@@ -543,7 +541,7 @@ def test_a_transaction_of_microbatches_is_one_update_with_the_whole_batch():
         h, transaction = call(module, variables | transaction, part, mutable=["transaction"])
         assert gap(h, call(module, variables, part, mutable=["batch_stats"])[0]) < 1e-6
     transaction = transaction["transaction"]
-    commit = compiled(nll.commit)
+    commit = jax.jit(nll.commit)
     assert gap(commit(variables, transaction, True), expected["batch_stats"]) < 1e-6
     assert gap(commit(variables, transaction, False), variables["batch_stats"]) == 0
     settled = nll.settle(variables, transaction)
@@ -555,7 +553,7 @@ def test_a_shared_norm_and_a_replay_update_once():
     module = Shared()
     variables = init(module, X, True)
 
-    @compiled
+    @jax.jit
     def step(variables):
         def loss(params):
             h, changed = module.apply(
@@ -601,7 +599,7 @@ def test_devices_that_measured_apart_pool_their_transactions():
         _, changed = module.apply(variables, x, mutable=["transaction"])
         return nll.commit(variables, nl.population.pool_running(changed["transaction"], "d"))
 
-    stats = compiled(jax.vmap(run, axis_name="d"))(SHARDS)
+    stats = jax.jit(jax.vmap(run, axis_name="d"))(SHARDS)
     seen = np.asarray(SHARDS, np.float64).reshape(-1, 3)
     assert gap(stats["mean"], np.tile(0.1 * seen.mean(0), (4, 1))) < 1e-6
     assert gap(stats["var"], np.tile(0.9 + 0.1 * seen.var(0), (4, 1))) < 1e-6
@@ -641,7 +639,7 @@ def test_scan_lifts_as_in_flax_and_a_transaction_spans_the_layers():
     theirs, ours = (stack(functools.partial(m, **TRAIN)) for m in (nn.BatchNorm, nll.BatchNorm))
     variables = init(theirs, X, None)
     assert jax.tree.map(jnp.shape, variables) == jax.tree.map(jnp.shape, init(ours, X, None))
-    ((h, _), changed), ((expected, _), stats) = compiled(
+    ((h, _), changed), ((expected, _), stats) = jax.jit(
         lambda v, x: tuple(m.apply(v, x, None, mutable=["batch_stats"]) for m in (ours, theirs))
     )(variables, X)
     assert gap(h, expected) < 1e-5
@@ -717,7 +715,7 @@ def test_weight_norm_has_flaxs_variables_and_numbers(axes, wanted):
     def run(module):
         loss = lambda v: (module.apply(v, X) * WEIGHT[..., :4]).sum()  # noqa: E731
         # As one vector: what is normalized alone has a gradient of zero, up to rounding.
-        return flatten_util.ravel_pytree(compiled(jax.value_and_grad(loss))(variables))[0]
+        return flatten_util.ravel_pytree(jax.jit(jax.value_and_grad(loss))(variables))[0]
 
     assert gap(run(ours), run(theirs)) < 1e-5
 
@@ -730,7 +728,7 @@ def test_weight_norm_of_a_zero_kernel_has_a_bounded_gradient_where_flaxs_is_a_mi
             lambda path, v: 0 * v if "kernel" in str(path) and "scale" not in str(path) else v,
             variables,
         )
-        grads = compiled(jax.grad(lambda v: module.apply(v, X).sum()))(zero)
+        grads = jax.jit(jax.grad(lambda v: module.apply(v, X).sum()))(zero)
         return max(float(jnp.abs(v).max()) for v in jax.tree.leaves(grads))
 
     assert grad(nll.WeightNorm) < 100
@@ -811,7 +809,7 @@ def test_changing_the_import_keeps_the_losses_and_the_checkpoints():
     optimizer = optax.sgd(0.1)
 
     def trained(module, variables):
-        @compiled
+        @jax.jit
         def step(variables, moments):
             def loss(params):
                 h, changed = module.apply(

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 import normlab as nl
 from tests import oracles
-from tests.helpers import array, draw, gap
+from tests.helpers import array, draw, gap, optimized
 
 SAFE = ("auto", "shifted", "two_pass")
 SHAPE = (16, 12, 9, 8)  # two and more slices of every axis in "shifted", several rows in `widen`
@@ -42,14 +42,14 @@ def error(h, reference) -> float:
 def test_the_output_is_right_at_any_mean(norm, mean, bound, algorithm):
     """At 1e4 half a unit in the last place of the mean is 5e-4 of a standard deviation."""
     a = draw(0, *SHAPE, mean=mean).astype(np.float32)
-    h = jax.jit(functools.partial(NORMS[norm][0], algorithm=algorithm))(a)
+    h = optimized(functools.partial(NORMS[norm][0], algorithm=algorithm))(a)
     assert error(h, expected(norm, a)) < bound
 
 
 @pytest.mark.parametrize("norm", NORMS)
 def test_one_pass_is_wrong_at_a_large_mean_and_right_at_zero(norm):
     """The algorithm is passed on: its error is that of E[x²] − E[x]²."""
-    one_pass = jax.jit(functools.partial(NORMS[norm][0], algorithm="one_pass"))
+    one_pass = optimized(functools.partial(NORMS[norm][0], algorithm="one_pass"))
     a = draw(0, *SHAPE).astype(np.float32)
     assert error(one_pass(a), expected(norm, a)) < 2e-6
     a = draw(0, *SHAPE, mean=1e4).astype(np.float32)
@@ -194,7 +194,7 @@ def test_a_bad_batch_is_skipped_taken_in_or_refused(case, compiled):
         def f(a, state):
             return nl.batch_norm(a, None, state, train=True, weights=weights, bad_batch=policy)
 
-        return (jax.jit(f) if compiled else f)(a, state)
+        return (optimized(f) if compiled else f)(a, state)
 
     h, skipped = step("skip")
     assert h.shape == a.shape

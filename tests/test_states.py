@@ -53,6 +53,12 @@ def as_numpy(tree):
 
 
 def use(state, convert=lambda tree: tree):
+    """What `_use` finds, outside jit and under the debug settings, which are to find no fault."""
+    with jax.debug_nans(True), jax.debug_infs(True), jax.numpy_rank_promotion("raise"):
+        return _use(state, convert)
+
+
+def _use(state, convert):
     """Everything that can be done with a state, each on what `convert` makes of the last."""
     state = convert(trained(convert(trained(state))))
     found = {"state": state, "read": state.read()}
@@ -80,21 +86,11 @@ def use(state, convert=lambda tree: tree):
 
 
 @every_kind
-def test_numpys_arrays_are_as_good_as_jaxs(kind):
+def test_numpys_arrays_are_as_good_as_jaxs_and_debug_settings_find_no_fault(kind):
     """As they come from msgpack and from device_get."""
     ours, theirs = use(STATES[kind]()), use(as_numpy(STATES[kind]()), as_numpy)
     assert jax.tree.structure(ours) == jax.tree.structure(theirs)
     assert gap(theirs, ours) < 1e-6
-
-
-@every_kind
-def test_debug_settings_find_no_fault_outside_jit(kind):
-    with (
-        jax.debug_nans(True),
-        jax.debug_infs(True),
-        jax.numpy_rank_promotion("raise"),
-    ):
-        use(STATES[kind]())
 
 
 # Types.

@@ -1,7 +1,6 @@
 """One update per step, whatever it is made of; and the population from many batches."""
 
 import functools
-import os
 import socket
 import subprocess
 import sys
@@ -16,7 +15,7 @@ import pytest
 from jax import lax
 
 import normlab as nl
-from tests.helpers import MAPPERS, array, draw, gap, mappers
+from tests.helpers import MAPPERS, array, draw, environment, gap, mappers
 
 N, C = 6, 3
 MICRO = draw(0, 4, N, C) + 3 * draw(1, 4, 1, C)  # four microbatches, of different means
@@ -501,12 +500,10 @@ def test_precise_over_processes_is_all_their_batches():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
-    environment["PYTHONPATH"] = str(Path(nl.__file__).parents[1])
     workers = [
         subprocess.Popen(
             [sys.executable, "-c", WORKER, str(process), port],
-            env=environment,
+            env=environment(PYTHONPATH=str(Path(nl.__file__).parents[1])),
             stderr=subprocess.PIPE,
             text=True,
         )

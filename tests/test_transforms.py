@@ -17,9 +17,6 @@ from tests.helpers import MAPPERS, array, draw, gap, mappers
 # As in the laws: a few dozen roundings forward, twice as many backward.
 FORWARD, BACKWARD = 2e-6, 5e-6
 
-# Half the time to compile; what is computed is the same.
-compiled = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
-
 over_names = pytest.mark.parametrize(
     "case", [pytest.param(first_of(n), id=n) for n in nl.names()], scope="module"
 )
@@ -54,7 +51,7 @@ def test_columns_and_rows_of_the_jacobian_agree(case):
         out = h(x, w, params)
         return jnp.stack([(array(seen) * out).sum(), out.ravel()[0], out.ravel()[-1]])
 
-    forward, reverse = compiled(
+    forward, reverse = jax.jit(
         lambda x: (jax.jacfwd(seen_through)(x), jax.jacrev(seen_through)(x))
     )(x)
     numbers = case.numbers()
@@ -71,10 +68,10 @@ def test_many_parameters_on_one_input_are_one_after_the_other(case):
     """An ensemble: vmap over the parameters alone, with their axis at any place."""
     (x, w, _), state = problem(case)
     params = [case.values(seed=seed)[2] for seed in (0, 50, 100)]
-    h = compiled(layer(case, state))
+    h = jax.jit(layer(case, state))
     one_by_one = [h(x, w, p) for p in params]
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves, -1), *params)
-    side_by_side = compiled(jax.vmap(layer(case, state), (None, None, -1), 1))(x, w, stacked)
+    side_by_side = jax.jit(jax.vmap(layer(case, state), (None, None, -1), 1))(x, w, stacked)
     assert gap(side_by_side, np.stack(one_by_one, 1)) < FORWARD
 
 
@@ -88,7 +85,7 @@ def test_gradients_of_each_example_add_up_to_that_of_all(case):
     def loss(w, params, x, c):
         return (c * jnp.tanh(layer(case, state)(x, w, params))).sum()
 
-    @compiled
+    @jax.jit
     def both(x, w, params, c):
         each = jax.vmap(jax.grad(loss, (0, 1, 2)), (None, None, 0, 0))
         dw, dparams, dx = each(w, params, x[:, None], c[:, None])
@@ -122,8 +119,8 @@ def test_one_example_at_a_time_with_an_axis_name_is_the_batch(precision):
         return nl.batch_norm(a, None, state, train=True)
 
     grad = jax.grad(loss, has_aux=True)
-    one_by_one = compiled(lambda a: grad(a, spread))(a)
-    together = compiled(lambda a: grad(a, whole))(a)
+    one_by_one = jax.jit(lambda a: grad(a, spread))(a)
+    together = jax.jit(lambda a: grad(a, whole))(a)
     assert gap(one_by_one, together) < (BACKWARD if precision == "float32" else 1e-12)
     values = np.asarray(a, np.float64)
     assert gap(one_by_one[1][0], oracles.batch(values)) < FORWARD
@@ -136,7 +133,7 @@ def test_a_forward_derivative_inside_a_scan_is_the_one_outside(case):
     h = layer(case, state)
     tangents = array(draw(5, 3, *x.shape))
 
-    @compiled
+    @jax.jit
     def everything(x, w, params, tangents):
         def f(x):
             return h(x, w, params)
@@ -166,7 +163,7 @@ def test_float32_stays_float32_when_x64_is_on(case):
     for x64 in (False, True):
         with jax.enable_x64(x64):
             (x, w, params), state = problem(case)
-            results.append(compiled(case.apply)(params, state, x, w))
+            results.append(jax.jit(case.apply)(params, state, x, w))
     expected, got = results
     assert gap(got, expected) < FORWARD
     for have, want in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
@@ -195,8 +192,8 @@ def test_weights_may_be_constants_of_what_is_compiled(norm, kind):
     options = {"batch": {"train": True}, "layer": {"axes": "all"}}[norm]
     run = functools.partial(getattr(nl, f"{norm}_norm"), **options)
     constant = mask if kind == "numpy" else array(mask, kind)
-    given = compiled(lambda a, weights: run(a, weights=weights))(a, array(mask))
-    assert gap(compiled(lambda a: run(a, weights=constant))(a), given) < FORWARD
+    given = jax.jit(lambda a, weights: run(a, weights=weights))(a, array(mask))
+    assert gap(jax.jit(lambda a: run(a, weights=constant))(a), given) < FORWARD
 
 
 # 2. Statistics are updated once.
@@ -246,7 +243,7 @@ def _deep_gradient(remat):
         h, states = deep(params, state, x, remat)
         return (array(draw(31, *h.shape)) * h).sum(), states
 
-    return compiled(jax.value_and_grad(loss, has_aux=True))(params)
+    return jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
 
 
 @pytest.mark.parametrize("policy", POLICIES)
@@ -268,7 +265,7 @@ def test_checkpoints_within_checkpoints_update_once():
         h, states = jax.checkpoint(functools.partial(deep, remat=jax.checkpoint))(params, state, x)
         return (array(draw(31, *h.shape)) * h).sum(), states
 
-    got = compiled(jax.value_and_grad(loss, has_aux=True))(params)
+    got = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
     assert [int(s.updates) for s in got[0][1]] == [1, 1, 1]
     assert gap(got, deep_answer()) < BACKWARD
 
@@ -288,7 +285,7 @@ def test_layers_in_a_scan_of_checkpoints_update_once_each():
         h, states = lax.scan(block, x, layers)
         return (array(draw(31, *h.shape)) * h).sum(), states
 
-    grad = compiled(jax.value_and_grad(lambda p: loss((*p, stacked[2])), has_aux=True))
+    grad = jax.jit(jax.value_and_grad(lambda p: loss((*p, stacked[2])), has_aux=True))
     (value, states), grads = grad(stacked[:2])
     assert states.updates.tolist() == [1, 1, 1]
     (want, want_states), want_grads = deep_answer()
@@ -307,9 +304,9 @@ def test_differentiating_does_not_update(outer):
         return jnp.tanh(h).sum(), after
 
     if outer == "grad":
-        after = compiled(jax.grad(f, has_aux=True))(a)[1]
+        after = jax.jit(jax.grad(f, has_aux=True))(a)[1]
     elif outer == "hessian":
-        after = compiled(jax.jacfwd(jax.grad(f, has_aux=True), has_aux=True))(a)[1]
+        after = jax.jit(jax.jacfwd(jax.grad(f, has_aux=True), has_aux=True))(a)[1]
     elif outer == "linearize":
         _, push, after = jax.linearize(jax.jit(f), a, has_aux=True)
         push(a), push(a)
@@ -353,7 +350,7 @@ def training():
 def trained():
     """The answer: a Python loop on one device with the whole batch."""
     carry, (x, y) = training()
-    one_step, losses = compiled(functools.partial(step, None)), []
+    one_step, losses = jax.jit(functools.partial(step, None)), []
     for batch in zip(x, y, strict=True):
         carry, value = one_step(carry, batch)
         losses.append(value)
@@ -373,7 +370,7 @@ def test_a_training_loop_over_devices_is_the_loop_on_one(mapper):
 
     shards = jax.tree.map(lambda v: v.reshape(STEPS, 8, 2, -1).swapaxes(0, 1), batches)
     run = mappers()[mapper](on_device)
-    got = (run if mapper == "pmap" else compiled(run))(carry, shards)
+    got = (run if mapper == "pmap" else jax.jit(run))(carry, shards)
     assert gap(got, jax.tree.map(lambda v: np.stack([v] * 8), trained())) < 2e-5
     assert (got[0][1].updates == STEPS).all()
 
@@ -394,7 +391,7 @@ def test_derivatives_through_uneven_devices_are_those_of_the_subset(mapper):
     synced = mappers()[mapper](on_device)
     grad = jax.grad(lambda a: synced((weights, array(c)), a).sum())
     dirty = array(np.where(mask[..., None], a, np.nan))
-    first, second = compiled(lambda a, da: jax.jvp(grad, (a,), (da,)))(dirty, tangent)
+    first, second = jax.jit(lambda a, da: jax.jvp(grad, (a,), (da,)))(dirty, tangent)
 
     def exact(a):
         return oracles.gradient(lambda a: (c[mask] * np.tanh(oracles.batch(a))).sum(), a)[0]
@@ -414,7 +411,7 @@ def test_a_training_loop_is_the_same_however_it_is_written(loop):
     def indexed(i, carry):
         return step(None, carry, jax.tree.map(lambda v: v[i], batches))[0]
 
-    @compiled
+    @jax.jit
     def run(carry):
         if loop == "fori_loop":
             return lax.fori_loop(0, STEPS, indexed, carry)
@@ -437,9 +434,9 @@ def test_training_or_not_may_be_chosen_by_a_traced_switch():
     def branch(train):
         return lambda a, state: nl.batch_norm(a, None, state, train=train)
 
-    both = compiled(lambda on, a, state: lax.cond(on, branch(True), branch(False), a, state))
+    both = jax.jit(lambda on, a, state: lax.cond(on, branch(True), branch(False), a, state))
     for train in (True, False):
-        expected = compiled(branch(train))(a, state)
+        expected = jax.jit(branch(train))(a, state)
         assert gap(both(train, a, state), expected) < FORWARD
 
 
@@ -460,7 +457,7 @@ def test_merged_microbatches_committed_once_are_the_whole_batch(ddof, debias, pr
     start = nl.init_running(C, ddof=ddof, debias=debias, dtype=precision)
     micro = array(MICRO, precision)
 
-    @compiled
+    @jax.jit
     def accumulated(micro, state):
         def add(m, batch):
             return nl.measure.merge(m, nl.moments(batch, 0)), None
@@ -481,7 +478,7 @@ def test_merged_microbatches_committed_once_are_the_whole_batch(ddof, debias, pr
 def test_an_update_for_each_microbatch_loses_the_variance_between_them():
     """What happens without `merge`: four updates, and the variance within microbatches alone."""
     state = nl.init_running(C)
-    update = compiled(lambda a, state: nl.batch_norm(a, None, state, train=True, decay=0.9)[1])
+    update = jax.jit(lambda a, state: nl.batch_norm(a, None, state, train=True, decay=0.9)[1])
     for batch in MICRO:
         state = update(array(batch), state)
     assert state.updates == 4
@@ -534,7 +531,7 @@ def test_the_gradient_of_the_whole_batch_comes_from_microbatches(precision):
         return (c.reshape(-1, C) * jnp.tanh(h)).sum(), state
 
     micro, whole = (
-        compiled(jax.value_and_grad(f, (0, 1), has_aux=True))(w, params)
+        jax.jit(jax.value_and_grad(f, (0, 1), has_aux=True))(w, params)
         for f in (in_microbatches, at_once)
     )
     assert micro[0][1].updates == 1
@@ -552,7 +549,7 @@ def test_microbatches_on_devices_are_the_whole_batch(mapper):
         return commit(nl.devices.all_reduce(m, "d"), state)
 
     run = mappers()[mapper](on_device)
-    state = (run if mapper == "pmap" else compiled(run))(nl.init_running(C), shards)
+    state = (run if mapper == "pmap" else jax.jit(run))(nl.init_running(C), shards)
     whole = np.asarray(shards, np.float64).reshape(-1, C)
     assert gap((state.mean[3], state.var[3]), (whole.mean(0), whole.var(0))) < 2e-6
     assert (state.updates == 1).all()
@@ -592,7 +589,7 @@ def test_a_trace_serves_all_values_and_another_shape_needs_another(case):
     """Whether the state is new or returned, and the norm was made once or again."""
     traces = []
 
-    @compiled
+    @jax.jit
     def run(params, state, site):
         traces.append(site.a.shape)
         return case.norm.apply(params, state, site, train=True)
@@ -629,7 +626,7 @@ def test_schedules_are_values_and_need_no_trace_of_their_own():
     """decay and ε as traced numbers: one trace for every value, and the right numbers."""
     a, traces = array(draw(0, N, C)), []
 
-    @compiled
+    @jax.jit
     def run(a, state, decay, eps):
         traces.append(decay)
         return nl.batch_norm(a, None, state, train=True, decay=decay, eps=eps)

@@ -18,9 +18,6 @@ from tests.helpers import array, draw, gap
 
 FORWARD, BACKWARD = 4e-6, 1e-5
 
-# Half the time to compile; what is computed is the same.
-compiled = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
-
 
 @pytest.fixture(scope="module")
 def torch():
@@ -35,7 +32,7 @@ def tensor(torch, value, grad=True):
 def gradients(f, cotangent, *args):
     """`f(*args)` and the gradients of Σ c·f by every argument."""
 
-    @compiled
+    @jax.jit
     def both(*args):
         h, pull = jax.vjp(f, *args)
         return h, pull(array(cotangent, h.dtype))
@@ -181,7 +178,7 @@ def trained(decays, *, ddof, channel_axis=-1, weights=None):
     _, _, g, b = numbers((8,))
     options = {"channel_axis": channel_axis, "weights": weights}
 
-    @compiled
+    @jax.jit
     def step(state, decay, a, c):
         def run(*args):
             a, g, b = args
@@ -225,7 +222,7 @@ def test_linens_batch_norm_agrees(masked):
             mutable=["batch_stats"],
         )
 
-    @compiled
+    @jax.jit
     def step(stats, a, c):
         h, pull, after = jax.vjp(
             lambda *args: run(*args, stats, True), a, array(g), array(b), has_aux=True
@@ -283,7 +280,7 @@ def test_linens_synced_batch_norm_agrees_on_equal_shards():
         "batch_stats": {"mean": jnp.zeros(8), "var": jnp.ones(8)},
     }
 
-    @compiled
+    @jax.jit
     def both(shards):
         linen = jax.vmap(
             lambda a: module.apply(variables, a, mutable=["batch_stats"]), axis_name="d"

@@ -34,8 +34,8 @@ Say = Callable[[str], None]
 STALL = 60.0  # seconds without a new byte after which a download that had begun is given up
 SPOKEN = 32 * 1024  # bytes; fewer may be a client's own notes, more have come over the wire
 
-# sha256 of the published files, uncompressed. tests/test_data.py proves the two MNISTs against
-# the sums of the official gzip files that TFDS registers.
+# sha256 of the published files, uncompressed. tests/experiments/test_data.py proves the two MNISTs
+# against the sums of the official gzip files that TFDS registers.
 _IDX = [f"{s}-{k}-ubyte" for s in ("train", "t10k") for k in ("images-idx3", "labels-idx1")]
 _MNIST = (
     "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",

@@ -176,7 +176,7 @@ for step in range(1, 1000):
 @pytest.mark.parametrize("kills", [3])
 def test_a_kill_in_the_middle_of_a_save_loses_nothing(tmp_path, kills):
     """SIGKILL while files are being written: the last whole checkpoint is there, and is whole."""
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
     last = 0
     for kill in range(kills):
         path = tmp_path / str(kill)

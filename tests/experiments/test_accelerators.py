@@ -1,7 +1,7 @@
 """Compiled programs: passes over x on the CPU, and ahead of time on a TPU and a GPU.
 
-A target is compiled for in a process of its own (`python -m tests.test_accelerators TARGET OP`),
-with one device and no hardware looked for.
+A target is compiled for in a process of its own, with one device and no hardware looked for:
+`python -m tests.experiments.test_accelerators TARGET OP`.
 """
 
 import json
@@ -21,7 +21,7 @@ from experiments.programs import machines
 from experiments.programs.machines import Missing, missing
 from experiments.programs.passes import Passes, lower, passes, place
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 BARRIER = "optimization_barrier"
 FORWARD, BOTH = "forward", "forward+backward"
 
@@ -270,7 +270,7 @@ def test_compiles_ahead_of_time(target, op):
     if command := missing(target):
         pytest.skip(f"no compiler for {target}; to install it: {command}")
     run = subprocess.run(
-        [sys.executable, "-m", "tests.test_accelerators", target, op],
+        [sys.executable, "-m", "tests.experiments.test_accelerators", target, op],
         capture_output=True,
         text=True,
         check=False,

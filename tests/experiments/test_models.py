@@ -47,16 +47,6 @@ def make(model: str, name: str = "batch", **options):
     return models.build(model, norm(name), CLASSES, **{**SIZES.get(model, {}), **options})
 
 
-FAST = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-if jax.__version_info__ < (0, 11):  # later it is gone
-    FAST["xla_cpu_use_fusion_emitters"] = False
-
-
-def compiled(f):
-    """Compiles `f` in a quarter of the time, for a program that runs but once."""
-    return jax.jit(f, compiler_options=FAST)
-
-
 def random(network, x, scale: float = 1.0):
     """Random parameters, drawn without compiling anything."""
     made = jax.eval_shape(lambda: network.init(jax.random.key(0), x, train=False)["params"])
@@ -66,7 +56,7 @@ def random(network, x, scale: float = 1.0):
 
 def variables(network, x=IMAGES):
     """Random parameters, and the initial states of the norms."""
-    made = compiled(lambda: models.split(network.init(jax.random.key(0), x, train=False))[1])
+    made = jax.jit(lambda: models.split(network.init(jax.random.key(0), x, train=False))[1])
     return random(network, x), made()
 
 
@@ -117,7 +107,7 @@ class TestEveryNorm:
             start = models.split(models.complete(network, kernels, IMAGES))
             return start, *jax.lax.scan(step, start, length=2)
 
-        start, end, losses = compiled(train)(random(network, IMAGES, scale=0.5))
+        start, end, losses = jax.jit(train)(random(network, IMAGES, scale=0.5))
         assert losses[1] < losses[0]
         moved = flatten_dict(jax.tree.map(lambda a, b: (a != b).any(), start[0], end[0]))
         assert [path for path in moved if path[-1] == "kernel" and not moved[path]] == []
@@ -379,7 +369,7 @@ class TestRecurrent:
         network = make(model, where=".*")
         params, state = variables(network, TestRecurrent.SHORT)
         run = functools.partial(apply, network, train=True)
-        logits, changed = compiled(run)(params, state, TestRecurrent.SHORT)
+        logits, changed = jax.jit(run)(params, state, TestRecurrent.SHORT)
         return network, params, changed[models.STATE], logits
 
     @pytest.mark.parametrize("model", ["lstm", "gru"])
@@ -395,7 +385,7 @@ class TestRecurrent:
     @pytest.mark.parametrize("model", ["lstm", "gru"])
     def test_evaluation_has_statistics_for_each_step_and_the_last_for_all_after(self, model):
         network, params, states, _ = self.trained(model)
-        got, _ = compiled(functools.partial(apply, network, train=False))(params, states, self.LONG)
+        got, _ = jax.jit(functools.partial(apply, network, train=False))(params, states, self.LONG)
         assert gap(got, getattr(Reference(params, states), model)(self.LONG)) < 1e-4
 
     def test_within_a_transaction_the_steps_that_share_a_state_are_pooled(self):
@@ -406,7 +396,7 @@ class TestRecurrent:
             _, changed = apply(network, params, nl.population.begin(state), self.LONG, train=True)
             return nl.population.commit(changed[models.STATE])
 
-        states = compiled(step)(params, state)["layer0"]["vertical"]["norm"]
+        states = jax.jit(step)(params, state)["layer0"]["vertical"]["norm"]
         a = self.LONG @ np.asarray(params["layer0"]["vertical"]["kernel"])
         assert gap(states.mean, np.stack([a[:, 0].mean(0), a[:, 1:].mean((0, 1))])) < 1e-5
         assert gap(states.var, np.stack([a[:, 0].var(0), a[:, 1:].var((0, 1))])) < 1e-5
@@ -442,7 +432,7 @@ class TestRecurrent:
             params = make("gru", gain=0.1).init(jax.random.key(0), IMAGES, train=False)["params"]
             return [affine.g for path, affine in leaves(params) if path[-1] == "norm"]
 
-        drawn = compiled(gains)()
+        drawn = jax.jit(gains)()
         assert len(drawn) == 4
         assert all((g == jnp.float32(0.1)).all() for g in drawn)
 

@@ -23,8 +23,9 @@ from experiments.rundir import RunError
 from experiments.training import processes
 from experiments.training.checkpoints import Checkpoints
 from experiments.training.train import Program, Train, train
+from tests.helpers import environment
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 STEPS = 600
 TINY = ["--dataset", "digits", "--model", "mlp", "--batch-size", "32", "--steps", str(STEPS)]
 TINY += ["--log-every", "1", "--sync", "local"]
@@ -91,12 +92,10 @@ class Gang:
 
 
 def start(command: list[str], more: dict[str, str]) -> subprocess.Popen:
-    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
-    environment |= {"JAX_PLATFORMS": "cpu", "COLUMNS": "200", **more}
     return subprocess.Popen(
         command,
         cwd=ROOT,
-        env=environment,
+        env=environment(COLUMNS="200", **more),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

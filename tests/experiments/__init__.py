@@ -1,0 +1,1 @@
+"""The tests of `experiments/`; those of the library, beside this folder, do without it."""
