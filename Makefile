@@ -80,6 +80,7 @@ lint: $(INSTALLED)-dev
 	$(BIN)/ruff format --check
 	$(BIN)/ruff check
 	$(BIN)/pyright
+	$(BIN)/mypy --strict --follow-imports=silent tests/typing_user.py
 
 # Renews docs/reference.md, the list of public names.
 reference: $(INSTALLED)-test

@@ -23,7 +23,8 @@ def namespaces() -> dict[str, dict[str, object]]:
         for _, name, is_package in pkgutil.iter_modules(normlab.__path__, "normlab.")
         if is_package and "._" not in name
     ]
-    modules = {name: importlib.import_module(name) for name in ["normlab", *packages]}
+    names = ["normlab", "normlab.measure", *packages]
+    modules = {name: importlib.import_module(name) for name in names}
     return {
         name: {public: getattr(module, public) for public in module.__all__}
         for name, module in modules.items()

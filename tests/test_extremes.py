@@ -258,13 +258,13 @@ def test_a_mask_that_leaves_one_value_is_a_bad_batch(population, ddof, size):
     state = nl.population.init_population(population, C, ddof=ddof)
     one, two = array([0.0, size, 0.0, 0.0]), array([0.0, 0.5, 0.5, 0.0]) * (1 + 3 * ddof)
     h, after = nl.batch_norm(a, None, state, train=True, weights=one)
-    average = getattr(after, "running", after)
+    average = getattr(after, "inner", after)
     assert average.skipped == 1
     assert average.updates == 0
     assert gap(after.read(), state.read()) == 0
     assert (np.asarray(h)[1] == 0).all()
     _, after = nl.batch_norm(a, None, state, train=True, weights=two)
-    assert getattr(after, "running", after).updates == 1
+    assert getattr(after, "inner", after).updates == 1
 
 
 def test_one_value_on_each_device_is_a_batch_and_one_in_all_is_none():

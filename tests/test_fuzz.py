@@ -808,7 +808,7 @@ def check_population(case: Kept) -> None:
     within(mean, first.mean, 8 * unit * size, case)
     # That of a batch has 30 roundings and the square of what the mean is off by.
     within(var, first.var, 40 * unit * (first.var + 1) + (8 * unit * size) ** 2, case)
-    kept = getattr(state, "running", getattr(state, "of", state))
+    kept = getattr(state, "inner", state)
     for field in ("updates", "skipped"):
         counted = np.asarray(getattr(kept, field))
         expected = [getattr(average, field) for average in averages]

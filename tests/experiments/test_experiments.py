@@ -4,7 +4,6 @@ import ast
 import importlib
 import inspect
 import json
-import os
 import re
 import resource
 import shutil
