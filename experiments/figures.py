@@ -23,19 +23,11 @@ import normlab as nl
 # Okabe & Ito's palette, legible to the colour-blind, then wine and two greys, told apart by their
 # markers.
 _COLOURS = (
-    "#000000",
-    "#0072B2",
-    "#D55E00",
-    "#CC79A7",
-    "#009E73",
-    "#E69F00",
-    "#56B4E9",
-    "#882255",
-    "#8C6D1F",
-    "#7F7F7F",
+    *("#000000", "#0072B2", "#D55E00", "#CC79A7", "#009E73"),
+    *("#E69F00", "#56B4E9", "#882255", "#8C6D1F", "#7F7F7F"),
 )
 _MARKERS = "osD^vP*pXd"
-_DASHES = ({"ls": "--"}, {"ls": ":"}, {"ls": "-."})
+_DASHES = ("--", ":", "-.")
 _FIRST = (
     *("none", "batch", "layer", "rms", "group", "instance", "weight", "weight_standardization"),
     *("cosine", "centred_cosine"),
@@ -44,14 +36,8 @@ _FIRST = (
 
 # For what is not a norm: Tol's muted palette, without its wine.
 _OTHER_COLOURS = (
-    "#332288",
-    "#CC6677",
-    "#117733",
-    "#88CCEE",
-    "#AA4499",
-    "#999933",
-    "#44AA99",
-    "#DDCC77",
+    *("#332288", "#CC6677", "#117733", "#88CCEE"),
+    *("#AA4499", "#999933", "#44AA99", "#DDCC77"),
 )
 _OTHER_MARKERS = "<>hv8HpX"
 
@@ -87,10 +73,11 @@ def palette(names: Iterable[Any]) -> dict[Any, dict[str, Any]]:
 
 
 def _norm_looks() -> Iterator[dict[str, Any]]:
-    """Every colour with a marker of its own, then with the next marker, and so on; then dashed."""
-    for line, turn in itertools.product(({}, *_DASHES), range(len(_MARKERS))):
+    """Every colour with a marker of its own; then dashed, with the next marker, and so on."""
+    for turn in range(len(_MARKERS) * len(_DASHES)):
         for i, colour in enumerate(_COLOURS):
-            yield _look(colour, _MARKERS[(i + turn) % len(_MARKERS)]) | line
+            look = _look(colour, _MARKERS[(i + turn) % len(_MARKERS)])
+            yield look | {"ls": _DASHES[turn // len(_MARKERS)]} if turn else look
 
 
 def _look(colour: str, marker: str) -> dict[str, Any]:

@@ -6,10 +6,12 @@ monoid), `normlab.population` (what batch norm keeps), `normlab.devices` (what d
 which are imported by name.
 """
 
+import importlib
+import typing
 from importlib.metadata import version as _version
 
 import normlab.rows  # noqa: F401
-from normlab import convert, devices, folding, instruments, measure, population
+from normlab import devices, measure, population
 from normlab.batch import batch_moments, batch_norm, batch_parts
 from normlab.cosine import cosine_norm, cosine_parts
 from normlab.devices.topology import Sync
@@ -41,6 +43,9 @@ from normlab.weight import (
     weight_standardization,
     weight_standardization_parts,
 )
+
+if typing.TYPE_CHECKING:
+    from normlab import convert, folding, instruments
 
 __version__ = _version("normlab")
 
@@ -99,3 +104,10 @@ __all__ = [
     "weight_standardization",
     "weight_standardization_parts",
 ]
+
+
+def __getattr__(name: str) -> typing.Any:
+    """Loads a family that no norm needs when it is first asked for: `nl.folding.fold_norm`."""
+    if name in ("convert", "folding", "instruments"):
+        return importlib.import_module(f"normlab.{name}")
+    raise AttributeError(f"module 'normlab' has no attribute {name!r}")

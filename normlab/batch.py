@@ -130,11 +130,11 @@ def batch_parts(
     where = "batch norm"
     a, channel, weights = aligned(where, a, weights, channel_axis)
     g, b = gain_and_bias(where, params, a, channel)
-    check_state(where, state, train, a.shape, channel)
+    sync = as_sync(axis_name)
+    check_state(where, state, sync, train, a.shape, channel)
     m = population = None
     kept = channel or min(1, a.ndim - 1)  # the axis of the channels once the examples are first
     if measures(state, train):
-        sync = as_sync(axis_name)
         x, w = _examples_first(a, weights, channel)
         axes = [i for i in range(x.ndim) if i != kept]
         one = values_per_channel(where, sync, x.shape, axes) == 1

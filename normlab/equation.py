@@ -19,7 +19,6 @@ from jax.typing import ArrayLike, DTypeLike
 from normlab._apply import apply_parts
 from normlab._arguments import checked, declare, instance, real
 from normlab._checks import (
-    expand,
     invalid,
     normalize_axes,
     promote,
@@ -181,66 +180,6 @@ def invert(parts: Parts, h: ArrayLike) -> Array:
     """
     mu, sigma, g, b = _checked(parts, jnp.shape(h), promote_dtype(h))
     return ((promote(h) - b) * sigma / g + mu).astype(result_dtype(h))
-
-
-@checked("fold")
-def fold(
-    parts: Parts, kernel: Array, bias: Array | None = None, *, unit_axis: int = -1
-) -> tuple[Array, Array]:
-    """Writes the parts into the linear layer before them, so that they cost nothing at inference.
-
-    With k = g/σ per channel, `affine(parts, linear(x, kernel) + bias)` equals
-    `linear(x, kernel·k) + (bias − μ)·k + b` (Ioffe & Szegedy 2015, section 3.1).
-
-    Args:
-      parts: Parts that are numbers or vary along the channels alone, such as batch norm's with
-        `train=False`. Parts that depend on the example cannot be folded: `fold_norm` finds them.
-      kernel: `[..., K, C]`: of a dense layer or of any convolution, also grouped or transposed.
-      bias: `[C]`, the layer's own bias; `None` for none.
-      unit_axis: Where `kernel` has its `C` units, if not last: 0 in torch (1 in its
-        transposed convolutions), -2 in a transposed convolution with a kernel `[..., C, K]`.
-
-    Returns:
-      `(kernel, bias)` of the folded layer, in the shape of `kernel` and `[C]`.
-
-    Raises:
-      ValueError: If a part varies along anything but `C` channels, or the bias is not `[C]`.
-
-    >>> parts = Parts(*map(jnp.float32, (1.0, 2.0, 4.0, 10.0)))
-    >>> kernel, bias = fold(parts, jnp.array([[3.0], [5.0]]))
-    >>> kernel.tolist(), bias.tolist()
-    ([[6.0], [10.0]], [8.0])
-    """
-    (unit_axis,) = normalize_axes("fold", unit_axis, kernel.ndim)
-    channels = kernel.shape[unit_axis]
-    for name, part in zip(Parts._fields, parts, strict=True):
-        shape = jnp.shape(part)
-        by_example = len(shape) > 1 and shape[0] != 1
-        if (
-            jnp.size(part) not in (1, channels)
-            or max(shape, default=1) != jnp.size(part)
-            or by_example
-        ):
-            raise invalid(
-                "fold",
-                f"a {name} of shape {shape}",
-                f"one value for each of the kernel's {channels} output channels",
-                "take parts that do not depend on the examples, as batch norm's with train=False, "
-                "and set unit_axis if the kernel does not have its units last",
-            )
-    if bias is not None and bias.shape != (channels,):
-        raise invalid(
-            "fold",
-            f"a bias of shape {bias.shape} for a kernel of shape {kernel.shape}",
-            f"shape ({channels},)",
-            "pass the bias of the same layer, and set unit_axis if the units are not last",
-        )
-    mu, sigma, g, b = (jnp.broadcast_to(jnp.ravel(part), channels) for part in parts)
-    dtype = jnp.promote_types(promote_dtype(kernel), (g / sigma).dtype)
-    k = (g / sigma).astype(dtype)
-    bias = jnp.zeros(channels, dtype) if bias is None else bias.astype(dtype)
-    scaled = kernel.astype(dtype) * expand(k, kernel.ndim, unit_axis)
-    return scaled.astype(kernel.dtype), (bias - mu.astype(dtype)) * k + b.astype(dtype)
 
 
 def _checked(parts: Parts, shape: tuple[int, ...], dtype: Any) -> Parts:

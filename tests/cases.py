@@ -266,7 +266,10 @@ KINDS = tuple(
 
 def first_of(name: str) -> Case:
     """The first case of a norm."""
-    return next(case for case in CASES if case.name == name)
+    found = next((case for case in CASES if case.name == name), None)
+    if found is None:
+        raise LookupError(f"{name!r} has no case: add one to CASES in {__file__}")
+    return found
 
 
 def everything(case: Case, wrap=lambda apply: apply):

@@ -57,10 +57,10 @@ CALLS = {
         "centred": False,
     },
     nl.cosine_parts: {"params": nl.init_affine(4), "site": SITE, "centred": False},
-    nl.drift: {"stats": STACKED, "axis_name": None},
+    instruments.drift: {"stats": STACKED, "axis_name": None},
     nl.measure.effective_sample_size: {"weights": jnp.ones(3), "axes": 0},
     nl.measure.empty: {"shape": (3,), "dtype": jnp.float32},
-    nl.equivalence: {
+    instruments.equivalence: {
         "norm": "batch",
         "axis_name": "data",
         "devices": 2,
@@ -76,8 +76,8 @@ CALLS = {
         "states": nl.population.init_delayed(6),
         "axis_name": nl.Sync("d", every=1),
     },
-    nl.fold: {"parts": PARTS, "kernel": W, "bias": jnp.ones(4), "unit_axis": -1},
-    nl.fold_model: {
+    nl.folding.fold: {"parts": PARTS, "kernel": W, "bias": jnp.ones(4), "unit_axis": -1},
+    nl.folding.fold_model: {
         "variables": MODEL,
         "rule": {"BatchNorm_0": "Dense_0"},
         "eps": 1e-5,
@@ -87,7 +87,7 @@ CALLS = {
         "apply": None,
         "folded_apply": None,
     },
-    nl.fold_norm: {
+    nl.folding.fold_norm: {
         "norm": NORM,
         "params": nl.init_affine(4),
         "state": nl.init_running(4),
@@ -159,7 +159,7 @@ CALLS = {
     nl.measure.merge_axes: {"m": M, "axes": 0},
     nl.population.merge_running: {"states": STACKED},
     nl.moments: {"x": A, "axes": 0, "weights": jnp.ones(2), "algorithm": "auto"},
-    nl.plain_weights: {
+    nl.folding.plain_weights: {
         "variables": {"Dense_0": {"kernel": W}},
         "rule": {"Dense_0": nl.weight_norm},
         "unit_axis": -1,
@@ -188,8 +188,8 @@ CALLS = {
     nl.weight_parts: {"params": nl.init_affine(4), "site": SITE},
     nl.weight_standardization: {"v": W, "g": jnp.ones(4)},
     nl.weight_standardization_parts: {"params": nl.init_affine(4), "site": SITE},
-    nl.whiten: {"x": SQUARE, "w": nl.whitening(SQUARE)},
-    nl.whitening: {"x": SQUARE, "method": "zca", "eps": 0.1},
+    instruments.whiten: {"x": SQUARE, "w": instruments.whitening(SQUARE)},
+    instruments.whitening: {"x": SQUARE, "method": "zca", "eps": 0.1},
     nl.Sync: {
         "axes": "d",
         "groups": 2,
@@ -397,7 +397,7 @@ def refused(f, name, value):
 
 def run(f, own):
     """The call, within the axis it names."""
-    if own.get("axis_name") is None or f is nl.equivalence or isinstance(f, type):
+    if own.get("axis_name") is None or f is instruments.equivalence or isinstance(f, type):
         return f(**own)
     return jax.vmap(lambda _: (f(**own), 0)[1], axis_name="d")(jnp.zeros(2))
 
@@ -453,7 +453,12 @@ def test_every_public_function_has_a_right_call():
 
 
 # Not for use under `jit`: they look at values.
-EAGER = (nl.fold_norm, nl.fold_model, nl.plain_weights, nl.population.precise)
+EAGER = (
+    nl.folding.fold_norm,
+    nl.folding.fold_model,
+    nl.folding.plain_weights,
+    nl.population.precise,
+)
 
 
 def ends(f, own):
@@ -474,7 +479,7 @@ def ends(f, own):
 @pytest.mark.parametrize(
     ("f", "own"),
     [
-        case for case in FUNCTIONS if case.values[0] is not nl.equivalence
+        case for case in FUNCTIONS if case.values[0] is not instruments.equivalence
     ],  # it compiles and compiles
 )
 def test_what_the_kind_lets_through_ends_well(f, own):

@@ -81,9 +81,13 @@ def in_torch(torch, layer, kind, train):
 
 
 def test_the_defaults_are_those_of_the_installed_libraries(torch, keras):
-    unequal = [n for n, ours, theirs in defaults_of(torch_table.LAYERS, torch.nn) if ours != theirs]
+    unequal = [
+        n for n, ours, theirs in defaults_of(torch_table.TORCH.layers, torch.nn) if ours != theirs
+    ]
     assert set(unequal) == {"layer normalized_shape", "rms normalized_shape"}  # from the leaves
-    assert all(ours == theirs for _, ours, theirs in defaults_of(keras_table.LAYERS, keras.layers))
+    assert all(
+        ours == theirs for _, ours, theirs in defaults_of(keras_table.KERAS.layers, keras.layers)
+    )
 
 
 @pytest.mark.parametrize("name", TORCH)

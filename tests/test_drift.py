@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import normlab as nl
+from normlab import instruments
 from tests.helpers import MAPPERS, array, draw, gap, mappers
 
 D, N, C = 8, 4, 3
@@ -18,7 +19,7 @@ def values():
 def expected(x):
     whole, parts = x.reshape(-1, C), x
     var = whole.var(0)
-    return nl.Drift(
+    return instruments.Drift(
         mean=whole.mean(0),
         within=parts.var(1).mean(0),
         between=parts.mean(1).var(0),
@@ -29,18 +30,18 @@ def expected(x):
 
 def test_the_variance_splits_in_within_and_between():
     x = values()
-    report = nl.drift(jax.vmap(lambda v: nl.moments(v, 0))(array(x)))
-    assert gap(report, expected(x)) < 5e-6
-    assert gap(report.within + report.between, x.reshape(-1, C).var(0)) < 5e-6
-    assert gap(report.share, report.between / (report.within + report.between)) < 1e-6
+    found = instruments.drift(jax.vmap(lambda v: nl.moments(v, 0))(array(x)))
+    assert gap(found, expected(x)) < 5e-6
+    assert gap(found.within + found.between, x.reshape(-1, C).var(0)) < 5e-6
+    assert gap(found.share, found.between / (found.within + found.between)) < 1e-6
 
 
 @pytest.mark.parametrize("mapper", MAPPERS)
 def test_devices_report_what_the_stack_of_them_does(mapper):
     x = values()
-    report = mappers()[mapper](lambda _, v: nl.drift(nl.moments(v, 0), "d"))((), array(x))
+    found = mappers()[mapper](lambda _, v: instruments.drift(nl.moments(v, 0), "d"))((), array(x))
     for one in range(D):
-        assert gap(jax.tree.map(lambda v, i=one: v[i], report), expected(x)) < 5e-6
+        assert gap(jax.tree.map(lambda v, i=one: v[i], found), expected(x)) < 5e-6
 
 
 def states(x):
@@ -54,15 +55,23 @@ def states(x):
 
 def test_running_statistics_drift_as_the_batches_they_saw():
     x = values()
-    assert gap(nl.drift(states(x)), expected(x)) < 5e-6
+    assert gap(instruments.drift(states(x)), expected(x)) < 5e-6
+
+
+def test_any_population_drifts_as_what_it_reads():
+    x = values()
+    frozen = nl.population.freeze(states(x))
+    assert gap(instruments.drift(frozen), expected(x)) < 5e-6
+    found = mappers()["pmap"](lambda _, state: instruments.drift(state, "d"))((), frozen)
+    assert gap(jax.tree.map(lambda v: v[0], found), expected(x)) < 5e-6
 
 
 def test_a_device_that_saw_nothing_weighs_nothing():
     x = values()
     seen = states(x)
     stack = jax.tree.map(lambda v, new: jnp.stack([*v, new]), seen, nl.init_running(C))
-    report = nl.drift(stack)
-    assert gap(report[:3], expected(x)[:3]) < 5e-6
+    found = instruments.drift(stack)
+    assert gap(found[:3], expected(x)[:3]) < 5e-6
 
 
 def test_merged_statistics_are_those_of_one_device_and_averages_are_not():
@@ -86,8 +95,8 @@ def test_a_checkpoint_of_eight_devices_restores_on_another_number(devices):
 
 def test_statistics_without_devices_are_an_error():
     with pytest.raises(ValueError, match=r"drift: got statistics of shape \(3,\)"):
-        nl.drift(nl.init_running(C))
+        instruments.drift(nl.init_running(C))
     with pytest.raises(ValueError, match=r"merge running: got an array of shape \(\).*stack"):
         nl.population.merge_running(nl.init_running(C))
     with pytest.raises(ValueError, match="drift: got axis_name='d'"):
-        nl.drift(nl.init_running(C), "d")
+        instruments.drift(nl.init_running(C), "d")

@@ -545,6 +545,14 @@ class TestVersion:
         assert files(init, '"""Words."""\nfrom jax import config\n') != first
         assert files(init, '"""Other words."""\n') == files(init, '"""Words."""  # a\n')
 
+    def test_it_does_not_change_with_what_is_imported_for_types_alone(self, files):
+        package = "import typing\nif typing.TYPE_CHECKING:\n    from normlab import sums\n"
+        first = files("normlab/__init__.py", package)
+        assert files("normlab/sums.py", "def mean(x):\n    return 0\n") == first
+        asked = "from normlab import sums\ndef figure(r): return 1\n"
+        second = files("experiments/questions/asked.py", asked)
+        assert files("normlab/sums.py", "def mean(x):\n    return 1\n") != second
+
     def test_code_that_changes_during_a_run_is_not_measured(self, files, make, tmp_path):
         def edits():
             yield {"kind": "value", "seed": 0, "value": 1.0}

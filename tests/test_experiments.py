@@ -209,7 +209,7 @@ class TestTrainer:
         x = trainer.data.probe.reshape(len(trainer.data.probe), -1)
         layer = params["Normed_0"]
         h = nl.affine(
-            nl.weight_parts(layer["norm"], nl.Site(x @ layer["kernel"], x, layer["kernel"])),
+            nl.weight_parts(nl.Site(x @ layer["kernel"], x, layer["kernel"]), layer["norm"]),
             x @ layer["kernel"],
         )
         np.testing.assert_allclose(h.mean(0), 0, atol=1e-5)

@@ -6,6 +6,7 @@ import functools
 import inspect
 import pickle
 import warnings
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
@@ -86,6 +87,82 @@ def test_public_names_are_flaxs_and_the_documented_ones(library, name):
         theirs, ours = (set(vars(made(m, name))) for m in LIBRARIES[library])
         assert theirs <= ours
         assert ours - theirs <= {"pending", "num_features"}
+
+
+MASKS = {
+    "array": jnp.ones((4, 3, 1), bool),
+    "numpy": np.ones(X.shape, bool),
+    "weights": jnp.ones(4),
+    "number": 1,
+}
+
+
+@pytest.mark.parametrize("mask", MASKS)
+@libraries
+@pytest.mark.parametrize("name", [n for n in NORMS if n != "WeightNorm"] + ["RegistryNorm"])
+def test_a_mask_in_the_place_of_the_mode_is_an_error(library, name, mask):
+    """The norms that look at no mode as well: the mask would be lost without a word."""
+    if name == "RegistryNorm":
+        module = nll.RegistryNorm("layer") if library == "linen" else nlx.RegistryNorm("layer", 6)
+    else:
+        options = {} if name != "BatchNorm" else {"use_running_average": None}
+        make = getattr(LIBRARIES[library][1], name)
+        options |= NORMS[name] if library == "linen" else NORMS[name] | {"rngs": nnx.Rngs(0)}
+        module = make(**options) if library == "linen" else make(6, **options)
+    call = functools.partial(module.init, KEY) if library == "linen" else module
+    given = MASKS[mask]
+    refused = pytest.raises(ValueError, match=r"use_running_average.*expected True or False.*mask=")
+    if (library, name) == ("nnx", "RMSNorm"):  # where the mask comes second, as in flax's
+        with refused:
+            call(X, use_running_average=given)
+        return
+    with refused:
+        call(X, given)
+    with refused:
+        jax.eval_shape(lambda x, given: call(x, given), X, given)
+
+
+class Last(NamedTuple):
+    """A population of a user's: the last batch."""
+
+    mean: jax.Array
+    var: jax.Array
+
+    def update(self, m, *, decay=None, bad_batch="skip"):
+        return Last(m.mean.ravel(), m.var().ravel())
+
+    def read(self):
+        return self.mean, self.var
+
+
+def init_last(channels):
+    return Last(jnp.zeros(channels), jnp.ones(channels))
+
+
+@libraries
+@pytest.mark.parametrize("population", [init_last, "tests.test_flax_places:init_last"])
+def test_a_population_of_a_users_is_kept_and_ends_a_transaction(library, population):
+    one, two = (Last(v.mean((0, 1)), v.var((0, 1))) for v in (X, jnp.concatenate([X, 3 * X])))
+    expected = (X - one.mean) / jnp.sqrt(one.var + 1e-5)
+    if library == "linen":
+        module = nll.BatchNorm(population=population)
+        variables = module.init(KEY, X, True)
+        h, kept = module.apply(variables, X, False, mutable=["batch_stats"])
+        assert gap(h, expected) < 1e-5
+        assert gap(kept["batch_stats"]["population"], one) < 1e-5
+        seen = {}
+        for x in (X, 3 * X):
+            _, seen = module.apply(variables | seen, x, False, mutable=["transaction"])
+        kept = nll.commit(variables, seen["transaction"])["population"]
+    else:
+        module = nlx.BatchNorm(6, population=population, rngs=nnx.Rngs(0))
+        assert gap(module(X), expected) < 1e-5
+        assert gap(module.population.get_value(), one) < 1e-5
+        nlx.begin(module)
+        module(X), module(3 * X)
+        nlx.commit(module)
+        kept = module.population.get_value()
+    assert gap(kept, two) < 1e-4
 
 
 @names

@@ -22,7 +22,8 @@ ALL = sorted(name for _, name, _ in pkgutil.walk_packages([str(ROOT)], "normlab.
 MODULES = [name for name in ALL if not name.startswith(SKINS)]
 FOREIGN = {"chex", "equinox", "flax", "haiku", "keras", "matplotlib", "optax", "orbax"}
 FOREIGN |= {"tensorflow", "torch"}
-PUBLIC = {name: getattr(normlab, name) for name in normlab.__all__}
+PACKAGES = (normlab, normlab.convert, normlab.folding, normlab.instruments)
+PUBLIC = {name: getattr(package, name) for package in PACKAGES for name in package.__all__}
 
 
 def imports(module: str) -> set[str]:
@@ -68,17 +69,33 @@ def test_imports_have_no_cycle_and_point_away_from_the_registry():
     assert {m for m, found in graph.items() if "normlab.registry" in found} == above
 
 
-def test_all_is_complete_and_sorted():
+@pytest.mark.parametrize("package", PACKAGES, ids=lambda package: package.__name__)
+def test_all_is_complete_and_sorted(package):
     bound = {
         name
-        for name, value in vars(normlab).items()
+        for name, value in vars(package).items()
         if not name.startswith("_") and not inspect.ismodule(value)
     }
-    named = {name for name in normlab.__all__ if not inspect.ismodule(PUBLIC[name])}
+    named = {name for name in package.__all__ if not inspect.ismodule(getattr(package, name))}
     assert named == bound
-    order = sorted(normlab.__all__, key=lambda n: (not n.isupper(), not n[0].isupper(), n))
-    assert normlab.__all__ == order
-    assert len(normlab.__all__) == len(set(normlab.__all__))
+    order = sorted(package.__all__, key=lambda n: (not n.isupper(), not n[0].isupper(), n))
+    assert package.__all__ == order
+    assert len(package.__all__) == len(set(package.__all__))
+
+
+def test_importing_normlab_loads_no_family_that_no_norm_needs():
+    code = "import sys, normlab; print(*sys.modules); normlab.folding.fold"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    families = ("normlab.convert", "normlab.folding", "normlab.instruments")
+    assert not [name for name in run.stdout.split() if name.startswith(families)]
+    assert not hasattr(normlab, "fold_norm")
+
+
+def test_no_module_is_hidden_by_a_value_of_its_name():
+    for name in ALL:
+        package, _, last = name.rpartition(".")
+        module = importlib.import_module(name)
+        assert getattr(importlib.import_module(package), last) is module, name
 
 
 def _functions():

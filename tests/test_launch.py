@@ -333,6 +333,13 @@ def test_a_run_that_goes_on_is_the_run_in_one_piece(tmp_path, sync):
     assert [record["step"] for record in metrics(tmp_path / "whole")] == [1, 2, 3, 4]
 
 
+@pytest.mark.parametrize("norm", ["weight", *slow("layer", "cosine")])
+def test_a_norm_that_measures_over_no_devices_is_not_told_them(tmp_path, norm):
+    result = train(tiny(tmp_path / "run", norm=norm, sync="every=2", steps=1))
+    assert result.summary is not None
+    assert 0 <= result.summary["accuracy"] <= 1
+
+
 @pytest.mark.parametrize("sync", ["every=2", *slow("local")])
 def test_running_statistics_of_other_devices_are_merged(tmp_path, sync, monkeypatch):
     """Eight devices' checkpoint on four: every row is taken in, none dropped."""

@@ -22,6 +22,7 @@ compiled = functools.partial(jax.jit, compiler_options={"xla_backend_optimizatio
 KEY = jax.random.key(0, impl="rbg")  # compiles faster than the default one
 X = array(draw(0, 4, 3, 6, mean=1.0))
 WEIGHT = array(draw(1, 4, 3, 6))
+EPS = 0.1  # far from every default
 AFFINE = {"scale_init": nn.initializers.normal(1.0), "bias_init": nn.initializers.normal(1.0)}
 TRAIN = {"use_running_average": False}
 CASES = {
@@ -64,8 +65,8 @@ def call(module, variables, x, *args, mutable=False, **kwargs):
     return compiled(run)(variables, x)
 
 
-def batch_norm(x, state, *, train):
-    return compiled(lambda x, state: nl.batch_norm(x, None, state, train=train))(x, state)
+def batch_norm(x, state, **options):
+    return compiled(lambda x, state: nl.batch_norm(x, None, state, **options))(x, state)
 
 
 def cosine_norm(x, params, **options):
@@ -489,18 +490,19 @@ def test_statistics_of_other_devices_may_come_late():
 
 @pytest.mark.parametrize("name", ["debiased", "cumulative", "renorm", "frozen", "domains"])
 def test_any_population_is_one_variable_and_does_what_batch_norm_does(name):
-    module = nll.BatchNorm(population=name, momentum=0.9)
+    module = nll.BatchNorm(population=name, momentum=0.9, epsilon=EPS)
     variables = init(module, X, True)
     (kept,) = variables["batch_stats"].values()
     options = {} if name == "cumulative" else {"decay": 0.9}
+    options |= {"eps": EPS} if name == "renorm" else {}
     state = nl.population.init_population(name, 6, **options)
     assert jax.tree.structure(kept) == jax.tree.structure(state)
-    expected, state = batch_norm(X, state, train=True)
+    expected, state = batch_norm(X, state, train=True, eps=EPS)
     h, changed = call(module, variables, X, False, mutable=["batch_stats"])
     assert gap(h, expected) < 1e-6
     assert gap(changed["batch_stats"]["population"], state) < 1e-6
     h = call(module, variables | changed, X, True)
-    assert gap(h, batch_norm(X, state, train=False)[0]) < 1e-6
+    assert gap(h, batch_norm(X, state, train=False, eps=EPS)[0]) < 1e-6
     copy = serialization.from_bytes(variables, serialization.to_bytes(changed | variables))
     assert gap(copy, variables) == 0
 

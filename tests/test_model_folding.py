@@ -10,8 +10,8 @@ import pytest
 from flax import nnx
 
 import normlab as nl
-from normlab.folding.model import fold_model
-from normlab.folding.plain import plain_weights
+from normlab import folding
+from normlab.folding import fold_model, plain_weights
 from tests.helpers import array, draw, gap
 from tests.test_docs import python_blocks
 
@@ -464,7 +464,7 @@ def test_torch_folds_the_same(transposed):
     params = nl.Affine(ours(norm.weight), ours(norm.bias))
     mean, var = ours(norm.running_mean), ours(norm.running_var)
     parts = nl.Parts(mean, jnp.sqrt(var + norm.eps), *params)
-    kernel, bias = nl.fold(parts, ours(layer.weight), ours(layer.bias), unit_axis=unit_axis)
+    kernel, bias = folding.fold(parts, ours(layer.weight), ours(layer.bias), unit_axis=unit_axis)
     assert gap((kernel, bias), (ours(fused.weight), ours(fused.bias))) < 1e-6
 
 

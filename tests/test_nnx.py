@@ -331,18 +331,20 @@ def test_flax_normalizes_features_that_it_was_not_made_for():
 
 @pytest.mark.parametrize("name", ["debiased", "cumulative", "renorm", "batch"])
 def test_any_population_is_one_variable_and_does_what_batch_norm_does(name):
-    ours = nlx.BatchNorm(6, population=name, momentum=0.9, rngs=nnx.Rngs(0))
+    eps = 0.1  # far from every default
+    ours = nlx.BatchNorm(6, population=name, momentum=0.9, epsilon=eps, rngs=nnx.Rngs(0))
     assert set(pure(ours)) - {"population"} == {"scale", "bias"}
     options = {} if name in ("cumulative", "batch") else {"decay": 0.9}
+    options |= {"eps": eps} if name == "renorm" else {}
     state = nl.population.init_population(name, 6, **options)
-    expected, state = nl.batch_norm(X, None, state, train=True)
+    expected, state = nl.batch_norm(X, None, state, train=True, eps=eps)
     assert gap(ours(X), expected) < 1e-6
     if name == "batch":
         assert "population" not in pure(ours)
     else:
         assert gap(ours.population.get_value(), state) < 1e-6
     ours.eval()
-    assert gap(ours(X), nl.batch_norm(X, None, state, train=False)[0]) < 1e-6
+    assert gap(ours(X), nl.batch_norm(X, None, state, train=False, eps=eps)[0]) < 1e-6
 
 
 @pytest.mark.parametrize("population", ["ema", "debiased"])

@@ -246,7 +246,7 @@ def test_inference_folds_into_the_layer_before(linear, x, w, bias):
     params = nl.Affine(array(draw(3, C)), array(draw(4, C)))
     state = nl.Running(array(draw(5, C)), array(draw(6, C) ** 2), *nl.init_running(C)[2:])
     parts, _ = nl.batch_parts(a, params, state, train=False, channel_axis=linear.channel_axis)
-    kernel, folded_bias = nl.fold(parts, w, bias)
+    kernel, folded_bias = nl.folding.fold(parts, w, bias)
     assert (kernel.shape, kernel.dtype) == (w.shape, w.dtype)
     assert folded_bias.shape == (C,)
     assert gap(linear(x, kernel) + folded_bias.reshape(spread), nl.affine(parts, a)) < 5e-6
@@ -254,13 +254,13 @@ def test_inference_folds_into_the_layer_before(linear, x, w, bias):
 
 def test_numbers_fold_as_parts():
     parts = nl.Parts(*map(jnp.float32, (1.0, 2.0, 3.0, 10.0)))
-    kernel, bias = nl.fold(parts, jnp.ones((2, C)), jnp.ones(C))
+    kernel, bias = nl.folding.fold(parts, jnp.ones((2, C)), jnp.ones(C))
     assert gap((kernel, bias), (np.full((2, C), 1.5), np.full(C, 10.0))) == 0
 
 
 def test_folding_keeps_a_half_precision_kernel():
     parts, _ = nl.batch_parts(jnp.ones((N, C)), None, nl.init_running(C), train=False)
-    kernel, _ = nl.fold(parts, jnp.ones((2, C), "bfloat16"), jnp.ones(C, "bfloat16"))
+    kernel, _ = nl.folding.fold(parts, jnp.ones((2, C), "bfloat16"), jnp.ones(C, "bfloat16"))
     assert kernel.dtype == "bfloat16"
 
 

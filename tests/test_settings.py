@@ -168,12 +168,12 @@ def test_what_is_beside_the_norms_promotes_no_ranks():
     x = array(draw(2, 6, C))
     with flags():
         for method in ("zca", "pca", "zscore", "minmax"):
-            nl.whiten(x, nl.whitening(x, method=method))
+            nl.instruments.whiten(x, nl.instruments.whitening(x, method=method))
         state = nl.batch_norm(x, None, nl.init_running(C), train=True)[1]
         stacked = jax.tree.map(lambda v: jnp.stack([v, v]), state)
-        nl.drift(stacked)
+        nl.instruments.drift(stacked)
         nl.population.merge_running(stacked)
         norm = nl.get("batch")
         params, _ = norm.init(nl.Site(x))
-        folded = functools.partial(nl.fold, kernel=array(draw(3, 5, C)), bias=jnp.zeros(C))
+        folded = functools.partial(nl.folding.fold, kernel=array(draw(3, 5, C)), bias=jnp.zeros(C))
         folded(norm.parts(params, state, nl.Site(x), train=False)[0])

@@ -71,7 +71,7 @@ def use(state, convert=lambda tree: tree):
     if isinstance(state, nl.population.Domains):
         found["selected"] = nl.population.select_domain(state, np.int32(1))
     if isinstance(state, nl.Running | nl.population.Cumulative):
-        found["drift"] = nl.drift(stack)
+        found["drift"] = nl.instruments.drift(stack)
         found["settled"] = nl.population.settle(pending)
     if isinstance(state, nl.Running):
         found["ddof"] = nl.population.change_ddof(state, 1)

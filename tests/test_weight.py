@@ -126,7 +126,7 @@ def test_weights_of_any_size_normalize_to_length_one(scale):
     assert gap(w, nl.weight_norm(v)) < 1e-6
     x = array(draw(1, 3, 5))
     site = nl.Site(x @ (np.float32(scale) * v), x, np.float32(scale) * v)
-    assert gap(nl.affine(nl.weight_parts(None, site), site.a), x @ w) < 2e-6
+    assert gap(nl.affine(nl.weight_parts(site), site.a), x @ w) < 2e-6
 
 
 def test_one_unit_of_another_size_does_not_disturb_the_others():

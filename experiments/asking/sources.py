@@ -75,6 +75,7 @@ def _closure(module: str) -> dict[str, str]:
 def _read(name: str, package: str, text: str) -> tuple[str, tuple[str, ...]]:
     """The code of a source without what does not count, and what it imports."""
     tree = ast.parse(text)
+    tree.body = [part for part in tree.body if not _for_types(part)]
     imported = tuple(_imports(tree, package))
     body = ast.Module([part for part in tree.body if not _shows(name, part)], [])
     return ast.dump(_without_docstrings(body)), imported
@@ -98,6 +99,10 @@ def _file(module: str) -> Path | None:
             files = (path / "__init__.py", path.with_suffix(".py"))
             return next((file for file in files if file.is_file()), None)
     return None
+
+
+def _for_types(part: ast.stmt) -> bool:
+    return isinstance(part, ast.If) and ast.unparse(part.test).endswith("TYPE_CHECKING")
 
 
 def _without_docstrings(tree: ast.Module) -> ast.Module:

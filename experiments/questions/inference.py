@@ -34,6 +34,7 @@ from jax import Array
 from matplotlib.figure import Figure
 
 import normlab as nl
+from normlab import folding
 
 from ..engine import Condition, Config, Record, Records, Verdict, dataset, decide, draw, exact
 
@@ -135,7 +136,7 @@ def folded(name: str, x: Array, w: Array, a: Array, rng: np.random.Generator) ->
     state = nl.population.init_cumulative(channels, ddof=1, dtype=jnp.float64)
     state = state.update(nl.moments(a, range(a.ndim - 1)))
     params = nl.Affine(*(jnp.asarray(rng.normal(size=channels)) for _ in range(2)))
-    return float(nl.folding.fold_norm(NORM, params, state, w, x=x, linear=LINEAR[name]).error.max())
+    return float(folding.fold_norm(NORM, params, state, w, x=x, linear=LINEAR[name]).error.max())
 
 
 def verdict(records: Records) -> Iterator[Verdict]:

@@ -10,13 +10,13 @@ Source: Hsieh et al. 2020, https://arxiv.org/abs/1910.00189
 
 Protocol: Fashion-MNIST, an MLP (three layers of 100 sigmoids), 1,000 steps of SGD with momentum 0.9
 at rate 0.05 on 8 devices, 4 examples per device, every device normalized on its own, gradients
-averaged. "shuffled": minibatches of all data; "sorted": the data sorted by class and cut into one
-piece for each device. `instruments.drift` splits the variance into that within and that between
-devices, for the moments of the last batch and for the running statistics. Of D devices with b
-examples each, sampling alone puts (D − 1)/(bD − 1) of the variance between devices (the mean of a
-beta distribution, for normal values), and less behind a layer that was normalized locally, which
-makes the devices' means alike. At the end the same nets are evaluated with merged and with averaged
-statistics.
+averaged. "shuffled": minibatches of all data; "sorted": the data sorted by class
+and cut into one piece for each device. `instruments.drift` splits the variance into that within and
+that between devices, for the moments of the last batch and for the running statistics. Of D devices
+with b examples each, sampling alone puts (D − 1)/(bD − 1) of the variance between devices (the mean
+of a beta distribution, for normal values), and less behind a layer that was normalized locally,
+which makes the devices' means alike. At the end the same nets are evaluated with merged and
+with averaged statistics.
 
 Command: python -m experiments run local_drift
 """

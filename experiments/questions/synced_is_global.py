@@ -7,8 +7,8 @@ devices' variances, as if the variance between their means were nothing, must fa
 Source: Peng et al. 2018, https://arxiv.org/abs/1711.07240; how Chan, Golub & LeVeque 1983 merge
 variances, https://doi.org/10.1080/00031305.1983.10483115
 
-Protocol: real images through a random kernel; `equivalence` runs the norm on one device and on
-D and compares output, running statistics and gradients. Then an MLP (three layers of 100
+Protocol: real images through a random kernel; `instruments.equivalence` runs the norm on one device
+and on D and compares output, running statistics and gradients. Then an MLP (three layers of 100
 sigmoids) is trained on one device and on D with the same batches and the losses are compared.
 
 Command: python -m experiments run synced_is_global
@@ -28,7 +28,7 @@ from jax import lax
 from matplotlib.figure import Figure
 
 import normlab as nl
-from normlab.instruments.agreement import equivalence
+from normlab import instruments
 from normlab.site import Params, State
 
 from ..engine import Condition, Record, Records, Verdict, decide, draw, exact, number
@@ -100,7 +100,7 @@ def layer(config: Config, dtype: str) -> Iterator[Record]:
     w = np.random.default_rng(0).normal(size=(config.seeds, x.shape[-1], CHANNELS))
     a = np.concatenate(list(x @ w / np.sqrt(x.shape[-1])), axis=-1)
     for name, form in itertools.product(NORMS, FORMS):
-        found = equivalence(
+        found = instruments.equivalence(
             lambda axis_name, name=name: norm(name, axis_name),
             AXIS,
             config.devices,

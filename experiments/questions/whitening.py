@@ -29,7 +29,8 @@ import numpy as np
 from matplotlib.figure import Figure
 
 import normlab as nl
-from normlab.instruments.decorrelation import Method, condition_number, whiten, whitening
+from normlab.instruments import condition_number, whiten, whitening
+from normlab.instruments.whiteness import Method
 
 from ..data import Dataset
 from ..engine import (

@@ -102,14 +102,19 @@ class Command(Training):
           RunError: For an unknown name, or options that the norm does not take.
         """
         try:
-            known = inspect.signature(nl.row(name).factory).parameters
             given = {"eps": self.eps, "groups": self.groups, "axis_name": axis_name, **more}
-            options = {k: v for k, v in given.items() if k in known}
-            if "decay" in known and self.decay is not None:
-                options["decay"] = self.decay
-            return nl.get(name, **{**options, **OWN.get(name, {})})
+            if self.decay is not None:
+                given["decay"] = self.decay
+            options = {k: v for k, v in given.items() if takes(name, k)}
+            return nl.get(name, **options, **OWN.get(name, {}))
         except ValueError as error:
             raise RunError(str(error)) from None
+
+
+def takes(name: str, option: str) -> bool:
+    """Whether the norm called `name` is told an option of the run."""
+    known = inspect.signature(nl.row(name).factory).parameters
+    return option in known and option not in OWN.get(name, {})
 
 
 def require(holds: bool, option: str, given: Any, expected: str) -> None:

@@ -33,7 +33,7 @@ from ..data import NAMES, Dataset, load
 from ..rundir import RunDirectory, RunError, default_path, environment
 from . import processes, syncs
 from .checkpoints import Checkpoints
-from .config import Command, require, require_division, require_fit
+from .config import Command, require, require_division, require_fit, takes
 from .driver import Progress, drive
 from .trainer import (
     AXIS,
@@ -215,7 +215,8 @@ class Program:
         require_fit(config.batch_size, data)
         mesh = Mesh(np.array(jax.devices()), (AXIS,), axis_types=(AxisType.Auto,))
         self.copied, self.split = NamedSharding(mesh, P()), NamedSharding(mesh, P(AXIS))
-        self.sync = syncs.parse(config.sync, AXIS, self.devices)
+        sync = syncs.parse(config.sync, AXIS, self.devices)
+        self.sync = sync if takes(config.norm, "axis_name") else None
         norm = config.norm_of(config.norm, self.sync, population=config.population)
         self.model = models.build(config.model, norm, data.classes)
         self.task = Task(self.model, Preprocess.of(data))

@@ -11,6 +11,7 @@ import numpy as np
 from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
+from normlab._arguments import check_added
 from normlab._checks import invalid, normalize_axes, promote, promote_dtype, result_dtype
 from normlab._flax.words import read
 from normlab.devices.topology import AxisName, Sync
@@ -29,6 +30,9 @@ class Call(NamedTuple):
       features: The axes along which scale and bias vary.
       weights: Of the rank of `x`, or `None`.
       dtype: The type of the result.
+      eps: ε > 0.
+      over: The named axes along which the batch, or each example, is split.
+      algorithm: How a variance is taken.
     """
 
     where: str
@@ -36,6 +40,9 @@ class Call(NamedTuple):
     features: tuple[int, ...]
     weights: Array | None
     dtype: Any
+    eps: float
+    over: AxisName | None
+    algorithm: Algorithm
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -55,25 +62,31 @@ def feature_shape(where: str, x: ArrayLike, features: Axes) -> tuple[int, ...]:
 
 
 def make_call(
-    where: str, x: ArrayLike, features: Axes, mask: Any, dtype: Any, *params: Any
+    norm: Any, where: str, x: ArrayLike, features: Axes, mask: Any, dtype: Any, *params: Any
 ) -> Call:
-    """Returns the call of a module.
+    """Returns the call of the module `norm` with features on these axes, and this mask or `None`.
 
-    Args:
-      where: The module's name.
-      x: The input.
-      features: The feature axes.
-      mask: What is to count, or `None`.
-      dtype: That of the result; `None` for the one to which `x` and `params` promote.
-      *params: Scale and bias, `None` for one that is absent.
-
-    Raises:
-      ValueError: If an axis is not there, the mask does not fit, or a type is not a real one.
+    The result is of the type `dtype`; of the one to which `x` and `params`, scale and bias, promote
+    for `None`. Raises ValueError if an axis is not there, the mask does not fit, a type is not a
+    real one, or ε is too small.
     """
     x = jnp.asarray(read(where, "x", x))
     out = output_dtype(where, x, dtype, params)
     features = normalize_axes(where, features, x.ndim)
-    return Call(where, operand(x, out), features, weights(where, mask, x.shape), out)
+    x = operand(x, out)
+    eps = read(where, "eps", norm.epsilon)
+    check_added(where, eps, x)
+    return Call(
+        where,
+        x,
+        features,
+        weights(where, mask, x.shape),
+        out,
+        eps,
+        sync(where, norm.axis_name, norm.axis_index_groups),
+        # Both are safe at any mean; `use_fast_variance=False` is the exact one.
+        "auto" if norm.use_fast_variance else "two_pass",
+    )
 
 
 def output_dtype(where: str, x: Array, dtype: DTypeLike | None, params: Sequence[Any]) -> Any:
@@ -103,8 +116,7 @@ def operand(x: Array, out: Any) -> Array:
 def weights(where: str, mask: Any, shape: tuple[int, ...]) -> Array | None:
     """The mask in the rank of the input: as NumPy broadcasts it, or aligned with the first axes.
 
-    Raises:
-      ValueError: If it fits in neither way, or in both.
+    Raises ValueError if it fits in neither way, or in both.
     """
     if mask is None:
         return None
@@ -132,8 +144,7 @@ def weights(where: str, mask: Any, shape: tuple[int, ...]) -> Array | None:
 def sync(where: str, axis_name: AxisName | None, groups: Any) -> AxisName | None:
     """Returns what `axis_name` and `axis_index_groups` mean together.
 
-    Raises:
-      ValueError: For groups without a name, or with a `Sync`, which says its own.
+    Raises ValueError for groups without a name, or with a `Sync`, which says its own.
     """
     if groups is None:
         return axis_name
@@ -147,17 +158,8 @@ def sync(where: str, axis_name: AxisName | None, groups: Any) -> AxisName | None
     return Sync(axis_name, groups=groups)
 
 
-def algorithm(use_fast_variance: bool) -> Algorithm:
-    """Both are safe at any mean; `use_fast_variance=False` is the exact one."""
-    return "auto" if use_fast_variance else "two_pass"
-
-
 def apply(call: Call, parts: Parts, scale: Array | None, bias: Array | None) -> Array:
-    """Returns h = scale · (x − μ) / σ + bias, in the type of the result.
-
-    Raises:
-      ValueError: If scale or bias do not fit the features.
-    """
+    """Returns h = scale · (x − μ) / σ + bias; raises ValueError unless they fit the features."""
     shape = [n if i in call.features else 1 for i, n in enumerate(call.x.shape)]
 
     def along(name: str, v: Array | None, absent: Array) -> Array:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -86,27 +87,17 @@ def is_norm(module: Any) -> bool:
     return type(module).__name__.endswith("Norm") and not hasattr(module, "layer_instance")
 
 
-def by_name(new: Any) -> tuple[str, Mapping[str, Any]] | None:
-    """The name and the options if a replacement is one of the registry's norms."""
-    if isinstance(new, str):
-        return new, {}
-    if isinstance(new, tuple) and len(new) == 2 and isinstance(new[0], str):
-        return new
-    return None
-
-
 _ARGUMENTS = {"axis": -1, "dtype": None, "param_dtype": jnp.float32}
 _ARGUMENTS |= {"axis_name": None, "axis_index_groups": None, "use_bias": True, "use_scale": True}
-_OPTIONS = {"use_bias": "use_bias", "use_scale": "use_gain", "axis_name": "axis_name"}
+_OWN = {"self", "rngs", "num_features", "parent", "name"}  # what a module does not take over
+_OPTIONS = {"use_scale": "use_gain"}  # of a norm in the registry, where they have another name
 
 
 def check_taken(old: Any, taken: Iterable[str], *, synced: bool = True) -> None:
     """Raises ValueError if an argument of the old norm, which says something, is lost.
 
-    Args:
-      old: The old norm.
-      taken: The arguments, or the options of a norm of the registry, that its replacement has.
-      synced: Whether the replacement measures a batch, so that `axis_name` means something.
+    `taken` are the arguments, or the options of a norm of the registry, that its replacement has;
+    if that is not `synced`, that is, measures no batch, an `axis_name` means nothing.
     """
     taken = set(taken)
     lost = [
@@ -125,9 +116,42 @@ def check_taken(old: Any, taken: Iterable[str], *, synced: bool = True) -> None:
         )
 
 
-def by_class(new: Any, kind: type) -> tuple[type, Mapping[str, Any]] | None:
-    """The class and the arguments if a replacement is a class of modules, or a `partial` of one."""
+def replacement(
+    new: Any,
+    old: Any,
+    kind: type,
+    registry_norm: Callable[[Any, str, Mapping[str, Any]], Any],
+    converted: Callable[[Any, type, dict[str, Any], Mapping[str, Any]], Any],
+) -> Any:
+    """The module that is to stand where `old` stands.
+
+    Args:
+      new: What the rule says.
+      old: The old norm.
+      kind: The class of all modules.
+      registry_norm: Makes one, for the old norm, of a name in the registry and options.
+      converted: Likewise of a class, the old norm's arguments that it has too, and its own.
+
+    Raises:
+      ValueError: If the rule says something else, or an argument of the old norm is lost.
+    """
+    if isinstance(new, str):
+        new = (new, {})
+    if isinstance(new, tuple) and len(new) == 2 and isinstance(new[0], str):
+        name, options = new
+        check_taken(old, options, synced=name == "batch")
+        return registry_norm(old, name, options)
     function = getattr(new, "func", new)
     if isinstance(function, type) and issubclass(function, kind):
-        return function, getattr(new, "keywords", {})
-    return None
+        names = sorted(set(inspect.signature(function.__init__).parameters) - _OWN)
+        check_taken(old, names, synced="use_running_average" in names)
+        taken = {n: getattr(old, n) for n in names if hasattr(old, n) and not hasattr(kind, n)}
+        return converted(old, function, taken, getattr(new, "keywords", {}))
+    if isinstance(new, kind):
+        return new
+    raise invalid(
+        "swap",
+        f"{new!r}",
+        "a module, a class of modules, a name of the registry, or a pair of name and options",
+        "return None to leave the norm",
+    )

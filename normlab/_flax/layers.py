@@ -24,14 +24,10 @@ from normlab.weight import weight_norm
 def normalized_kernel(
     where: str, v: Array, scale: Array | None, features: Axes | None, dtype: DTypeLike | None
 ) -> Array:
-    """`weight_norm` for units along any axes.
+    """`weight_norm` of the kernel `v` for units along any axes; `None` if it is one unit.
 
-    Args:
-      where: The module's name.
-      v: A kernel.
-      scale: g, a size for each of the feature axes; `None` for 1.
-      features: The axes of the units; `None` if the kernel is one unit.
-      dtype: That of the result; `None` for the one to which `v` and `scale` promote.
+    The scale is g, a size for each of these axes, or `None` for 1. The result is of the type
+    `dtype`; of the one to which kernel and scale promote for `None`.
     """
     out = output_dtype(where, v, dtype, (scale,))
     axes = () if features is None else normalize_axes(where, features, v.ndim)
@@ -56,58 +52,43 @@ def check_weight_epsilon(epsilon: float) -> None:
 
 
 def cosine(
-    where: str,
+    layer: Any,
     x: ArrayLike,
     kernel: Array,
     scale: Array | None,
     bias: Array | None,
-    *,
     linear: Linear = Dense(),  # noqa: B008
-    dtype: DTypeLike | None,
-    centred: bool,
 ) -> Array:
-    """`cosine_norm`, with no or several axes of examples.
+    """`cosine_norm`, with no or several axes of examples: x is `[..., *positions, K]`.
 
-    Args:
-      where: The module's name.
-      x: `[..., K]`, or `[..., *positions, K]`.
-      kernel: `[..., K, C]`.
-      scale: `[C]`, or `None`.
-      bias: `[C]`, or `None`.
-      linear: The linear map.
-      dtype: That of the result; `None` for the one to which the arrays promote.
-      centred: As in `cosine_norm`.
+    The kernel is `[*window, K, C]`, scale and bias are `[C]` or `None`; `layer`, the module, says
+    `dtype` and `centred`.
     """
+    where = type(layer).__name__
     x = jnp.asarray(read(where, "x", x))
-    out = output_dtype(where, x, dtype, (kernel, scale, bias))
+    out = output_dtype(where, x, layer.dtype, (kernel, scale, bias))
     x = operand(floating(x), out)
     lead = x.shape[: x.ndim - (kernel.ndim - 1)]
     params = Affine(*(v if v is None else v.astype(promote_dtype(x)) for v in (scale, bias)))
     w = kernel.astype(promote_dtype(x))
-    h = cosine_norm(x.reshape(-1, *x.shape[len(lead) :]), w, params, linear=linear, centred=centred)
+    x = x.reshape(-1, *x.shape[len(lead) :])
+    h = cosine_norm(x, w, params, linear=linear, centred=layer.centred)
     return h.reshape(*lead, *h.shape[1:]).astype(out)
 
 
-def group_inputs(where: str, channels: int, groups: int) -> int:
-    """The number of channels that meet a unit.
-
-    Raises:
-      ValueError: If the groups do not divide the channels.
-    """
-    if channels % groups:
-        raise invalid(
-            where,
-            f"feature_group_count={groups} for an input of {channels} channels",
-            "a number of groups that divides them",
-            "change the groups or the input",
-        )
-    return channels // groups
-
-
 def convolution(
-    kernel_size: Axes, strides: Any, padding: Any, dilation: Any, groups: int
+    where: str,
+    channels: int,
+    kernel_size: Axes,
+    strides: Any,
+    padding: Any,
+    dilation: Any,
+    groups: int,
 ) -> tuple[tuple[int, ...], Conv]:
-    """The window and the linear map that Flax's arguments of a convolution mean."""
+    """The shape of a unit's kernel and the linear map that Flax's arguments of a convolution mean.
+
+    Raises ValueError if the groups do not divide the channels.
+    """
 
     def each(steps: Any) -> int | tuple[int, ...]:
         return steps if isinstance(steps, int) else 1 if steps is None else tuple(steps)
@@ -117,15 +98,18 @@ def convolution(
         padding = (padding,) * len(window)
     if not isinstance(padding, str):
         padding = tuple((p, p) if isinstance(p, int) else tuple(p) for p in padding)
-    return window, Conv(each(strides), padding, each(dilation), groups)
+    if channels % groups:
+        raise invalid(
+            where,
+            f"feature_group_count={groups} for an input of {channels} channels",
+            "a number of groups that divides them",
+            "change the groups or the input",
+        )
+    return (*window, channels // groups), Conv(each(strides), padding, each(dilation), groups)
 
 
 def from_registry(name: str, options: Mapping[str, Any]) -> Norm:
-    """`normlab.get`, of a norm that needs no kernel.
-
-    Raises:
-      ValueError: For another, and as `get`.
-    """
+    """`normlab.get`, of a norm that needs no kernel; raises ValueError for another."""
     norm = get(name, **options)
     if "w" in row(name).needs:
         raise invalid(

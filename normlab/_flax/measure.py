@@ -13,16 +13,15 @@ import numpy as np
 from jax import Array
 from jax.sharding import PartitionSpec
 
-from normlab._arguments import check_added, read
 from normlab._checks import invalid, normalize_axes, promote_dtype
-from normlab._flax.calls import Axes, Call, algorithm
+from normlab._flax.calls import Axes, Call
 from normlab.batch import batch_parts
 from normlab.devices.merging import measure, values_per_channel
-from normlab.devices.topology import AxisName, Sync, as_sync
+from normlab.devices.topology import Sync, as_sync
 from normlab.equation import Parts
 from normlab.example import group_moments, layer_moments, rms_parts
-from normlab.measure import Algorithm, Moments
-from normlab.population import optional
+from normlab.measure import Moments
+from normlab.population.optional import measures
 
 
 def batch(
@@ -30,28 +29,31 @@ def batch(
     state: Any,
     *,
     train: bool,
-    over: AxisName | None,
     quiet: bool = False,
-    **options: Any,
+    state_gradient: bool = False,
 ) -> tuple[Parts, Any]:
-    """`batch_parts`, with several feature axes as one, and with a warning for one value.
+    """`batch_parts` with several feature axes as one, as in the state, and a warning for one value.
 
-    Args:
-      call: The call.
-      state: Statistics of the features as one axis.
-      train: As in `batch_parts`.
-      over: The axes over which the batch is one.
-      quiet: Whether one value per channel is nothing to warn of.
-      **options: As in `batch_parts`.
+    With `quiet`, one value per channel is nothing to warn of.
     """
     x, weights, channel, back = _one_feature_axis(call)
-    measures = optional.measures(state, train)
-    if measures and not quiet:
+    if measures(state, train) and not quiet:
         axes = [i for i in range(x.ndim) if i != channel]
-        values = values_per_channel(call.where, as_sync(over), x.shape, axes)
+        values = values_per_channel(call.where, as_sync(call.over), x.shape, axes)
         _warn_of_one(call, values, "a larger batch, use_running_average=True")
-    options |= {"axis_name": over, "weights": weights, "channel_axis": channel}
-    parts, state = batch_parts(x, None, state, train=train, **options, _one_value=True)
+    parts, state = batch_parts(
+        x,
+        None,
+        state,
+        train=train,
+        eps=call.eps,
+        axis_name=call.over,
+        weights=weights,
+        channel_axis=channel,
+        algorithm=call.algorithm,
+        state_gradient=state_gradient,
+        _one_value=True,
+    )
     return Parts(*map(back, parts)), state
 
 
@@ -92,29 +94,20 @@ def _warn_of_one(call: Call, values: Any, instead: str) -> None:
         warnings.warn(message, UserWarning, stacklevel=2)
 
 
-def example(
-    call: Call, axes: Axes, eps: float, over: AxisName | None, fast: bool, *, centre: bool = True
-) -> Parts:
+def example(call: Call, axes: Axes, *, centre: bool = True) -> Parts:
     """The parts of layer norm, or of RMS norm, over any axes, and over devices that share them.
 
-    Args:
-      call: The call.
-      axes: The reduction axes.
-      eps: ε > 0.
-      over: The named axes along which the examples themselves are split.
-      fast: Flax's `use_fast_variance`.
-      centre: Whether to subtract the mean; without, this is RMS norm.
+    Without `centre` no mean is subtracted, and this is RMS norm.
     """
-    check_added(call.where, read(call.where, "eps", eps), call.x)
     axes = normalize_axes(call.where, axes, call.x.ndim)
-    if over is None and not centre:
-        return rms_parts(call.x, None, axes=axes, eps=eps, weights=call.weights)
-    m = _over(call, axes, over, fast)
+    if call.over is None and not centre:
+        return rms_parts(call.x, None, axes=axes, eps=call.eps, weights=call.weights)
+    m = _over(call, axes)
     if centre:
-        _warn_of_one(call, _values(call, axes, over), "more than one value of each example")
-        return _parts(m, eps)
+        _warn_of_one(call, _values(call, axes), "more than one value of each example")
+        return _parts(m, call.eps)
     about_zero = m._replace(m2=m.m2 + m.count * jnp.square(m.mean))
-    return _parts(about_zero, eps)._replace(mu=jnp.zeros((), m.mean.dtype))
+    return _parts(about_zero, call.eps)._replace(mu=jnp.zeros((), m.mean.dtype))
 
 
 def _parts(m: Moments, eps: float) -> Parts:
@@ -122,21 +115,20 @@ def _parts(m: Moments, eps: float) -> Parts:
     return Parts(m.mean, m.sigma(eps), jnp.ones((), dtype), jnp.zeros((), dtype))
 
 
-def _values(call: Call, axes: Sequence[int], over: AxisName | None) -> Any:
+def _values(call: Call, axes: Sequence[int]) -> Any:
     """How many values a statistic over `axes` and devices is of."""
     values = math.prod(call.x.shape[i] for i in axes)
-    return values_per_channel(call.where, as_sync(over), (values,), (0,))
+    return values_per_channel(call.where, as_sync(call.over), (values,), (0,))
 
 
-def _over(call: Call, axes: tuple[int, ...], over: AxisName | None, fast: bool) -> Moments:
+def _over(call: Call, axes: tuple[int, ...]) -> Moments:
     """The moments over any axes and devices."""
-    kind = algorithm(fast)
-    if over is None:
-        return layer_moments(call.x, axes=axes, weights=call.weights, algorithm=kind)
-    return _merged(call, axes, as_sync(over), kind)
+    if call.over is None:
+        return layer_moments(call.x, axes=axes, weights=call.weights, algorithm=call.algorithm)
+    return _merged(call, axes, as_sync(call.over))
 
 
-def _merged(call: Call, axes: tuple[int, ...], over: Sync, kind: Algorithm) -> Moments:
+def _merged(call: Call, axes: tuple[int, ...], over: Sync) -> Moments:
     """The moments over `axes` and devices: what is reduced stands where a batch has examples."""
     if over.shards > 1 or over.virtual_batch or over.every:
         raise invalid(
@@ -152,7 +144,7 @@ def _merged(call: Call, axes: tuple[int, ...], over: Sync, kind: Algorithm) -> M
         return jnp.broadcast_to(v, call.x.shape).transpose(*axes, *kept).reshape(-1, *lead)
 
     w = None if call.weights is None else rows(call.weights).astype(promote_dtype(call.x))
-    m, _ = measure(call.where, rows(call.x), (0,), over, weights=w, algorithm=kind)
+    m, _ = measure(call.where, rows(call.x), (0,), over, weights=w, algorithm=call.algorithm)
     shape = [1 if i in axes else n for i, n in enumerate(call.x.shape)]
     return Moments(*(jnp.broadcast_to(f[:1], (1, *lead)).reshape(shape) for f in m))
 
@@ -160,8 +152,7 @@ def _merged(call: Call, axes: tuple[int, ...], over: Sync, kind: Algorithm) -> M
 def groups_of(where: str, channels: int, num_groups: int | None, group_size: int | None) -> int:
     """The number of groups that `num_groups` or `group_size` means.
 
-    Raises:
-      ValueError: If not one of them is given, or it does not divide the channels.
+    Raises ValueError unless one of them is given, and divides the channels.
     """
     if (num_groups is None) == (group_size is None):
         raise invalid(
@@ -183,21 +174,13 @@ def groups_of(where: str, channels: int, num_groups: int | None, group_size: int
     return channels // divisor if num_groups is None else divisor
 
 
-def group(
-    call: Call, groups: int, axes: Axes | None, eps: float, over: AxisName | None, fast: bool
-) -> Parts:
-    """The parts of group norm over any axes, the channels' among them.
+def group(call: Call, groups: int, axes: Axes | None) -> Parts:
+    """The parts of group norm over any axes, the last, the channels', among them.
 
-    Args:
-      call: The call; its features are on the last axis.
-      groups: The number of groups.
-      axes: The reduction axes; `None` for all but the first.
-      eps: ε > 0.
-      over: The named axes along which the examples themselves are split.
-      fast: Flax's `use_fast_variance`.
+    `None` stands for all axes but the first.
     """
-    check_added(call.where, read(call.where, "eps", eps), call.x)
-    x, weights, plain = call.x, call.weights, axes is None and over is None and call.x.ndim > 1
+    x, weights = call.x, call.weights
+    plain = axes is None and call.over is None and x.ndim > 1
     axes = (*range(1, x.ndim - 1), -1) if axes is None else axes
     axes = normalize_axes(call.where, axes, x.ndim)
     if x.ndim - 1 not in axes:
@@ -207,16 +190,16 @@ def group(
             "the last axis, the channels', among them",
             f"add {x.ndim - 1}, or -1",
         )
-    _warn_of_one(call, _values(call, axes, over) // groups, "fewer groups, more positions")
+    _warn_of_one(call, _values(call, axes) // groups, "fewer groups, more positions")
     if plain:
-        m = group_moments(x, groups=groups, weights=weights, algorithm=algorithm(fast))
-        return _parts(m, eps)
+        m = group_moments(x, groups=groups, weights=weights, algorithm=call.algorithm)
+        return _parts(m, call.eps)
     split = (*x.shape[:-1], groups, x.shape[-1] // groups)
     if weights is not None:
         weights = jnp.broadcast_to(weights, (*weights.shape[:-1], x.shape[-1]))
         weights = weights.reshape(*weights.shape[:-1], *split[-2:])
     grouped = call._replace(x=x.reshape(split), weights=weights)
-    parts = _parts(_over(grouped, (*axes[:-1], x.ndim), over, fast), eps)
+    parts = _parts(_over(grouped, (*axes[:-1], x.ndim)), call.eps)
 
     def join(part: Array) -> Array:
         if not part.ndim:
@@ -227,7 +210,7 @@ def group(
     return Parts(*map(join, parts))
 
 
-def instance(call: Call, eps: float, over: AxisName | None, fast: bool) -> Parts:
+def instance(call: Call) -> Parts:
     """The parts of instance norm: over all axes but the first and the features'."""
     if 0 in call.features:
         raise invalid(
@@ -238,8 +221,6 @@ def instance(call: Call, eps: float, over: AxisName | None, fast: bool) -> Parts
             "examples on axis 0",
             "move the examples first, or add an axis for the one example",
         )
-    check_added(call.where, read(call.where, "eps", eps), call.x)
     axes = tuple(i for i in call.others if i)
-    m = _over(call, axes, over, fast)
-    _warn_of_one(call, _values(call, axes, over), "LayerNorm or RMSNorm")
-    return _parts(m, eps)
+    _warn_of_one(call, _values(call, axes), "LayerNorm or RMSNorm")
+    return _parts(_over(call, axes), call.eps)

@@ -13,15 +13,8 @@ from normlab._checks import invalid, promote_dtype
 from normlab._flax.calls import together
 from normlab._flax.words import read
 from normlab.devices.topology import as_sync
-from normlab.population.by_name import init_population, takes
-from normlab.population.delayed import delay
+from normlab.population.by_name import init_batch_state, init_population, takes
 from normlab.population.protocol import Population
-from normlab.population.running import Running
-
-
-def check_momentum(where: str, momentum: float) -> float:
-    """Returns Flax's momentum as a decay; raises ValueError unless it is in [0, 1)."""
-    return float(read(where, "momentum", momentum))
 
 
 def is_training(where: str, *use_running_average: bool | None) -> bool:
@@ -43,21 +36,23 @@ def has_average(state: Any) -> bool:
     return any(isinstance(leaf, Population) for leaf in leaves)
 
 
-def population(
-    name: str | Callable[[int], Any], features: int, *, decay: float, axis_name: Any
+def initial(
+    population: str | Callable[[int], Any],
+    features: int,
+    *,
+    decay: float,
+    eps: float,
+    axis_name: Any,
 ) -> Any:
-    """The initial state of a batch norm, with the decay if that kind has one.
+    """The initial state of a batch norm, as `init_population` makes it.
 
-    Args:
-      name: As in `init_population`.
-      features: Their number.
-      decay: The weight of the old value.
-      axis_name: What the batch is one over; with `Sync(every=...)` the state is a `Delayed`.
+    A name gets decay and ε, if its population has them; a function says its own. With
+    `Sync(every=...)` as the `axis_name` the state remembers what other devices measured.
     """
-    options = {} if callable(name) or not takes(name, "decay") else {"decay": decay}
+    named = not callable(population) and takes(population, "decay")
+    make = init_batch_state(population, eps, as_sync(axis_name), decay=decay if named else None)
     with jax.ensure_compile_time_eval():  # a module asks anew each time it is traced
-        state = init_population(name, features, **options)
-        return delay(state) if as_sync(axis_name).every else state
+        return make(features, None)
 
 
 def check_whole(where: str, axis_name: Any) -> None:
@@ -71,17 +66,12 @@ def check_whole(where: str, axis_name: Any) -> None:
         )
 
 
-def average(mean: Array, var: Array, decay: float, dtype: Any = jnp.float32) -> Running:
-    """Flax's pair of running statistics as a `Running`: biased towards mean 0 and variance 1.
+def average(mean: Array, var: Array, decay: float, dtype: Any = jnp.float32) -> Any:
+    """Flax's pair of running statistics, `[..., C]`, as the population "ema".
 
-    Args:
-      mean: `[..., C]`.
-      var: `[..., C]`.
-      decay: The weight of the old value.
-      dtype: That in which a batch is measured: the statistics' is no narrower, nor than float32.
+    Its type is no narrower than float32, nor than `dtype`, that in which a batch is measured.
     """
-    zero = jnp.zeros(mean.shape[:-1], jnp.int32)
     wide = together(promote_dtype(mean), dtype)
-    mean, var = mean.astype(wide), var.astype(wide)
-    one = jnp.ones(zero.shape, mean.dtype)
-    return Running(mean, var, one, 0 * one, zero, zero, decay=decay, ddof=0)
+    one = init_population("ema", mean.shape[-1], decay=decay, dtype=wide)
+    each = jax.tree.map(lambda v: jnp.broadcast_to(v, (*mean.shape[:-1], *v.shape)), one)
+    return each._replace(mean=mean.astype(wide), var=var.astype(wide))

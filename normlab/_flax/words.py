@@ -19,6 +19,7 @@ from normlab._arguments import (
     mapping,
     real,
     sequence,
+    settled_decay,
     text,
 )
 from normlab._arguments import checked as by_name
@@ -41,8 +42,9 @@ STEPS = either(
 EDGE = integer("a whole number", "pass an int")
 EDGES = either("", "", EDGE, sequence(EDGE, length=2))
 INIT = a_function("an initializer", "pass one of flax.linen.initializers", of=3)
+MODE = flag()._replace(expected="True or False (a mask goes by its name, mask=...)")
 METADATA = mapping(anything, "a mapping", "pass a dict")
-MOMENTUM = KINDS["decay"]._replace(
+MOMENTUM = settled_decay._replace(
     change='pass for example momentum=0.9, or, for statistics that stay, population="frozen"'
 )
 
@@ -86,17 +88,12 @@ WORDS |= dict.fromkeys(("num_groups", "group_size", "feature_group_count"), SIZE
 WORDS |= dict.fromkeys(("strides", "kernel_dilation"), STEPS)
 WORDS |= dict.fromkeys(("bias_init", "kernel_init", "scale_init"), INIT)
 WORDS |= dict.fromkeys(("use_bias", "use_scale", "use_fast_variance"), flag())
-WORDS |= dict.fromkeys(("force_float32_reductions", "use_running_average"), flag())
+WORDS |= {"force_float32_reductions": flag(), "use_running_average": MODE}
 WORDS["param_dtype"] = KINDS["dtype"]
 
 
 def checked(where: str, **special: Kind) -> Callable[[F], F]:
-    """As `normlab._arguments.checked`, of a module of Flax or its `__init__`.
-
-    Args:
-      where: The module's name.
-      **special: Where it means something else by a name.
-    """
+    """As `normlab._arguments.checked`, of a module of Flax or its `__init__`."""
 
     def decorate(f: F) -> F:
         inner: Any = f
@@ -111,3 +108,9 @@ def checked(where: str, **special: Kind) -> Callable[[F], F]:
 def read(where: str, name: str, value: Any) -> Any:
     """Returns the value of an argument of a call, as `normlab._arguments.read`."""
     return read_as(where, name, value, WORDS.get(name))
+
+
+def check_mode(where: str, use_running_average: Any) -> None:
+    """Raises ValueError unless it is True, False or `None`: not, say, a mask in its place."""
+    if use_running_average is not None:
+        read(where, "use_running_average", use_running_average)

@@ -7,11 +7,10 @@ names and attributes. A convention that the other side cannot hold is an error t
 """
 
 from normlab.convert.equinox import from_equinox, to_equinox
+from normlab.convert.flax import from_linen, from_nnx, to_linen, to_nnx
 from normlab.convert.haiku import from_haiku, to_haiku
 from normlab.convert.keras import from_keras, to_keras
-from normlab.convert.linen import from_linen, to_linen
 from normlab.convert.model import from_model, to_model
-from normlab.convert.nnx import from_nnx, to_nnx
 from normlab.convert.torch import from_torch, to_torch
 from normlab.convert.value import Converted, Exported
 

@@ -14,34 +14,42 @@ from jax import Array
 
 from normlab._arguments import anything, checked, integer
 from normlab._checks import invalid
-from normlab.convert.layers import REQUIRED, Layer, axes_from, axes_to, refuse, settings, supported
 from normlab.convert.leaves import flatten, take, vector
-from normlab.convert.statistics import counted, decay_of, mass_after, running, statistics_dtype
-from normlab.convert.value import NORM, Converted, Exported, check
-from normlab.equation import Affine
-from normlab.population.running import Running
+from normlab.convert.library import REQUIRED, Layer, Library, refuse
+from normlab.convert.statistics import average, counted, mass_after, statistics_dtype
+from normlab.convert.value import NORM, Converted, Exported
+from normlab.population.protocol import Population
 
-HOME = ("haiku",)
 AFFINE = {"create_scale": REQUIRED, "create_offset": REQUIRED, "eps": 1e-5}
 FORMAT = {"data_format": "channels_last"}
 SYNC = {"cross_replica_axis": None, "cross_replica_axis_index_groups": None}
 
-LAYERS = {
-    "batch": Layer(
-        ("BatchNorm",), {**AFFINE, "decay_rate": REQUIRED}, {"axis": None, **SYNC, **FORMAT}
-    ),
-    "layer": Layer(("LayerNorm",), {**AFFINE, "axis": REQUIRED}, {"param_axis": -1}),
-    "rms": Layer(
-        ("RMSNorm",), {"axis": REQUIRED, "eps": 1e-5, "create_scale": True}, {"param_axis": -1}
-    ),
-    "group": Layer(
-        ("GroupNorm",),
-        {**AFFINE, "groups": REQUIRED, "create_scale": True, "create_offset": True},
-        {"axis": slice(1, None), **FORMAT},
-    ),
-    "instance": Layer(("InstanceNorm",), AFFINE, FORMAT),
-}
+HAIKU = Library(
+    "haiku",
+    ("haiku",),
+    {
+        "batch": Layer(
+            ("BatchNorm",), {**AFFINE, "decay_rate": REQUIRED}, {"axis": None, **SYNC, **FORMAT}
+        ),
+        "layer": Layer(("LayerNorm",), {**AFFINE, "axis": REQUIRED}, {"param_axis": -1}),
+        "rms": Layer(
+            ("RMSNorm",), {"axis": REQUIRED, "eps": 1e-5, "create_scale": True}, {"param_axis": -1}
+        ),
+        "group": Layer(
+            ("GroupNorm",),
+            {**AFFINE, "groups": REQUIRED, "create_scale": True, "create_offset": True},
+            {"axis": slice(1, None), **FORMAT},
+        ),
+        "instance": Layer(("InstanceNorm",), AFFINE, FORMAT),
+    },
+    {"eps": "eps", "decay": "decay_rate", "groups": "groups", "axes": "axis"}
+    | {"g": "create_scale", "b": "create_offset"},
+    {"g": "scale", "b": "offset"},
+    bias="offset",
+    whole=slice(1, None),
+)
 AVERAGES = {"mean": "mean_ema", "var": "var_ema"}
+INSIDE = ("average", "hidden", "counter")
 
 
 @checked("from haiku", variables=anything)
@@ -73,28 +81,19 @@ def from_haiku(
     (3,)
     """
     where = "from haiku"
-    kind, values = settings(where, LAYERS, HOME, layer, arguments, allow)
+    kind, values = HAIKU.settings(where, layer, arguments, allow)
     if not isinstance(variables, Sequence) or len(variables) != 2:
         given = f"variables of type {type(variables).__name__}"
         raise invalid(where, given, "a pair (params, state)", "pass (params, {}) without a state")
     leaves = flatten(where, {"params": variables[0], "state": variables[1]})
-    wanted = {ours: f"params/{path}/{theirs}" for ours, theirs in _affine(values).items()}
+    wanted = {n: f"params/{path}/{leaf}" for n, leaf in HAIKU.wanted(kind, values).items()}
     if kind == "batch":
-        for ours, average in AVERAGES.items():
-            wanted |= {
-                f"{ours}/{leaf}": f"state/{path}/~/{average}/{leaf}"
-                for leaf in ("average", "hidden", "counter")
-            }
+        for ours, name in AVERAGES.items():
+            wanted |= {f"{ours}/{leaf}": f"state/{path}/~/{name}/{leaf}" for leaf in INSIDE}
     found = take(where, leaves, wanted, [f"params/{path}/", f"state/{path}/"])
-    norm = Converted(
-        kind,
-        Affine(*(vector(where, n, found[n]) if n in found else None for n in ("g", "b"))),
-        _from_averages(where, found, values["decay_rate"]) if kind == "batch" else (),
-        eps=values["eps"],
-        groups=values["groups"] if kind == "group" else None,
-        axes=_axes(where, values["axis"]) if kind in ("layer", "rms") else "channels",
-    )
-    return check(where, norm)
+    found |= {n: vector(where, n, found[n]) for n in ("g", "b") if n in found}
+    state = _from_averages(where, found, values["decay_rate"]) if kind == "batch" else None
+    return HAIKU.converted(where, kind, found, values, state)
 
 
 @checked("to haiku", norm=NORM, ndim=integer("a rank, at least 1", "pass that of the input", 1))
@@ -113,68 +112,51 @@ def to_haiku(
       ValueError: If haiku has no such norm, or a convention would be lost.
 
     >>> import jax.numpy as jnp
+    >>> from normlab import Affine
     >>> norm = Converted("instance", Affine(jnp.ones(3), None), eps=1e-5)
     >>> to_haiku(norm, path="norm").variables[0]["norm"]["scale"].shape
     (3,)
     """
     where = "to haiku"
-    supported(where, LAYERS, check(where, norm).kind, "write the kernel that weight_norm returns")
     lost: dict[str, str] = {}
-    g, b = norm.params
-    arguments = {"eps": norm.eps, "create_scale": g is not None, "create_offset": b is not None}
-    params, state = {"scale": g, "offset": b}, {}
+    arguments = HAIKU.arguments(where, norm, lost)
+    params, state = HAIKU.params(norm), {}
+    if "param_axis" in HAIKU.layers[norm.kind].fixed:
+        arguments["param_axis"] = -1
     if norm.kind == "batch":
         if ndim is None:
             change = "pass ndim=2 for [N, C], ndim=4 for [N, H, W, C]"
             raise invalid(where, "batch norm and no ndim", "the rank of its input", change)
         shape = (*[1] * (ndim - 1), -1)
-        params = {name: v.reshape(shape) for name, v in params.items() if v is not None}
+        params = {name: v.reshape(shape) for name, v in params.items()}
         state = _to_averages(where, norm, path, shape, lost)
-        arguments |= decay_of(norm, "decay_rate")
-    if norm.kind in ("layer", "rms"):
-        axes = slice(1, None) if norm.axes == "all" else axes_to(where, norm.axes)
-        arguments |= {"axis": axes, "param_axis": -1}
-    if norm.kind == "rms":
-        del arguments["create_offset"]
-        if b is not None:
-            lost["offset"] = "haiku's RMS norm has none: add it after the layer"
-    if norm.kind == "group":
-        arguments["groups"] = norm.groups
     refuse(where, lost, allow)
-    names = _affine(arguments).values()
-    params = {path: {name: params[name] for name in names}} if names else {}
-    return Exported((params, state), arguments)
+    return Exported(({path: params} if params else {}, state), arguments)
 
 
-def _affine(values: Mapping[str, Any]) -> dict[str, str]:
-    """Haiku's names under normlab's, of the parameters that a layer has."""
-    names = {"g": "scale", "b": "offset"}
-    return {ours: name for ours, name in names.items() if values.get(f"create_{name}")}
-
-
-def _from_averages(where: str, found: Mapping[str, Array], decay: float) -> Running:
+def _from_averages(where: str, found: Mapping[str, Array], decay: float) -> Population:
     """The averages as they are, and the mass by which haiku divided to get them."""
     counter = int(found["mean/counter"])
     if counter != int(found["var/counter"]):
         given = f"{counter} updates of the mean and {int(found['var/counter'])} of the variance"
         raise invalid(where, given, "as many", "convert the two averages of one layer")
     dtype = statistics_dtype(where, found["mean/average"])
-    hidden, average = (
+    hidden, read = (
         np.concatenate([np.ravel(found[f"{ours}/{leaf}"]) for ours in AVERAGES]).astype(np.float64)
         for leaf in ("hidden", "average")
     )
     expected = np.asarray(mass_after(counter, decay, dtype))
-    if hidden.shape != average.shape:
-        given = f"{hidden.size} values of hidden and {average.size} of average"
+    if hidden.shape != read.shape:
+        given = f"{hidden.size} values of hidden and {read.size} of average"
         raise invalid(where, given, "as many", "convert the averages of one layer")
-    if not np.allclose(hidden, average * expected, rtol=1e-4, atol=1e-30):
+    if not np.allclose(hidden, read * expected, rtol=1e-4, atol=1e-30):
         given = f"averages that are not hidden / {expected:g}, after {counter} updates"
         change = "pass the decay_rate with which the layer was trained"
         raise invalid(where, given, "hidden / (1 - decay_rate ** counter)", change)
-    seen = average != 0
-    mass = np.median(hidden[seen] / average[seen]) if seen.any() else expected
+    seen = read != 0
+    mass = np.median(hidden[seen] / read[seen]) if seen.any() else expected
     vectors = {ours: vector(where, ours, found[f"{ours}/average"]) for ours in AVERAGES}
-    return running(where, vectors, decay=decay, mass=mass.astype(dtype), updates=counter)
+    return average(where, vectors, decay=decay, mass=mass.astype(dtype), updates=counter)
 
 
 def _to_averages(
@@ -191,12 +173,3 @@ def _to_averages(
         }
         for ours, v in {"mean": mean, "var": var}.items()
     }
-
-
-def _axes(where: str, axis: Any) -> Any:
-    """The `axes` of normlab from haiku's, which may be a slice."""
-    if axis == slice(1, None):
-        return "all"
-    if isinstance(axis, slice):
-        raise invalid(where, f"axis={axis}", "slice(1, None) or numbers", "pass axis by numbers")
-    return axes_from(axis)

@@ -164,6 +164,11 @@ def given(values: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in values.items() if value is not None}
 
 
+def held(module: Any, *names: str) -> dict[str, Any]:
+    """Returns those attributes of a module that it has, by their names."""
+    return given({name: getattr(module, name, None) for name in names})
+
+
 def _listed(names: Iterable[str]) -> str:
     names = [repr(name) for name in names]
     more = f" and {len(names) - 8} more" if len(names) > 8 else ""

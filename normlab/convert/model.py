@@ -7,7 +7,8 @@ from typing import Any
 
 from normlab._arguments import a_function, anything, checked, mapping
 from normlab._checks import invalid
-from normlab._paths import matches
+from normlab._paths import flatten as by_key
+from normlab._paths import matches, unflatten
 from normlab.convert.leaves import flatten
 from normlab.convert.value import NORM, Converted, Exported
 
@@ -74,14 +75,12 @@ def to_model(
       ValueError: If a norm cannot be converted.
     """
     written = {path: write(norm, path=path, allow=allow, **options) for path, norm in norms.items()}
-    variables: Any = {}
-    for exported in written.values():
-        if isinstance(exported.variables, tuple):
-            variables = variables or ({}, {})
-            for tree, more in zip(variables, exported.variables, strict=True):
-                _merge(tree, more)
-        else:
-            _merge(variables, exported.variables)
+    trees = [v if isinstance(v, tuple) else (v,) for v, _ in written.values()] or [({},)]
+    merged = [
+        unflatten({key: leaf for tree in column for key, leaf in by_key(tree).items()})
+        for column in zip(*trees, strict=True)
+    ]
+    variables = tuple(merged) if len(merged) > 1 else merged[0]
     return Exported(variables, {path: exported.arguments for path, exported in written.items()})
 
 
@@ -100,12 +99,3 @@ def _paths(variables: Any) -> list[str]:
     for inside in _INSIDE:
         paths = [path.removesuffix(inside) for path in paths]
     return list(dict.fromkeys(paths))
-
-
-def _merge(tree: dict[Any, Any], more: Mapping[Any, Any]) -> None:
-    """Adds nested mappings to others, of which no leaf is there already."""
-    for name, value in more.items():
-        if isinstance(value, Mapping) and name in tree:
-            _merge(tree[name], value)
-        else:
-            tree[name] = value

@@ -16,14 +16,15 @@ from jax.typing import ArrayLike
 from normlab._arguments import read
 from normlab._checks import invalid
 from normlab.convert.value import Converted
+from normlab.population.by_name import init_population
+from normlab.population.optional import options
 from normlab.population.protocol import Population
-from normlab.population.running import Running, init_running
 
 ROUNDING = 1e-6
 """A mass that is so near to 1 is 1: the recursion in float32 comes no nearer."""
 
 
-def running(
+def average(
     where: str,
     found: Mapping[str, Array],
     *,
@@ -31,16 +32,16 @@ def running(
     ddof: int = 0,
     mass: Any = 1,
     updates: Any = 0,
-) -> Running:
+) -> Population:
     """Returns the average with a mean, a variance and a mass; by default the plain one.
 
     Raises:
       ValueError: If the decay is outside [0, 1), or the statistics do not fit each other, or are
         of less than float32.
     """
-    mean, var = statistics(where, found)
+    mean, var = mean_and_var_of(where, found)
     decay = read(where, "decay", decay)
-    empty = init_running(mean.size, decay=decay, ddof=ddof, dtype=mean.dtype)
+    empty = init_population("ema", mean.size, decay=decay, ddof=ddof, dtype=mean.dtype)
     return empty._replace(
         mean=mean,
         var=var,
@@ -49,7 +50,7 @@ def running(
     )
 
 
-def statistics(where: str, found: Mapping[str, Array]) -> tuple[Array, Array]:
+def mean_and_var_of(where: str, found: Mapping[str, Array]) -> tuple[Array, Array]:
     """Returns the mean and the variance; raises ValueError if they do not fit each other."""
     mean, var = found["mean"], found["var"]
     for v in (mean, var):
@@ -67,6 +68,16 @@ def statistics_dtype(where: str, v: Array) -> Any:
         return v.dtype
     change = "cast them to float32 before, and keep them so in the layer"
     raise invalid(where, f"running statistics in {v.dtype}", "float32 or float64", change)
+
+
+def is_average(norm: Converted) -> bool:
+    """Whether the state is an exponential moving average, as other libraries have it."""
+    return options(norm.state).get("population") in ("ema", "debiased")
+
+
+def decay_of(norm: Converted) -> dict[str, Any]:
+    """Returns the decay by its name; none of a state that is no average."""
+    return {"decay": norm.state.decay} if is_average(norm) else {}
 
 
 def mean_and_var(
@@ -89,28 +100,24 @@ def mean_and_var(
         change = "convert a state with statistics, or keep none in the other library"
         given = f"a state without statistics, of type {type(state).__name__}"
         raise invalid(where, given, "a population of batch norm", change)
-    if not isinstance(state, Running):
+    if not is_average(norm):
         lost["population"] = f"{type(state).__name__}: only what it reads now would be kept"
         return state.read()
-    if not abs(float(state.mass) - 1) <= ROUNDING:
+    kept: Any = state
+    if not abs(float(kept.mass) - 1) <= ROUNDING:
         lost["debias"] = (
-            f"a mass of {float(state.mass):g}: the other average counts as complete, so that the "
+            f"a mass of {float(kept.mass):g}: the other average counts as complete, so that the "
             "next updates would weigh less"
         )
-    if state.ddof != ddof:
+    if kept.ddof != ddof:
         lost["ddof"] = (
-            f"{state.ddof}, the other variance has {ddof}: with n values of a channel in a batch, "
+            f"{kept.ddof}, the other variance has {ddof}: with n values of a channel in a batch, "
             f"norm._replace(state=normlab.population.change_ddof(norm.state, {ddof}, count=n))"
         )
     for name in ("updates", "skipped", "count"):
-        if name not in holds and float(getattr(state, name)):
-            lost[name] = f"{float(getattr(state, name)):g}: the other library has no such counter"
+        if name not in holds and (number := float(getattr(state, name))):
+            lost[name] = f"{number:g}: the other library has no such counter"
     return state.read()
-
-
-def decay_of(norm: Converted, name: str) -> dict[str, Any]:
-    """Returns the decay as an argument of that name; none of a state that has no decay."""
-    return {name: norm.state.decay} if isinstance(norm.state, Running) else {}
 
 
 @functools.partial(jax.jit, static_argnames="dtype")
@@ -124,11 +131,11 @@ def counted(where: str, norm: Converted, lost: dict[str, str]) -> tuple[Array, A
 
     Adds to `lost` what it cannot keep. A mass of 1 is written as that of very many updates.
     """
-    state = norm.state
-    if not isinstance(state, Running):
-        return (*mean_and_var(where, norm, lost), 0)
     mean, var = mean_and_var(where, norm, lost, holds=("updates",))
+    if not is_average(norm):
+        return mean, var, 0
     lost.pop("debias", None)
+    state = norm.state
     updates, mass = int(state.updates), float(state.mass)
     if np.isclose(mass, mass_after(updates, state.decay, state.mean.dtype), rtol=1e-4, atol=0):
         return mean, var, updates

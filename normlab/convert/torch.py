@@ -14,47 +14,48 @@ import numpy as np
 
 from normlab._arguments import anything, checked, flag, number
 from normlab._checks import invalid, promote_dtype
-from normlab.convert.kernels import from_units_first, to_units_first
-from normlab.convert.layers import (
-    REQUIRED,
-    Layer,
-    axes_of_shape,
-    axes_to,
-    is_a,
-    refuse,
-    settings,
-    spectral,
-    supported,
-)
 from normlab.convert.leaves import flatten, near, numbers, take
-from normlab.convert.statistics import mean_and_var, running, statistics
+from normlab.convert.library import REQUIRED, Layer, Library, is_a, refuse, spectral
+from normlab.convert.statistics import average, is_average, mean_and_var, mean_and_var_of
 from normlab.convert.value import NORM, Converted, Exported, check
-from normlab.equation import Affine
-from normlab.example import Axes
-from normlab.population.cumulative import Cumulative, init_cumulative
-from normlab.population.frozen import Frozen
-from normlab.population.running import Running
+from normlab.convert.weight import from_units_first, to_units_first
+from normlab.population.by_name import init_population
+from normlab.population.frozen import freeze
+from normlab.population.optional import options
+from normlab.population.protocol import Population
 
-HOME = ("torch",)
 ELEMENTWISE = {"normalized_shape": None, "elementwise_affine": True}
 
-LAYERS = {
-    "batch": Layer(
-        ("BatchNorm1d", "BatchNorm2d", "BatchNorm3d"),
-        {"eps": 1e-5, "momentum": 0.1, "affine": True, "bias": True, "track_running_stats": True},
-    ),
-    "layer": Layer(("LayerNorm",), {"eps": 1e-5, **ELEMENTWISE, "bias": True}),
-    "rms": Layer(("RMSNorm",), {"eps": None, **ELEMENTWISE}),
-    "group": Layer(
-        ("GroupNorm",), {"num_groups": REQUIRED, "eps": 1e-5, "affine": True, "bias": True}
-    ),
-    "instance": Layer(
-        ("InstanceNorm1d", "InstanceNorm2d", "InstanceNorm3d"),
-        {"eps": 1e-5, "affine": False, "bias": True},
-        {"track_running_stats": False},
-    ),
-    "weight": Layer((), {}, {"dim": 0}),
-}
+TORCH = Library(
+    "torch",
+    ("torch",),
+    {
+        "batch": Layer(
+            ("BatchNorm1d", "BatchNorm2d", "BatchNorm3d"),
+            {
+                "eps": 1e-5,
+                "momentum": 0.1,
+                "affine": True,
+                "bias": True,
+                "track_running_stats": True,
+            },
+        ),
+        "layer": Layer(("LayerNorm",), {"eps": 1e-5, **ELEMENTWISE, "bias": True}),
+        "rms": Layer(("RMSNorm",), {"eps": None, **ELEMENTWISE}),
+        "group": Layer(
+            ("GroupNorm",), {"num_groups": REQUIRED, "eps": 1e-5, "affine": True, "bias": True}
+        ),
+        "instance": Layer(
+            ("InstanceNorm1d", "InstanceNorm2d", "InstanceNorm3d"),
+            {"eps": 1e-5, "affine": False, "bias": True},
+            {"track_running_stats": False},
+        ),
+        "weight": Layer((), {}, {"dim": 0}),
+    },
+    {"eps": "eps", "groups": "num_groups", "shape": "normalized_shape"}
+    | {"g": "affine elementwise_affine", "b": "bias"},
+    {"g": "weight", "b": "bias"},
+)
 STATISTICS = {"mean": "running_mean", "var": "running_var", "updates": "num_batches_tracked"}
 GAINS = (
     ("parametrizations.weight.original0", "parametrizations.weight.original1"),
@@ -113,43 +114,35 @@ def from_torch(
         leaves = module.state_dict(prefix=root)
         layer = module if layer is None else layer
     elif layer is None:
-        raise invalid(where, "no kind of norm", "one of " + ", ".join(LAYERS), "pass layer=...")
+        kinds = ", ".join(TORCH.layers)
+        raise invalid(where, "no kind of norm", f"one of {kinds}", "pass layer=...")
     if not isinstance(layer, str) and hasattr(layer, "state_dict"):
         module = layer
     frozen = layer == "batch" and is_a(module, "FrozenBatchNorm")
     if frozen:  # it has no momentum, and some classes have no eps either
         arguments = {"eps": getattr(module, "eps", 1e-5), "momentum": 0.1, **arguments}
     own = None if layer == "weight" else module
-    kind, values = settings(where, LAYERS, HOME, layer, arguments, allow, module=own)
+    kind, values = TORCH.settings(where, layer, arguments, allow, module=own)
     leaves = flatten(where, leaves)
     if kind == "weight":
         return _from_weight(where, leaves, root, module)
-    names = _affine(values)
+    if values.get("bias") is not None:  # a module has its bias where its argument was a flag
+        gain = values.get("affine", values.get("elementwise_affine"))
+        values["bias"] = gain and values["bias"] is not False
+    names = TORCH.wanted(kind, values)
     if kind == "batch" and values["track_running_stats"]:
         names |= STATISTICS
         if root + names["updates"] not in leaves:  # before torch 0.4.1, and FrozenBatchNorm2d
             del names["updates"]
-    elif values.get("track_running_stats"):  # instance norm's, lost knowingly
-        leaves = {
-            n: v for n, v in leaves.items() if n.removeprefix(root) not in STATISTICS.values()
-        }
-    if module is not None:
-        parts = tuple(root + name + "." for name, _ in module.named_children())
-        leaves = {name: v for name, v in leaves.items() if not name.startswith(parts)}
+    aside = [] if module is None else [name + "." for name, _ in module.named_children()]
+    if kind == "instance" and values["track_running_stats"]:  # lost knowingly
+        aside += STATISTICS.values()
+    leaves = {n: v for n, v in leaves.items() if not n.startswith(tuple(root + a for a in aside))}
     found = take(where, leaves, {ours: root + name for ours, name in names.items()}, [root])
     state = _state(where, found, values["momentum"], count) if "mean" in found else ()
-    axes: Axes = "channels"
-    if kind in ("layer", "rms"):
-        axes = axes_of_shape(where, "normalized_shape", values["normalized_shape"], found)
-    norm = Converted(
-        kind,
-        Affine(found.get("g"), found.get("b")),
-        Frozen(state) if frozen and state != () else state,
-        eps=_eps(where, found, values["eps"]),
-        groups=values["num_groups"] if kind == "group" else None,
-        axes=axes,
-    )
-    return check(where, norm)
+    state = freeze(state) if frozen and state != () else state
+    values["eps"] = _eps(where, found, values["eps"])
+    return TORCH.converted(where, kind, found, values, state)
 
 
 @checked("to torch", norm=NORM, old_names=flag())
@@ -170,41 +163,44 @@ def to_torch(
       ValueError: If torch has no such norm, or a convention would be lost.
 
     >>> import jax.numpy as jnp
+    >>> from normlab import Affine
     >>> norm = Converted("group", Affine(jnp.ones(4), jnp.zeros(4)), eps=1e-5, groups=2)
     >>> to_torch(norm).arguments
     {'eps': 1e-05, 'affine': True, 'num_groups': 2}
     """
     where = "to torch"
-    supported(where, LAYERS, check(where, norm).kind)
     lost: dict[str, str] = {}
     g, b = norm.params
-    if norm.kind == "weight":
-        kernel, gain, b = to_units_first(norm, lost)
-        leaves = {**dict(zip(GAINS[old_names], (gain, kernel), strict=True)), "bias": b}
-        arguments = {"dim": 0}
+    if check(where, norm).kind == "weight":
+        named = dict(zip(("g", "kernel"), GAINS[old_names], strict=True)) | {"b": "bias"}
+        leaves = {named[name]: v for name, v in to_units_first(norm, lost).items()}
+        arguments: dict[str, Any] = {"dim": 0}
     else:
-        leaves, arguments = {"weight": g, "bias": b}, _arguments(where, norm, lost)
-    if norm.kind == "batch" and norm.state != ():
-        leaves |= _statistics(where, norm, lost)
+        leaves, arguments = TORCH.params(norm), TORCH.arguments(where, norm, lost)
+        if g is None and b is not None:
+            lost.setdefault("bias", "torch has no bias without a gain")
+        if g is None or b is not None:  # earlier versions have no such argument
+            arguments.pop("bias", None)
+    if norm.kind == "batch":
+        arguments["track_running_stats"] = norm.state != ()
+        if norm.state != ():
+            leaves |= _statistics(where, norm, lost)
+        if is_average(norm):
+            arguments["momentum"] = momentum(norm.state.decay)
+        elif options(norm.state).get("population") == "cumulative":
+            arguments["momentum"] = None
     refuse(where, lost, allow)
     root = path + "." if path else ""
     return Exported({root + name: v for name, v in numbers(leaves).items()}, arguments)
 
 
-def _affine(values: Mapping[str, Any]) -> dict[str, str]:
-    """Torch's names under normlab's; a module has its bias where its argument was a flag."""
-    names = {"g": "weight"} if values.get("affine", values.get("elementwise_affine")) else {}
-    bias = values.get("bias")
-    return {**names, "b": "bias"} if names and bias is not None and bias is not False else names
-
-
 def _state(
     where: str, found: Mapping[str, Any], momentum: float | None, count: float | None
-) -> Running | Cumulative:
+) -> Population:
     if momentum is not None:
         decay = 1 - float(momentum)
-        return running(where, found, decay=decay, ddof=1, updates=found.get("updates", 0))
-    mean, var = statistics(where, found)
+        return average(where, found, decay=decay, ddof=1, updates=found.get("updates", 0))
+    mean, var = mean_and_var_of(where, found)
     updates = found.get("updates", jnp.zeros((), jnp.int32))
     if not updates and ((mean != 0).any() or (var != 1).any()):
         raise invalid(
@@ -221,7 +217,7 @@ def _state(
             "pass count=..., or momentum=0.1 to go on from here with an average that forgets",
         )
     seen = updates.astype(mean.dtype)
-    empty = init_cumulative(mean.size, ddof=1, estimator="within", dtype=mean.dtype)
+    empty = init_population("cumulative", mean.size, ddof=1, estimator="within", dtype=mean.dtype)
     return empty._replace(
         count=jnp.full_like(mean, count * seen),
         mean=mean,
@@ -232,7 +228,7 @@ def _state(
 
 def _statistics(where: str, norm: Converted, lost: dict[str, str]) -> dict[str, Any]:
     state = norm.state
-    if isinstance(state, Cumulative) and state.estimator == "within":
+    if options(state).get("estimator") == "within":
         mean, var = state.read()
         if state.ddof != 1:
             lost["ddof"] = f"{state.ddof}, torch's variance has 1"
@@ -245,35 +241,6 @@ def _statistics(where: str, norm: Converted, lost: dict[str, str]) -> dict[str, 
         mean, var = mean_and_var(where, norm, lost, ddof=1, holds=("updates",))
     updates = np.asarray(getattr(state, "updates", 0), np.int64)
     return {"running_mean": mean, "running_var": var, "num_batches_tracked": updates}
-
-
-def _arguments(where: str, norm: Converted, lost: dict[str, str]) -> dict[str, Any]:
-    g, b = norm.params
-    size = next((v.size for v in (g, b) if v is not None), None)
-    arguments: dict[str, Any] = {"eps": norm.eps}
-    if norm.kind in ("layer", "rms"):
-        if axes_to(where, norm.axes) != -1 or size is None:
-            given = f"axes={norm.axes!r} and parameters of size {size}"
-            expected = "the channels, and a parameter that says how many"
-            raise invalid(where, given, expected, "make the layer by hand, from its shape")
-        arguments |= {"normalized_shape": (size,), "elementwise_affine": g is not None}
-    else:
-        arguments["affine"] = g is not None
-    if g is None and b is not None:
-        lost["bias"] = "torch has no bias without a gain"
-    if norm.kind == "rms" and b is not None:
-        lost["bias"] = "torch's RMS norm has none: add it after the layer"
-    if g is not None and b is None and norm.kind != "rms":
-        arguments["bias"] = False
-    if norm.kind == "group":
-        arguments["num_groups"] = norm.groups
-    if norm.kind == "batch":
-        arguments |= {"track_running_stats": norm.state != ()}
-        if isinstance(norm.state, Running):
-            arguments["momentum"] = momentum(norm.state.decay)
-        if isinstance(norm.state, Cumulative):
-            arguments["momentum"] = None
-    return arguments
 
 
 def momentum(decay: float) -> float:
@@ -298,12 +265,9 @@ def _from_weight(where: str, leaves: Mapping[str, Any], root: str, module: Any) 
         raise invalid(where, given, "a layer with its units first", change)
     if any(root + name in leaves for name in SPECTRAL):
         raise spectral(where)
-    names = next((pair for pair in GAINS if root + pair[0] in leaves), GAINS[0])
-    wanted = {"g": root + names[0], "kernel": root + names[1]}
-    if root + "bias" in leaves:
-        wanted["b"] = root + "bias"
-    found = take(where, leaves, wanted, [root])
-    return from_units_first(where, found["kernel"], found["g"], found.get("b"))
+    g, kernel = next((pair for pair in GAINS if root + pair[0] in leaves), GAINS[0])
+    wanted = {"g": root + g, "kernel": root + kernel, "b": root + "bias"}
+    return from_units_first(where, leaves, wanted, [root])
 
 
 def _eps(where: str, found: Mapping[str, Any], eps: float | None) -> float:
@@ -314,7 +278,6 @@ def _eps(where: str, found: Mapping[str, Any], eps: float | None) -> float:
     if eps is not None:
         return eps
     if "g" not in found:
-        raise invalid(
-            where, "eps=None and no gain", "a number", "pass eps=..., as the layer has it"
-        )
+        change = "pass eps=..., as the layer has it"
+        raise invalid(where, "eps=None and no gain", "a number", change)
     return float(jnp.finfo(promote_dtype(found["g"])).eps)

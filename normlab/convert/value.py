@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from jax import Array
-from jax.core import Tracer
 
 from normlab._arguments import (
     Kind,
@@ -24,10 +23,8 @@ from normlab._checks import invalid, nearest
 from normlab._trees import register
 from normlab.equation import Affine
 from normlab.example import Axes
-from normlab.population.cumulative import Cumulative
-from normlab.population.frozen import Frozen
+from normlab.population.optional import options as population_options
 from normlab.population.protocol import Population
-from normlab.population.running import Running
 from normlab.site import Params, State
 
 KINDS = ("batch", "layer", "rms", "group", "instance", "weight")
@@ -42,7 +39,7 @@ class Converted(NamedTuple):
     Attributes:
       kind: The name in the registry, one of `KINDS`; not a leaf.
       params: `Affine(g [C], b [C])`; a field is `None` where the layer has no such parameter.
-      state: Batch norm's population, `Running` as a rule; otherwise `()`. It names its own decay
+      state: Batch norm's population, an average as a rule; otherwise `()`. It names its own decay
         and ddof.
       kernel: `[..., K, C]`, weight norm's direction v; otherwise `None`.
       eps: ε, added to the variance under the root; `None` for weight norm; not a leaf.
@@ -80,28 +77,11 @@ class Converted(NamedTuple):
         if self.kind == "group":
             options["groups"] = self.groups
         if self.kind == "batch":
-            options |= _population(self.state)
+            options |= population_options(self.state)
         return options
 
 
 register(Converted, "kind", "eps", "groups", "axes")
-
-
-def _population(state: State) -> dict[str, Any]:
-    """The options of `normlab.get("batch")` with which a state of this kind begins.
-
-    A plain average is told from a complete one by its mass alone, which under `jit` has no value.
-    """
-    if isinstance(state, Frozen):
-        inner = _population(state.inner)
-        return {"population": "frozen"} | {n: inner[n] for n in ("decay", "ddof") if n in inner}
-    if isinstance(state, Cumulative):
-        return {"population": "cumulative", "ddof": state.ddof, "estimator": state.estimator}
-    if isinstance(state, Running):
-        plain = not isinstance(state.mass, Tracer) and bool(state.mass == 1)
-        population = "ema" if plain else "debiased"
-        return {"population": population, "decay": state.decay, "ddof": state.ddof}
-    return {"population": "batch"} if state == () else {}
 
 
 def _string(value: Any) -> str:

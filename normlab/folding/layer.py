@@ -23,7 +23,8 @@ from jax import Array
 
 from normlab._arguments import array, checked, instance, tree
 from normlab._checks import expand, invalid, promote_dtype
-from normlab.equation import Parts, affine, fold
+from normlab.equation import Parts, affine
+from normlab.folding.kernel import check_finite, fold, rounding
 from normlab.linear import Conv, Dense, Linear
 from normlab.site import Norm, Params, Site, State
 
@@ -71,7 +72,7 @@ def fold_norm(
     `norm.apply` after `linear(x, kernel) + bias` equals `linear(x, folded.kernel) + folded.bias`.
 
     Whether the norm can be folded is not judged by its name. The parts are traced, and those that
-    depend on the values of x are found; a shift may, if it is linear in x (weight
+    depend on the values of x are found; mu may, if it is linear in x (weight
     standardization's). Then the result is compared with the norm on `x`. For use outside of `jit`.
 
     Args:
@@ -123,29 +124,6 @@ def fold_norm(
     return folded
 
 
-def rounding(shape: tuple[int, ...], stored: list[Any], unit_axis: int = -1) -> float:
-    """How much of its Σ|w·x| + |b| rounding adds at most to a layer, before and after folding.
-
-    2·(K + 16) units of roundoff for the sums, in float32 at least, and 8 for what is stored or
-    handed on, in the coarsest type of `stored`.
-    """
-    fan_in = math.prod(shape) // shape[unit_axis]
-    fine, coarse = (pick(float(jnp.finfo(t).eps) / 2 for t in stored) for pick in (min, max))
-    return 2 * (fan_in + 16) * min(fine, 2.0**-24) + 8 * coarse
-
-
-def check_finite(where: str, kernel: Array, bias: Array) -> None:
-    """Raises ValueError unless both are finite."""
-    for name, value in (("kernel", kernel), ("bias", bias)):
-        if not bool(jnp.isfinite(value).all()):
-            raise invalid(
-                where,
-                f"a norm whose folded {name} is not finite in {value.dtype}",
-                "finite statistics, and g/σ within the range of the type",
-                f"check the norm's statistics and gain, or cast the layer's {name} to float32",
-            )
-
-
 @functools.partial(jax.jit, static_argnames=("norm", "linear"))
 def _folded(
     norm: Norm,
@@ -195,13 +173,13 @@ def _of_channels(v: Array, h: Array, channel_axis: int) -> Array:
 def _constant_parts(
     parts: Callable[[Array, Linear], Parts], x: Array, w: Array, linear: Linear
 ) -> tuple[Parts, Array]:
-    """Returns parts that do not depend on x, and m of their shift linear(x, m) + μ₀ (or zeros).
+    """Returns parts that do not depend on x, and m of their mu = linear(x, m) + μ₀ (or zeros).
 
     Raises:
       ValueError: If there are none.
     """
 
-    def at(x: Array, name: str = "shift", linear: Linear = linear) -> Array:
+    def at(x: Array, name: str = "mu", linear: Linear = linear) -> Array:
         return getattr(parts(x, linear), name)
 
     def slope(x: Array) -> Array:
@@ -211,12 +189,12 @@ def _constant_parts(
     found = [name for name in Parts._fields if _varies(lambda x, n=name: at(x, n), x)]
     if not found:
         return parts(x, linear), jnp.zeros_like(w)
-    if found != ["shift"] or _varies(slope, x) or not isinstance(linear, Dense | Conv):
+    if found != ["mu"] or _varies(slope, x) or not isinstance(linear, Dense | Conv):
         raise invalid(
             "fold_norm",
             f"a norm whose {' and '.join(found)} {'depend' if found[1:] else 'depends'} on the "
             "input of the layer",
-            "parts that are the same for every input (or a shift that is linear in it, after a "
+            "parts that are the same for every input (or a mu that is linear in it, after a "
             "Dense or a Conv)",
             "keep this norm as a layer of its own; batch norm folds with population statistics",
         )

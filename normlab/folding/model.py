@@ -14,9 +14,9 @@ from jax.typing import DTypeLike
 from normlab._arguments import checked, flag, mapping, text
 from normlab._checks import invalid, nearest, promote_dtype
 from normlab._paths import Key, Layer, flatten, layers_of, matches
-from normlab.equation import Parts, fold
-from normlab.folding.layer import check_finite, rounding
-from normlab.folding.report import Apply, FoldedLayer, FoldReport, check_applies, compared
+from normlab.equation import Parts
+from normlab.folding.comparison import Apply, FoldedLayer, FoldReport, check_applies, compared
+from normlab.folding.kernel import check_finite, fold, rounding
 
 _NEUTRAL = {"mean": 0.0, "bias": 0.0, "scale": 1.0, "var": 1.0}
 _STATISTICS = {"mean", "var"}
@@ -196,7 +196,7 @@ def _sizes(
     def lengths(w: Array) -> np.ndarray:
         return np.moveaxis(size(w), unit_axis, 0).reshape(w.shape[unit_axis], -1).sum(1)
 
-    mu, sigma, g, reshift = map(size, parts)
+    mu, sigma, g, after = map(size, parts)
     slope = g / sigma * lengths(kernel) + lengths(folded)
-    offset = g / sigma * (mu + (0 if bias is None else size(bias))) + reshift + size(b)
+    offset = g / sigma * (mu + (0 if bias is None else size(bias))) + after + size(b)
     return float(slope.max()), float(offset.max())

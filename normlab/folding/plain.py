@@ -12,8 +12,9 @@ from jax.typing import DTypeLike
 from normlab._arguments import a_function, checked, mapping
 from normlab._checks import invalid, nearest, normalize_axes, promote
 from normlab._paths import Key, Layer, flatten, layers_of, matches
-from normlab.folding.layer import check_finite, rounding
-from normlab.folding.report import Apply, FoldedLayer, FoldReport, check_applies, compared
+from normlab.equation import Affine
+from normlab.folding.comparison import Apply, FoldedLayer, FoldReport, check_applies, compared
+from normlab.folding.kernel import check_finite, rounding
 
 RULE = mapping(a_function(), "paths of layers, each to a function", 'pass {"layer": weight_norm}')
 
@@ -32,7 +33,8 @@ def plain_weights(
 
     Two kinds of path can be named. A layer with a `kernel`, which becomes `function(kernel)`: so
     for a layer that standardizes its weights. A `flax.linen.WeightNorm`, which holds the lengths
-    g of the kernels it wraps: these become `function(kernel, g)`, and the lengths are taken out.
+    g of the kernels it wraps: these become `function(kernel, Affine(g, None))`, and the lengths are
+    taken out.
 
     Args:
       variables: Nested dicts of arrays.
@@ -68,7 +70,9 @@ def plain_weights(
         for key, length in _kernels(where, path, layers, flat):
             (units,) = normalize_axes(where, unit_axis, flat[key].ndim)
             old = jnp.moveaxis(flat[key], units, -1)
-            kernel = function(old) if length is None else function(old, new.pop(length))
+            kernel = (
+                function(old) if length is None else function(old, Affine(new.pop(length), None))
+            )
             if key in done or jnp.shape(kernel) != old.shape:
                 raise invalid(
                     f"{where}: {path}",

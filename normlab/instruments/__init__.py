@@ -1,7 +1,8 @@
 """Instruments: what can be measured in a training loop, as pure functions.
 
 Each takes arrays or pytrees and returns arrays or NamedTuples of them, so that it runs under `jit`
-and, over seeds, under `vmap`. Activations have their channels last, `[N, ..., C]`.
+and, over seeds, under `vmap`; `equivalence` alone makes and runs programs of its own. Activations
+have their channels last, `[N, ..., C]`.
 """
 
 from normlab.instruments.activations import (
@@ -12,19 +13,29 @@ from normlab.instruments.activations import (
     percentiles,
     saturation,
 )
+from normlab.instruments.agreement import Equivalence, equivalence
 from normlab.instruments.curvature import AlongStep, HessianMax, along_step, hessian_max
-from normlab.instruments.decorrelation import condition_number
 from normlab.instruments.gradients import CovariateShift, covariate_shift, gradient_norms
 from normlab.instruments.shards import Drift, drift
 from normlab.instruments.weights import angular_update, effective_lr
-from normlab.instruments.whiteness import correlations, distance_to_uncorrelated, distance_to_white
+from normlab.instruments.whiteness import (
+    Whitening,
+    condition_number,
+    correlations,
+    distance_to_uncorrelated,
+    distance_to_white,
+    whiten,
+    whitening,
+)
 
 __all__ = [
     "AlongStep",
     "CovariateShift",
     "Drift",
+    "Equivalence",
     "Gaussianity",
     "HessianMax",
+    "Whitening",
     "along_step",
     "angular_update",
     "cancellation",
@@ -36,9 +47,12 @@ __all__ = [
     "distance_to_white",
     "drift",
     "effective_lr",
+    "equivalence",
     "gaussianity",
     "gradient_norms",
     "hessian_max",
     "percentiles",
     "saturation",
+    "whiten",
+    "whitening",
 ]

@@ -12,8 +12,7 @@ from jax.typing import ArrayLike
 
 from normlab._arguments import checked, number, sequence
 from normlab._checks import invalid, normalize_axes, promote
-from normlab.instruments.decorrelation import rms
-from normlab.instruments.vectors import unit
+from normlab.instruments.vectors import rms, unit
 from normlab.measure import moments
 
 SHARE = number("", "", lambda share: 0 <= share <= 1, static=True)

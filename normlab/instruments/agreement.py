@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
@@ -98,8 +99,8 @@ def equivalence(
     Raises:
       ValueError: If there are fewer devices, or the topology cannot be compared.
 
-    >>> report = equivalence("batch", "data", 4, form="vmap")
-    >>> report.worst < 5e-6, report.conventions["local loss, pmean(grads)"]
+    >>> found = equivalence("batch", "data", 4, form="vmap")
+    >>> found.worst < 5e-6, found.conventions["local loss, pmean(grads)"]
     (True, (1.0, 4.0))
     """
     where = "equivalence"
@@ -138,10 +139,10 @@ def equivalence(
         lambda v: v + jnp.asarray(0.5 * rng.normal(size=v.shape), v.dtype), params
     )
     c = jnp.asarray(rng.normal(size=site.a.shape), x.dtype)
-    problem = _Problem(make, linear, params, state, w, sync.names[0])
+    problem = _Problem(make, linear, params, state, w, x, c, weights, sync, devices)
 
-    one = problem.one(x, c, weights, sync, devices)
-    many, conventions = problem.many(x, c, weights, sync, devices, form, recipes)
+    one = problem.one()
+    many, conventions = problem.many(form, recipes)
     found, errors = {}, {}
     for name, value in one.items():
         candidates = [many[name]] if name in ("h", "dx") or form == "jit" else list(many[name])
@@ -152,25 +153,40 @@ def equivalence(
 
 
 class _Problem(NamedTuple):
+    """One step of training, of which the loss is the mean of c·h."""
+
     make: Callable[[AxisName | None], Norm]
     linear: Linear
     params: Any
     state: Any
     w: Array
-    name: str
+    x: Array
+    c: Array
+    weights: Array | None
+    sync: Sync
+    devices: int
 
     def apply(self, norm: Norm, params: Any, w: Array, x: Array, weights: Any) -> tuple[Array, Any]:
         site = Site(self.linear(x, w), x, w, weights, self.linear)
         return norm.apply(params, self.state, site, train=True)
 
-    def one(
-        self, x: Array, c: Array, weights: Any, sync: Sync, devices: int
-    ) -> dict[str, np.ndarray]:
+    def gradient(
+        self, norm: Norm, mean: Callable[..., Array], x: Array, c: Array, weights: Any
+    ) -> Callable[[Any, Array], tuple[Any, tuple[Array, Any]]]:
+        """The function (params, w) -> (gradients of mean(c·h), (h, state))."""
+
+        def loss(params: Any, w: Array, x: Array) -> tuple[Array, tuple[Array, Any]]:
+            h, state = self.apply(norm, params, w, x, weights)
+            return mean(c * h, weights=weights), (h, state)
+
+        return lambda params, w: jax.grad(loss, (0, 1, 2), has_aux=True)(params, w, x)
+
+    def one(self) -> dict[str, np.ndarray]:
         """Every shard among its members, one after the other."""
-        norm = self.make(None)
-        cut = plan("equivalence", sync, devices, len(x) // devices)
-        count = devices * cut.shards
-        if sync.whole:
+        norm, x, weights = self.make(None), self.x, self.weights
+        cut = plan("equivalence", self.sync, self.devices, len(x) // self.devices)
+        count = self.devices * cut.shards
+        if self.sync.whole:
             groups = [([0], [0])]
             count = 1
         elif cut.members is None:
@@ -188,93 +204,58 @@ class _Problem(NamedTuple):
                 h, _ = self.apply(norm, params, w, x[at], of)
                 rows.append(h[np.isin(at, index[own].ravel())])
             h = jnp.concatenate(rows)
-            return _mean(c * h, weights), h
+            return _mean(self.c * h, weights), h
 
         grads, h = jax.grad(loss, (0, 1, 2), has_aux=True)(self.params, self.w, x)
         _, state = self.apply(norm, self.params, self.w, x, weights)
         return _named(h, state, *grads)
 
-    def many(
-        self,
-        x: Array,
-        c: Array,
-        weights: Any,
-        sync: Sync,
-        devices: int,
-        form: Form,
-        recipes: Sequence[str],
-    ) -> tuple[dict[str, Any], dict[str, Any]]:
+    def many(self, form: Form, recipes: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any]]:
         """The values by name, `[D, ...]` but for h and dx; and the gradients of each recipe."""
-        name = self.name
-        mesh = Mesh(
-            np.array(jax.devices()[: devices if form != "vmap" else 1]),
-            (name,),
-            axis_types=(AxisType.Auto,),
-        )
+        devices, (name,) = self.devices, self.sync.names
+        chips = np.array(jax.devices()[: devices if form != "vmap" else 1])
+        mesh = Mesh(chips, (name,), axis_types=(AxisType.Auto,))
+        batch = (self.x, self.c, self.weights)
         if form == "jit":
-            norm = self.make(Sync(**{**vars(sync), "mesh": mesh}))
+            norm = self.make(Sync(**{**vars(self.sync), "mesh": mesh}))
 
             @jax.jit
-            def step(params: Any, w: Array, x: Array, c: Array, weights: Any) -> Any:
-                def loss(params: Any, w: Array, x: Array) -> Any:
-                    h, state = self.apply(norm, params, w, x, weights)
-                    return _mean(c * h, weights), (h, state)
+            def step(params: Any, w: Array, batch: Any) -> Any:
+                return self.gradient(norm, _mean, *batch)(params, w)
 
-                return jax.grad(loss, (0, 1, 2), has_aux=True)(params, w, x)
-
-            split = jax.device_put((x, c, weights), NamedSharding(mesh, P(name)))
-            grads, (h, state) = step(self.params, self.w, *split)
+            batch = jax.device_put(batch, NamedSharding(mesh, P(name)))
+            grads, (h, state) = step(self.params, self.w, batch)
             return _named(h, state, *grads), {}
-        norm = self.make(sync)
+        norm = self.make(self.sync)
+        global_ = functools.partial(global_mean, axis_name=name)
+        means = {
+            "local loss": _mean,
+            "pmean(loss)": lambda *v, **k: lax.pmean(_mean(*v, **k), name),
+        }
 
-        def on_device(replicated: Any, sharded: Any) -> Any:
-            (params, w), (x, c, weights) = replicated, sharded
-
-            def loss(reduce: Callable[[Array], Array]) -> Callable[..., Any]:
-                def f(params: Any, w: Array, x: Array) -> Any:
-                    h, state = self.apply(norm, params, w, x, weights)
-                    return reduce(c * h), (h, state)
-
-                return jax.grad(f, (0, 1, 2), has_aux=True)
-
-            def everywhere(v: Array) -> Array:
-                return global_mean(v, name, weights=weights)
-
-            (dparams, dw, dx), (h, state) = loss(everywhere)(params, w, x)
+        def on_device(replicated: Any, batch: Any) -> Any:
+            (dparams, dw, dx), (h, state) = self.gradient(norm, global_, *batch)(*replicated)
             dparams, dw = global_gradient((dparams, dw), name)
-
-            def local(v: Array) -> Array:
-                return _mean(v, weights)
-
             by_recipe = {}
             for recipe in recipes:
-                inside = recipe.startswith("pmean")
-                (of_params, _, of_x), _ = loss(
-                    (lambda v: lax.pmean(local(v), name)) if inside else local
-                )(params, w, x)
-                if recipe.endswith("pmean(grads)"):
-                    of_params = lax.pmean(of_params, name)
-                by_recipe[recipe] = (of_params, of_x)
+                loss, _, after = recipe.partition(", ")
+                (of_params, _, of_x), _ = self.gradient(norm, means[loss], *batch)(*replicated)
+                by_recipe[recipe] = (lax.pmean(of_params, name) if after else of_params, of_x)
             return (h, state, dparams, dw, dx), by_recipe
 
-        sharded = jax.tree.map(lambda v: v.reshape(devices, -1, *v.shape[1:]), (x, c, weights))
+        def on_shard(replicated: Any, batch: Any) -> Any:
+            out = on_device(replicated, jax.tree.map(lambda v: v[0], batch))
+            return jax.tree.map(lambda v: v[None], out)
+
+        batch = jax.tree.map(lambda v: v.reshape(devices, -1, *v.shape[1:]), batch)
         if form == "vmap":
             run = jax.jit(jax.vmap(on_device, (None, 0), axis_name=name))
         elif form == "pmap":
             run = jax.pmap(on_device, name, in_axes=(None, 0), devices=list(mesh.devices))
         else:
-
-            def body(replicated: Any, sharded: Any) -> Any:
-                out = on_device(replicated, jax.tree.map(lambda v: v[0], sharded))
-                return jax.tree.map(lambda v: v[None], out)
-
-            typed = form == "shard_map"
-            specs = (P(), P(name))
-            mapped = jax.shard_map(
-                body, mesh=mesh, in_specs=specs, out_specs=P(name), check_vma=typed
-            )
-            run = jax.jit(mapped)
-        (h, state, dparams, dw, dx), by_recipe = run((self.params, self.w), sharded)
+            typed, specs = form == "shard_map", {"in_specs": (P(), P(name)), "out_specs": P(name)}
+            run = jax.jit(jax.shard_map(on_shard, mesh=mesh, check_vma=typed, **specs))
+        (h, state, dparams, dw, dx), by_recipe = run((self.params, self.w), batch)
         return _named(_whole(h), state, dparams, dw, _whole(dx)), by_recipe
 
 

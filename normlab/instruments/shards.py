@@ -57,17 +57,17 @@ def drift(stats: Moments | Population, axis_name: AxisName | None = None) -> Dri
     """Compares the statistics of devices with those of all of them together.
 
     Args:
-      stats: `Moments` of `[..., C]`, or running statistics, which weigh as much as their mass
-        (`Cumulative` as their counts). With an axis name, this device's; without one, those of all
-        devices, stacked as `[D, ...]`.
+      stats: `Moments` of `[..., C]`, or a population: an average weighs as much as its mass, one
+        that counts values as their number, and one that says neither as much as any other. With an
+        axis name, this device's; without one, those of all devices, stacked as `[D, ...]`.
       axis_name: Mapped axes.
 
     Raises:
       ValueError: If an axis is not bound, or there is no axis of devices.
 
     >>> stats = Moments(jnp.ones((2, 1)), jnp.array([[0.0], [4.0]]), jnp.array([[4.0], [4.0]]))
-    >>> report = drift(stats)
-    >>> report.within.tolist(), report.between.tolist(), report.share.tolist()
+    >>> found = drift(stats)
+    >>> found.within.tolist(), found.between.tolist(), found.share.tolist()
     ([4.0], [4.0], [0.5])
     """
     m = stats if isinstance(stats, Moments) else moments(stats)

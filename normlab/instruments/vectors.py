@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -32,16 +32,35 @@ def as_vector(tree: Any) -> Array:
     return jnp.concatenate(leaves) if leaves else jnp.zeros(0)
 
 
-def norm(v: Array, axes: Axes = None, *, keepdims: bool = False) -> Array:
-    """‖v‖₂, taken after division by max|v|: neither 1e-30 nor 1e30 is squared.
+def scaled(v: Array, axes: Axes = None) -> tuple[Array, Array]:
+    """Returns max|v|, its axes kept, and v/max|v|, whose squares neither overflow nor vanish.
 
-    NaN where v has one, and with derivative zero at zero. In this package zero is found by `== 0`:
-    `not > 0` would take NaN for it.
+    1 stands for a maximum that is 0 or not finite.
     """
     axes = tuple(axes) if isinstance(axes, Sequence) else axes
     peak = lax.stop_gradient(jnp.max(jnp.abs(v), axes, keepdims=True, initial=0))
     peak = jnp.where((peak > 0) & jnp.isfinite(peak), peak, 1)
-    square = jnp.square(v / peak).sum(axes, keepdims=True)
+    return peak, v / peak
+
+
+def norm(v: Array, axes: Axes = None, *, keepdims: bool = False) -> Array:
+    """‖v‖₂: neither 1e-30 nor 1e30 is squared.
+
+    NaN where v has one, and with derivative zero at zero. In this package zero is found by `== 0`:
+    `not > 0` would take NaN for it.
+    """
+    return _root(jnp.sum, v, axes, keepdims)
+
+
+def rms(v: Array, axes: Axes = None) -> Array:
+    """√mean(v²), as carefully."""
+    return _root(jnp.mean, v, axes, False)
+
+
+def _root(of: Callable[..., Array], v: Array, axes: Axes, keepdims: bool) -> Array:
+    axes = tuple(axes) if isinstance(axes, Sequence) else axes
+    peak, v = scaled(v, axes)
+    square = of(jnp.square(v), axes, keepdims=True)
     zero = square == 0
     length = jnp.where(zero, 0, peak * jnp.sqrt(jnp.where(zero, 1, square)))
     return length if keepdims else length.squeeze(axes)

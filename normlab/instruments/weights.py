@@ -47,8 +47,8 @@ def angular_update(before: ArrayLike, after: ArrayLike, *, axes: Axes = None) ->
     """The angle in radians by which a step turns the weights.
 
     ∠(w_t, w_{t+1}) of Wan et al. 2021 (https://arxiv.org/abs/2006.08419), who show that it settles
-    near √(2·lr·λ) under SGD with weight decay λ. Not by arccos, which sees no angle below 3e-4 in
-    float32: here the smallest step keeps its digits.
+    near √(2·lr·λ) under SGD with weight decay λ. Not by arccos, for which an angle below 3e-4 is 0
+    in float32: here the smallest step keeps its digits.
 
     Args:
       before: The weights of one layer, `[..., K, C]` with units last. For a tree of them use

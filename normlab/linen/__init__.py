@@ -7,8 +7,7 @@ modules of the same name in `flax.linen`, and so are the numbers, except where t
 looks at it.
 """
 
-from normlab.linen.batch import BatchNorm
-from normlab.linen.example import GroupNorm, InstanceNorm, LayerNorm, RMSNorm
+from normlab.linen.norms import BatchNorm, GroupNorm, InstanceNorm, LayerNorm, RMSNorm
 from normlab.linen.replace import RegistryNorm, Swapped, swap
 from normlab.linen.transactions import commit, settle
 from normlab.linen.weights import CosineConv, CosineDense, WeightNorm

@@ -13,16 +13,18 @@ from flax import core
 from jax import Array
 from jax.typing import ArrayLike
 
-from normlab import _flax as skin
 from normlab._arguments import instance
 from normlab._checks import invalid
-from normlab._flax.exchange import Choice, Rule, by_class, by_name, check_taken, is_norm
+from normlab._flax.calls import weights
+from normlab._flax.exchange import Choice, Rule, is_norm, replacement
+from normlab._flax.layers import from_registry
+from normlab._flax.words import check_mode, checked, read
 from normlab.equation import Affine
-from normlab.linen.batch import stored
+from normlab.linen.norms import merged_mode, stored
 from normlab.site import Site
 
 
-@skin.checked("RegistryNorm")
+@checked("RegistryNorm")
 class RegistryNorm(nn.Module):
     """Any norm of the registry that looks at the pre-activation alone, its channels last.
 
@@ -47,20 +49,18 @@ class RegistryNorm(nn.Module):
         self, x: ArrayLike, use_running_average: bool | None = None, *, mask: Any = None
     ) -> Array:
         """Normalizes `x`; arguments as those of `BatchNorm`."""
-        norm = skin.from_registry(self.norm, self.options)
-        x = jnp.asarray(skin.read(self.norm, "x", x))
-        site = Site(x, weights=skin.weights(self.norm, mask, x.shape))
+        norm = from_registry(self.norm, self.options)
+        x = jnp.asarray(read(self.norm, "x", x))
+        site = Site(x, weights=weights(self.norm, mask, x.shape))
         (g, b), fresh = norm.init(site)
-        train, init = True, self.is_initializing()
-        if jax.tree.leaves(fresh):
-            mode = "use_running_average"
-            given = nn.merge_param(mode, self.use_running_average, use_running_average)
-            train = not skin.read(self.norm, mode, given)
+        check_mode(self.norm, use_running_average)
+        stateful = bool(jax.tree.leaves(fresh))
+        train = not (stateful and merged_mode(self, self.norm, use_running_average))
         state, write = stored(self, fresh, train)
         scale = None if g is None else self.param("scale", lambda key: g)
         bias = None if b is None else self.param("bias", lambda key: b)
         # Variables are made with the statistics of inference: any one example will do.
-        train = train and not init
+        train = train and not self.is_initializing()
         h, state = norm.apply(Affine(scale, bias), state, site, train=train)
         if train:
             write(state)
@@ -94,7 +94,8 @@ class Swapped(nn.Module):
             new = choice.find("/".join(old.path[start:]), old)
             if new is None:
                 return call(*args, **kwargs)
-            new = _module(new, old).clone(parent=old.scope, name=None)
+            new = replacement(new, old, nn.Module, _registry_norm, _converted)
+            new = new.clone(parent=old.scope, name=None)
             made.append(new)
             return new(*args, **kwargs)
 
@@ -103,6 +104,18 @@ class Swapped(nn.Module):
             out = getattr(model, self.plan.method)(*args, **kwargs)
         choice.check()
         return out
+
+
+def _registry_norm(old: nn.Module, name: str, options: Mapping[str, Any]) -> nn.Module:
+    mode = getattr(old, "use_running_average", None)
+    return RegistryNorm(name, core.freeze(dict(options)), mode)
+
+
+def _converted(
+    old: nn.Module, new: type, taken: dict[str, Any], given: Mapping[str, Any]
+) -> nn.Module:
+    del old
+    return new(**taken | dict(given))
 
 
 class _Plan:
@@ -115,7 +128,7 @@ class _Plan:
 MODEL = instance(nn.Module, "pass the model", arrays=False)
 
 
-@skin.checked("swap", model=MODEL)
+@checked("swap", model=MODEL)
 def swap(model: nn.Module, rule: Rule, *, method: str = "__call__") -> Swapped:
     """Returns the model with other norms, by path.
 
@@ -149,28 +162,3 @@ def swap(model: nn.Module, rule: Rule, *, method: str = "__call__") -> Swapped:
         )
     Choice(rule)
     return Swapped(_Plan(model, rule, method), name=model.name)
-
-
-def _module(new: Any, old: nn.Module) -> nn.Module:
-    """The replacement of `old` that the rule names."""
-    named = by_name(new)
-    if named:
-        name, options = named
-        check_taken(old, options, synced=name == "batch")
-        mode = getattr(old, "use_running_average", None)
-        return RegistryNorm(name, core.freeze(dict(options)), mode)
-    made = by_class(new, nn.Module)
-    if made:
-        cls, given = made
-        taken = {f.name for f in dataclasses.fields(cls) if f.init} - {"parent", "name"}
-        check_taken(old, taken, synced="use_running_average" in taken)
-        have = {f.name for f in dataclasses.fields(old)}  # pyright: ignore[reportArgumentType]
-        return cls(**{name: getattr(old, name) for name in sorted(taken & have)} | dict(given))
-    if isinstance(new, nn.Module):
-        return new
-    raise invalid(
-        "swap",
-        f"{new!r}",
-        "a module, a class of modules, a name of the registry, or a pair of name and options",
-        "return None to leave the norm",
-    )

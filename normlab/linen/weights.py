@@ -13,12 +13,14 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
-from normlab import _flax as skin
+from normlab._flax.calls import Axes, feature_shape
+from normlab._flax.layers import check_weight_epsilon, convolution, cosine, normalized_kernel
+from normlab._flax.words import checked
 
 Init = Callable[..., Any]
 
 
-@skin.checked("WeightNorm")
+@checked("WeightNorm")
 class WeightNorm(nn.Module):
     """Weight normalization, `normlab.weight_norm`, with the interface of `flax.linen.WeightNorm`.
 
@@ -39,13 +41,13 @@ class WeightNorm(nn.Module):
     param_dtype: DTypeLike = jnp.float32
     use_scale: bool = True
     scale_init: Init = nn.initializers.ones
-    feature_axes: skin.Axes | None = -1
+    feature_axes: Axes | None = -1
     variable_filter: Iterable[str] | None = field(default_factory=lambda: {"kernel"})
 
     @nn.compact
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Calls the layer with normalized kernels."""
-        skin.check_weight_epsilon(self.epsilon)
+        check_weight_epsilon(self.epsilon)
 
         def normalized(variables: Any) -> Any:
             return jax.tree_util.tree_map_with_path(
@@ -70,12 +72,12 @@ def _normalized(module: WeightNorm, path: Any, v: Array) -> Array:
     scale = None
     if module.use_scale:
         axes = module.feature_axes
-        shape = () if axes is None else skin.feature_shape("WeightNorm", v, axes)
+        shape = () if axes is None else feature_shape("WeightNorm", v, axes)
         scale = module.param(f"{name}/scale", module.scale_init, shape, module.param_dtype)
-    return skin.normalized_kernel("WeightNorm", v, scale, module.feature_axes, module.dtype)
+    return normalized_kernel("WeightNorm", v, scale, module.feature_axes, module.dtype)
 
 
-@skin.checked("CosineDense")
+@checked("CosineDense")
 class CosineDense(nn.Module):
     """A dense layer of cosines, `normlab.cosine_norm`: h = scale · w·x / (‖w‖‖x‖) + bias.
 
@@ -106,33 +108,24 @@ class CosineDense(nn.Module):
     @nn.compact
     def __call__(self, x: ArrayLike) -> Array:
         """Returns `[..., features]` for `x [..., K]`."""
-        kernel, scale, bias = _cosine_params(
-            self, (*skin.feature_shape("CosineDense", x, -1), self.features)
-        )
-        return skin.cosine(
-            "CosineDense", x, kernel, scale, bias, dtype=self.dtype, centred=self.centred
-        )
+        shape = feature_shape("CosineDense", x, -1)
+        return cosine(self, x, *_cosine_params(self, (*shape, self.features)))
 
 
-@skin.checked("CosineConv")
+@checked("CosineConv")
 class CosineConv(nn.Module):
     """A convolution of cosines, `normlab.cosine_norm`: each patch x of the input meets w.
 
-    The arguments are those of `flax.linen.Conv`, as far as they apply, and a scale.
+    The arguments are those of `flax.linen.Conv`, as far as they apply, and a scale; those that are
+    not listed as in `CosineDense`.
 
     Attributes:
-      features: The number of units.
       kernel_size: The window, a number for each spatial axis.
       strides: One for all spatial axes, or one for each.
       padding: `"SAME"`, `"VALID"`, or a number or (low, high) for all, or for each axis.
       kernel_dilation: One for all spatial axes, or one for each.
       feature_group_count: The number of groups of channels that meet apart.
-      use_bias: Whether there is a bias.
-      dtype: The result's type; `None` for that of input and parameters.
-      param_dtype: The parameters' type.
       kernel_init: Initializer of the kernel, `[*kernel_size, K / groups, features]`.
-      bias_init: Initializer of the bias.
-      use_scale: Whether there is a scale; without, |h| ≤ 1 before the bias.
       scale_init: Its initializer; `None` for the root of the number of inputs of a unit.
       centred: Whether w and each patch lose their means first: Pearson's correlation.
     """
@@ -155,26 +148,10 @@ class CosineConv(nn.Module):
     @nn.compact
     def __call__(self, x: ArrayLike) -> Array:
         """Returns `[N, ..., features]` for `x [N, ..., K]`; N may be no, or several axes."""
-        window, linear = skin.convolution(
-            self.kernel_size,
-            self.strides,
-            self.padding,
-            self.kernel_dilation,
-            self.feature_group_count,
-        )
-        (channels,) = skin.feature_shape("CosineConv", x, -1)
-        inputs = skin.group_inputs("CosineConv", channels, self.feature_group_count)
-        kernel, scale, bias = _cosine_params(self, (*window, inputs, self.features))
-        return skin.cosine(
-            "CosineConv",
-            x,
-            kernel,
-            scale,
-            bias,
-            linear=linear,
-            dtype=self.dtype,
-            centred=self.centred,
-        )
+        (channels,) = feature_shape("CosineConv", x, -1)
+        how = (self.strides, self.padding, self.kernel_dilation, self.feature_group_count)
+        shape, linear = convolution("CosineConv", channels, self.kernel_size, *how)
+        return cosine(self, x, *_cosine_params(self, (*shape, self.features)), linear)
 
 
 def _cosine_params(module: Any, shape: tuple[int, ...]) -> tuple[Array, Array | None, Array | None]:

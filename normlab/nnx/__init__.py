@@ -7,8 +7,7 @@ modules of the same name in `flax.nnx`, and so are the numbers, except where tho
 looks at it.
 """
 
-from normlab.nnx.batch import BatchNorm
-from normlab.nnx.example import GroupNorm, InstanceNorm, LayerNorm, RMSNorm
+from normlab.nnx.norms import BatchNorm, GroupNorm, InstanceNorm, LayerNorm, RMSNorm
 from normlab.nnx.replace import RegistryNorm, swap
 from normlab.nnx.transactions import Transaction, begin, commit, settle
 from normlab.nnx.weights import CosineConv, CosineDense, WeightNorm

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import inspect
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,12 +12,14 @@ from flax import nnx
 from jax import Array
 from jax.typing import ArrayLike
 
-from normlab import _flax as skin
-from normlab._arguments import instance
 from normlab._checks import invalid
-from normlab._flax.exchange import Choice, Rule, by_class, by_name, check_taken, is_norm
+from normlab._flax.calls import weights
+from normlab._flax.exchange import Choice, Rule, is_norm, replacement
+from normlab._flax.layers import from_registry
+from normlab._flax.state import is_training
+from normlab._flax.words import checked, read
 from normlab.equation import Affine
-from normlab.nnx.transactions import Kept, Stateful
+from normlab.nnx.transactions import MODEL, Kept, Stateful
 from normlab.site import Site
 
 
@@ -31,7 +33,7 @@ class RegistryNorm(Stateful):
     (4, 6)
     """
 
-    @skin.checked("RegistryNorm")
+    @checked("RegistryNorm")
     def __init__(
         self,
         norm: str,
@@ -53,7 +55,7 @@ class RegistryNorm(Stateful):
         self.options = tuple(sorted((options or {}).items()))
         self.use_running_average = use_running_average
         some: Any = jax.ShapeDtypeStruct((2, 2, 2, num_features), jnp.float32)
-        params, state = skin.from_registry(norm, dict(self.options)).init(Site(some))
+        params, state = from_registry(norm, dict(self.options)).init(Site(some))
         self.scale = nnx.data(None if params.g is None else nnx.Param(params.g))
         self.bias = nnx.data(None if params.b is None else nnx.Param(params.b))
         self._keep(state)
@@ -63,10 +65,10 @@ class RegistryNorm(Stateful):
         self, x: ArrayLike, use_running_average: bool | None = None, *, mask: Any = None
     ) -> Array:
         """Normalizes `x`; arguments as those of `BatchNorm`."""
-        train = skin.is_training(self.norm, use_running_average, self.use_running_average)
-        norm = skin.from_registry(self.norm, dict(self.options))
-        x = jnp.asarray(skin.read(self.norm, "x", x))
-        site = Site(x, weights=skin.weights(self.norm, mask, x.shape))
+        train = is_training(self.norm, use_running_average, self.use_running_average)
+        norm = from_registry(self.norm, dict(self.options))
+        x = jnp.asarray(read(self.norm, "x", x))
+        site = Site(x, weights=weights(self.norm, mask, x.shape))
         state, write = self._kept(train)
         params = Affine(*(None if v is None else v[...] for v in (self.scale, self.bias)))
         h, state = norm.apply(params, state, site, train=train)
@@ -74,20 +76,8 @@ class RegistryNorm(Stateful):
             write(state)
         return h
 
-    def set_view(self, use_running_average: bool | None = None) -> None:
-        """Changes the mode, for `nnx.view`.
 
-        Args:
-          use_running_average: Whether to normalize with the running statistics; `None` leaves it.
-        """
-        if use_running_average is not None:
-            self.use_running_average = use_running_average
-
-
-MODEL = instance(nnx.Module, "pass the model", arrays=False)
-
-
-@skin.checked("swap", model=MODEL)
+@checked("swap", model=MODEL)
 def swap(model: Any, rule: Rule, *, rngs: nnx.Rngs | None = None) -> Any:
     """Exchanges norms of a model, in place, by path.
 
@@ -123,10 +113,14 @@ def swap(model: Any, rule: Rule, *, rngs: nnx.Rngs | None = None) -> Any:
     choice.check()
     for which in chosen:
         for parent, key in places[which]:
-            _check_place(parent, key)
+            if isinstance(parent, tuple):
+                given, change = f"a norm in a tuple, at {key}", "make the tuple an nnx.List"
+                raise invalid("swap", given, "norms in attributes, lists and dicts", change)
     rngs = nnx.Rngs(0) if rngs is None else rngs
-    made = {which: _module(new, old, rngs) for which, (new, old) in chosen.items()}
+    make = {"registry_norm": _registry_norm, "converted": functools.partial(_converted, rngs)}
+    made = {i: replacement(new, old, nnx.Module, **make) for i, (new, old) in chosen.items()}
     for which, new in made.items():
+        new = nnx.clone(new) if new is chosen[which][0] else new
         for parent, key in places[which]:
             _put(parent, key, new)
     return top[""]
@@ -154,42 +148,11 @@ def _children(node: Any) -> list[tuple[Any, Any]]:
     return []
 
 
-def _check_place(parent: Any, key: Any) -> None:
-    if isinstance(parent, tuple):
-        raise invalid(
-            "swap",
-            f"a norm in a tuple, at {key}",
-            "norms in attributes, lists and dicts",
-            "make the tuple an nnx.List",
-        )
-
-
 def _put(parent: Any, key: Any, new: Any) -> None:
     if isinstance(parent, nnx.List | list | nnx.Dict | dict):
         parent[key] = new
     else:
         setattr(parent, key, new)
-
-
-def _module(new: Any, old: Any, rngs: nnx.Rngs) -> Any:
-    """The replacement of `old` that the rule names."""
-    named = by_name(new)
-    if named:
-        mode = getattr(old, "use_running_average", False)
-        name, options = named
-        check_taken(old, options, synced=name == "batch")
-        return RegistryNorm(name, _features(old), options, use_running_average=mode)
-    made = by_class(new, nnx.Module)
-    if made:
-        return _converted(*made, old, rngs)
-    if isinstance(new, nnx.Module):
-        return nnx.clone(new)
-    raise invalid(
-        "swap",
-        f"{new!r}",
-        "a module, a class of modules, a name of the registry, or a pair of name and options",
-        "return None to leave the norm",
-    )
 
 
 def _features(old: Any) -> int:
@@ -205,14 +168,18 @@ def _features(old: Any) -> int:
     )
 
 
-def _converted(new: type, keywords: Mapping[str, Any], old: Any, rngs: nnx.Rngs) -> Any:
-    names = set(inspect.signature(new.__init__).parameters) - {"self", "rngs", "num_features"}
-    check_taken(old, names, synced="use_running_average" in names)
-    if "num_groups" in names:
-        names.discard("group_size")  # an attribute that follows from the number
-    given = {name: getattr(old, name) for name in sorted(names) if hasattr(old, name)}
-    given = {name: value for name, value in given.items() if not isinstance(value, nnx.Variable)}
-    module = new(_features(old), **{**given, **keywords}, rngs=rngs)
+def _registry_norm(old: Any, name: str, options: Mapping[str, Any]) -> nnx.Module:
+    mode = getattr(old, "use_running_average", False)
+    return RegistryNorm(name, _features(old), options, use_running_average=mode)
+
+
+def _converted(
+    rngs: nnx.Rngs, old: Any, new: type, taken: dict[str, Any], given: Mapping[str, Any]
+) -> nnx.Module:
+    if "num_groups" in taken:
+        taken.pop("group_size", None)  # an attribute that follows from the number
+    taken = {name: value for name, value in taken.items() if not isinstance(value, nnx.Variable)}
+    module = new(_features(old), **taken | dict(given), rngs=rngs)
     if type(old).__name__ == new.__name__:
         for name, value in vars(old).items():
             if isinstance(value, Kept | nnx.Variable):

@@ -13,9 +13,9 @@ import jax
 from flax import nnx
 from jax.typing import ArrayLike
 
-from normlab import _flax as skin
 from normlab._arguments import checked, instance
 from normlab._checks import invalid
+from normlab._flax.state import average, has_average
 from normlab.population import transaction as transactions
 from normlab.population.cumulative import Estimator
 from normlab.population.transaction import OK
@@ -69,6 +69,16 @@ class Stateful(nnx.Module):
     population: Any
     pending: Any
     momentum: float
+    use_running_average: bool | None
+
+    def set_view(self, use_running_average: bool | None = None) -> None:
+        """Changes the mode, for `nnx.view`.
+
+        Args:
+          use_running_average: Whether to normalize with the running statistics; `None` leaves it.
+        """
+        if use_running_average is not None:
+            self.use_running_average = use_running_average
 
     def _kept(self, train: bool) -> tuple[Any, Callable[[Any], None]]:
         """The state, and how to write it back: the transaction's, in training during one."""
@@ -93,7 +103,7 @@ class Stateful(nnx.Module):
                 fixed = kept.get_metadata("ref", False)
                 kept.set_value(value.astype(kept.dtype) if fixed else value)
 
-        return skin.average(mean.get_value(), var.get_value(), self.momentum), write
+        return average(mean.get_value(), var.get_value(), self.momentum), write
 
 
 MODEL = instance(nnx.Module, "pass the model", arrays=False)
@@ -109,7 +119,7 @@ def begin(model: nnx.Module) -> None:
     Raises:
       ValueError: If there is none.
     """
-    modules = [m for m in _stateful(model) if skin.has_average(m._statistics()[0])]
+    modules = [m for m in _stateful(model) if has_average(m._statistics()[0])]
     if not modules:
         raise _nothing("begin", "running averages")
     for module in modules:

@@ -12,7 +12,10 @@ from flax.nnx.nn import dtypes
 from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
-from normlab import _flax as skin
+from normlab._flax.calls import Axes, feature_shape
+from normlab._flax.layers import check_weight_epsilon, convolution, cosine, normalized_kernel
+from normlab._flax.words import checked
+from normlab.linear import Dense, Linear
 
 Init = Callable[..., Any]
 zeros, ones = nnx.initializers.zeros_init(), nnx.initializers.ones_init()
@@ -25,12 +28,12 @@ class WeightNorm(nnx.Module):
     The layer's own kernels stay as they are, and `scales` holds an `nnx.Param` for each, by path.
     """
 
-    @skin.checked("WeightNorm")
+    @checked("WeightNorm")
     def __init__(
         self,
         layer_instance: nnx.Module,
         *,
-        feature_axes: skin.Axes | None = -1,
+        feature_axes: Axes | None = -1,
         use_scale: bool = True,
         scale_init: Init = ones,
         epsilon: float = 1e-12,
@@ -40,21 +43,12 @@ class WeightNorm(nnx.Module):
         promote_dtype: Any = dtypes.promote_dtype,
         rngs: nnx.Rngs,
     ) -> None:
-        """Makes the scales.
+        """Makes the scales; arguments as those of `normlab.linen.WeightNorm`, and some of nnx.
 
-        Args:
-          layer_instance: The layer whose kernels are normalized.
-          feature_axes: The axes of the units; `None` if the kernel is one.
-          use_scale: Whether there is a scale, g.
-          scale_init: Its initializer.
-          epsilon: Only Flax's own: the norm is exact here, and safe at zero without it.
-          dtype: The normalized kernel's type; `None` for that of kernel and scale.
-          param_dtype: The scale's type.
-          variable_filter: Which parameters are normalized, a filter of nnx.
-          promote_dtype: Kept for Flax, which does not use it either.
-          rngs: For the initializer.
+        `variable_filter` is a filter of nnx, which parameters are normalized; `promote_dtype` is
+        kept for Flax, which does not use it either; `rngs` is for the initializer.
         """
-        skin.check_weight_epsilon(epsilon)
+        check_weight_epsilon(epsilon)
         self.layer_instance = layer_instance
         self.feature_axes = feature_axes
         self.use_scale = use_scale
@@ -76,7 +70,7 @@ class WeightNorm(nnx.Module):
 
     def _scale(self, rngs: nnx.Rngs, kernel: Any) -> Array:
         axes = self.feature_axes
-        shape = () if axes is None else skin.feature_shape("WeightNorm", kernel[...], axes)
+        shape = () if axes is None else feature_shape("WeightNorm", kernel[...], axes)
         return self.scale_init(rngs.params(), shape, self.param_dtype)
 
     def __call__(self, x: ArrayLike, *args: Any, **kwargs: Any) -> Any:
@@ -85,15 +79,49 @@ class WeightNorm(nnx.Module):
         normalized = []
         for path, kernel in nnx.to_flat_state(kernels):
             scale = self.scales[path][...] if self.use_scale else None  # pyright: ignore[reportOptionalSubscript]
-            w = skin.normalized_kernel(
-                "WeightNorm", kernel[...], scale, self.feature_axes, self.dtype
-            )
+            w = normalized_kernel("WeightNorm", kernel[...], scale, self.feature_axes, self.dtype)
             normalized.append((path, kernel.replace(w)))
         layer = nnx.merge(graph, nnx.from_flat_state(normalized), rest)
         return layer(x, *args, **kwargs)
 
 
-class CosineDense(nnx.Module):
+class _Cosine(nnx.Module):
+    """A linear layer of cosines: its arguments as attributes, its variables, and its call."""
+
+    in_features: int
+    out_features: int
+    use_bias: bool
+    use_scale: bool
+    centred: bool
+    dtype: DTypeLike | None
+    param_dtype: DTypeLike
+
+    def _make(self, unit: tuple[int, ...], linear: Linear, given: dict[str, Any]) -> None:
+        """Keeps arguments, and makes the variables; one that is absent is `None`.
+
+        `unit` is the shape of the kernel of one unit, `given` are the `locals()` of `__init__`: its
+        arguments by name.
+        """
+        for name in ("in_features", "out_features", "use_bias", "use_scale", "centred"):
+            setattr(self, name, given[name])
+        self.dtype, self.param_dtype, self.linear = given["dtype"], given["param_dtype"], linear
+
+        def param(init: Init, *shape: int) -> nnx.Param[Any]:
+            return nnx.Param(init(given["rngs"].params(), shape, self.param_dtype))
+
+        scale_init = given["scale_init"] or nnx.initializers.constant(math.sqrt(math.prod(unit)))
+        units, none = self.out_features, nnx.data(None)
+        self.kernel = param(given["kernel_init"], *unit, units)
+        self.scale = param(scale_init, units) if self.use_scale else none
+        self.bias = param(given["bias_init"], units) if self.use_bias else none
+
+    def __call__(self, x: ArrayLike) -> Array:
+        """Returns `[..., C]` for `x [..., K]`; of a convolution any axes may come before these."""
+        scale, bias = (None if v is None else v[...] for v in (self.scale, self.bias))
+        return cosine(self, x, self.kernel[...], scale, bias, self.linear)
+
+
+class CosineDense(_Cosine):
     """A dense layer of cosines, `normlab.cosine_norm`: h = scale · w·x / (‖w‖‖x‖) + bias.
 
     >>> layer = CosineDense(2, 1, use_scale=False, rngs=nnx.Rngs(0))
@@ -101,7 +129,7 @@ class CosineDense(nnx.Module):
     [[1.0]]
     """
 
-    @skin.checked("CosineDense")
+    @checked("CosineDense")
     def __init__(
         self,
         in_features: int,
@@ -117,39 +145,17 @@ class CosineDense(nnx.Module):
         centred: bool = False,
         rngs: nnx.Rngs,
     ) -> None:
-        """Makes the variables.
+        """Makes the variables; arguments as those of `normlab.linen.CosineDense`.
 
-        Args:
-          in_features: K.
-          out_features: The number of units.
-          use_bias: Whether there is a bias.
-          dtype: The result's type; `None` for that of input and parameters.
-          param_dtype: The parameters' type.
-          kernel_init: Initializer of the kernel, `[K, out_features]`.
-          bias_init: Initializer of the bias.
-          use_scale: Whether there is a scale; without, |h| ≤ 1 before the bias.
-          scale_init: Its initializer; `None` for √K, so that h varies as w·x does elsewhere.
-          centred: Whether w and x lose their means first: Pearson's correlation.
-          rngs: For the initializers.
+        `in_features` is K, `out_features` the number of units, `rngs` is for the initializers.
         """
-        self.in_features, self.out_features = in_features, out_features
-        self.use_bias, self.use_scale, self.centred = use_bias, use_scale, centred
-        self.dtype, self.param_dtype = dtype, param_dtype
-        shape = (in_features, out_features)
-        _make_cosine(self, shape, kernel_init, bias_init, scale_init, rngs)
-
-    def __call__(self, x: ArrayLike) -> Array:
-        """Returns `[..., out_features]` for `x [..., K]`."""
-        kernel, scale, bias = _cosine_values(self)
-        return skin.cosine(
-            "CosineDense", x, kernel, scale, bias, dtype=self.dtype, centred=self.centred
-        )
+        self._make((in_features,), Dense(), locals())
 
 
-class CosineConv(nnx.Module):
+class CosineConv(_Cosine):
     """A convolution of cosines, `normlab.cosine_norm`: each patch x of the input meets w."""
 
-    @skin.checked("CosineConv")
+    @checked("CosineConv")
     def __init__(
         self,
         in_features: int,
@@ -170,60 +176,11 @@ class CosineConv(nnx.Module):
         centred: bool = False,
         rngs: nnx.Rngs,
     ) -> None:
-        """Makes the variables.
+        """Makes the variables; arguments as those of `normlab.linen.CosineConv`.
 
-        Arguments as those of `CosineDense`; `kernel_size` is the window, a number for each spatial
-        axis; `strides` and `kernel_dilation` are one for all of them, or one for each; `padding` is
-        `"SAME"`, `"VALID"`, a number for all, or for each axis a number or (low, high);
-        `feature_group_count` groups of channels meet apart.
+        `in_features`, `out_features` and `rngs` are those of `CosineDense`.
         """
-        window, self.linear = skin.convolution(
-            kernel_size, strides, padding, kernel_dilation, feature_group_count
-        )
-        self.in_features, self.out_features = in_features, out_features
-        self.kernel_size = window
-        self.use_bias, self.use_scale, self.centred = use_bias, use_scale, centred
-        self.dtype, self.param_dtype = dtype, param_dtype
-        shape = (
-            *window,
-            skin.group_inputs("CosineConv", in_features, feature_group_count),
-            out_features,
-        )
-        _make_cosine(self, shape, kernel_init, bias_init, scale_init, rngs)
-
-    def __call__(self, x: ArrayLike) -> Array:
-        """Returns `[N, ..., out_features]` for `x [N, ..., K]`; N may be no, or several axes."""
-        kernel, scale, bias = _cosine_values(self)
-        return skin.cosine(
-            "CosineConv",
-            x,
-            kernel,
-            scale,
-            bias,
-            linear=self.linear,
-            dtype=self.dtype,
-            centred=self.centred,
-        )
-
-
-def _make_cosine(
-    module: Any,
-    shape: tuple[int, ...],
-    kernel_init: Init,
-    bias_init: Init,
-    scale_init: Init | None,
-    rngs: nnx.Rngs,
-) -> None:
-    dtype, units = module.param_dtype, shape[-1:]
-    module.kernel = nnx.Param(kernel_init(rngs.params(), shape, dtype))
-    module.scale = module.bias = nnx.data(None)
-    if module.use_scale:
-        init = scale_init or nnx.initializers.constant(math.sqrt(math.prod(shape[:-1])))
-        module.scale = nnx.Param(init(rngs.params(), units, dtype))
-    if module.use_bias:
-        module.bias = nnx.Param(bias_init(rngs.params(), units, dtype))
-
-
-def _cosine_values(module: Any) -> tuple[Array, Array | None, Array | None]:
-    scale, bias = (None if v is None else v[...] for v in (module.scale, module.bias))
-    return module.kernel[...], scale, bias
+        how = (strides, padding, kernel_dilation, feature_group_count)
+        unit, linear = convolution("CosineConv", in_features, kernel_size, *how)
+        self._make(unit, linear, locals())
+        self.kernel_size = unit[:-1]

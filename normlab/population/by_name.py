@@ -106,6 +106,8 @@ def init_population(population: str | Callable[..., Any], channels: int, **optio
     """
     if not callable(population):
         make = require(population)
+        if ":" in population:  # a function of the user's, which may have no dtype
+            return init_population(make, channels, **options)
         known = inspect.signature(make).parameters
         for option in options:
             if not takes(population, option):

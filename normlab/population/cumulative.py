@@ -104,6 +104,10 @@ class Cumulative(NamedTuple):
         """The moments of all values together, fields `[C]`."""
         return arrays(Moments(self.count, self.mean, self.within + self.between))
 
+    def options(self) -> dict[str, Any]:
+        """Those of this estimator."""
+        return {"population": "cumulative", "ddof": self.ddof, "estimator": self.estimator}
+
     def read(self) -> tuple[Array, Array]:
         """Returns the mean and the variance, `[C]`; 0 and 1 before the first batch.
 

@@ -61,15 +61,12 @@ class Delayed(NamedTuple):
         """Merges `inner`; what the others measured is to be asked for anew."""
         return delay(pool(self.inner, axis_name))
 
+    def delays(self) -> bool:
+        """Yes."""
+        return True
+
     def observe(self, run: Run, sync: Sync) -> tuple[Moments, Moments, Delayed]:
         """Merges what this device measures with what the others had measured: no collective."""
-        if not sync.every:
-            raise invalid(
-                "batch norm",
-                f"a state of type {type(self).__name__} with every=0",
-                "a Delayed state if, and only if, every is positive",
-                "use Sync(..., every=1), or the state's inner",
-            )
         own, _ = run(Sync())
         population = merge(own, self.others_like(own))
         return differentiated(sync, own, population), population, self.after(own)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -17,7 +16,7 @@ from normlab._trees import node
 from normlab.devices.topology import AxisName, Sync
 from normlab.measure import Moments
 from normlab.population._batches import BadBatch, arrays
-from normlab.population.optional import Run, measured, pool
+from normlab.population.optional import Run, pool
 
 
 @node
@@ -68,11 +67,10 @@ class Domains(NamedTuple):
     def observe(self, run: Run, sync: Sync) -> tuple[Moments, Moments, Domains]:
         """Measures the examples of each domain; what is taken in has fields `[domains, ...]`."""
         if not self.per_example():
-            return measured(self, run, sync)
+            return *run(sync), self
         numbers = jnp.arange(self.domains, dtype=jnp.int32)
         member = self.current[None] == numbers[:, None]
-        each = lambda member: measured((), partial(run, member=member), sync)[:2]  # noqa: E731
-        m, population = jax.vmap(each)(member)
+        m, population = jax.vmap(lambda member: run(sync, member))(member)
         examples = jnp.arange(member.shape[1], dtype=jnp.int32)
 
         def own(field: Array) -> Array:

@@ -15,7 +15,7 @@ from normlab._trees import node
 from normlab.devices.topology import AxisName
 from normlab.measure import Moments
 from normlab.population._batches import BadBatch
-from normlab.population.optional import pool
+from normlab.population.optional import options, pool
 from normlab.population.protocol import Population
 
 
@@ -42,6 +42,11 @@ class Frozen(NamedTuple):
     def read(self) -> tuple[Array, Array]:
         """Returns those of `inner`."""
         return self.inner.read()
+
+    def options(self) -> dict[str, Any]:
+        """Those of frozen statistics, with the decay and the ddof that `inner` names."""
+        kept = options(self.inner)
+        return {"population": "frozen"} | {n: kept[n] for n in ("decay", "ddof") if n in kept}
 
     def pool(self, axis_name: AxisName) -> Frozen:
         """Merges `inner`."""

@@ -1,16 +1,18 @@
 """What a population may decide beside what it must: defaults, unless it has a method of the name.
 
     measures      whether batch norm is to measure the batch              in training
+    delays        whether it remembers what other devices measured        no
     observe       what normalizes the batch, and what is taken in         the batch's moments
     normalizer    μ and σ                                                 of the batch; else `read`
     per_example   whether `read` returns values of each example           no
     moments       the moments that `read` is about                        of a count of 1
+    options       the options of `get("batch")` it begins with            none
     pool          the same, merged with those of other devices            averages
     share         what each of some devices keeps of merged statistics    all of it
     settled       the same, of what a transaction saw                     cannot be
 
 One that holds another, such as `Frozen`, has it in a field `inner`, which answers `measures`,
-`normalizer`, `per_example` and `moments` in its place.
+`delays`, `normalizer`, `per_example` and `moments` in its place.
 """
 
 from __future__ import annotations
@@ -63,22 +65,16 @@ def measures(state: Any, train: bool) -> bool:
     return train or not isinstance(state, Population)
 
 
-def measured(state: Any, run: Run, sync: Sync) -> tuple[Moments, Moments, Any]:
-    """What was measured now, of a state that does not remember what others measured."""
-    if sync.every:
-        raise invalid(
-            "batch norm",
-            f"a state of type {type(state).__name__} with every={sync.every}",
-            "a Delayed state if, and only if, every is positive",
-            "make the state with normlab.population.init_delayed(channels)",
-        )
-    return *run(sync), state
+@_asks(inner=True)
+def delays(state: Any) -> bool:
+    """Whether it remembers what other devices measured, as `Sync(every=...)` wants."""
+    return False
 
 
 @_asks(inner=False)
 def observe(state: Any, run: Run, sync: Sync) -> tuple[Moments, Moments, Any]:
     """Returns the moments that normalize the batch, those to take in, and the state."""
-    return measured(state, run, sync)
+    return *run(sync), state
 
 
 @_asks(inner=True)
@@ -111,6 +107,12 @@ def moments(state: Any) -> Moments:
     """The moments that `read` is about, each of a count of 1 if the state knows no other."""
     mean, var = state.read()
     return Moments(jnp.ones_like(mean), mean, var)
+
+
+@_asks(inner=False)
+def options(state: Any) -> dict[str, Any]:
+    """The options of `get("batch")` with which such a state begins, as far as it says them."""
+    return {"population": "batch"} if state == () else {}
 
 
 @_asks(inner=False)
@@ -156,9 +158,20 @@ def plain(state: Any) -> bool:
     return isinstance(state, Population) and not any(hasattr(state, name) for name in changes)
 
 
-def check_state(where: str, state: Any, train: bool, shape: tuple[int, ...], channel: int) -> None:
+def check_state(
+    where: str, state: Any, sync: Sync, train: bool, shape: tuple[int, ...], channel: int
+) -> None:
     """Raises ValueError unless batch norm can use the state."""
     channels = shape[channel]
+    if train and measures(state, train) and bool(sync.every) != delays(state):
+        raise invalid(
+            where,
+            f"a state of type {type(state).__name__} with every={sync.every}",
+            "a Delayed state if, and only if, every is positive",
+            f"make the state with init_delayed({channels})"
+            if sync.every
+            else "use Sync(..., every=1), or the state's inner",
+        )
     if state is None and not train:
         raise invalid(
             where,

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax import Array
+from jax.core import Tracer
 from jax.typing import DTypeLike
 
 from normlab._arguments import checked, settled_decay
@@ -112,6 +113,15 @@ class Running(NamedTuple):
         """Moments that weigh as much as the state's mass."""
         mass = self.mass[..., None]
         return Moments(mass, self.mean, mass * self.var)
+
+    def options(self) -> dict[str, Any]:
+        """Those of an average; a plain one is told from a complete one by its mass alone.
+
+        Under `jit` that has no value.
+        """
+        plain = not isinstance(self.mass, Tracer) and bool((self.mass == 1).all())
+        population = "ema" if plain else "debiased"
+        return {"population": population, "decay": self.decay, "ddof": self.ddof}
 
     def settled(self, seen: Any, estimator: str | None) -> Running:
         """The same, with the statistics that a transaction saw."""

@@ -1,0 +1,242 @@
+"""What users add from outside: a population, a norm, and values that may be compared."""
+
+import ast
+from pathlib import Path
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import normlab as nl
+import normlab.linen as nll
+import normlab.nnx as nlx
+from tests.cases import first_of
+from tests.helpers import array, draw, gap, mappers
+
+C = 3
+A = draw(0, 8, C, mean=1.0)
+HERE = __name__
+
+
+class Halfway(NamedTuple):
+    """Training normalizes with the middle of the batch's statistics and of the last batch's."""
+
+    mean: jax.Array
+    var: jax.Array
+
+    def update(self, m, *, decay=None, bad_batch="skip"):
+        return Halfway(*(v.reshape(self.mean.shape) for v in (m.mean, m.var())))
+
+    def read(self):
+        return self.mean, self.var
+
+    def normalizer(self, m, eps, *, train):
+        mean, var = self.read()
+        if train:
+            mean, var = (mean + m.mean) / 2, (var + m.var()) / 2
+        return mean, jnp.sqrt(var + eps)
+
+
+def halfway(channels):
+    return Halfway(jnp.zeros(channels), jnp.ones(channels))
+
+
+def expected(a=A, mean=0.0, var=1.0):
+    mean, var = (mean + a.mean(0)) / 2, (var + a.var(0)) / 2
+    return (a - mean) / np.sqrt(var + 1e-5)
+
+
+class TestPopulation:
+    def test_as_an_argument(self):
+        h, state = nl.batch_norm(array(A), None, halfway(C), train=True)
+        assert gap(h, expected()) < 1e-5
+        assert gap(state, (A.mean(0), A.var(0))) < 1e-5
+        h, after = nl.batch_norm(array(A), None, state, train=False)
+        assert gap(h, (A - A.mean(0)) / np.sqrt(A.var(0) + 1e-5)) < 1e-5
+        assert after is state
+
+    @pytest.mark.parametrize("population", [halfway, f"{HERE}:halfway"], ids=["made", "named"])
+    def test_by_name(self, population):
+        norm = nl.get("batch", population=population)
+        site = nl.Site(array(A))
+        params, state = norm.init(site)
+        h, state = norm.apply(params, state, site, train=True)
+        assert isinstance(state, Halfway)
+        assert gap(h, expected()) < 1e-5
+
+    @pytest.mark.parametrize("population", [halfway, f"{HERE}:halfway"], ids=["made", "named"])
+    def test_in_linen(self, population):
+        module = nll.BatchNorm(use_running_average=False, population=population)
+        variables = module.init(jax.random.key(0), array(A))
+        h, updated = module.apply(variables, array(A), mutable="batch_stats")
+        assert gap(h, expected()) < 1e-5
+        assert gap(jax.tree.leaves(updated), [A.mean(0), A.var(0)]) < 1e-5
+
+    @pytest.mark.parametrize("population", [halfway, f"{HERE}:halfway"], ids=["made", "named"])
+    def test_in_nnx(self, population):
+        module = nlx.BatchNorm(C, population=population, rngs=nnx.Rngs(0))
+        assert gap(module(array(A)), expected()) < 1e-5
+        assert gap(module(array(A)), expected(A, A.mean(0), A.var(0))) < 1e-5
+
+    def test_in_a_transaction(self):
+        state = nl.population.begin(halfway(C))
+        for part in (A[:2], A[2:]):
+            h, state = nl.batch_norm(array(part), None, state, train=True)
+            assert gap(h, expected(part)) < 1e-5  # the state is as it was at the beginning
+        state = nl.population.commit(state)
+        assert isinstance(state, Halfway)
+        assert gap(state, (A.mean(0), A.var(0))) < 1e-5
+
+    @pytest.mark.parametrize("way", ["pmap", "shard_map", "vmap"])
+    def test_over_devices(self, way):
+        def step(state, a):
+            return nl.batch_norm(a, None, state, train=True, axis_name="d")
+
+        h, states = mappers(4)[way](step)(halfway(C), array(A).reshape(4, 2, C))
+        assert gap(h.reshape(A.shape), expected()) < 1e-5
+        pooled = nl.population.merge_running(states)
+        assert gap(pooled, (A.mean(0), A.var(0))) < 1e-5
+
+    def test_whose_answers_pass_through_what_holds_it(self):
+        frozen = nl.population.freeze(halfway(C))
+        h, after = nl.batch_norm(array(A), None, frozen, train=True)
+        assert gap(h, A / np.sqrt(1 + 1e-5)) < 1e-5
+        assert after is frozen
+        with pytest.raises(ValueError, match=r"settle: got statistics of type Halfway.*settled"):
+            state = nl.population.begin(halfway(C))
+            nl.population.settle(nl.batch_norm(array(A), None, state, train=True)[1])
+
+    def test_an_unknown_path_is_said(self):
+        with pytest.raises(ValueError, match=r"'tests\.nowhere:x': No module named"):
+            nl.population.init_population("tests.nowhere:x", C)
+        with pytest.raises(ValueError, match=r"did you mean 'halfway'"):
+            nl.population.init_population(f"{HERE}:halfwai", C)
+
+
+def test_no_file_outside_population_names_a_kind_of_it():
+    root = Path(nl.__file__).parent
+    kinds = {
+        name
+        for name, value in vars(nl.population).items()
+        if isinstance(value, type) and hasattr(value, "update") and name != "Population"
+    }
+    assert {"Running", "Renorm", "Frozen", "Domains", "Delayed", "Cumulative", "Pending"} == kinds
+    for file in root.rglob("*.py"):
+        if file.is_relative_to(root / "population") or file == root / "__init__.py":
+            continue
+        tree = ast.walk(ast.parse(file.read_text()))
+        names = {getattr(n, "id", getattr(n, "attr", getattr(n, "name", ""))) for n in tree}
+        assert not names & kinds, f"{file.relative_to(root)} names {names & kinds}"
+
+
+def third_parts(a, params=None, *, order: float = 3.0, eps: float = 1e-5, channel_axis: int = -1):
+    """σ is the mean of |a|^order, to the power of 1/order."""
+    mean = (jnp.abs(a) ** order).mean(channel_axis, keepdims=True)
+    g, b = (1.0, 0.0) if params is None else params
+    return nl.Parts(jnp.zeros(()), (mean + eps) ** (1 / order), g, b)
+
+
+third = nl.stateless(third_parts)
+
+
+@pytest.fixture
+def registered():
+    row = nl.register(nl.Row("third", third_parts, mu="0", sigma="(mean |a|³ + ε)^⅓"))
+    yield row
+    nl.unregister("third")
+
+
+class TestNorm:
+    """From outside, by name everywhere."""
+
+    def expected(self, order=3.0, eps=1e-5):
+        return A / ((np.abs(A) ** order).mean(-1, keepdims=True) + eps) ** (1 / order)
+
+    def apply(self, norm):
+        site = nl.Site(array(A))
+        params, state = norm.init(site)
+        return norm.apply(params, state, site, train=True)[0]
+
+    def test_it_is_a_row(self, registered):
+        assert nl.names()[-1] == "third"
+        assert nl.row("third") is registered
+        assert gap(self.apply(nl.get("third")), self.expected()) < 1e-5
+        assert gap(self.apply(nl.get("third", order=2.0, eps=0.1)), self.expected(2.0, 0.1)) < 1e-5
+        assert repr(nl.get("third", order=2.0)) == "get('third', order=2.0)"
+        with pytest.raises(ValueError, match="unknown option 'oder': did you mean 'order'"):
+            nl.get("third", oder=2.0)
+
+    @pytest.mark.parametrize("name", ["third_parts", "third"])
+    def test_by_path(self, name):
+        norm = nl.get(f"{HERE}:{name}", order=2.0)
+        assert gap(self.apply(norm), self.expected(2.0)) < 1e-5
+        assert f"{HERE}:{name}" not in nl.names()
+
+    def test_in_the_skins(self, registered):
+        x = array(A)
+        module = nll.RegistryNorm("third")
+        assert gap(module.apply(module.init(jax.random.key(0), x), x), self.expected()) < 1e-5
+        assert gap(nlx.RegistryNorm("third", C)(x), self.expected()) < 1e-5
+        net = nn.Sequential([nn.Dense(4), nll.LayerNorm()])
+        swapped = nll.swap(net, "third")
+        assert any(isinstance(layer, nll.RegistryNorm) for layer in swapped.layers)
+
+    def test_weights_it_does_not_know_are_refused(self, registered):
+        site = nl.Site(array(A), weights=jnp.ones(8))
+        with pytest.raises(ValueError, match=r"third norm: got weights; expected none"):
+            nl.get("third").init(site)
+
+    def test_the_laws_say_what_is_missing(self, registered):
+        with pytest.raises(LookupError, match=r"'third' has no case: add one to CASES"):
+            first_of("third")
+
+    @pytest.mark.parametrize(
+        ("row", "match"),
+        [
+            (nl.Row("batch", third), "the name 'batch', which another norm has"),
+            (nl.Row("a:b", third), "the name 'a:b'; expected a name of its own, without ':'"),
+            (nl.Row("x", third, needs=frozenset({"y"})), r"the marks \['y'\]"),
+            (nl.Row("x", third, invariances=frozenset({"all"})), r"the marks \['all'\]"),
+        ],
+    )
+    def test_a_row_that_means_nothing_is_refused(self, row, match):
+        with pytest.raises(ValueError, match=match):
+            nl.register(row)
+
+
+class TestEquality:
+    def test_norms_of_the_same_options_are_one(self):
+        one, two = nl.get("group", groups=2, eps=1e-6), nl.get("group", eps=1e-6, groups=2)
+        assert one == two
+        assert hash(one) == hash(two)
+        assert one != nl.get("group", groups=2)
+        assert one != nl.get("layer")
+        assert repr(one) == "get('group', eps=1e-06, groups=2)"
+        assert nl.get("layer", axes=[1]) == nl.get("layer", axes=(1,))
+        own = nl.Norm(one.init, one.parts)
+        assert own == nl.Norm(one.init, one.parts)
+        assert own != one
+
+    def test_a_jit_traces_once(self):
+        traced = []
+
+        def f(a, norm):
+            traced.append(norm)
+            return norm.apply(None, (), nl.Site(a), train=True)[0]
+
+        run = jax.jit(f, static_argnames="norm")
+        for _ in range(2):
+            run(array(A), norm=nl.get("layer", eps=1e-6))
+            jax.jit(nl.get("rms").apply, static_argnames="train")(
+                None, (), nl.Site(array(A)), train=True
+            )
+        assert len(traced) == 1
+
+    def test_what_was_wrong_stays_wrong(self):
+        nl.get("layer", use_gain=True)
+        with pytest.raises(ValueError, match="use_gain=1 "):
+            nl.get("layer", use_gain=1)
