@@ -202,7 +202,7 @@ class Bench:
     )
 
 
-def run(command: Bench) -> int:
+def run(config: Bench) -> int:
     """Measures, and prints what came out; returns the exit status."""
     printers: dict[type, Any] = {
         BenchStep: _step,
@@ -211,7 +211,7 @@ def run(command: Bench) -> int:
         BenchConv: _conv,
         BenchSync: _sync,
     }
-    return printers[type(command.bench)](command.bench)
+    return printers[type(config.bench)](config.bench)
 
 
 def _step(config: BenchStep) -> int:

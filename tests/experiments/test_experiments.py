@@ -580,7 +580,7 @@ class TestCommandLine:
         command = importlib.import_module(module, cli.__package__)
         told = inspect.getdoc(getattr(command, options))
         assert " ".join(told.split("\n\n")[0].split()) == sentence
-        assert list(inspect.signature(command.run).parameters) == ["config"]
+        assert len(inspect.signature(command.run).parameters) == 1
 
     def test_the_list_of_commands_loads_none_of_them(self):
         code = "import sys; from experiments.console import main\n"
