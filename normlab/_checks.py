@@ -109,6 +109,44 @@ def expand(v: Array, ndim: int, channel_axis: int) -> Array:
     return v.reshape(shape)
 
 
+def check_parts(parts: Any, shape: tuple[int, ...], dtype: Any) -> Any:
+    """The parts as arrays, Python's numbers of the type; ValueError unless they fit the shape."""
+    for name, part in zip(parts._fields, parts, strict=True):
+        try:
+            fits = jnp.broadcast_shapes(jnp.shape(part), shape) == tuple(shape)
+        except ValueError:
+            fits = False
+        if not fits:
+            raise invalid(
+                "affine",
+                f"a {name} of shape {jnp.shape(part)} for a pre-activation of shape {shape}",
+                "a part that broadcasts to the pre-activation",
+                "measure the parts on the same layout, or check the channel axis",
+            )
+    arrays = (jnp.asarray(part, None if hasattr(part, "dtype") else dtype) for part in parts)
+    return type(parts)(*arrays)
+
+
+def check_groups(where: str, groups: int, channels: int) -> None:
+    """Raises ValueError unless the groups divide the channels."""
+    if groups < 1 or channels % groups:
+        divisors = [d for d in range(1, channels + 1) if channels % d == 0]
+        raise invalid(
+            where,
+            f"groups={groups!r} for {channels} channels",
+            f"a number of groups that divides {channels}",
+            f"use one of {', '.join(map(str, divisors))}",
+        )
+
+
+def check_values(
+    where: str, shape: tuple[int, ...], measured: tuple[int, ...], each: str, change: str, also: str
+) -> None:
+    """Raises ValueError if what was measured of values of a shape is that of one value each."""
+    if measured == shape and 0 not in shape:
+        raise one_value(where, shape, each, change, also)
+
+
 def gain_and_bias(where: str, params: Any, a: ArrayLike, channel_axis: int) -> tuple[Array, Array]:
     """Returns `(g, b)` in the statistics' type, broadcastable to `a`; 1 and 0 where absent.
 

@@ -15,11 +15,31 @@ from normlab._checks import invalid, normalize_axes, promote, promote_dtype
 
 
 def aligned(
-    where: str, a: ArrayLike, weights: ArrayLike | None, channel_axis: int
+    where: str,
+    a: ArrayLike,
+    weights: ArrayLike | None,
+    channel_axis: int,
+    *,
+    by_example: bool = False,
 ) -> tuple[Array, int, Array | None]:
-    """Returns `a` as an array, the number of its axis of channels, and the weights aligned."""
+    """Returns `a` as an array, the number of its axis of channels, and the weights aligned.
+
+    Args:
+      where: The caller, for errors.
+      a: Values.
+      weights: Their weights.
+      channel_axis: The axis of the channels.
+      by_example: Whether the examples have axis 0 for themselves.
+    """
     a = jnp.asarray(a)
     (channel,) = normalize_axes(where, channel_axis, a.ndim)
+    if by_example and channel == 0:
+        raise invalid(
+            where,
+            f"channel_axis={channel_axis} for an input of shape {a.shape}",
+            "examples on axis 0 and channels on another",
+            "move the examples first, or add an axis for the one example",
+        )
     return a, channel, align_weights(where, weights, a, channel)
 
 

@@ -97,7 +97,7 @@ def cosine_parts(site: Site, params: Affine | None = None, *, centred: bool = Fa
     peak = _peak(x, site.linear)
     x = promote(x) / peak
     _, length_w = units_and_lengths(w)
-    sigma = per_unit(length_w) * safe_sqrt(site.linear.patch_square(x, w)) * peak
+    sigma = per_unit(length_w) * safe_sqrt(site.linear.patch_sum(jnp.square(x), w)) * peak
     sigma = jnp.where(sigma == 0, 1, sigma)
     if not centred:
         return Parts(jnp.zeros((), w.dtype), sigma, g, b)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
-from typing import Any, Concatenate, NamedTuple, ParamSpec
+from typing import Concatenate, NamedTuple, ParamSpec
 
 import jax.numpy as jnp
 from jax import Array
@@ -18,13 +18,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from normlab._apply import apply_parts
 from normlab._arguments import checked, declare, instance, real
-from normlab._checks import (
-    invalid,
-    normalize_axes,
-    promote,
-    promote_dtype,
-    result_dtype,
-)
+from normlab._checks import check_parts, normalize_axes, promote, promote_dtype, result_dtype
 from normlab._trees import node
 from normlab._weights import align_weights
 from normlab._xla import partitioned
@@ -127,7 +121,7 @@ def affine(
     """
     if channel_axis is not None:
         (channel_axis,) = normalize_axes("affine", channel_axis, jnp.ndim(a))
-    parts = _checked(parts, jnp.shape(a), promote_dtype(a))
+    parts = check_parts(parts, jnp.shape(a), promote_dtype(a))
     a, weights = jnp.asarray(a), align_weights("affine", weights, a, channel_axis)
     return partitioned(apply_parts, a, parts, weights)
 
@@ -178,22 +172,5 @@ def invert(parts: Parts, h: ArrayLike) -> Array:
     Raises:
       ValueError: If a part does not broadcast to the shape of `h`.
     """
-    mu, sigma, g, b = _checked(parts, jnp.shape(h), promote_dtype(h))
+    mu, sigma, g, b = check_parts(parts, jnp.shape(h), promote_dtype(h))
     return ((promote(h) - b) * sigma / g + mu).astype(result_dtype(h))
-
-
-def _checked(parts: Parts, shape: tuple[int, ...], dtype: Any) -> Parts:
-    """The parts as arrays, Python's numbers of the type; ValueError unless they fit the shape."""
-    for name, part in zip(Parts._fields, parts, strict=True):
-        try:
-            fits = jnp.broadcast_shapes(jnp.shape(part), shape) == tuple(shape)
-        except ValueError:
-            fits = False
-        if not fits:
-            raise invalid(
-                "affine",
-                f"a {name} of shape {jnp.shape(part)} for a pre-activation of shape {shape}",
-                "a part that broadcasts to the pre-activation",
-                "measure the parts on the same layout, or check the channel axis",
-            )
-    return Parts(*(jnp.asarray(part, None if hasattr(part, "dtype") else dtype) for part in parts))

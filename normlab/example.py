@@ -26,7 +26,14 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from normlab._arguments import checked, norm_axes
-from normlab._checks import gain_and_bias, invalid, normalize_axes, one_value, promote
+from normlab._checks import (
+    check_groups,
+    check_values,
+    gain_and_bias,
+    normalize_axes,
+    one_value,
+    promote,
+)
 from normlab._sums import average, standard_deviation
 from normlab._weights import aligned
 from normlab._xla import partitioned
@@ -70,7 +77,7 @@ def layer_parts(
     m = layer_moments(a, axes=axes, weights=weights, channel_axis=channel_axis, algorithm=algorithm)
     g, b = gain_and_bias("layer norm", params, a, channel_axis)
     change = "use RMS norm, which has no mean, or measure over more axes"
-    _check_values("layer norm", a, m, "statistic", change)
+    check_values("layer norm", jnp.shape(a), m.mean.shape, "statistic", change, "")
     return Parts(m.mean, m.sigma(eps), g, b)
 
 
@@ -162,16 +169,9 @@ def group_moments(
 
     The arguments are those of `group_norm`, which see.
     """
-    a, channel, weights = _with_examples_first("group norm", a, weights, channel_axis)
+    a, channel, weights = aligned("group norm", a, weights, channel_axis, by_example=True)
     channels = a.shape[channel]
-    if groups < 1 or channels % groups:
-        divisors = [d for d in range(1, channels + 1) if channels % d == 0]
-        raise invalid(
-            "group norm",
-            f"groups={groups!r} for {channels} channels",
-            f"a number of groups that divides {channels}",
-            f"use one of {', '.join(map(str, divisors))}",
-        )
+    check_groups("group norm", groups, channels)
     split = (*a.shape[:channel], groups, channels // groups, *a.shape[channel + 1 :])
     axes = [i for i in range(1, a.ndim) if i != channel]
 
@@ -243,7 +243,7 @@ def instance_moments(
 
     The arguments are those of `instance_norm`, which see.
     """
-    a, channel, weights = _with_examples_first("instance norm", a, weights, channel_axis)
+    a, channel, weights = aligned("instance norm", a, weights, channel_axis, by_example=True)
     axes = [i for i in range(1, a.ndim) if i != channel]
     return moments(a, axes, weights=weights, algorithm=algorithm)
 
@@ -262,7 +262,8 @@ def instance_parts(
     m = instance_moments(a, weights=weights, channel_axis=channel_axis, algorithm=algorithm)
     positions = "an input [N, ..., C] with positions between examples and channels, "
     change = "use layer norm or RMS norm in a dense layer"
-    _check_values("instance norm", a, m, "example and channel", change, positions)
+    each = "example and channel"
+    check_values("instance norm", jnp.shape(a), m.mean.shape, each, change, positions)
     g, b = gain_and_bias("instance norm", params, a, channel_axis)
     return Parts(m.mean, m.sigma(eps), g, b)
 
@@ -293,32 +294,9 @@ def _mean_square(
     return average(jnp.square(valid), axes, weights=w)
 
 
-def _check_values(
-    where: str, a: ArrayLike, m: Moments, each: str, change: str, also: str = ""
-) -> None:
-    """Raises ValueError if each of the moments is that of one value."""
-    shape = jnp.shape(a)
-    if m.mean.shape == shape and 0 not in shape:
-        raise one_value(where, shape, each, change, also)
-
-
 def _example_axes(where: str, axes: Axes, ndim: int, channel: int) -> tuple[int, ...]:
     if axes == "channels":
         return (channel,)
     if axes == "all":
         return tuple(range(1, ndim))
     return normalize_axes(where, axes, ndim)
-
-
-def _with_examples_first(
-    where: str, a: ArrayLike, weights: ArrayLike | None, channel_axis: int
-) -> tuple[Array, int, Array | None]:
-    a, channel, weights = aligned(where, a, weights, channel_axis)
-    if channel == 0:
-        raise invalid(
-            where,
-            f"channel_axis={channel_axis} for an input of shape {a.shape}",
-            "examples on axis 0 and channels on another",
-            "move the examples first, or add an axis for the one example",
-        )
-    return a, channel, weights

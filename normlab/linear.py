@@ -39,10 +39,6 @@ class Linear(Protocol):
         """Σ x of the K inputs that meet each output, broadcastable to `a`."""
         ...
 
-    def patch_square(self, x: Array, w: Array) -> Array:
-        """Σ x² of the K inputs that meet each output, broadcastable to `a`."""
-        ...
-
     def patch_moments(self, x: Array, w: Array) -> Moments:
         """The moments of the K inputs that meet each output, broadcastable to `a`."""
         ...
@@ -78,10 +74,6 @@ class Dense:
     def patch_sum(self, x: Array, w: Array) -> Array:
         """Σ x over the last axis, shape `[..., 1]`."""
         return promote(x).sum(-1, keepdims=True)
-
-    def patch_square(self, x: Array, w: Array) -> Array:
-        """Σ x² over the last axis, shape `[..., 1]`."""
-        return jnp.square(promote(x)).sum(-1, keepdims=True)
 
     def patch_moments(self, x: Array, w: Array) -> Moments:
         """The moments over the last axis of `x`, shape `[..., 1]`."""
@@ -146,10 +138,6 @@ class Conv:
         x = promote(x)
         ones = jnp.ones((*w.shape[:-2], 1, self.groups), x.dtype)
         return self._per_unit(self(self._by_group(x).sum(-1), ones), w)
-
-    def patch_square(self, x: Array, w: Array) -> Array:
-        """Σ x² of each patch, shape `[N, ..., C or 1]`."""
-        return self.patch_sum(jnp.square(promote(x)), w)
 
     def patch_moments(self, x: Array, w: Array) -> Moments:
         """The moments of each patch, padding included, shape `[N, ..., C or 1]`.

@@ -25,18 +25,9 @@ from normlab._arguments import checked, declare, instance, integer, one_of, sequ
 from normlab._checks import floating, normalize_axes
 from normlab._sums import count_values, pivot_of, power_sums, standard_deviation, weighted_sums
 from normlab._trees import node
-from normlab._weights import align_weights, effective_sample_size
+from normlab._weights import align_weights
+from normlab._weights import effective_sample_size as effective_sample_size
 from normlab._xla import derivative_of, partitioned
-
-__all__ = [
-    "Algorithm",
-    "Moments",
-    "effective_sample_size",
-    "empty",
-    "merge",
-    "merge_axes",
-    "moments",
-]
 
 Algorithm = Literal["auto", "shifted", "two_pass", "one_pass"]
 """About which pivot the moments are taken.

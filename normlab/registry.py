@@ -16,12 +16,10 @@ import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import jax
-
-from normlab._arguments import a_function, anything, checked, flag, instance, text
-from normlab._checks import check_options, imported, invalid, nearest, promote_dtype
-from normlab.equation import Affine, Parts, init_affine
-from normlab.site import SHAPES, Made, Norm, Site, State
+from normlab._arguments import checked, instance, text
+from normlab._checks import check_options, imported, invalid, nearest
+from normlab.site import Made, Norm
+from normlab.stateless import factory_of
 
 INVARIANCES = (
     "weights rescaled",
@@ -92,7 +90,7 @@ def register(row: Row) -> Row:
     if wrong:
         known = f"of {', '.join((*INVARIANCES, 'a', 'w', 'x', 'batch'))}"
         raise invalid("register", f"the marks {sorted(wrong)}", known, "use these words")
-    row = row._replace(factory=_factory_of(row.factory))
+    row = row._replace(factory=factory_of(row.factory))
     _ROWS[row.name] = row
     return row
 
@@ -142,7 +140,7 @@ def row(name: str) -> Row:
     """Returns the registry's row for `name`; raises ValueError for an unknown one."""
     if ":" in name:
         found = imported("registry", "norm", name)
-        return found if isinstance(found, Row) else Row(name, _factory_of(found))
+        return found if isinstance(found, Row) else Row(name, factory_of(found))
     if name not in _ROWS:
         given = f"the unknown norm {name!r}: {nearest(name, _ROWS)}"
         raise invalid("registry", given, "the name of a norm", "use a known one")
@@ -152,83 +150,3 @@ def row(name: str) -> Row:
 def names() -> tuple[str, ...]:
     """The names of all norms, in the registry's order."""
     return tuple(_ROWS)
-
-
-def _factory_of(made: Any) -> Callable[..., Norm]:
-    """A factory as it is, or that of the norms whose parts a function returns."""
-    parameters = list(inspect.signature(made).parameters.values())
-    positional = parameters and parameters[0].kind is not parameters[0].KEYWORD_ONLY
-    return stateless(made) if positional else made
-
-
-@checked("stateless", parts=a_function(), params=a_function())
-def stateless(
-    parts: Callable[..., Parts], params: Callable[..., Any] | None = None
-) -> Callable[..., Norm]:
-    """Returns the factory of the norms without state that a function returns the parts of.
-
-    Args:
-      parts: `(a, params, *, weights, channel_axis, ...) -> Parts`; or `(site, params, ...)`, of a
-        norm that looks at more than `a`. The other keyword arguments are options of the norm,
-        beside `use_gain` and `use_bias`.
-      params: `(site, use_gain=, use_bias=) -> params`, the initial parameters; by default an
-        `Affine` of gains 1 and biases 0.
-
-    Returns:
-      `(**options) -> Norm`.
-    """
-    known = inspect.signature(parts).parameters
-    of_a = next(iter(known)) != "site"
-    own = [p for p in known.values() if p.kind is p.KEYWORD_ONLY and p.name not in _OF_SITE]
-    where = getattr(parts, "where", f"{parts.__name__.removesuffix('_parts')} norm")
-    kinds = {"use_gain": flag(), "use_bias": flag()} | getattr(parts, "kinds", {})
-
-    def make(*, use_gain: bool = True, use_bias: bool = True, **options: Any) -> Norm:
-        def measure(site: Site, given: Any) -> Parts:
-            if not of_a:
-                return parts(site, given, **options)
-            of_site = {"weights": site.weights, "channel_axis": site.linear.channel_axis}
-            if site.weights is not None and "weights" not in known:
-                raise invalid(where, "weights", "none", "give its parts an argument weights")
-            of_site = {name: value for name, value in of_site.items() if name in known}
-            return parts(site.a, given, **of_site, **options)
-
-        start = functools.partial(params or initial_affine, use_gain=use_gain, use_bias=use_bias)
-        return norm_of(where, measure, start)
-
-    switches = [p for p in inspect.signature(make).parameters.values() if p.kind is p.KEYWORD_ONLY]
-    make.__name__ = make.__qualname__ = parts.__name__.removesuffix("_parts")
-    make.__doc__ = f"The norm of `{parts.__name__}`; its options are arguments of that."
-    vars(make)["__signature__"] = inspect.Signature([*own, *switches], return_annotation="Norm")
-    return checked(where, **{p.name: kinds.get(p.name, anything) for p in [*own, *switches]})(make)
-
-
-_OF_SITE = ("weights", "channel_axis")
-
-
-def initial_affine(site: Site, *, use_gain: bool, use_bias: bool, g: Any = 1.0) -> Affine:
-    """`init_affine` for the channels of a site, in the type of its statistics."""
-    dtype = promote_dtype(site.a)
-    return init_affine(site.channels, use_gain=use_gain, use_bias=use_bias, g=g, dtype=dtype)
-
-
-def norm_of(
-    where: str, measure: Callable[[Site, Any], Parts], params: Callable[[Site], Any]
-) -> Norm:
-    """Returns a norm without state.
-
-    Args:
-      where: Its name, for errors.
-      measure: `(site, params) -> Parts`.
-      params: `site -> params`, the initial ones.
-    """
-
-    def init(site: Site) -> tuple[Any, State]:
-        jax.eval_shape(lambda site: measure(site, None), site)  # say no before training starts
-        return params(site), ()
-
-    def parts(params: Any, state: State, site: Site, *, train: bool) -> tuple[Parts, State]:
-        del train
-        return measure(site, params), state
-
-    return Norm(checked(where, site=SHAPES)(init), checked(where)(parts))

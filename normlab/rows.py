@@ -21,8 +21,9 @@ from normlab.measure import Algorithm
 from normlab.population._batches import BadBatch
 from normlab.population.by_name import init_batch_state
 from normlab.population.cumulative import Estimator
-from normlab.registry import INVARIANCES, Row, initial_affine, norm_of, register
+from normlab.registry import INVARIANCES, Row, register
 from normlab.site import SHAPES, Norm, Site, State
+from normlab.stateless import initial_affine, norm_of
 from normlab.weight import weight_norm_init, weight_parts, weight_standardization_parts
 
 

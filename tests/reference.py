@@ -9,6 +9,15 @@ from pathlib import Path
 import normlab
 
 PAGE = Path(__file__).parent.parent / "docs/reference.md"
+MEASURE = (
+    "Algorithm",
+    "Moments",
+    "effective_sample_size",
+    "empty",
+    "merge",
+    "merge_axes",
+    "moments",
+)
 HEAD = """# Reference
 
 Every public name, with the first line of its docstring; `help(nl.batch_norm)` shows the whole.
@@ -26,7 +35,7 @@ def namespaces() -> dict[str, dict[str, object]]:
     names = ["normlab", "normlab.measure", *packages]
     modules = {name: importlib.import_module(name) for name in names}
     return {
-        name: {public: getattr(module, public) for public in module.__all__}
+        name: {public: getattr(module, public) for public in getattr(module, "__all__", MEASURE)}
         for name, module in modules.items()
     }
 

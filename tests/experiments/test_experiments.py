@@ -24,6 +24,7 @@ import pytest
 import normlab as nl
 from experiments import console as cli
 from experiments import figures, models
+from experiments.compare.command import remarks
 from experiments.compare.comparison import COMMON, Compare, Comparison
 from experiments.data import Dataset
 from experiments.rundir import RunDirectory, RunError
@@ -295,7 +296,7 @@ class TestCompare:
         text = (tmp_path / "run" / "metrics.jsonl").read_text()
         assert "NaN" not in text
         assert "Infinity" not in text
-        assert any("none: the loss of seed 1 was not finite" in r for r in cli.remarks(comparison))
+        assert any("none: the loss of seed 1 was not finite" in r for r in remarks(comparison))
 
     def test_steps_to_the_target_and_the_share_of_the_norm_follow_from_the_records(self, tmp_path):
         config = Compare(
@@ -324,7 +325,7 @@ class TestCompare:
         comparison = Comparison(config)
         list(comparison.run())  # the loss of the only step is that of the initial weights
         assert comparison.summary()[0]["diverged"] == {"0": 1, "1": 1}
-        assert len(cli.remarks(comparison)) == 2
+        assert len(remarks(comparison)) == 2
 
     def test_stopping_at_any_time_leaves_a_summary(self, tmp_path):
         config = Compare(

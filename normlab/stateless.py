@@ -1,0 +1,95 @@
+"""How a norm without state is made of a function that returns its parts."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from normlab._arguments import a_function, anything, checked, flag
+from normlab._checks import invalid, promote_dtype
+from normlab.equation import Affine, Parts, init_affine
+from normlab.site import SHAPES, Norm, Site, State
+
+
+@checked("stateless", parts=a_function(), params=a_function())
+def stateless(
+    parts: Callable[..., Parts], params: Callable[..., Any] | None = None
+) -> Callable[..., Norm]:
+    """Returns the factory of the norms without state that a function returns the parts of.
+
+    Args:
+      parts: `(a, params, *, weights, channel_axis, ...) -> Parts`; or `(site, params, ...)`, of a
+        norm that looks at more than `a`. The other keyword arguments are options of the norm,
+        beside `use_gain` and `use_bias`.
+      params: `(site, use_gain=, use_bias=) -> params`, the initial parameters; by default an
+        `Affine` of gains 1 and biases 0.
+
+    Returns:
+      `(**options) -> Norm`.
+    """
+    known = inspect.signature(parts).parameters
+    of_a = next(iter(known)) != "site"
+    own = [p for p in known.values() if p.kind is p.KEYWORD_ONLY and p.name not in _OF_SITE]
+    where = getattr(parts, "where", f"{parts.__name__.removesuffix('_parts')} norm")
+    kinds = {"use_gain": flag(), "use_bias": flag()} | getattr(parts, "kinds", {})
+
+    def make(*, use_gain: bool = True, use_bias: bool = True, **options: Any) -> Norm:
+        def measure(site: Site, given: Any) -> Parts:
+            if not of_a:
+                return parts(site, given, **options)
+            of_site = {"weights": site.weights, "channel_axis": site.linear.channel_axis}
+            if site.weights is not None and "weights" not in known:
+                raise invalid(where, "weights", "none", "give its parts an argument weights")
+            of_site = {name: value for name, value in of_site.items() if name in known}
+            return parts(site.a, given, **of_site, **options)
+
+        start = functools.partial(params or initial_affine, use_gain=use_gain, use_bias=use_bias)
+        return norm_of(where, measure, start)
+
+    switches = [p for p in inspect.signature(make).parameters.values() if p.kind is p.KEYWORD_ONLY]
+    make.__name__ = make.__qualname__ = parts.__name__.removesuffix("_parts")
+    make.__doc__ = f"The norm of `{parts.__name__}`; its options are arguments of that."
+    vars(make)["__signature__"] = inspect.Signature([*own, *switches], return_annotation="Norm")
+    return checked(where, **{p.name: kinds.get(p.name, anything) for p in [*own, *switches]})(make)
+
+
+_OF_SITE = ("weights", "channel_axis")
+
+
+def initial_affine(site: Site, *, use_gain: bool, use_bias: bool, g: Any = 1.0) -> Affine:
+    """`init_affine` for the channels of a site, in the type of its statistics."""
+    dtype = promote_dtype(site.a)
+    return init_affine(site.channels, use_gain=use_gain, use_bias=use_bias, g=g, dtype=dtype)
+
+
+def norm_of(
+    where: str, measure: Callable[[Site, Any], Parts], params: Callable[[Site], Any]
+) -> Norm:
+    """Returns a norm without state.
+
+    Args:
+      where: Its name, for errors.
+      measure: `(site, params) -> Parts`.
+      params: `site -> params`, the initial ones.
+    """
+
+    def init(site: Site) -> tuple[Any, State]:
+        jax.eval_shape(lambda site: measure(site, None), site)  # say no before training starts
+        return params(site), ()
+
+    def parts(params: Any, state: State, site: Site, *, train: bool) -> tuple[Parts, State]:
+        del train
+        return measure(site, params), state
+
+    return Norm(checked(where, site=SHAPES)(init), checked(where)(parts))
+
+
+def factory_of(made: Any) -> Callable[..., Norm]:
+    """A factory as it is, or that of the norms whose parts a function returns."""
+    parameters = list(inspect.signature(made).parameters.values())
+    positional = parameters and parameters[0].kind is not parameters[0].KEYWORD_ONLY
+    return stateless(made) if positional else made
