@@ -27,6 +27,7 @@ from experiments import figures, models
 from experiments.compare.command import remarks
 from experiments.compare.comparison import COMMON, Compare, Comparison
 from experiments.data import Dataset
+from experiments.engine import Records
 from experiments.rundir import RunDirectory, RunError
 from experiments.training.train import Train
 from experiments.training.trainer import (
@@ -306,12 +307,12 @@ class TestCompare:
         comparison = Comparison(config)
         for lane, ms in zip(comparison.lanes, ([1.0, 2.0], [4.0, 4.0]), strict=True):
             lane.step_ms = ms
-            lane.records = [
+            lane.records = Records(
                 {"kind": "evaluation", "seed": seed, "step": step, "accuracy": accuracy}
                 | {"test_loss": 1.0}
                 for seed, accuracies in enumerate(([0.1, 0.6, 0.9], [0.1, 0.2, 0.7]))
                 for step, accuracy in zip((0, 2, 4), accuracies, strict=True)
-            ]
+            )
         layer = comparison.summary()[1]
         assert layer["steps_to_target"] == 3  # the median of 2 and 4
         assert layer["norm_share"] == pytest.approx(0.625)  # the median of 3/4 and 1/2
