@@ -31,12 +31,12 @@ from normlab.example import (
     rms_parts,
 )
 from normlab.linear import Conv, Dense, Linear
+from normlab.making import stateless
 from normlab.measure import Moments, moments
 from normlab.population.protocol import Population
 from normlab.population.running import Running, init_running
 from normlab.registry import INVARIANCES, Row, get, names, register, row, unregister
 from normlab.site import Norm, Site, shapes
-from normlab.stateless import stateless
 from normlab.weight import (
     weight_norm,
     weight_norm_init,

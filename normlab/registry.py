@@ -18,8 +18,8 @@ from typing import Any, NamedTuple
 
 from normlab._arguments import checked, instance, text
 from normlab._checks import check_options, imported, invalid, nearest
+from normlab.making import factory_of
 from normlab.site import Made, Norm
-from normlab.stateless import factory_of
 
 INVARIANCES = (
     "weights rescaled",
@@ -75,6 +75,7 @@ def register(row: Row) -> Row:
       ValueError: If another norm has the name, it has a ":" in it, or a field means nothing.
 
     >>> import jax.numpy as jnp
+    >>> from normlab import Parts, Site, stateless
     >>> def centre_parts(a, params=None, *, channel_axis=-1):
     ...     mean = a.mean(channel_axis, keepdims=True)
     ...     return Parts(mean, jnp.ones(()), jnp.ones(()), jnp.zeros(()))

@@ -17,13 +17,13 @@ from normlab.cosine import cosine_parts
 from normlab.devices.topology import AxisName, as_sync
 from normlab.equation import Affine, Parts
 from normlab.example import group_parts, instance_parts, layer_parts, rms_parts
+from normlab.making import initial_affine, norm_of
 from normlab.measure import Algorithm
 from normlab.population._batches import BadBatch
 from normlab.population.by_name import init_batch_state
 from normlab.population.cumulative import Estimator
 from normlab.registry import INVARIANCES, Row, register
 from normlab.site import SHAPES, Norm, Site, State
-from normlab.stateless import initial_affine, norm_of
 from normlab.weight import weight_norm_init, weight_parts, weight_standardization_parts
 
 

@@ -21,7 +21,7 @@ from jax import Array, lax
 import normlab as nl
 
 from .. import models
-from .command import BenchConv
+from .config import BenchConv
 from .turns import (
     REUSE,
     Process,

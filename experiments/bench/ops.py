@@ -25,7 +25,7 @@ from typing import Any
 from ..figures import encode
 from ..rundir import RunDirectory, RunError, processor
 from . import figure
-from .command import BenchOps
+from .config import BenchOps
 from .turns import REUSE, Process, ProcessError, take_turns
 from .worker import BOTH, BYTES, COPIES, COPY, DIRECTIONS, FORWARD, PEERS, Case, serve
 

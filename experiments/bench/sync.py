@@ -30,7 +30,7 @@ from normlab.devices.merging import vary
 from ..programs.collectives import collectives
 from ..programs.machines import Machine, abstract, machine, missing
 from ..training.trainer import AXIS, on_devices, set_devices
-from .command import BenchSync
+from .config import BenchSync
 from .turns import Repeated, medians, take_turns
 
 MEAN = 1e3

@@ -42,7 +42,7 @@ from .. import models
 from ..data import Dataset
 from ..rundir import VARIABLES, RunError
 from ..training.trainer import DeviceData, Trainer, minibatches
-from .command import EXAMPLES, BenchFigure1, BenchStep
+from .config import EXAMPLES, BenchFigure1, BenchStep
 from .turns import (
     REUSE,
     Process,

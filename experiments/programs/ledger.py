@@ -40,7 +40,7 @@ from ..rundir import RunError
 from ..training import syncs
 from ..training.trainer import on_devices, set_devices
 from .collectives import Collective, collectives, shape_of
-from .command import Ledger
+from .config import Ledger
 from .machines import Machine, abstract, machine
 
 CLASSES = 10

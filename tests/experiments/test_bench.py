@@ -21,7 +21,7 @@ from experiments.bench import ops as bench_ops
 from experiments.bench import peers_jax as bench_jax
 from experiments.bench import tables as bench_report
 from experiments.bench import training as bench_training
-from experiments.bench.command import BenchConv, BenchFigure1, BenchOps, BenchStep
+from experiments.bench.config import BenchConv, BenchFigure1, BenchOps, BenchStep
 from experiments.bench.turns import Process, Repeated, ask_all, take_turns
 from experiments.bench.worker import (
     BOTH,

@@ -12,7 +12,7 @@ from experiments.bench import sync as bench_sync
 from experiments.console import main
 from experiments.programs import machines
 from experiments.programs.collectives import algorithm, collectives, groups, shape_of
-from experiments.programs.command import Ledger
+from experiments.programs.config import Ledger
 from experiments.programs.ledger import Purpose, compile_all, table
 from experiments.programs.machines import Cluster, Machine, Torus, machine, missing
 from experiments.rundir import RunError

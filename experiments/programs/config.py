@@ -1,0 +1,86 @@
+"""The options of the ledger."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Literal
+
+from ..rundir import RunError, require_positive
+
+
+@dataclasses.dataclass(frozen=True)
+class Ledger:
+    """List the collectives of one training step, and what a model says they cost.
+
+    They are read from the compiled program, on devices of this host or, with --topology, ahead of
+    time for a machine that need not be here. Nothing runs.
+    """
+
+    model: str = "conv"
+    """conv, mlp, or another of `python -m experiments list`."""
+
+    widths: tuple[int, ...] = ()
+    """Channels of the layers; by default the model's own."""
+
+    norms: tuple[str, ...] = ("batch",)
+    """Norms by name; `python -m experiments list` describes them."""
+
+    sync: tuple[str, ...] = ("all", "local")
+    """Over which devices batch statistics are measured: local, all, inner (the last axis of
+    --mesh), groups=4, groups=0,2|1,3, ring=1, virtual=64, ghost=4; joined by + with staged,
+    every=2, gradient=forward and the like."""
+
+    devices: int = 8
+    """Devices of this host, without a topology."""
+
+    topology: str | None = None
+    """A machine to compile for: v4:4x4x8, v5e:16x16, v5p:16x16x24, v6e:16x16 or tpu7x:4x4x8, in
+    chips; h100:1x128x8, in slices x hosts x GPUs."""
+
+    mesh: tuple[int, ...] = ()
+    """Sizes of the mesh's axes, as in 16 8; by default one axis of all devices."""
+
+    mode: Literal["shard_map", "pmap", "jit"] = "shard_map"
+    """How the step is mapped over the devices; jit: one program on a sharded batch."""
+
+    program: Literal["forward", "both", "step"] = "step"
+    """The forward pass alone, with the backward pass, or the whole step."""
+
+    batch_size: int = 32
+    """Examples on each device, of 28 x 28 pixels."""
+
+    json: Path | None = None
+    """A file for every collective, the memory and the model's times; must not exist."""
+
+    markdown: bool = False
+    """Print the table as Markdown."""
+
+    def __post_init__(self) -> None:
+        """Raises RunError for values that cannot be compiled."""
+        from .. import models  # which, as the words of --sync, need jax
+        from ..training import syncs
+
+        require_positive(self, "devices", "batch_size")
+        if any(width < 1 for width in self.widths):
+            raise RunError(f"--widths: got {self.widths}; they must be at least 1.")
+        if self.json and self.json.exists():
+            raise RunError(f"--json {self.json}: there is such a file. Choose another name.")
+        try:
+            models.require(self.model)
+        except ValueError as error:
+            raise RunError(f"--model: {error}.") from None
+        if len(self.mesh) > 1 and self.mode == "pmap":
+            raise RunError("--mesh: pmap has one axis. Choose another --mode.")
+        for text in self.sync:
+            syncs.parse(text, self.axes)
+            if self.mode == "jit" and "inner" in text.split("+"):
+                raise RunError(
+                    f"--sync {text}: in plain jit the batch lies along the axes that are named, "
+                    "and here it lies along all of them. Use groups=K, or another --mode."
+                )
+
+    @property
+    def axes(self) -> str | tuple[str, ...]:
+        """The names of the mesh's axes."""
+        return tuple(f"axis{i}" for i in range(len(self.mesh))) if len(self.mesh) > 1 else "data"
