@@ -154,7 +154,7 @@ def batch_parts(
 
         m, population, state = observe(state, run, sync)
         m = _per_channel(check_batch(where, m, bad_batch), kept)
-    mu, sigma = normalizer(state, m, eps, train=train)
+    mu, sigma = normalizer(state, m, eps, train=train and m is not None)
     if train and population is not None and isinstance(state, Population):
         population = sharded_as(population, kept - a.ndim, state.read()[0])
         policy = "propagate" if bad_batch == "propagate" else "skip"  # "raise" has been seen to

@@ -8,7 +8,7 @@
     moments       the moments that `read` is about                        of a count of 1
     options       the options of `get("batch")` it begins with            none
     pool          the same, merged with those of other devices            averages
-    share         what each of some devices keeps of merged statistics    all of it
+    share         what a device keeps of merged statistics                all of what is no population
     settled       the same, of what a transaction saw                     cannot be
 
 One that holds another, such as `Frozen`, has it in a field `inner`, which answers `measures`,
@@ -85,7 +85,7 @@ def normalizer(state: Any, m: Moments | None, eps: Any, *, train: bool) -> tuple
       state: A population, or `()` or `None`.
       m: What was measured, fields `[1, C]`, or `[N, C]` of the examples; `None` if nothing was.
       eps: ε.
-      train: Whether this is training.
+      train: Whether this is training, in which `m` was measured.
 
     Returns:
       Each `[C]`, or as the fields of `m`.
@@ -130,8 +130,9 @@ def pool(state: Any, axis_name: AxisName) -> Any:
 @_asks(inner=False)
 def share(state: Any, devices: int) -> Any:
     """What each of so many devices keeps of merged statistics, so that pooling gives them back."""
-    del devices
-    return state
+    fields = ((name, getattr(state, name)) for name in getattr(state, "_fields", ()))
+    held = {name: share(v, devices) for name, v in fields if isinstance(v, Population)}
+    return state._replace(**held) if held else state
 
 
 @_asks(inner=False)
