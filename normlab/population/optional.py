@@ -8,7 +8,7 @@
     moments       the moments that `read` is about                        of a count of 1
     options       the options of `get("batch")` it begins with            none
     pool          the same, merged with those of other devices            averages
-    share         what a device keeps of merged statistics                all of what is no population
+    share         what a device keeps of merged statistics             its share of what it holds
     settled       the same, of what a transaction saw                     cannot be
 
 One that holds another, such as `Frozen`, has it in a field `inner`, which answers `measures`,

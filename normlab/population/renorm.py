@@ -80,7 +80,7 @@ class Renorm(NamedTuple):
             return normalizer(self.inner, None, eps, train=False)
         self = arrays(self)
         mu, sigma = m.mean, m.sigma(eps)
-        mean, var = (lax.stop_gradient(v) for v in self.read())
+        mean, var = (lax.stop_gradient(v)[None] for v in self.read())
         r_max, d_max = (v.astype(mean.dtype) for v in self.limits())
         known = self.inner.updates > 0
         old = jnp.sqrt(var + eps)

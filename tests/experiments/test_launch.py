@@ -422,7 +422,7 @@ def said(capsys, *arguments: str) -> str:
     ids=lambda v: " ".join(v) if isinstance(v, list) else "",
 )
 def test_wrong_use_is_one_clear_line(tmp_path, capsys, monkeypatch, arguments, says):
-    monkeypatch.setattr("experiments.training.train.CHECKOUT", tmp_path)
+    monkeypatch.setattr("experiments.rundir.CHECKOUT", tmp_path)
     assert re.search(says, said(capsys, *arguments))
 
 
