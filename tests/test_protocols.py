@@ -201,6 +201,7 @@ class TestNorm:
             (nl.Row("a:b", third), "the name 'a:b'; expected a name of its own, without ':'"),
             (nl.Row("x", third, needs=frozenset({"y"})), r"the marks \['y'\]"),
             (nl.Row("x", third, invariances=frozenset({"all"})), r"the marks \['all'\]"),
+            ("batch", "row='batch' of type str|a row of type str"),
         ],
     )
     def test_a_row_that_means_nothing_is_refused(self, row, match):

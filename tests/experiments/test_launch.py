@@ -466,14 +466,14 @@ def test_no_cluster_is_asked_where_there_is_none(monkeypatch):
     def refuse(**given):
         raise RuntimeError(f"asked with {given}")
 
-    options = {"start_timeout": 1, "heartbeat_timeout": 10, "shutdown_timeout": 8}
+    waits = {"start_timeout": 1, "heartbeat_timeout": 10, "shutdown_timeout": 8}
     monkeypatch.setattr(jax.distributed, "initialize", refuse)
     for name in processes.CLUSTERS:
         monkeypatch.delenv(name, raising=False)
-    processes.form(None, 1, 0, cluster="auto", **options)
+    processes.form(processes.Joining(cluster="auto", **waits))
     monkeypatch.setenv("SLURM_STEP_NODELIST", "node[1-4]")
-    processes.form(None, 1, 0, cluster="no", **options)
+    processes.form(processes.Joining(cluster="no", **waits))
     with pytest.raises(RunError, match=r"found Slurm \(srun\).*asked with.*--cluster no"):
-        processes.form(None, 1, 0, cluster="auto", **options)
+        processes.form(processes.Joining(cluster="auto", **waits))
     with pytest.raises(RunError, match=r"--coordinator a:1.*'deactivate'"):
-        processes.form("a:1", 2, 1, cluster="auto", **options)
+        processes.form(processes.Joining("a:1", 2, 1, cluster="auto", **waits))
