@@ -262,13 +262,14 @@ def each_axis(name: str, value: int | Sequence[int], spatial: int) -> tuple[int,
 
 
 def one_value(
-    where: str, shape: tuple[int, ...], each: str, change: str, also: str = ""
+    where: str, shape: tuple[int, ...] | str, each: str, change: str, also: str = ""
 ) -> ValueError:
     """Returns the error of a norm that would measure the variance of one value."""
     return invalid(
         where,
         f"an input of shape {shape}, one value per {each}",
-        f"{also}at least two: the variance of one is zero and the output would be the bias alone",
+        f"{also}at least two values per {each}: the variance of one is zero and the output would be "
+        "the bias alone",
         change,
     )
 

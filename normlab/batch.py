@@ -142,7 +142,7 @@ def batch_parts(
         if one and alone and not _one_value and bad_batch != "propagate":
             change = "use a larger batch, train=False, a norm that does not look across examples, "
             change += 'or, for that output, bad_batch="propagate"'
-            raise one_value(where, a.shape, "channel in training", change)
+            raise one_value(where, f"{a.shape} in training", "channel", change)
         least = 1 if one or bad_batch == "propagate" else 2
 
         def run(sync: Sync, member: Array | None = None) -> tuple[Moments, Moments]:

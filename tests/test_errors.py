@@ -110,7 +110,7 @@ TABLE = [
         lambda: batch(A[:1]),
         "batch norm",
         "(1, 3)",
-        "at least two",
+        "at least two values",
         "larger batch",
     ),
     case(
