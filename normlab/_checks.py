@@ -268,8 +268,8 @@ def one_value(
     return invalid(
         where,
         f"an input of shape {shape}, one value per {each}",
-        f"{also}at least two values per {each}: the variance of one is zero and the output would be "
-        "the bias alone",
+        f"{also}at least two values per {each}: the variance of one is zero and the output would "
+        "be the bias alone",
         change,
     )
 
