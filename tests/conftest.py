@@ -74,7 +74,7 @@ def pytest_collection_finish():
     """Tracing makes millions of objects that are freed by themselves; the collector looks less."""
     gc.collect()
     gc.freeze()
-    gc.set_threshold(50_000, 20, 100)
+    gc.set_threshold(50_000, 10, 20)
 
 
 @pytest.fixture(scope="module", autouse=True)
