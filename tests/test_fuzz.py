@@ -439,7 +439,9 @@ def check_kernel(case: Kernel) -> None:
         if cosine:
             centred = case.op == "centred_cosine"
             return nl.cosine_norm(x, w, nl.Affine(g, b), linear=linear, centred=centred)
-        return getattr(nl, case.op if "_" in case.op else "weight_norm")(w, g)
+        return getattr(nl, case.op if "_" in case.op else "weight_norm")(
+            w, None if g is None else nl.Affine(g, None)
+        )
 
     p, u = oracles.patches(x, w, linear), oracles.units(w, linear)
     centred = case.op in ("weight_standardization", "centred_cosine")
