@@ -42,9 +42,15 @@ def stateless(
             if not of_a:
                 return parts(site, given, **options)
             of_site = {"weights": site.weights, "channel_axis": site.linear.channel_axis}
-            if site.weights is not None and "weights" not in known:
-                raise invalid(where, "weights", "none", "give its parts an argument weights")
-            of_site = {name: value for name, value in of_site.items() if name in known}
+            told = {
+                "weights": site.weights is not None,
+                "channel_axis": of_site["channel_axis"] != -1,
+            }
+            for name in of_site.keys() - known.keys():
+                if told[name]:
+                    wrong = f"{name}, which {parts.__name__} does not take"
+                    raise invalid(where, wrong, "none", f"give it an argument {name}")
+                del of_site[name]
             return parts(site.a, given, **of_site, **options)
 
         start = functools.partial(params or initial_affine, use_gain=use_gain, use_bias=use_bias)
