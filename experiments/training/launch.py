@@ -300,7 +300,8 @@ def _signals(stop: Path, say: Callable[[str], None]) -> Iterator[list[int]]:
         stop.parent.mkdir(parents=True, exist_ok=True)
         stop.touch()
 
-    before = {number: signal.signal(number, hear) for number in (signal.SIGINT, signal.SIGTERM)}
+    heeded = [n for n in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(n) != signal.SIG_IGN]
+    before = {number: signal.signal(number, hear) for number in heeded}  # nohup's stay ignored
     try:
         yield heard
     finally:

@@ -135,9 +135,11 @@ class Stop:
     def __enter__(self) -> Stop:
         """Listens to the signals where Python lets it: in the main thread."""
         if threading.current_thread() is threading.main_thread():
-            self._before[signal.SIGINT] = signal.signal(signal.SIGINT, self._hear)
-            if jax.process_count() == 1:  # else JAX listens, and tells the others
-                self._before[signal.SIGTERM] = signal.signal(signal.SIGTERM, self._hear)
+            # JAX listens to SIGTERM where there are others, and tells them.
+            alone = (signal.SIGTERM,) if jax.process_count() == 1 else ()
+            for number in (signal.SIGINT, *alone):
+                if signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
+                    self._before[number] = signal.signal(number, self._hear)
         return self
 
     def __exit__(self, *_: object) -> None:
