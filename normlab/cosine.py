@@ -78,13 +78,8 @@ def cosine_parts(site: Site, params: Affine | None = None, *, centred: bool = Fa
     A zero vector has σ = 1. In the centred form a constant w or x has the σ of the plain one, and
     a constant w has g = 0 too, so that h = b whatever rounding leaves of a − μ.
 
-    Args:
-      site: A site with `a`, `x` and `w`.
-      params: `Affine(g [C], b [C])`, or `None`.
-      centred: As in `cosine_norm`.
-
-    Raises:
-      ValueError: If `x` or `w` is missing or does not fit `a`.
+    The arguments are those of `weight_parts`, which see, of a site that has an `x` too; `centred`
+    is that of `cosine_norm`.
     """
     where = "centred cosine norm" if centred else "cosine norm"
     w = promote(kernel(where, site))

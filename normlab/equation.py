@@ -7,10 +7,7 @@
 
 from __future__ import annotations
 
-import functools
-import inspect
-from collections.abc import Callable
-from typing import Concatenate, NamedTuple, ParamSpec
+from typing import NamedTuple
 
 import jax.numpy as jnp
 from jax import Array
@@ -22,8 +19,6 @@ from normlab._checks import check_parts, normalize_axes, promote, promote_dtype,
 from normlab._trees import node
 from normlab._weights import align_weights
 from normlab._xla import partitioned
-
-P = ParamSpec("P")
 
 
 @node
@@ -124,36 +119,6 @@ def affine(
     parts = check_parts(parts, jnp.shape(a), promote_dtype(a))
     a, weights = jnp.asarray(a), align_weights("affine", weights, a, channel_axis)
     return partitioned(apply_parts, a, parts, weights)
-
-
-def applied(
-    parts: Callable[Concatenate[ArrayLike, P], Parts],
-) -> Callable[[Callable[[], None]], Callable[Concatenate[ArrayLike, P], Array]]:
-    """Makes a norm of a function that returns its parts, with the same arguments.
-
-        h = affine(parts(a, params, ...), a)
-
-    It decorates an empty function, which brings the name and the documentation.
-
-    Args:
-      parts: `(a, params, *, weights, channel_axis, ...) -> Parts`.
-    """
-
-    def decorate(named: Callable[[], None]) -> Callable[Concatenate[ArrayLike, P], Array]:
-        def norm(a: ArrayLike, *args: P.args, **options: P.kwargs) -> Array:
-            found = parts(a, *args, **options)
-            weights, channel_axis = (options.get(k) for k in ("weights", "channel_axis"))
-            axis = -1 if channel_axis is None else channel_axis
-            return affine(found, a, weights=weights, channel_axis=axis)  # pyright: ignore
-
-        vars(norm).update(vars(parts))
-        vars(norm).pop("__wrapped__", None)
-        functools.update_wrapper(norm, named, updated=())
-        signature = inspect.signature(parts)
-        vars(norm).update(__signature__=signature.replace(return_annotation="Array"))
-        return norm
-
-    return decorate
 
 
 @checked("invert")

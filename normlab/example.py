@@ -37,7 +37,8 @@ from normlab._checks import (
 from normlab._sums import average, standard_deviation
 from normlab._weights import aligned
 from normlab._xla import partitioned
-from normlab.equation import Affine, Parts, applied
+from normlab.equation import Affine, Parts
+from normlab.making import applied
 from normlab.measure import Algorithm, Moments, merge_axes, moments
 
 Axes = int | Sequence[int] | Literal["channels", "all"]

@@ -56,10 +56,7 @@ class Dense:
     (2, 4)
     """
 
-    @property
-    def channel_axis(self) -> int:
-        """The last."""
-        return -1
+    channel_axis = -1
 
     @checked("Dense", w=array())
     def __call__(self, x: Array, w: Array) -> Array:

@@ -1,18 +1,52 @@
-"""How a norm without state is made of a function that returns its parts."""
+"""How a norm without state, and its function, are made of a function that returns its parts."""
 
 from __future__ import annotations
 
 import functools
 import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Concatenate, ParamSpec
 
 import jax
+from jax import Array
+from jax.typing import ArrayLike
 
 from normlab._arguments import a_function, anything, checked, flag
 from normlab._checks import invalid, promote_dtype
-from normlab.equation import Affine, Parts, init_affine
+from normlab.equation import Affine, Parts, affine, init_affine
 from normlab.site import SHAPES, Norm, Site, State
+
+P = ParamSpec("P")
+
+
+def applied(
+    parts: Callable[Concatenate[ArrayLike, P], Parts],
+) -> Callable[[Callable[[], None]], Callable[Concatenate[ArrayLike, P], Array]]:
+    """Makes a norm of a function that returns its parts, with the same arguments.
+
+        h = affine(parts(a, params, ...), a)
+
+    It decorates an empty function, which brings the name and the documentation.
+
+    Args:
+      parts: `(a, params, *, weights, channel_axis, ...) -> Parts`.
+    """
+
+    def decorate(named: Callable[[], None]) -> Callable[Concatenate[ArrayLike, P], Array]:
+        def norm(a: ArrayLike, *args: P.args, **options: P.kwargs) -> Array:
+            found = parts(a, *args, **options)
+            weights, channel_axis = (options.get(k) for k in ("weights", "channel_axis"))
+            axis = -1 if channel_axis is None else channel_axis
+            return affine(found, a, weights=weights, channel_axis=axis)  # pyright: ignore
+
+        vars(norm).update(vars(parts))
+        vars(norm).pop("__wrapped__", None)
+        functools.update_wrapper(norm, named, updated=())
+        signature = inspect.signature(parts)
+        vars(norm).update(__signature__=signature.replace(return_annotation="Array"))
+        return norm
+
+    return decorate
 
 
 @checked("stateless", parts=a_function(), params=a_function())

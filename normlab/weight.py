@@ -63,16 +63,7 @@ def weight_standardization(v: ArrayLike, params: Affine | None = None) -> Array:
     Weights of 1e-20 and of 1e20 standardize alike. A constant vector becomes zero, with a bounded
     derivative.
 
-    Args:
-      v: `[..., K, C]`, a kernel with its units last.
-      params: `Affine(g [C], None)` with the length of each unit's weights; `None` for 1. A bias
-        is the layer's: it is no part of the kernel, and is left out.
-
-    Returns:
-      w, in the shape and type of `v`.
-
-    Raises:
-      ValueError: If g is not `[C]`.
+    The arguments are those of `weight_norm`, which see.
 
     >>> weight_standardization(jnp.array([[1.0], [5.0]])).round(3).tolist()
     [[-0.7070000171661377], [0.7070000171661377]]
@@ -88,12 +79,7 @@ def weight_standardization_parts(site: Site, params: Affine | None = None) -> Pa
 
     Where w is constant σ = 1 and g = 0, so that h = b whatever rounding leaves of a − μ.
 
-    Args:
-      site: A site with `a`, `x` and `w`.
-      params: `Affine(g [C], b [C])`, or `None`.
-
-    Raises:
-      ValueError: If `x` or `w` is missing or does not fit `a`.
+    The arguments are those of `weight_parts`, which see; the site has an `x` too.
     """
     where = "weight standardization"
     w, x = promote(kernel(where, site)), inputs(where, site)

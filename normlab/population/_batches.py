@@ -48,9 +48,9 @@ def statistics_dtype(dtype: DTypeLike | None) -> Any:
     return found if jnp.finfo(found).bits > 32 else jnp.dtype(jnp.float32)
 
 
-def usable(m: Moments, ddof: int = 0) -> Array:
-    """Whether there is a value (more than `ddof`) in every channel, and all are finite."""
-    return (m.count > ddof).all() & (jnp.isfinite(m.mean) & jnp.isfinite(m.m2)).all()
+def finite(m: Moments) -> Array:
+    """Whether mean and m2 are finite in every channel."""
+    return (jnp.isfinite(m.mean) & jnp.isfinite(m.m2)).all()
 
 
 def check_batch(where: str, m: Moments, bad_batch: BadBatch, ddof: int = 0) -> Moments:
@@ -69,6 +69,22 @@ def check_batch(where: str, m: Moments, bad_batch: BadBatch, ddof: int = 0) -> M
         check = functools.partial(_raise_if_bad, where, ddof)
         jax.debug.callback(check, *lax.stop_gradient(m))
     return m
+
+
+def taken_in(state: Any, m: Moments, bad_batch: BadBatch, ddof: int = 0, **new: Array) -> Any:
+    """The state with `new` fields after a batch with a value (more than `ddof`) in every channel.
+
+    After a bad one, unless it is propagated, the fields are as they were; either is counted.
+    """
+    good = (m.count > ddof).all() & finite(m) | (bad_batch == "propagate")
+
+    def keep(name: str) -> Array:
+        old = getattr(state, name)
+        return jnp.where(good, new[name], old).astype(old.dtype)
+
+    updates = state.updates + good.astype(jnp.int32)
+    skipped = state.skipped + (~good).astype(jnp.int32)
+    return state._replace(**{name: keep(name) for name in new}, updates=updates, skipped=skipped)
 
 
 def _raise_if_bad(where: str, ddof: int, *m: Array) -> None:

@@ -19,7 +19,7 @@ from normlab._trees import register
 from normlab.devices.merging import all_reduce
 from normlab.devices.topology import AxisName, as_sync
 from normlab.measure import Moments, merge
-from normlab.population._batches import BadBatch, arrays, check_batch, statistics_dtype, usable
+from normlab.population._batches import BadBatch, arrays, check_batch, statistics_dtype, taken_in
 
 Estimator = Literal["pooled", "within"]
 """Of which deviations a variance over many batches is made.
@@ -62,12 +62,7 @@ class Cumulative(NamedTuple):
 
     @checked("cumulative statistics")
     def update(self, m: Moments, *, decay: Any = None, bad_batch: BadBatch = "skip") -> Cumulative:
-        """Takes one batch in. A gradient passes.
-
-        Args:
-          m: The batch's moments, `C` values in each of mean and m2, in any shape.
-          decay: Must be `None`: every value weighs the same.
-          bad_batch: What becomes of a bad batch.
+        """Takes one batch in, as any `Population`, in which every value weighs the same.
 
         Raises:
           ValueError: For a decay, or an unknown policy.
@@ -82,23 +77,13 @@ class Cumulative(NamedTuple):
             )
         self = arrays(self)
         m = check_batch("cumulative statistics", m, bad_batch)
-        good = usable(m) | (bad_batch == "propagate")
-        m = Moments(*(jnp.broadcast_to(f, m.mean.shape).reshape(self.mean.shape) for f in m))
-        m = jax.tree.map(lambda f: f.astype(self.mean.dtype), m)
+        each = (jnp.broadcast_to(f, m.mean.shape).reshape(self.mean.shape) for f in m)
+        one = Moments(*(f.astype(self.mean.dtype) for f in each))
         means = Moments(self.count, self.mean, self.between)
-        merged = merge(means, m._replace(m2=jnp.zeros_like(m.m2)))
-
-        def keep(new: Array, old: Array) -> Array:
-            return jnp.where(good, new, old).astype(old.dtype)
-
-        return self._replace(
-            count=keep(merged.count, self.count),
-            mean=keep(merged.mean, self.mean),
-            within=keep(self.within + m.m2, self.within),
-            between=keep(merged.m2, self.between),
-            updates=self.updates + good.astype(jnp.int32),
-            skipped=self.skipped + (~good).astype(jnp.int32),
-        )
+        merged = merge(means, one._replace(m2=jnp.zeros_like(one.m2)))
+        within = self.within + one.m2
+        new = {"count": merged.count, "mean": merged.mean, "within": within, "between": merged.m2}
+        return taken_in(self, m, bad_batch, 0, **new)
 
     def moments(self) -> Moments:
         """The moments of all values together, fields `[C]`."""

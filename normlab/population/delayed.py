@@ -26,9 +26,9 @@ from normlab._trees import node
 from normlab.devices.merging import check_bound, differentiated, gather_members, vary
 from normlab.devices.topology import AxisName, Sync, as_sync, plan
 from normlab.measure import Moments, empty, merge
-from normlab.population._batches import BadBatch, arrays
+from normlab.population._batches import arrays, finite
 from normlab.population.frozen import Frozen
-from normlab.population.optional import Run, plain, pool
+from normlab.population.optional import Run, plain, pool, read_inner, update_inner
 from normlab.population.running import init_running
 
 
@@ -49,13 +49,7 @@ class Delayed(NamedTuple):
     others: Moments
     age: Array
 
-    def update(self, m: Moments, *, decay: Any = None, bad_batch: BadBatch = "skip") -> Delayed:
-        """Takes a batch into the running statistics."""
-        return self._replace(inner=self.inner.update(m, decay=decay, bad_batch=bad_batch))
-
-    def read(self) -> tuple[Array, Array]:
-        """Returns those of `inner`."""
-        return self.inner.read()
+    update, read = update_inner, read_inner
 
     def pool(self, axis_name: AxisName) -> Delayed:
         """Merges `inner`; what the others measured is to be asked for anew."""
@@ -79,7 +73,7 @@ class Delayed(NamedTuple):
     def after(self, m: Moments) -> Delayed:
         """The state after a batch with the moments `m`."""
         self, m = arrays(self), lax.stop_gradient(m)
-        good = (jnp.isfinite(m.mean) & jnp.isfinite(m.m2)).all()  # or it says nothing to others
+        good = finite(m)  # or it says nothing to others
         m = jax.tree.map(lambda f: jnp.where(good, f, 0), m)
         own = (jnp.broadcast_to(f, m.mean.shape).reshape(self.own.mean.shape) for f in m)
         age = jnp.where(self.age < 0, self.age, self.age + 1)
@@ -95,15 +89,7 @@ def init_delayed(
     debias: bool = True,
     dtype: DTypeLike | None = None,
 ) -> Delayed:
-    """The state before the first batch.
-
-    Args:
-      channels: `C`.
-      decay: As in `init_running`.
-      ddof: As in `init_running`.
-      debias: As in `init_running`.
-      dtype: As in `init_running`.
-    """
+    """The state before the first batch; arguments as those of `init_running`, which see."""
     return delay(init_running(channels, decay=decay, ddof=ddof, debias=debias, dtype=dtype))
 
 

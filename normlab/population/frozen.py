@@ -6,16 +6,14 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
-from jax import Array
 
 from normlab._arguments import a_function, checked, either, text
 from normlab._checks import invalid
 from normlab._paths import matches
 from normlab._trees import node
-from normlab.devices.topology import AxisName
 from normlab.measure import Moments
 from normlab.population._batches import BadBatch
-from normlab.population.optional import options, pool
+from normlab.population.optional import options, pool_inner, read_inner
 from normlab.population.protocol import Population
 
 
@@ -39,18 +37,12 @@ class Frozen(NamedTuple):
         del m, decay, bad_batch
         return self
 
-    def read(self) -> tuple[Array, Array]:
-        """Returns those of `inner`."""
-        return self.inner.read()
+    read, pool = read_inner, pool_inner
 
     def options(self) -> dict[str, Any]:
         """Those of frozen statistics, with the decay and the ddof that `inner` names."""
         kept = options(self.inner)
         return {"population": "frozen"} | {n: kept[n] for n in ("decay", "ddof") if n in kept}
-
-    def pool(self, axis_name: AxisName) -> Frozen:
-        """Merges `inner`."""
-        return Frozen(pool(self.inner, axis_name))
 
 
 RULE = either(

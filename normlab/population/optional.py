@@ -12,7 +12,8 @@
     settled       the same, of what a transaction saw                     cannot be
 
 One that holds another, such as `Frozen`, has it in a field `inner`, which answers `measures`,
-`delays`, `normalizer`, `per_example` and `moments` in its place.
+`delays`, `normalizer`, `per_example` and `moments` in its place; `update_inner`, `read_inner` and
+`pool_inner` are the methods of one that says nothing else.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from jax import Array, lax
 from normlab._checks import invalid
 from normlab.devices.topology import AxisName, Sync, as_sync
 from normlab.measure import Moments
-from normlab.population._batches import arrays
+from normlab.population._batches import BadBatch, arrays
 from normlab.population.protocol import Population
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -151,6 +152,21 @@ def settled(state: Any, seen: Any, estimator: str | None) -> Any:
         "Running or Cumulative",
         "read what was seen from Pending.seen, or give the class a method settled(seen, estimator)",
     )
+
+
+def update_inner(self: Any, m: Moments, *, decay: Any = None, bad_batch: BadBatch = "skip") -> Any:
+    """Takes one batch into `inner`."""
+    return self._replace(inner=self.inner.update(m, decay=decay, bad_batch=bad_batch))
+
+
+def read_inner(self: Any) -> tuple[Array, Array]:
+    """Returns those of `inner`."""
+    return self.inner.read()
+
+
+def pool_inner(self: Any, axis_name: AxisName) -> Any:
+    """Merges `inner`."""
+    return self._replace(inner=pool(self.inner, axis_name))
 
 
 def plain(state: Any) -> bool:

@@ -11,10 +11,15 @@ from jax.typing import ArrayLike, DTypeLike
 from normlab._arguments import checked, integer, number, settled_decay, settled_eps
 from normlab._checks import invalid
 from normlab._trees import node
-from normlab.devices.topology import AxisName
 from normlab.measure import Moments
-from normlab.population._batches import BadBatch, arrays
-from normlab.population.optional import normalizer, pool, settled
+from normlab.population._batches import arrays
+from normlab.population.optional import (
+    normalizer,
+    pool_inner,
+    read_inner,
+    settled,
+    update_inner,
+)
 from normlab.population.running import init_running
 
 
@@ -51,17 +56,7 @@ class Renorm(NamedTuple):
     r_end: Array
     d_end: Array
 
-    def update(self, m: Moments, *, decay: Any = None, bad_batch: BadBatch = "skip") -> Renorm:
-        """Takes the batch into the running statistics."""
-        return self._replace(inner=self.inner.update(m, decay=decay, bad_batch=bad_batch))
-
-    def read(self) -> tuple[Array, Array]:
-        """Returns those of `inner`."""
-        return self.inner.read()
-
-    def pool(self, axis_name: AxisName) -> Renorm:
-        """Merges `inner`."""
-        return self._replace(inner=pool(self.inner, axis_name))
+    update, read, pool = update_inner, read_inner, pool_inner
 
     def limits(self) -> tuple[Array, Array]:
         """The limits of r and of d that hold now."""
@@ -130,26 +125,15 @@ def init_renorm(
 ) -> Renorm:
     """Returns the state of batch renormalization; its defaults are the paper's limits.
 
-    Args:
-      channels: `C`.
-      r_max: The last limit of r, at least 1.
-      d_max: The last limit of d, at least 0.
-      begin: The number of updates up to which this is batch norm.
-      r_end: That from which on `r_max` holds.
-      d_end: That from which on `d_max` holds.
-      eps: ε of the σ that is averaged: the norm's own.
-      decay: As in `init_running`.
-      ddof: As in `init_running`.
-      debias: As in `init_running`.
-      dtype: As in `init_running`.
+    `r_max`, `d_max`, `begin`, `r_end` and `d_end` are the fields of `Renorm`, `eps` is that of the
+    σ that is averaged: the norm's own. The other arguments are those of `init_running`, which see.
 
     Raises:
       ValueError: If r_max < 1, d_max < 0, a limit's end comes before `begin`, or as `init_running`.
     """
-    where = "batch renorm"
     if begin > min(r_end, d_end):
         raise invalid(
-            where,
+            "batch renorm",
             f"begin={begin}, r_end={r_end}, d_end={d_end}",
             "0 <= begin <= r_end and d_end, in updates",
             "let the limits grow after begin",

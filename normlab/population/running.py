@@ -21,10 +21,9 @@ from jax.typing import DTypeLike
 
 from normlab._arguments import checked, settled_decay
 from normlab._trees import register
-from normlab.devices.topology import AxisName
 from normlab.measure import Moments
 from normlab.population._averages import pooled
-from normlab.population._batches import BadBatch, arrays, check_batch, statistics_dtype, usable
+from normlab.population._batches import BadBatch, arrays, check_batch, statistics_dtype, taken_in
 
 
 class Running(NamedTuple):
@@ -56,13 +55,7 @@ class Running(NamedTuple):
 
     @checked("running statistics")
     def update(self, m: Moments, *, decay: Any = None, bad_batch: BadBatch = "skip") -> Running:
-        """Takes one batch in. A gradient passes.
-
-        Args:
-          m: The batch's moments, `C` values in each of mean and m2, in any shape.
-          decay: The weight of the old value, in [0, 1); a traced one is trusted, and may be 1.
-            `None` for the state's.
-          bad_batch: What becomes of a bad batch.
+        """Takes one batch in, as any `Population`; a traced decay is trusted, and may be 1.
 
         Raises:
           ValueError: If `decay` is outside [0, 1), or the policy is unknown.
@@ -80,18 +73,15 @@ class Running(NamedTuple):
         rate = (1 - decay) / jnp.where(mass > 0, mass, 1)
         count = m.count.mean().astype(self.count.dtype)
         known = jnp.where(self.count > 0, rate, 1)
-        good = usable(m, self.ddof) | (bad_batch == "propagate")
-
-        def keep(new: Array, old: Array) -> Array:
-            return jnp.where(good, new, old).astype(old.dtype)
-
-        return self._replace(
-            mean=keep(self.mean + rate * (mean - self.mean), self.mean),
-            var=keep(self._averaged(rate, var), self.var),
-            mass=keep(mass, self.mass),
-            count=keep(self.count + known * (count - self.count), self.count),
-            updates=self.updates + good.astype(jnp.int32),
-            skipped=self.skipped + (~good).astype(jnp.int32),
+        return taken_in(
+            self,
+            m,
+            bad_batch,
+            self.ddof,
+            mean=self.mean + rate * (mean - self.mean),
+            var=self._averaged(rate, var),
+            mass=mass,
+            count=self.count + known * (count - self.count),
         )
 
     def _averaged(self, rate: Array, var: Array) -> Array:
@@ -105,9 +95,7 @@ class Running(NamedTuple):
         """Returns `(mean, var)`, `[C]`."""
         return arrays((self.mean, self.var))
 
-    def pool(self, axis_name: AxisName) -> Running:
-        """Merges with those of the other devices, each weighted by the number of values it saw."""
-        return pooled(self, axis_name)
+    pool = pooled
 
     def moments(self) -> Moments:
         """Moments that weigh as much as the state's mass."""

@@ -29,11 +29,11 @@ from normlab._trees import node
 from normlab._xla import zeros_of
 from normlab.devices.topology import AxisName, Sync
 from normlab.measure import Moments
-from normlab.population._batches import BadBatch, arrays
+from normlab.population._batches import BadBatch, arrays, finite
 from normlab.population.cumulative import Cumulative, Estimator
 from normlab.population.domains import Domains
 from normlab.population.frozen import Frozen
-from normlab.population.optional import Run, observe, pool, settled
+from normlab.population.optional import Run, observe, pool, read_inner, settled
 from normlab.population.protocol import Population
 
 
@@ -71,17 +71,14 @@ class Pending(NamedTuple):
             )
         self = arrays(self)
         seen = self.seen.update(m, bad_batch="raise" if bad_batch == "raise" else "skip")
-        finite = (jnp.isfinite(m.mean) & jnp.isfinite(m.m2)).all()
-        return self._replace(seen=seen, broken=self.broken | ~finite)
+        return self._replace(seen=seen, broken=self.broken | ~finite(m))
 
     def observe(self, run: Run, sync: Sync) -> tuple[Moments, Moments, Pending]:
         """As `inner` does."""
         m, population, inner = observe(self.inner, run, sync)
         return m, population, self._replace(inner=inner)
 
-    def read(self) -> tuple[Array, Array]:
-        """Returns those of `inner`."""
-        return self.inner.read()
+    read = read_inner
 
     def pool(self, axis_name: AxisName) -> Pending:
         """Merges what the devices saw, and `inner`."""
