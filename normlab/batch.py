@@ -132,11 +132,9 @@ def batch_parts(
     g, b = gain_and_bias(where, params, a, channel)
     sync = as_sync(axis_name)
     check_state(where, state, sync, train, a.shape, channel)
-    m = population = None
-    kept = channel or min(1, a.ndim - 1)  # the axis of the channels once the examples are first
+    m, population, kept = None, None, 0
     if measures(state, train):
-        x, w = _examples_first(a, weights, channel)
-        axes = [i for i in range(x.ndim) if i != kept]
+        x, w, axes, kept = _examples_first(a, weights, channel)
         one = values_per_channel(where, sync, x.shape, axes) == 1
         alone = train or not isinstance(state, Population)  # the batch's own and no other's
         if one and alone and not _one_value and bad_batch != "propagate":
@@ -173,22 +171,21 @@ def batch_moments(
     channel_axis: int = -1,
     algorithm: Algorithm = "auto",
 ) -> Moments:
-    """The moments that batch norm normalizes with in training, broadcastable to `a`.
-
-    The arguments are those of `batch_norm`, which see.
-    """
+    """The moments, broadcastable to `a`, that `batch_norm`, which see, normalizes training with."""
     a, channel, weights = aligned("batch norm", a, weights, channel_axis)
-    x, w = _examples_first(a, weights, channel)
-    kept = channel or min(1, a.ndim - 1)
-    axes = [i for i in range(x.ndim) if i != kept]
+    x, w, axes, kept = _examples_first(a, weights, channel)
     m, _ = measure("batch norm", x, axes, as_sync(axis_name), weights=w, algorithm=algorithm)
     return Moments(*(_along(v, a.ndim, channel) for v in _per_channel(m, kept)))
 
 
-def _examples_first(a: Array, weights: Array | None, channel: int) -> tuple[Array, Array | None]:
-    """`a` and the weights with the examples on axis 0."""
+def _examples_first(
+    a: Array, weights: Array | None, channel: int
+) -> tuple[Array, Array | None, list[int], int]:
+    """`a` and the weights with the examples on axis 0; the axes to measure over; the channels'."""
     turn = functools.partial(jnp.swapaxes, axis1=0, axis2=int(channel == 0 and a.ndim > 1))
-    return turn(a), None if weights is None else turn(weights)
+    kept = channel or min(1, a.ndim - 1)
+    axes = [i for i in range(a.ndim) if i != kept]
+    return turn(a), None if weights is None else turn(weights), axes, kept
 
 
 def _per_channel(m: Moments, kept: int) -> Moments:

@@ -82,15 +82,14 @@ def cosine_parts(site: Site, params: Affine | None = None, *, centred: bool = Fa
     is that of `cosine_norm`.
     """
     where = "centred cosine norm" if centred else "cosine norm"
-    w = promote(kernel(where, site))
-    x = inputs(where, site)
+    w, x = promote(kernel(where, site)), promote(inputs(where, site))
     g, b = gain_and_bias(where, params, site.a, site.linear.channel_axis)
 
     def per_unit(v: Array) -> Array:
         return expand(v, site.a.ndim, site.linear.channel_axis)
 
     peak = _peak(x, site.linear)
-    x = promote(x) / peak
+    x = x / peak
     _, length_w = units_and_lengths(w)
     sigma = per_unit(length_w) * safe_sqrt(site.linear.patch_sum(jnp.square(x), w)) * peak
     sigma = jnp.where(sigma == 0, 1, sigma)
@@ -99,8 +98,7 @@ def cosine_parts(site: Site, params: Affine | None = None, *, centred: bool = Fa
     patch = site.linear.patch_moments(x, w)
     deviation, w_bar = deviations(w)
     mu = patch.count * per_unit(w_bar) * patch.mean * peak
-    _, length_w = units_and_lengths(deviation)
-    length_w = per_unit(length_w)
+    length_w = per_unit(units_and_lengths(deviation)[1])
     # What rounding leaves of a constant patch is no direction. There σ is the plain one, beside
     # which the rounding of a − μ is nothing.
     noise = 8 * jnp.finfo(w.dtype).eps * jnp.abs(patch.mean)
@@ -110,8 +108,7 @@ def cosine_parts(site: Site, params: Affine | None = None, *, centred: bool = Fa
     return Parts(mu, sigma, jnp.where(length_w == 0, 0, g), b)
 
 
-def _peak(x: ArrayLike, linear: Linear) -> Array:
+def _peak(x: Array, linear: Linear) -> Array:
     """max|x| over the axes of a patch, 1 where it is zero, without a gradient."""
-    x = promote(x)
     peak = lax.stop_gradient(jnp.max(jnp.abs(x), linear.patch_axes(x), keepdims=True))
     return jnp.where(peak == 0, 1, peak)

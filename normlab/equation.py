@@ -123,19 +123,9 @@ def affine(
 
 @checked("invert")
 def invert(parts: Parts, h: ArrayLike) -> Array:
-    """Undoes `affine`: a = (h − b) · σ / g + μ.
+    """Undoes `affine`, which see: a = (h − b) · σ / g + μ, in the shape and floating type of `h`.
 
     Where g is zero the information is gone and the result is not finite.
-
-    Args:
-      parts: The parts that made `h`.
-      h: `[N, ..., C]`, what `affine` returned.
-
-    Returns:
-      a, in the shape and floating type of `h`.
-
-    Raises:
-      ValueError: If a part does not broadcast to the shape of `h`.
     """
     mu, sigma, g, b = check_parts(parts, jnp.shape(h), promote_dtype(h))
     return ((promote(h) - b) * sigma / g + mu).astype(result_dtype(h))

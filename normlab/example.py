@@ -9,10 +9,10 @@ They differ in the axes over which the mean and the variance are measured, and i
     group      the positions and a group of channels
     instance   the positions, per channel
 
-Each comes in three steps: `layer_moments` measures, `layer_parts` makes μ, σ, g and b of it, and
-`layer_norm` applies them. Statistics are taken in float32 at least. Where all weights are zero
-nothing is measured: σ is the largest number and h is b, without a gradient to `a`. Where a square
-overflows, beyond 1e19 in float32, h is NaN.
+Each comes in three steps: `layer_moments` measures, of one value too, and stays broadcastable to
+`a`; `layer_parts` makes μ, σ, g and b of it, and `layer_norm` applies them. Statistics are taken in
+float32 at least. Where all weights are zero nothing is measured: σ is the largest number and h is
+b, without a gradient to `a`. Where a square overflows, beyond 1e19 in float32, h is NaN.
 """
 
 from __future__ import annotations
@@ -54,10 +54,7 @@ def layer_moments(
     channel_axis: int = -1,
     algorithm: Algorithm = "auto",
 ) -> Moments:
-    """The moments that layer norm normalizes with, broadcastable to `a`; of one value too.
-
-    The arguments are those of `layer_norm`, which see.
-    """
+    """The moments that `layer_norm`, which see, normalizes with."""
     a, channel, weights = aligned("layer norm", a, weights, channel_axis)
     axes = _example_axes("layer norm", axes, a.ndim, channel)
     return moments(a, axes, weights=weights, algorithm=algorithm)
@@ -120,10 +117,7 @@ def rms_moments(
     weights: ArrayLike | None = None,
     channel_axis: int = -1,
 ) -> Moments:
-    """The moments about zero that RMS norm normalizes with: mean 0, m2 = Σ w·a².
-
-    The arguments are those of `rms_norm`, which see.
-    """
+    """The moments about zero that `rms_norm`, which see, normalizes with: m2 = Σ w·a²."""
     square, count = _mean_square(a, axes, weights, channel_axis)
     return Moments(count, jnp.zeros_like(square), square * count)
 
@@ -166,10 +160,7 @@ def group_moments(
     channel_axis: int = -1,
     algorithm: Algorithm = "auto",
 ) -> Moments:
-    """The moments that group norm normalizes with, broadcastable to `a`; of one value too.
-
-    The arguments are those of `group_norm`, which see.
-    """
+    """The moments that `group_norm`, which see, normalizes with."""
     a, channel, weights = aligned("group norm", a, weights, channel_axis, by_example=True)
     channels = a.shape[channel]
     check_groups("group norm", groups, channels)
@@ -240,10 +231,7 @@ def instance_moments(
     channel_axis: int = -1,
     algorithm: Algorithm = "auto",
 ) -> Moments:
-    """The moments that instance norm normalizes with, broadcastable to `a`; of one value too.
-
-    The arguments are those of `instance_norm`, which see.
-    """
+    """The moments that `instance_norm`, which see, normalizes with."""
     a, channel, weights = aligned("instance norm", a, weights, channel_axis, by_example=True)
     axes = [i for i in range(1, a.ndim) if i != channel]
     return moments(a, axes, weights=weights, algorithm=algorithm)

@@ -7,7 +7,7 @@ linear map therefore offers, beside itself, the moments of its input patches.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import jax.numpy as jnp
 from jax import Array, lax
@@ -115,16 +115,8 @@ class Conv:
     def __call__(self, x: Array, w: Array) -> Array:
         """Returns the convolution of `x` with `w`, in the layout of `x`."""
         check_conv(self, x, w)
-        spatial = w.ndim - 2
-        return lax.conv_general_dilated(
-            x,
-            w,
-            window_strides=each_axis("strides", self.strides, spatial),
-            padding=self.padding,
-            rhs_dilation=each_axis("dilation", self.dilation, spatial),
-            dimension_numbers=self._dimension_numbers(x.ndim),
-            feature_group_count=self.groups,
-        )
+        how = self._geometry(w)
+        return lax.conv_general_dilated(x, w, feature_group_count=self.groups, **how)
 
     def patch_axes(self, x: Array) -> tuple[int, ...]:
         """All but the first, the examples'."""
@@ -141,16 +133,7 @@ class Conv:
 
         The patches are laid out in memory, so that each is measured about its own mean.
         """
-        x = promote(x)
-        spatial = w.ndim - 2
-        patches = lax.conv_general_dilated_patches(
-            x,
-            w.shape[:-2],
-            each_axis("strides", self.strides, spatial),
-            self.padding,  # pyright: ignore[reportArgumentType]
-            rhs_dilation=each_axis("dilation", self.dilation, spatial),
-            dimension_numbers=self._dimension_numbers(x.ndim),
-        )
+        patches = lax.conv_general_dilated_patches(promote(x), w.shape[:-2], **self._geometry(w))
         m = moments(self._by_group(patches), -1)
         return Moments(m.count[..., 0], *(self._per_unit(v[..., 0], w) for v in m[1:]))
 
@@ -166,7 +149,15 @@ class Conv:
             return v
         return jnp.repeat(v, w.shape[-1] // self.groups, self.channel_axis)
 
-    def _dimension_numbers(self, ndim: int) -> lax.ConvDimensionNumbers:
-        """Images in their layout, kernels `[*window, K/groups, C]`."""
-        image = (0, ndim - 1, *range(1, ndim - 1)) if self.channel_axis == -1 else (*range(ndim),)
-        return lax.ConvDimensionNumbers(image, (ndim - 1, ndim - 2, *range(ndim - 2)), image)
+    def _geometry(self, w: Array) -> dict[str, Any]:
+        """What JAX is told: images in their layout, kernels `[*window, K/groups, C]`."""
+        n, spatial = w.ndim, w.ndim - 2
+        image = (0, n - 1, *range(1, n - 1)) if self.channel_axis == -1 else tuple(range(n))
+        return {
+            "window_strides": each_axis("strides", self.strides, spatial),
+            "padding": self.padding,
+            "rhs_dilation": each_axis("dilation", self.dilation, spatial),
+            "dimension_numbers": lax.ConvDimensionNumbers(
+                image, (n - 1, n - 2, *range(spatial)), image
+            ),
+        }

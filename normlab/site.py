@@ -6,6 +6,7 @@ A kernel `w` always carries its output channels last: `[..., K, C]`.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, TypeVar
 
@@ -77,10 +78,8 @@ def shapes(x: Any, w: Any, *, linear: Linear = Dense(), weights: Any = None) -> 
     )
 
 
-class Init(Protocol):
-    """The first half of a norm: `site -> (params, state)`, of which the shapes suffice."""
-
-    def __call__(self, site: Site) -> tuple[Params, State]: ...
+Init = Callable[[Site], tuple[Params, State]]
+"""The first half of a norm: `site -> (params, state)`, of which the shapes suffice."""
 
 
 class Measure(Protocol):
@@ -149,13 +148,7 @@ class Norm:
 
 
 class Made(NamedTuple):
-    """How a norm was made.
-
-    Attributes:
-      name: That in the registry, or `"module:factory"`.
-      factory: What made it.
-      options: The names and values that were given, in the order of the names.
-    """
+    """How a norm was made: by its name, or `"module:factory"`; options in the order of names."""
 
     name: str
     factory: Any

@@ -86,8 +86,7 @@ def weight_standardization_parts(site: Site, params: Affine | None = None) -> Pa
     g, b = gain_and_bias(where, params, site.a, site.linear.channel_axis)
     deviation, w_bar = deviations(w)
     ndim, channel = site.a.ndim, site.linear.channel_axis
-    _, length = units_and_lengths(deviation)
-    length = expand(length, ndim, channel)
+    length = expand(units_and_lengths(deviation)[1], ndim, channel)
     mu = expand(w_bar, ndim, channel) * site.linear.patch_sum(x, w)
     constant = length == 0
     return Parts(mu, jnp.where(constant, 1, length), jnp.where(constant, 0, g), b)

@@ -14,7 +14,7 @@ from normlab._flax.calls import together
 from normlab._flax.words import read
 from normlab.devices.topology import as_sync
 from normlab.population.by_name import init_batch_state, init_population, takes
-from normlab.population.protocol import Population
+from normlab.population.optional import is_population
 
 
 def is_training(where: str, *use_running_average: bool | None) -> bool:
@@ -32,8 +32,7 @@ def is_training(where: str, *use_running_average: bool | None) -> bool:
 
 def has_average(state: Any) -> bool:
     """Whether a state holds something that batches update."""
-    leaves = jax.tree.leaves(state, is_leaf=lambda s: isinstance(s, Population))
-    return any(isinstance(leaf, Population) for leaf in leaves)
+    return any(map(is_population, jax.tree.leaves(state, is_leaf=is_population)))
 
 
 def initial(

@@ -30,7 +30,7 @@ from normlab._arguments import (
 )
 from normlab._checks import invalid, nearest
 from normlab.population._batches import arrays
-from normlab.population.protocol import Population
+from normlab.population.optional import is_population
 from normlab.population.running import Running
 
 
@@ -48,7 +48,7 @@ def conventions(states: Any) -> dict[str, str]:
     >>> conventions({"stem": init_running(2, decay=0.99)})
     {'stem': 'Running(decay=0.99, ddof=0)'}
     """
-    kept = lambda leaf: _is_population(_value(leaf))  # noqa: E731
+    kept = lambda leaf: is_population(_value(leaf))  # noqa: E731
     leaves, _ = jax.tree_util.tree_flatten_with_path(states, is_leaf=kept)
     return {_name(path): _describe(_value(leaf)) for path, leaf in leaves if kept(leaf)}
 
@@ -111,11 +111,11 @@ def restore_states(states: Any, saved: Any) -> Any:
     >>> type(restore_states({"norm": init_running(2)}, saved)["norm"]).__name__
     'Running'
     """
-    populations, _ = jax.tree_util.tree_flatten_with_path(states, is_leaf=_is_population)
+    populations, _ = jax.tree_util.tree_flatten_with_path(states, is_leaf=is_population)
     there = {
         _name(path): _describe(leaf, _found(path, saved))
         for path, leaf in populations
-        if _is_population(leaf)
+        if is_population(leaf)
     }
     check_conventions(there, states)
     leaves, structure = jax.tree_util.tree_flatten_with_path(states)
@@ -175,7 +175,7 @@ def _describe(state: Any, saved: Any = None) -> str:
     for name in getattr(state, "_fields", ()):
         value = getattr(state, name)
         inner = saved.get(name) if isinstance(saved, Mapping) else getattr(saved, name, None)
-        if _is_population(value):
+        if is_population(value):
             said.append(f"{name}={_describe(value, inner)}")
         elif isinstance(value, int | float | str | None) and not isinstance(value, np.generic):
             kept = isinstance(saved, Mapping) and name in saved
@@ -216,10 +216,6 @@ def _name(path: Any) -> str:
 def _value(leaf: Any) -> Any:
     """What a variable of nnx holds."""
     return leaf.get_value() if hasattr(leaf, "get_value") else leaf
-
-
-def _is_population(leaf: Any) -> bool:
-    return isinstance(leaf, Population)
 
 
 def _is_list(saved: Any) -> bool:

@@ -13,8 +13,7 @@ from normlab._paths import matches
 from normlab._trees import node
 from normlab.measure import Moments
 from normlab.population._batches import BadBatch
-from normlab.population.optional import options, pool_inner, read_inner
-from normlab.population.protocol import Population
+from normlab.population.optional import is_population, options, pool_inner, read_inner
 
 
 @node
@@ -93,10 +92,9 @@ def _where(
     rule: str | Callable[[str], bool] | None,
     change: Callable[[Any], Any],
 ) -> Any:
-    is_leaf = lambda leaf: isinstance(leaf, Population)  # noqa: E731
-    leaves, structure = jax.tree_util.tree_flatten_with_path(states, is_leaf=is_leaf)
+    leaves, structure = jax.tree_util.tree_flatten_with_path(states, is_leaf=is_population)
     paths = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves]
-    known = [path for path, (_, leaf) in zip(paths, leaves, strict=True) if is_leaf(leaf)]
+    known = [path for path, (_, leaf) in zip(paths, leaves, strict=True) if is_population(leaf)]
     if isinstance(rule, str):
         chosen = {path for path, _, _ in matches(where, {rule: None}, known)}
     else:

@@ -26,6 +26,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from normlab._arguments import Kind, declare, instance, tree
 from normlab._checks import invalid
 from normlab.devices.topology import AxisName, Sync, as_sync
 from normlab.measure import Moments
@@ -39,6 +40,29 @@ Run = Callable[..., tuple[Moments, Moments]]
 
 `member` weighs the examples, `[N]`.
 """
+
+
+def is_population(value: Any) -> bool:
+    """Whether it is a `Population`: for `is_leaf`, where a pytree is taken apart."""
+    return isinstance(value, Population)
+
+
+def _state(value: Any) -> Any:
+    return value if value is None or value == () else POPULATION.read(value)
+
+
+POPULATION = instance(Population, "make it with init_running(channels)")
+STATE = Kind("a Population, (), or None", POPULATION.change, _state, POPULATION.wrong[1:])
+TREE = tree("a state of batch norm, or a pytree of states", "pass what the norms returned")
+
+
+def _states(value: Any) -> Any:
+    for leaf in jax.tree.leaves(value, is_leaf=is_population):
+        (POPULATION if is_population(leaf) else TREE).read(leaf)
+    return value
+
+
+declare(state=STATE, states=Kind(TREE.expected, TREE.change, _states, (*TREE.wrong, Population)))
 
 
 def _asks(*, inner: bool) -> Callable[[F], F]:

@@ -13,8 +13,7 @@ from normlab._arguments import KINDS, checked, number
 from normlab._checks import invalid
 from normlab.devices.topology import AxisName
 from normlab.population.checkpoint import check_conventions
-from normlab.population.optional import pool, share
-from normlab.population.protocol import Population
+from normlab.population.optional import is_population, pool, share
 
 
 @checked("pool running")
@@ -121,8 +120,5 @@ def average_running(states: Any, average: Any, step_size: ArrayLike) -> Any:
 
 def map_populations(f: Any, states: Any) -> Any:
     """Applies `f` to every outermost `Population` of a pytree."""
-    return jax.tree.map(
-        lambda leaf: f(leaf) if isinstance(leaf, Population) else leaf,
-        states,
-        is_leaf=lambda leaf: isinstance(leaf, Population),
-    )
+    one = lambda leaf: f(leaf) if is_population(leaf) else leaf  # noqa: E731
+    return jax.tree.map(one, states, is_leaf=is_population)

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from typing import Any, Protocol, Self, runtime_checkable
 
-import jax
 from jax import Array
 
-from normlab._arguments import Kind, declare, instance, tree
 from normlab.measure import Moments
 from normlab.population._batches import BadBatch
 
@@ -51,21 +49,3 @@ class Population(Protocol):
     def read(self) -> tuple[Array, Array]:
         """Returns the mean and the variance that inference normalizes with, `[C]`."""
         ...
-
-
-def _state(value: Any) -> Any:
-    return value if value is None or value == () else POPULATION.read(value)
-
-
-POPULATION = instance(Population, "make it with init_running(channels)")
-STATE = Kind("a Population, (), or None", POPULATION.change, _state, POPULATION.wrong[1:])
-TREE = tree("a state of batch norm, or a pytree of states", "pass what the norms returned")
-
-
-def _states(value: Any) -> Any:
-    for leaf in jax.tree.leaves(value, is_leaf=lambda v: isinstance(v, Population)):
-        (POPULATION if isinstance(leaf, Population) else TREE).read(leaf)
-    return value
-
-
-declare(state=STATE, states=Kind(TREE.expected, TREE.change, _states, (*TREE.wrong, Population)))

@@ -108,8 +108,8 @@ class Running(NamedTuple):
         Under `jit` that has no value.
         """
         plain = not isinstance(self.mass, Tracer) and bool((self.mass == 1).all())
-        population = "ema" if plain else "debiased"
-        return {"population": population, "decay": self.decay, "ddof": self.ddof}
+        name = "ema" if plain else "debiased"
+        return {"population": name, "decay": self.decay, "ddof": self.ddof}
 
     def settled(self, seen: Any, estimator: str | None) -> Running:
         """The same, with the statistics that a transaction saw."""

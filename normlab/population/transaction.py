@@ -33,8 +33,14 @@ from normlab.population._batches import BadBatch, arrays, finite
 from normlab.population.cumulative import Cumulative, Estimator
 from normlab.population.domains import Domains
 from normlab.population.frozen import Frozen
-from normlab.population.optional import Run, observe, pool, read_inner, settled
-from normlab.population.protocol import Population
+from normlab.population.optional import (
+    Run,
+    is_population,
+    observe,
+    pool,
+    read_inner,
+    settled,
+)
 
 
 @node
@@ -346,12 +352,8 @@ def _plain(leaf: Any) -> bool:
     """Whether it is a population that holds no other, or a transaction."""
     if _is_pending(leaf):
         return True
-    inner = jax.tree.leaves(list(leaf), is_leaf=_is_population) if isinstance(leaf, tuple) else []
-    return _is_population(leaf) and not any(map(_is_population, inner))
-
-
-def _is_population(leaf: Any) -> bool:
-    return isinstance(leaf, Population)
+    inner = jax.tree.leaves(list(leaf), is_leaf=is_population) if isinstance(leaf, tuple) else []
+    return is_population(leaf) and not any(map(is_population, inner))
 
 
 def _map(where: str, states: Any, chosen: Any, change: Any, expected: str) -> Any:
