@@ -32,7 +32,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 class Kind(NamedTuple):
-    """What a value must be.
+    """What a value must be. The functions that make kinds take `expected` and `change` as here.
 
     Attributes:
       expected: In words, for the error.
@@ -219,14 +219,9 @@ def number(
     wrong: Iterable[Any] = (),
     static: bool = False,
 ) -> Kind:
-    """A real number, traced or known.
+    """A real number, traced or, if it is `static`, known when the function is traced.
 
-    Args:
-      expected: In words.
-      change: What to do about it.
-      inside: Which numbers; a traced one is trusted.
-      wrong: Some of the others.
-      static: Whether it must be known when the function is traced.
+    `inside` says which numbers, and `wrong` are some of the others; a traced one is trusted.
     """
 
     def value_of(value: Any) -> Any:
@@ -250,14 +245,7 @@ def _index(value: Any) -> int:
 def integer(
     expected: str, change: str, least: float = -math.inf, *, among: Sequence[int] = ()
 ) -> Kind:
-    """A whole number, known when the function is traced.
-
-    Args:
-      expected: In words.
-      change: What to do about it.
-      least: The smallest.
-      among: The only ones, if there are few.
-    """
+    """A whole number, known when the function is traced: the `least`, or the only ones `among`."""
 
     def value_of(value: Any) -> int:
         value = _index(value)
@@ -340,28 +328,12 @@ def array(
     most: float = math.inf,
     abstract: bool = False,
 ) -> Kind:
-    """A real array of jax or NumPy, or a number.
+    """A real array of jax or NumPy, or a number, with `rank` axes at least, and at `most` so many.
 
-    Args:
-      expected: In words.
-      change: What to do about it.
-      rank: The least number of axes.
-      most: The largest number of axes.
-      abstract: Whether a `jax.ShapeDtypeStruct` will do.
+    If it is `abstract` a `jax.ShapeDtypeStruct` will do.
     """
     change = change or "pass a jax or NumPy array: of a list jnp.asarray(...)"
-    others = (
-        None,
-        "x",
-        True,
-        1j,
-        [1.0, 2.0],
-        {"a": 1.0},
-        object(),
-        len,
-        Array,
-        np.ones(2, complex),
-    )
+    others = (None, "x", True, 1j, [1.0], {"a": 1.0}, object(), len, Array, np.ones(2, complex))
     if rank:
         others = (*others, 1.0, np.ones((3,) * (rank - 1)))
     if most < math.inf:
@@ -380,13 +352,7 @@ def _leaves(value: Any) -> Any:
 
 
 def tree(expected: str, change: str, *dtypes: Any) -> Kind:
-    """A pytree of arrays and numbers, keys of random numbers among them.
-
-    Args:
-      expected: In words.
-      change: What to do about it.
-      *dtypes: Of which the types are, if they are not to be any.
-    """
+    """A pytree of arrays and numbers, of these types; or of any, keys of random numbers too."""
     allowed = dtypes or (jnp.number, jnp.bool_, jax.dtypes.prng_key)
 
     def value_of(value: Any) -> Any:
@@ -402,13 +368,7 @@ def tree(expected: str, change: str, *dtypes: Any) -> Kind:
 
 
 def instance(cls: Any, change: str, *, arrays: bool = True) -> Kind:
-    """An instance of a class or of a runtime protocol.
-
-    Args:
-      cls: The class, or several.
-      change: How to make one.
-      arrays: Whether it is a pytree of arrays.
-    """
+    """An instance of a class or a runtime protocol, or of several; a pytree of `arrays` or not."""
     classes = cls if isinstance(cls, tuple) else (cls,)
 
     def value_of(value: Any) -> Any:
@@ -444,13 +404,7 @@ def site_kind(cls: Any, *, abstract: bool) -> Kind:
 def a_function(
     expected: str = "a function", change: str = "pass a function", *, of: int | None = None
 ) -> Kind:
-    """Something that can be called, but no class.
-
-    Args:
-      expected: In words.
-      change: What to do about it.
-      of: With how many positional arguments, where that is known.
-    """
+    """Something that can be called, `of` so many positional arguments, but no class."""
 
     def value_of(value: Any) -> Any:
         _require(callable(value) and not isinstance(value, type))
@@ -575,15 +529,9 @@ settled_eps, settled_decay = number(*EPS, static=True), number(*DECAY, static=Tr
 
 declare(
     # What is normalized, and by what.
-    a=array(),
-    x=array(),
-    h=array(),
-    v=array(*KERNEL, rank=2),
-    w=array(*KERNEL, rank=2),
-    kernel=array(*KERNEL, rank=2),
-    bias=array("one number for each channel, [C]", rank=1, most=1),
-    g=array("one number for each channel, [C]", rank=1, most=1),
-    values=array(),
+    **dict.fromkeys(("a", "x", "h", "values"), array()),
+    **dict.fromkeys(("v", "w", "kernel"), array(*KERNEL, rank=2)),
+    **dict.fromkeys(("g", "bias"), array("one number for each channel, [C]", rank=1, most=1)),
     weights=array("an array of numbers of at least 0", "pass one weight per example, [N]", rank=1),
     params=Kind(
         "an Affine(g, b) of arrays, or None",
@@ -608,11 +556,7 @@ declare(
     channel_axis=axis,
     unit_axis=axis,
     # Switches.
-    use_gain=flag(),
-    use_bias=flag(),
-    debias=flag(),
-    centred=flag(),
-    state_gradient=flag(),
+    **dict.fromkeys(("use_gain", "use_bias", "debias", "centred", "state_gradient"), flag()),
     # Words and functions.
     name=name,
     population=either("a name or a function", "pass a string or a function", name, a_function()),

@@ -303,14 +303,14 @@ def output_shape(where: str, call: str, linear: Any, x: ArrayLike, w: ArrayLike)
 
 def inputs(where: str, site: Any) -> Array:
     """Returns `site.x`, or says that it is missing."""
-    if site.x is None:
-        raise invalid(
-            where,
-            "a site without x",
-            "the input of the layer",
-            "pass Site(a=linear(x, w), x=x, w=w, linear=linear)",
-        )
-    return site.x
+    return _present(where, "x", site.x, "the input of the layer")
+
+
+def _present(where: str, name: str, value: Any, expected: str) -> Array:
+    if value is None:
+        change = "pass Site(a=linear(x, w), x=x, w=w, linear=linear)"
+        raise invalid(where, f"a site without {name}", expected, change)
+    return value
 
 
 def kernel(where: str, site: Any, *, of_x: bool = True) -> Array:
@@ -320,14 +320,7 @@ def kernel(where: str, site: Any, *, of_x: bool = True) -> Array:
     those that are known to differ are refused. Whoever does not look `of_x` asks for no more than
     the layer: `a` may be that of other examples.
     """
-    if site.w is None:
-        raise invalid(
-            where,
-            "a site without w",
-            "the kernel of the layer",
-            "pass Site(a=linear(x, w), x=x, w=w, linear=linear)",
-        )
-    a, w = jnp.shape(site.a), jnp.shape(site.w)
+    a, w = jnp.shape(site.a), jnp.shape(_present(where, "w", site.w, "the kernel of the layer"))
     if site.x is not None:
         made = output_shape(where, "Site", site.linear, site.x, site.w)
         first = 0 if of_x else 1

@@ -135,19 +135,12 @@ class _ExampleNorm(nn.Module):
 class LayerNorm(_ExampleNorm):
     """Layer normalization, `normlab.layer_norm`, with the interface of `flax.linen.LayerNorm`.
 
+    Other attributes as those of `BatchNorm`.
+
     Attributes:
-      epsilon: ε.
-      dtype: The result's type; `None` for that of input and parameters.
-      param_dtype: The parameters' type.
-      use_bias: Whether there is a bias.
-      use_scale: Whether there is a gain.
-      bias_init: Its initializer.
-      scale_init: Its initializer.
       reduction_axes: What is measured over.
       feature_axes: Along which gain and bias vary.
       axis_name: The axes of devices along which the reduction axes are split.
-      axis_index_groups: Groups of devices along the axis, of any sizes.
-      use_fast_variance: Whether to take the faster of two safe algorithms.
       force_float32_reductions: Without effect: reductions are in float32 at least.
     """
 

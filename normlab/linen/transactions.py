@@ -6,6 +6,7 @@ leaves `batch_stats` as they are; in evaluation it begins one that has seen noth
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -33,7 +34,7 @@ def commit(variables: Mapping[str, Any], transaction: Any, ok: ArrayLike = True)
     Raises:
       ValueError: If the transaction is empty, or is not one of these variables.
     """
-    return _end(variables, transaction, lambda states: transactions.commit(states, ok))
+    return _end(variables, transaction, functools.partial(transactions.commit, ok=ok))
 
 
 @checked("settle", variables=TREE, transaction=TREE)
@@ -42,17 +43,10 @@ def settle(
 ) -> Any:
     """Returns the `batch_stats` that are what the transaction saw: PreciseBN.
 
-    Args:
-      variables: The variables, of which `batch_stats` is looked at.
-      transaction: The collection `"transaction"` that the calls returned.
-      estimator: Of which deviations the variance is made; see `normlab.population.settle`.
-
-    Raises:
-      ValueError: As `commit`, and if no batch was seen.
+    Arguments and errors are those of `commit`, and `normlab.population.settle`'s `estimator`.
     """
-    return _end(
-        variables, transaction, lambda states: transactions.settle(states, estimator=estimator)
-    )
+    end = functools.partial(transactions.settle, estimator=estimator)
+    return _end(variables, transaction, end)
 
 
 def _end(variables: Mapping[str, Any], transaction: Any, end: Callable[[Any], Any]) -> Any:

@@ -6,6 +6,7 @@ commit(model)     one update with all of it; or settle(model), which makes it th
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -131,28 +132,19 @@ def begin(model: nnx.Module) -> None:
 def commit(model: nnx.Module, ok: ArrayLike = True) -> None:
     """Ends a transaction: each running average takes one step with all that it saw.
 
-    Args:
-      model: The model.
-      ok: Whether the step may count, a bool or an array `[]`; see `normlab.population.commit`.
-
-    Raises:
-      ValueError: If there is no transaction.
+    Whether the step is `ok`, and may count, is as in `normlab.population.commit`, and so are the
+    errors.
     """
-    _end("commit", model, lambda states: transactions.commit(states, ok))
+    _end("commit", model, functools.partial(transactions.commit, ok=ok))
 
 
 @checked("settle", model=MODEL)
 def settle(model: nnx.Module, *, estimator: Estimator | None = None) -> None:
     """Ends a transaction: what it saw becomes the population, PreciseBN.
 
-    Args:
-      model: The model.
-      estimator: Of which deviations the variance is made; see `normlab.population.settle`.
-
-    Raises:
-      ValueError: If there is no transaction, or a norm saw no batch.
+    The `estimator` and the errors are those of `normlab.population.settle`.
     """
-    _end("settle", model, lambda states: transactions.settle(states, estimator=estimator))
+    _end("settle", model, functools.partial(transactions.settle, estimator=estimator))
 
 
 def _end(where: str, model: nnx.Module, end: Callable[[Any], Any]) -> None:

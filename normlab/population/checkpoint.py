@@ -7,7 +7,6 @@ restores those of the file. `check_conventions` compares both: settings told bes
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping
 from typing import Any
 
@@ -193,11 +192,8 @@ def _found(path: Any, saved: Any) -> Any:
         elif isinstance(saved, tuple) and hasattr(saved, "_fields"):
             known = saved._asdict()  # pyright: ignore[reportAttributeAccessIssue]
         else:
-            known = (
-                dict(zip(map(str, itertools.count()), saved, strict=False))
-                if _is_list(saved)
-                else {}
-            )
+            values = saved if isinstance(saved, list | tuple) else ()
+            known = {str(i): value for i, value in enumerate(values)}
         if name not in known:
             raise invalid(
                 "restore states",
@@ -216,10 +212,6 @@ def _name(path: Any) -> str:
 def _value(leaf: Any) -> Any:
     """What a variable of nnx holds."""
     return leaf.get_value() if hasattr(leaf, "get_value") else leaf
-
-
-def _is_list(saved: Any) -> bool:
-    return isinstance(saved, list | tuple)
 
 
 def _is_words(tree: Any) -> bool:

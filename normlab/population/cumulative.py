@@ -185,14 +185,7 @@ def init_cumulative(
     [[4.0], [8.667000770568848]]
     """
     dtype = statistics_dtype(dtype)
-    return Cumulative(
-        count=jnp.zeros(channels, dtype),
-        mean=jnp.zeros(channels, dtype),
-        within=jnp.zeros(channels, dtype),
-        between=jnp.zeros(channels, dtype),
-        updates=jnp.zeros((), jnp.int32),
-        skipped=jnp.zeros((), jnp.int32),
-        rest=jnp.zeros(2, dtype),
-        ddof=ddof,
-        estimator=estimator,
-    )
+    sums = (jnp.zeros(channels, dtype) for _ in range(4))
+    counters = (jnp.zeros((), jnp.int32) for _ in range(2))
+    rest = jnp.zeros(2, dtype)
+    return Cumulative(*sums, *counters, rest=rest, ddof=ddof, estimator=estimator)

@@ -105,7 +105,7 @@ def select_domain(states: Any, domain: ArrayLike) -> Any:
     Raises:
       ValueError: If there is no `Domains`, the shape is another, or a domain is not there.
     """
-    found = [leaf for leaf in jax.tree.leaves(states, is_leaf=_is_domains) if _is_domains(leaf)]
+    found = list(filter(_is_domains, jax.tree.leaves(states, is_leaf=_is_domains)))
     if not found:
         raise invalid(
             "select domain",
@@ -115,9 +115,8 @@ def select_domain(states: Any, domain: ArrayLike) -> Any:
         )
     index = jnp.asarray(domain)
     if not jnp.issubdtype(index.dtype, jnp.integer):
-        raise invalid(
-            "select domain", f"a domain of type {index.dtype}", "integers", "number the domains"
-        )
+        given = f"a domain of type {index.dtype}"
+        raise invalid("select domain", given, "integers", "number the domains")
     index = index.astype(jnp.int32)
     for state in found:
         inside = isinstance(index, Tracer) or ((index >= 0) & (index < state.domains)).all()

@@ -74,27 +74,16 @@ def freeze(states: Any, rule: str | Callable[[str], bool] | None = None) -> Any:
 
 @checked("thaw", rule=RULE)
 def thaw(states: Any, rule: str | Callable[[str], bool] | None = None) -> Any:
-    """Undoes `freeze`.
-
-    Args:
-      states: A state, or a pytree of states.
-      rule: Which layers, as in `freeze`.
-
-    Raises:
-      ValueError: If nothing matches, with the paths there are.
-    """
+    """Undoes `freeze`, which see."""
     return _where("thaw", states, rule, lambda s: s.inner if isinstance(s, Frozen) else s)
 
 
-def _where(
-    where: str,
-    states: Any,
-    rule: str | Callable[[str], bool] | None,
-    change: Callable[[Any], Any],
-) -> Any:
-    leaves, structure = jax.tree_util.tree_flatten_with_path(states, is_leaf=is_population)
-    paths = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves]
-    known = [path for path, (_, leaf) in zip(paths, leaves, strict=True) if is_population(leaf)]
+def _where(where: str, states: Any, rule: Any, change: Callable[[Any], Any]) -> Any:
+    """`states` with a `change` of those that the rule names."""
+    found, structure = jax.tree_util.tree_flatten_with_path(states, is_leaf=is_population)
+    named = lambda path: jax.tree_util.keystr(path, simple=True, separator="/")  # noqa: E731
+    leaves = [(named(path), leaf) for path, leaf in found]
+    known = [path for path, leaf in leaves if is_population(leaf)]
     if isinstance(rule, str):
         chosen = {path for path, _, _ in matches(where, {rule: None}, known)}
     else:
@@ -106,8 +95,5 @@ def _where(
             "running statistics to choose",
             f"choose some of {', '.join(known)}" if known else "pass what batch norm returned",
         )
-    new = [
-        change(leaf) if path in chosen else leaf
-        for path, (_, leaf) in zip(paths, leaves, strict=True)
-    ]
+    new = [change(leaf) if path in chosen else leaf for path, leaf in leaves]
     return jax.tree.unflatten(structure, new)

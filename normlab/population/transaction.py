@@ -112,15 +112,10 @@ def _begin(state: Any) -> Pending:
         return state
     state = arrays(state)
     mean = state.read()[0]
-    seen = Cumulative(  # an array for each, which may be donated
-        count=zeros_of(mean),
-        mean=zeros_of(mean),
-        within=zeros_of(mean),
-        between=zeros_of(mean),
-        updates=zeros_of(mean).any(-1).astype(jnp.int32),
-        skipped=zeros_of(mean).any(-1).astype(jnp.int32),
-        rest=zeros_of(jnp.stack([mean.sum(-1)] * 2, -1)),
-    )
+    # An array for each field, which may be donated.
+    sums = (zeros_of(mean) for _ in range(4))
+    counters = (zeros_of(mean).any(-1).astype(jnp.int32) for _ in range(2))
+    seen = Cumulative(*sums, *counters, rest=zeros_of(jnp.stack([mean.sum(-1)] * 2, -1)))
     return Pending(state, seen, zeros_of(mean).any(-1))
 
 
@@ -240,7 +235,7 @@ def settle(states: Any, *, estimator: Estimator | None = None) -> Any:
         used = seen.updates > 0
         return jax.tree.map(lambda v, old: jnp.where(used, v, old), new, inner)
 
-    pending = [s for s in jax.tree.leaves(states, is_leaf=_is_pending) if _is_pending(s)]
+    pending = list(filter(_is_pending, jax.tree.leaves(states, is_leaf=_is_pending)))
     updates = [s.seen.updates for s in pending]
     if pending and not any(isinstance(n, Tracer) or np.asarray(n).any() for n in updates):
         raise invalid(
