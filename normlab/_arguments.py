@@ -134,12 +134,9 @@ def read(where: str, name: str, value: Any, kind: Kind | None = None) -> Any:
 
 
 def check_added(where: str, eps: Any, a: Any) -> None:
-    """Raises ValueError for an ε that is next to nothing in the type to which it is added.
+    """Raises ValueError for an ε that is next to nothing in the type of the variance of `a`.
 
-    Args:
-      where: The caller, for the error.
-      eps: ε; a traced one is trusted.
-      a: The values whose variance it is added to.
+    A traced one is trusted.
     """
     least = float(np.finfo(np.float32).tiny)
     if not isinstance(eps, Tracer) and eps < least and promote_dtype(a) == jnp.float32:
@@ -194,6 +191,16 @@ def is_number(value: Any) -> bool:
 def _require(condition: Any) -> None:
     if not condition:
         raise ValueError
+
+
+def only(test: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """How a `Kind` reads a value that is taken as it is, if it passes a test."""
+
+    def value_of(value: Any) -> Any:
+        _require(test(value))
+        return value
+
+    return value_of
 
 
 # Numbers.
@@ -275,13 +282,9 @@ def flag(change: str = "pass a Python bool") -> Kind:
 def one_of(literal: Any, expected: str) -> Kind:
     """One of the words of a `Literal`."""
     words = get_args(literal)
-
-    def value_of(value: Any) -> str:
-        _require(isinstance(value, str) and value in words)
-        return value
-
+    known = only(lambda value: isinstance(value, str) and value in words)
     others = (None, 1, True, "x", words[0].upper(), words[0] + " ", list(words), object(), b"")
-    return Kind(expected, "", value_of, others, static=True, words=words)
+    return Kind(expected, "", known, others, static=True, words=words)
 
 
 def either(expected: str, change: str, *kinds: Kind) -> Kind:
@@ -443,15 +446,10 @@ def sequence(item: Kind, expected: str = "", change: str = "", *, length: int = 
     return Kind(expected, change, value_of, others, item.static)
 
 
-def _text(value: Any) -> str:
-    _require(isinstance(value, str) and value)
-    return value
-
-
 def text(expected: str, change: str) -> Kind:
     """A string that says something."""
     others = (None, 1, True, ["x"], {}, object(), str, b"x", "")
-    return Kind(expected, change, _text, others, static=True)
+    return Kind(expected, change, only(lambda v: isinstance(v, str) and v), others, static=True)
 
 
 anything = Kind("anything", "", lambda value: value)

@@ -31,15 +31,9 @@ def nearest(word: str, known: Iterable[str]) -> str:
 
 
 def imported(where: str, what: str, path: str) -> Any:
-    """Returns what `"mypackage.module:name"` names.
+    """Returns what the path `"mypackage.module:name"` names; `where` and `what` are for the error.
 
-    Args:
-      where: The caller, for the error.
-      what: What is looked for, for the error.
-      path: Its module and its name there.
-
-    Raises:
-      ValueError: If there is no such module, or nothing of that name in it.
+    Raises ValueError if there is no such module, or nothing of that name in it.
     """
     module, _, name = path.partition(":")
     expected = "'mypackage.module:name' of something that can be imported"
@@ -150,14 +144,7 @@ def check_values(
 def gain_and_bias(where: str, params: Any, a: ArrayLike, channel_axis: int) -> tuple[Array, Array]:
     """Returns `(g, b)` in the statistics' type, broadcastable to `a`; 1 and 0 where absent.
 
-    Args:
-      where: The norm's name, for the error.
-      params: An `Affine`, or `None` for neither gain nor bias.
-      a: `[N, ..., C]`.
-      channel_axis: Where `a` has its channels.
-
-    Raises:
-      ValueError: If a field is not a floating `[C]`.
+    Raises ValueError if `params` is neither an `Affine` nor `None`, or a field no floating `[C]`.
     """
     shape, dtype = jnp.shape(a), promote_dtype(a)
     if params is not None and not (hasattr(params, "g") and hasattr(params, "b")):
@@ -196,10 +183,7 @@ def gain_and_bias(where: str, params: Any, a: ArrayLike, channel_axis: int) -> t
 def check_options(name: str, known: Mapping[str, Any], options: Mapping[str, Any]) -> None:
     """Raises ValueError for an option that a norm does not have, or one that is missing.
 
-    Args:
-      name: The norm's.
-      known: The parameters of its factory.
-      options: What was given.
+    `known` are the parameters of the norm's factory, `options` what was given.
     """
     where = f"{name} norm"
     for option in options:
@@ -277,15 +261,7 @@ def one_value(
 def output_shape(where: str, call: str, linear: Any, x: ArrayLike, w: ArrayLike) -> Any:
     """Returns the shape of `linear(x, w)`, from the shapes of `x` and `w` alone.
 
-    Args:
-      where: The norm, for the error.
-      call: What is to be given another `linear`, for the error.
-      linear: The linear map.
-      x: Its input.
-      w: Its kernel.
-
-    Raises:
-      ValueError: If the map does not take them.
+    Raises ValueError, with the `call` that is to be given another `linear`, if it takes them not.
     """
     # Neither types nor shardings: x and w may have had others where a was computed.
     shapes = [jax.ShapeDtypeStruct(jnp.shape(v), jnp.float32) for v in (x, w)]

@@ -55,8 +55,9 @@ class Call(NamedTuple):
         return tuple(i for i in range(self.x.ndim) if i not in self.features)
 
 
-def feature_shape(where: str, x: ArrayLike, features: Axes) -> tuple[int, ...]:
-    """The shape of scale and bias: a size for each of the feature axes."""
+def feature_shape(where: str, x: ArrayLike, features: Axes | None) -> tuple[int, ...]:
+    """The shape of scale and bias: a size for each of the feature axes, if there are any."""
+    features = () if features is None else features
     shape = jnp.shape(read(where, "x", x))
     return tuple(shape[i] for i in normalize_axes(where, features, len(shape)))
 

@@ -123,17 +123,11 @@ def replacement(
     registry_norm: Callable[[Any, str, Mapping[str, Any]], Any],
     converted: Callable[[Any, type, dict[str, Any], Mapping[str, Any]], Any],
 ) -> Any:
-    """The module that is to stand where `old` stands.
+    """The module of a `kind` that is to stand where `old` stands, if the rule says `new`.
 
-    Args:
-      new: What the rule says.
-      old: The old norm.
-      kind: The class of all modules.
-      registry_norm: Makes one, for the old norm, of a name in the registry and options.
-      converted: Likewise of a class, the old norm's arguments that it has too, and its own.
-
-    Raises:
-      ValueError: If the rule says something else, or an argument of the old norm is lost.
+    `registry_norm` makes one, for the old norm, of a name in the registry and options; `converted`
+    of a class, the old norm's arguments that it has too, and its own. Raises ValueError if the rule
+    says something else, or an argument of the old norm is lost.
     """
     if isinstance(new, str):
         new = (new, {})

@@ -17,6 +17,7 @@ from normlab._arguments import (
     flag,
     integer,
     mapping,
+    only,
     real,
     sequence,
     settled_decay,
@@ -29,12 +30,7 @@ from normlab.devices.topology import SHARDS
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-def _random(value: Any) -> Any:
-    if isinstance(value, type) or not callable(getattr(value, "params", None)):
-        raise TypeError
-    return value
-
-
+RNGS = only(lambda v: not isinstance(v, type) and callable(getattr(v, "params", None)))
 SIZE = integer("a whole number, at least 1", "count them", 1)
 STEPS = either(
     "a whole number, at least 1, or one for each axis", "pass ints", SIZE, sequence(SIZE)
@@ -71,7 +67,7 @@ WORDS: dict[str, Kind] = {
     "parent": anything,
     "promote_dtype": a_function(),
     "reduction_axes": axes,
-    "rngs": Kind("an nnx.Rngs", "pass nnx.Rngs(0)", _random, (None, "x", 1, [])),
+    "rngs": Kind("an nnx.Rngs", "pass nnx.Rngs(0)", RNGS, (None, "x", 1, [])),
     "rule": either(
         "a mapping from paths, or a function of path and module",
         "pass for example {'norm': 'layer'}",

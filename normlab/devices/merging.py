@@ -176,15 +176,7 @@ def gather_members(m: Moments, members: np.ndarray, names: tuple[str, ...]) -> M
 
 
 def merge_members(m: Moments, members: Array) -> Moments:
-    """Merges, for each row of `members`, the samples it names.
-
-    Args:
-      m: Fields `[S, ...]`.
-      members: `[rows, S]` bool.
-
-    Returns:
-      Fields `[rows, ...]`.
-    """
+    """Of fields `[S, ...]` and `members [rows, S]`, what each row names, merged: `[rows, ...]`."""
     count = jnp.broadcast_to(m.count, m.mean.shape)
     chosen = members.reshape(*members.shape, *(1,) * (m.mean.ndim - 1))
     shape = (*members.shape, *m.mean.shape[1:])
@@ -196,10 +188,7 @@ def merge_members(m: Moments, members: Array) -> Moments:
 def differentiated(sync: Sync, local: Moments, merged: Moments) -> Moments:
     """The moments with the value and the derivative that `sync.gradient` asks for.
 
-    Args:
-      sync: What is merged.
-      local: This device's own.
-      merged: The same, merged with those of others.
+    `local` are this device's own, `merged` the same with those of others.
     """
     if sync.gradient == "both":
         return merged
@@ -330,14 +319,9 @@ def _size(names: tuple[str, ...]) -> int:
 def layout(where: str, sync: Sync, examples: int) -> tuple[int, int]:
     """The number of devices, and of examples on each.
 
-    Args:
-      where: The caller, for errors.
-      sync: What is merged.
-      examples: The length of the batch: of the device's where the axes are mapped, of the whole
-        one in plain jit.
-
-    Raises:
-      ValueError: If an axis is neither mapped nor the mesh's, or the batch does not divide.
+    `examples` is the length of the batch: of the device's where the axes are mapped, of the whole
+    one in plain jit. Raises ValueError if an axis is neither mapped nor the mesh's, or the batch
+    does not divide.
     """
     if not sync.names or _bound(sync.names):
         return _size(sync.names), examples
@@ -356,17 +340,10 @@ def layout(where: str, sync: Sync, examples: int) -> tuple[int, int]:
 
 
 def values_per_channel(where: str, sync: Sync, shape: tuple[int, ...], axes: Sequence[int]) -> Any:
-    """How many values the smallest group has of a channel.
+    """How many values the smallest group has of a channel, measured over `axes`, 0 among them.
 
-    Args:
-      where: The caller, for errors.
-      sync: What is merged.
-      shape: That of the input, `[N, ...]`: of the device's where the axes are mapped, else of the
-        whole one.
-      axes: What is measured over, the examples' axis among them.
-
-    Raises:
-      ValueError: If the batch cannot be cut as `sync` says.
+    `shape` is that of the input, `[N, ...]`: of the device's where the axes are mapped, else of the
+    whole one. Raises ValueError if the batch cannot be cut as `sync` says.
     """
     positions = math.prod(shape[i] for i in axes if i)
     if sync.whole and (not sync.names or _bound(sync.names)):

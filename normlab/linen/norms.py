@@ -110,13 +110,7 @@ class _ExampleNorm(nn.Module):
     def __call__(
         self, x: ArrayLike, use_running_average: bool | None = None, *, mask: Any = None
     ) -> Array:
-        """Normalizes `x`.
-
-        Args:
-          x: The input.
-          use_running_average: As `BatchNorm` has it; without effect.
-          mask: As in `BatchNorm`.
-        """
+        """Normalizes `x`; arguments as of `BatchNorm`; `use_running_average` has no effect."""
         norm: Any = self  # its fields are those of Flax's module
         where = layer(norm)
         check_mode(where, use_running_average)

@@ -71,8 +71,7 @@ def _normalized(module: WeightNorm, path: Any, v: Array) -> Array:
         return v
     scale = None
     if module.use_scale:
-        axes = module.feature_axes
-        shape = () if axes is None else feature_shape("WeightNorm", v, axes)
+        shape = feature_shape("WeightNorm", v, module.feature_axes)
         scale = module.param(f"{name}/scale", module.scale_init, shape, module.param_dtype)
     return normalized_kernel("WeightNorm", v, scale, module.feature_axes, module.dtype)
 

@@ -176,13 +176,7 @@ class _ExampleNorm(_Norm):
     def __call__(
         self, x: ArrayLike, use_running_average: bool | None = None, *, mask: Any = None
     ) -> Array:
-        """Normalizes `x`.
-
-        Args:
-          x: The input.
-          use_running_average: As `BatchNorm` has it; without effect.
-          mask: As in `BatchNorm`.
-        """
+        """Normalizes `x`; arguments as of `BatchNorm`; `use_running_average` has no effect."""
         check_mode(layer(self), use_running_average)
         call, scale, bias = self._begin(x, getattr(self, "feature_axes", -1), mask)
         return apply(call, self._measure(call), scale, bias)
@@ -263,13 +257,9 @@ class RMSNorm(_Norm):
     def __call__(
         self, x: ArrayLike, mask: Any = None, *, use_running_average: bool | None = None
     ) -> Array:
-        """Normalizes `x`.
+        """Normalizes `x`; arguments as of `BatchNorm`; `use_running_average` has no effect.
 
-        Args:
-          x: The input.
-          mask: As in `BatchNorm`; a bool in its place, the second as in Flax, is the
-            `use_running_average` of a module that stood here before.
-          use_running_average: As `BatchNorm` has it; without effect.
+        A bool as the mask, the second as in Flax, is the mode of a module that stood here before.
         """
         check_mode(layer(self), use_running_average)
         mask = None if isinstance(mask, bool | np.bool_) else mask

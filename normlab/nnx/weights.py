@@ -69,8 +69,7 @@ class WeightNorm(nnx.Module):
         return nnx.All(nnx.Param, self.variable_filter)
 
     def _scale(self, rngs: nnx.Rngs, kernel: Any) -> Array:
-        axes = self.feature_axes
-        shape = () if axes is None else feature_shape("WeightNorm", kernel[...], axes)
+        shape = feature_shape("WeightNorm", kernel[...], self.feature_axes)
         return self.scale_init(rngs.params(), shape, self.param_dtype)
 
     def __call__(self, x: ArrayLike, *args: Any, **kwargs: Any) -> Any:

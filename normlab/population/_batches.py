@@ -56,11 +56,8 @@ def finite(m: Moments) -> Array:
 def check_batch(where: str, m: Moments, bad_batch: BadBatch, ddof: int = 0) -> Moments:
     """Returns the moments of a batch as the policy has them, or says that they are bad.
 
-    Args:
-      where: The caller, for the error.
-      m: The batch's moments.
-      bad_batch: `"propagate"` makes mean and m2 of a bad channel NaN, `"raise"` raises.
-      ddof: A batch of no more than this many values has no variance.
+    `"propagate"` makes mean and m2 of a bad channel NaN, `"raise"` raises. A batch of no more than
+    `ddof` values has no variance.
     """
     if bad_batch == "propagate":
         good = (m.count > ddof) & jnp.isfinite(m.mean) & jnp.isfinite(m.m2)

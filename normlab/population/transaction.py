@@ -23,7 +23,7 @@ from jax import Array, lax
 from jax.core import Tracer
 from jax.typing import ArrayLike
 
-from normlab._arguments import Kind, checked, is_array, read, tree
+from normlab._arguments import Kind, checked, is_array, only, read, tree
 from normlab._checks import invalid
 from normlab._trees import node
 from normlab._xla import zeros_of
@@ -119,16 +119,10 @@ def _begin(state: Any) -> Pending:
     return Pending(state, seen, zeros_of(mean).any(-1))
 
 
-def _ok(value: Any) -> Any:
-    if not isinstance(value, bool) and not (is_array(value) and value.dtype == jnp.bool_):
-        raise TypeError
-    return value
-
-
 OK = Kind(
     "a bool, or an array of them",
     "reduce what is finite with jnp.isfinite(...).all()",
-    _ok,
+    only(lambda v: isinstance(v, bool) or (is_array(v) and v.dtype == jnp.bool_)),
     (None, "yes", 1, 1.0, [True], object(), np.ones(2), bool),
 )
 
@@ -251,17 +245,15 @@ def settle(states: Any, *, estimator: Estimator | None = None) -> Any:
 BATCH = tree("a pytree of arrays", "pass batches of arrays")
 
 
-def _iterable(value: Any) -> Any:
-    iter(value)
-    if isinstance(value, str | bytes | Mapping):
-        raise TypeError
-    return value
-
-
-@checked(
-    "precise",
-    batches=Kind("an iterable of batches", "pass a list of them", _iterable, (None, "x", 1, {})),
+BATCHES = Kind(
+    "an iterable of batches",
+    "pass a list of them",
+    only(lambda v: iter(v) is not None and not isinstance(v, str | bytes | Mapping)),
+    (None, "x", 1, {}),
 )
+
+
+@checked("precise", batches=BATCHES)
 def precise(
     step: Callable[[Any, Any], Any],
     states: Any,
