@@ -27,9 +27,6 @@ def applied(
         h = affine(parts(a, params, ...), a)
 
     It decorates an empty function, which brings the name and the documentation.
-
-    Args:
-      parts: `(a, params, *, weights, channel_axis, ...) -> Parts`.
     """
 
     def decorate(named: Callable[[], None]) -> Callable[Concatenate[ArrayLike, P], Array]:
@@ -109,13 +106,7 @@ def initial_affine(site: Site, *, use_gain: bool, use_bias: bool, g: Any = 1.0) 
 def norm_of(
     where: str, measure: Callable[[Site, Any], Parts], params: Callable[[Site], Any]
 ) -> Norm:
-    """Returns a norm without state.
-
-    Args:
-      where: Its name, for errors.
-      measure: `(site, params) -> Parts`.
-      params: `site -> params`, the initial ones.
-    """
+    """Returns a norm without state; `where` is its name for errors, `params` the initial ones."""
 
     def init(site: Site) -> tuple[Any, State]:
         jax.eval_shape(lambda site: measure(site, None), site)  # say no before training starts

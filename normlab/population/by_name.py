@@ -134,13 +134,10 @@ def init_population(population: str | Callable[..., Any], channels: int, **optio
 def init_batch_state(
     population: str | Callable[..., Any], eps: float, sync: Sync, **settings: Any
 ) -> Callable[[int, Any], Any]:
-    """Returns `(channels, dtype) -> state` for batch norm.
+    """Returns `(channels, dtype) -> state` for batch norm; with `sync.every` it is a `Delayed`.
 
-    Args:
-      population: As in `init_population`.
-      eps: The norm's ε, for a population that asks for one.
-      sync: What is merged; with `every` the state is a `Delayed`.
-      **settings: What is said of the population; `None` is its own default.
+    The `population` is as in `init_population`; of its `settings` `None` is its own default. `eps`
+    is the norm's ε, for a population that asks for one.
     """
     settings = {name: value for name, value in settings.items() if value is not None}
     if not callable(population) and "eps" in inspect.signature(require(population)).parameters:

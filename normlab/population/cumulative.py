@@ -165,17 +165,10 @@ def init_cumulative(
     estimator: Estimator = "pooled",
     dtype: DTypeLike | None = None,
 ) -> Cumulative:
-    """Returns the statistics of no batch at all.
+    """Returns the statistics of no batch at all; arguments as those of `init_running`, which see.
 
-    Args:
-      channels: `C`.
-      ddof: 0 for the variance of the values seen, 1 for the unbiased one.
-      estimator: Of which deviations the variance is made, an `Estimator`.
-      dtype: The statistics' type, float32 (`None`; half types are kept in it too) or float64.
-
-    Raises:
-      ValueError: If `ddof` is neither 0 nor 1, the estimator is unknown, or the type is no real
-        floating type.
+    With `ddof` 0 the variance is that of the values seen, with 1 the unbiased one; of which
+    deviations it is made says `estimator`, an `Estimator`.
 
     >>> from normlab import moments
     >>> state = init_cumulative(1)

@@ -62,13 +62,9 @@ class Delayed(NamedTuple):
     def observe(self, run: Run, sync: Sync) -> tuple[Moments, Moments, Delayed]:
         """Merges what this device measures with what the others had measured: no collective."""
         own, _ = run(Sync())
-        population = merge(own, self.others_like(own))
-        return differentiated(sync, own, population), population, self.after(own)
-
-    def others_like(self, m: Moments) -> Moments:
-        """`others`, in the shape of `m`; without a gradient."""
         others = lax.stop_gradient(arrays(self.others))
-        return Moments(*(f.reshape(m.mean.shape) for f in others))
+        population = merge(own, Moments(*(f.reshape(own.mean.shape) for f in others)))
+        return differentiated(sync, own, population), population, self.after(own)
 
     def after(self, m: Moments) -> Delayed:
         """The state after a batch with the moments `m`."""
@@ -150,14 +146,10 @@ def exchange(states: Any, axis_name: AxisName) -> Any:
     def ask(own: Moments, old: tuple[Moments, Array]) -> tuple[Moments, Array]:
         return gather_members(own, members, sync.names), old[1] - old[1]
 
-    def wait(own: Moments, old: tuple[Moments, Array]) -> tuple[Moments, Array]:
-        del own
-        return old
-
     age = delayed[0].age
     due = (age < 0) | (age >= sync.every)
     own, old = vary((own, (_together([s.others for s in delayed]), age)), sync.names)
-    others, age = lax.cond(due, ask, wait, own, old)
+    others, age = lax.cond(due, ask, lambda own, old: old, own, old)
     ends = np.cumsum([s.own.mean.shape[0] for s in delayed])[:-1]
     split = zip(*(jnp.split(field, ends) for field in others), strict=True)
     for i, state, fields in zip(at, delayed, split, strict=True):

@@ -55,10 +55,8 @@ def merge_running(states: Any) -> Any:
         return states
     devices = {v.shape[0] if v.ndim else 0 for v in leaves}
     if len(devices) > 1 or 0 in devices:
-        some = next((v.shape for v in leaves if not v.ndim or not v.shape[0]), None)
-        given = (
-            f"arrays of {sorted(devices)} devices" if some is None else f"an array of shape {some}"
-        )
+        none = [v.shape for v in leaves if not v.ndim or not v.shape[0]]
+        given = f"an array of shape {none[0]}" if none else f"arrays of {sorted(devices)} devices"
         raise invalid(
             "merge running",
             given,

@@ -13,13 +13,7 @@ from normlab._checks import invalid
 from normlab._trees import node
 from normlab.measure import Moments
 from normlab.population._batches import arrays
-from normlab.population.optional import (
-    normalizer,
-    pool_inner,
-    read_inner,
-    settled,
-    update_inner,
-)
+from normlab.population.optional import normalizer, pool_inner, read_inner, settled, update_inner
 from normlab.population.running import init_running
 
 

@@ -33,14 +33,7 @@ from normlab.population._batches import BadBatch, arrays, finite
 from normlab.population.cumulative import Cumulative, Estimator
 from normlab.population.domains import Domains
 from normlab.population.frozen import Frozen
-from normlab.population.optional import (
-    Run,
-    is_population,
-    observe,
-    pool,
-    read_inner,
-    settled,
-)
+from normlab.population.optional import Run, is_population, observe, pool, read_inner, settled
 
 
 @node
