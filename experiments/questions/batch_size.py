@@ -122,19 +122,12 @@ def verdict(records: Records) -> Iterator[Verdict]:
 
 def figure(records: Records) -> Figure:
     """The error at the end against either batch."""
-    seen = max(r["step"] * r["batch"] for r in records)
-    final = records.where(lambda r: r["step"] * r["batch"] == seen)
-    whole = max(records.values("batch"))
+    final, whole = records.last(), max(records.values("batch"))
     picture, (left, right) = draw.canvas(2)
     draw.against(left, final.where(norm="batch", batch=whole), "together", draw.test_error)
+    draw.frame(left, xlabel=f"examples normalized together, of {whole}", doubling=True, log=True)
     true = final.where(lambda r: r["batch"] == r["together"])
     draw.against(right, true, "batch", draw.test_error)
-    left.set(xlabel=f"examples normalized together, of {whole}", ylabel="test error (%)")
-    right.set(xlabel="examples in a batch", ylabel="test error (%)")
-    for axes in (left, right):
-        draw.log_y(axes)
-        axes.set_xscale("log", base=2)
-        axes.xaxis.set_major_formatter("{x:g}")
-    draw.legend(picture, right)
-    picture.suptitle("Left: only statistics differ. Right: the step's batch. Mean, 95% interval")
-    return picture
+    draw.frame(right, xlabel="examples in a batch", doubling=True, log=True)
+    title = "Left: only statistics differ. Right: the step's batch. Mean, 95% interval"
+    return draw.finish(picture, title, key=right)

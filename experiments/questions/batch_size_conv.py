@@ -149,18 +149,16 @@ def figure(records: Records) -> Figure:
     sizes = sorted(batch.values("together"))
     picture, (left, right) = draw.canvas(2)
     draw.against(left, final.where(norm="batch"), "together", draw.test_error)
-    for name, style in draw.styles(ALONE).items():
-        error = [100 - v for v in final.accuracy(norm=name)]
-        draw.spread(left, [min(sizes), max(sizes)], [error, error], label=name, **style)
-    left.set_xscale("log", base=2)
-    draw.ticks(left, sizes)
-    left.set(xlabel="images normalized together", ylabel="test error (%)")
+    alone = [
+        r | {"together": n} for r in final if r["norm"] in ALONE for n in (sizes[0], sizes[-1])
+    ]
+    draw.against(left, alone, "together", draw.test_error)
+    draw.frame(left, xlabel="images normalized together", doubling=True, ticks=sizes)
     lines = {f"over {n}": batch.where(together=n) for n in sizes}
     lines["instance norm"] = records.where(norm="instance")
     named = [{**r, "line": name} for name, rows in lines.items() for r in rows if r["step"] > 0]
     draw.over_steps(right, named, "train_loss", by="line", marker=True)
     right.set(ylabel="training loss (nats)", title="batch norm over so many images")
     right.legend(frameon=False, fontsize=8)
-    draw.legend(picture)
-    picture.suptitle("Left: running statistics at inference. Mean and 95% interval over seeds")
-    return picture
+    title = "Left: running statistics at inference. Mean and 95% interval over seeds"
+    return draw.finish(picture, title)

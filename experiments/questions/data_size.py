@@ -124,7 +124,6 @@ def figure(records: Records) -> Figure:
     """The test error at the end against the number of examples."""
     picture, (axes,) = draw.canvas(width=5.5)
     draw.against(axes, records.tuned("norm", "examples"), "examples", draw.test_error)
-    axes.set(xscale="log", xlabel="training examples", ylabel="test error (%)")
-    draw.ticks(axes, records.values("examples"))
-    axes.legend(frameon=False)
+    sizes = records.values("examples")
+    draw.frame(axes, xscale="log", xlabel="training examples", ticks=sizes, legend=True)
     return picture

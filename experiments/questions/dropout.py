@@ -112,6 +112,5 @@ def figure(records: Records) -> Figure:
     """The test error at the end against the share that is left out."""
     picture, (axes,) = draw.canvas(width=5.5)
     draw.against(axes, records.tuned("norm", "dropout"), "dropout", draw.test_error)
-    axes.set(xlabel="share that dropout leaves out", ylabel="test error (%)")
-    axes.legend(frameon=False)
+    draw.frame(axes, xlabel="share that dropout leaves out", legend=True)
     return picture

@@ -77,10 +77,8 @@ def figure(records: Records) -> Figure:
     ends = records.where(kind="evaluation")
     picture, (left, right) = draw.canvas(2)
     draw.over_steps(left, ends, draw.test_error, by="condition", marker=True)
-    draw.log_y(left)
-    left.set(ylabel="test error (%)")
+    draw.frame(left, log=True)
     draw.columns(right, {name: 100 - ends.accuracy(name) for name in ends.values("condition")})
-    right.set(title=f"after {max(ends.values('step'))} steps")
-    draw.legend(picture)
-    picture.suptitle("What the gradient sees: median, band of all seeds; mean, 95% interval")
-    return picture
+    right.set_title(f"after {max(ends.values('step'))} steps")
+    title = "What the gradient sees: median, band of all seeds; mean, 95% interval"
+    return draw.finish(picture, title)

@@ -128,8 +128,7 @@ def figure(records: Records) -> Figure:
     middle = [np.median([r["expected"] for r in paper.where(sd=spread)]) for spread in spreads]
     look = {"color": "grey", "lw": 1, "ls": "--", "zorder": 5}
     axes.plot(spreads, middle, label="1 − √(Var / (Var + ε))", **look)
-    draw.threshold(axes, ROUNDING)
-    axes.set(xscale="log", yscale="log", xlabel="standard deviation of the input")
-    axes.set(ylabel="|output − input|, relative", title="Batch norm set to be the identity")
-    draw.legend(picture, axes)
-    return picture
+    draw.frame(axes, threshold=ROUNDING, xscale="log", yscale="log")
+    axes.set(xlabel="standard deviation of the input", ylabel="|output − input|, relative")
+    axes.set_title("Batch norm set to be the identity")
+    return draw.finish(picture)

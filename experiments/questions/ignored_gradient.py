@@ -109,16 +109,12 @@ def verdict(records: Records) -> Iterator[Verdict]:
 def figure(records: Records) -> Figure:
     """|b| and the change of the loss over the steps."""
     picture, (left, right) = draw.canvas(2)
-    first = {(r["condition"], r["seed"]): r["loss"] for r in records if r["step"] == 0}
-
-    def change(r: Record) -> float:
-        return r["loss"] - first[r["condition"], r["seed"]]
-
     draw.over_steps(left, records, lambda r: abs(r["b"]), by="condition")
-    draw.over_steps(right, records.where(condition="ignored"), change, by="condition")
     left.set(ylabel="|b| (units of the input)", title="the bias")
+    mine = records.where(condition="ignored")
+    first = {r["seed"]: r["loss"] for r in mine.where(step=0)}
+    draw.over_steps(right, mine, lambda r: r["loss"] - first[r["seed"]], by="condition")
     right.set(ylabel="loss minus its start", ylim=(-1e-6, 1e-6))
     right.set_title("the loss, gradient of the mean ignored")
-    draw.legend(picture)
-    picture.suptitle("The gradient through the mean, ignored or whole: median seed and band")
-    return picture
+    title = "The gradient through the mean, ignored or whole: median seed and band"
+    return draw.finish(picture, title)

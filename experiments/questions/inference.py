@@ -166,17 +166,12 @@ def verdict(records: Records) -> Iterator[Verdict]:
 def figure(records: Records) -> Figure:
     """The estimated variance over the true one, by batch size."""
     picture, panels = draw.panels(records.where(kind="variance"), "layer")
+    words = {"with the factor": "corrected", "without": "plain"}
     for axes, name, here in panels:
-        both = [
-            r | {"estimate": words, "ratio": r[key]}
-            for key, words in (("corrected", "with the factor"), ("plain", "without"))
-            for r in here
-        ]
+        both = [r | {"estimate": said, "ratio": r[words[said]]} for said in words for r in here]
         draw.against(axes, both, "m", "ratio", by="estimate")
-        draw.threshold(axes, 1)
         axes.set_xscale("log", base=2)
-        axes.set(xlabel="batch size m (images)", title=name)
+        draw.frame(axes, threshold=1, xlabel="batch size m (images)", title=name)
         axes.set_ylabel("estimated variance / true variance")
-    draw.legend(picture)
-    picture.suptitle("The factor: m/(m − 1), and m'/(m' − 1) with m' = m·p·q positions")
-    return picture
+    title = "The factor: m/(m − 1), and m'/(m' − 1) with m' = m·p·q positions"
+    return draw.finish(picture, title)

@@ -94,8 +94,6 @@ def figure(records: Records) -> Figure:
     picture, panels = draw.panels(records.last(), "activation", width=4)
     for axes, activation, here in panels:
         draw.against(axes, here, "sd", draw.test_error)
-        axes.set(xscale="log", xlabel="standard deviation of the initial weights")
-        axes.set(ylabel="test error (%)", title=activation)
-        draw.log_y(axes)
-    draw.legend(picture)
-    return picture
+        draw.frame(axes, xscale="log", log=True, title=activation)
+        axes.set_xlabel("standard deviation of the initial weights")
+    return draw.finish(picture)

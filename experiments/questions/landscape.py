@@ -109,17 +109,12 @@ def figure(records: Records) -> Figure:
     shown = records.trained()
     for norm, style in draw.styles(shown.values("norm")).items():
         here = shown.where(norm=norm)
-        steps = sorted(here.values("step"))
-        low, high = (
-            [np.median([draw.value(r, key) for r in here.where(step=step)]) for step in steps]
-            for key in ("lowest", "highest")
-        )
-        left.fill_between(steps, low, high, color=style["color"], alpha=0.3, lw=0)
+        steps, low = draw.along(here, "step", "lowest")
+        _, high = draw.along(here, "step", "highest")
+        ends = np.median(low, axis=1), np.median(high, axis=1)
+        left.fill_between(steps, *ends, color=style["color"], alpha=0.3, lw=0)
     left.set(xlabel="optimizer step", ylabel="loss along the step (nats)", title="median seed")
     draw.over_steps(middle, shown, "beta")
-    middle.set(ylabel="effective β")
-    draw.log_y(middle)
+    draw.frame(middle, ylabel="effective β", log=True)
     draw.over_steps(right, shown, draw.accuracy)
-    right.set(ylabel="test accuracy (%)")
-    draw.legend(picture, middle)
-    return picture
+    return draw.finish(picture, key=middle)

@@ -156,17 +156,15 @@ def figure(records: Records) -> Figure:
     for axes, condition in zip(grid, drifts.values("condition"), strict=False):
         here = drifts.where(condition=condition)
         for at, (layer, style) in enumerate(draw.styles(sorted(here.values("layer"))).items(), 1):
+            mine = here.where(layer=layer)
             for key, line, label in (("batch", "-", "a batch"), ("running", "--", "running")):
                 look = {**style, "ls": line, "label": f"norm {at}, {label}"}
-                draw.over_steps(axes, here.where(layer=layer), key, by="layer", **look)
-        axes.axhline(here[0]["sampling"], color="grey", lw=1, ls=":", label="a batch, by sampling")
+                draw.over_steps(axes, mine, key, by="layer", **look)
+        draw.dotted(axes, here[0]["sampling"], label="a batch, by sampling")
         axes.set(title=condition, yscale="log", ylim=(1e-5, 1))
     grid[0].set_ylabel("share of the variance between devices")
-    lost = records.where(kind="averaging")
-    draw.against(grid[2], lost, "step", "lost", by="condition")
-    grid[2].set(xlabel="optimizer step", ylabel="accuracy lost by averaging (points)")
-    grid[2].legend(frameon=False)
-    draw.legend(picture)
+    draw.against(grid[2], records.where(kind="averaging"), "step", "lost", by="condition")
+    grid[2].set_xlabel("optimizer step")
+    draw.frame(grid[2], ylabel="accuracy lost by averaging (points)", legend=True)
     title = "Local statistics. Left: median and band of all seeds; right: mean and 95% interval"
-    picture.suptitle(title, fontsize=10)
-    return picture
+    return draw.finish(picture, title, fontsize=10)

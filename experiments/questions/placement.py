@@ -80,7 +80,5 @@ def figure(records: Records) -> Figure:
     picture, panels = draw.panels(best, "activation", width=4)
     for axes, activation, here in panels:
         draw.over_steps(axes, here, draw.test_error, by="placement", marker=True)
-        axes.set(ylabel="test error (%)", title=activation)
-        draw.log_y(axes)
-    draw.legend(picture)
-    return picture
+        draw.frame(axes, log=True, title=activation)
+    return draw.finish(picture)

@@ -169,9 +169,8 @@ def figure(records: Records) -> Figure:
                 look["label"] = said[name] + (f" over {together}" if name != "none" else "")
                 mine = here.where(norm=name, together=together)
                 draw.over_steps(axes, mine, draw.test_error, **look)
-            axes.set(ylabel="test error (%)", title=f"{rate} rate, {drawn}")
-            draw.log_y(axes)
-            if rate == rates[0]:
-                axes.legend(frameon=False, fontsize=8)
+            draw.frame(axes, log=True, title=f"{rate} rate, {drawn}")
+    for axes in picture.axes[:2]:
+        axes.legend(frameon=False, fontsize=8)
     picture.suptitle("Median and band of all seeds; dotted: for comparison")
     return picture

@@ -177,16 +177,15 @@ def verdict(records: Records) -> Iterator[Verdict]:
 def figure(records: Records) -> Figure:
     """The gradient of each layer, relative to the last one's, by activation."""
     picture, panels = draw.panels(records, "activation", width=3.6)
+    lines = {"1": "-", "He": "--", "large": ":"}
     for axes, activation, here in panels:
         for norm, style in draw.styles(here.values("norm")).items():
-            for gain, line in (("1", "-"), ("He", "--"), ("large", ":")):
-                rows = [r["norms"] for r in here.where(norm=norm, gain=gain)]
-                if norm == "none" or gain == "1":
-                    values = np.median([np.array(v) / v[-1] for v in rows], axis=0)
-                    label = norm if gain == "1" else f"{norm}, gain {gain}"
-                    layers = np.arange(1, len(values) + 1)
-                    axes.plot(layers, values, **{**style, "ls": line, "markevery": 5}, label=label)
-        draw.log_y(axes)
-        axes.set(title=activation, xlabel="layer", ylabel="‖gradient‖ / the last layer's")
-    draw.legend(picture)
-    return picture
+            for gain in lines if norm == "none" else ("1",):
+                mine = here.where(norm=norm, gain=gain)
+                values = np.median([np.array(r["norms"]) / r["norms"][-1] for r in mine], axis=0)
+                label = norm if gain == "1" else f"{norm}, gain {gain}"
+                look = {**style, "ls": lines[gain], "markevery": 5, "label": label}
+                axes.plot(range(1, len(values) + 1), values, **look)
+        draw.frame(axes, log=True, title=activation, xlabel="layer")
+        axes.set_ylabel("‖gradient‖ / the last layer's")
+    return draw.finish(picture)

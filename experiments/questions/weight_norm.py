@@ -187,19 +187,14 @@ def verdict(records: Records) -> Iterator[Verdict]:
 def figure(records: Records) -> Figure:
     """How far each equation is off, and the lengths over training."""
     picture, (left, right) = draw.canvas(2)
-    limits = {
-        "∇g, ∇v": ("gradients", ROUNDING),
-        "cos(∇v, v)": ("cosine", ROUNDING),
-        "growth of ‖v‖": ("length", ROUNDING),
-        "|mean|": ("mean", MEAN),
-        "|sd − 1|": ("spread", SPREAD),
-    }
-    draw.columns(left, {name: records.by_seed(key) for name, (key, _) in limits.items()})
-    for at, (_, limit) in enumerate(limits.values()):
+    names = ("∇g, ∇v", "cos(∇v, v)", "growth of ‖v‖", "|mean|", "|sd − 1|")
+    keys = ("gradients", "cosine", "length", "mean", "spread")
+    off = {name: records.by_seed(key) for name, key in zip(names, keys, strict=True)}
+    draw.columns(left, off)
+    for at, limit in enumerate((*[ROUNDING] * 3, MEAN, SPREAD)):
         left.plot([at - 0.3, at + 0.4], [limit, limit], color="grey", lw=1, ls=":")
-    draw.log_y(left)
-    left.set(ylabel="relative error", title="off by (dotted: the threshold)")
+    draw.frame(left, log=True, ylabel="relative error", title="off by (dotted: the threshold)")
     draw.over_steps(right, records.where(kind="length"), "longer", by="layer")
-    right.set(ylabel="‖v‖ / ‖v‖ at the start, median unit", title="plain SGD")
-    right.legend(frameon=False)
+    draw.frame(right, title="plain SGD", legend=True)
+    right.set_ylabel("‖v‖ / ‖v‖ at the start, median unit")
     return picture

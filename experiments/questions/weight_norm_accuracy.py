@@ -115,11 +115,9 @@ def verdict(records: Records) -> Iterator[Verdict]:
 def figure(records: Records) -> Figure:
     """The error at the end: at each norm's best rate, and against the rate."""
     picture, (left, right) = draw.canvas(2)
-    norms = records.values("norm")
-    draw.columns(left, {norm: 100 - best(records, norm) for norm in norms})
+    draw.columns(left, {norm: 100 - best(records, norm) for norm in records.values("norm")})
     left.set(ylabel="test error (%)", title="at the best rate: seeds, mean, 95% interval")
     draw.against(right, records.last(), "lr", draw.test_error)
-    right.set(xscale="log", xlabel="learning rate", ylabel="test error (%)", title="by rate")
-    draw.ticks(right, records.values("lr"))
-    draw.legend(picture, right)
-    return picture
+    draw.frame(right, xscale="log", xlabel="learning rate", ticks=records.values("lr"))
+    right.set_title("by rate")
+    return draw.finish(picture, key=right)

@@ -194,13 +194,10 @@ def figure(records: Records) -> Figure:
     picture, (left, *rest) = draw.canvas(3, width=3.7)
     names = (*METHODS, "mixed")
     draw.columns(left, {name: records.by_seed("number", method=name) for name in names})
-    draw.log_y(left)
-    left.set(ylabel="condition number of the covariance", title="the data")
+    draw.frame(left, ylabel="condition number of the covariance", log=True, title="the data")
     best = records.at_best_rate("data", "norm").trained()
     for axes, norm in zip(rest, ("none", "batch"), strict=True):
         draw.over_steps(axes, best.where(norm=norm), draw.test_error, by="data")
-        draw.threshold(axes, 100 * (1 - TARGET))
-        draw.log_y(axes)
-        axes.set(ylabel="test error (%)", title=f"{norm}, at the best rate")
-    draw.legend(picture, rest[0])
-    return picture
+        title = f"{norm}, at the best rate"
+        draw.frame(axes, threshold=100 * (1 - TARGET), log=True, title=title)
+    return draw.finish(picture, key=rest[0])
