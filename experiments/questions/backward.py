@@ -36,8 +36,6 @@ RIGHT = 1e-8
 STEP = 1e-5
 """Of the central differences."""
 
-SECONDS = 1
-
 
 @dataclasses.dataclass(frozen=True)
 class Backward(Config):
@@ -60,6 +58,7 @@ class Backward(Config):
 
 
 QUICK = Backward()
+SECONDS = 1
 FULL = Backward(seeds=20, batch_size=60, channels=10, inputs=20)
 
 

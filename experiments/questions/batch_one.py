@@ -58,8 +58,6 @@ GUESS = 80.0
 WORSE, CLOSE = 10.0, 1.5
 """Points of error that batch statistics cost: at least at n = 4, and at most at n = 100."""
 
-SECONDS = 25
-
 
 @dataclasses.dataclass(frozen=True)
 class BatchOne(Config):
@@ -76,6 +74,7 @@ class BatchOne(Config):
 
 
 QUICK = BatchOne(seeds=3)
+SECONDS = 25
 FULL = BatchOne(seeds=10, steps=20_000)
 
 RELU = {"activation": jax.nn.relu}

@@ -41,8 +41,6 @@ STILL = 0.5
 NAMES = {"none": "no norm", "layer": "layer norm", "group": "group norm"}
 """The norms of single examples in words."""
 
-SECONDS = 110
-
 
 @dataclasses.dataclass(frozen=True)
 class BatchSize(Config):
@@ -65,6 +63,7 @@ class BatchSize(Config):
 
 
 QUICK = BatchSize()
+SECONDS = 110
 FULL = BatchSize(
     together=(32, 16, 8, 4, 2), batches=(32, 16, 8, 4, 2), steps=9360, evaluations=20, seeds=10
 )

@@ -58,8 +58,6 @@ TRAINS = 0.5
 SAME = 1e-5
 """How far batch norm over single images may be from instance norm, output and gradient."""
 
-SECONDS = 145
-
 
 @dataclasses.dataclass(frozen=True)
 class BatchSizeConv(Config):
@@ -81,6 +79,7 @@ class BatchSizeConv(Config):
 
 
 QUICK = BatchSizeConv()
+SECONDS = 145
 FULL = BatchSizeConv(together=(32, 16, 8, 4, 2, 1), steps=20_000, evaluations=20, seeds=10)
 
 ALONE = {

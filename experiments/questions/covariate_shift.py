@@ -33,8 +33,6 @@ from ..engine import Condition, Config, Net, Record, Records, Verdict, decide, d
 NO_SMALLER = 0.8
 """Covariate shift with batch norm over that without, at least."""
 
-SECONDS = 25
-
 
 @dataclasses.dataclass(frozen=True)
 class CovariateShift(Config):
@@ -50,6 +48,7 @@ class CovariateShift(Config):
 
 
 QUICK = CovariateShift()
+SECONDS = 25
 FULL = CovariateShift(
     dataset="cifar10", model="vgg", batch_size=128, steps=10_000, evaluations=50, seeds=10
 )

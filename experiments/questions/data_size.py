@@ -30,17 +30,7 @@ from matplotlib.figure import Figure
 import normlab as nl
 
 from ..data import Dataset
-from ..engine import (
-    Condition,
-    Config,
-    Records,
-    Schedule,
-    Verdict,
-    decide,
-    draw,
-    lanes,
-    learn,
-)
+from ..engine import Condition, Config, Records, Schedule, Verdict, decide, draw, lanes, learn
 
 SHARE = 0.75
 """The examples that batch norm needs, as a share of those without a norm, at most."""
@@ -70,9 +60,8 @@ class DataSize(Config):
     seeds: int = 5
 
 
-SECONDS = 130
-
 QUICK = DataSize()
+SECONDS = 130
 FULL = DataSize(sizes=(500, 1000, 2000, 4000, 8000, 16_000, 32_000), steps=20_000, seeds=10)
 
 

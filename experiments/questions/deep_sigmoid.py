@@ -51,9 +51,8 @@ class DeepSigmoid(Config):
     steps: int = 2000
 
 
-SECONDS = 110
-
 QUICK = DeepSigmoid()
+SECONDS = 110
 FULL = DeepSigmoid(depths=(3, 5, 8, 12), steps=50_000, evaluations=50, seeds=10)
 
 

@@ -48,9 +48,8 @@ class Delay(Config):
     references: bool = True
 
 
-SECONDS = 385
-
 QUICK = Delay()
+SECONDS = 385
 FULL = Delay(
     dataset="cifar10",
     model="conv",

@@ -28,17 +28,7 @@ from matplotlib.figure import Figure
 import normlab as nl
 
 from ..data import Dataset
-from ..engine import (
-    Condition,
-    Config,
-    Records,
-    Schedule,
-    Verdict,
-    decide,
-    draw,
-    lanes,
-    learn,
-)
+from ..engine import Condition, Config, Records, Schedule, Verdict, decide, draw, lanes, learn
 
 POINTS = 0.3
 """Points of test accuracy: dropout wins at least so many more without a norm, and with batch norm
@@ -67,9 +57,8 @@ class Dropout(Config):
     seeds: int = 5
 
 
-SECONDS = 145
-
 QUICK = Dropout()
+SECONDS = 145
 FULL = Dropout(shares=(0.0, 0.1, 0.2, 0.3, 0.5), steps=20_000, evaluations=20, seeds=10)
 
 

@@ -49,8 +49,6 @@ GAIN = 0.3
 EQUAL = 0.2
 """Points by which they may differ from a batch's over the most."""
 
-SECONDS = 45
-
 
 @dataclasses.dataclass(frozen=True)
 class Frozen(Config):
@@ -73,6 +71,7 @@ class Frozen(Config):
 
 
 QUICK = Frozen()
+SECONDS = 45
 FULL = Frozen(together=(2, 4, 8, 16, 32), steps=20_000, evaluations=20, seeds=10)
 
 

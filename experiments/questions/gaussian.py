@@ -57,9 +57,8 @@ class Gaussian(Config):
     seeds: int = 5
 
 
-SECONDS = 35
-
 QUICK = Gaussian()
+SECONDS = 35
 FULL = Gaussian(steps=50_000, evaluations=50, seeds=10)
 
 

@@ -38,8 +38,6 @@ EQUAL = 1e-8
 SHARE = 1.0
 """Of the units whose gradient obeys the bound, read for two nets of the same weights."""
 
-SECONDS = 2
-
 
 @dataclasses.dataclass(frozen=True)
 class GradientBound(Config):
@@ -55,6 +53,7 @@ class GradientBound(Config):
 
 
 QUICK = GradientBound()
+SECONDS = 2
 FULL = GradientBound(seeds=20, width=256)
 
 

@@ -45,9 +45,8 @@ class GradientSync(Config):
     gradients: tuple[nl.devices.Gradient, ...] = ("forward", "backward", "none")
 
 
-SECONDS = 145
-
 QUICK = GradientSync()
+SECONDS = 145
 FULL = GradientSync(dataset="cifar10", model="conv", steps=20_000, evaluations=20, seeds=10)
 
 

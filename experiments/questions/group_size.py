@@ -52,9 +52,8 @@ class GroupSize(Config):
     evaluations: int = 5
 
 
-SECONDS = 235
-
 QUICK = GroupSize()
+SECONDS = 235
 FULL = GroupSize(
     dataset="cifar10",
     model="conv",

@@ -42,8 +42,6 @@ SMALL, SEEN = 1e-2, 0.01
 GAINS = {"√(Var + ε)": 1.0, "√Var": 0.0}
 """How often ε stands beside the variance under the root of γ."""
 
-SECONDS = 2
-
 
 @dataclasses.dataclass(frozen=True)
 class Identity(Config):
@@ -64,6 +62,7 @@ class Identity(Config):
 
 
 QUICK = Identity()
+SECONDS = 2
 FULL = Identity(seeds=20, channels=256)
 
 

@@ -35,8 +35,6 @@ GROWTH = (9.9, 10.1)
 STILL = 1e-6
 """How far the loss moves at most; and the bias, if the gradient is whole."""
 
-SECONDS = 2
-
 
 @dataclasses.dataclass(frozen=True)
 class IgnoredGradient(Config):
@@ -48,6 +46,7 @@ class IgnoredGradient(Config):
 
 
 QUICK = IgnoredGradient()
+SECONDS = 2
 FULL = IgnoredGradient(seeds=10, steps=10_000)
 
 

@@ -47,8 +47,6 @@ EXACT = 1e-10
 SMALL = 4
 """The batch at which the verdicts on the variance are taken: m/(m − 1) is 4/3."""
 
-SECONDS = 11
-
 
 @dataclasses.dataclass(frozen=True)
 class Inference(Config):
@@ -67,6 +65,7 @@ class Inference(Config):
 
 
 QUICK = Inference()
+SECONDS = 11
 FULL = Inference(seeds=10, examples=60_000, channels=64)
 
 LINEAR = {"dense": nl.Dense(), "conv": nl.Conv(strides=2, padding="VALID")}

@@ -52,9 +52,8 @@ class Initialization(Config):
     evaluations: int = 5
 
 
-SECONDS = 60
-
 QUICK = Initialization()
+SECONDS = 60
 FULL = Initialization(
     sds=(0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0), steps=50_000, evaluations=20, seeds=10
 )

@@ -37,8 +37,6 @@ NARROWER = 3.0
 SMOOTHER = 3.0
 """The factor by which its effective β is smaller, at least."""
 
-SECONDS = 25
-
 STEPS = tuple(0.5 * k for k in range(1, 9))
 """The lengths along the gradient, in units of the learning rate."""
 
@@ -58,6 +56,7 @@ class Landscape(Config):
 
 
 QUICK = Landscape()
+SECONDS = 25
 FULL = Landscape(steps=15_000, evaluations=100, seeds=10)
 
 

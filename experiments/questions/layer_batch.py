@@ -34,8 +34,6 @@ STILL = 0.5
 WORSE = 1.5
 """Points by which batch norm's error rises, at least."""
 
-SECONDS = 130
-
 
 @dataclasses.dataclass(frozen=True)
 class LayerBatch(Config):
@@ -61,6 +59,7 @@ class LayerBatch(Config):
 
 
 QUICK = LayerBatch()
+SECONDS = 130
 FULL = LayerBatch(
     norms=("none", "batch", "layer"), widths=(1000, 1000), steps=9360, evaluations=20, seeds=10
 )

@@ -68,9 +68,8 @@ class LearningRate(Config):
     evaluations: int = 30
 
 
-SECONDS = 105
-
 QUICK = LearningRate()
+SECONDS = 105
 FULL = LearningRate(
     dataset="cifar10", model="vgg", batch_size=128, steps=30_000, tests=10_000, seeds=10
 )

@@ -47,9 +47,8 @@ where it does."""
 APART = 0.1
 """The least share of variance between running statistics that have drifted apart."""
 
-SECONDS = 95
-
 QUICK = Config(evaluations=20)
+SECONDS = 95
 FULL = Config(dataset="cifar10", steps=20_000, evaluations=40, seeds=10)
 
 

@@ -43,8 +43,6 @@ RELU = np.pi / (np.pi - 1)
 SMALL = 8
 """The batch at which batch norm alone is judged: 6/5. At 128 it is 1.008."""
 
-SECONDS = 12
-
 
 @dataclasses.dataclass(frozen=True)
 class MeanField(Config):
@@ -67,6 +65,7 @@ class MeanField(Config):
 
 
 QUICK = MeanField()
+SECONDS = 12
 FULL = MeanField(seeds=20, width=2000, depth=100)
 
 

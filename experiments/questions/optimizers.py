@@ -53,9 +53,8 @@ class Optimizers(Config):
     evaluations: int = 2
 
 
-SECONDS = 100
-
 QUICK = Optimizers()
+SECONDS = 100
 FULL = Optimizers(steps=50_000, evaluations=50, seeds=10)
 
 

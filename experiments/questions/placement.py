@@ -48,9 +48,8 @@ class Placement(Config):
     seeds: int = 4
 
 
-SECONDS = 55
-
 QUICK = Placement()
+SECONDS = 55
 FULL = Placement(dataset="cifar10", model="vgg", batch_size=128, steps=30_000, seeds=10)
 
 

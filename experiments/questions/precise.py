@@ -39,8 +39,6 @@ GAIN = 0.5
 EQUAL = 0.2
 """Points by which both may differ at the end of a run whose rate falls to zero."""
 
-SECONDS = 115
-
 
 @dataclasses.dataclass(frozen=True)
 class Precise(Config):
@@ -63,6 +61,7 @@ class Precise(Config):
 
 
 QUICK = Precise()
+SECONDS = 115
 FULL = Precise(steps=12_000, evaluations=20, batches=100, seeds=10)
 
 

@@ -44,8 +44,6 @@ BREAKS = 10.0
 
 NORMS = ("none", "batch", "renorm")
 
-SECONDS = 145
-
 
 @dataclasses.dataclass(frozen=True)
 class Renorm(Config):
@@ -70,6 +68,7 @@ class Renorm(Config):
 
 
 QUICK = Renorm()
+SECONDS = 145
 FULL = Renorm(steps=20_000, evaluations=20, seeds=10)
 
 

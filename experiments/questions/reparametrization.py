@@ -67,13 +67,12 @@ LOWER = 1.1
 WHITE = 0.5
 """The distance from white that batch norm's output keeps, at least; 0.05 would count as white."""
 
-SECONDS = 45
-
 IMAGES = 4096
 """Over which the distance from white is measured."""
 
 
 QUICK = Config(steps=1000, evaluations=10, lr=0.5, seeds=5)
+SECONDS = 45
 FULL = Config(steps=50_000, evaluations=50, lr=0.5, seeds=10)
 
 

@@ -47,8 +47,6 @@ SLOPE = 0.02
 """How far the slope of the first step's turn by c, both in logarithms, may be from −2 (unchanged)
 and from 0 (adjusted)."""
 
-SECONDS = 11
-
 
 @dataclasses.dataclass(frozen=True)
 class ScaleInvariance(Config):
@@ -69,6 +67,7 @@ class ScaleInvariance(Config):
 
 
 QUICK = ScaleInvariance()
+SECONDS = 11
 FULL = ScaleInvariance(seeds=10, steps=2000, width=100)
 
 Params = dict[str, Array]

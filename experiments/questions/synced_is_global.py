@@ -41,9 +41,8 @@ LAYER = {"float32": 1e-6, "float64": 1e-14}
 TRAINING = {"float32": 1e-3, "float64": 1e-10}
 """The largest relative difference of the loss over the steps: rounding grows on the way."""
 
-SECONDS = 75
-
 QUICK = Config(dataset="mnist", per_device=8, steps=100)
+SECONDS = 75
 FULL = dataclasses.replace(QUICK, model="conv", steps=1000, seeds=10)
 
 CHANNELS = 100

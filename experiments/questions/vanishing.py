@@ -49,8 +49,6 @@ RANGE = (0.8, 1.25)
 SLOPES = {"sigmoid": 0.25, "tanh": 1.0}
 """The largest derivative of each: the factor of the activation alone, at most, in any layer."""
 
-SECONDS = 18
-
 F = {"sigmoid": jax.nn.sigmoid, "tanh": jnp.tanh, "ReLU": jax.nn.relu}
 
 GAINS = {"1": 1.0, "He": math.sqrt(2), "large": 4.0}
@@ -76,6 +74,7 @@ class Vanishing(Config):
 
 
 QUICK = Vanishing()
+SECONDS = 18
 FULL = Vanishing(depth=50, width=400, seeds=10)
 
 

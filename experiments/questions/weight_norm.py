@@ -47,9 +47,8 @@ SPREAD = 1e-4
 FALL = 1e-12
 """The largest relative fall of a ‖v‖ in a step, at most: none falls but by rounding."""
 
-SECONDS = 8
-
 QUICK = Config(steps=200, evaluations=40, seeds=5)
+SECONDS = 8
 FULL = Config(steps=1000, evaluations=100, seeds=10)
 
 LAYERS = ("Normed_0", "Normed_1", "Normed_2")

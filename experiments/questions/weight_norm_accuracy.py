@@ -36,8 +36,6 @@ BETTER = 0.3
 """Points that batch norm must be better than the plain net, and mean-only batch norm with weight
 norm than batch norm. In the paper they are 0.38 and 0.74."""
 
-SECONDS = 350
-
 
 @dataclasses.dataclass(frozen=True)
 class WeightNormAccuracy(Config):
@@ -57,6 +55,7 @@ class WeightNormAccuracy(Config):
 
 
 QUICK = WeightNormAccuracy()
+SECONDS = 350
 FULL = WeightNormAccuracy(
     rates=(0.0003, 0.001, 0.003), model="vgg", steps=50_000, evaluations=50, seeds=10
 )

@@ -72,8 +72,6 @@ measure_condition = jax.jit(condition_number)
 
 METHODS = ("minmax", "zscore", "pca", "zca")
 
-SECONDS = 120
-
 
 @dataclasses.dataclass(frozen=True)
 class Whiten(Config):
@@ -91,6 +89,7 @@ class Whiten(Config):
 
 
 QUICK = Whiten()
+SECONDS = 120
 FULL = Whiten(
     rates=(1e-6, 1e-5, 1e-4, 1e-3, 0.01, 0.1, 0.3, 1.0, 2.0, 10.0),
     measured=10_000,
