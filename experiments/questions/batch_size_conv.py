@@ -123,22 +123,21 @@ def gap(a: Array, cotangent: Array) -> Array:
 def verdict(records: Records) -> Iterator[Verdict]:
     """The cost of small statistics, group norm beside them, and what a single image does."""
     whole = max(records.values("together"))
-    batch = {n: records.accuracy(norm="batch", together=n) for n in (whole, 4, 2)}
+    most, four, two = (records.accuracy(norm="batch", together=n) for n in (whole, 4, 2))
     group = records.accuracy(norm="group")
-    loss = records.by_seed("train_loss", norm="batch", together=1) / math.log(10)
-    apart = records.by_seed("gap", kind="layer")
     claim = "conv batch norm over 4 images: its error hardly rises"
-    yield decide(claim, batch[whole] - batch[4], at_most=FOUR, unit="points")
+    yield decide(claim, most - four, at_most=FOUR, unit="points")
     claim = "conv batch norm over 2 images: its error rises a little"
-    yield decide(claim, batch[whole] - batch[2], at_least=0, at_most=TWO, unit="points")
+    yield decide(claim, most - two, at_least=0, at_most=TWO, unit="points")
     claim = "conv, 2 images: group norm is better than batch norm"
-    yield decide(claim, group - batch[2], at_least=0, unit="points")
+    yield decide(claim, group - two, at_least=0, unit="points")
     claim = f"conv, {whole} images: batch norm is better than group norm"
-    yield decide(claim, batch[whole] - group, at_least=0, unit="points")
+    yield decide(claim, most - group, at_least=0, unit="points")
     claim = "conv batch norm over 1 image trains (its loss, as a share of guessing's)"
-    yield decide(claim, loss, at_most=TRAINS)
+    loss = records.by_seed("train_loss", norm="batch", together=1)
+    yield decide(claim, loss / math.log(10), at_most=TRAINS)
     claim = "conv batch norm over 1 image is instance norm, forth and back (relative gap)"
-    yield decide(claim, apart, at_most=SAME, geometric=True)
+    yield decide(claim, records.by_seed("gap"), at_most=SAME, geometric=True)
 
 
 def figure(records: Records) -> Figure:

@@ -60,9 +60,8 @@ def run(config: GradientSync) -> Iterator[Condition]:
 
 def verdict(records: Records) -> Iterator[Verdict]:
     """What each gradient costs against that of both passes."""
-    both = records.accuracy("both")
     for name in records.values("condition"):
-        lost = both - records.accuracy(name)
+        lost = records.accuracy("both") - records.accuracy(name)
         if name in ("forward", "backward"):
             claim = f"{name} alone trains as well as both (accuracy lost)"
             yield decide(claim, lost, at_most=LOSS, unit="points")

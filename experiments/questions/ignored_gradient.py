@@ -90,19 +90,15 @@ def verdict(records: Records) -> Iterator[Verdict]:
     """The growth, the loss, and the same with the whole gradient."""
     last = max(records.values("step"))
     early = min(step for step in records.values("step") if step >= max(1, last // 10))
-    b = {
-        (name, step): np.abs(records.by_seed("b", condition=name, step=step))
-        for name in ("ignored", "whole")
-        for step in (early, last)
-    }
-    low, high = GROWTH
-    ignored = "gradient of the mean ignored: "
-    claim = ignored + f"the bias grows linearly (|b| after {last} steps over {early})"
-    growth = np.round(b["ignored", last] / b["ignored", early], 9)
-    yield decide(claim, growth, at_least=low, at_most=high)
-    moved = records.by_seed("loss", of=np.ptp, condition="ignored")
-    yield decide(ignored + "the loss stays as it is (its range)", moved, at_most=STILL)
-    yield decide("whole gradient: the bias rests (|b|)", b["whole", last], at_most=STILL)
+    ignored, whole = (records.where(condition=name) for name in ("ignored", "whole"))
+    growth = ignored.by_seed("b", step=last) / ignored.by_seed("b", step=early)
+    claim = "gradient of the mean ignored: "
+    grows = claim + f"the bias grows linearly (|b| after {last} steps over {early})"
+    yield decide(grows, np.abs(growth).round(9), at_least=GROWTH[0], at_most=GROWTH[1])
+    moved = ignored.by_seed("loss", of=np.ptp)
+    yield decide(claim + "the loss stays as it is (its range)", moved, at_most=STILL)
+    rests = np.abs(whole.by_seed("b", step=last))
+    yield decide("whole gradient: the bias rests (|b|)", rests, at_most=STILL)
 
 
 def figure(records: Records) -> Figure:

@@ -129,7 +129,7 @@ def sort_by_class(lab: Lab, config: Config) -> np.ndarray:
 def verdict(records: Records) -> Iterator[Verdict]:
     """Drift beyond sampling, and what averaging loses, on either kind of data."""
     half = max(records.values("step")) / 2
-    late = records.where(lambda r: r["kind"] == "drift" and r["step"] > half)
+    late = records.where(lambda r: r["step"] > half, kind="drift")
     (sampling,) = late.values("sampling")
     for at, layer in enumerate(sorted(late.values("layer")), 1):
         here = late.where(layer=layer)
@@ -139,12 +139,10 @@ def verdict(records: Records) -> Iterator[Verdict]:
         share = here.by_seed("running", of=np.mean, condition="sorted")
         claim = f"sorted, norm {at}: running statistics drift apart (share between devices)"
         yield decide(claim, share, at_least=APART)
-    lost = records.where(kind="averaging")
+    shuffled, by_class = (records.by_seed("lost", condition=c) for c in ("shuffled", "sorted"))
     claim = "shuffled: averaging the running variances costs nothing (accuracy lost)"
-    shuffled = lost.by_seed("lost", condition="shuffled")
     yield decide(claim, shuffled, at_least=-LOSS, at_most=LOSS, unit="points")
     claim = "sorted: averaging the running variances loses accuracy"
-    by_class = lost.by_seed("lost", condition="sorted")
     yield decide(claim, by_class, at_least=LOSS, unit="points")
 
 

@@ -136,15 +136,14 @@ def forth_and_back(
 
 def verdict(records: Records) -> Iterator[Verdict]:
     """What is won back over few examples, what two classes cost, and the identity."""
-    every, few = (f(records.where(drawn="shuffled").values("together")) for f in (max, min))
-    for rate in records.where(drawn="shuffled").values("rate"):
-        final = functools.partial(records.accuracy, rate=rate)
-        best = final(drawn="shuffled", norm="batch", together=every)
-        batch = final(drawn="shuffled", norm="batch", together=few)
-        renorm = final(drawn="shuffled", norm="renorm", together=few)
+    shuffled, classes = (records.where(drawn=drawn) for drawn in ("shuffled", "two classes"))
+    every, few = (f(shuffled.values("together")) for f in (max, min))
+    for rate in shuffled.values("rate"):
+        best = shuffled.accuracy(rate=rate, together=every)
+        batch, renorm = (shuffled.accuracy(rate=rate, norm=n, together=few) for n in NORMS[1:])
         claim = f"{rate} rate: batch renorm over {few} wins back a share of batch norm's loss"
         yield decide(claim, (renorm - batch) / (best - batch), at_least=WON)
-        none, batch, renorm = (final(drawn="two classes", norm=n) for n in NORMS)
+        none, batch, renorm = (classes.accuracy(rate=rate, norm=n) for n in NORMS)
         claim = f"{rate} rate, two classes in a minibatch: batch norm loses more than no norm"
         yield decide(claim, none - batch, at_least=BREAKS, unit="points")
         claim = f"{rate} rate, two classes: batch renorm wins back a share of that"

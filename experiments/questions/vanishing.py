@@ -149,28 +149,26 @@ def verdict(records: Records) -> Iterator[Verdict]:
     """What vanishes, what keeps it in range, and that an activation only shrinks it."""
     low, high = RANGE
 
-    def factor(activation: str, norm: str, gain: str = "1") -> np.ndarray:
-        return records.by_seed("factor", activation=activation, norm=norm, gain=gain)
+    def grows(claim: str, activation: str, norm: str, gain: str, **limits: float) -> Verdict:
+        factor = records.by_seed("factor", activation=activation, norm=norm, gain=gain)
+        return decide(f"{claim} (factor per layer)", factor, **limits, geometric=True)
 
     for activation in SLOPES:
-        claim = f"{activation} without a norm: the gradient vanishes with depth (factor per layer)"
-        yield decide(claim, factor(activation, "none"), at_most=VANISHES, geometric=True)
+        claim = f"{activation} without a norm: the gradient vanishes with depth"
+        yield grows(claim, activation, "none", "1", at_most=VANISHES)
     settings = [(activation, "1", "") for activation in F]
     for activation, gain, said in (*settings, ("tanh", "large", ", large weights")):
         for norm in records.where(lambda r: r["norm"] != "none").values("norm"):
-            claim = f"{activation} with {norm} norm{said}: the gradient stays in range "
-            claim += "(factor per layer)"
-            effects = factor(activation, norm, gain)
-            yield decide(claim, effects, at_least=low, at_most=high, geometric=True)
-    claim = "ReLU without a norm, He's start: the gradient stays in range (factor per layer)"
-    effects = factor("ReLU", "none", "He")
-    yield decide(claim, effects, at_least=low, at_most=high, geometric=True)
+            claim = f"{activation} with {norm} norm{said}: the gradient stays in range"
+            yield grows(claim, activation, norm, gain, at_least=low, at_most=high)
+    claim = "ReLU without a norm, He's start: the gradient stays in range"
+    yield grows(claim, "ReLU", "none", "He", at_least=low, at_most=high)
     for activation, slope in SLOPES.items():
         largest = records.by_seed("activation_factor", of=max, activation=activation)
         claim = f"{activation} by itself never makes a gradient grow (largest factor in a layer)"
         yield decide(claim, largest, at_most=slope)
-    claim = "tanh without a norm, large weights: the gradient grows, saturated (factor per layer)"
-    yield decide(claim, factor("tanh", "none", "large"), at_least=high, geometric=True)
+    claim = "tanh without a norm, large weights: the gradient grows, saturated"
+    yield grows(claim, "tanh", "none", "large", at_least=high)
 
 
 def figure(records: Records) -> Figure:

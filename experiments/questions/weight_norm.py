@@ -167,20 +167,18 @@ def unit_lengths(params: Any) -> Array:
 
 def verdict(records: Records) -> Iterator[Verdict]:
     """Each equation."""
-    claims = (
-        ("autodiff finds the paper's gradients of g and v (relative difference)", "gradients"),
-        ("the gradient of v is orthogonal to v (cosine)", "cosine"),
-        ("a step of SGD makes ‖v‖ √(1 + c²) times as long (relative difference)", "length"),
-    )
-    for claim, key in claims:
-        claim = f"weight norm: {claim}"
-        yield decide(claim, records.by_seed(key), at_most=ROUNDING, geometric=True)
-    claim = "weight norm: no unit's ‖v‖ falls in any step of SGD (largest relative fall)"
-    yield decide(claim, records.by_seed("fall"), at_most=FALL)
-    claim = "weight norm: after its start every unit has mean 0 on that batch (largest |mean|)"
-    yield decide(claim, records.by_seed("mean"), at_most=MEAN, geometric=True)
-    claim = "weight norm: after its start every unit has deviation 1 (largest |sd − 1|)"
-    yield decide(claim, records.by_seed("spread"), at_most=SPREAD, geometric=True)
+    claims = {
+        "gradients": "autodiff finds the paper's gradients of g and v (relative difference)",
+        "cosine": "the gradient of v is orthogonal to v (cosine)",
+        "length": "a step of SGD makes ‖v‖ √(1 + c²) times as long (relative difference)",
+        "fall": "no unit's ‖v‖ falls in any step of SGD (largest relative fall)",
+        "mean": "after its start every unit has mean 0 on that batch (largest |mean|)",
+        "spread": "after its start every unit has deviation 1 (largest |sd − 1|)",
+    }
+    limits = {"fall": FALL, "mean": MEAN, "spread": SPREAD}
+    for key, claim in claims.items():
+        off, limit = records.by_seed(key), limits.get(key, ROUNDING)
+        yield decide(f"weight norm: {claim}", off, at_most=limit, geometric=key != "fall")
 
 
 def figure(records: Records) -> Figure:
