@@ -64,7 +64,7 @@ def test_error(record: Record) -> float | None:
     return None if record["accuracy"] is None else 100 * (1 - record["accuracy"])
 
 
-AXES = {accuracy: "test accuracy (%)", test_error: "test error (%)"}
+AXES: dict[Value, str] = {accuracy: "test accuracy (%)", test_error: "test error (%)"}
 """What an axis of these values is called."""
 
 

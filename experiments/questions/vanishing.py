@@ -149,7 +149,7 @@ def verdict(records: Records) -> Iterator[Verdict]:
     """What vanishes, what keeps it in range, and that an activation only shrinks it."""
     low, high = RANGE
 
-    def grows(claim: str, activation: str, norm: str, gain: str, **limits: float) -> Verdict:
+    def grows(claim: str, activation: str, norm: str, gain: str, **limits: Any) -> Verdict:
         factor = records.by_seed("factor", activation=activation, norm=norm, gain=gain)
         return decide(f"{claim} (factor per layer)", factor, **limits, geometric=True)
 
