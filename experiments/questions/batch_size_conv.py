@@ -147,10 +147,9 @@ def figure(records: Records) -> Figure:
     sizes = sorted(batch.values("together"))
     picture, (left, right) = draw.canvas(2)
     draw.against(left, final.where(norm="batch"), "together", draw.test_error)
-    alone = [
-        r | {"together": n} for r in final if r["norm"] in ALONE for n in (sizes[0], sizes[-1])
-    ]
-    draw.against(left, alone, "together", draw.test_error)
+    for name, style in draw.styles(ALONE).items():
+        error = 100 - final.accuracy(norm=name)
+        draw.spread(left, [sizes[0], sizes[-1]], [error, error], label=name, **style)
     draw.frame(left, xlabel="images normalized together", doubling=True, ticks=sizes)
     lines = {f"over {n}": batch.where(together=n) for n in sizes}
     lines["instance norm"] = records.where(norm="instance")

@@ -98,16 +98,16 @@ def verdict(records: Records) -> Iterator[Verdict]:
 def figure(records: Records) -> Figure:
     """The test error at the end against the number of examples normalized together."""
     picture, (axes,) = draw.canvas(width=6.4, height=4.2)
-    ends = records.last()
-    for size, style in draw.styles(sorted(ends.values("per_device"))).items():
-        here = ends.where(per_device=size)
-        for said, mine, ls, fill in (
-            ("devices", here.where(lambda r: r["group"] > 0), "-", None),
-            ("parts of a device's batch", here.where(group=0), ":", "w"),
-        ):
-            look = {**style, "ls": ls, "mfc": fill, "label": f"{size} per device: {said}"}
-            draw.against(axes, mine, "together", draw.test_error, by="per_device", **look)
-    draw.frame(axes, xlabel="examples normalized together", doubling=True, log=True, legend=True)
-    title = f"Group size: {ends[0]['step']} steps; mean and 95% interval over seeds"
-    picture.suptitle(title, fontsize=10)
+    for size, style in draw.styles(sorted(records.values("per_device"))).items():
+        for ghost, label in ((False, "devices"), (True, "parts of a device's batch")):
+            here = records.where(lambda r, ghost=ghost: (not r["group"]) == ghost, per_device=size)
+            places = sorted(here.values("together"))
+            errors = [100 - here.accuracy(together=n) for n in places]
+            look = {**style, "ls": ":" if ghost else "-", "mfc": "w" if ghost else None}
+            if places:
+                draw.spread(axes, places, errors, label=f"{size} per device: {label}", **look)
+    axes.set(xlabel="examples normalized together", ylabel="test error (%)")
+    draw.frame(axes, doubling=True, log=True, legend=True)
+    last = max(records.values("step"))
+    picture.suptitle(f"Group size: {last} steps; mean and 95% interval over seeds", fontsize=10)
     return picture
