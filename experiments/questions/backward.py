@@ -36,8 +36,6 @@ RIGHT = 1e-8
 STEP = 1e-5
 """Of the central differences."""
 
-SECONDS = 1
-
 
 @dataclasses.dataclass(frozen=True)
 class Backward(Config):
@@ -60,6 +58,7 @@ class Backward(Config):
 
 
 QUICK = Backward()
+SECONDS = 1
 FULL = Backward(seeds=20, batch_size=60, channels=10, inputs=20)
 
 
@@ -172,20 +171,15 @@ def figure(records: Records) -> Figure:
     """The error of each statement; and what ε makes of the invariance."""
     picture, (left, right) = draw.canvas(2)
     smallest, largest = (f(records.values("eps")) for f in (min, max))
-    for at, name in enumerate(STATEMENTS):
-        errors = [max(error, 1e-17) for error in worst(records, name)]
-        left.plot([at] * len(errors), errors, "o", color="black", alpha=0.4, markersize=4)
-    left.set_xticks(range(len(STATEMENTS)), list(STATEMENTS), rotation=30, ha="right")
-    draw.threshold(left, RIGHT)
-    left.set(yscale="log", ylabel="relative error", title=f"ε = {smallest:g}, dotted: threshold")
-    for eps, style in draw.styles([smallest, largest]).items():
-        mine = records.where(statement="output", eps=eps)
-        style = {**style, "ls": "", "alpha": 0.6, "label": f"ε = {eps:g}"}
-        right.plot([r["scale"] for r in mine], [r["error"] for r in mine], **style)
-    draw.threshold(right, RIGHT)
-    right.set(xscale="log", yscale="log", xlabel="factor c of the weights")
-    right.set(ylabel="change of the output, relative", title=f"what ε = {largest:g} does to it")
-    right.legend(frameon=False)
+    errors = {name: np.maximum(worst(records, name), 1e-17) for name in STATEMENTS}
+    draw.columns(left, errors, mean=False, color="black", marker="o")
+    title = f"ε = {smallest:g}, dotted: threshold"
+    draw.frame(left, threshold=RIGHT, yscale="log", ylabel="relative error", title=title)
+    output = records.where(statement="output")
+    draw.scatter(right, output, "scale", "error", by=lambda r: f"ε = {r['eps']:g}", alpha=0.6)
+    draw.frame(right, threshold=RIGHT, xscale="log", yscale="log", legend=True)
+    right.set(xlabel="factor c of the weights", ylabel="change of the output, relative")
+    right.set_title(f"what ε = {largest:g} does to it")
     for axes in (left, right):
         axes.minorticks_off()
     return picture

@@ -58,8 +58,6 @@ GUESS = 80.0
 WORSE, CLOSE = 10.0, 1.5
 """Points of error that batch statistics cost: at least at n = 4, and at most at n = 100."""
 
-SECONDS = 25
-
 
 @dataclasses.dataclass(frozen=True)
 class BatchOne(Config):
@@ -76,6 +74,7 @@ class BatchOne(Config):
 
 
 QUICK = BatchOne(seeds=3)
+SECONDS = 25
 FULL = BatchOne(seeds=10, steps=20_000)
 
 RELU = {"activation": jax.nn.relu}
@@ -164,12 +163,8 @@ def verdict(records: Records) -> Iterator[Verdict]:
 def figure(records: Records) -> Figure:
     """The test error against the batch size of inference."""
     picture, (axes,) = draw.canvas(width=6.4, height=4.2)
-    named = [r | {"statistics": f"{r['statistics']} statistics"} for r in records]
-    draw.against(axes, named, "n", "error", by="statistics")
-    draw.threshold(axes, 90)
-    axes.set_xscale("log")
-    draw.ticks(axes, records.values("n"))
-    axes.set(xlabel="examples predicted together", ylabel="test error (%)", ylim=(0, 100))
+    draw.against(axes, records, "n", "error", by=lambda r: f"{r['statistics']} statistics")
+    draw.frame(axes, threshold=90, xscale="log", ticks=records.values("n"), ylim=(0, 100))
+    axes.set(xlabel="examples predicted together", ylabel="test error (%)")
     axes.set_title("One net, predicting in batches; dotted: chance")
-    draw.legend(picture, axes)
-    return picture
+    return draw.finish(picture)

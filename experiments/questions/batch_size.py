@@ -41,8 +41,6 @@ STILL = 0.5
 NAMES = {"none": "no norm", "layer": "layer norm", "group": "group norm"}
 """The norms of single examples in words."""
 
-SECONDS = 110
-
 
 @dataclasses.dataclass(frozen=True)
 class BatchSize(Config):
@@ -65,6 +63,7 @@ class BatchSize(Config):
 
 
 QUICK = BatchSize()
+SECONDS = 110
 FULL = BatchSize(
     together=(32, 16, 8, 4, 2), batches=(32, 16, 8, 4, 2), steps=9360, evaluations=20, seeds=10
 )
@@ -122,19 +121,12 @@ def verdict(records: Records) -> Iterator[Verdict]:
 
 def figure(records: Records) -> Figure:
     """The error at the end against either batch."""
-    seen = max(r["step"] * r["batch"] for r in records)
-    final = records.where(lambda r: r["step"] * r["batch"] == seen)
-    whole = max(records.values("batch"))
+    final, whole = records.last(), max(records.values("batch"))
     picture, (left, right) = draw.canvas(2)
     draw.against(left, final.where(norm="batch", batch=whole), "together", draw.test_error)
+    draw.frame(left, xlabel=f"examples normalized together, of {whole}", doubling=True, log=True)
     true = final.where(lambda r: r["batch"] == r["together"])
     draw.against(right, true, "batch", draw.test_error)
-    left.set(xlabel=f"examples normalized together, of {whole}", ylabel="test error (%)")
-    right.set(xlabel="examples in a batch", ylabel="test error (%)")
-    for axes in (left, right):
-        draw.log_y(axes)
-        axes.set_xscale("log", base=2)
-        axes.xaxis.set_major_formatter("{x:g}")
-    draw.legend(picture, right)
-    picture.suptitle("Left: only statistics differ. Right: the step's batch. Mean, 95% interval")
-    return picture
+    draw.frame(right, xlabel="examples in a batch", doubling=True, log=True)
+    title = "Left: only statistics differ. Right: the step's batch. Mean, 95% interval"
+    return draw.finish(picture, title, key=right)

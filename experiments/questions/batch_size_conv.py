@@ -58,8 +58,6 @@ TRAINS = 0.5
 SAME = 1e-5
 """How far batch norm over single images may be from instance norm, output and gradient."""
 
-SECONDS = 145
-
 
 @dataclasses.dataclass(frozen=True)
 class BatchSizeConv(Config):
@@ -81,6 +79,7 @@ class BatchSizeConv(Config):
 
 
 QUICK = BatchSizeConv()
+SECONDS = 145
 FULL = BatchSizeConv(together=(32, 16, 8, 4, 2, 1), steps=20_000, evaluations=20, seeds=10)
 
 ALONE = {
@@ -124,22 +123,21 @@ def gap(a: Array, cotangent: Array) -> Array:
 def verdict(records: Records) -> Iterator[Verdict]:
     """The cost of small statistics, group norm beside them, and what a single image does."""
     whole = max(records.values("together"))
-    batch = {n: records.accuracy(norm="batch", together=n) for n in (whole, 4, 2)}
+    most, four, two = (records.accuracy(norm="batch", together=n) for n in (whole, 4, 2))
     group = records.accuracy(norm="group")
-    loss = records.by_seed("train_loss", norm="batch", together=1) / math.log(10)
-    apart = records.by_seed("gap", kind="layer")
     claim = "conv batch norm over 4 images: its error hardly rises"
-    yield decide(claim, batch[whole] - batch[4], at_most=FOUR, unit="points")
+    yield decide(claim, most - four, at_most=FOUR, unit="points")
     claim = "conv batch norm over 2 images: its error rises a little"
-    yield decide(claim, batch[whole] - batch[2], at_least=0, at_most=TWO, unit="points")
+    yield decide(claim, most - two, at_least=0, at_most=TWO, unit="points")
     claim = "conv, 2 images: group norm is better than batch norm"
-    yield decide(claim, group - batch[2], at_least=0, unit="points")
+    yield decide(claim, group - two, at_least=0, unit="points")
     claim = f"conv, {whole} images: batch norm is better than group norm"
-    yield decide(claim, batch[whole] - group, at_least=0, unit="points")
+    yield decide(claim, most - group, at_least=0, unit="points")
     claim = "conv batch norm over 1 image trains (its loss, as a share of guessing's)"
-    yield decide(claim, loss, at_most=TRAINS)
+    loss = records.by_seed("train_loss", norm="batch", together=1)
+    yield decide(claim, loss / math.log(10), at_most=TRAINS)
     claim = "conv batch norm over 1 image is instance norm, forth and back (relative gap)"
-    yield decide(claim, apart, at_most=SAME, geometric=True)
+    yield decide(claim, records.by_seed("gap"), at_most=SAME, geometric=True)
 
 
 def figure(records: Records) -> Figure:
@@ -150,17 +148,14 @@ def figure(records: Records) -> Figure:
     picture, (left, right) = draw.canvas(2)
     draw.against(left, final.where(norm="batch"), "together", draw.test_error)
     for name, style in draw.styles(ALONE).items():
-        error = [100 - v for v in final.accuracy(norm=name)]
-        draw.spread(left, [min(sizes), max(sizes)], [error, error], label=name, **style)
-    left.set_xscale("log", base=2)
-    draw.ticks(left, sizes)
-    left.set(xlabel="images normalized together", ylabel="test error (%)")
+        error = 100 - final.accuracy(norm=name)
+        draw.spread(left, [sizes[0], sizes[-1]], [error, error], label=name, **style)
+    draw.frame(left, xlabel="images normalized together", doubling=True, ticks=sizes)
     lines = {f"over {n}": batch.where(together=n) for n in sizes}
     lines["instance norm"] = records.where(norm="instance")
     named = [{**r, "line": name} for name, rows in lines.items() for r in rows if r["step"] > 0]
     draw.over_steps(right, named, "train_loss", by="line", marker=True)
     right.set(ylabel="training loss (nats)", title="batch norm over so many images")
     right.legend(frameon=False, fontsize=8)
-    draw.legend(picture)
-    picture.suptitle("Left: running statistics at inference. Mean and 95% interval over seeds")
-    return picture
+    title = "Left: running statistics at inference. Mean and 95% interval over seeds"
+    return draw.finish(picture, title)

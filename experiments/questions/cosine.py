@@ -62,8 +62,6 @@ ELSEWHERE = 0.5
 
 RIVALS = ("batch", "layer", "weight")
 
-SECONDS = 375
-
 
 @dataclasses.dataclass(frozen=True)
 class Cosine(Config):
@@ -91,6 +89,7 @@ class Cosine(Config):
 
 
 QUICK = Cosine()
+SECONDS = 375
 FULL = Cosine(
     steps=50_000,
     evaluations=50,

@@ -33,8 +33,6 @@ from ..engine import Condition, Config, Net, Record, Records, Verdict, decide, d
 NO_SMALLER = 0.8
 """Covariate shift with batch norm over that without, at least."""
 
-SECONDS = 25
-
 
 @dataclasses.dataclass(frozen=True)
 class CovariateShift(Config):
@@ -50,6 +48,7 @@ class CovariateShift(Config):
 
 
 QUICK = CovariateShift()
+SECONDS = 25
 FULL = CovariateShift(
     dataset="cifar10", model="vgg", batch_size=128, steps=10_000, evaluations=50, seeds=10
 )
@@ -93,12 +92,11 @@ def verdict(records: Records) -> Iterator[Verdict]:
 
 def figure(records: Records) -> Figure:
     """The test error, and ‖G − G′‖ and the cosine, over the steps."""
-    picture, grid = draw.canvas(3, width=4)
-    draw.over_steps(grid[0], records.trained(), draw.test_error)
-    grid[0].set(ylabel="test error (%)", title="learning")
-    draw.over_steps(grid[1], records, mean)
-    grid[1].set(ylabel="‖G − G′‖, mean over layers", yscale="log", title="covariate shift")
-    draw.over_steps(grid[2], records, lambda r: float(np.mean(np.array(r["cosine"], float))))
-    grid[2].set(ylabel="cosine of G and G′, mean over layers", title="1: no shift")
-    draw.legend(picture)
-    return picture
+    picture, (left, middle, right) = draw.canvas(3, width=4)
+    draw.over_steps(left, records.trained(), draw.test_error)
+    left.set_title("learning")
+    draw.over_steps(middle, records, mean)
+    middle.set(ylabel="‖G − G′‖, mean over layers", yscale="log", title="covariate shift")
+    draw.over_steps(right, records, lambda r: float(np.mean(np.array(r["cosine"], float))))
+    right.set(ylabel="cosine of G and G′, mean over layers", title="1: no shift")
+    return draw.finish(picture)

@@ -30,17 +30,7 @@ from matplotlib.figure import Figure
 import normlab as nl
 
 from ..data import Dataset
-from ..engine import (
-    Condition,
-    Config,
-    Records,
-    Schedule,
-    Verdict,
-    decide,
-    draw,
-    lanes,
-    learn,
-)
+from ..engine import Condition, Config, Records, Schedule, Verdict, decide, draw, lanes, learn
 
 SHARE = 0.75
 """The examples that batch norm needs, as a share of those without a norm, at most."""
@@ -70,9 +60,8 @@ class DataSize(Config):
     seeds: int = 5
 
 
-SECONDS = 130
-
 QUICK = DataSize()
+SECONDS = 130
 FULL = DataSize(sizes=(500, 1000, 2000, 4000, 8000, 16_000, 32_000), steps=20_000, seeds=10)
 
 
@@ -124,7 +113,6 @@ def figure(records: Records) -> Figure:
     """The test error at the end against the number of examples."""
     picture, (axes,) = draw.canvas(width=5.5)
     draw.against(axes, records.tuned("norm", "examples"), "examples", draw.test_error)
-    axes.set(xscale="log", xlabel="training examples", ylabel="test error (%)")
-    draw.ticks(axes, records.values("examples"))
-    axes.legend(frameon=False)
+    sizes = records.values("examples")
+    draw.frame(axes, xscale="log", xlabel="training examples", ticks=sizes, legend=True)
     return picture

@@ -51,9 +51,8 @@ class DeepSigmoid(Config):
     steps: int = 2000
 
 
-SECONDS = 110
-
 QUICK = DeepSigmoid()
+SECONDS = 110
 FULL = DeepSigmoid(depths=(3, 5, 8, 12), steps=50_000, evaluations=50, seeds=10)
 
 
@@ -85,8 +84,6 @@ def figure(records: Records) -> Figure:
     picture, panels = draw.panels(records.at_best_rate("depth", "norm"), "depth", width=4)
     for axes, depth, here in panels:
         draw.over_steps(axes, here, draw.accuracy)
-        for at in (STUCK, LEARNS):
-            draw.threshold(axes, at)
-        axes.set(ylabel="test accuracy (%)", title=f"{depth} hidden layers", ylim=(0, 100))
-    draw.legend(picture)
-    return picture
+        title = f"{depth} hidden layers"
+        draw.frame(axes, threshold=(STUCK, LEARNS), ylim=(0, 100), title=title)
+    return draw.finish(picture)

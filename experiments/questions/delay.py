@@ -48,9 +48,8 @@ class Delay(Config):
     references: bool = True
 
 
-SECONDS = 385
-
 QUICK = Delay()
+SECONDS = 385
 FULL = Delay(
     dataset="cifar10",
     model="conv",
@@ -88,8 +87,6 @@ def verdict(records: Records) -> Iterator[Verdict]:
 
 def figure(records: Records) -> Figure:
     """The test error at the end against the delay, beside that of each reference."""
-    records = records.where(kind="evaluation")
-    last = max(records.values("step"))
     errors = {name: 100 - records.accuracy(name) for name in records.values("condition")}
     references = [name for name in errors if not name.startswith("every")]
     delays = sorted({int(name.split()[1].strip(",")) for name in errors if name not in references})
@@ -103,9 +100,9 @@ def figure(records: Records) -> Figure:
         place = 2 * max(delays) * 1.25**at
         draw.spread(axes, [place], [errors[name]], label=name, ls="", **styles[name])
         axes.axhline(float(np.mean(errors[name])), color=styles[name]["color"], lw=0.8, ls=":")
-    axes.set_xscale("log", base=2)
-    draw.ticks(axes, delays)
-    axes.set(xlabel="steps between exchanges", ylabel="test error (%)")
+    draw.frame(axes, xlabel="steps between exchanges", doubling=True, ticks=delays)
+    axes.set_ylabel("test error (%)")
     picture.legend(*axes.get_legend_handles_labels(), loc="outside right center", frameon=False)
+    last = max(records.values("step"))
     picture.suptitle(f"Delayed statistics: {last} steps; mean and 95% interval", fontsize=10)
     return picture

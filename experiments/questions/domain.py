@@ -52,8 +52,6 @@ LOST = 5.0
 WON = 0.5
 """The share of it that the domain's own statistics win back, at least."""
 
-SECONDS = 16
-
 
 def contrast(images: np.ndarray) -> np.ndarray:
     """A third of the contrast, on grey."""
@@ -96,6 +94,7 @@ class Domain(Config):
 
 
 QUICK = Domain()
+SECONDS = 16
 FULL = Domain(examples=60_000, steps=20_000, seeds=10)
 
 

@@ -28,17 +28,7 @@ from matplotlib.figure import Figure
 import normlab as nl
 
 from ..data import Dataset
-from ..engine import (
-    Condition,
-    Config,
-    Records,
-    Schedule,
-    Verdict,
-    decide,
-    draw,
-    lanes,
-    learn,
-)
+from ..engine import Condition, Config, Records, Schedule, Verdict, decide, draw, lanes, learn
 
 POINTS = 0.3
 """Points of test accuracy: dropout wins at least so many more without a norm, and with batch norm
@@ -67,9 +57,8 @@ class Dropout(Config):
     seeds: int = 5
 
 
-SECONDS = 145
-
 QUICK = Dropout()
+SECONDS = 145
 FULL = Dropout(shares=(0.0, 0.1, 0.2, 0.3, 0.5), steps=20_000, evaluations=20, seeds=10)
 
 
@@ -112,6 +101,5 @@ def figure(records: Records) -> Figure:
     """The test error at the end against the share that is left out."""
     picture, (axes,) = draw.canvas(width=5.5)
     draw.against(axes, records.tuned("norm", "dropout"), "dropout", draw.test_error)
-    axes.set(xlabel="share that dropout leaves out", ylabel="test error (%)")
-    axes.legend(frameon=False)
+    draw.frame(axes, xlabel="share that dropout leaves out", legend=True)
     return picture

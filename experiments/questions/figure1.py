@@ -43,8 +43,6 @@ TARGET = 0.95
 STILLER = 2.0
 """The factor by which the median wanders less with batch norm, at least."""
 
-SECONDS = 640
-
 
 @dataclasses.dataclass(frozen=True)
 class Figure1(Config):
@@ -62,6 +60,7 @@ class Figure1(Config):
 
 
 QUICK = Figure1()
+SECONDS = 640
 FULL = Figure1(seeds=10)
 
 
@@ -117,20 +116,18 @@ def figure(records: Records) -> Figure:
     """The paper's figure: accuracy, and the percentiles of a typical input without and with."""
     starts = records.values("sd", "lr")
     picture, grid = draw.canvas(3, len(starts), height=2.9)
-    for (sd, lr), row in zip(starts, grid, strict=True):
+    for (sd, lr), (first, *others) in zip(starts, np.atleast_2d(grid), strict=True):
         here = records.where(sd=sd, lr=lr)
-        draw.over_steps(row[0], here.trained(), draw.accuracy)
-        row[0].set(ylabel="test accuracy (%)", title=f"sd {sd:g}, rate {lr:g}")
-        for axes, norm in zip(row[1:], ("none", "batch"), strict=True):
+        draw.over_steps(first, here.trained(), draw.accuracy)
+        first.set_title(f"sd {sd:g}, rate {lr:g}")
+        for axes, norm in zip(others, ("none", "batch"), strict=True):
             mine = here.where(norm=norm, seed=0)
-            steps = [r["step"] for r in mine]
             values = np.array([r["percentiles"] for r in mine])  # [T, 3, units]
             unit = np.argsort(wandered(values[1:]))[values.shape[-1] // 2]  # as the median unit
-            colour = draw.styles(["none", "batch"])[norm]["color"]
-            for at, look in enumerate((":", "-", ":")):
-                axes.plot(steps, values[:, at, unit], color=colour, ls=look, label=norm)
+            look = {"color": draw.styles([norm])[norm]["color"], "label": norm}
+            for at, line in enumerate((":", "-", ":")):
+                axes.plot(mine.values("step"), values[:, at, unit], ls=line, **look)
             axes.set(title=f"{norm}, unit {unit}", xlabel="optimizer step")
             axes.set_ylabel("input to the sigmoid")
-    draw.legend(picture)
-    picture.suptitle("Accuracy; 15th, 50th, 85th percentile of an input that wanders typically")
-    return picture
+    title = "Accuracy; 15th, 50th, 85th percentile of an input that wanders typically"
+    return draw.finish(picture, title)

@@ -49,8 +49,6 @@ GAIN = 0.3
 EQUAL = 0.2
 """Points by which they may differ from a batch's over the most."""
 
-SECONDS = 45
-
 
 @dataclasses.dataclass(frozen=True)
 class Frozen(Config):
@@ -73,6 +71,7 @@ class Frozen(Config):
 
 
 QUICK = Frozen()
+SECONDS = 45
 FULL = Frozen(together=(2, 4, 8, 16, 32), steps=20_000, evaluations=20, seeds=10)
 
 
@@ -123,18 +122,10 @@ def figure(records: Records) -> Figure:
     """The test error on the way to both ends, over each number of examples."""
     picture, panels = draw.panels(records, "together")
     for axes, together, here in panels:
-        parted = max(here.where(then="both").values("step"))
-        lines = [
-            r | {"statistics": said}
-            for then, said in (("batch", "of the batch"), ("frozen", "frozen"))
-            for r in here
-            if r["then"] in ("both", then)
-        ]
-        draw.over_steps(axes, lines, draw.test_error, by="statistics", marker=True)
-        draw.threshold(axes, parted, vertical=True)
-        draw.log_y(axes)
-        axes.set(ylabel="test error (%)", title=f"{together} normalized together")
-    draw.legend(picture)
+        ends = {"of the batch": ("both", "batch"), "frozen": ("both", "frozen")}
+        lines = [r | {"line": said} for said in ends for r in here if r["then"] in ends[said]]
+        draw.over_steps(axes, lines, draw.test_error, by="line", marker=True)
+        draw.dotted(axes, max(here.where(then="both").values("step")), vertical=True)
+        draw.frame(axes, log=True, title=f"{together} normalized together")
     title = "Training with statistics …; dotted: where they part. Median, band of all seeds"
-    picture.suptitle(title)
-    return picture
+    return draw.finish(picture, title)

@@ -58,9 +58,8 @@ class GainBias(Config):
     seeds: int = 4
 
 
-SECONDS = 105
-
 QUICK = GainBias()
+SECONDS = 105
 FULL = GainBias(dataset="cifar10", model="vgg", batch_size=128, steps=30_000, seeds=10)
 
 

@@ -57,9 +57,8 @@ class Gaussian(Config):
     seeds: int = 5
 
 
-SECONDS = 35
-
 QUICK = Gaussian()
+SECONDS = 35
 FULL = Gaussian(steps=50_000, evaluations=50, seeds=10)
 
 
@@ -112,14 +111,11 @@ def figure(records: Records) -> Figure:
     """Skewness and excess kurtosis of the inputs over training, a row for each activation."""
     activations = records.values("activation")
     picture, grid = draw.canvas(2, max(2, len(activations)), width=4, height=2.9)
-    names = {"skewness": SKEWNESS, "kurtosis": KURTOSIS}
+    limits = {"skewness": SKEWNESS, "kurtosis": KURTOSIS}
     for row, activation in zip(grid, activations, strict=False):
         here = records.where(kind="evaluation", activation=activation)
-        for axes, (name, limit) in zip(row, names.items(), strict=True):
-            draw.over_steps(axes, here, name, marker=True)
-            draw.threshold(axes, limit)
-            label = name.replace("kurtosis", "excess kurtosis")
-            axes.set(ylabel=f"|{label}|", title=f"{activation}, the median unit")
-            axes.set_ylim(bottom=0)
-    draw.legend(picture)
-    return picture
+        for axes, (key, limit) in zip(row, limits.items(), strict=True):
+            draw.over_steps(axes, here, key, marker=True)
+            draw.frame(axes, threshold=limit, title=f"{activation}, the median unit")
+            axes.set(ylabel=f"|{key}|".replace("kurtosis", "excess kurtosis"), ylim=(0, None))
+    return draw.finish(picture)

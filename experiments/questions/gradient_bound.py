@@ -38,8 +38,6 @@ EQUAL = 1e-8
 SHARE = 1.0
 """Of the units whose gradient obeys the bound, read for two nets of the same weights."""
 
-SECONDS = 2
-
 
 @dataclasses.dataclass(frozen=True)
 class GradientBound(Config):
@@ -55,6 +53,7 @@ class GradientBound(Config):
 
 
 QUICK = GradientBound()
+SECONDS = 2
 FULL = GradientBound(seeds=20, width=256)
 
 
@@ -149,19 +148,15 @@ def verdict(records: Records) -> Iterator[Verdict]:
 def figure(records: Records) -> Figure:
     """Both sides of the inequality, each unit a point."""
     picture, grid = draw.canvas(2)
-    titles = {
-        "one layer": "∇z where the gradient arrives",
-        "two nets": "∇z of the net without batch norm",
-    }
-    for axes, (name, title) in zip(grid, titles.items(), strict=True):
+    theirs = ("where the gradient arrives", "of the net without batch norm")
+    for axes, name, whose in zip(grid, ("one layer", "two nets"), theirs, strict=True):
         mine = records.where(condition=name)
-        for seed, style in draw.styles(sorted(mine.values("seed"))[:3]).items():
-            points = [(r["right"], r["left"]) for r in mine.where(seed=seed)][:20]
-            axes.plot(*zip(*points, strict=True), **{**style, "ls": "", "alpha": 0.5})
+        few = mine.where(lambda r: r["seed"] < 3 and r["unit"] < 20)
+        draw.scatter(axes, few, "right", "left", by="seed", alpha=0.5)
         ends = [f(min(r["left"], r["right"]) for r in mine) for f in (min, max)]
         axes.plot(ends, ends, color="grey", lw=1, ls=":")
-        axes.set(xscale="log", yscale="log", title=title, ylabel="‖∇y‖² with batch norm")
-        axes.minorticks_off()
+        axes.set(xscale="log", yscale="log", title=f"∇z {whose}", ylabel="‖∇y‖² with batch norm")
         axes.set_xlabel("γ²/σ² · (‖∇z‖² − ⟨1, ∇z⟩²/m − ⟨∇z, ŷ⟩²/m)")
+        axes.minorticks_off()
     picture.suptitle("Both sides of theorem 4.1 for 20 units of each of three seeds")
     return picture

@@ -45,9 +45,8 @@ class GradientSync(Config):
     gradients: tuple[nl.devices.Gradient, ...] = ("forward", "backward", "none")
 
 
-SECONDS = 145
-
 QUICK = GradientSync()
+SECONDS = 145
 FULL = GradientSync(dataset="cifar10", model="conv", steps=20_000, evaluations=20, seeds=10)
 
 
@@ -61,9 +60,8 @@ def run(config: GradientSync) -> Iterator[Condition]:
 
 def verdict(records: Records) -> Iterator[Verdict]:
     """What each gradient costs against that of both passes."""
-    both = records.accuracy("both")
     for name in records.values("condition"):
-        lost = both - records.accuracy(name)
+        lost = records.accuracy("both") - records.accuracy(name)
         if name in ("forward", "backward"):
             claim = f"{name} alone trains as well as both (accuracy lost)"
             yield decide(claim, lost, at_most=LOSS, unit="points")
@@ -77,10 +75,8 @@ def figure(records: Records) -> Figure:
     ends = records.where(kind="evaluation")
     picture, (left, right) = draw.canvas(2)
     draw.over_steps(left, ends, draw.test_error, by="condition", marker=True)
-    draw.log_y(left)
-    left.set(ylabel="test error (%)")
+    draw.frame(left, log=True)
     draw.columns(right, {name: 100 - ends.accuracy(name) for name in ends.values("condition")})
-    right.set(title=f"after {max(ends.values('step'))} steps")
-    draw.legend(picture)
-    picture.suptitle("What the gradient sees: median, band of all seeds; mean, 95% interval")
-    return picture
+    right.set_title(f"after {max(ends.values('step'))} steps")
+    title = "What the gradient sees: median, band of all seeds; mean, 95% interval"
+    return draw.finish(picture, title)

@@ -52,9 +52,8 @@ class GroupSize(Config):
     evaluations: int = 5
 
 
-SECONDS = 235
-
 QUICK = GroupSize()
+SECONDS = 235
 FULL = GroupSize(
     dataset="cifar10",
     model="conv",
@@ -98,8 +97,6 @@ def verdict(records: Records) -> Iterator[Verdict]:
 
 def figure(records: Records) -> Figure:
     """The test error at the end against the number of examples normalized together."""
-    records = records.where(kind="evaluation")
-    last = max(records.values("step"))
     picture, (axes,) = draw.canvas(width=6.4, height=4.2)
     for size, style in draw.styles(sorted(records.values("per_device"))).items():
         for ghost, label in ((False, "devices"), (True, "parts of a device's batch")):
@@ -110,9 +107,7 @@ def figure(records: Records) -> Figure:
             if places:
                 draw.spread(axes, places, errors, label=f"{size} per device: {label}", **look)
     axes.set(xlabel="examples normalized together", ylabel="test error (%)")
-    draw.log_y(axes)
-    axes.set_xscale("log", base=2)
-    axes.xaxis.set_major_formatter("{x:g}")
-    axes.legend(frameon=False)
+    draw.frame(axes, doubling=True, log=True, legend=True)
+    last = max(records.values("step"))
     picture.suptitle(f"Group size: {last} steps; mean and 95% interval over seeds", fontsize=10)
     return picture

@@ -35,8 +35,6 @@ GROWTH = (9.9, 10.1)
 STILL = 1e-6
 """How far the loss moves at most; and the bias, if the gradient is whole."""
 
-SECONDS = 2
-
 
 @dataclasses.dataclass(frozen=True)
 class IgnoredGradient(Config):
@@ -48,6 +46,7 @@ class IgnoredGradient(Config):
 
 
 QUICK = IgnoredGradient()
+SECONDS = 2
 FULL = IgnoredGradient(seeds=10, steps=10_000)
 
 
@@ -91,34 +90,26 @@ def verdict(records: Records) -> Iterator[Verdict]:
     """The growth, the loss, and the same with the whole gradient."""
     last = max(records.values("step"))
     early = min(step for step in records.values("step") if step >= max(1, last // 10))
-    b = {
-        (name, step): np.abs(records.by_seed("b", condition=name, step=step))
-        for name in ("ignored", "whole")
-        for step in (early, last)
-    }
-    low, high = GROWTH
-    ignored = "gradient of the mean ignored: "
-    claim = ignored + f"the bias grows linearly (|b| after {last} steps over {early})"
-    growth = np.round(b["ignored", last] / b["ignored", early], 9)
-    yield decide(claim, growth, at_least=low, at_most=high)
-    moved = records.by_seed("loss", of=np.ptp, condition="ignored")
-    yield decide(ignored + "the loss stays as it is (its range)", moved, at_most=STILL)
-    yield decide("whole gradient: the bias rests (|b|)", b["whole", last], at_most=STILL)
+    ignored, whole = (records.where(condition=name) for name in ("ignored", "whole"))
+    growth = ignored.by_seed("b", step=last) / ignored.by_seed("b", step=early)
+    claim = "gradient of the mean ignored: "
+    grows = claim + f"the bias grows linearly (|b| after {last} steps over {early})"
+    yield decide(grows, np.abs(growth).round(9), at_least=GROWTH[0], at_most=GROWTH[1])
+    moved = ignored.by_seed("loss", of=np.ptp)
+    yield decide(claim + "the loss stays as it is (its range)", moved, at_most=STILL)
+    rests = np.abs(whole.by_seed("b", step=last))
+    yield decide("whole gradient: the bias rests (|b|)", rests, at_most=STILL)
 
 
 def figure(records: Records) -> Figure:
     """|b| and the change of the loss over the steps."""
     picture, (left, right) = draw.canvas(2)
-    first = {(r["condition"], r["seed"]): r["loss"] for r in records if r["step"] == 0}
-
-    def change(r: Record) -> float:
-        return r["loss"] - first[r["condition"], r["seed"]]
-
     draw.over_steps(left, records, lambda r: abs(r["b"]), by="condition")
-    draw.over_steps(right, records.where(condition="ignored"), change, by="condition")
     left.set(ylabel="|b| (units of the input)", title="the bias")
+    mine = records.where(condition="ignored")
+    first = {r["seed"]: r["loss"] for r in mine.where(step=0)}
+    draw.over_steps(right, mine, lambda r: r["loss"] - first[r["seed"]], by="condition")
     right.set(ylabel="loss minus its start", ylim=(-1e-6, 1e-6))
     right.set_title("the loss, gradient of the mean ignored")
-    draw.legend(picture)
-    picture.suptitle("The gradient through the mean, ignored or whole: median seed and band")
-    return picture
+    title = "The gradient through the mean, ignored or whole: median seed and band"
+    return draw.finish(picture, title)

@@ -47,8 +47,6 @@ EXACT = 1e-10
 SMALL = 4
 """The batch at which the verdicts on the variance are taken: m/(m − 1) is 4/3."""
 
-SECONDS = 11
-
 
 @dataclasses.dataclass(frozen=True)
 class Inference(Config):
@@ -67,6 +65,7 @@ class Inference(Config):
 
 
 QUICK = Inference()
+SECONDS = 11
 FULL = Inference(seeds=10, examples=60_000, channels=64)
 
 LINEAR = {"dense": nl.Dense(), "conv": nl.Conv(strides=2, padding="VALID")}
@@ -143,40 +142,34 @@ def verdict(records: Records) -> Iterator[Verdict]:
     """Mean, variance and fold, of each layer."""
     for name in records.values("layer"):
         here = records.where(kind="variance", layer=name)
-        ratio, plain = (here.by_seed(key, m=SMALL) for key in ("corrected", "plain"))
+        values = SMALL * here.values("positions").pop()
+        off, truth = UNBIASED / (values - 1), 1 - 1 / values
         count = "m − 1" if name == "dense" else "m·p·q − 1"
         claim = f"{name}: the variance with {count} is unbiased at m = {SMALL} (over the true one)"
-        values = SMALL * here.values("positions").pop()
-        off = UNBIASED / (values - 1)
+        ratio = here.by_seed("corrected", m=SMALL)
         yield decide(claim, ratio, at_least=1 - off, at_most=1 + off)
         if name == "dense":
             claim = f"{name}: without the factor it is (m − 1)/m of the truth at m = {SMALL}"
-            low, high = 1 - 1 / values - off, 1 - 1 / values + off
-            yield decide(claim, plain, at_least=low, at_most=high)
+            plain = here.by_seed("plain", m=SMALL)
+            yield decide(claim, plain, at_least=truth - off, at_most=truth + off)
         claim = f"{name}: the mean of the batches' means is that of all "
-        off = here.by_seed("mean_error", of=max)
-        yield decide(f"{claim}(error in standard deviations)", off, at_most=EXACT)
+        claim += "(error in standard deviations)"
+        yield decide(claim, here.by_seed("mean_error", of=max), at_most=EXACT)
         claim = f"{name}: the library's ddof=1 is the paper's estimate (relative error)"
         yield decide(claim, here.by_seed("library_error", of=max), at_most=EXACT)
         claim = f"{name}: folded into the layer it is the same function (relative error)"
-        errors = records.by_seed("error", kind="fold", layer=name)
-        yield decide(claim, errors, at_most=EXACT)
+        yield decide(claim, records.by_seed("error", kind="fold", layer=name), at_most=EXACT)
 
 
 def figure(records: Records) -> Figure:
     """The estimated variance over the true one, by batch size."""
     picture, panels = draw.panels(records.where(kind="variance"), "layer")
+    words = {"with the factor": "corrected", "without": "plain"}
     for axes, name, here in panels:
-        both = [
-            r | {"estimate": words, "ratio": r[key]}
-            for key, words in (("corrected", "with the factor"), ("plain", "without"))
-            for r in here
-        ]
+        both = [r | {"estimate": said, "ratio": r[words[said]]} for said in words for r in here]
         draw.against(axes, both, "m", "ratio", by="estimate")
-        draw.threshold(axes, 1)
         axes.set_xscale("log", base=2)
-        axes.set(xlabel="batch size m (images)", title=name)
+        draw.frame(axes, threshold=1, xlabel="batch size m (images)", title=name)
         axes.set_ylabel("estimated variance / true variance")
-    draw.legend(picture)
-    picture.suptitle("The factor: m/(m − 1), and m'/(m' − 1) with m' = m·p·q positions")
-    return picture
+    title = "The factor: m/(m − 1), and m'/(m' − 1) with m' = m·p·q positions"
+    return draw.finish(picture, title)

@@ -52,9 +52,8 @@ class Initialization(Config):
     evaluations: int = 5
 
 
-SECONDS = 60
-
 QUICK = Initialization()
+SECONDS = 60
 FULL = Initialization(
     sds=(0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0), steps=50_000, evaluations=20, seeds=10
 )
@@ -72,20 +71,17 @@ def run(config: Initialization) -> Iterator[Condition]:
 
 def verdict(records: Records) -> Iterator[Verdict]:
     """The ranges over the standard deviations, and the gain at both ends."""
-    sds = sorted(records.values("sd"))
+    least, *_, most = sds = sorted(records.values("sd"))
     for activation in records.values("activation"):
-        here = records.where(activation=activation)
-        ends = {
-            norm: np.array([here.accuracy(norm=norm, sd=sd) for sd in sds])
-            for norm in ("none", "batch")
-        }
-        ratio = np.ptp(ends["none"], axis=0) / np.ptp(ends["batch"], axis=0)
-        claim = f"{activation}, initial sd {sds[0]:g} to {sds[-1]:g}: "
+        none, batch = (records.where(activation=activation, norm=n) for n in ("none", "batch"))
+        ranges = [np.ptp([of.accuracy(sd=sd) for sd in sds], axis=0) for of in (none, batch)]
+        claim = f"{activation}, initial sd {least:g} to {most:g}: "
         claim += f"batch norm narrows the range of accuracies {NARROWER:g} times"
+        ratio = ranges[0] / ranges[1]
         yield decide(claim, ratio, at_least=NARROWER, unit="times", geometric=True)
-        for at in (0, -1):
-            gain = (ends["batch"] - ends["none"])[at]
-            claim = f"{activation}, initial sd {sds[at]:g}: batch norm is more accurate"
+        for sd in (least, most):
+            gain = batch.accuracy(sd=sd) - none.accuracy(sd=sd)
+            claim = f"{activation}, initial sd {sd:g}: batch norm is more accurate"
             yield decide(claim, gain, at_least=GAIN, unit="points")
 
 
@@ -94,8 +90,6 @@ def figure(records: Records) -> Figure:
     picture, panels = draw.panels(records.last(), "activation", width=4)
     for axes, activation, here in panels:
         draw.against(axes, here, "sd", draw.test_error)
-        axes.set(xscale="log", xlabel="standard deviation of the initial weights")
-        axes.set(ylabel="test error (%)", title=activation)
-        draw.log_y(axes)
-    draw.legend(picture)
-    return picture
+        draw.frame(axes, xscale="log", log=True, title=activation)
+        axes.set_xlabel("standard deviation of the initial weights")
+    return draw.finish(picture)

@@ -46,8 +46,6 @@ CENTRED = {
 """The norms that do not notice them, as their formulas say: the first two subtract w̄ from w; for
 instance norm a constant of an example is one of each unit at all its positions."""
 
-SECONDS = 2
-
 
 @dataclasses.dataclass(frozen=True)
 class Invariances(Config):
@@ -63,6 +61,7 @@ class Invariances(Config):
 
 
 QUICK = Invariances()
+SECONDS = 2
 FULL = Invariances(seeds=20)
 
 

@@ -37,8 +37,6 @@ NARROWER = 3.0
 SMOOTHER = 3.0
 """The factor by which its effective β is smaller, at least."""
 
-SECONDS = 25
-
 STEPS = tuple(0.5 * k for k in range(1, 9))
 """The lengths along the gradient, in units of the learning rate."""
 
@@ -58,6 +56,7 @@ class Landscape(Config):
 
 
 QUICK = Landscape()
+SECONDS = 25
 FULL = Landscape(steps=15_000, evaluations=100, seeds=10)
 
 
@@ -109,17 +108,12 @@ def figure(records: Records) -> Figure:
     shown = records.trained()
     for norm, style in draw.styles(shown.values("norm")).items():
         here = shown.where(norm=norm)
-        steps = sorted(here.values("step"))
-        low, high = (
-            [np.median([draw.value(r, key) for r in here.where(step=step)]) for step in steps]
-            for key in ("lowest", "highest")
-        )
-        left.fill_between(steps, low, high, color=style["color"], alpha=0.3, lw=0)
+        steps, low = draw.along(here, "step", "lowest")
+        _, high = draw.along(here, "step", "highest")
+        ends = np.median(low, axis=1), np.median(high, axis=1)
+        left.fill_between(steps, *ends, color=style["color"], alpha=0.3, lw=0)
     left.set(xlabel="optimizer step", ylabel="loss along the step (nats)", title="median seed")
     draw.over_steps(middle, shown, "beta")
-    middle.set(ylabel="effective β")
-    draw.log_y(middle)
+    draw.frame(middle, ylabel="effective β", log=True)
     draw.over_steps(right, shown, draw.accuracy)
-    right.set(ylabel="test accuracy (%)")
-    draw.legend(picture, middle)
-    return picture
+    return draw.finish(picture, key=middle)

@@ -34,8 +34,6 @@ STILL = 0.5
 WORSE = 1.5
 """Points by which batch norm's error rises, at least."""
 
-SECONDS = 130
-
 
 @dataclasses.dataclass(frozen=True)
 class LayerBatch(Config):
@@ -61,6 +59,7 @@ class LayerBatch(Config):
 
 
 QUICK = LayerBatch()
+SECONDS = 130
 FULL = LayerBatch(
     norms=("none", "batch", "layer"), widths=(1000, 1000), steps=9360, evaluations=20, seeds=10
 )
@@ -111,16 +110,12 @@ def figure(records: Records) -> Figure:
     """The test error against the examples seen, with either batch."""
     picture, panels = draw.panels(records.trained(), "batch")
     for axes, size, here in panels:
-        hidden, everywhere = (here.where(layers=where) for where in ("hidden", "all"))
-        draw.over_steps(axes, hidden, draw.test_error, marker=True)
-        for norm in everywhere.values("norm"):
-            mine, label = everywhere.where(norm=norm), f"{norm}, in all layers"
+        draw.over_steps(axes, here.where(layers="hidden"), draw.test_error, marker=True)
+        for norm in here.where(layers="all").values("norm"):
+            mine, label = here.where(layers="all", norm=norm), f"{norm}, in all layers"
             draw.over_steps(axes, mine, draw.test_error, ls="--", label=label)
-        axes.set(ylabel="test error (%)", title=f"batches of {size}")
-        draw.log_y(axes)
-    lows, highs = zip(*(axes.get_ylim() for axes, *_ in panels), strict=True)
-    for axes, *_ in panels:
+        draw.frame(axes, log=True, title=f"batches of {size}")
+    lows, highs = zip(*(axes.get_ylim() for axes in picture.axes), strict=True)
+    for axes in picture.axes:
         axes.set_ylim(min(lows), max(highs))
-    draw.legend(picture)
-    picture.suptitle("Median and band of all seeds")
-    return picture
+    return draw.finish(picture, "Median and band of all seeds")

@@ -68,9 +68,8 @@ class LearningRate(Config):
     evaluations: int = 30
 
 
-SECONDS = 105
-
 QUICK = LearningRate()
+SECONDS = 105
 FULL = LearningRate(
     dataset="cifar10", model="vgg", batch_size=128, steps=30_000, tests=10_000, seeds=10
 )
@@ -161,10 +160,9 @@ def figure(records: Records) -> Figure:
     """The error at the end against the rate, and on the way at the baseline's rate and above."""
     picture, (left, right) = draw.canvas(2)
     draw.against(left, records.last(), "lr", draw.test_error)
-    left.set(xscale="log", xlabel="learning rate", ylabel="test error at the end (%)")
-    draw.threshold(left, 100 - least_accuracy(records))
-    draw.log_y(left)
-    left.legend(frameon=False)
+    least = 100 - least_accuracy(records)
+    draw.frame(left, threshold=least, xscale="log", log=True, xlabel="learning rate", legend=True)
+    left.set_ylabel("test error at the end (%)")
     rate = baseline(records)[0]["lr"]
     way = records.where(kind="evaluation").trained()
     base = way.where(norm="none", lr=rate)
@@ -173,7 +171,5 @@ def figure(records: Records) -> Figure:
         lr = multiple(rate, factor)
         batch = way.where(norm="batch", lr=lr)
         draw.over_steps(right, batch, draw.test_error, label=f"batch, rate {lr:g}", ls=line)
-    right.set_ylabel("test error (%)")
-    draw.log_y(right)
-    right.legend(frameon=False)
+    draw.frame(right, log=True, legend=True)
     return picture

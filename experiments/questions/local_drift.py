@@ -47,9 +47,8 @@ where it does."""
 APART = 0.1
 """The least share of variance between running statistics that have drifted apart."""
 
-SECONDS = 95
-
 QUICK = Config(evaluations=20)
+SECONDS = 95
 FULL = Config(dataset="cifar10", steps=20_000, evaluations=40, seeds=10)
 
 
@@ -130,7 +129,7 @@ def sort_by_class(lab: Lab, config: Config) -> np.ndarray:
 def verdict(records: Records) -> Iterator[Verdict]:
     """Drift beyond sampling, and what averaging loses, on either kind of data."""
     half = max(records.values("step")) / 2
-    late = records.where(lambda r: r["kind"] == "drift" and r["step"] > half)
+    late = records.where(lambda r: r["step"] > half, kind="drift")
     (sampling,) = late.values("sampling")
     for at, layer in enumerate(sorted(late.values("layer")), 1):
         here = late.where(layer=layer)
@@ -140,12 +139,10 @@ def verdict(records: Records) -> Iterator[Verdict]:
         share = here.by_seed("running", of=np.mean, condition="sorted")
         claim = f"sorted, norm {at}: running statistics drift apart (share between devices)"
         yield decide(claim, share, at_least=APART)
-    lost = records.where(kind="averaging")
+    shuffled, by_class = (records.by_seed("lost", condition=c) for c in ("shuffled", "sorted"))
     claim = "shuffled: averaging the running variances costs nothing (accuracy lost)"
-    shuffled = lost.by_seed("lost", condition="shuffled")
     yield decide(claim, shuffled, at_least=-LOSS, at_most=LOSS, unit="points")
     claim = "sorted: averaging the running variances loses accuracy"
-    by_class = lost.by_seed("lost", condition="sorted")
     yield decide(claim, by_class, at_least=LOSS, unit="points")
 
 
@@ -156,17 +153,15 @@ def figure(records: Records) -> Figure:
     for axes, condition in zip(grid, drifts.values("condition"), strict=False):
         here = drifts.where(condition=condition)
         for at, (layer, style) in enumerate(draw.styles(sorted(here.values("layer"))).items(), 1):
+            mine = here.where(layer=layer)
             for key, line, label in (("batch", "-", "a batch"), ("running", "--", "running")):
                 look = {**style, "ls": line, "label": f"norm {at}, {label}"}
-                draw.over_steps(axes, here.where(layer=layer), key, by="layer", **look)
-        axes.axhline(here[0]["sampling"], color="grey", lw=1, ls=":", label="a batch, by sampling")
+                draw.over_steps(axes, mine, key, by="layer", **look)
+        draw.dotted(axes, here[0]["sampling"], label="a batch, by sampling")
         axes.set(title=condition, yscale="log", ylim=(1e-5, 1))
     grid[0].set_ylabel("share of the variance between devices")
-    lost = records.where(kind="averaging")
-    draw.against(grid[2], lost, "step", "lost", by="condition")
-    grid[2].set(xlabel="optimizer step", ylabel="accuracy lost by averaging (points)")
-    grid[2].legend(frameon=False)
-    draw.legend(picture)
+    draw.against(grid[2], records.where(kind="averaging"), "step", "lost", by="condition")
+    grid[2].set_xlabel("optimizer step")
+    draw.frame(grid[2], ylabel="accuracy lost by averaging (points)", legend=True)
     title = "Local statistics. Left: median and band of all seeds; right: mean and 95% interval"
-    picture.suptitle(title, fontsize=10)
-    return picture
+    return draw.finish(picture, title, fontsize=10)

@@ -43,8 +43,6 @@ RELU = np.pi / (np.pi - 1)
 SMALL = 8
 """The batch at which batch norm alone is judged: 6/5. At 128 it is 1.008."""
 
-SECONDS = 12
-
 
 @dataclasses.dataclass(frozen=True)
 class MeanField(Config):
@@ -67,6 +65,7 @@ class MeanField(Config):
 
 
 QUICK = MeanField()
+SECONDS = 12
 FULL = MeanField(seeds=20, width=2000, depth=100)
 
 
@@ -142,11 +141,10 @@ def figure(records: Records) -> Figure:
     large = max(records.values("batch"))
     mine = records.where(kind="layer", activation="relu", batch=large)
     top = {(r["norm"], r["seed"]): r["square"] for r in mine}  # the last is the deepest
-    mine = [r | {"step": r["depth"]} for r in mine]
-    draw.over_steps(left, mine, lambda r: r["square"] / top[r["norm"], r["seed"]])
-    left.set(xlabel="layer", ylabel="‖∇‖² at its input, over the last layer's", yscale="log")
-    left.set_title(f"ReLU, batch {large}")
-    left.legend(frameon=False)
+    share = Records(r | {"share": r["square"] / top[r["norm"], r["seed"]]} for r in mine)
+    draw.over_steps(left, share, "share", x="depth")
+    draw.frame(left, xlabel="layer", yscale="log", title=f"ReLU, batch {large}", legend=True)
+    left.set_ylabel("‖∇‖² at its input, over the last layer's")
     grown = records.where(kind="growth", norm="batch")
     draw.against(right, grown, "batch", "growth", by="activation", ls="")
     batches = np.geomspace(min(grown.values("batch")), large, 50)
@@ -154,7 +152,6 @@ def figure(records: Records) -> Figure:
         expected = [theory(activation, batch) for batch in batches]
         right.plot(batches, expected, color=style["color"], lw=1, ls="--")
     right.set_xscale("log", base=2)
-    right.set(xlabel="batch size", ylabel="growth of ‖∇‖² per layer")
+    draw.frame(right, xlabel="batch size", ylabel="growth of ‖∇‖² per layer", legend=True)
     right.set_title("batch norm; dashed: theory")
-    right.legend(frameon=False)
     return picture

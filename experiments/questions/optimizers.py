@@ -53,9 +53,8 @@ class Optimizers(Config):
     evaluations: int = 2
 
 
-SECONDS = 100
-
 QUICK = Optimizers()
+SECONDS = 100
 FULL = Optimizers(steps=50_000, evaluations=50, seeds=10)
 
 
@@ -84,9 +83,7 @@ def figure(records: Records) -> Figure:
     names, norms = (best.values(key) for key in ("optimizer", "norm"))
     picture, (axes,) = draw.canvas(width=5.5)
     place = {(o, n): i + 0.15 * j for i, o in enumerate(names) for j, n in enumerate(norms)}
-    placed = [r | {"place": place[r["optimizer"], r["norm"]]} for r in best]
-    draw.against(axes, placed, "place", draw.test_error, ls="")
+    draw.against(axes, best, lambda r: place[r["optimizer"], r["norm"]], draw.test_error, ls="")
     axes.set_xticks(range(len(names)), names)
-    axes.set(xlabel="optimizer", ylabel="test error (%)")
-    axes.legend(frameon=False)
+    draw.frame(axes, xlabel="optimizer", legend=True)
     return picture

@@ -48,9 +48,8 @@ class Placement(Config):
     seeds: int = 4
 
 
-SECONDS = 55
-
 QUICK = Placement()
+SECONDS = 55
 FULL = Placement(dataset="cifar10", model="vgg", batch_size=128, steps=30_000, seeds=10)
 
 
@@ -80,7 +79,5 @@ def figure(records: Records) -> Figure:
     picture, panels = draw.panels(best, "activation", width=4)
     for axes, activation, here in panels:
         draw.over_steps(axes, here, draw.test_error, by="placement", marker=True)
-        axes.set(ylabel="test error (%)", title=activation)
-        draw.log_y(axes)
-    draw.legend(picture)
-    return picture
+        draw.frame(axes, log=True, title=activation)
+    return draw.finish(picture)

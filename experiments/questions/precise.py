@@ -39,8 +39,6 @@ GAIN = 0.5
 EQUAL = 0.2
 """Points by which both may differ at the end of a run whose rate falls to zero."""
 
-SECONDS = 115
-
 
 @dataclasses.dataclass(frozen=True)
 class Precise(Config):
@@ -63,6 +61,7 @@ class Precise(Config):
 
 
 QUICK = Precise()
+SECONDS = 115
 FULL = Precise(steps=12_000, evaluations=20, batches=100, seeds=10)
 
 
@@ -157,30 +156,25 @@ def verdict(records: Records) -> Iterator[Verdict]:
 
 def figure(records: Records) -> Figure:
     """The test error with each kind of statistics, in each run."""
-    low, high = sorted(records.values("lr"))
-    runs = {
-        ("constant", low): f"rate {low:g}",
-        ("constant", high): f"rate {high:g}",
-        ("falling", high): f"rate falls from {high:g}",
-    }
+    runs = records.values("rate", "lr")
     picture, grid = draw.canvas(len(runs))
-    for ((rate, lr), title), axes in zip(runs.items(), grid, strict=True):
+    for axes, (rate, lr) in zip(grid, runs, strict=True):
         here = records.where(rate=rate, lr=lr).trained()
         names = here.values("average", "decay")
         # No statistics of inference change a step of training: the nets are the same.
         kinds = [("PreciseBN", "precise", names[0]), ("the test batch", "batch", names[0])]
         kinds += [(f"{said(*name)} average", "average", name) for name in names]
         lines = [
-            {"with": kind, "step": r["step"], "error": 100 - r[f"with_{key}"]}
+            r | {"with": kind, "error": 100 - r[f"with_{key}"]}
             for kind, key, (average, decay) in kinds
             for r in here.where(average=average, decay=decay)
         ]
         draw.over_steps(axes, lines, "error", by="with")
-        draw.log_y(axes)
-        axes.set(ylabel="test error (%)", title=title)
-    draw.legend(picture)
-    picture.suptitle("One net, tested with statistics of …; median and band of all seeds")
-    return picture
+        falls = "falls from " if rate == "falling" else ""
+        draw.frame(axes, log=True, ylabel="test error (%)", title=f"rate {falls}{lr:g}")
+    return draw.finish(
+        picture, "One net, tested with statistics of …; median and band of all seeds"
+    )
 
 
 def said(average: str, decay: float) -> str:

@@ -44,8 +44,6 @@ BREAKS = 10.0
 
 NORMS = ("none", "batch", "renorm")
 
-SECONDS = 145
-
 
 @dataclasses.dataclass(frozen=True)
 class Renorm(Config):
@@ -70,6 +68,7 @@ class Renorm(Config):
 
 
 QUICK = Renorm()
+SECONDS = 145
 FULL = Renorm(steps=20_000, evaluations=20, seeds=10)
 
 
@@ -137,15 +136,14 @@ def forth_and_back(
 
 def verdict(records: Records) -> Iterator[Verdict]:
     """What is won back over few examples, what two classes cost, and the identity."""
-    every, few = (f(records.where(drawn="shuffled").values("together")) for f in (max, min))
-    for rate in records.where(drawn="shuffled").values("rate"):
-        final = functools.partial(records.accuracy, rate=rate)
-        best = final(drawn="shuffled", norm="batch", together=every)
-        batch = final(drawn="shuffled", norm="batch", together=few)
-        renorm = final(drawn="shuffled", norm="renorm", together=few)
+    shuffled, classes = (records.where(drawn=drawn) for drawn in ("shuffled", "two classes"))
+    every, few = (f(shuffled.values("together")) for f in (max, min))
+    for rate in shuffled.values("rate"):
+        best = shuffled.accuracy(rate=rate, together=every)
+        batch, renorm = (shuffled.accuracy(rate=rate, norm=n, together=few) for n in NORMS[1:])
         claim = f"{rate} rate: batch renorm over {few} wins back a share of batch norm's loss"
         yield decide(claim, (renorm - batch) / (best - batch), at_least=WON)
-        none, batch, renorm = (final(drawn="two classes", norm=n) for n in NORMS)
+        none, batch, renorm = (classes.accuracy(rate=rate, norm=n) for n in NORMS)
         claim = f"{rate} rate, two classes in a minibatch: batch norm loses more than no norm"
         yield decide(claim, none - batch, at_least=BREAKS, unit="points")
         claim = f"{rate} rate, two classes: batch renorm wins back a share of that"
@@ -169,9 +167,8 @@ def figure(records: Records) -> Figure:
                 look["label"] = said[name] + (f" over {together}" if name != "none" else "")
                 mine = here.where(norm=name, together=together)
                 draw.over_steps(axes, mine, draw.test_error, **look)
-            axes.set(ylabel="test error (%)", title=f"{rate} rate, {drawn}")
-            draw.log_y(axes)
-            if rate == rates[0]:
-                axes.legend(frameon=False, fontsize=8)
+            draw.frame(axes, log=True, title=f"{rate} rate, {drawn}")
+    for axes in picture.axes[:2]:
+        axes.legend(frameon=False, fontsize=8)
     picture.suptitle("Median and band of all seeds; dotted: for comparison")
     return picture

@@ -67,13 +67,12 @@ LOWER = 1.1
 WHITE = 0.5
 """The distance from white that batch norm's output keeps, at least; 0.05 would count as white."""
 
-SECONDS = 45
-
 IMAGES = 4096
 """Over which the distance from white is measured."""
 
 
 QUICK = Config(steps=1000, evaluations=10, lr=0.5, seeds=5)
+SECONDS = 45
 FULL = Config(steps=50_000, evaluations=50, lr=0.5, seeds=10)
 
 
@@ -177,16 +176,9 @@ def figure(records: Records) -> Figure:
     """The loss, the share in the linear range, and the distance from white, against steps."""
     picture, grid = draw.canvas(3, width=3.7)
     shown = records.where(kind="evaluation")
-    labels = {
-        "first_loss": "loss on the first batch (nats)",
-        "linear": "share of inputs within ±1",
-        "from_white": "distance from white",
-    }
-    for axes, (key, label) in zip(grid, labels.items(), strict=True):
+    for axes, key in zip(grid, ("first_loss", "linear", "from_white"), strict=True):
         draw.over_steps(axes, shown, key, by="condition")
-        axes.set(ylabel=label)
-    draw.log_y(grid[0])
-    draw.threshold(grid[1], LINEAR)
-    draw.threshold(grid[2], WHITE)
-    draw.legend(picture)
-    return picture
+    draw.frame(grid[0], ylabel="loss on the first batch (nats)", log=True)
+    draw.frame(grid[1], ylabel="share of inputs within ±1", threshold=LINEAR)
+    draw.frame(grid[2], ylabel="distance from white", threshold=WHITE)
+    return draw.finish(picture)

@@ -47,8 +47,6 @@ SLOPE = 0.02
 """How far the slope of the first step's turn by c, both in logarithms, may be from −2 (unchanged)
 and from 0 (adjusted)."""
 
-SECONDS = 11
-
 
 @dataclasses.dataclass(frozen=True)
 class ScaleInvariance(Config):
@@ -69,6 +67,7 @@ class ScaleInvariance(Config):
 
 
 QUICK = ScaleInvariance()
+SECONDS = 11
 FULL = ScaleInvariance(seeds=10, steps=2000, width=100)
 
 Params = dict[str, Array]
@@ -184,24 +183,22 @@ def verdict(records: Records) -> Iterator[Verdict]:
 def figure(records: Records) -> Figure:
     """The loss and the distance from c = 1 over the steps, and the turn against c."""
     picture, (left, middle, right) = draw.canvas(3, width=4)
-    lines = {"adjusted": "-", "unchanged": "--"}
-    for name, ls in lines.items():
+    scales = sorted(records.values("scale"))
+    # The lines of all adjusted nets are one.
+    lines = {"adjusted": ("-", {1.0, scales[-1]}), "unchanged": ("--", {*scales} - {1.0})}
+    for name, (ls, shown) in lines.items():
         mine = records.where(condition=name)
-        shown = Records(r | {"c": f"c = {r['scale']:g}, {name}"} for r in mine)
-        scales = sorted(mine.values("scale"))
         for c, style in draw.styles(scales).items():
-            if c not in ((1.0, scales[-1]) if name == "adjusted" else set(scales) - {1.0}):
-                continue  # the lines of all adjusted nets are one
-            look = {"ls": ls, "color": style["color"]}
-            here = shown.where(lambda r: r["step"] > 1, scale=c)
-            draw.over_steps(left, here, "loss", by="c", **look)
-            draw.over_steps(middle, here.where(lambda r: r["gap"] > 0), "gap", by="c", **look)
+            if c in shown:
+                look = {"ls": ls, "color": style["color"], "label": f"c = {c:g}, {name}"}
+                here = mine.where(lambda r: r["step"] > 1, scale=c)
+                draw.over_steps(left, here, "loss", by="scale", **look)
+                apart = here.where(lambda r: r["gap"] > 0)
+                draw.over_steps(middle, apart, "gap", by="scale", **look)
         draw.against(right, mine, "scale", "turn", by="condition", ls=ls)
-    draw.threshold(middle, SAME)
     left.set(ylabel="training loss (nats)", title="the loss")
-    middle.set(yscale="log", ylabel="difference of the logits, relative", title="from c = 1")
-    right.set(xscale="log", yscale="log", xlabel="c", ylabel="tangent of the first step's angle")
-    right.set_title("the effective rate")
-    right.legend(frameon=False)
-    draw.legend(picture)
-    return picture
+    draw.frame(middle, threshold=SAME, yscale="log", title="from c = 1")
+    middle.set_ylabel("difference of the logits, relative")
+    draw.frame(right, xscale="log", yscale="log", title="the effective rate", legend=True)
+    right.set(xlabel="c", ylabel="tangent of the first step's angle")
+    return draw.finish(picture)

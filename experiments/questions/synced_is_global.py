@@ -41,9 +41,8 @@ LAYER = {"float32": 1e-6, "float64": 1e-14}
 TRAINING = {"float32": 1e-3, "float64": 1e-10}
 """The largest relative difference of the loss over the steps: rounding grows on the way."""
 
-SECONDS = 75
-
 QUICK = Config(dataset="mnist", per_device=8, steps=100)
+SECONDS = 75
 FULL = dataclasses.replace(QUICK, model="conv", steps=1000, seeds=10)
 
 CHANNELS = 100
@@ -176,27 +175,22 @@ def _decide(name: str, what: str, errors: np.ndarray, threshold: float) -> Verdi
 def figure(records: Records) -> Figure:
     """The errors of a layer, and the difference of the losses over the steps."""
     picture, (left, right) = draw.canvas(2, width=5, height=4.2)
-    styles = draw.styles([f"{name}, {dtype}" for name in NORMS for dtype in LAYER])
-    columns = [(dtype, which) for dtype in LAYER for which in PASSES]
+    columns = list(itertools.product(LAYER, PASSES))
     tiny = np.finfo(np.float64).eps / 2
-    for at, (dtype, which) in enumerate(columns):
-        for name in NORMS:
-            wanted = {"kind": "layer", "condition": name, "dtype": dtype, "pass": which}
-            chosen = records.where(**wanted)
-            style = {**styles[f"{name}, {dtype}"], "ls": ""}
-            left.plot([at] * len(chosen), [max(r["error"], tiny) for r in chosen], **style)
+    for label, style in draw.styles(map(", ".join, itertools.product(NORMS, LAYER))).items():
+        name, dtype = label.rsplit(", ", 1)
+        mine = records.where(condition=name, dtype=dtype)
+        layer, training = mine.where(kind="layer"), mine.where(kind="training")
+        places = [columns.index((dtype, r["pass"])) for r in layer]
+        left.plot(places, [max(r["error"], tiny) for r in layer], **{**style, "ls": ""})
+        steps, gaps = draw.along(training, "step", "gap")
+        worst = np.maximum(np.max(gaps, axis=1), tiny)
+        right.plot(steps, worst, label=label, **{**style, "marker": ""})
+    for at, (dtype, _) in enumerate(columns):
         left.plot([at - 0.4, at + 0.4], [LAYER[dtype]] * 2, color="grey", lw=1, ls=":")
-    left.set_xticks(range(len(columns)), [f"{dtype}\n{which}" for dtype, which in columns])
+    left.set_xticks(range(len(columns)), map("\n".join, columns))
     left.set(yscale="log", ylabel="largest error, relative", title="one layer")
-    for name in NORMS:
-        for dtype in LAYER:
-            here = records.where(kind="training", condition=name, dtype=dtype)
-            steps = here.values("step")
-            worst = [max(tiny, *here.where(step=step).values("gap")) for step in steps]
-            label = f"{name}, {dtype}"
-            right.plot(steps, worst, label=label, **{**styles[label], "marker": ""})
     right.set(yscale="log", xlabel="optimizer step", ylabel="difference of the loss, relative")
     right.set_title("training, the worst seed")
-    draw.legend(picture, right)
-    picture.suptitle("D devices against one with the whole batch; dotted: threshold", fontsize=10)
-    return picture
+    title = "D devices against one with the whole batch; dotted: threshold"
+    return draw.finish(picture, title, key=right, fontsize=10)

@@ -49,8 +49,6 @@ RANGE = (0.8, 1.25)
 SLOPES = {"sigmoid": 0.25, "tanh": 1.0}
 """The largest derivative of each: the factor of the activation alone, at most, in any layer."""
 
-SECONDS = 18
-
 F = {"sigmoid": jax.nn.sigmoid, "tanh": jnp.tanh, "ReLU": jax.nn.relu}
 
 GAINS = {"1": 1.0, "He": math.sqrt(2), "large": 4.0}
@@ -76,6 +74,7 @@ class Vanishing(Config):
 
 
 QUICK = Vanishing()
+SECONDS = 18
 FULL = Vanishing(depth=50, width=400, seeds=10)
 
 
@@ -150,43 +149,40 @@ def verdict(records: Records) -> Iterator[Verdict]:
     """What vanishes, what keeps it in range, and that an activation only shrinks it."""
     low, high = RANGE
 
-    def factor(activation: str, norm: str, gain: str = "1") -> np.ndarray:
-        return records.by_seed("factor", activation=activation, norm=norm, gain=gain)
+    def grows(claim: str, activation: str, norm: str, gain: str, **limits: Any) -> Verdict:
+        factor = records.by_seed("factor", activation=activation, norm=norm, gain=gain)
+        return decide(f"{claim} (factor per layer)", factor, **limits, geometric=True)
 
     for activation in SLOPES:
-        claim = f"{activation} without a norm: the gradient vanishes with depth (factor per layer)"
-        yield decide(claim, factor(activation, "none"), at_most=VANISHES, geometric=True)
+        claim = f"{activation} without a norm: the gradient vanishes with depth"
+        yield grows(claim, activation, "none", "1", at_most=VANISHES)
     settings = [(activation, "1", "") for activation in F]
     for activation, gain, said in (*settings, ("tanh", "large", ", large weights")):
         for norm in records.where(lambda r: r["norm"] != "none").values("norm"):
-            claim = f"{activation} with {norm} norm{said}: the gradient stays in range "
-            claim += "(factor per layer)"
-            effects = factor(activation, norm, gain)
-            yield decide(claim, effects, at_least=low, at_most=high, geometric=True)
-    claim = "ReLU without a norm, He's start: the gradient stays in range (factor per layer)"
-    effects = factor("ReLU", "none", "He")
-    yield decide(claim, effects, at_least=low, at_most=high, geometric=True)
+            claim = f"{activation} with {norm} norm{said}: the gradient stays in range"
+            yield grows(claim, activation, norm, gain, at_least=low, at_most=high)
+    claim = "ReLU without a norm, He's start: the gradient stays in range"
+    yield grows(claim, "ReLU", "none", "He", at_least=low, at_most=high)
     for activation, slope in SLOPES.items():
         largest = records.by_seed("activation_factor", of=max, activation=activation)
         claim = f"{activation} by itself never makes a gradient grow (largest factor in a layer)"
         yield decide(claim, largest, at_most=slope)
-    claim = "tanh without a norm, large weights: the gradient grows, saturated (factor per layer)"
-    yield decide(claim, factor("tanh", "none", "large"), at_least=high, geometric=True)
+    claim = "tanh without a norm, large weights: the gradient grows, saturated"
+    yield grows(claim, "tanh", "none", "large", at_least=high)
 
 
 def figure(records: Records) -> Figure:
     """The gradient of each layer, relative to the last one's, by activation."""
     picture, panels = draw.panels(records, "activation", width=3.6)
+    lines = {"1": "-", "He": "--", "large": ":"}
     for axes, activation, here in panels:
         for norm, style in draw.styles(here.values("norm")).items():
-            for gain, line in (("1", "-"), ("He", "--"), ("large", ":")):
-                rows = [r["norms"] for r in here.where(norm=norm, gain=gain)]
-                if norm == "none" or gain == "1":
-                    values = np.median([np.array(v) / v[-1] for v in rows], axis=0)
-                    label = norm if gain == "1" else f"{norm}, gain {gain}"
-                    layers = np.arange(1, len(values) + 1)
-                    axes.plot(layers, values, **{**style, "ls": line, "markevery": 5}, label=label)
-        draw.log_y(axes)
-        axes.set(title=activation, xlabel="layer", ylabel="‖gradient‖ / the last layer's")
-    draw.legend(picture)
-    return picture
+            for gain in lines if norm == "none" else ("1",):
+                mine = here.where(norm=norm, gain=gain)
+                values = np.median([np.array(r["norms"]) / r["norms"][-1] for r in mine], axis=0)
+                label = norm if gain == "1" else f"{norm}, gain {gain}"
+                look = {**style, "ls": lines[gain], "markevery": 5, "label": label}
+                axes.plot(range(1, len(values) + 1), values, **look)
+        draw.frame(axes, log=True, title=activation, xlabel="layer")
+        axes.set_ylabel("‖gradient‖ / the last layer's")
+    return draw.finish(picture)

@@ -47,9 +47,8 @@ SPREAD = 1e-4
 FALL = 1e-12
 """The largest relative fall of a ‖v‖ in a step, at most: none falls but by rounding."""
 
-SECONDS = 8
-
 QUICK = Config(steps=200, evaluations=40, seeds=5)
+SECONDS = 8
 FULL = Config(steps=1000, evaluations=100, seeds=10)
 
 LAYERS = ("Normed_0", "Normed_1", "Normed_2")
@@ -168,38 +167,31 @@ def unit_lengths(params: Any) -> Array:
 
 def verdict(records: Records) -> Iterator[Verdict]:
     """Each equation."""
-    claims = (
-        ("autodiff finds the paper's gradients of g and v (relative difference)", "gradients"),
-        ("the gradient of v is orthogonal to v (cosine)", "cosine"),
-        ("a step of SGD makes ‖v‖ √(1 + c²) times as long (relative difference)", "length"),
-    )
-    for claim, key in claims:
-        claim = f"weight norm: {claim}"
-        yield decide(claim, records.by_seed(key), at_most=ROUNDING, geometric=True)
-    claim = "weight norm: no unit's ‖v‖ falls in any step of SGD (largest relative fall)"
-    yield decide(claim, records.by_seed("fall"), at_most=FALL)
-    claim = "weight norm: after its start every unit has mean 0 on that batch (largest |mean|)"
-    yield decide(claim, records.by_seed("mean"), at_most=MEAN, geometric=True)
-    claim = "weight norm: after its start every unit has deviation 1 (largest |sd − 1|)"
-    yield decide(claim, records.by_seed("spread"), at_most=SPREAD, geometric=True)
+    claims = {
+        "gradients": "autodiff finds the paper's gradients of g and v (relative difference)",
+        "cosine": "the gradient of v is orthogonal to v (cosine)",
+        "length": "a step of SGD makes ‖v‖ √(1 + c²) times as long (relative difference)",
+        "fall": "no unit's ‖v‖ falls in any step of SGD (largest relative fall)",
+        "mean": "after its start every unit has mean 0 on that batch (largest |mean|)",
+        "spread": "after its start every unit has deviation 1 (largest |sd − 1|)",
+    }
+    limits = {"fall": FALL, "mean": MEAN, "spread": SPREAD}
+    for key, claim in claims.items():
+        off, limit = records.by_seed(key), limits.get(key, ROUNDING)
+        yield decide(f"weight norm: {claim}", off, at_most=limit, geometric=key != "fall")
 
 
 def figure(records: Records) -> Figure:
     """How far each equation is off, and the lengths over training."""
     picture, (left, right) = draw.canvas(2)
-    limits = {
-        "∇g, ∇v": ("gradients", ROUNDING),
-        "cos(∇v, v)": ("cosine", ROUNDING),
-        "growth of ‖v‖": ("length", ROUNDING),
-        "|mean|": ("mean", MEAN),
-        "|sd − 1|": ("spread", SPREAD),
-    }
-    draw.columns(left, {name: records.by_seed(key) for name, (key, _) in limits.items()})
-    for at, (_, limit) in enumerate(limits.values()):
+    names = ("∇g, ∇v", "cos(∇v, v)", "growth of ‖v‖", "|mean|", "|sd − 1|")
+    keys = ("gradients", "cosine", "length", "mean", "spread")
+    off = {name: records.by_seed(key) for name, key in zip(names, keys, strict=True)}
+    draw.columns(left, off)
+    for at, limit in enumerate((*[ROUNDING] * 3, MEAN, SPREAD)):
         left.plot([at - 0.3, at + 0.4], [limit, limit], color="grey", lw=1, ls=":")
-    draw.log_y(left)
-    left.set(ylabel="relative error", title="off by (dotted: the threshold)")
+    draw.frame(left, log=True, ylabel="relative error", title="off by (dotted: the threshold)")
     draw.over_steps(right, records.where(kind="length"), "longer", by="layer")
-    right.set(ylabel="‖v‖ / ‖v‖ at the start, median unit", title="plain SGD")
-    right.legend(frameon=False)
+    draw.frame(right, title="plain SGD", legend=True)
+    right.set_ylabel("‖v‖ / ‖v‖ at the start, median unit")
     return picture
