@@ -15,7 +15,7 @@ from normlab import devices, measure, population
 from normlab.batch import batch_moments, batch_norm, batch_parts
 from normlab.cosine import cosine_norm, cosine_parts
 from normlab.devices.topology import Sync
-from normlab.equation import Affine, Parts, affine, init_affine, invert
+from normlab.equation import Affine, Parts, affine, init_affine, invert, learned
 from normlab.example import (
     group_moments,
     group_norm,
@@ -87,6 +87,7 @@ __all__ = [
     "layer_moments",
     "layer_norm",
     "layer_parts",
+    "learned",
     "measure",
     "moments",
     "names",
@@ -107,8 +108,10 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> typing.Any:
-    """Loads a family that no norm needs when it is first asked for: `nl.folding.fold_norm`."""
-    if name in ("convert", "folding", "instruments"):
-        return importlib.import_module(f"normlab.{name}")
-    raise AttributeError(f"module 'normlab' has no attribute {name!r}")
+if not typing.TYPE_CHECKING:  # or a checker would let every name pass
+
+    def __getattr__(name: str) -> typing.Any:
+        """Loads a family that no norm needs when it is first asked for: `nl.folding.fold_norm`."""
+        if name in ("convert", "folding", "instruments"):
+            return importlib.import_module(f"normlab.{name}")
+        raise AttributeError(f"module 'normlab' has no attribute {name!r}")

@@ -347,7 +347,7 @@ def array(
 def _leaves(value: Any) -> Any:
     """A NamedTuple of arrays, as jax has them; its numbers too."""
     leaves, structure = jax.tree.flatten(value)
-    _require(not any(type(field) is list for field in value))
+    _require(not isinstance(value, tuple) or not any(type(field) is list for field in value))
     if all(isinstance(leaf, Array) for leaf in leaves):
         return value
     _require(all(is_array(v) or is_number(v) for v in leaves))

@@ -43,7 +43,8 @@ def imported(where: str, what: str, path: str) -> Any:
         change = "name a module on the path of Python"
         raise invalid(where, f"the {what} {path!r}: {error}", expected, change) from error
     if not hasattr(home, name):
-        given = f"the {what} {path!r}: {module} has no {name!r}; {nearest(name, vars(home))}"
+        public = [known for known in vars(home) if not known.startswith("_")]
+        given = f"the {what} {path!r}: {module} has no {name!r}; {nearest(name, public)}"
         raise invalid(where, given, expected, "name one that the module has")
     return getattr(home, name)
 

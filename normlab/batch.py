@@ -24,7 +24,7 @@ from normlab.devices.topology import AxisName, Sync, as_sync
 from normlab.equation import Affine, Parts, affine
 from normlab.measure import Algorithm, Moments
 from normlab.population._batches import BadBatch, check_batch
-from normlab.population.optional import check_state, measures, normalizer, observe
+from normlab.population.optional import check_state, measures, normalizer, observe, updated
 from normlab.population.protocol import Population
 
 BatchState = Population | tuple[()] | None
@@ -157,7 +157,7 @@ def batch_parts(
         population = sharded_as(population, kept - a.ndim, state.read()[0])
         policy = "propagate" if bad_batch == "propagate" else "skip"  # "raise" has been seen to
         population = population if state_gradient else lax.stop_gradient(population)
-        state = state.update(population, decay=decay, bad_batch=policy)
+        state = updated(state, population, decay=decay, bad_batch=policy)
     mu, sigma = (_along(v.astype(g.dtype), a.ndim, channel) for v in (mu, sigma))
     return Parts(mu, sigma, g, b), state
 

@@ -15,7 +15,14 @@ from jax.typing import ArrayLike, DTypeLike
 
 from normlab._apply import apply_parts
 from normlab._arguments import checked, declare, instance, real
-from normlab._checks import check_parts, normalize_axes, promote, promote_dtype, result_dtype
+from normlab._checks import (
+    check_parts,
+    gain_and_bias,
+    normalize_axes,
+    promote,
+    promote_dtype,
+    result_dtype,
+)
 from normlab._trees import node
 from normlab._weights import align_weights
 from normlab._xla import partitioned
@@ -82,6 +89,24 @@ def init_affine(
 
 
 declare(parts=instance(Parts, "take them from a *_parts, or make Parts(mu, sigma, g, b)"))
+
+
+@checked("learned")
+def learned(
+    a: ArrayLike, params: Affine | None = None, *, channel_axis: int = -1
+) -> tuple[Array, Array]:
+    """Returns g and b as they stand in `Parts`: broadcastable to `a`, 1 and 0 where there are none.
+
+    Args:
+      a: `[N, ..., C]`.
+      params: `Affine(g [C], b [C])`, either field `None`; or `None`.
+      channel_axis: The axis of the channels.
+
+    >>> g, b = learned(jnp.ones((2, 3, 4)), init_affine(3, use_bias=False), channel_axis=1)
+    >>> g.shape, b.item()
+    ((1, 3, 1), 0.0)
+    """
+    return gain_and_bias("learned", params, a, channel_axis)
 
 
 @checked("affine")

@@ -63,9 +63,13 @@ def stateless(
       `(**options) -> Norm`.
     """
     known = inspect.signature(parts).parameters
+    if taken := {"use_gain", "use_bias"} & known.keys():
+        given, change = f"parts with the argument {min(taken)}", "read it off params instead"
+        raise invalid("stateless", given, "one that every norm has by itself", change)
     of_a = next(iter(known)) != "site"
     own = [p for p in known.values() if p.kind is p.KEYWORD_ONLY and p.name not in _OF_SITE]
-    where = getattr(parts, "where", f"{parts.__name__.removesuffix('_parts')} norm")
+    name = getattr(parts, "__name__", "own").removesuffix("_parts")
+    where = getattr(parts, "where", f"{name} norm")
     kinds = {"use_gain": flag(), "use_bias": flag()} | getattr(parts, "kinds", {})
 
     def make(*, use_gain: bool = True, use_bias: bool = True, **options: Any) -> Norm:
@@ -77,19 +81,19 @@ def stateless(
                 "weights": site.weights is not None,
                 "channel_axis": of_site["channel_axis"] != -1,
             }
-            for name in of_site.keys() - known.keys():
-                if told[name]:
-                    wrong = f"{name}, which {parts.__name__} does not take"
-                    raise invalid(where, wrong, "none", f"give it an argument {name}")
-                del of_site[name]
+            for option in of_site.keys() - known.keys():
+                if told[option]:
+                    wrong = f"{option}, which {name}_parts does not take"
+                    raise invalid(where, wrong, "none", f"give it an argument {option}")
+                del of_site[option]
             return parts(site.a, given, **of_site, **options)
 
         start = functools.partial(params or initial_affine, use_gain=use_gain, use_bias=use_bias)
         return norm_of(where, measure, start)
 
     switches = [p for p in inspect.signature(make).parameters.values() if p.kind is p.KEYWORD_ONLY]
-    make.__name__ = make.__qualname__ = parts.__name__.removesuffix("_parts")
-    make.__doc__ = f"The norm of `{parts.__name__}`; its options are arguments of that."
+    make.__name__ = make.__qualname__ = name
+    make.__doc__ = f"The norm of `{name}_parts`; its options are arguments of that."
     vars(make)["__signature__"] = inspect.Signature([*own, *switches], return_annotation="Norm")
     return checked(where, **{p.name: kinds.get(p.name, anything) for p in [*own, *switches]})(make)
 
@@ -119,8 +123,32 @@ def norm_of(
     return Norm(checked(where, site=SHAPES)(init), checked(where)(parts))
 
 
-def factory_of(made: Any) -> Callable[..., Norm]:
-    """A factory as it is, or that of the norms whose parts a function returns."""
-    parameters = list(inspect.signature(made).parameters.values())
-    positional = parameters and parameters[0].kind is not parameters[0].KEYWORD_ONLY
-    return stateless(made) if positional else made
+EXPECTED = "a factory of keyword options, or a function (a, params, ...) or (site, params, ...)"
+
+
+def factory_of(made: Any) -> Callable[..., Any]:
+    """A factory as it is, or that of the norms whose parts a function returns; or of a norm itself.
+
+    Raises:
+      ValueError: If it is none of these.
+    """
+    if not isinstance(made, Norm) and (not callable(made) or isinstance(made, type)):
+        change = "pass a function that returns parts, or stateless(...) of one"
+        raise invalid("norm", f"a factory that is {made!r}", EXPECTED, change)
+    return _factory_of(made)
+
+
+@functools.lru_cache(maxsize=1024)
+def _factory_of(made: Any) -> Callable[..., Any]:
+    if isinstance(made, Norm):
+        return lambda: made
+    parameters = inspect.signature(made).parameters.values()
+    by_place = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.VAR_POSITIONAL)
+    names = [p.name for p in parameters if p.kind is not p.KEYWORD_ONLY]
+    of_site = names[:1] in (["a"], ["site"])
+    if of_site and len(names) >= 2:
+        return stateless(made)
+    if of_site or any(p.kind in by_place for p in parameters):
+        given = f"a factory with the arguments ({', '.join(map(str, parameters))})"
+        raise invalid("norm", given, EXPECTED, "name the first two arguments so")
+    return made

@@ -16,7 +16,9 @@ import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from normlab._arguments import checked, instance, text
+from jax.core import Tracer
+
+from normlab._arguments import checked, flag, instance, is_array, text
 from normlab._checks import check_options, imported, invalid, nearest
 from normlab.making import factory_of
 from normlab.site import Made, Norm
@@ -48,7 +50,7 @@ class Row(NamedTuple):
     """
 
     name: str
-    factory: Callable[..., Norm]
+    factory: Callable[..., Any]
     needs: frozenset[str] = frozenset({"a"})
     looks_at: str = "a"
     mu: str = "?"
@@ -61,12 +63,16 @@ _ROWS: dict[str, Row] = {}
 NAME = text("the name of a norm", "use one of names()")
 
 
-@checked("register", row=instance(Row, "pass Row(name, factory, ...)", arrays=False))
-def register(row: Row) -> Row:
+ROW = instance(Row, "pass Row(name, factory, ...)", arrays=False)
+
+
+@checked("register", row=ROW, replace=flag())
+def register(row: Row, *, replace: bool = False) -> Row:
     """Adds a norm, which then goes by its name everywhere: `get`, the skins, experiments, laws.
 
     Args:
       row: What it is. Its `factory` may be a function that returns parts, as `stateless` takes it.
+      replace: Whether it may take the place of a norm of the same name, as in a notebook.
 
     Returns:
       The row.
@@ -84,13 +90,15 @@ def register(row: Row) -> Row:
     [[-1.0, 1.0]]
     >>> unregister("centre")
     """
-    if not isinstance(row.name, str) or not row.name or ":" in row.name or row.name in _ROWS:
-        given = f"the name {row.name!r}" + ", which another norm has" * (row.name in _ROWS)
+    taken = row.name in _ROWS and not replace
+    if not isinstance(row.name, str) or not row.name or ":" in row.name or taken:
+        given = f"the name {row.name!r}" + ", which another norm has" * taken
         raise invalid("register", given, "a name of its own, without ':'", "choose another")
-    wrong = {*row.invariances} - {*INVARIANCES} | {*row.needs} - {"a", "w", "x", "batch"}
-    if wrong:
-        known = f"of {', '.join((*INVARIANCES, 'a', 'w', 'x', 'batch'))}"
-        raise invalid("register", f"the marks {sorted(wrong)}", known, "use these words")
+    for field, known in (("needs", {"a", "w", "x", "batch"}), ("invariances", {*INVARIANCES})):
+        given = getattr(row, field)
+        if not isinstance(given, frozenset | set) or not given <= known:
+            expected = f"a set of some of {', '.join(sorted(known))}"
+            raise invalid("register", f"{field}={given!r}", expected, "use these words")
     row = row._replace(factory=factory_of(row.factory))
     _ROWS[row.name] = row
     return row
@@ -122,7 +130,7 @@ name of a norm. To fix it, use a known one.
     """
     factory = row(name).factory
     check_options(name, inspect.signature(factory).parameters, options)
-    made = sorted((k, tuple(v) if isinstance(v, list) else v) for k, v in options.items())
+    made = sorted((name, _hashable(value)) for name, value in options.items())
     try:
         return _get(Made(name, factory, tuple(made)), tuple(type(v) for _, v in made))
     except TypeError:  # an option that cannot be hashed
@@ -132,8 +140,15 @@ name of a norm. To fix it, use a known one.
 @functools.lru_cache(maxsize=1024)
 def _get(made: Made, types: tuple[type, ...]) -> Norm:
     del types  # True is no 1
-    norm = made.factory(**dict(made.options))
-    return Norm(norm.init, norm.parts, made)
+    return made.factory(**dict(made.options)).known_as(made)
+
+
+def _hashable(value: Any) -> Any:
+    """A list as a tuple, a number of NumPy or jax as one of Python: what options mean alike."""
+    if isinstance(value, list):
+        return tuple(value)
+    known = is_array(value) and value.ndim == 0 and not isinstance(value, Tracer)
+    return value.item() if known else value
 
 
 @checked("row", name=NAME)
@@ -141,7 +156,8 @@ def row(name: str) -> Row:
     """Returns the registry's row for `name`; raises ValueError for an unknown one."""
     if ":" in name:
         found = imported("registry", "norm", name)
-        return found if isinstance(found, Row) else Row(name, factory_of(found))
+        row = found if isinstance(found, Row) else Row(name, found)
+        return row._replace(factory=factory_of(row.factory))
     if name not in _ROWS:
         given = f"the unknown norm {name!r}: {nearest(name, _ROWS)}"
         raise invalid("registry", given, "the name of a norm", "use a known one")

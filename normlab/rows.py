@@ -70,10 +70,15 @@ def batch(
         layout = {"weights": site.weights, "channel_axis": site.linear.channel_axis}
         return batch_parts(site.a, params, state, train=train, **how, **layout)
 
+    def fits(params: Any, state: State, site: Site) -> Any:
+        """In inference, and on one device: where `init` is called there may be no axis yet."""
+        alone = {**how, "axis_name": None, "channel_axis": site.linear.channel_axis}
+        return batch_parts(site.a, params, state, train=False, **alone)
+
     def init(site: Site) -> tuple[Any, State]:
         params = initial_affine(site, use_gain=use_gain, use_bias=use_bias)
         state = state_of(site.channels, promote_dtype(site.a))
-        jax.eval_shape(lambda site: parts(params, state, site, train=False), site)
+        jax.eval_shape(fits, params, state, site)
         return params, state
 
     where = "batch norm"

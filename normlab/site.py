@@ -7,7 +7,7 @@ A kernel `w` always carries its output channels last: `[..., K, C]`.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 import jax
@@ -122,7 +122,13 @@ class Norm:
 
     init: Init
     parts: Measure
-    made: Made | None = None
+    made: Made | None = field(default=None, init=False)
+
+    def known_as(self, made: Made) -> Norm:
+        """The same norm, as `get` made it."""
+        norm = Norm(self.init, self.parts)
+        object.__setattr__(norm, "made", made)
+        return norm
 
     @checked("norm", params=anything, state=anything)
     def apply(self, params: Params, state: S, site: Site, *, train: bool) -> tuple[Array, S]:
@@ -143,6 +149,12 @@ class Norm:
         options = (f"{name}={value!r}" for name, value in self.made.options)
         return f"get({', '.join([repr(self.made.name), *options])})"
 
+    def __reduce__(self) -> Any:
+        """Pickled by its name and options; one of one's own by its two functions."""
+        if self.made is None:
+            return Norm, (self.init, self.parts)
+        return _again, (self.made.name, dict(self.made.options))
+
     def _key(self) -> Any:
         return (self.init, self.parts) if self.made is None else self.made
 
@@ -153,3 +165,9 @@ class Made(NamedTuple):
     name: str
     factory: Any
     options: tuple[tuple[str, Any], ...]
+
+
+def _again(name: str, options: dict[str, Any]) -> Norm:
+    from normlab.registry import get
+
+    return get(name, **options)

@@ -160,6 +160,7 @@ CALLS = {
     nl.group_moments: MEASURED | {"groups": 2, "algorithm": "auto"},
     nl.instance_moments: MEASURED | {"a": jnp.ones((2, 3, 4)), "algorithm": "auto"},
     nl.batch_moments: MEASURED | {"axis_name": None, "algorithm": "auto"},
+    nl.learned: {"a": A, "params": None, "channel_axis": -1},
     nl.stateless: {"parts": nl.layer_parts, "params": lambda site, use_gain, use_bias: None},
     nl.layer_norm: EXAMPLE | {"axes": -1, "algorithm": "auto"},
     nl.layer_parts: EXAMPLE | {"axes": -1, "algorithm": "auto"},

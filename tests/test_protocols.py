@@ -1,6 +1,9 @@
 """What users add from outside: a population, a norm, and values that may be compared."""
 
 import ast
+import copy
+import dataclasses
+import pickle
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,7 +32,7 @@ class Halfway(NamedTuple):
     var: jax.Array
 
     def update(self, m, *, decay=None, bad_batch="skip"):
-        return Halfway(*(v.reshape(self.mean.shape) for v in (m.mean, m.var())))
+        return self._replace(mean=m.mean.reshape(C), var=m.var().reshape(C))
 
     def read(self):
         return self.mean, self.var
@@ -39,6 +42,18 @@ class Halfway(NamedTuple):
         if train:
             mean, var = (mean + m.mean) / 2, (var + m.var()) / 2
         return mean, jnp.sqrt(var + eps)
+
+
+class Adapted(NamedTuple):
+    mean: jax.Array
+    var: jax.Array
+    update, read = Halfway.update, Halfway.read
+
+    def measures(self, train):
+        return True
+
+    def normalizer(self, m, eps, *, train):
+        return Halfway.normalizer(self, m, eps, train=True)
 
 
 def halfway(channels):
@@ -111,6 +126,32 @@ class TestPopulation:
         with pytest.raises(ValueError, match=r"settle: got statistics of type Halfway.*settled"):
             nl.population.settle(state)
 
+    @pytest.mark.parametrize("kind", ["NaN", "masked", "not ok"])
+    def test_a_bad_batch_does_not_reach_it(self, kind):
+        state = halfway(C)
+        a = array(np.where(np.arange(8)[:, None] == 3, np.nan, A) if kind == "NaN" else A)
+        weights = jnp.zeros(8) if kind == "masked" else None
+        _, after = nl.batch_norm(a, None, state, train=True, weights=weights)
+        if kind != "not ok":
+            assert gap(after, state) == 0
+        pending = nl.population.begin(state)
+        _, pending = nl.batch_norm(a, None, pending, train=True, weights=weights)
+        after = nl.population.commit(pending, ok=kind != "not ok")
+        assert gap(after, state) == 0
+
+    def test_that_measures_in_inference_too(self):
+        """The middle of the batch's and of the kept statistics: test-time adaptation."""
+        state = Adapted(jnp.zeros(C), jnp.ones(C))
+        for train in (True, False):
+            h, _ = nl.batch_norm(array(A), None, state, train=train)
+            assert gap(h, expected()) < 1e-5
+            h, _ = nl.batch_norm(array(A), None, nl.population.freeze(state), train=train)
+            assert gap(h, expected()) < 1e-5
+        norm = nl.get(
+            "batch", population=lambda c: Adapted(jnp.zeros(c), jnp.ones(c)), axis_name="d"
+        )
+        assert isinstance(norm.init(nl.Site(array(A)))[1], Adapted)  # outside of any map
+
     def test_an_unknown_path_is_said(self):
         with pytest.raises(ValueError, match=r"'tests\.nowhere:x': No module named"):
             nl.population.init_population("tests.nowhere:x", C)
@@ -137,11 +178,17 @@ def test_no_file_outside_population_names_a_kind_of_it():
 def third_parts(a, params=None, *, order: float = 3.0, eps: float = 1e-5, channel_axis: int = -1):
     """σ is the mean of |a|^order, to the power of 1/order."""
     mean = (jnp.abs(a) ** order).mean(channel_axis, keepdims=True)
-    g, b = (1.0, 0.0) if params is None else params
+    g, b = nl.learned(a, params, channel_axis=channel_axis)
     return nl.Parts(jnp.zeros(()), (mean + eps) ** (1 / order), g, b)
 
 
 third = nl.stateless(third_parts)
+third_row = nl.Row("another", third_parts)
+third_norm = third()
+
+
+def third_options(order=3.0):
+    return third(order=order)
 
 
 @pytest.fixture
@@ -185,6 +232,33 @@ class TestNorm:
         net = nll.swap(nn.Sequential([nll.LayerNorm()]), {".*": "third"})
         assert gap(net.apply(net.init(jax.random.key(0), x), x), self.expected()) < 1e-5
 
+    def test_with_the_options_and_layouts_of_every_norm(self, registered):
+        a = draw(0, 2, 3, 4)
+        site = nl.Site(array(a), linear=nl.Conv(channel_axis=1))
+        size = (np.abs(a) ** 3).mean(1, keepdims=True)
+        for options in ({}, {"use_gain": False}, {"use_bias": False}):
+            norm = nl.get("third", **options)
+            params, state = norm.init(site)
+            h, _ = norm.apply(params, state, site, train=True)
+            assert gap(h, a / (size + 1e-5) ** (1 / 3)) < 1e-5
+
+    def test_what_may_stand_at_a_place(self):
+        names = ("third_row", "third_norm", "third_options")
+        for name in names:
+            assert gap(self.apply(nl.get(f"{HERE}:{name}")), self.expected()) < 1e-5
+        assert (
+            gap(self.apply(nl.get(f"{HERE}:third_options", order=2.0)), self.expected(2.0)) < 1e-5
+        )
+        for name, match in (("A", "a factory that is"), ("C", "a factory that is 3")):
+            with pytest.raises(ValueError, match=match):
+                nl.get(f"{HERE}:{name}")
+
+    def test_a_notebook_may_register_it_again(self, registered):
+        with pytest.raises(ValueError, match="which another norm has"):
+            nl.register(registered)
+        nl.register(registered._replace(mu="none"), replace=True)
+        assert nl.row("third").mu == "none"
+
     def test_weights_it_does_not_know_are_refused(self, registered):
         site = nl.Site(array(A), weights=jnp.ones(8))
         with pytest.raises(
@@ -201,8 +275,15 @@ class TestNorm:
         [
             (nl.Row("batch", third), "the name 'batch', which another norm has"),
             (nl.Row("a:b", third), "the name 'a:b'; expected a name of its own, without ':'"),
-            (nl.Row("x", third, needs=frozenset({"y"})), r"the marks \['y'\]"),
-            (nl.Row("x", third, invariances=frozenset({"all"})), r"the marks \['all'\]"),
+            (nl.Row("x", third, needs=frozenset({"y"})), "needs=frozenset.*a, batch, w, x"),
+            (nl.Row("x", third, needs="batch"), "needs='batch'; expected a set"),
+            (nl.Row("x", third, needs=None), "needs=None; expected a set"),
+            (nl.Row("x", third, invariances=frozenset({"all"})), "invariances=frozenset.*rescaled"),
+            (nl.Row("x", None), "a factory that is None; expected a factory"),
+            (nl.Row("x", 3), "a factory that is 3"),
+            (nl.Row("x", lambda *x: None), r"the arguments \(\*x\)"),
+            (nl.Row("x", lambda a: None), r"the arguments \(a\)"),
+            (nl.Row("x", lambda a, params, use_gain: None), "the argument use_gain"),
             ("batch", "row='batch' of type str|a row of type str"),
         ],
     )
@@ -236,6 +317,19 @@ class TestEquality:
             run(array(A), norm=nl.get("layer", eps=1e-6))
         assert len(traced) == 1
         assert nl.get("rms").apply == nl.get("rms").apply  # so that jit knows it again
+
+    def test_by_path_and_of_numbers_of_arrays(self):
+        path = f"{HERE}:third_parts"
+        assert nl.get(path) is nl.get(path)
+        assert nl.get("layer", eps=np.float32(0.5)) == nl.get("layer", eps=0.5)
+        assert nl.get("layer", eps=jnp.float32(0.5)) == nl.get("layer", eps=0.5)
+
+    def test_copies_are_what_they_copy(self):
+        for norm in (nl.get("group", groups=2), nl.get("batch"), nl.get(f"{HERE}:third_parts")):
+            assert pickle.loads(pickle.dumps(norm)) == norm
+            assert copy.deepcopy(norm) == norm
+        changed = dataclasses.replace(nl.get("layer"), parts=nl.get("rms").parts)
+        assert changed != nl.get("layer")
 
     def test_what_was_wrong_stays_wrong(self):
         nl.get("layer", use_gain=True)

@@ -293,7 +293,7 @@ def _model(config: Ledger, name: str, sync: str, count: int) -> nn.Module:
         mapped = config.mode != "jit"
         settings["axis_name"] = syncs.parse(sync, config.axes, count, mapped=mapped)
     made = nl.get(name, **settings)
-    norm = _Named(made.init, made.parts, made.made)
+    norm = _Named(made.init, made.parts)
     return models.build(config.model, norm, CLASSES, **options)
 
 

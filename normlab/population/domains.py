@@ -16,7 +16,7 @@ from normlab._trees import node
 from normlab.devices.topology import AxisName, Sync
 from normlab.measure import Moments
 from normlab.population._batches import BadBatch, arrays
-from normlab.population.optional import Run, pool
+from normlab.population.optional import Run, pool, updated
 
 
 @node
@@ -48,14 +48,14 @@ class Domains(NamedTuple):
         self = arrays(self)
         if not self.current.ndim:
             one = jax.tree.map(lambda v: v[self.current], self.inner)
-            new = one.update(m, decay=decay, bad_batch=bad_batch)
+            new = updated(one, m, decay=decay, bad_batch=bad_batch)
             put = lambda all_, v: all_.at[self.current].set(v)  # noqa: E731
             return self._replace(inner=jax.tree.map(put, self.inner, new))
 
         def each(old: Any, m: Moments) -> Any:
             seen = (m.count > 0).any()
             m = jax.tree.map(lambda v: jnp.where(seen, v, 2), m)  # no domain's fault
-            new = old.update(m, decay=decay, bad_batch=bad_batch)
+            new = updated(old, m, decay=decay, bad_batch=bad_batch)
             return jax.tree.map(lambda v, w: jnp.where(seen, v, w), new, old)
 
         return self._replace(inner=jax.vmap(each)(self.inner, m))

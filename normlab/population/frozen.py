@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+from jax import Array
 
 from normlab._arguments import a_function, checked, either, text
 from normlab._checks import invalid
@@ -13,7 +14,14 @@ from normlab._paths import matches
 from normlab._trees import node
 from normlab.measure import Moments
 from normlab.population._batches import BadBatch
-from normlab.population.optional import is_population, options, pool_inner, read_inner
+from normlab.population.optional import (
+    is_population,
+    measures,
+    normalizer,
+    options,
+    pool_inner,
+    read_inner,
+)
 
 
 @node
@@ -27,9 +35,14 @@ class Frozen(NamedTuple):
     inner: Any
 
     def measures(self, train: bool) -> bool:
-        """No: training normalizes with `inner` as well."""
+        """As `inner` in inference, for training normalizes so as well."""
         del train
-        return False
+        return measures(self.inner, False)
+
+    def normalizer(self, m: Moments | None, eps: Any, *, train: bool) -> tuple[Array, Array]:
+        """Those of `inner` in inference."""
+        del train
+        return normalizer(self.inner, m, eps, train=False)
 
     def update(self, m: Moments, *, decay: Any = None, bad_batch: BadBatch = "skip") -> Frozen:
         """Returns itself."""

@@ -30,7 +30,7 @@ from normlab._arguments import Kind, declare, instance, tree
 from normlab._checks import invalid
 from normlab.devices.topology import AxisName, Sync, as_sync
 from normlab.measure import Moments
-from normlab.population._batches import BadBatch, arrays
+from normlab.population._batches import BadBatch, arrays, finite
 from normlab.population.protocol import Population
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -82,6 +82,19 @@ def _asks(*, inner: bool) -> Callable[[F], F]:
         return ask  # pyright: ignore[reportReturnType]
 
     return decorate
+
+
+def updated(state: Any, m: Moments, *, decay: Any = None, bad_batch: BadBatch = "skip") -> Any:
+    """`state.update`, which a bad batch does not reach if the state does not count such itself.
+
+    A population that has a field `skipped`, or holds another, sees to it by itself.
+    """
+    if bad_batch != "skip" or hasattr(state, "skipped") or hasattr(state, "inner"):
+        return state.update(m, decay=decay, bad_batch=bad_batch)
+    good = (m.count > 0).all() & finite(m)
+    m = jax.tree.map(lambda v: jnp.where(good, v, 1), m)  # no NaN, for jax_debug_nans
+    new = state.update(m, decay=decay, bad_batch=bad_batch)
+    return jax.tree.map(lambda v, old: jnp.where(good, v, old), new, state)
 
 
 @_asks(inner=True)
@@ -180,7 +193,7 @@ def settled(state: Any, seen: Any, estimator: str | None) -> Any:
 
 def update_inner(self: Any, m: Moments, *, decay: Any = None, bad_batch: BadBatch = "skip") -> Any:
     """Takes one batch into `inner`."""
-    return self._replace(inner=self.inner.update(m, decay=decay, bad_batch=bad_batch))
+    return self._replace(inner=updated(self.inner, m, decay=decay, bad_batch=bad_batch))
 
 
 def read_inner(self: Any) -> tuple[Array, Array]:

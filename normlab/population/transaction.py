@@ -33,7 +33,15 @@ from normlab.population._batches import BadBatch, arrays, finite
 from normlab.population.cumulative import Cumulative, Estimator
 from normlab.population.domains import Domains
 from normlab.population.frozen import Frozen
-from normlab.population.optional import Run, is_population, observe, pool, read_inner, settled
+from normlab.population.optional import (
+    Run,
+    is_population,
+    observe,
+    pool,
+    read_inner,
+    settled,
+    updated,
+)
 
 
 @node
@@ -176,7 +184,7 @@ def commit(
         called = (state.seen.updates + state.seen.skipped > 0) | broken
         nothing = jax.tree.map(jnp.zeros_like, m)  # a bad batch, but no NaN for jax_debug_nans
         if bad_batch == "skip":
-            return choose(called, of.update(choose(ok, m, nothing), decay=decay), of)
+            return choose(called, updated(of, choose(ok, m, nothing), decay=decay), of)
         judged = called
         if bad_batch == "propagate":
             m = Moments(m.count, *(jnp.where(broken, jnp.nan, v) for v in (m.mean, m.m2)))
@@ -185,8 +193,8 @@ def commit(
             judged = called & ~broken
             ok = ok & ~broken
         m = choose(judged, m, jax.tree.map(lambda v: jnp.full_like(v, 2), m))  # or nobody's fault
-        new = of.update(m, decay=decay, bad_batch=bad_batch)
-        return choose(called, choose(ok, new, of.update(nothing, decay=decay)), of)
+        new = updated(of, m, decay=decay, bad_batch=bad_batch)
+        return choose(called, choose(ok, new, updated(of, nothing, decay=decay)), of)
 
     return _map("commit", states, _is_pending, one, "states from begin")
 
