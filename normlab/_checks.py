@@ -134,14 +134,6 @@ def check_groups(where: str, groups: int, channels: int) -> None:
         )
 
 
-def check_values(
-    where: str, shape: tuple[int, ...], measured: tuple[int, ...], each: str, change: str, also: str
-) -> None:
-    """Raises ValueError if what was measured of values of a shape is that of one value each."""
-    if measured == shape and 0 not in shape:
-        raise one_value(where, shape, each, change, also)
-
-
 def gain_and_bias(where: str, params: Any, a: ArrayLike, channel_axis: int) -> tuple[Array, Array]:
     """Returns `(g, b)` in the statistics' type, broadcastable to `a`; 1 and 0 where absent.
 
@@ -246,17 +238,18 @@ def each_axis(name: str, value: int | Sequence[int], spatial: int) -> tuple[int,
     return values
 
 
-def one_value(
-    where: str, shape: tuple[int, ...] | str, each: str, change: str, also: str = ""
-) -> ValueError:
-    """Returns the error of a norm that would measure the variance of one value."""
-    return invalid(
-        where,
-        f"an input of shape {shape}, one value per {each}",
-        f"{also}at least two values per {each}: the variance of one is zero and the output would "
-        "be the bias alone",
-        change,
-    )
+def check_values(
+    where: str, shape: tuple[int, ...] | str, one: bool, each: str, change: str, also: str = ""
+) -> None:
+    """Raises ValueError for a norm that would measure the variance of `one` value per `each`."""
+    if one:
+        raise invalid(
+            where,
+            f"an input of shape {shape}, one value per {each}",
+            f"{also}at least two values per {each}: the variance of one is zero and the output "
+            "would be the bias alone",
+            change,
+        )
 
 
 def output_shape(where: str, call: str, linear: Any, x: ArrayLike, w: ArrayLike) -> Any:

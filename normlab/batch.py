@@ -16,7 +16,7 @@ from jax import Array, lax
 from jax.typing import ArrayLike
 
 from normlab._arguments import KINDS, checked
-from normlab._checks import gain_and_bias, one_value
+from normlab._checks import check_values, gain_and_bias
 from normlab._weights import aligned
 from normlab._xla import sharded_as
 from normlab.devices.merging import measure, values_per_channel
@@ -137,10 +137,10 @@ def batch_parts(
         x, w, axes, kept = _examples_first(a, weights, channel)
         one = values_per_channel(where, sync, x.shape, axes) == 1
         alone = train or not isinstance(state, Population)  # the batch's own and no other's
-        if one and alone and not _one_value and bad_batch != "propagate":
-            change = "use a larger batch, train=False, a norm that does not look across examples, "
-            change += 'or, for that output, bad_batch="propagate"'
-            raise one_value(where, f"{a.shape} in training", "channel", change)
+        refused = one and alone and not _one_value and bad_batch != "propagate"
+        change = "use a larger batch, train=False, a norm that does not look across examples, "
+        change += 'or, for that output, bad_batch="propagate"'
+        check_values(where, f"{a.shape} in training", refused, "channel", change)
         least = 1 if one or bad_batch == "propagate" else 2
 
         def run(sync: Sync, member: Array | None = None) -> tuple[Moments, Moments]:

@@ -26,14 +26,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from normlab._arguments import checked, norm_axes
-from normlab._checks import (
-    check_groups,
-    check_values,
-    gain_and_bias,
-    normalize_axes,
-    one_value,
-    promote,
-)
+from normlab._checks import check_groups, check_values, gain_and_bias, normalize_axes, promote
 from normlab._sums import average, standard_deviation
 from normlab._weights import aligned
 from normlab._xla import partitioned
@@ -75,7 +68,8 @@ def layer_parts(
     m = layer_moments(a, axes=axes, weights=weights, channel_axis=channel_axis, algorithm=algorithm)
     g, b = gain_and_bias("layer norm", params, a, channel_axis)
     change = "use RMS norm, which has no mean, or measure over more axes"
-    check_values("layer norm", jnp.shape(a), m.mean.shape, "statistic", change, "")
+    one = m.mean.shape == jnp.shape(a) and 0 not in m.mean.shape
+    check_values("layer norm", jnp.shape(a), one, "statistic", change)
     return Parts(m.mean, m.sigma(eps), g, b)
 
 
@@ -196,9 +190,9 @@ def group_parts(
         a, groups=groups, weights=weights, channel_axis=channel_axis, algorithm=algorithm
     )
     g, b = gain_and_bias("group norm", params, a, channel_axis)
-    if math.prod(jnp.shape(a)[1:]) == groups:
-        change = "use fewer groups, or RMS norm, which has no mean"
-        raise one_value("group norm", jnp.shape(a), "example and group", change)
+    one = math.prod(jnp.shape(a)[1:]) == groups
+    change = "use fewer groups, or RMS norm, which has no mean"
+    check_values("group norm", jnp.shape(a), one, "example and group", change)
     return Parts(m.mean, m.sigma(eps), g, b)
 
 
@@ -251,8 +245,8 @@ def instance_parts(
     m = instance_moments(a, weights=weights, channel_axis=channel_axis, algorithm=algorithm)
     positions = "an input [N, ..., C] with positions between examples and channels, "
     change = "use layer norm or RMS norm in a dense layer"
-    each = "example and channel"
-    check_values("instance norm", jnp.shape(a), m.mean.shape, each, change, positions)
+    one = m.mean.shape == jnp.shape(a) and 0 not in m.mean.shape
+    check_values("instance norm", jnp.shape(a), one, "example and channel", change, positions)
     g, b = gain_and_bias("instance norm", params, a, channel_axis)
     return Parts(m.mean, m.sigma(eps), g, b)
 
