@@ -11,6 +11,7 @@ rows of the library itself are in `normlab.rows`.
 
 from __future__ import annotations
 
+import copyreg
 import functools
 import inspect
 from collections.abc import Callable
@@ -167,3 +168,13 @@ def row(name: str) -> Row:
 def names() -> tuple[str, ...]:
     """The names of all norms, in the registry's order."""
     return tuple(_ROWS)
+
+
+def _pickled(norm: Norm) -> Any:
+    """By its name and options; one of one's own by its two functions."""
+    if norm.made is None:
+        return Norm, (norm.init, norm.parts)
+    return functools.partial(get, norm.made.name, **dict(norm.made.options)), ()
+
+
+copyreg.pickle(Norm, _pickled)

@@ -149,12 +149,6 @@ class Norm:
         options = (f"{name}={value!r}" for name, value in self.made.options)
         return f"get({', '.join([repr(self.made.name), *options])})"
 
-    def __reduce__(self) -> Any:
-        """Pickled by its name and options; one of one's own by its two functions."""
-        if self.made is None:
-            return Norm, (self.init, self.parts)
-        return _again, (self.made.name, dict(self.made.options))
-
     def _key(self) -> Any:
         return (self.init, self.parts) if self.made is None else self.made
 
@@ -165,9 +159,3 @@ class Made(NamedTuple):
     name: str
     factory: Any
     options: tuple[tuple[str, Any], ...]
-
-
-def _again(name: str, options: dict[str, Any]) -> Norm:
-    from normlab.registry import get
-
-    return get(name, **options)

@@ -128,7 +128,7 @@ CALLS = {
         "channels": 3,
         "domains": 2,
         "examples": None,
-        "population": "debiased",
+        "inner": "debiased",
         "dtype": jnp.float32,
     },
     nl.population.init_population: {"population": "debiased", "channels": 3},

@@ -489,7 +489,7 @@ def test_a_domain_of_each_example_may_be_said_for_any_number_of_examples():
 @pytest.mark.parametrize("population", ["renorm", "frozen", "batch", "domains"])
 def test_what_changes_training_is_not_held_by_another(population):
     with pytest.raises(ValueError, match=r"domains: got a population of type"):
-        nl.population.init_domains(C, population=population)
+        nl.population.init_domains(C, inner=population)
     if population != "frozen":
         norm = nl.get("batch", population=population, axis_name=nl.Sync("d", every=2))
         with pytest.raises(ValueError, match=r"delayed: got statistics of type"):

@@ -152,6 +152,11 @@ class TestPopulation:
         )
         assert isinstance(norm.init(nl.Site(array(A)))[1], Adapted)  # outside of any map
 
+    def test_inside_another_by_name(self):
+        for name in ("domains", "frozen"):
+            state = nl.population.init_population(name, C, inner="cumulative")
+            assert isinstance(state.inner, nl.population.Cumulative)
+
     def test_an_unknown_path_is_said(self):
         with pytest.raises(ValueError, match=r"'tests\.nowhere:x': No module named"):
             nl.population.init_population("tests.nowhere:x", C)

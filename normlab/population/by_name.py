@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from normlab._arguments import checked, integer
+from normlab._arguments import KINDS, checked, integer
 from normlab._checks import imported, invalid, nearest
 from normlab.devices.topology import Sync
 from normlab.population._batches import statistics_dtype
@@ -29,13 +29,14 @@ from normlab.population.running import init_running
     "domains",
     domains=integer("a number of domains, at least 1", "count the domains", 1),
     examples=integer("a number of examples, at least 1", "pass None for one domain per batch", 1),
+    inner=KINDS["population"],
 )
 def init_domains(
     channels: int,
     *,
     domains: int = 2,
     examples: int | None = None,
-    population: str | Callable[..., Any] = "debiased",
+    inner: str | Callable[..., Any] = "debiased",
     dtype: DTypeLike | None = None,
     **options: Any,
 ) -> Domains:
@@ -45,12 +46,12 @@ def init_domains(
       channels: `C`.
       domains: Their number.
       examples: N, if each example of a batch says its own domain; `None` for one per batch.
-      population: What is kept of each, as in `init_population`.
+      inner: What is kept of each: a population, as in `init_population`.
       dtype: As in `init_running`.
       **options: Those of that population.
     """
     dtype = statistics_dtype(dtype)
-    one = init_population(population, channels, dtype=dtype, **options)
+    one = init_population(inner, channels, dtype=dtype, **options)
     if not plain(one) or one == ():
         raise invalid(
             "domains",
@@ -58,13 +59,15 @@ def init_domains(
             "one that does not change how training normalizes",
             "keep an average of each domain; freeze all of them together",
         )
-    inner = jax.tree.map(lambda v: jnp.broadcast_to(v, (domains, *v.shape)), one)
-    return Domains(inner, jnp.zeros(() if examples is None else (examples,), jnp.int32))
+    stacked = jax.tree.map(lambda v: jnp.broadcast_to(v, (domains, *v.shape)), one)
+    return Domains(stacked, jnp.zeros(() if examples is None else (examples,), jnp.int32))
 
 
-@checked("frozen statistics")
-def _frozen(channels: int, *, population: str = "debiased", **options: Any) -> Frozen:
-    return Frozen(init_population(population, channels, **options))
+@checked("frozen statistics", inner=KINDS["population"])
+def _frozen(
+    channels: int, *, inner: str | Callable[..., Any] = "debiased", **options: Any
+) -> Frozen:
+    return Frozen(init_population(inner, channels, **options))
 
 
 @checked("no statistics")
