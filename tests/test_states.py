@@ -106,7 +106,7 @@ def test_numpys_arrays_are_as_good_as_jaxs_and_debug_settings_find_no_fault(kind
         nl.population.init_delayed,
         functools.partial(nl.population.init_population, "ema"),
         functools.partial(nl.population.init_population, "frozen"),
-        functools.partial(nl.population.init_domains, population="cumulative"),
+        functools.partial(nl.population.init_domains, inner="cumulative"),
     ],
 )
 def test_statistics_are_kept_in_float32_at_least(init):

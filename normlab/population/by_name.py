@@ -89,7 +89,7 @@ POPULATIONS: dict[str, Callable[..., Any]] = {
 
 
 @checked("population")
-def init_population(population: str | Callable[..., Any], channels: int, /, **options: Any) -> Any:
+def init_population(population: str | Callable[..., Any], channels: int, **options: Any) -> Any:
     """Returns the initial state of batch norm for a name.
 
     Args:
