@@ -29,6 +29,7 @@ from experiments.compare.comparison import COMMON, Compare, Comparison
 from experiments.data import Dataset
 from experiments.engine import Records
 from experiments.rundir import RunDirectory, RunError
+from experiments.terminal import console
 from experiments.training.train import Train
 from experiments.training.trainer import (
     AXIS,
@@ -373,7 +374,7 @@ def mine(tmp_path, monkeypatch):
 class TestNormsOfOnesOwn:
     def test_a_norm_named_by_its_place_is_compared(self, mine, tmp_path, capsys, monkeypatch):
         out = tmp_path / "run"
-        monkeypatch.setenv("COLUMNS", "120")
+        monkeypatch.setattr(console, "width", 120)
         own = ["--model", "mlp", "--norms", mine, "layer", "--devices", "1", "--seeds", "1"]
         assert cli.main(["compare", *TINY, *own, "--eps", "0.1", "--run-dir", str(out)]) == 0
         assert mine in capsys.readouterr().out
