@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import difflib
 import importlib.metadata
 import json
 import math
@@ -25,14 +24,6 @@ Record = dict[str, Any]
 
 class RunError(ValueError):
     """A run that cannot start or go on; the text says why and what to do."""
-
-
-def nearest(word: str, known: Iterable[str]) -> str:
-    """Returns `did you mean 'x'? Known: ...` for a word that is not among `known`."""
-    known = list(known)
-    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
-    guess = f"did you mean {close[0]!r}? " if close else ""
-    return f"{guess}Known: {', '.join(known)}"
 
 
 def require_positive(config: Any, *fields: str) -> None:

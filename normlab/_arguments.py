@@ -26,7 +26,8 @@ import numpy as np
 from jax import Array
 from jax.core import Tracer
 
-from normlab._checks import invalid, nearest, promote_dtype
+from normlab._checks import promote_dtype
+from normlab.errors import invalid, nearest
 
 F = TypeVar("F", bound=Callable[..., Any])
 

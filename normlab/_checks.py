@@ -5,10 +5,9 @@ A message names the norm, the value given, what was expected and what to change.
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import operator
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -16,18 +15,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-
-def invalid(where: str, given: str, expected: str, change: str) -> ValueError:
-    """Returns the one form of error this library raises for a bad value."""
-    return ValueError(f"{where}: got {given}; expected {expected}. To fix it, {change}.")
-
-
-def nearest(word: str, known: Iterable[str]) -> str:
-    """Returns `did you mean 'x'? Known: ...` for a word that is not among `known`."""
-    known = list(known)
-    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
-    guess = f"did you mean {close[0]!r}? " if close else ""
-    return f"{guess}Known: {', '.join(known)}"
+from normlab.errors import invalid, nearest
 
 
 def imported(where: str, what: str, path: str) -> Any:

@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
-from normlab._checks import invalid, nearest
+from normlab.errors import invalid, nearest
 
 Key = tuple[Any, ...]
 """Where a leaf lies in the nested dicts, the collection first if there is one."""

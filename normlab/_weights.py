@@ -11,7 +11,8 @@ from jax.core import Tracer
 from jax.typing import ArrayLike
 
 from normlab._arguments import checked
-from normlab._checks import invalid, normalize_axes, promote, promote_dtype
+from normlab._checks import normalize_axes, promote, promote_dtype
+from normlab.errors import invalid
 
 
 def aligned(

@@ -12,8 +12,9 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from normlab._arguments import a_function, anything, checked, flag
-from normlab._checks import invalid, promote_dtype
+from normlab._checks import promote_dtype
 from normlab.equation import Affine, Parts, affine, init_affine
+from normlab.errors import invalid
 from normlab.site import SHAPES, Norm, Site, State
 
 P = ParamSpec("P")

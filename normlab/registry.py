@@ -20,7 +20,8 @@ from typing import Any, NamedTuple
 from jax.core import Tracer
 
 from normlab._arguments import checked, flag, instance, is_array, text
-from normlab._checks import check_options, imported, invalid, nearest
+from normlab._checks import check_options, imported
+from normlab.errors import invalid, nearest
 from normlab.making import factory_of
 from normlab.site import Made, Norm
 
@@ -157,8 +158,8 @@ def row(name: str) -> Row:
     """Returns the registry's row for `name`; raises ValueError for an unknown one."""
     if ":" in name:
         found = imported("registry", "norm", name)
-        row = found if isinstance(found, Row) else Row(name, found)
-        return row._replace(factory=factory_of(row.factory))
+        there = found if isinstance(found, Row) else Row(name, found)
+        return there._replace(factory=factory_of(there.factory))
     if name not in _ROWS:
         given = f"the unknown norm {name!r}: {nearest(name, _ROWS)}"
         raise invalid("registry", given, "the name of a norm", "use a known one")

@@ -11,11 +11,12 @@ import jax
 import jax.numpy as jnp
 
 from normlab._arguments import checked, flag, real, settled_decay
-from normlab._checks import gain_and_bias, invalid, promote_dtype
+from normlab._checks import gain_and_bias, promote_dtype
 from normlab.batch import batch_parts
 from normlab.cosine import cosine_parts
 from normlab.devices.topology import AxisName, as_sync
 from normlab.equation import Affine, Parts
+from normlab.errors import invalid
 from normlab.example import group_parts, instance_parts, layer_parts, rms_parts
 from normlab.making import initial_affine, norm_of
 from normlab.measure import Algorithm

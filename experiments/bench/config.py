@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-from ..rundir import RunError, nearest, require_positive
+from ..rundir import RunError, require_positive
 from .turns import available_cores
 from .worker import BYTES, KINDS_OF, PEERS, SHAPES, Case
 
@@ -157,6 +157,8 @@ class BenchOps:
         for option, known in choices.items():
             for name in getattr(self, option):
                 if name not in known:
+                    from normlab.errors import nearest  # which brings jax
+
                     raise RunError(f"--{option}: unknown {name!r}: {nearest(name, known)}.")
         require_positive(self, "rounds", "scale", "turn_ms")
         if not self.cases():

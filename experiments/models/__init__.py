@@ -18,8 +18,8 @@ from flax.traverse_util import flatten_dict
 from jax.typing import ArrayLike
 
 import normlab as nl
+from normlab.errors import nearest
 
-from ..rundir import nearest
 from .feedforward import ConvNet, Mlp, Nin, Vgg
 from .layers import (
     ACTIVATIONS,

@@ -21,9 +21,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 import normlab as nl
-from normlab._checks import invalid
-
-from ..rundir import nearest
+from normlab.errors import invalid, nearest
 
 PARTS = "parts"
 """The variable collection into which every layer sows its four parts."""

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import Array
 
 import normlab as nl
-from normlab._checks import invalid
+from normlab.errors import invalid
 
 from .layers import Activation, Network, needs_kernel
 

@@ -20,7 +20,9 @@ import jax
 from jax.experimental import topologies
 from jax.sharding import Sharding
 
-from ..rundir import RunError, nearest
+from normlab.errors import nearest
+
+from ..rundir import RunError
 
 TARGETS = {"cpu": "", "tpu": "libtpu", "cuda": "jax_plugins.xla_cuda13"}
 """What can be compiled for, and the module that holds the compiler, if it is not jaxlib's."""

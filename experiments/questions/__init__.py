@@ -21,8 +21,10 @@ import re
 from pathlib import Path
 from typing import cast
 
+from normlab.errors import nearest
+
 from ..engine.question import Question
-from ..rundir import RunError, nearest
+from ..rundir import RunError
 
 NAMES = tuple(sorted(module.name for module in pkgutil.iter_modules(__path__)))
 """The names of the files."""

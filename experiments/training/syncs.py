@@ -19,8 +19,9 @@ from __future__ import annotations
 from typing import Any
 
 import normlab as nl
+from normlab.errors import nearest
 
-from ..rundir import RunError, nearest
+from ..rundir import RunError
 
 TOPOLOGIES = ("local", "all", "inner", "groups", "ring", "virtual")
 WORDS = (*TOPOLOGIES, "ghost", "staged", "every", "gradient")

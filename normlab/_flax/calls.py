@@ -12,10 +12,11 @@ from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
 from normlab._arguments import check_added
-from normlab._checks import invalid, normalize_axes, promote, promote_dtype, result_dtype
+from normlab._checks import normalize_axes, promote, promote_dtype, result_dtype
 from normlab._flax.words import read
 from normlab.devices.topology import AxisName, Sync
 from normlab.equation import Parts, affine
+from normlab.errors import invalid
 from normlab.measure import Algorithm
 
 Axes = int | Sequence[int]

@@ -9,7 +9,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from normlab._checks import invalid, nearest
+from normlab.errors import invalid, nearest
 
 Rule = Mapping[str, Any] | Callable[[str, Any], Any]
 """Patterns of paths with what is to stand there, or a function of path and module.

@@ -10,11 +10,12 @@ import numpy as np
 from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
-from normlab._checks import floating, invalid, normalize_axes, promote_dtype
+from normlab._checks import floating, normalize_axes, promote_dtype
 from normlab._flax.calls import Axes, operand, output_dtype
 from normlab._flax.words import read
 from normlab.cosine import cosine_norm
 from normlab.equation import Affine
+from normlab.errors import invalid
 from normlab.linear import Conv, Dense, Linear
 from normlab.registry import get, row
 from normlab.site import Norm

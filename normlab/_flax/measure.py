@@ -13,12 +13,13 @@ import numpy as np
 from jax import Array
 from jax.sharding import PartitionSpec
 
-from normlab._checks import invalid, normalize_axes, promote_dtype
+from normlab._checks import normalize_axes, promote_dtype
 from normlab._flax.calls import Axes, Call
 from normlab.batch import batch_parts
 from normlab.devices.merging import measure, values_per_channel
 from normlab.devices.topology import Sync, as_sync
 from normlab.equation import Parts
+from normlab.errors import invalid
 from normlab.example import group_moments, layer_moments, rms_parts
 from normlab.measure import Moments
 from normlab.population.optional import measures

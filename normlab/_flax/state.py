@@ -9,10 +9,11 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from normlab._checks import invalid, promote_dtype
+from normlab._checks import promote_dtype
 from normlab._flax.calls import together
 from normlab._flax.words import read
 from normlab.devices.topology import as_sync
+from normlab.errors import invalid
 from normlab.population.by_name import init_batch_state, init_population, takes
 from normlab.population.optional import is_population
 

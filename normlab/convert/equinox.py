@@ -14,12 +14,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from normlab._arguments import anything, checked
-from normlab._checks import invalid
 from normlab.convert.leaves import given, held, take
 from normlab.convert.library import REQUIRED, Layer, Library, is_a, refuse, spectral
 from normlab.convert.statistics import average, counted, mass_after, statistics_dtype
 from normlab.convert.value import NORM, Converted, Exported, check
 from normlab.convert.weight import from_units_first, to_units_first
+from normlab.errors import invalid
 from normlab.population.protocol import Population
 
 COUNTERS = {"batch": "batch_counter", "ema": "ema_first_time_index"}

@@ -16,12 +16,12 @@ from typing import Any
 from jax import Array
 
 from normlab._arguments import anything, checked
-from normlab._checks import invalid
 from normlab.convert.leaves import flatten, held, nest, take
 from normlab.convert.library import Layer, Library, is_a, refuse, spectral
 from normlab.convert.statistics import mean_and_var
 from normlab.convert.value import NORM, Converted, Exported, check
 from normlab.convert.weight import EPSILON, from_units_last, to_units_last
+from normlab.errors import invalid
 
 SYNC = {"axis_name": None, "axis_index_groups": None}
 NUMBERS = {"dtype": None, "force_float32_reductions": True}

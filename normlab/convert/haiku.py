@@ -13,11 +13,11 @@ import numpy as np
 from jax import Array
 
 from normlab._arguments import anything, checked, integer
-from normlab._checks import invalid
 from normlab.convert.leaves import flatten, take, vector
 from normlab.convert.library import REQUIRED, Layer, Library, refuse
 from normlab.convert.statistics import average, counted, mass_after, statistics_dtype
 from normlab.convert.value import NORM, Converted, Exported
+from normlab.errors import invalid
 from normlab.population.protocol import Population
 
 AFFINE = {"create_scale": REQUIRED, "create_offset": REQUIRED, "eps": 1e-5}

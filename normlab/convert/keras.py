@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from normlab._arguments import anything, checked
-from normlab._checks import invalid
 from normlab.convert.leaves import flatten, near, numbers, take
 from normlab.convert.library import Layer, Library, refuse
 from normlab.convert.statistics import mean_and_var
 from normlab.convert.value import NORM, Converted, Exported
+from normlab.errors import invalid
 
 AFFINE = {"epsilon": 1e-3, "scale": True, "center": True}
 FLOAT = {"compute_dtype": "float32"}

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from normlab._checks import invalid
+from normlab.errors import invalid
 
 
 def flatten(where: str, tree: Mapping[Any, Any]) -> dict[str, Any]:

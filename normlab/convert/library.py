@@ -12,10 +12,10 @@ from typing import Any, NamedTuple
 from jax import Array
 
 from normlab._arguments import Kind, flag, integer, read, real
-from normlab._checks import invalid, nearest
 from normlab.convert.statistics import average, decay_of
 from normlab.convert.value import Converted, check
 from normlab.equation import Affine
+from normlab.errors import invalid, nearest
 from normlab.example import Axes
 from normlab.site import State
 

@@ -6,11 +6,11 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from normlab._arguments import a_function, anything, checked, mapping
-from normlab._checks import invalid
 from normlab._paths import flatten as by_key
 from normlab._paths import matches, unflatten
 from normlab.convert.leaves import flatten
 from normlab.convert.value import NORM, Converted, Exported
+from normlab.errors import invalid
 
 _INSIDE = ("/layer_instance", ".parametrizations.weight", "/~/mean_ema", "/~/var_ema")
 """Where libraries keep some of a norm's leaves, below the path of the norm."""

@@ -14,8 +14,8 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from normlab._arguments import read
-from normlab._checks import invalid
 from normlab.convert.value import Converted
+from normlab.errors import invalid
 from normlab.population.by_name import init_population
 from normlab.population.optional import options
 from normlab.population.protocol import Population

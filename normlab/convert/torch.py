@@ -13,12 +13,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from normlab._arguments import anything, checked, flag, number
-from normlab._checks import invalid, promote_dtype
+from normlab._checks import promote_dtype
 from normlab.convert.leaves import flatten, near, numbers, take
 from normlab.convert.library import REQUIRED, Layer, Library, is_a, refuse, spectral
 from normlab.convert.statistics import average, is_average, mean_and_var, mean_and_var_of
 from normlab.convert.value import NORM, Converted, Exported, check
 from normlab.convert.weight import from_units_first, to_units_first
+from normlab.errors import invalid
 from normlab.population.by_name import init_population
 from normlab.population.frozen import freeze
 from normlab.population.optional import options

@@ -19,9 +19,9 @@ from normlab._arguments import (
     sequence,
     text,
 )
-from normlab._checks import invalid, nearest
 from normlab._trees import register
 from normlab.equation import Affine
+from normlab.errors import invalid, nearest
 from normlab.example import Axes
 from normlab.population.optional import options as population_options
 from normlab.population.protocol import Population

@@ -13,11 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from normlab._checks import invalid
 from normlab.convert.leaves import given, take, vector
 from normlab.convert.library import refuse
 from normlab.convert.value import Converted, check
 from normlab.equation import Affine
+from normlab.errors import invalid
 
 EPSILON = 1e-12
 """Flax's default ε."""

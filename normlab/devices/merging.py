@@ -27,10 +27,10 @@ from jax import Array, lax
 from jax.sharding import PartitionSpec
 
 from normlab._arguments import checked
-from normlab._checks import invalid
 from normlab._sums import count_values
 from normlab._xla import derivative_of, partitioned
 from normlab.devices.topology import AxisName, Plan, Sync, as_sync, plan
+from normlab.errors import invalid
 from normlab.measure import Algorithm, Moments, merge_axes, moments
 
 Tree = TypeVar("Tree")

@@ -21,8 +21,8 @@ from normlab._arguments import (
     sequence,
     text,
 )
-from normlab._checks import invalid
 from normlab._trees import static
+from normlab.errors import invalid
 
 Gradient = Literal["both", "forward", "backward", "none"]
 """What the gradient sees of the synchronization.

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from normlab._checks import invalid
 from normlab._paths import Key, unflatten
+from normlab.errors import invalid
 
 Apply = Callable[[Any], Any]
 """The outputs of a model for given variables."""

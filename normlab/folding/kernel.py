@@ -9,8 +9,9 @@ import jax.numpy as jnp
 from jax import Array
 
 from normlab._arguments import checked
-from normlab._checks import expand, invalid, normalize_axes, promote_dtype
+from normlab._checks import expand, normalize_axes, promote_dtype
 from normlab.equation import Parts
+from normlab.errors import invalid
 
 
 @checked("fold")

@@ -22,8 +22,9 @@ import jax.numpy as jnp
 from jax import Array
 
 from normlab._arguments import array, checked, instance, tree
-from normlab._checks import expand, invalid, promote_dtype
+from normlab._checks import expand, promote_dtype
 from normlab.equation import Parts, affine
+from normlab.errors import invalid
 from normlab.folding.kernel import check_finite, fold, rounding
 from normlab.linear import Conv, Dense, Linear
 from normlab.site import Norm, Params, Site, State

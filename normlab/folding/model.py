@@ -12,9 +12,10 @@ from jax import Array
 from jax.typing import DTypeLike
 
 from normlab._arguments import checked, flag, mapping, text
-from normlab._checks import invalid, nearest, promote_dtype
+from normlab._checks import promote_dtype
 from normlab._paths import Key, Layer, flatten, layers_of, matches
 from normlab.equation import Parts
+from normlab.errors import invalid, nearest
 from normlab.folding.comparison import Apply, FoldedLayer, FoldReport, check_applies, compared
 from normlab.folding.kernel import check_finite, fold, rounding
 

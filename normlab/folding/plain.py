@@ -10,9 +10,10 @@ from jax import Array
 from jax.typing import DTypeLike
 
 from normlab._arguments import a_function, checked, mapping
-from normlab._checks import invalid, nearest, normalize_axes, promote
+from normlab._checks import normalize_axes, promote
 from normlab._paths import Key, Layer, flatten, layers_of, matches
 from normlab.equation import Affine
+from normlab.errors import invalid, nearest
 from normlab.folding.comparison import Apply, FoldedLayer, FoldReport, check_applies, compared
 from normlab.folding.kernel import check_finite, rounding
 

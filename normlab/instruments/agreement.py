@@ -15,9 +15,9 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from normlab._arguments import array, checked, integer, mode, one_of, sequence
-from normlab._checks import invalid
 from normlab.devices.gradients import global_gradient, global_mean
 from normlab.devices.topology import AxisName, Sync, as_sync, plan
+from normlab.errors import invalid
 from normlab.linear import Dense, Linear
 from normlab.registry import get, row
 from normlab.site import Norm, Site

@@ -12,7 +12,8 @@ from jax.flatten_util import ravel_pytree
 from jax.typing import ArrayLike
 
 from normlab._arguments import array, checked, integer, number, tree
-from normlab._checks import invalid, promote
+from normlab._checks import promote
+from normlab.errors import invalid
 from normlab.instruments.vectors import as_vector, check_alike, norm
 
 

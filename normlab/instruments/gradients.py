@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from normlab._arguments import checked, integer, mapping, sequence, text, tree
-from normlab._checks import invalid, nearest
+from normlab.errors import invalid, nearest
 from normlab.instruments.vectors import as_vector, check_alike, cosine, norm
 
 

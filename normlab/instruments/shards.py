@@ -16,9 +16,9 @@ import jax.numpy as jnp
 from jax import Array
 
 from normlab._arguments import checked, instance
-from normlab._checks import invalid
 from normlab.devices.merging import check_bound, gather
 from normlab.devices.topology import AxisName, as_sync
+from normlab.errors import invalid
 from normlab.measure import Moments, merge_axes
 from normlab.population._batches import arrays
 from normlab.population.optional import moments

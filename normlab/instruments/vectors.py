@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from normlab._checks import invalid, promote
+from normlab._checks import promote
+from normlab.errors import invalid
 
 Axes = int | Sequence[int] | None
 

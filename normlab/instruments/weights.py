@@ -10,7 +10,8 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from normlab._arguments import array, checked, number
-from normlab._checks import invalid, normalize_axes, promote
+from normlab._checks import normalize_axes, promote
+from normlab.errors import invalid
 from normlab.instruments.vectors import Axes, angle, norm
 
 

@@ -15,8 +15,9 @@ from jax import Array, lax
 from jax.typing import ArrayLike
 
 from normlab._arguments import checked, instance, not_negative, one_of
-from normlab._checks import expand, floating, invalid, promote
+from normlab._checks import expand, floating, promote
 from normlab._units import units_and_lengths
+from normlab.errors import invalid
 from normlab.instruments.vectors import norm, rms, scaled
 from normlab.measure import moments
 

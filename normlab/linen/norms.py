@@ -13,13 +13,13 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
-from normlab._checks import invalid
 from normlab._flax.calls import Axes, Call, apply, feature_shape, make_call, together
 from normlab._flax.measure import batch, example, group, groups_of, instance
 from normlab._flax.state import average, check_whole, initial
 from normlab._flax.words import check_mode, checked, read
 from normlab.devices.topology import AxisName
 from normlab.equation import Parts
+from normlab.errors import invalid
 from normlab.population.transaction import begin
 
 Init = Callable[..., Any]

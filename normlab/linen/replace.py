@@ -14,12 +14,12 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from normlab._arguments import instance
-from normlab._checks import invalid
 from normlab._flax.calls import weights
 from normlab._flax.exchange import Choice, Rule, is_norm, replacement
 from normlab._flax.layers import from_registry
 from normlab._flax.words import check_mode, checked, read
 from normlab.equation import Affine
+from normlab.errors import invalid
 from normlab.linen.norms import merged_mode, stored
 from normlab.site import Site
 

@@ -14,7 +14,7 @@ from flax import core, traverse_util
 from jax.typing import ArrayLike
 
 from normlab._arguments import anything, checked, mapping
-from normlab._checks import invalid, nearest
+from normlab.errors import invalid, nearest
 from normlab.population import transaction as transactions
 from normlab.population.cumulative import Estimator
 from normlab.population.transaction import OK

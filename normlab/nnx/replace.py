@@ -12,13 +12,13 @@ from flax import nnx
 from jax import Array
 from jax.typing import ArrayLike
 
-from normlab._checks import invalid
 from normlab._flax.calls import weights
 from normlab._flax.exchange import Choice, Rule, is_norm, replacement
 from normlab._flax.layers import from_registry
 from normlab._flax.state import is_training
 from normlab._flax.words import checked, read
 from normlab.equation import Affine
+from normlab.errors import invalid
 from normlab.nnx.transactions import MODEL, Kept, Stateful
 from normlab.site import Site
 

@@ -15,8 +15,8 @@ from flax import nnx
 from jax.typing import ArrayLike
 
 from normlab._arguments import checked, instance
-from normlab._checks import invalid
 from normlab._flax.state import average, has_average
+from normlab.errors import invalid
 from normlab.population import transaction as transactions
 from normlab.population.cumulative import Estimator
 from normlab.population.transaction import OK

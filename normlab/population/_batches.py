@@ -12,7 +12,7 @@ from jax import Array, lax
 from jax.typing import DTypeLike
 
 from normlab._arguments import declare, one_of
-from normlab._checks import invalid
+from normlab.errors import invalid
 from normlab.measure import Moments
 
 Tree = TypeVar("Tree")

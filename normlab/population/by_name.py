@@ -12,8 +12,9 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from normlab._arguments import KINDS, checked, integer
-from normlab._checks import imported, invalid, nearest
+from normlab._checks import imported
 from normlab.devices.topology import Sync
+from normlab.errors import invalid, nearest
 from normlab.population._batches import statistics_dtype
 from normlab.population.cumulative import init_cumulative
 from normlab.population.delayed import delay

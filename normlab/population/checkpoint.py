@@ -27,7 +27,7 @@ from normlab._arguments import (
     number,
     text,
 )
-from normlab._checks import invalid, nearest
+from normlab.errors import invalid, nearest
 from normlab.population._batches import arrays
 from normlab.population.optional import is_population
 from normlab.population.running import Running

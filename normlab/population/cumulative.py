@@ -14,10 +14,10 @@ from jax import Array, lax
 from jax.typing import DTypeLike
 
 from normlab._arguments import checked, declare, one_of
-from normlab._checks import invalid
 from normlab._trees import register
 from normlab.devices.merging import all_reduce
 from normlab.devices.topology import AxisName, as_sync
+from normlab.errors import invalid
 from normlab.measure import Moments, merge
 from normlab.population._batches import BadBatch, arrays, check_batch, statistics_dtype, taken_in
 

@@ -21,10 +21,10 @@ from jax import Array, lax
 from jax.typing import DTypeLike
 
 from normlab._arguments import checked, settled_decay
-from normlab._checks import invalid
 from normlab._trees import node
 from normlab.devices.merging import check_bound, differentiated, gather_members, vary
 from normlab.devices.topology import AxisName, Sync, as_sync, plan
+from normlab.errors import invalid
 from normlab.measure import Moments, empty, merge
 from normlab.population._batches import arrays, finite
 from normlab.population.frozen import Frozen

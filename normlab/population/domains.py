@@ -11,9 +11,9 @@ from jax.core import Tracer
 from jax.typing import ArrayLike
 
 from normlab._arguments import array, checked
-from normlab._checks import invalid
 from normlab._trees import node
 from normlab.devices.topology import AxisName, Sync
+from normlab.errors import invalid
 from normlab.measure import Moments
 from normlab.population._batches import BadBatch, arrays
 from normlab.population.optional import Run, pool, updated

@@ -9,9 +9,9 @@ import jax
 from jax import Array
 
 from normlab._arguments import a_function, checked, either, text
-from normlab._checks import invalid
 from normlab._paths import matches
 from normlab._trees import node
+from normlab.errors import invalid
 from normlab.measure import Moments
 from normlab.population._batches import BadBatch
 from normlab.population.optional import (

@@ -27,8 +27,8 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from normlab._arguments import Kind, declare, instance, tree
-from normlab._checks import invalid
 from normlab.devices.topology import AxisName, Sync, as_sync
+from normlab.errors import invalid
 from normlab.measure import Moments
 from normlab.population._batches import BadBatch, arrays, finite
 from normlab.population.protocol import Population

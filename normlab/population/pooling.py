@@ -10,8 +10,8 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from normlab._arguments import KINDS, checked, number
-from normlab._checks import invalid
 from normlab.devices.topology import AxisName
+from normlab.errors import invalid
 from normlab.population.checkpoint import check_conventions
 from normlab.population.optional import is_population, pool, share
 

@@ -9,8 +9,8 @@ from jax import Array, lax
 from jax.typing import ArrayLike, DTypeLike
 
 from normlab._arguments import checked, integer, number, settled_decay, settled_eps
-from normlab._checks import invalid
 from normlab._trees import node
+from normlab.errors import invalid
 from normlab.measure import Moments
 from normlab.population._batches import arrays
 from normlab.population.optional import normalizer, pool_inner, read_inner, settled, update_inner

@@ -24,10 +24,10 @@ from jax.core import Tracer
 from jax.typing import ArrayLike
 
 from normlab._arguments import Kind, checked, is_array, only, read, tree
-from normlab._checks import invalid
 from normlab._trees import node
 from normlab._xla import zeros_of
 from normlab.devices.topology import AxisName, Sync
+from normlab.errors import invalid
 from normlab.measure import Moments
 from normlab.population._batches import BadBatch, arrays, finite
 from normlab.population.cumulative import Cumulative, Estimator
