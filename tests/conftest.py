@@ -53,6 +53,8 @@ import hypothesis  # noqa: E402
 import jax  # noqa: E402
 import pytest  # noqa: E402
 
+from normlab import registry  # noqa: E402
+
 jax.devices()  # made here, before a test asks for another number of them
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 hypothesis.settings.register_profile("fixed", derandomize=True, max_examples=30, deadline=None)
@@ -83,6 +85,15 @@ def forget():
     yield
     jax.clear_caches()
     gc.collect()
+
+
+@pytest.fixture(autouse=True)
+def as_registered():
+    """Forgets the norms that a test, or an example of the documents, registered."""
+    before = dict(registry._ROWS)
+    yield
+    registry._ROWS.clear()
+    registry._ROWS.update(before)
 
 
 @pytest.fixture

@@ -198,9 +198,7 @@ def third_options(order=3.0):
 
 @pytest.fixture
 def registered():
-    row = nl.register(nl.Row("third", third_parts, mu="0", sigma="(mean |a|³ + ε)^⅓"))
-    yield row
-    nl.unregister("third")
+    return nl.register(nl.Row("third", third_parts, mu="0", sigma="(mean |a|³ + ε)^⅓"))
 
 
 class TestNorm:
@@ -217,6 +215,9 @@ class TestNorm:
     def test_it_is_a_row(self, registered):
         assert nl.names()[-1] == "third"
         assert nl.row("third") is registered
+        nl.unregister("third")
+        assert "third" not in nl.names()
+        nl.register(registered)
         assert gap(self.apply(nl.get("third")), self.expected()) < 1e-5
         assert gap(self.apply(nl.get("third", order=2.0, eps=0.1)), self.expected(2.0, 0.1)) < 1e-5
         assert repr(nl.get("third", order=2.0)) == "get('third', order=2.0)"
