@@ -11,7 +11,7 @@ import typing
 from importlib.metadata import version as _version
 
 import normlab.rows  # noqa: F401
-from normlab import devices, measure, population
+from normlab import devices, family, measure, population
 from normlab.batch import batch_moments, batch_norm, batch_parts
 from normlab.cosine import cosine_norm, cosine_parts
 from normlab.devices.topology import Sync
@@ -30,6 +30,7 @@ from normlab.example import (
     rms_norm,
     rms_parts,
 )
+from normlab.gains import Gain, Log, Offset, init_gain, modulate
 from normlab.linear import Conv, Dense, Linear
 from normlab.making import stateless
 from normlab.measure import Moments, moments
@@ -55,9 +56,12 @@ __all__ = [
     "Affine",
     "Conv",
     "Dense",
+    "Gain",
     "Linear",
+    "Log",
     "Moments",
     "Norm",
+    "Offset",
     "Parts",
     "Population",
     "Row",
@@ -72,12 +76,14 @@ __all__ = [
     "cosine_norm",
     "cosine_parts",
     "devices",
+    "family",
     "folding",
     "get",
     "group_moments",
     "group_norm",
     "group_parts",
     "init_affine",
+    "init_gain",
     "init_running",
     "instance_moments",
     "instance_norm",
@@ -89,6 +95,7 @@ __all__ = [
     "layer_parts",
     "learned",
     "measure",
+    "modulate",
     "moments",
     "names",
     "population",

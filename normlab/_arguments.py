@@ -553,6 +553,7 @@ declare(
     # Axes.
     axes=axes,
     channel_axis=axis,
+    feature_axes=sequence(axis, "axes by number", "pass a tuple, such as (-2, -1)"),
     unit_axis=axis,
     # Switches.
     **dict.fromkeys(("use_gain", "use_bias", "debias", "centred", "state_gradient"), flag()),

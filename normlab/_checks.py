@@ -122,10 +122,13 @@ def check_groups(where: str, groups: int, channels: int) -> None:
         )
 
 
-def gain_and_bias(where: str, params: Any, a: ArrayLike, channel_axis: int) -> tuple[Array, Array]:
+def gain_and_bias(
+    where: str, params: Any, a: ArrayLike, channel_axis: int, feature_axes: Any = None
+) -> tuple[Array, Array]:
     """Returns `(g, b)` in the statistics' type, broadcastable to `a`; 1 and 0 where absent.
 
-    Raises ValueError if `params` is neither an `Affine` nor `None`, or a field no floating `[C]`.
+    Raises ValueError if `params` has no fields g and b, or one of them has no floating type or no
+    shape that says along which axes of `a` it lies: see `learned`.
     """
     shape, dtype = jnp.shape(a), promote_dtype(a)
     if params is not None and not (hasattr(params, "g") and hasattr(params, "b")):
@@ -141,13 +144,15 @@ def gain_and_bias(where: str, params: Any, a: ArrayLike, channel_axis: int) -> t
         if value is None:
             out.append(jnp.full((), default, dtype))
             continue
-        channels = shape[channel_axis]
-        if jnp.shape(value) != (channels,):
+        along = _along(jnp.shape(value), shape, channel_axis, feature_axes)
+        if along is None:
+            channels = shape[channel_axis]
             raise invalid(
                 where,
                 f"{name} of shape {jnp.shape(value)} for an input of shape {shape} with its "
                 f"channels on axis {channel_axis}",
-                f"shape ({channels},)",
+                f"shape ({channels},); () for one number; by example ({shape[0]}, {channels}); or "
+                "as many axes as the input, each of its size or 1",
                 f"make the parameters with init_affine({channels}), or set channel_axis",
             )
         if not jnp.issubdtype(jnp.result_type(value), jnp.floating):
@@ -157,8 +162,28 @@ def gain_and_bias(where: str, params: Any, a: ArrayLike, channel_axis: int) -> t
                 "a floating type",
                 f"cast it, for example {name}.astype(jnp.float32)",
             )
-        out.append(expand(value.astype(dtype), len(shape), channel_axis))
+        out.append(jnp.asarray(value).astype(dtype).reshape(along))
     return out[0], out[1]
+
+
+def _along(
+    of: tuple[int, ...], shape: tuple[int, ...], channel_axis: int, feature_axes: Any
+) -> tuple[int, ...] | None:
+    """The shape, broadcastable to `shape`, that a gain of the shape `of` has; `None` if none."""
+    ndim, channel = len(shape), channel_axis % len(shape)
+    if of == ():
+        return ()
+    if feature_axes is not None:
+        axes = [axis % ndim for axis in feature_axes]
+        if of == tuple(shape[i] for i in axes) and axes == sorted(axes):
+            return tuple(n if i in axes else 1 for i, n in enumerate(shape))
+    elif of == (shape[channel],):
+        return tuple(n if i == channel else 1 for i, n in enumerate(shape))
+    if len(of) == ndim and all(m in (1, n) for m, n in zip(of, shape, strict=True)):
+        return of
+    if channel and of == (shape[0], shape[channel]):
+        return tuple(n if i in (0, channel) else 1 for i, n in enumerate(shape))
+    return None
 
 
 def check_options(name: str, known: Mapping[str, Any], options: Mapping[str, Any]) -> None:

@@ -7,7 +7,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax import Array
@@ -93,20 +94,28 @@ declare(parts=instance(Parts, "take them from a *_parts, or make Parts(mu, sigma
 
 @checked("learned")
 def learned(
-    a: ArrayLike, params: Affine | None = None, *, channel_axis: int = -1
+    a: ArrayLike,
+    params: Any = None,
+    *,
+    channel_axis: int = -1,
+    feature_axes: Sequence[int] | None = None,
 ) -> tuple[Array, Array]:
     """Returns g and b as they stand in `Parts`: broadcastable to `a`, 1 and 0 where there are none.
 
     Args:
       a: `[N, ..., C]`.
-      params: `Affine(g [C], b [C])`, either field `None`; or `None`.
+      params: Anything with fields, or properties, g and b, each `None` or of the shape `[C]`; `[]`,
+        one number; `[N, C]`, by example; or with as many axes as `a`, each of its size or 1, as
+        of a gain that varies by position.
       channel_axis: The axis of the channels.
+      feature_axes: The axes of `a` along which g and b lie instead, in order: `(-2, -1)` for those
+        of `[H, D]`.
 
     >>> g, b = learned(jnp.ones((2, 3, 4)), init_affine(3, use_bias=False), channel_axis=1)
     >>> g.shape, b.item()
     ((1, 3, 1), 0.0)
     """
-    return gain_and_bias("learned", params, a, channel_axis)
+    return gain_and_bias("learned", params, a, channel_axis, feature_axes)
 
 
 @checked("affine")

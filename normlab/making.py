@@ -11,10 +11,11 @@ import jax
 from jax import Array
 from jax.typing import ArrayLike
 
-from normlab._arguments import a_function, anything, checked, flag
+from normlab._arguments import a_function, anything, checked
 from normlab._checks import promote_dtype
-from normlab.equation import Affine, Parts, affine, init_affine
+from normlab.equation import Parts, affine
 from normlab.errors import invalid
+from normlab.gains import Gain, init_gain
 from normlab.site import SHAPES, Norm, Site, State
 
 P = ParamSpec("P")
@@ -63,20 +64,23 @@ def stateless(
     Returns:
       `(**options) -> Norm`.
     """
-    known = inspect.signature(parts).parameters
-    if taken := {"use_gain", "use_bias"} & known.keys():
+    known, start = inspect.signature(parts).parameters, params or initial_affine
+    of_params = {n: p for n, p in inspect.signature(start).parameters.items() if n != "site"}
+    if taken := {"use_gain", "use_bias", "gain"} & known.keys():
         given, change = f"parts with the argument {min(taken)}", "read it off params instead"
         raise invalid("stateless", given, "one that every norm has by itself", change)
     of_a = next(iter(known)) != "site"
-    own = [p for p in known.values() if p.kind is p.KEYWORD_ONLY and p.name not in _OF_SITE]
+    of_parts = {n: p for n, p in known.items() if p.kind is p.KEYWORD_ONLY and n not in _OF_SITE}
+    every = {**of_params, **of_parts}
     name = getattr(parts, "__name__", "own").removesuffix("_parts")
     where = getattr(parts, "where", f"{name} norm")
-    kinds = {"use_gain": flag(), "use_bias": flag()} | getattr(parts, "kinds", {})
+    kinds = getattr(start, "kinds", {}) | getattr(parts, "kinds", {})
 
-    def make(*, use_gain: bool = True, use_bias: bool = True, **options: Any) -> Norm:
+    def make(**options: Any) -> Norm:
         def measure(site: Site, given: Any) -> Parts:
+            said = {option: v for option, v in options.items() if option in of_parts}
             if not of_a:
-                return parts(site, given, **options)
+                return parts(site, given, **said)
             of_site = {"weights": site.weights, "channel_axis": site.linear.channel_axis}
             told = {
                 "weights": site.weights is not None,
@@ -87,25 +91,29 @@ def stateless(
                     wrong = f"{option}, which {name}_parts does not take"
                     raise invalid(where, wrong, "none", f"give it an argument {option}")
                 del of_site[option]
-            return parts(site.a, given, **of_site, **options)
+            return parts(site.a, given, **of_site, **said)
 
-        start = functools.partial(params or initial_affine, use_gain=use_gain, use_bias=use_bias)
-        return norm_of(where, measure, start)
+        begin = {option: v for option, v in options.items() if option in of_params}
+        return norm_of(where, measure, functools.partial(start, **begin))
 
-    switches = [p for p in inspect.signature(make).parameters.values() if p.kind is p.KEYWORD_ONLY]
     make.__name__ = make.__qualname__ = name
     make.__doc__ = f"The norm of `{name}_parts`; its options are arguments of that."
-    vars(make)["__signature__"] = inspect.Signature([*own, *switches], return_annotation="Norm")
-    return checked(where, **{p.name: kinds.get(p.name, anything) for p in [*own, *switches]})(make)
+    order = sorted(every.values(), key=lambda p: p.name not in of_parts)
+    by_name = [p.replace(kind=p.KEYWORD_ONLY) for p in order]
+    vars(make)["__signature__"] = inspect.Signature(by_name, return_annotation="Norm")
+    return checked(where, **{n: kinds.get(n, anything) for n in every})(make)
 
 
 _OF_SITE = ("weights", "channel_axis")
 
 
-def initial_affine(site: Site, *, use_gain: bool, use_bias: bool, g: Any = 1.0) -> Affine:
-    """`init_affine` for the channels of a site, in the type of its statistics."""
-    dtype = promote_dtype(site.a)
-    return init_affine(site.channels, use_gain=use_gain, use_bias=use_bias, g=g, dtype=dtype)
+@checked("params", site=SHAPES)
+def initial_affine(
+    site: Site, *, use_gain: bool = True, use_bias: bool = True, gain: Gain = "plain"
+) -> Any:
+    """`init_gain` for the channels of a site, in the type of its statistics."""
+    how: Any = {"use_gain": use_gain, "use_bias": use_bias, "gain": gain}
+    return init_gain(site.channels, dtype=promote_dtype(site.a), **how)
 
 
 def norm_of(

@@ -32,8 +32,12 @@ INVARIANCES = (
     "data rescaled",
     "data recentred",
     "one case rescaled",
+    "positions permuted",
+    "other examples changed",
 )
-"""Changes that may leave h as it is, with ε = 0, for a dense layer (Ba et al. 2016, table 1)."""
+"""Changes that may leave h as it is, with ε = 0: six of weights and data (Ba et al. 2016, table 1);
+the positions of every example in another order, in which h is too; and examples beside the one
+that is looked at."""
 
 
 class Row(NamedTuple):
@@ -47,8 +51,11 @@ class Row(NamedTuple):
       looks_at: The same in words.
       mu: The shift μ.
       sigma: The scale σ.
-      invariances: Which of `INVARIANCES` leave h unchanged.
+      invariances: Which of `INVARIANCES` leave h unchanged, behind a dense layer; of positions, and
+        of a norm that needs them, behind one with positions.
       paper: Where it comes from.
+      with_positions: Which do so behind a layer with several positions; `None` for the same.
+      fused: Whether the activation is part of it, so that a model applies none after it.
     """
 
     name: str
@@ -59,9 +66,12 @@ class Row(NamedTuple):
     sigma: str = "?"
     invariances: frozenset[str] = frozenset()
     paper: str = "–"
+    with_positions: frozenset[str] | None = None
+    fused: bool = False
 
 
 _ROWS: dict[str, Row] = {}
+_INVARIANT = ("invariances", "with_positions")
 NAME = text("the name of a norm", "use one of names()")
 
 
@@ -96,8 +106,11 @@ def register(row: Row, *, replace: bool = False) -> Row:
     if not isinstance(row.name, str) or not row.name or ":" in row.name or taken:
         given = f"the name {row.name!r}" + ", which another norm has" * taken
         raise invalid("register", given, "a name of its own, without ':'", "choose another")
-    for field, known in (("needs", {"a", "w", "x", "batch"}), ("invariances", {*INVARIANCES})):
+    words = {"needs": {"a", "w", "x", "batch"}} | {key: {*INVARIANCES} for key in _INVARIANT}
+    for field, known in words.items():
         given = getattr(row, field)
+        if given is None and field == "with_positions":
+            continue
         if not isinstance(given, frozenset | set) or not given <= known:
             expected = f"a set of some of {', '.join(sorted(known))}"
             raise invalid("register", f"{field}={given!r}", expected, "use these words")

@@ -18,7 +18,9 @@ from normlab.devices.topology import AxisName, as_sync
 from normlab.equation import Affine, Parts
 from normlab.errors import invalid
 from normlab.example import group_parts, instance_parts, layer_parts, rms_parts
-from normlab.making import initial_affine, norm_of
+from normlab.family.lengths import scale_params, scale_parts
+from normlab.gains import Gain, init_gain, kept_as
+from normlab.making import initial_affine, norm_of, stateless
 from normlab.measure import Algorithm
 from normlab.population._batches import BadBatch
 from normlab.population.by_name import init_batch_state
@@ -56,6 +58,7 @@ def batch(
     state_gradient: bool = False,
     use_gain: bool = True,
     use_bias: bool = True,
+    gain: Gain = "plain",
 ) -> Norm:
     """`batch_norm`, with the state of `normlab.population.init_population(population, C)`.
 
@@ -77,7 +80,7 @@ def batch(
         return batch_parts(site.a, params, state, train=False, **alone)
 
     def init(site: Site) -> tuple[Any, State]:
-        params = initial_affine(site, use_gain=use_gain, use_bias=use_bias)
+        params = initial_affine(site, use_gain=use_gain, use_bias=use_bias, gain=gain)
         state = state_of(site.channels, promote_dtype(site.a))
         jax.eval_shape(fits, params, state, site)
         return params, state
@@ -93,12 +96,13 @@ def weight(
     axis_name: AxisName | None = None,
     use_gain: bool = True,
     use_bias: bool = True,
+    gain: Gain = "plain",
 ) -> Norm:
     """Weight normalization; with `data_init` by `weight_norm_init`, from the values at init."""
 
-    def params(site: Site) -> Affine:
+    def params(site: Site) -> Any:
         if not data_init:
-            return initial_affine(site, use_gain=use_gain, use_bias=use_bias)
+            return initial_affine(site, use_gain=use_gain, use_bias=use_bias, gain=gain)
         if isinstance(site.a, jax.ShapeDtypeStruct):
             raise invalid(
                 "weight norm",
@@ -107,32 +111,45 @@ def weight(
                 "pass Site(a=linear(x, w), x=x, w=w, linear=linear) to init, or data_init=False",
             )
         made = weight_norm_init(site, axis_name=axis_name)
-        return Affine(made.g if use_gain else None, made.b if use_bias else None)
+        return kept_as(gain, Affine(made.g if use_gain else None, made.b if use_bias else None))
 
     return norm_of("weight norm", weight_parts, params)
 
 
 @checked("cosine norm", g=real)
-def cosine(*, g: float | None = None, use_gain: bool = True, use_bias: bool = True) -> Norm:
+def cosine(
+    *,
+    g: float | None = None,
+    use_gain: bool = True,
+    use_bias: bool = True,
+    gain: Gain = "plain",
+) -> Norm:
     """`cosine_norm`; the gain starts at `g`, by default √K for K inputs to a unit.
 
     With √K the h of random w and x has variance 1 at initialization, as in the other norms. The
     paper's own form, bounded by 1, is `use_gain=False`.
     """
-    return _cosine(False, g, use_gain, use_bias)
+    return _cosine(False, g, use_gain, use_bias, gain)
 
 
 @checked("centred cosine norm", g=real)
-def centred_cosine(*, g: float | None = None, use_gain: bool = True, use_bias: bool = True) -> Norm:
+def centred_cosine(
+    *,
+    g: float | None = None,
+    use_gain: bool = True,
+    use_bias: bool = True,
+    gain: Gain = "plain",
+) -> Norm:
     """`cosine_norm(centred=True)`, Pearson's correlation; `g` as in `cosine`."""
-    return _cosine(True, g, use_gain, use_bias)
+    return _cosine(True, g, use_gain, use_bias, gain)
 
 
-def _cosine(centred: bool, g: float | None, use_gain: bool, use_bias: bool) -> Norm:
-    def params(site: Site) -> Affine:
+def _cosine(centred: bool, g: float | None, use_gain: bool, use_bias: bool, gain: Gain) -> Norm:
+    def params(site: Site) -> Any:
         assert site.w is not None  # measured before
-        gain = math.sqrt(math.prod(site.w.shape[:-1])) if g is None else g
-        return initial_affine(site, use_gain=use_gain, use_bias=use_bias, g=gain)
+        size = math.sqrt(math.prod(site.w.shape[:-1])) if g is None else g
+        how: dict[str, Any] = {"use_gain": use_gain, "use_bias": use_bias, "gain": gain}
+        return init_gain(site.channels, g=size, dtype=promote_dtype(site.a), **how)
 
     where = "centred cosine norm" if centred else "cosine norm"
     return norm_of(where, functools.partial(cosine_parts, centred=centred), params)
@@ -146,13 +163,22 @@ def _add(
     sigma: str,
     marks: str,
     paper: str,
+    **more: Any,
 ) -> None:
-    """Registers a norm of the library; `marks` has an `I` for each of `INVARIANCES` that holds."""
+    """Registers a norm of the library.
+
+    `marks` has an `I` for each of `INVARIANCES` that holds, behind a dense layer; where others hold
+    behind one with positions, those follow behind a space.
+    """
     name = getattr(factory, "__name__").removesuffix("_parts")  # noqa: B009
-    held = (change for change, mark in zip(INVARIANCES, marks, strict=True) if mark == "I")
-    register(
-        Row(name, factory, frozenset(needs.split()), looks_at, mu, sigma, frozenset(held), paper)
-    )
+    held = [
+        frozenset(change for change, mark in zip(INVARIANCES, each, strict=True) if mark == "I")
+        for each in marks.split()
+    ]
+    if held[1:]:
+        more["with_positions"] = held[1]
+    about = (looks_at, mu, sigma, held[0], paper)
+    register(Row(name, factory, frozenset(needs.split()), *about, **more))
 
 
 _OF_A = ("mean a", "√(var a + ε)")
@@ -165,21 +191,43 @@ _SUMS = "w, and the sum of x: the weights of a unit"
 _BOTH = "w and x: the weights of a unit and the inputs they meet"
 _QIAO = "Qiao et al. 2019, Brock et al. 2021"
 
-_add(none, "", "nothing", "0", "1", "------", "–")
-_add(batch, "a batch", _BATCH, *_OF_A, "I-III-", "Ioffe & Szegedy 2015")
-_add(layer_parts, "a", _LAYER, *_OF_A, "II-I-I", "Ba, Kiros & Hinton 2016")
-_add(rms_parts, "a", "a: as layer", "0", "√(mean a² + ε)", "I--I-I", "Zhang & Sennrich 2019")
-_add(group_parts, "a", _GROUP, *_OF_A, "II-I-I", "Wu & He 2018")
-_add(instance_parts, "a", _INSTANCE, *_OF_A, "I-IIII", "Ulyanov, Vedaldi & Lempitsky 2016")
-_add(weight, "w", _UNIT, "0", "‖w‖", "I-I---", "Salimans & Kingma 2016")
-_add(weight_standardization_parts, "w x", _SUMS, "w̄·Σx", "‖w − w̄‖", "I-I---", _QIAO)
-_add(cosine, "w x", _BOTH, "0", "‖w‖·‖x‖", "I-II-I", "Luo et al. 2017")
+_add(none, "", "nothing", "0", "1", "------II", "–")
+_add(batch, "a batch", _BATCH, *_OF_A, "I-III-I-", "Ioffe & Szegedy 2015")
+_add(layer_parts, "a", _LAYER, *_OF_A, "II-I-III", "Ba, Kiros & Hinton 2016")
+_add(rms_parts, "a", "a: as layer", "0", "√(mean a² + ε)", "I--I-III", "Zhang & Sennrich 2019")
+_add(group_parts, "a", _GROUP, *_OF_A, "II-I-III I--I-III", "Wu & He 2018")
+_add(instance_parts, "a", _INSTANCE, *_OF_A, "I-IIIIII", "Ulyanov, Vedaldi & Lempitsky 2016")
+_add(weight, "w", _UNIT, "0", "‖w‖", "I-I---II", "Salimans & Kingma 2016")
+_add(weight_standardization_parts, "w x", _SUMS, "w̄·Σx", "‖w − w̄‖", "I-I---II", _QIAO)
+_add(cosine, "w x", _BOTH, "0", "‖w‖·‖x‖", "I-II-III", "Luo et al. 2017")
 _add(
     centred_cosine,
     "w x",
     "w and x: as cosine",
     "K·w̄·x̄",
     "‖w − w̄‖·‖x − x̄‖",
-    "I-II-I",
+    "I-II-III",
     "Luo et al. 2017",
 )
+
+# Lengths.
+_LENGTH = "a: the channels of a position"
+_add(
+    stateless(scale_parts, scale_params),
+    "a",
+    _LENGTH,
+    "0",
+    "max(‖a‖, ε)",
+    "I--I-III",
+    "Nguyen & Salazar 2019",
+)
+
+# The value itself; with the activation; measured gains.
+
+# Mixtures and compositions.
+
+# Windows and segments.
+
+# Maps of the weights.
+
+# Whitening.

@@ -258,6 +258,9 @@ CASES = (
 )
 
 
+NAMES = tuple(dict.fromkeys(case.name for case in CASES))
+"""The ten norms of the heart; the rest of the family is in `tests/family.py`."""
+
 # One of each norm with each kind of layer.
 KINDS = tuple(
     {(c.name, type(c.linear), c.linear.channel_axis, len(c.x)): c for c in CASES}.values()

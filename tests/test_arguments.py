@@ -17,6 +17,7 @@ import normlab as nl
 import normlab.linen
 import normlab.nnx
 from normlab import convert, instruments
+from tests.cases import NAMES
 from tests.reference import namespaces
 
 A = jnp.asarray(np.arange(24.0).reshape(2, 2, 6) % 5, jnp.float32)
@@ -250,7 +251,7 @@ CALLS = {
     instruments.saturation: {"h": A, "low": 0.0, "high": 1.0, "margin": 0.1, "axes": 0},
 }
 
-for _name in nl.names():
+for _name in NAMES:
     _own = {"groups": 2, "eps": 1e-5, "axes": "channels", "algorithm": "auto", "bad_batch": "skip"}
     _own |= {"use_gain": True, "use_bias": True, "data_init": False, "axis_name": None, "g": None}
     _own |= {

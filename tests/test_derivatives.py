@@ -14,7 +14,7 @@ import pytest
 
 import normlab as nl
 from tests import oracles
-from tests.cases import CASES, Case, first_of
+from tests.cases import CASES, NAMES, Case, first_of
 from tests.helpers import array, draw, gap
 
 # One case of each norm with a dense layer, and with weights, if it has them; with a convolution of
@@ -33,7 +33,7 @@ POINTS = (
 )
 over_points = pytest.mark.parametrize("case", POINTS, ids=lambda case: case.label, scope="module")
 over_names = pytest.mark.parametrize(
-    "case", [pytest.param(first_of(n), id=n) for n in nl.names()], scope="module"
+    "case", [pytest.param(first_of(n), id=n) for n in NAMES], scope="module"
 )
 
 EXACT = 1e-10  # float64 against complex steps: 1e-16 a rounding, times what a layer amplifies
@@ -281,7 +281,7 @@ REGULAR = ("all cases alike", "all units alike", "all cases and units alike")
     ("case", "where"),
     [
         pytest.param(case, where, id=f"{case.name}-{where}")
-        for case in map(first_of, nl.names())
+        for case in map(first_of, NAMES)
         for where in (points(case) if has_eps(case) else REGULAR)
     ],
 )
@@ -334,7 +334,7 @@ _OPTIONS = {"group": {"groups": 2}, "layer": {"axes": "all"}, "rms": {"axes": "a
 ON_A = (
     *(
         Case(name, name, _OPTIONS.get(name, {}), x=(4, 16, 6), w=(6, 6))
-        for name in nl.names()
+        for name in NAMES
         if "a" in nl.row(name).needs
     ),
     Case("layer-channels", "layer", x=(4, 16, 6), w=(6, 6)),

@@ -9,6 +9,7 @@ import pytest
 
 import normlab as nl
 from normlab import instruments
+from tests.cases import NAMES
 from tests.helpers import MAPPERS, draw
 from tests.test_sync import TOPOLOGIES
 
@@ -61,7 +62,7 @@ def check_batch_norm(topology, precision):
 
 
 @pytest.mark.parametrize("form", ["pmap", pytest.param("shard_map", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("name", [name for name in nl.names() if name not in ("none", "batch")])
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in ("none", "batch")])
 def test_every_other_norm_is_the_same_on_many_devices(name, form):
     x = pictures(name, "float32")
     found = instruments.equivalence(maker(name), "d", D, form=form, x=x, recipes=())

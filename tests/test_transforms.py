@@ -11,17 +11,17 @@ from jax import lax
 
 import normlab as nl
 from tests import oracles
-from tests.cases import first_of
+from tests.cases import NAMES, first_of
 from tests.helpers import MAPPERS, array, draw, gap, mappers
 
 # As in the laws: a few dozen roundings forward, twice as many backward.
 FORWARD, BACKWARD = 2e-6, 5e-6
 
 over_names = pytest.mark.parametrize(
-    "case", [pytest.param(first_of(n), id=n) for n in nl.names()], scope="module"
+    "case", [pytest.param(first_of(n), id=n) for n in NAMES], scope="module"
 )
 alone = pytest.mark.parametrize(
-    "case", [pytest.param(first_of(n), id=n) for n in nl.names() if n != "batch"], scope="module"
+    "case", [pytest.param(first_of(n), id=n) for n in NAMES if n != "batch"], scope="module"
 )
 
 
@@ -656,5 +656,5 @@ def test_the_state_can_be_donated():
 
 def test_batch_norm_alone_has_a_state():
     """So that the tests of states above cover all there is; a new one must be added to them."""
-    stateful = {name for name in nl.names() if problem(first_of(name))[1] != ()}
+    stateful = {name for name in NAMES if problem(first_of(name))[1] != ()}
     assert stateful == {"batch"}

@@ -9,6 +9,7 @@ import pytest
 
 import normlab as nl
 from tests import oracles
+from tests.cases import NAMES
 from tests.helpers import array, draw, gap
 
 DENSE = (nl.Dense(), (40, 5), (5, 4))
@@ -346,7 +347,7 @@ def test_data_dependent_init_weighs_positions_wherever_the_channels_are():
 
 # What a site must be, and constants.
 
-ON_W = tuple(name for name in nl.names() if "w" in nl.row(name).needs)
+ON_W = tuple(name for name in NAMES if "w" in nl.row(name).needs)
 """The norms that look at the weights."""
 
 

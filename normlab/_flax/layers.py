@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -107,6 +107,21 @@ def convolution(
             "change the groups or the input",
         )
     return (*window, channels // groups), Conv(each(strides), padding, each(dilation), groups)
+
+
+def learned(params: Any, each: Callable[[str, Any], Any]) -> Any:
+    """The params of a norm with each field replaced by `each(name, value)`, but `None` kept.
+
+    The names are Flax's `scale` and `bias` for g and b, and a norm's own for the rest; params that
+    have no fields are one, `params`.
+    """
+    if params is None:
+        return None
+    if not hasattr(params, "_fields"):
+        return each("params", params)
+    named = {"g": "scale", "b": "bias"}
+    fields = zip(params._fields, params, strict=True)
+    return type(params)(*(None if v is None else each(named.get(f, f), v) for f, v in fields))
 
 
 def from_registry(name: str, options: Mapping[str, Any]) -> Norm:

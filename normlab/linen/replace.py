@@ -16,9 +16,8 @@ from jax.typing import ArrayLike
 from normlab._arguments import instance
 from normlab._flax.calls import weights
 from normlab._flax.exchange import Choice, Rule, is_norm, replacement
-from normlab._flax.layers import from_registry
+from normlab._flax.layers import from_registry, learned
 from normlab._flax.words import check_mode, checked, read
-from normlab.equation import Affine
 from normlab.errors import invalid
 from normlab.linen.norms import merged_mode, stored
 from normlab.site import Site
@@ -28,7 +27,8 @@ from normlab.site import Site
 class RegistryNorm(nn.Module):
     """Any norm of the registry that looks at the pre-activation alone, its channels last.
 
-    The parameters are `scale` and `bias`, a state is the variable `population` of `batch_stats`.
+    The parameters are `scale` and `bias`, and what else the norm learns by its own name; a state
+    is the variable `population` of `batch_stats`.
 
     Attributes:
       norm: Its name, as in `normlab.get`.
@@ -52,16 +52,15 @@ class RegistryNorm(nn.Module):
         norm = from_registry(self.norm, self.options)
         x = jnp.asarray(read(self.norm, "x", x))
         site = Site(x, weights=weights(self.norm, mask, x.shape))
-        (g, b), fresh = norm.init(site)
+        params, fresh = norm.init(site)
         check_mode(self.norm, use_running_average)
         stateful = bool(jax.tree.leaves(fresh))
         train = not (stateful and merged_mode(self, self.norm, use_running_average))
         state, write = stored(self, fresh, train)
-        scale = None if g is None else self.param("scale", lambda key: g)
-        bias = None if b is None else self.param("bias", lambda key: b)
+        params = learned(params, lambda name, v: self.param(name, lambda key: v))
         # Variables are made with the statistics of inference: any one example will do.
         train = train and not self.is_initializing()
-        h, state = norm.apply(Affine(scale, bias), state, site, train=train)
+        h, state = norm.apply(params, state, site, train=train)
         if train:
             write(state)
         return h

@@ -14,10 +14,9 @@ from jax.typing import ArrayLike
 
 from normlab._flax.calls import weights
 from normlab._flax.exchange import Choice, Rule, is_norm, replacement
-from normlab._flax.layers import from_registry
+from normlab._flax.layers import from_registry, learned
 from normlab._flax.state import is_training
 from normlab._flax.words import checked, read
-from normlab.equation import Affine
 from normlab.errors import invalid
 from normlab.nnx.transactions import MODEL, Kept, Stateful
 from normlab.site import Site
@@ -56,10 +55,18 @@ class RegistryNorm(Stateful):
         self.use_running_average = use_running_average
         some: Any = jax.ShapeDtypeStruct((2, 2, 2, num_features), jnp.float32)
         params, state = from_registry(norm, dict(self.options)).init(Site(some))
-        self.scale = nnx.data(None if params.g is None else nnx.Param(params.g))
-        self.bias = nnx.data(None if params.b is None else nnx.Param(params.b))
+        self.scale = self.bias = nnx.data(None)
+        self.learned = learned(params, self._learn)
         self._keep(state)
         self.pending = nnx.data(None)
+
+    def _learn(self, name: str, value: Any) -> str:
+        setattr(self, name, nnx.data(jax.tree.map(nnx.Param, value)))
+        return name
+
+    def _value(self, name: str) -> Any:
+        kept, of = getattr(self, name), nnx.Variable
+        return jax.tree.map(lambda v: v[...], kept, is_leaf=lambda v: isinstance(v, of))
 
     def __call__(
         self, x: ArrayLike, use_running_average: bool | None = None, *, mask: Any = None
@@ -70,7 +77,7 @@ class RegistryNorm(Stateful):
         x = jnp.asarray(read(self.norm, "x", x))
         site = Site(x, weights=weights(self.norm, mask, x.shape))
         state, write = self._kept(train)
-        params = Affine(*(None if v is None else v[...] for v in (self.scale, self.bias)))
+        params = learned(self.learned, lambda _, name: self._value(name))
         h, state = norm.apply(params, state, site, train=train)
         if train:
             write(state)

@@ -16,6 +16,7 @@ from experiments.data import Dataset
 from experiments.models.layers import choose
 from experiments.models.resnet import shortcut
 from experiments.training.trainer import AXIS, FORMS, DeviceData, Trainer
+from tests.cases import NAMES
 from tests.helpers import draw, gap
 
 CLASSES = 3
@@ -81,7 +82,7 @@ def plain_convolutions(monkeypatch):
 
 
 class TestEveryNorm:
-    @pytest.mark.parametrize("name", nl.names())
+    @pytest.mark.parametrize("name", NAMES)
     @pytest.mark.parametrize("model", SIZES)
     def test_two_steps_under_every_norm_bring_the_loss_down(self, model, name):
         if name == "instance" and model in FLAT:

@@ -1,0 +1,69 @@
+"""Norms that divide by a length: scale norm.
+
+h = g · a / max(‖a‖, ε)
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+from normlab._arguments import checked
+from normlab._checks import gain_and_bias, promote, promote_dtype
+from normlab._units import safe_sqrt
+from normlab._weights import aligned
+from normlab.equation import Parts
+from normlab.gains import Gain, init_gain
+from normlab.making import applied
+from normlab.site import SHAPES, Site
+
+
+@checked("scale norm")
+def scale_parts(
+    a: ArrayLike,
+    params: Any = None,
+    *,
+    eps: float = 1e-5,
+    channel_axis: int = -1,
+) -> Parts:
+    """The parts of `scale_norm`, which see."""
+    a, channel, _ = aligned("scale norm", a, None, channel_axis)
+    g, b = gain_and_bias("scale norm", params, a, channel_axis)
+    square = jnp.square(promote(a)).sum(channel, keepdims=True)
+    return Parts(jnp.zeros((), g.dtype), jnp.maximum(safe_sqrt(square), eps), g, b)
+
+
+@applied(scale_parts)
+def scale_norm() -> None:
+    """Scale normalization (Nguyen & Salazar 2019, https://arxiv.org/abs/1910.05895).
+
+    h = g · a / max(‖a‖, ε) + b: the length is that of the channels of a position. The paper's g is
+    one number, which starts at √C; without g this is the L2 normalization of cosine attention.
+
+    Args:
+      a: `[N, ..., C]`.
+      params: `Affine(g [] or [C], None)`, or `None`.
+      eps: The least length, in units of `a`.
+      channel_axis: The axis of the channels.
+
+    Returns:
+      h, in the shape and floating type of `a`; a zero vector stays zero.
+
+    Raises:
+      ValueError: For parameters that do not fit `a`, or ε ≤ 0.
+
+    >>> scale_norm(jnp.array([[3.0, 4.0]])).round(3).tolist()
+    [[0.6000000238418579, 0.800000011920929]]
+    """
+
+
+@checked("scale norm", site=SHAPES)
+def scale_params(
+    site: Site, *, use_gain: bool = True, use_bias: bool = False, gain: Gain = "scalar"
+) -> Any:
+    """One gain of √C, and no bias, by default."""
+    how: Any = {"use_gain": use_gain, "use_bias": use_bias, "gain": gain}
+    return init_gain(site.channels, g=math.sqrt(site.channels), dtype=promote_dtype(site.a), **how)

@@ -1,0 +1,154 @@
+"""Gains and biases beside `Affine`: about 1, as a logarithm, and from the call itself.
+
+A norm asks its params for two things, g and b. Anything that has them will do, such as these:
+
+    Offset     g = 1 + d         decays towards 1; the sum is formed in float32 at least
+    Log        g = e^s           stays positive
+    modulate   g·(1 + scale)     a condition of the call, by example or by position
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple, get_args
+
+import jax.numpy as jnp
+from jax import Array
+from jax.typing import ArrayLike, DTypeLike
+
+from normlab._arguments import KINDS, array, checked, declare, one_of
+from normlab._checks import promote
+from normlab._trees import node
+from normlab.equation import Affine, init_affine
+
+Gain = Literal["plain", "offset", "log", "scalar"]
+"""How a gain is kept: as g in `Affine`, as g − 1 in `Offset`, as ln g in `Log`, as one number."""
+
+declare(gain=one_of(Gain, "the name of a gain"))
+
+
+@node
+class Offset(NamedTuple):
+    """A gain kept as its distance from 1, as in Gemma and Qwen3-Next: g = 1 + d.
+
+    The sum is formed in float32 at least, where a bfloat16 d of 2⁻⁹ still counts. Weight decay
+    draws such a gain to 1.
+
+    Attributes:
+      d: `[C]`, or any shape that g may have; `None` for a gain of 1.
+      b: The bias, or `None`.
+
+    >>> Offset(jnp.bfloat16([2**-9]), None).g.tolist()
+    [1.001953125]
+    """
+
+    d: Array | None
+    b: Array | None
+
+    @property
+    def g(self) -> Array | None:
+        """1 + d."""
+        return None if self.d is None else 1 + promote(self.d)
+
+
+@node
+class Log(NamedTuple):
+    """A gain kept as its logarithm, as in Salimans & Kingma 2016, section 2.1: g = e^s.
+
+    Attributes:
+      s: `[C]`, or any shape that g may have; `None` for a gain of 1.
+      b: The bias, or `None`.
+
+    >>> Log(jnp.zeros(1), None).g.tolist()
+    [1.0]
+    """
+
+    s: Array | None
+    b: Array | None
+
+    @property
+    def g(self) -> Array | None:
+        """e^s."""
+        return None if self.s is None else jnp.exp(promote(self.s))
+
+
+_KEPT: dict[str, Callable[[Affine], Any]] = {
+    "plain": lambda made: made,
+    "offset": lambda made: Offset(None if made.g is None else made.g - 1, made.b),
+    "log": lambda made: Log(None if made.g is None else jnp.log(made.g), made.b),
+    "scalar": lambda made: made._replace(g=None if made.g is None else made.g[0]),
+}
+assert _KEPT.keys() == set(get_args(Gain))
+
+
+@checked("init_gain", g=KINDS["g"]._replace(read=lambda v: v))
+def init_gain(
+    channels: int,
+    *,
+    gain: Gain = "plain",
+    use_gain: bool = True,
+    use_bias: bool = True,
+    g: ArrayLike = 1.0,
+    dtype: DTypeLike = jnp.float32,
+) -> Any:
+    """`init_affine`, which see, with the gain kept as `gain` says.
+
+    Args:
+      channels: `C`.
+      gain: How it is kept, a `Gain`.
+      use_gain: Whether there is one.
+      use_bias: Whether there is a bias.
+      g: The initial gain, a number.
+      dtype: A floating type for both.
+
+    >>> init_gain(2, gain="offset").d.tolist()
+    [0.0, 0.0]
+    """
+    made = init_affine(channels, use_gain=use_gain, use_bias=use_bias, g=g, dtype=dtype)
+    return kept_as(gain, made)
+
+
+def kept_as(gain: Gain, made: Affine) -> Any:
+    """The same params with the gain kept as `gain` says."""
+    return _KEPT[gain](made)
+
+
+_CONDITION = array("an array that broadcasts to the input, such as [N, C]")
+
+
+@checked("modulate", scale=_CONDITION, shift=_CONDITION)
+def modulate(
+    params: Any = None, scale: ArrayLike | None = None, shift: ArrayLike | None = None
+) -> Affine:
+    """The params of a norm that a condition changes: g·(1 + scale) and b·(1 + scale) + shift.
+
+        h = (1 + scale)·norm(a) + shift
+
+    So are FiLM, conditional batch norm, AdaLN and SPADE written, whose networks stay the user's:
+    scale and shift are what they make of the class, the style or the map. FiLM's own form has no 1:
+    pass γ − 1. A gate silu(z) after the norm is `scale=silu(z) - 1`. With both zero it is the norm
+    itself, to the bit.
+
+    Args:
+      params: Those of the norm, or `None`.
+      scale: `[N, C]`, by example; or with as many axes as the input, by position; or `[C]`, `[]`.
+        `None` for 0.
+      shift: The same, added afterwards.
+
+    Returns:
+      `Affine`, of which a norm takes g and b; in float32 at least. Params of `[C]` are meant along
+      the last axis of scale and shift.
+
+    >>> modulate(Affine(jnp.ones(2), None), jnp.array([[1.0, 2.0]])).g.tolist()
+    [[2.0, 3.0]]
+    """
+    g, b = (None, None) if params is None else (params.g, params.b)
+    g, b = (v if v is None else promote(v) for v in (g, b))
+    if scale is not None:
+        factor = 1 + promote(scale)
+        g = factor if g is None else g.astype(jnp.result_type(g, factor)) * factor
+        b = None if b is None else b * factor.astype(b.dtype)
+    if shift is not None:
+        added = promote(shift)
+        b = added if b is None else b + added.astype(b.dtype)
+    return Affine(g, b)

@@ -1,0 +1,378 @@
+"""The laws of the family, over the table of `tests/family.py`: few programs for each member."""
+
+import functools
+import inspect
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
+
+import normlab as nl
+import normlab.linen
+import normlab.nnx
+from tests import cases
+from tests.family import MEMBERS, Member
+from tests.helpers import draw, gap, mappers, mesh
+
+over_members = pytest.mark.parametrize("member", MEMBERS, ids=lambda m: m.label, scope="module")
+FIRST = tuple({m.name: m for m in reversed(MEMBERS)}.values())
+over_norms = pytest.mark.parametrize("member", FIRST, ids=lambda m: m.label, scope="module")
+
+
+def test_every_norm_of_the_registry_is_in_a_table():
+    assert {c.name for c in cases.CASES} | {m.name for m in MEMBERS} == set(nl.names())
+    assert len({m.label for m in MEMBERS}) == len(MEMBERS)
+
+
+def test_every_option_is_some_members():
+    for name in {m.name for m in MEMBERS}:
+        options = set(inspect.signature(nl.row(name).factory).parameters) - {"axis_name"}
+        used = {option for m in MEMBERS if m.name == name for option in m.options}
+        assert options - {"use_gain", "use_bias", "gain", "algorithm", "channel_axis"} <= used, name
+
+
+def directions(*trees):
+    """A random tangent for every leaf."""
+    leaves, tree = jax.tree.flatten(trees)
+    moved = [jnp.asarray(draw(40 + i, *v.shape), v.dtype) for i, v in enumerate(leaves)]
+    return jax.tree.unflatten(tree, moved)
+
+
+def differences(f, *args, along, step=1e-3):
+    """The derivative of f along a direction by central differences of the sixth order."""
+
+    def at(t):
+        return f(*jax.tree.map(lambda v, d: np.asarray(v) + t * np.asarray(d), args, along))
+
+    weights = {1: 3 / 4, 2: -3 / 20, 3: 1 / 60}
+    return sum(c * (at(k * step) - at(-k * step)) for k, c in weights.items()) / step
+
+
+@functools.cache
+def _facts_of(label: str):
+    """Everything of one problem in float64, in one program."""
+    member = next(m for m in MEMBERS if m.label == label)
+    with jax.enable_x64(True):
+        x, w, params, state = member.values(jnp.float64)
+        v = directions(params, x, w)
+
+        def h_of(params, x, w, train=True):
+            return member.norm.apply(params, state, member.site(x, w), train=train)
+
+        a = member.linear(x, w)
+        c = jnp.asarray(draw(9, *a.shape))
+
+        def loss(params, x, w):
+            return (c * jnp.tanh(h_of(params, x, w)[0])).sum()
+
+        @jax.jit
+        def everything(params, x, w):
+            (h, after), (dh, _) = jax.jvp(h_of, (params, x, w), v)
+            grads = jax.grad(loss, (0, 1, 2))(params, x, w)
+            slope = jax.jvp(loss, (params, x, w), v)[1]
+            over = jax.grad(loss, (0, 1, 2))
+            forward = jax.jvp(over, (params, x, w), v)[1]
+
+            def inner(*args):
+                return sum(
+                    jnp.vdot(g, d)
+                    for g, d in zip(jax.tree.leaves(over(*args)), jax.tree.leaves(v), strict=True)
+                )
+
+            reverse = jax.grad(inner, (0, 1, 2))(params, x, w)
+            parts, _ = member.norm.parts(params, state, member.site(x, w), train=True)
+            return {
+                "h": h,
+                "after": after,
+                "dh": dh,
+                "grads": grads,
+                "slope": slope,
+                "forward": forward,
+                "reverse": reverse,
+                "parts": parts,
+                "inference": member.norm.apply(params, after, member.site(x, w), train=False),
+            }
+
+        return (x, w, params, state, v), everything(params, x, w)
+
+
+def _facts(member: Member):
+    return _facts_of(member.label)
+
+
+@over_members
+def test_values_and_derivatives_equal_the_oracle(member, x64):
+    (x, w, params, state, v), found = _facts(member)
+    fixed = member.problem(x, w, params, state, train=True)
+    assert gap(found["h"], member.oracle(fixed._replace(at=fixed))) < 1e-9
+
+    def oracle(params, x, w):
+        problem = member.problem(jnp.asarray(x), jnp.asarray(w), params, state, train=True)
+        return member.oracle(problem._replace(at=fixed))
+
+    assert gap(found["dh"], differences(oracle, params, x, w, along=v)) < 1e-6
+
+
+@over_members
+def test_inference_equals_the_oracle_and_leaves_the_state(member, x64):
+    (x, w, params, state, _), found = _facts(member)
+    h, after = found["inference"]
+    problem = member.problem(x, w, params, found["after"], train=False)
+    assert gap(h, member.oracle(problem._replace(at=problem))) < 1e-9
+    assert gap(after, found["after"]) == 0
+    assert jax.tree.structure(found["after"]) == jax.tree.structure(state)
+    for new, old in zip(jax.tree.leaves(found["after"]), jax.tree.leaves(state), strict=True):
+        assert (new.shape, new.dtype, new.weak_type) == (old.shape, old.dtype, old.weak_type)
+
+
+@over_members
+def test_derivatives_of_both_orders_agree_both_ways(member):
+    (_, _, _, _, v), found = _facts(member)
+    pairs = zip(jax.tree.leaves(found["grads"]), jax.tree.leaves(v), strict=True)
+    slope = sum(float(np.vdot(g, d)) for g, d in pairs)
+    assert gap(slope, float(found["slope"])) < 1e-8
+    assert gap(found["forward"], found["reverse"]) < 1e-8
+
+
+@over_members
+def test_parts_are_finite_and_fit(member, x64):
+    (_x, _w, _params, _state, _), found = _facts(member)
+    assert jnp.isfinite(found["h"]).all()
+    if isinstance(found["parts"], nl.Parts):
+        for part in found["parts"]:
+            assert jnp.broadcast_shapes(part.shape, found["h"].shape) == found["h"].shape
+        assert (found["parts"].sigma > 0).all()
+
+
+@over_members
+def test_single_and_half_precision(member):
+    """float32 is float64 to its rounding; bfloat16 is float32 of the same numbers, rounded once."""
+    found = _facts(member)[1]
+    x, w, params, state = member.values(jnp.float32)
+
+    @jax.jit
+    def both(params, state, x, w):
+        site = member.site(x, w)
+        half = site._replace(**{k: getattr(site, k).astype(jnp.bfloat16) for k in "axw"})
+        wide = half._replace(**{k: getattr(half, k).astype(jnp.float32) for k in "axw"})
+        return [member.norm.apply(params, state, s, train=True)[0] for s in (site, half, wide)]
+
+    h, half, wide = both(params, state, x, w)
+    assert h.dtype == jnp.float32
+    assert gap(h, found["h"]) < 2e-6 * member.slack
+    assert half.dtype == jnp.bfloat16
+    assert gap(half, wide) <= 2 * jnp.finfo(jnp.bfloat16).eps
+
+
+@over_norms
+def test_numbers_are_the_same_under_every_map(member):
+    """Two problems side by side on two devices, each as alone."""
+    problems = [member.values(jnp.float32, seed) for seed in (0, 50)]
+    state = problems[0][3]
+    c = jnp.asarray(draw(9, *member.linear(*problems[0][:2]).shape), jnp.float32)
+
+    def run(state, problem):
+        x, w, params = problem
+
+        def loss(params, x, w):
+            h, after = member.norm.apply(params, state, member.site(x, w), train=True)
+            return (c * h).sum(), (h, after)
+
+        grads, out = jax.grad(loss, (0, 1, 2), has_aux=True)(params, x, w)
+        return grads, out
+
+    stacked = jax.tree.map(lambda *v: jnp.stack(v), *[(x, w, p) for x, w, p, _ in problems])
+    alone = jax.jit(run)
+    expected = [alone(state, problem[:3]) for problem in problems]
+    expected = jax.tree.map(lambda *v: jnp.stack(v), *expected)
+    for name, mapper in mappers(2).items():
+        found = mapper(run)(state, stacked)
+        assert gap(found, expected) < 1e-5 * member.slack, name
+
+
+@over_norms
+def test_an_explicit_mesh_and_an_automatic_one_change_nothing(member):
+    """Examples on two devices, in plain jit."""
+    x, w, params, state = member.values(jnp.float32)
+
+    @jax.jit
+    def run(params, state, x, w):
+        return member.norm.apply(params, state, member.site(x, w), train=True)
+
+    expected = jax.tree.map(np.asarray, run(params, state, x, w))
+    for kind in (AxisType.Explicit, AxisType.Auto):
+        grid = mesh(kind, d=2)
+        with jax.set_mesh(grid):
+            spread = jax.device_put(x, jax.NamedSharding(grid, P("d")))
+            rest = jax.device_put((params, state, w), jax.NamedSharding(grid, P()))
+            found = run(rest[0], rest[1], spread, rest[2])
+        assert gap(found, expected) < 1e-5 * member.slack, kind
+
+
+@over_norms
+def test_a_batch_on_two_devices_is_one(member):
+    """With `axis_name`, of the norms that look across examples; their gradient too."""
+    if "batch" not in member.row.needs:
+        pytest.skip("looks at no other example")
+    x, w, params, state = member.values(jnp.float32)
+    over = nl.get(member.name, **{**member.options, "axis_name": "d"})
+    halves = x.reshape(2, -1, *x.shape[1:])
+    c = jnp.asarray(draw(9, *member.linear(x, w).shape), jnp.float32)
+
+    def loss(norm, x, c):
+        h, after = norm.apply(params, state, member.site(x, w), train=True)
+        return (c * h).sum(), (h, after)
+
+    def on_device(_, shard):
+        grad, out = jax.grad(lambda x, c: loss(over, x, c), has_aux=True)(*shard)
+        return grad, out
+
+    expected = jax.jit(jax.grad(lambda x, c: loss(member.norm, x, c), has_aux=True))(x, c)
+    for name in ("vmap", "shard_map"):
+        run = mappers(2)[name](on_device)
+        dx, (h, after) = run((), (halves, c.reshape(2, -1, *c.shape[1:])))
+        joined = dx.reshape(x.shape), (h.reshape(c.shape), jax.tree.map(lambda v: v[0], after))
+        assert gap(joined, expected) < 1e-5 * member.slack, name
+
+
+def _moved(column, x, w):
+    """`(x, w)` after a change, and what to compare of h: back in its place."""
+    rng, c = np.random.default_rng(20), 2.7
+    order = rng.permutation(x.shape[1])
+    others = np.concatenate([x[:1], rng.normal(size=x[1:].shape)])
+    return {
+        "weights rescaled": (x, c * w),
+        "weights recentred": (x, w + rng.normal(size=(*w.shape[:-1], 1))),
+        "one unit rescaled": (x, np.concatenate([c * w[..., :1], w[..., 1:]], -1)),
+        "data rescaled": (c * x, w),
+        "data recentred": (x + rng.normal(size=x.shape[-1]), w),
+        "one case rescaled": (np.concatenate([c * x[:1], x[1:]]), w),
+        "positions permuted": (x[:, order], w),
+        "other examples changed": (others, w),
+    }[column], {
+        "positions permuted": lambda h, after: (h[:, order], after),
+        "other examples changed": lambda h, after: (h[:1], after[:1]),
+    }.get(column, lambda h, after: (h, after))
+
+
+def _held(norm, x, w):
+    """Which changes leave h as it is, in float64, with params as `init` returns them, moved."""
+    linear = nl.Dense()
+
+    @jax.jit
+    def output(x, w):
+        site = nl.Site(linear(x, w), x, w, linear=linear)
+        params, state = norm.init(site)
+        params = jax.tree.map(
+            lambda v: v + 0.1 * jnp.cos(jnp.arange(v.size).reshape(v.shape)), params
+        )
+        return norm.apply(params, state, site, train=True)[0]
+
+    h = np.asarray(output(jnp.asarray(x), jnp.asarray(w)))
+    held = set()
+    for column in nl.INVARIANCES:
+        if column == "positions permuted" and x.ndim == 2:
+            continue
+        changed, compared = _moved(column, x, w)
+        before, after = compared(h, np.asarray(output(*map(jnp.asarray, changed))))
+        moved = np.abs(after - before).max()
+        assert moved < 1e-8 or moved > 1e-4, (column, moved)
+        if moved < 1e-8:
+            held.add(column)
+    return held
+
+
+TINY = {"eps": 1e-30}
+EVERY = [*FIRST, *map(cases.first_of, dict.fromkeys(c.name for c in cases.CASES))]
+
+
+@pytest.mark.parametrize("member", EVERY, ids=lambda m: m.name)
+def test_declared_invariances_hold_and_no_others(member, x64):
+    """Behind a dense layer; and behind one with positions where they differ."""
+    row = member.row
+    known = inspect.signature(row.factory).parameters
+    options = member.options | {k: v for k, v in TINY.items() if k in known}
+    norm = nl.get(member.name, **options)
+    w, units = draw(1, *member.w[-2:]), member.w[-2]
+    positions = member.x[1:-1] if len(member.x) > 2 else (7,)
+    try:
+        dense = _held(norm, draw(0, 6, units, mean=0.3), w)
+    except ValueError:  # it needs positions
+        dense = None
+    if dense is not None:
+        assert dense == row.invariances - {"positions permuted"}
+    held = row.invariances if row.with_positions is None else row.with_positions
+    assert _held(norm, draw(0, 6, *positions, units, mean=0.3), w) == held
+
+
+@over_norms
+def test_what_weighs_nothing_is_left_out_or_weights_are_refused(member):
+    """Examples of a norm that looks across them, else the last position of every example."""
+    x, w, params, state = member.values(jnp.float32)
+    across = "batch" in member.row.needs
+    weights = np.ones(x.shape[: 1 if across else 2], np.float32)
+    weights[..., -1] = 0
+    kept = np.s_[:-1] if across else np.s_[:, :-1]
+    bad = x.at[np.s_[-1:] if across else np.s_[:, -1:]].set(jnp.nan)
+
+    def run(x, weights):
+        return member.norm.apply(params, state, member.site(x, w, weights), train=True)
+
+    if not member.weights:
+        with pytest.raises(ValueError, match="weights"):
+            run(x, jnp.asarray(weights))
+        return
+    found, fewer = jax.jit(run)(bad, jnp.asarray(weights)), jax.jit(run)(x[kept], None)
+    assert gap(found[0][kept], fewer[0]) < 1e-5 * member.slack
+    grad = jax.jit(jax.grad(lambda x: jnp.square(run(x, jnp.asarray(weights))[0][kept]).sum()))(bad)
+    assert jnp.isfinite(grad).all()
+
+
+@pytest.mark.parametrize("member", [m for m in MEMBERS if m.one], ids=lambda m: m.label)
+def test_one_value_per_statistic_is_refused(member):
+    site = nl.Site(jnp.ones(member.one))
+
+    def run():
+        params, state = member.norm.init(site)
+        return member.norm.apply(params, state, site, train=True)
+
+    with pytest.raises(ValueError, match="To fix it, use"):
+        run()
+
+
+@over_norms
+def test_folding_is_right_or_refused(member):
+    x, w, params, state = member.values(jnp.float32)
+    _, state = member.norm.apply(params, state, member.site(x, w), train=True)
+    fold = functools.partial(nl.folding.fold_norm, member.norm, params, state, w)
+    if not member.folds:
+        with pytest.raises(ValueError, match="fold_norm"):
+            fold(x=x, linear=member.linear)
+        return
+    folded = fold(x=x, linear=member.linear)
+    assert (folded.error <= folded.bound).all()
+
+
+@over_norms
+def test_either_skin_has_it(member):
+    """As a module of Flax it is the same norm, or it says that it needs the kernel."""
+    x, w, _, _ = member.values(jnp.float32)
+    a = member.linear(x, w)
+    layer = normlab.linen.RegistryNorm(member.name, member.options, use_running_average=False)
+    if {"w", "x"} & member.row.needs:
+        with pytest.raises(ValueError, match=r"kernel|weights|site"):
+            layer.init(jax.random.key(0), a)
+        return
+    params, state = member.norm.init(nl.Site(a))
+    expected, after = member.norm.apply(params, state, nl.Site(a), train=True)
+    variables = layer.init(jax.random.key(0), a)
+    assert isinstance(layer, nn.Module)
+    h, changed = layer.apply(variables, a, mutable=["batch_stats"])
+    assert gap(h, expected) < 1e-6
+    assert gap(jax.tree.leaves(changed), jax.tree.leaves(after)) < 1e-6
+    same = normlab.nnx.RegistryNorm(member.name, a.shape[-1], member.options)
+    assert gap(same(a), expected) < 1e-6
