@@ -1,7 +1,8 @@
 """normlab: normalization in one equation, h = f(g · (a − μ) / σ + b), with explicit state.
 
-The norms and what they are made of stand here. Beside them: `normlab.measure` (moments as a
-monoid), `normlab.population` (what batch norm keeps), `normlab.devices` (what devices merge),
+The norms and what they are made of stand here. Beside them: `normlab.family` (all other norms),
+`normlab.combine` (norms made of norms), `normlab.measure` (moments as a monoid),
+`normlab.population` (what batch norm keeps), `normlab.devices` (what devices merge),
 `normlab.folding`, `normlab.instruments`, `normlab.convert`; and `normlab.linen` and `normlab.nnx`,
 which are imported by name.
 """
@@ -11,7 +12,7 @@ import typing
 from importlib.metadata import version as _version
 
 import normlab.rows  # noqa: F401
-from normlab import devices, family, measure, population
+from normlab import combine, devices, family, measure, population
 from normlab.batch import batch_moments, batch_norm, batch_parts
 from normlab.cosine import cosine_norm, cosine_parts
 from normlab.devices.topology import Sync
@@ -72,6 +73,7 @@ __all__ = [
     "batch_moments",
     "batch_norm",
     "batch_parts",
+    "combine",
     "convert",
     "cosine_norm",
     "cosine_parts",

@@ -493,6 +493,9 @@ count = integer("a whole number, at least 1", "count them", 1)
 name = text("a name", "pass a string")
 real = number("a finite number", "pass a float")
 mode = either("a name or a function", "pass a string or a function", name, a_function(of=1))
+SIZES = either(
+    "a number of channels, at least 1, or one for each feature axis", "count them", count,
+    sequence(count, "sizes", "count the channels"))  # fmt: skip
 norm_axes = either("'channels', 'all' or axes by number", "pass one of these", axes,
                    one_of(Literal["channels", "all"], ""))  # fmt: skip
 not_negative = number(

@@ -15,7 +15,7 @@ from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
 from normlab._apply import apply_parts
-from normlab._arguments import checked, declare, instance, real
+from normlab._arguments import SIZES, checked, declare, instance, real
 from normlab._checks import (
     check_parts,
     gain_and_bias,
@@ -62,9 +62,9 @@ class Affine(NamedTuple):
     b: Array | None
 
 
-@checked("init_affine", g=real)
+@checked("init_affine", g=real, channels=SIZES)
 def init_affine(
-    channels: int,
+    channels: int | Sequence[int],
     *,
     use_gain: bool = True,
     use_bias: bool = True,
@@ -74,7 +74,7 @@ def init_affine(
     """Returns `Affine(g, b)` with every gain equal to `g` and every bias zero.
 
     Args:
-      channels: `C`, the number of channels.
+      channels: `C`, the number of channels; or the sizes of several feature axes.
       use_gain: Whether there is a gain; without one the field is `None`.
       use_bias: Whether there is a bias; without one the field is `None`.
       g: The initial gain, a number.

@@ -4,22 +4,23 @@ A norm asks its params for two things, g and b. Anything that has them will do, 
 
     Offset     g = 1 + d         decays towards 1; the sum is formed in float32 at least
     Log        g = e^s           stays positive
-    modulate   g·(1 + scale)     a condition of the call, by example or by position
+    modulate   gate·(1 + scale)·g + shift    a condition of the call, by example or by position
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple, get_args
 
 import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
-from normlab._arguments import KINDS, array, checked, declare, one_of
-from normlab._checks import promote
+from normlab._arguments import SIZES, array, checked, declare, one_of, real
+from normlab._checks import expand, promote
 from normlab._trees import node
 from normlab.equation import Affine, init_affine
+from normlab.errors import invalid
 
 Gain = Literal["plain", "offset", "log", "scalar"]
 """How a gain is kept: as g in `Affine`, as g − 1 in `Offset`, as ln g in `Log`, as one number."""
@@ -76,14 +77,14 @@ _KEPT: dict[str, Callable[[Affine], Any]] = {
     "plain": lambda made: made,
     "offset": lambda made: Offset(None if made.g is None else made.g - 1, made.b),
     "log": lambda made: Log(None if made.g is None else jnp.log(made.g), made.b),
-    "scalar": lambda made: made._replace(g=None if made.g is None else made.g[0]),
+    "scalar": lambda made: made._replace(g=None if made.g is None else made.g.ravel()[0]),
 }
 assert _KEPT.keys() == set(get_args(Gain))
 
 
-@checked("init_gain", g=KINDS["g"]._replace(read=lambda v: v))
+@checked("init_gain", g=real, channels=SIZES)
 def init_gain(
-    channels: int,
+    channels: int | Sequence[int],
     *,
     gain: Gain = "plain",
     use_gain: bool = True,
@@ -94,7 +95,7 @@ def init_gain(
     """`init_affine`, which see, with the gain kept as `gain` says.
 
     Args:
-      channels: `C`.
+      channels: `C`, or the sizes of several feature axes.
       gain: How it is kept, a `Gain`.
       use_gain: Whether there is one.
       use_bias: Whether there is a bias.
@@ -113,42 +114,69 @@ def kept_as(gain: Gain, made: Affine) -> Any:
     return _KEPT[gain](made)
 
 
-_CONDITION = array("an array that broadcasts to the input, such as [N, C]")
+_CONDITION = array("an array that broadcasts to the input, such as [N, C]", "pass what a net made")
 
 
-@checked("modulate", scale=_CONDITION, shift=_CONDITION)
+@checked("modulate", **dict.fromkeys(("scale", "shift", "gate"), _CONDITION))
 def modulate(
-    params: Any = None, scale: ArrayLike | None = None, shift: ArrayLike | None = None
+    params: Any = None,
+    scale: ArrayLike | None = None,
+    shift: ArrayLike | None = None,
+    *,
+    gate: ArrayLike | None = None,
+    channel_axis: int = -1,
 ) -> Affine:
-    """The params of a norm that a condition changes: g·(1 + scale) and b·(1 + scale) + shift.
+    """The params of a norm that a condition changes.
 
-        h = (1 + scale)·norm(a) + shift
+        h = gate·(1 + scale)·norm(a) + shift
 
-    So are FiLM, conditional batch norm, AdaLN and SPADE written, whose networks stay the user's:
-    scale and shift are what they make of the class, the style or the map. FiLM's own form has no 1:
-    pass γ − 1. A gate silu(z) after the norm is `scale=silu(z) - 1`. With both zero it is the norm
-    itself, to the bit.
+    So are conditional batch norm, AdaLN and SPADE written, with scale and shift, and FiLM, AdaIN
+    and the gated RMS norm of Mamba-2 and Qwen3-Next, with a gate: γ, the style's σ, silu(z). The
+    nets that make them of a class, a style or a map stay the user's. With scale and shift zero it
+    is the norm itself, to the bit.
 
     Args:
       params: Those of the norm, or `None`.
       scale: `[N, C]`, by example; or with as many axes as the input, by position; or `[C]`, `[]`.
         `None` for 0.
       shift: The same, added afterwards.
+      gate: The same, multiplied as it is.
+      channel_axis: The axis of the channels where scale and shift have as many axes as the input.
 
     Returns:
-      `Affine`, of which a norm takes g and b; in float32 at least. Params of `[C]` are meant along
-      the last axis of scale and shift.
+      `Affine`, of which a norm takes g and b; in float32 at least.
+
+    Raises:
+      ValueError: If the params do not lie along the channels of scale and shift.
 
     >>> modulate(Affine(jnp.ones(2), None), jnp.array([[1.0, 2.0]])).g.tolist()
     [[2.0, 3.0]]
     """
     g, b = (None, None) if params is None else (params.g, params.b)
-    g, b = (v if v is None else promote(v) for v in (g, b))
-    if scale is not None:
-        factor = 1 + promote(scale)
-        g = factor if g is None else g.astype(jnp.result_type(g, factor)) * factor
-        b = None if b is None else b * factor.astype(b.dtype)
+    factors = {"scale": None if scale is None else 1 + promote(scale)}
+    factors["gate"] = None if gate is None else promote(gate)
+    for name, factor in factors.items():
+        if factor is not None:
+            g = factor if g is None else _met(jnp.multiply, name, factor, g, channel_axis)
+            b = None if b is None else _met(jnp.multiply, name, factor, b, channel_axis)
     if shift is not None:
-        added = promote(shift)
-        b = added if b is None else b + added.astype(b.dtype)
+        b = promote(shift) if b is None else _met(jnp.add, "shift", promote(shift), b, channel_axis)
     return Affine(g, b)
+
+
+def _met(f: Callable[..., Array], name: str, condition: Array, own: Any, axis: int) -> Array:
+    """`f` of a condition and a param of `[C]`, which is laid along the condition's channels."""
+    own = promote(own)
+    if own.ndim == 1 and condition.ndim > 2 and -condition.ndim <= axis < condition.ndim:
+        own = expand(own, condition.ndim, axis)
+    elif own.ndim > 2 and condition.ndim == 2:
+        condition = jnp.expand_dims(condition, tuple(range(1, own.ndim - 1)))
+        condition = jnp.moveaxis(condition, -1, axis)
+    try:
+        jnp.broadcast_shapes(own.shape, condition.shape)
+    except ValueError as error:
+        given = f"a {name} of shape {condition.shape} for params of shape {own.shape}"
+        change = "let the condition end in the channels of the norm, or set channel_axis"
+        raise invalid("modulate", given, "shapes that broadcast", change) from error
+    dtype = jnp.promote_types(own.dtype, condition.dtype)
+    return f(own.astype(dtype), condition.astype(dtype))

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Concatenate, ParamSpec
 
 import jax
 from jax import Array
 from jax.typing import ArrayLike
 
-from normlab._arguments import a_function, anything, checked
-from normlab._checks import promote_dtype
+from normlab._arguments import Kind, a_function, anything, checked
+from normlab._checks import normalize_axes, promote_dtype
 from normlab.equation import Parts, affine
 from normlab.errors import invalid
 from normlab.gains import Gain, init_gain
@@ -108,6 +108,23 @@ _OF_SITE = ("weights", "channel_axis")
 
 
 @checked("params", site=SHAPES)
+def initial_features(
+    site: Site,
+    *,
+    use_gain: bool = True,
+    use_bias: bool = True,
+    gain: Gain = "plain",
+    feature_axes: Sequence[int] | None = None,
+) -> Any:
+    """`init_gain` along the axes of the features of a site: by default, of its channels."""
+    axes = [site.linear.channel_axis] if feature_axes is None else feature_axes
+    axes = normalize_axes("params", axes, site.a.ndim)
+    how: Any = {"use_gain": use_gain, "use_bias": use_bias, "gain": gain}
+    sizes = tuple(site.a.shape[i] for i in axes)
+    return init_gain(sizes, dtype=promote_dtype(site.a), **how)
+
+
+@checked("params", site=SHAPES)
 def initial_affine(
     site: Site, *, use_gain: bool = True, use_bias: bool = True, gain: Gain = "plain"
 ) -> Any:
@@ -129,7 +146,17 @@ def norm_of(
         del train
         return measure(site, params), state
 
-    return Norm(checked(where, site=SHAPES)(init), checked(where)(parts))
+    return made_of(where, init, parts)
+
+
+def made_of(
+    where: str, init: Callable[..., Any], parts: Callable[..., Any], **special: Kind
+) -> Norm:
+    """Returns the norm of two functions whose arguments are checked.
+
+    `where` names it in errors; `special` says what its params and its state are, if not the usual.
+    """
+    return Norm(checked(where, site=SHAPES)(init), checked(where, **special)(parts))
 
 
 EXPECTED = "a factory of keyword options, or a function (a, params, ...) or (site, params, ...)"

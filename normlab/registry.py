@@ -136,12 +136,10 @@ def get(name: str, **options: Any) -> Norm:
     Raises:
       ValueError: For an unknown name or option, with the nearest known one.
 
-    >>> get("bach")
+    >>> get("bach")  # doctest: +ELLIPSIS
     Traceback (most recent call last):
     ...
-    ValueError: registry: got the unknown norm 'bach': did you mean 'batch'? Known: none, batch, \
-layer, rms, group, instance, weight, weight_standardization, cosine, centred_cosine; expected the \
-name of a norm. To fix it, use a known one.
+    ValueError: registry: got the unknown norm 'bach': did you mean 'batch'? Known: none, batch, ...
     """
     factory = row(name).factory
     check_options(name, inspect.signature(factory).parameters, options)

@@ -76,7 +76,8 @@ class Member(NamedTuple):
     @property
     def label(self) -> str:
         """The test's id."""
-        return "-".join([self.name, *(f"{k}={v}" for k, v in self.options.items())])
+        options = [f"{k}={v}" for k, v in self.options.items()]
+        return "-".join([self.name, *options, *[f"rank{len(self.x)}"] * (len(self.x) != 3)])
 
     @property
     def row(self) -> nl.Row:
@@ -117,6 +118,11 @@ class Member(NamedTuple):
         return Problem(*numpy, train, self.options)
 
 
+def mean_and_var(a: np.ndarray, axes: Any) -> tuple[np.ndarray, np.ndarray]:
+    """The mean and the biased variance over some axes, which stay."""
+    return a.mean(axes, keepdims=True), a.var(axes, keepdims=True)
+
+
 # Lengths.
 
 
@@ -131,13 +137,151 @@ LENGTHS = (
     Member("scale", scale, {"use_gain": False}),
 )
 
+# Gains, and samples of other shapes: variants of the ten.
+
+
+def layer(p: Problem) -> np.ndarray:
+    """Ba et al. 2016, equation 3, with a gain of any shape."""
+    mu, var = mean_and_var(p.a, p.options.get("axes", -1))
+    return p.affine((p.a - mu) / np.sqrt(var + 1e-5))
+
+
+def rms(p: Problem) -> np.ndarray:
+    """Zhang & Sennrich 2019, equation 4, of groups, or of a part of the channels."""
+    groups, part = p.options.get("groups", 1), p.options.get("part", 1.0)
+    cut = p.a.reshape(*p.a.shape[:-1], groups, -1)
+    square = (cut[..., : max(1, int(cut.shape[-1] * part))]) ** 2
+    axes = (1, -1) if p.options.get("axes") == "all" else p.options.get("axes", -1)
+    h = cut / np.sqrt(square.mean(axes, keepdims=True) + 1e-5)
+    return p.affine(h.reshape(p.a.shape))
+
+
+def group_about_zero(p: Problem) -> np.ndarray:
+    """RMS norm of each group over all positions."""
+    cut = p.a.reshape(len(p.a), -1, p.options["groups"], p.a.shape[-1] // p.options["groups"])
+    h = cut / np.sqrt((cut**2).mean((1, 3), keepdims=True) + 1e-5)
+    return p.affine(h.reshape(p.a.shape))
+
+
+LAST = (-2, -1)
+GAINS = (
+    Member("rms", rms, {"groups": 2}, weights=True),
+    Member("rms", rms, {"groups": 3, "axes": "all"}),
+    Member("rms", rms, {"part": 0.5}),
+    Member("rms", rms, {"part": 0.5, "groups": 2, "axes": "all"}, w=(5, 8)),
+    Member("rms", rms, {"gain": "offset", "use_bias": False}),
+    Member("rms", rms, {"gain": "log"}),
+    Member("rms", rms, {"gain": "scalar"}),
+    Member("rms", rms, {"feature_axes": LAST}),
+    Member("layer", layer, {"gain": "offset"}, weights=True),
+    Member("layer", layer, {"axes": LAST, "feature_axes": LAST}),
+    Member("group", group_about_zero, {"groups": 2, "centred": False}, weights=True),
+    Member("group", group_about_zero, {"groups": 2, "centred": False}, x=(2, 3, 4, 5), w=(5, 8)),
+)
+
 # The value itself; with the activation; measured gains.
 
 POINTWISE = ()
 
 # Mixtures and compositions.
 
-MIXTURES = ()
+
+def of_batch(p: Problem, a: np.ndarray, state: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Those of batch norm: of the batch in training, else of the population."""
+    if p.train:
+        return mean_and_var(a, tuple(range(a.ndim - 1)))
+    return state.mean, state.var
+
+
+def softmax(v: np.ndarray) -> np.ndarray:
+    """e^v / Σ e^v."""
+    return np.exp(v) / np.exp(v).sum()
+
+
+def switchable(p: Problem) -> np.ndarray:
+    """Luo et al. 2019, equation 3."""
+    a, of = p.a, p.options.get("of", ("instance", "layer", "batch"))
+    found = {
+        "layer": mean_and_var(a, tuple(range(1, a.ndim))),
+        "batch": of_batch(p, a, p.state[-1]),
+    }
+    found["instance"] = mean_and_var(a, tuple(range(1, a.ndim - 1)))
+    shift, scale = map(softmax, p.params.weights)
+    mu = sum(w * found[name][0] for w, name in zip(shift, of, strict=True))
+    var = sum(w * found[name][1] for w, name in zip(scale, of, strict=True))
+    return p.affine((a - mu) / np.sqrt(var + 1e-5))
+
+
+def batch_instance(p: Problem) -> np.ndarray:
+    """Nam & Kim 2018, equation 3."""
+    (m, v), rho = of_batch(p, p.a, p.state[0]), p.params.weights.rho
+    mu, var = mean_and_var(p.a, tuple(range(1, p.a.ndim - 1)))
+    eps = p.options.get("eps", 1e-5)
+    both = rho * (p.a - m) / np.sqrt(v + eps) + (1 - rho) * (p.a - mu) / np.sqrt(var + eps)
+    return p.affine(both)
+
+
+def ibn(p: Problem) -> np.ndarray:
+    """Pan et al. 2018, figure 3a."""
+    first = int(p.options.get("ratio", 0.5) * p.a.shape[-1])
+    left, right = p.a[..., :first], p.a[..., first:]
+    found = [mean_and_var(left, tuple(range(1, p.a.ndim - 1))), of_batch(p, right, p.state[1])]
+    parts = [
+        own.g * (a - mu) / np.sqrt(var + 1e-5) + own.b
+        for a, (mu, var), own in zip((left, right), found, p.params, strict=True)
+    ]
+    return np.concatenate(parts, -1)
+
+
+def batch_channel(p: Problem) -> np.ndarray:
+    """Qiao et al. 2019, algorithm 1."""
+    mu, var = of_batch(p, p.a, p.state[0])
+    h = p.params[0].g * (p.a - mu) / np.sqrt(var + 1e-5) + p.params[0].b
+    cut = h.reshape(len(h), -1, p.options["groups"], h.shape[-1] // p.options["groups"])
+    mu, var = mean_and_var(cut, (1, 3))
+    h = ((cut - mu) / np.sqrt(var + 1e-5)).reshape(h.shape)
+    return p.params[1].g * h + p.params[1].b
+
+
+def mean_only(p: Problem) -> np.ndarray:
+    """Salimans & Kingma 2016, equation 15."""
+    return p.affine(p.a - of_batch(p, p.a, p.state[0])[0])
+
+
+def weight_mean_only(p: Problem) -> np.ndarray:
+    """The same, of t = w·x/‖w‖."""
+    return p.affine((p.a - of_batch(p, p.a, p.state[0])[0]) / np.sqrt((p.w**2).sum(0)))
+
+
+def extended_batch(p: Problem) -> np.ndarray:
+    """Luo et al. 2020: the mean by channel, one variance."""
+    mu, var = of_batch(p, p.a, p.state[0])
+    whole = np.mean(var) + (np.var(mu) if p.options.get("about") == "all" else 0)
+    return p.affine((p.a - mu) / np.sqrt(whole + 1e-5))
+
+
+_MIXED: dict[str, Any] = {"weights": True}
+MIXTURES = (
+    Member("switchable", switchable, **_MIXED),
+    Member("switchable", switchable, {"of": ("layer", "batch")}, x=(7, 5), **_MIXED),
+    Member("switchable", switchable, {"eps": 1e-5, "batch": {"decay": 0.5}}, **_MIXED),
+    Member("batch_instance", batch_instance, **_MIXED),
+    Member(
+        "batch_instance", batch_instance, {"eps": 0.1, "batch": {"population": "ema"}}, **_MIXED
+    ),
+    Member("ibn", ibn, **_MIXED),
+    Member(
+        "ibn", ibn, {"ratio": 0.34, "eps": 1e-5, "batch": {"ddof": 0}}, x=(3, 4, 2, 5), **_MIXED
+    ),
+    Member("batch_channel", batch_channel, {"groups": 2}, **_MIXED),
+    Member("batch_channel", batch_channel, {"groups": 3, "eps": 1e-5, "batch": {}}, **_MIXED),
+    Member("mean_only_batch", mean_only, folds=True, **_MIXED),
+    Member("mean_only_batch", mean_only, {"batch": {"decay": 0.5}, "use_gain": True}, x=(5, 5)),
+    Member("weight_mean_only_batch", weight_mean_only, folds=True, **_MIXED),
+    Member("weight_mean_only_batch", weight_mean_only, {"batch": {"decay": 0.5}}),
+    Member("extended_batch", extended_batch, folds=True, **_MIXED),
+    Member("extended_batch", extended_batch, {"about": "all", "eps": 1e-5, "batch": {}}),
+)
 
 # Windows and segments.
 
@@ -151,4 +295,4 @@ MAPS = ()
 
 WHITENING = ()
 
-MEMBERS: tuple[Member, ...] = (*LENGTHS, *POINTWISE, *MIXTURES, *WINDOWS, *MAPS, *WHITENING)
+MEMBERS: tuple[Member, ...] = (*LENGTHS, *GAINS, *POINTWISE, *MIXTURES, *WINDOWS, *MAPS, *WHITENING)

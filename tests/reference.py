@@ -32,7 +32,7 @@ def namespaces() -> dict[str, dict[str, object]]:
         for _, name, is_package in pkgutil.iter_modules(normlab.__path__, "normlab.")
         if is_package and "._" not in name
     ]
-    names = ["normlab", "normlab.measure", *packages]
+    names = ["normlab", "normlab.combine", "normlab.measure", *packages]
     modules = {name: importlib.import_module(name) for name in names}
     return {
         name: {public: getattr(module, public) for public in getattr(module, "__all__", MEASURE)}

@@ -18,6 +18,7 @@ import normlab.linen
 import normlab.nnx
 from normlab import convert, instruments
 from tests.cases import NAMES
+from tests.family import MEMBERS
 from tests.reference import namespaces
 
 A = jnp.asarray(np.arange(24.0).reshape(2, 2, 6) % 5, jnp.float32)
@@ -112,6 +113,38 @@ CALLS = {
         "g": 1.0,
         "dtype": jnp.float32,
     },
+    nl.init_gain: {
+        "channels": 3,
+        "gain": "offset",
+        "use_gain": True,
+        "use_bias": True,
+        "g": 1.0,
+        "dtype": jnp.float32,
+    },
+    nl.combine.compose: {"inner": PARTS, "outer": PARTS},
+    nl.combine.mix: {"parts": [PARTS, PARTS], "weights": jnp.ones(2)},
+    nl.combine.blend: {
+        "parts": [PARTS, PARTS],
+        "weights": jnp.ones(2),
+        "scale_weights": jnp.ones(2),
+    },
+    nl.combine.join: {"shift": PARTS, "scale": PARTS},
+    nl.combine.chain: {"norms": [NORM, NORM]},
+    nl.combine.mixture: {
+        "norms": [NORM, NORM],
+        "combine": nl.combine.mix,
+        "weights": lambda site: jnp.ones(2),
+        "use_gain": True,
+        "use_bias": True,
+    },
+    nl.combine.pair: {"shift": NORM, "scale": NORM, "use_gain": True, "use_bias": True},
+    nl.combine.split: {"norms": [NORM, NORM], "sizes": (2, 2)},
+    nl.modulate: {
+        "params": PARAMS,
+        "scale": jnp.ones((2, 6)),
+        "shift": jnp.ones((2, 6)),
+        "channel_axis": -1,
+    },
     nl.population.init_cumulative: {
         "channels": 3,
         "ddof": 0,
@@ -161,7 +194,7 @@ CALLS = {
     nl.group_moments: MEASURED | {"groups": 2, "algorithm": "auto"},
     nl.instance_moments: MEASURED | {"a": jnp.ones((2, 3, 4)), "algorithm": "auto"},
     nl.batch_moments: MEASURED | {"axis_name": None, "algorithm": "auto"},
-    nl.learned: {"a": A, "params": None, "channel_axis": -1},
+    nl.learned: {"a": A, "params": None, "channel_axis": -1, "feature_axes": None},
     nl.stateless: {"parts": nl.layer_parts, "params": lambda site, use_gain, use_bias: None},
     nl.layer_norm: EXAMPLE | {"axes": -1, "algorithm": "auto"},
     nl.layer_parts: EXAMPLE | {"axes": -1, "algorithm": "auto"},
@@ -260,6 +293,10 @@ for _name in NAMES:
         "ddof": 0,
         "population": "debiased",
         "state_gradient": False,
+        "gain": "plain",
+        "feature_axes": None,
+        "part": 1.0,
+        "centred": True,
     }
     _factory = nl.row(_name).factory
     CALLS[_factory] = {name: _own[name] for name in inspect.signature(_factory).parameters}
@@ -273,6 +310,24 @@ for _name in NAMES:
         "site": _site,
         "train": True,
     }
+
+# The family: every function by its signature, every norm of the table by its values.
+WORDS = {"params": PARAMS, "a": A, "x": X, "v": W, "w": W, "site": SITE, "groups": 2}
+
+
+def right(f):
+    """A right call by the defaults, and by words of which there is none."""
+    given = inspect.signature(f).parameters.values()
+    return {p.name: WORDS[p.name] if p.default is p.empty else p.default for p in given}
+
+
+CALLS |= {f: right(f) for f in vars(nl.family).values() if inspect.isfunction(f)}
+for _member in {m.name: m for m in reversed(MEMBERS)}.values():
+    _x, _w, _params, _state = _member.values(jnp.float32)
+    CALLS[_member.row.factory] = right(_member.row.factory) | _member.options
+    CALLS[_member.norm.init] = {"site": _member.site(_x, _w)}
+    _site = {"state": _state, "site": _member.site(_x, _w), "train": True}
+    CALLS[_member.norm.parts] = {"params": _params, **_site}
 
 NP = np.ones(4, np.float32)
 BARE = convert.Converted("layer", nl.Affine(jnp.ones(4), jnp.ones(4)), eps=1e-5)
@@ -323,6 +378,12 @@ for _module in (normlab.linen, normlab.nnx):
                 _nnx = nnx.Linear(3, 3, rngs=nnx.Rngs(0))
                 _layer = linen.Dense(3) if _module is normlab.linen else _nnx
                 CALLS[_class]["layer_instance"] = _layer
+
+for _f, _own in CALLS.items():
+    if not isinstance(_f, type):  # what is not said above is as by default
+        _rest = inspect.signature(_f).parameters.values()
+        _rest = {p.name: p.default for p in _rest if p.default is not p.empty}
+        CALLS[_f] = {k: v for k, v in _rest.items() if not k.startswith("_")} | _own
 
 # Those that hand their arguments to another at once.
 HANDED = {

@@ -29,9 +29,9 @@ def test_every_norm_of_the_registry_is_in_a_table():
 
 
 def test_every_option_is_some_members():
-    for name in {m.name for m in MEMBERS}:
+    for name in nl.names():
         options = set(inspect.signature(nl.row(name).factory).parameters) - {"axis_name"}
-        used = {option for m in MEMBERS if m.name == name for option in m.options}
+        used = {option for m in (*MEMBERS, *cases.CASES) if m.name == name for option in m.options}
         assert options - {"use_gain", "use_bias", "gain", "algorithm", "channel_axis"} <= used, name
 
 
@@ -287,10 +287,10 @@ def _held(norm, x, w):
 
 
 TINY = {"eps": 1e-30}
-EVERY = [*FIRST, *map(cases.first_of, dict.fromkeys(c.name for c in cases.CASES))]
+EVERY = {c.name: c for c in (*FIRST, *map(cases.first_of, cases.NAMES))}
 
 
-@pytest.mark.parametrize("member", EVERY, ids=lambda m: m.name)
+@pytest.mark.parametrize("member", EVERY.values(), ids=EVERY)
 def test_declared_invariances_hold_and_no_others(member, x64):
     """Behind a dense layer; and behind one with positions where they differ."""
     row = member.row

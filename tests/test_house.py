@@ -23,8 +23,18 @@ ALL = sorted(name for _, name, _ in pkgutil.walk_packages([str(ROOT)], "normlab.
 MODULES = [name for name in ALL if not name.startswith(SKINS)]
 FOREIGN = {"chex", "equinox", "flax", "haiku", "keras", "matplotlib", "optax", "orbax"}
 FOREIGN |= {"tensorflow", "torch"}
-PACKAGES = (normlab, normlab.convert, normlab.folding, normlab.instruments)
-PUBLIC = {name: getattr(package, name) for package in PACKAGES for name in package.__all__}
+PACKAGES = (
+    normlab,
+    normlab.convert,
+    normlab.family,
+    normlab.folding,
+    normlab.instruments,
+)
+PUBLIC = {
+    name: getattr(package, name)
+    for package in (*PACKAGES, normlab.combine)
+    for name in package.__all__
+}
 
 
 def imports(module: str) -> set[str]:

@@ -27,15 +27,6 @@ def test_every_case_has_a_label_of_its_own():
     assert len({case.label for case in CASES}) == len(CASES)
 
 
-def test_every_option_of_the_registry_has_a_case():
-    """`axis_name` is left to the tests on devices, `gain` to those of gains."""
-    for name in NAMES:
-        options = set(inspect.signature(nl.row(name).factory).parameters)
-        options -= {"axis_name", "gain"}
-        used = {option for case in CASES if case.name == name for option in case.options}
-        assert options <= used, name
-
-
 # 1. One equation.
 
 HALVES = ("bfloat16", "float16")

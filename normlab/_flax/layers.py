@@ -113,15 +113,15 @@ def learned(params: Any, each: Callable[[str, Any], Any]) -> Any:
     """The params of a norm with each field replaced by `each(name, value)`, but `None` kept.
 
     The names are Flax's `scale` and `bias` for g and b, and a norm's own for the rest; params that
-    have no fields are one, `params`.
+    have no fields are one, `of`.
     """
     if params is None:
         return None
     if not hasattr(params, "_fields"):
-        return each("params", params)
-    named = {"g": "scale", "b": "bias"}
+        return each("of", params)
+    named: dict[str, str] = {"g": "scale", "b": "bias"}
     fields = zip(params._fields, params, strict=True)
-    return type(params)(*(None if v is None else each(named.get(f, f), v) for f, v in fields))
+    return type(params)(*(None if v is None else each(str(named.get(f, f)), v) for f, v in fields))
 
 
 def from_registry(name: str, options: Mapping[str, Any]) -> Norm:

@@ -4,8 +4,10 @@ Each is an `x_norm` with its `x_parts`, and a row of the registry: `normlab.get(
 """
 
 from normlab.family.lengths import scale_norm, scale_parts
+from normlab.family.mixtures import clip_gates
 
 __all__ = [
+    "clip_gates",
     "scale_norm",
     "scale_parts",
 ]

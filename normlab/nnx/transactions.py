@@ -26,6 +26,12 @@ class Transaction(nnx.Variable):
     """The kind of variable that holds a transaction under way."""
 
 
+def _named(state: Any) -> dict[str, Any]:
+    """The fields of a tuple; those of one without names are `of_0`, `of_1`, ..."""
+    names = getattr(state, "_fields", [f"of_{i}" for i in range(len(state))])
+    return dict(zip(names, state, strict=True))
+
+
 class Kept(nnx.Pytree):
     """A state of batch norm, with a `BatchStat` for each of its arrays, named as the field.
 
@@ -33,9 +39,10 @@ class Kept(nnx.Pytree):
     """
 
     def __init__(self, state: Any) -> None:
-        """Takes a NamedTuple apart; what it holds in turn likewise."""
+        """Takes a tuple, named or not, apart; what it holds in turn likewise."""
         self._kind = type(state)
-        for name, value in state._asdict().items():
+        self._names = tuple(_named(state))
+        for name, value in _named(state).items():
             if isinstance(value, tuple):
                 value = Kept(value)
             elif isinstance(value, jax.Array):
@@ -44,16 +51,13 @@ class Kept(nnx.Pytree):
 
     def _get(self) -> Any:
         """Returns the state."""
-        fields = {name: getattr(self, name) for name in self._kind._fields}
-        values = {
-            name: field.get_value() if isinstance(field, Kept | nnx.Variable) else field
-            for name, field in fields.items()
-        }
-        return self._kind(**values)
+        fields = [getattr(self, name) for name in self._names]
+        values = [v.get_value() if isinstance(v, Kept | nnx.Variable) else v for v in fields]
+        return tuple(values) if self._kind is tuple else self._kind(*values)
 
     def _set(self, state: Any) -> None:
         """Puts the arrays of a state of this kind in place of its own."""
-        for name, value in state._asdict().items():
+        for name, value in _named(state).items():
             field = getattr(self, name)
             if isinstance(field, Kept | nnx.Variable):
                 field.set_value(value)
