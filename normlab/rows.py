@@ -7,6 +7,7 @@ from typing import Any
 
 from normlab.example import group_parts, instance_parts, layer_parts, rms_parts
 from normlab.factories import batch, centred_cosine, cosine, none, weight
+from normlab.family.domains import auxiliary_batch, recurrent_batch, transferable_batch
 from normlab.family.lengths import scale_params, scale_parts
 from normlab.family.mixtures import (
     batch_channel,
@@ -156,6 +157,12 @@ _add(
     "I--II-I-",
     "Luo et al. 2020",
 )
+
+_DOMAIN = "a: as batch, within the domain"
+_add(auxiliary_batch, "a batch", _DOMAIN, *_OF_A, "I-III-I-", "Xie et al. 2020")
+_add(transferable_batch, "a batch", _DOMAIN, *_OF_A, "I-II--I-", "Wang et al. 2019")
+_STEP = "a: as batch, at the time step"
+_add(recurrent_batch, "a batch", _STEP, *_OF_A, "I-III-I-", "Cooijmans et al. 2016")
 
 # Windows and segments.
 

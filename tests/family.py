@@ -260,6 +260,34 @@ def extended_batch(p: Problem) -> np.ndarray:
     return p.affine((p.a - mu) / np.sqrt(whole + 1e-5))
 
 
+def of_domain(p: Problem, domain: int = 0) -> np.ndarray:
+    """Ioffe & Szegedy 2015, algorithm 1, of a batch of one domain."""
+    inner = jax.tree.map(lambda v: v[domain], p.state.inner)
+    mu, var = of_batch(p, p.a, inner)
+    return (p.a - mu) / np.sqrt(var + 1e-5)
+
+
+def auxiliary(p: Problem) -> np.ndarray:
+    """Xie et al. 2020, section 4.1: everything by domain."""
+    return p.params.g[0] * of_domain(p) + p.params.b[0]
+
+
+def transferable(p: Problem) -> np.ndarray:
+    """Wang et al. 2019, equations 5 and 6; from the population, in which this batch is."""
+    mean, var = np.array(p.state.inner.mean), np.array(p.state.inner.var)
+    if p.train:  # the first batch
+        a = p.at.a
+        mean[0], var[0] = a.mean(tuple(range(a.ndim - 1))), a.var(tuple(range(a.ndim - 1)))
+    ratio = mean / np.sqrt(var + 1e-5)
+    near = 1 / (1 + np.abs(ratio[0] - ratio[1]))
+    return (1 + near / near.mean()) * p.affine(of_domain(p))
+
+
+def recurrent(p: Problem) -> np.ndarray:
+    """Cooijmans et al. 2016, equation 4, at the first step."""
+    return p.affine(of_domain(p))
+
+
 _MIXED: dict[str, Any] = {"weights": True}
 MIXTURES = (
     Member("switchable", switchable, **_MIXED),
@@ -281,6 +309,14 @@ MIXTURES = (
     Member("weight_mean_only_batch", weight_mean_only, {"batch": {"decay": 0.5}}),
     Member("extended_batch", extended_batch, folds=True, **_MIXED),
     Member("extended_batch", extended_batch, {"about": "all", "eps": 1e-5, "batch": {}}),
+    Member("auxiliary_batch", auxiliary, folds=True, **_MIXED),
+    Member("auxiliary_batch", auxiliary, {"domains": 3, "eps": 1e-5, "batch": {}}),
+    Member("transferable_batch", transferable, folds=True, **_MIXED),
+    Member("transferable_batch", transferable, {"eps": 1e-5, "batch": {}}),
+    Member("auxiliary_batch", auxiliary, {"examples": 4}),
+    Member("transferable_batch", transferable, {"examples": 4}),
+    Member("recurrent_batch", recurrent, {"steps": 2}, folds=True, **_MIXED),
+    Member("recurrent_batch", recurrent, {"steps": 2, "g": 0.2, "eps": 1e-5, "batch": {}}),
 )
 
 # Windows and segments.

@@ -376,3 +376,152 @@ def test_either_skin_has_it(member):
     assert gap(jax.tree.leaves(changed), jax.tree.leaves(after)) < 1e-6
     same = normlab.nnx.RegistryNorm(member.name, a.shape[-1], member.options)
     assert gap(same(a), expected) < 1e-6
+
+
+# Norms of norms.
+
+A = draw(0, 4, 3, 6, mean=0.5)
+
+
+@pytest.fixture
+def parts(x64):
+    a = jnp.asarray(A)
+    made = [nl.Affine(*jnp.asarray(draw(seed, 2, 6))) for seed in (1, 2)]
+    return a, nl.layer_parts(a, made[0]), nl.instance_parts(a, made[1])
+
+
+def test_compose_is_a_norm_after_a_norm_and_a_gain_of_zero_is_fine(parts):
+    a, inner, outer = parts
+    for g in (inner.g, 0 * inner.g):
+        inner = inner._replace(g=g)
+        both = nl.combine.compose(inner, outer)
+        assert gap(nl.affine(both, a), nl.affine(outer, nl.affine(inner, a))) < 1e-12
+
+
+@pytest.mark.parametrize("weights", [(0.3, 0.7), (1.0, 0.0), (-0.5, 2.0), (0.0, 0.0)])
+def test_mix_is_the_sum_of_the_outputs_and_its_gradient(parts, weights):
+    a, one, two = parts
+
+    def mixed(w):
+        return nl.affine(nl.combine.mix([one, two], w), a)
+
+    def summed(w):
+        return w[0] * nl.affine(one, a) + w[1] * nl.affine(two, a)
+
+    w, c = jnp.asarray(weights), jnp.asarray(draw(3, *a.shape))
+    assert gap(mixed(w), summed(w)) < 1e-12
+    slopes = [jax.grad(lambda w, f=f: (c * f(w)).sum())(w) for f in (mixed, summed)]
+    assert gap(*slopes) < 1e-12
+    assert gap(mixed(w[:, None] * jnp.ones(6)), summed(w)) < 1e-12  # by channel
+
+
+def test_blend_of_equal_statistics_is_themselves_and_join_takes_the_shift(parts):
+    a, one, two = parts
+    half = jnp.array([0.5, 0.5])
+    assert gap(nl.affine(nl.combine.blend([one, one], half), a), nl.affine(one, a)) < 1e-12
+    blended = nl.combine.blend([one, two], half, jnp.array([0.25, 0.75]))
+    assert gap(blended.sigma**2, 0.25 * one.sigma**2 + 0.75 * two.sigma**2) < 1e-12
+    assert nl.combine.join(one, two) == two._replace(mu=one.mu)
+
+
+def test_nothing_measured_stays_nothing_measured():
+    """Of an example that weighs nothing h is b, and no gradient reaches it."""
+    a, weights = jnp.asarray(A, jnp.float32), jnp.array([1.0, 0.0, 1.0, 1.0])
+
+    def h_of(a):
+        one, two = (nl.layer_parts(a, weights=weights), nl.instance_parts(a, weights=weights))
+        both = nl.combine.compose(nl.combine.mix([one, two], jnp.ones(2)), two)
+        both = nl.combine.compose(both, nl.combine.blend([one, two], jnp.array([0.5, 0.5])))
+        return nl.affine(both, a, weights=weights, channel_axis=-1)
+
+    assert jnp.isfinite(h_of(a)).all()
+    grad = jax.grad(lambda a: jnp.square(h_of(a)).sum())(a)
+    assert jnp.isfinite(grad).all()
+    assert (grad[1] == 0).all()
+
+
+def test_split_and_chain_in_either_layout():
+    layer, rms = nl.get("layer"), nl.get("rms", gain="offset")
+    norm = nl.combine.split([nl.combine.chain([layer, rms]), nl.get("none")], (4, 2))
+    a = jnp.asarray(A, jnp.float32)
+    last, first = nl.Site(a), nl.Site(jnp.moveaxis(a, -1, 1), linear=nl.Conv(channel_axis=1))
+    params, state = norm.init(last)
+    h, _ = norm.apply(params, state, last, train=True)
+    expected = nl.rms_norm(nl.layer_norm(a[..., :4]))
+    assert gap(h, jnp.concatenate([expected, a[..., 4:]], -1)) < 1e-6
+    other, _ = norm.apply(params, state, first, train=True)
+    assert gap(jnp.moveaxis(other, 1, -1), h) < 1e-6
+    with pytest.raises(ValueError, match="a size for each, together C"):
+        norm.init(nl.Site(a[..., :5]))
+
+
+def test_a_norm_of_the_weights_can_only_be_the_first():
+    x, w = jnp.ones((3, 4)), jnp.asarray(draw(0, 4, 6), jnp.float32)
+    site = nl.Site(x @ w, x, w)
+    first = nl.combine.chain([nl.get("weight"), nl.get("layer")])
+    assert first.apply(*first.init(site), site, train=True)[0].shape == (3, 6)
+    with pytest.raises(ValueError, match="a site without w"):
+        nl.combine.chain([nl.get("layer"), nl.get("weight")]).init(site)
+
+
+def test_each_example_has_the_gain_and_statistics_of_its_domain():
+    norm = nl.get("auxiliary_batch", examples=4)
+    a, domain = jnp.asarray(A, jnp.float32), jnp.array([1, 0, 1, 1])
+    params, state = norm.init(nl.Site(a))
+    params = nl.Affine(params.g * jnp.array([[1.0], [3.0]]), params.b)
+    state = nl.population.select_domain(state, domain)
+    h, after = norm.apply(params, state, nl.Site(a), train=True)
+    apart = [nl.batch_norm(a[domain == d], train=True)[0] for d in (0, 1)]
+    assert gap(h[domain == 0], apart[0]) < 1e-6
+    assert gap(h[domain == 1], 3 * apart[1]) < 1e-6
+    assert gap(after.inner.mean[1], a[domain == 1].mean((0, 1))) < 1e-6
+
+
+# Gains.
+
+
+def test_a_condition_of_nothing_is_the_norm_itself_to_the_bit():
+    a = jnp.asarray(A, jnp.float32)
+    params = nl.Affine(*jnp.asarray(draw(1, 2, 6), jnp.float32))
+    plain = nl.layer_norm(a, params)
+    for shape in ((6,), (4, 6), (4, 1, 6), (4, 3, 6)):
+        zero = jnp.zeros(shape)
+        assert (nl.layer_norm(a, nl.modulate(params, zero, zero)) == plain).all(), shape
+        assert (nl.layer_norm(a, nl.modulate(params, gate=zero + 1)) == plain).all(), shape
+
+
+@pytest.mark.parametrize("channel_axis", [-1, 1])
+def test_a_condition_by_example_and_by_position(channel_axis, x64):
+    a = jnp.moveaxis(jnp.asarray(A), -1, channel_axis)
+    g, b, scale, shift, gate = (
+        jnp.asarray(draw(i, *s)) for i, s in enumerate([(6,)] * 2 + [(4, 6)] * 3)
+    )
+    maps = [
+        jnp.moveaxis(jnp.broadcast_to(v[:, None], A.shape), -1, channel_axis)
+        for v in (scale, shift, gate)
+    ]
+    z = nl.layer_norm(jnp.asarray(A))
+    expected = gate[:, None] * (1 + scale[:, None]) * (g * z + b) + shift[:, None]
+    how = {"channel_axis": channel_axis}
+    for s, t, u in ((scale, shift, gate), maps):
+        params = nl.modulate(nl.Affine(g, b), s, t, gate=u, **how)
+        h = nl.layer_norm(a, params, **how)
+        assert gap(jnp.moveaxis(h, channel_axis, -1), expected) < 1e-12
+
+
+def test_a_small_offset_counts_in_half_precision():
+    """1 + 2⁻⁹ is 1 in bfloat16: the sum is formed in float32 (Gemma, Qwen3-Next)."""
+    a = jnp.full((2, 8), 300.0, jnp.bfloat16) * jnp.arange(1, 9).astype(jnp.bfloat16)
+    delta = jnp.full(8, 2**-9, jnp.bfloat16)
+    assert (1 + delta == 1).all()
+    plain = nl.rms_norm(a.astype(jnp.float32))
+    h = nl.rms_norm(a.astype(jnp.float32), nl.Offset(delta, None))
+    assert gap(h, plain * (1 + 2**-9)) < 1e-6
+    assert (nl.rms_norm(a, nl.Offset(delta, None)) != nl.rms_norm(a)).any()
+
+
+def test_a_gain_that_fits_nothing_says_what_does():
+    with pytest.raises(ValueError, match=r"expected shape \(6,\); \(\) for one number; by example"):
+        nl.layer_norm(jnp.asarray(A), nl.Affine(jnp.ones((3, 6)), None))
+    with pytest.raises(ValueError, match="shapes that broadcast"):
+        nl.modulate(nl.init_affine(6), jnp.ones((4, 5)))

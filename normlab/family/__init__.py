@@ -3,10 +3,12 @@
 Each is an `x_norm` with its `x_parts`, and a row of the registry: `normlab.get("scale")`.
 """
 
+from normlab.family.domains import at_step
 from normlab.family.lengths import scale_norm, scale_parts
 from normlab.family.mixtures import clip_gates
 
 __all__ = [
+    "at_step",
     "clip_gates",
     "scale_norm",
     "scale_parts",

@@ -49,9 +49,9 @@ _BATCH = mapping(anything, "options of batch norm", 'pass a dict, such as {"deca
 declare(batch=_BATCH, ratio=number("a number in (0, 1)", "use 0.5", lambda v: 0 < v < 1))
 
 
-def _batch(options: Mapping[str, Any] | None, **own: Any) -> Norm:
+def batch_of(options: Mapping[str, Any] | None, **own: Any) -> Norm:
     """Batch norm with some options of the mixture's own, and others."""
-    others = {n: p for n, p in _OPTIONS.items() if n not in (*own, *_BARE)}
+    others = {n: p for n, p in _OPTIONS.items() if n not in {**own, **_BARE}}
     check_options("batch", others, options or {})
     return batch_factory(**{**_BARE, **own, **(options or {})})
 
@@ -100,7 +100,7 @@ def switchable(
     make = {
         "instance": lambda: stateless(instance_parts)(eps=eps, **_BARE),
         "layer": lambda: _layer(eps=eps, **_BARE),
-        "batch": lambda: _batch(batch, eps=eps, axis_name=axis_name),
+        "batch": lambda: batch_of(batch, eps=eps, axis_name=axis_name),
     }
 
     def logits(site: Site) -> Logits:
@@ -147,7 +147,7 @@ def batch_instance(
         return Gates(jnp.ones(site.channels, promote_dtype(site.a)))
 
     norms = [
-        _batch(batch, eps=eps, axis_name=axis_name),
+        batch_of(batch, eps=eps, axis_name=axis_name),
         stateless(instance_parts)(eps=eps, **_BARE),
     ]
 
@@ -194,7 +194,7 @@ def ibn(
     own, and a population of the second part alone.
     """
     how: dict[str, Any] = {"use_gain": use_gain, "use_bias": use_bias}
-    rest = _batch(batch, eps=eps, axis_name=axis_name, **how)
+    rest = batch_of(batch, eps=eps, axis_name=axis_name, **how)
     norms = [stateless(instance_parts)(eps=eps, **how), rest]
 
     def sized(site: Site) -> Norm:
@@ -227,13 +227,13 @@ def batch_channel(
     for each group; here, as in its equations, one for each channel.
     """
     how: dict[str, Any] = {"eps": eps, "use_gain": use_gain, "use_bias": use_bias}
-    first = _batch(batch, axis_name=axis_name, **how)
+    first = batch_of(batch, axis_name=axis_name, **how)
     return chain([first, stateless(group_parts)(groups=groups, **how)])
 
 
 def _centring(axis_name: AxisName | None, batch: Mapping[str, Any] | None) -> Norm:
     """Batch norm's μ and σ = 1; of one value too."""
-    made = of_any_batch(_batch(batch, axis_name=axis_name))
+    made = of_any_batch(batch_of(batch, axis_name=axis_name))
 
     def parts(params: Any, state: State, site: Site, *, train: bool) -> tuple[Parts, State]:
         found, state = made.parts(params, state, site, train=train)
@@ -299,7 +299,7 @@ def extended_batch(
     In inference the variance is that of the population: with `"all"`, within the channels and
     between their means.
     """
-    made = _batch(batch, eps=eps, axis_name=axis_name)
+    made = batch_of(batch, eps=eps, axis_name=axis_name)
     made = made if about == "channel" else of_any_batch(made)
 
     def parts(params: Any, state: State, site: Site, *, train: bool) -> tuple[Parts, State]:

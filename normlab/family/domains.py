@@ -1,0 +1,165 @@
+"""Batch norms with statistics, gains or both for each domain: see `normlab.population.Domains`.
+
+auxiliary batch       μ, σ, g and b of the domain of the batch, or of each example
+transferable batch    μ and σ of the domain; channels alike in two domains count more
+recurrent batch       μ and σ of the time step; one g and b, which start small
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.typing import ArrayLike
+
+from normlab._arguments import array, checked, count, real
+from normlab._checks import gain_and_bias, promote_dtype
+from normlab.devices.topology import AxisName
+from normlab.equation import Affine, Parts
+from normlab.family.mixtures import batch_of
+from normlab.gains import init_gain
+from normlab.making import initial_affine, made_of
+from normlab.population.by_name import init_domains
+from normlab.population.domains import Domains
+from normlab.population.optional import STATE
+from normlab.site import Norm, Site, State
+
+_STATE = {"state": STATE}
+
+
+def _by_domain(
+    domains: int, examples: int | None, batch: Mapping[str, Any] | None, **own: Any
+) -> Norm:
+    kept = functools.partial(init_domains, domains=domains, examples=examples)
+    return batch_of(batch, population=kept, **own)
+
+
+@checked("auxiliary batch norm", domains=count, examples=count)
+def auxiliary_batch(
+    *,
+    domains: int = 2,
+    examples: int | None = None,
+    eps: float = 1e-5,
+    axis_name: AxisName | None = None,
+    batch: Mapping[str, Any] | None = None,
+    use_gain: bool = True,
+    use_bias: bool = True,
+) -> Norm:
+    """Auxiliary batch normalization (Xie et al. 2020, AdvProp, https://arxiv.org/abs/1911.09665).
+
+    h = g_d · (a − μ_d) / √(var_d + ε) + b_d for the domain d of the batch, or, with the number of
+    `examples` of a batch, of each of them. `normlab.population.select_domain` says which in the
+    state. The params are `Affine(g [D, C], b [D, C])`.
+    """
+    made = _by_domain(domains, examples, batch, eps=eps, axis_name=axis_name)
+
+    def init(site: Site) -> tuple[Any, State]:
+        one = initial_affine(site, use_gain=use_gain, use_bias=use_bias)
+        return jax.tree.map(lambda v: jnp.tile(v, (domains, 1)), one), made.init(site)[1]
+
+    def parts(params: Any, state: State, site: Site, *, train: bool) -> tuple[Parts, State]:
+        found, after = made.parts(None, state, site, train=train)
+        own = jax.tree.map(lambda v: v[state.current], Affine(params.g, params.b))
+        g, b = gain_and_bias("auxiliary batch norm", own, site.a, site.linear.channel_axis)
+        return found._replace(g=g, b=b), after
+
+    return made_of("auxiliary batch norm", init, parts, **_STATE)
+
+
+@checked("transferable batch norm", examples=count)
+def transferable_batch(
+    *,
+    examples: int | None = None,
+    eps: float = 1e-5,
+    axis_name: AxisName | None = None,
+    batch: Mapping[str, Any] | None = None,
+    use_gain: bool = True,
+    use_bias: bool = True,
+) -> Norm:
+    """Transferable normalization (Wang et al. 2019, TransNorm, NeurIPS).
+
+    h = (1 + α) · (g · (a − μ_d) / √(var_d + ε) + b) for the domain d, of two, and for each channel
+
+        α = C·t / Σ t        t = 1 / (1 + |μ₀/σ₀ − μ₁/σ₁|)
+
+    α is a constant in the derivative. It is taken from the population, this batch included, in
+    training too, so that a batch may be of one domain; the paper takes it from the batch, which
+    holds both.
+    """
+    made = _by_domain(2, examples, batch, eps=eps, axis_name=axis_name)
+
+    def init(site: Site) -> tuple[Any, State]:
+        return initial_affine(site, use_gain=use_gain, use_bias=use_bias), made.init(site)[1]
+
+    def parts(params: Any, state: State, site: Site, *, train: bool) -> tuple[Parts, State]:
+        found, after = made.parts(None, state, site, train=train)
+        mean, var = jax.vmap(lambda one: one.read())(after.inner)
+        ratio = mean / jnp.sqrt(var + eps)
+        near = 1 / (1 + jnp.abs(ratio[0] - ratio[1]))
+        alpha = lax.stop_gradient(near / near.mean())
+        axis = site.linear.channel_axis
+        g, b = gain_and_bias("transferable batch norm", params, site.a, axis)
+        factor, _ = gain_and_bias("transferable batch norm", Affine(1 + alpha, None), site.a, axis)
+        factor = factor.astype(g.dtype)
+        return found._replace(g=g * factor, b=b * factor), after
+
+    return made_of("transferable batch norm", init, parts, **_STATE)
+
+
+@checked("recurrent batch norm", steps=count, g=real)
+def recurrent_batch(
+    *,
+    steps: int,
+    g: float = 0.1,
+    eps: float = 1e-5,
+    axis_name: AxisName | None = None,
+    batch: Mapping[str, Any] | None = None,
+    use_gain: bool = True,
+    use_bias: bool = True,
+) -> Norm:
+    """Recurrent batch normalization (Cooijmans et al. 2016, https://arxiv.org/abs/1603.09025).
+
+    h = g · (a − μ_t) / √(var_t + ε) + b with statistics of each of the first `steps` time steps;
+    `at_step` says which in the state. g, shared by all steps, starts at 0.1, so that a tanh does
+    not saturate. In the paper's LSTM it stands on W·x and U·h apart, the second without a bias
+    (`use_bias=False`), and on the cell.
+    """
+    made = _by_domain(steps, None, batch, eps=eps, axis_name=axis_name)
+
+    def init(site: Site) -> tuple[Any, State]:
+        how: dict[str, Any] = {"use_gain": use_gain, "use_bias": use_bias}
+        params = init_gain(site.channels, g=g, dtype=promote_dtype(site.a), **how)
+        return params, made.init(site)[1]
+
+    def parts(params: Any, state: State, site: Site, *, train: bool) -> tuple[Parts, State]:
+        return made.parts(params, state, site, train=train)
+
+    return made_of("recurrent batch norm", init, parts, **_STATE)
+
+
+@checked("at_step", step=array("the number of a time step, from 0", "pass an integer", most=1))
+def at_step(states: Any, step: ArrayLike) -> Any:
+    """Says which time step is next, in the state of every recurrent batch norm of a pytree.
+
+    Args:
+      states: A state, or a pytree of them.
+      step: `[]`, from 0; beyond the last step that has statistics its own are used.
+
+    >>> from normlab import get, Site
+    >>> _, state = get("recurrent_batch", steps=3).init(Site(jnp.ones((4, 2))))
+    >>> at_step(state, 7).current.item()
+    2
+    """
+    is_leaf = lambda leaf: isinstance(leaf, Domains)  # noqa: E731
+    index = jnp.asarray(step).astype(jnp.int32)
+
+    def one(leaf: Any) -> Any:
+        return (
+            leaf._replace(current=jnp.minimum(index, leaf.domains - 1)) if is_leaf(leaf) else leaf
+        )
+
+    return jax.tree.map(one, states, is_leaf=is_leaf)
