@@ -661,6 +661,44 @@ def test_a_kind_that_is_given_wins_over_the_class_and_the_module_says_its_argume
     assert convert.from_nnx(Own(), "rms", epsilon=1e-4).eps == 1e-4
 
 
+LAST = (-2, -1)
+
+
+@pytest.mark.parametrize("kind", ["layer", "rms"])
+@pytest.mark.parametrize("library", ["linen", "nnx", "equinox"])
+def test_parameters_along_several_axes_are_carried_over_and_back(library, kind):
+    a, g, b = array(draw(0, 2, 3, 4)), array(draw(1, 3, 4)), array(draw(2, 3, 4))
+    b = b if kind == "layer" else None
+    axes = {"reduction_axes": LAST, "feature_axes": LAST}
+    if library == "linen":
+        layer = {"layer": nn.LayerNorm, "rms": nn.RMSNorm}[kind](**axes)
+        leaves = {"params": {k: v for k, v in (("scale", g), ("bias", b)) if v is not None}}
+        theirs, norm = layer.apply(leaves, a), convert.from_linen(leaves, layer)
+        back = convert.to_linen(norm)
+    elif library == "nnx":
+        layer = {"layer": nnx.LayerNorm, "rms": nnx.RMSNorm}[kind](4, **axes, rngs=nnx.Rngs(0))
+        layer.scale = nnx.Param(g)
+        if b is not None:
+            layer.bias = nnx.Param(b)
+        theirs, norm = layer(a), convert.from_nnx(layer)
+        back = convert.to_nnx(norm)
+    else:
+        make = {"layer": eqx.nn.LayerNorm, "rms": eqx.nn.RMSNorm}[kind]
+        layer = make((3, 4), use_bias=b is not None)
+        layer = eqx.tree_at(lambda m: m.weight, layer, g)
+        layer = layer if b is None else eqx.tree_at(lambda m: m.bias, layer, b)
+        theirs, norm = jax.vmap(layer)(a), convert.from_equinox(layer)
+        back = convert.to_equinox(norm)
+        assert back.arguments["shape"] == (3, 4)
+    ours, _ = nl.get(kind, **norm.options).apply(norm.params, (), nl.Site(a), train=False)
+    assert gap(ours, theirs) < 1e-6
+    assert norm.options["feature_axes"] == LAST
+    if library != "equinox":
+        assert {name: back.arguments[name] for name in axes} == axes
+    assert gap(jax.tree.leaves(back.variables), [v for v in (b, g) if v is not None]) == 0
+    refused("along the channels", lambda: convert.to_haiku(norm, path="n"))
+
+
 def test_a_parameter_with_axes_of_length_one_is_to_be_reshaped():
     leaves = {"scale": jnp.ones((1, 1, 1, 64)), "bias": jnp.ones((1, 1, 1, 64))}
     match = r"reshape the gain to \(64,\)"

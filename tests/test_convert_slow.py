@@ -42,6 +42,7 @@ def torch_layers(torch):
         "batch without a bias": torch.nn.BatchNorm2d(C, bias=False),
         "layer": torch.nn.LayerNorm(C),
         "layer without a bias": torch.nn.LayerNorm((C,), bias=False),
+        "layer along two axes": torch.nn.LayerNorm((2, C)),
         "rms": torch.nn.RMSNorm(C),
         "group": torch.nn.GroupNorm(3, C, eps=1e-4),
         "instance": torch.nn.InstanceNorm2d(C, affine=True),
@@ -64,6 +65,7 @@ TORCH = (
     "batch without a bias",
     "layer",
     "layer without a bias",
+    "layer along two axes",
     "rms",
     "group",
     "instance",
@@ -93,7 +95,7 @@ def test_the_defaults_are_those_of_the_installed_libraries(torch, keras):
 @pytest.mark.parametrize("name", TORCH)
 def test_torch_there_and_back_and_at_work(torch, name):
     layer = torch_layers(torch)[name]
-    kind = name.partition(" without")[0].partition(",")[0]
+    kind = name.partition(" without")[0].partition(" along")[0].partition(",")[0]
     before = {key: v.numpy().copy() for key, v in layer.state_dict().items()}
     norm = convert.from_torch(layer, *["weight"] * (kind == "weight"))
     exported = convert.to_torch(norm)
@@ -104,7 +106,7 @@ def test_torch_there_and_back_and_at_work(torch, name):
     assert again.options == norm.options
     if kind == "batch":
         assert exported.arguments["momentum"] == layer.momentum if norm.state else True
-    short = name.removesuffix(" without a bias") if kind in ("layer", "rms") else name
+    short = kind if kind in ("layer", "rms") else name
     for train, bound in ((False, 1e-6), (True, 1e-5)):
         expected = in_torch(torch, layer, short, train)
         h, state = use(norm, X, train=train)
@@ -335,6 +337,7 @@ KERAS = {
     "layer over positions": lambda layers: layers.LayerNormalization(
         axis=(1, 2, 3), center=False, scale=False
     ),
+    "layer along two axes": lambda layers: layers.LayerNormalization(axis=(-2, -1)),
     "rms": lambda layers: layers.RMSNormalization(epsilon=1e-4),
     "group": lambda layers: layers.GroupNormalization(groups=3),
     "instance": lambda layers: layers.GroupNormalization(groups=-1, scale=False),

@@ -44,6 +44,7 @@ EQUINOX = Library(
     {"eps": "eps", "decay": "momentum", "groups": "groups", "shape": "shape"}
     | {"g": "use_weight channelwise_affine", "b": "use_bias channelwise_affine"},
     {"g": "weight", "b": "bias"},
+    own_axes=True,
 )
 WEIGHT = {"kernel": "weight", "g": "g", "b": "bias"}
 

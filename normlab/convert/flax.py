@@ -38,13 +38,13 @@ LINEN = Library(
         ),
         "layer": Layer(
             ("LayerNorm",),
-            {**AFFINE, "reduction_axes": -1},
-            {"feature_axes": -1, **SYNC, **NUMBERS},
+            {**AFFINE, "reduction_axes": -1, "feature_axes": -1},
+            {**SYNC, **NUMBERS},
         ),
         "rms": Layer(
             ("RMSNorm",),
-            {"epsilon": 1e-6, "use_scale": True, "reduction_axes": -1},
-            {"feature_axes": -1, **SYNC, **NUMBERS},
+            {"epsilon": 1e-6, "use_scale": True, "reduction_axes": -1, "feature_axes": -1},
+            {**SYNC, **NUMBERS},
         ),
         "group": Layer(
             ("GroupNorm",),
@@ -58,7 +58,8 @@ LINEN = Library(
             {"feature_axes": -1, "dtype": None},
         ),
     },
-    {"eps": "epsilon", "decay": "momentum", "groups": "num_groups", "axes": "reduction_axes"}
+    {"eps": "epsilon", "decay": "momentum", "groups": "num_groups"}
+    | {"axes": "reduction_axes", "features": "feature_axes"}
     | {"g": "use_scale", "b": "use_bias"},
     {"g": "scale", "b": "bias", "mean": "mean", "var": "var"},
 )

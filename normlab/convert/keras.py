@@ -31,6 +31,7 @@ KERAS = Library(
     {"eps": "epsilon", "decay": "momentum", "groups": "groups", "axes": "axis"}
     | {"g": "scale", "b": "center"},
     {"g": "gamma", "b": "beta", "mean": "moving_mean", "var": "moving_variance"},
+    own_axes=True,
 )
 RMS = {"g": "scale"}
 """What RMS norm has, always and without a word for it."""

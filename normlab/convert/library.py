@@ -82,13 +82,15 @@ class Library(NamedTuple):
       name: That of the library, for errors.
       home: The packages that have its classes.
       layers: Its norms by kind.
-      words: normlab's `eps`, `decay`, `groups` and `axes` -> the library's arguments, and its flags
-        for a gain `g` and a bias `b`. `shape` stands for axes that are as many as a shape has.
-        Where kinds have different words these stand side by side, with a space.
+      words: normlab's `eps`, `decay`, `groups`, `axes` and `features`, the axes of the parameters,
+        -> the library's arguments, and its flags for a gain `g` and a bias `b`. `shape` stands for
+        axes that are as many as a shape has. Where kinds have different words these stand side by
+        side, with a space.
       leaves: normlab's `g` and `b` -> the library's leaves; and `mean` and `var`, where these are
         no more than leaves too.
       bias: Its word for a bias, as one that is lost.
       whole: Its word for all axes but the first, if it has one.
+      own_axes: Whether its parameters lie along all axes that it measures over.
     """
 
     name: str
@@ -98,6 +100,7 @@ class Library(NamedTuple):
     leaves: dict[str, str]
     bias: str = "bias"
     whole: Any = None
+    own_axes: bool = False
 
     def word(self, kind: str, name: str) -> str | None:
         """Returns the library's word for one of normlab's, if layers of that kind have one."""
@@ -200,10 +203,15 @@ class Library(NamedTuple):
         elif "axes" in value:
             axes = self._axes_from(where, value["axes"])
         params = Affine(found.get("g"), found.get("b"))
-        return check(
-            where,
-            Converted(kind, params, state, eps=value["eps"], groups=value.get("groups"), axes=axes),
+        norm = Converted(
+            kind, params, state, eps=value["eps"], groups=value.get("groups"), axes=axes
         )
+        along = self._axes_from(where, value.get("features", -1))
+        if along != "channels" and along != axes:
+            given = f"feature_axes={value['features']} and axes {axes}"
+            change = "normlab's parameters lie along channel_axis, or along the axes measured over"
+            raise invalid(where, given, "the same axes, or -1", change)
+        return check(where, norm)
 
     def arguments(self, where: str, norm: Converted, lost: dict[str, str]) -> dict[str, Any]:
         """Returns the arguments of the layer that is this norm, and says what is `lost`.
@@ -222,6 +230,12 @@ class Library(NamedTuple):
             values["shape"] = self._shape_of(where, norm)
         if self.word(kind, "axes"):
             values["axes"] = self._axes_to(where, norm.axes)
+        if norm.feature_axes is not None:
+            values["features"] = norm.feature_axes
+            if not (self.word(kind, "features") or self.own_axes):
+                given = f"parameters along the axes {norm.feature_axes}"
+                change = f"{self.name} has no such layer: write it by hand"
+                raise invalid(where, given, "parameters along the channels", change)
         if kind == "rms" and b is not None and not self.word(kind, "b"):
             lost[self.bias] = f"{self.name}'s RMS norm has none: add it after the layer"
         return {word: v for name, v in values.items() if (word := self.word(kind, name))}
@@ -245,7 +259,9 @@ class Library(NamedTuple):
     def _shape_of(self, where: str, norm: Converted) -> tuple[int, ...]:
         """The shape of the input of a layer that measures all of it, `[C]`."""
         shapes = [v.shape for v in norm.params if v is not None]
-        if self._axes_to(where, norm.axes) != -1 or not shapes:
+        whole = norm.feature_axes or ("channels" if norm.axes == "channels" else None)
+        last = whole == "channels" or whole == tuple(range(-len(norm.axes), 0))
+        if not last or not shapes:
             given = f"axes={norm.axes!r} and {len(shapes)} parameters"
             expected = "the channels, and a parameter that says how many"
             raise invalid(where, given, expected, "make the layer by hand, from its shape")

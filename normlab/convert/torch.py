@@ -56,6 +56,7 @@ TORCH = Library(
     {"eps": "eps", "groups": "num_groups", "shape": "normalized_shape"}
     | {"g": "affine elementwise_affine", "b": "bias"},
     {"g": "weight", "b": "bias"},
+    own_axes=True,
 )
 STATISTICS = {"mean": "running_mean", "var": "running_var", "updates": "num_batches_tracked"}
 GAINS = (

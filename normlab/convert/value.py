@@ -38,7 +38,8 @@ class Converted(NamedTuple):
 
     Attributes:
       kind: The name in the registry, one of `KINDS`; not a leaf.
-      params: `Affine(g [C], b [C])`; a field is `None` where the layer has no such parameter.
+      params: `Affine(g [C], b [C])`; a field is `None` where the layer has no such parameter. Of
+        layer and RMS norm over several axes they may lie along these, `[H, W]`.
       state: Batch norm's population, an average as a rule; otherwise `()`. It names its own decay
         and ddof.
       kernel: `[..., K, C]`, weight norm's direction v; otherwise `None`.
@@ -60,6 +61,12 @@ class Converted(NamedTuple):
     axes: Axes = "channels"
 
     @property
+    def feature_axes(self) -> tuple[int, ...] | None:
+        """The axes along which the parameters lie, if they are several: those it measures over."""
+        several = any(v is not None and v.ndim > 1 for v in self.params)
+        return self.axes if several and isinstance(self.axes, tuple) else None
+
+    @property
     def options(self) -> dict[str, Any]:
         """The options with which `normlab.get(kind, **options)` is this norm.
 
@@ -74,6 +81,8 @@ class Converted(NamedTuple):
             options["eps"] = self.eps
         if self.kind in ("layer", "rms"):
             options["axes"] = self.axes
+        if self.feature_axes is not None:
+            options["feature_axes"] = self.feature_axes
         if self.kind == "group":
             options["groups"] = self.groups
         if self.kind == "batch":
@@ -170,7 +179,8 @@ def _check_shapes(where: str, norm: Converted) -> None:
     found = {name: v.shape for name, v in vectors.items() if v is not None}
     if norm.kernel is not None:
         found["the kernel's units"] = norm.kernel.shape[-1:]
-    if all(len(shape) == 1 for shape in found.values()) and len(set(found.values())) < 2:
+    rank = 1 if norm.feature_axes is None else len(norm.feature_axes)
+    if all(len(shape) == rank for shape in found.values()) and len(set(found.values())) < 2:
         return
     given = ", ".join(f"{name} of shape {shape}" for name, shape in found.items())
     expected = "one value per channel in each, and as many channels"
