@@ -259,8 +259,8 @@ class Library(NamedTuple):
     def _shape_of(self, where: str, norm: Converted) -> tuple[int, ...]:
         """The shape of the input of a layer that measures all of it, `[C]`."""
         shapes = [v.shape for v in norm.params if v is not None]
-        whole = norm.feature_axes or ("channels" if norm.axes == "channels" else None)
-        last = whole == "channels" or whole == tuple(range(-len(norm.axes), 0))
+        along = norm.feature_axes
+        last = norm.axes == "channels" or (along and along == tuple(range(-len(along), 0)))
         if not last or not shapes:
             given = f"axes={norm.axes!r} and {len(shapes)} parameters"
             expected = "the channels, and a parameter that says how many"
