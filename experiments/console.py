@@ -37,6 +37,10 @@ COMMANDS = {
         ".numerics.command:Invariances",
         "Show at which spread of the pre-activation ε breaks each invariance.",
     ),
+    "family": (
+        ".numerics.command:Family",
+        "Draw what every norm does to the same batch.",
+    ),
     "run": (
         ".asking.command:Run",
         "Run questions: a figure, and for each claim a verdict with its interval over seeds.",

@@ -104,7 +104,7 @@ class Command(Training):
         try:
             given = {"eps": self.eps, "groups": self.groups, "axis_name": axis_name, **more}
             if self.decay is not None:
-                given["decay"] = self.decay
+                given |= {"decay": self.decay, "batch": {"decay": self.decay}}
             options = {k: v for k, v in given.items() if takes(name, k)}
             return nl.get(name, **options, **OWN.get(name, {}))
         except ValueError as error:
