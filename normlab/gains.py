@@ -125,7 +125,7 @@ def modulate(
     *,
     gate: ArrayLike | None = None,
     channel_axis: int = -1,
-) -> Affine:
+) -> Any:
     """The params of a norm that a condition changes.
 
         h = gate·(1 + scale)·norm(a) + shift
@@ -144,7 +144,8 @@ def modulate(
       channel_axis: The axis of the channels where scale and shift have as many axes as the input.
 
     Returns:
-      `Affine`, of which a norm takes g and b; in float32 at least.
+      `Affine`, of which a norm takes g and b, in float32 at least; where the params have g and b
+      beside other fields, such as the α of DyT, the same with these in place.
 
     Raises:
       ValueError: If the params do not lie along the channels of scale and shift.
@@ -161,6 +162,8 @@ def modulate(
             b = None if b is None else _met(jnp.multiply, name, factor, b, channel_axis)
     if shift is not None:
         b = promote(shift) if b is None else _met(jnp.add, "shift", promote(shift), b, channel_axis)
+    if params is not None and {"g", "b"} <= {*getattr(params, "_fields", ())}:
+        return params._replace(g=g, b=b)
     return Affine(g, b)
 
 

@@ -141,19 +141,19 @@ def get(name: str, **options: Any) -> Norm:
     ...
     ValueError: registry: got the unknown norm 'bach': did you mean 'batch'? Known: none, batch, ...
     """
-    factory = row(name).factory
+    factory, fused = (found := row(name)).factory, found.fused
     check_options(name, inspect.signature(factory).parameters, options)
     made = sorted((name, _hashable(value)) for name, value in options.items())
     try:
-        return _get(Made(name, factory, tuple(made)), tuple(type(v) for _, v in made))
+        return _get(Made(name, factory, tuple(made)), tuple(type(v) for _, v in made), fused)
     except TypeError:  # an option that cannot be hashed
-        return factory(**options)
+        return factory(**options).known_as(None, fused=fused)
 
 
 @functools.lru_cache(maxsize=1024)
-def _get(made: Made, types: tuple[type, ...]) -> Norm:
+def _get(made: Made, types: tuple[type, ...], fused: bool) -> Norm:
     del types  # True is no 1
-    return made.factory(**dict(made.options)).known_as(made)
+    return made.factory(**dict(made.options)).known_as(made, fused=fused)
 
 
 def _hashable(value: Any) -> Any:
@@ -185,7 +185,7 @@ def names() -> tuple[str, ...]:
 def _pickled(norm: Norm) -> Any:
     """By its name and options; one of one's own by its two functions."""
     if norm.made is None:
-        return Norm, (norm.init, norm.parts)
+        return Norm, (norm.init, norm.parts, norm.fused)
     return functools.partial(get, norm.made.name, **dict(norm.made.options)), ()
 
 

@@ -8,6 +8,7 @@ from typing import Any
 from normlab.example import group_parts, instance_parts, layer_parts, rms_parts
 from normlab.factories import batch, centred_cosine, cosine, none, weight
 from normlab.family.domains import auxiliary_batch, recurrent_batch, transferable_batch
+from normlab.family.evo import evo_b0, evo_s0_parts, evo_s1_parts, evo_s2_parts, evolved_params
 from normlab.family.lengths import scale_params, scale_parts
 from normlab.family.mixtures import (
     batch_channel,
@@ -18,6 +19,8 @@ from normlab.family.mixtures import (
     switchable,
     weight_mean_only_batch,
 )
+from normlab.family.pointwise import derf, dyisru, dyt, pointwise
+from normlab.family.response import frn, grn_params, grn_parts, seed_params, seed_parts
 from normlab.making import initial_features, stateless
 from normlab.registry import INVARIANCES, Row, register
 from normlab.weight import weight_standardization_parts
@@ -106,6 +109,64 @@ _add(
 )
 
 # The value itself; with the activation; measured gains.
+_ITSELF = "a: the value itself"
+_GROUPS = "a: as group, and the value itself"
+_LIU = "Liu et al. 2020"
+
+_add(pointwise, "a", _ITSELF, "0", "u/φ(u), u = αa + s", "------II", "–")
+_add(dyt, "a", _ITSELF, "0", "αa/tanh(αa)", "------II", "Zhu et al. 2025")
+_add(derf, "a", _ITSELF, "0", "u/erf(u), u = αa + s", "------II", "Chen et al. 2025")
+_add(dyisru, "a", _ITSELF, "0", "√(1 + (αa)²)", "------II", "Stollenwerk 2025")
+_add(
+    evo_b0,
+    "a batch",
+    "a: as batch and instance, and the value itself",
+    "0",
+    "max(√(var_B + ε), va + √(var_I + ε))",
+    "I-II--I-",
+    _LIU,
+    fused=True,
+)
+_S = {"paper": _LIU, "fused": True}
+_add(
+    stateless(evo_s0_parts, evolved_params),
+    "a",
+    _GROUPS,
+    "0",
+    "√(var a + ε)",
+    "------II",
+    **_S,
+)
+_add(evo_s1_parts, "a", _GROUPS, "0", "√(var a + ε)", "------II", **_S)
+_add(evo_s2_parts, "a", _GROUPS, "0", "√(mean a² + ε)", "------II", **_S)
+_add(
+    frn,
+    "a",
+    _INSTANCE,
+    "0",
+    "√(mean a² + ε)",
+    "I-II-III",
+    "Singh & Krishnan 2019",
+    fused=True,
+)
+_add(
+    stateless(grn_parts, grn_params),
+    "a",
+    "a: the lengths of an example's channels",
+    "0",
+    "1",
+    "------II",
+    "Woo et al. 2023",
+)
+_add(
+    stateless(seed_parts, seed_params),
+    "a",
+    "a: as layer",
+    "0",
+    "√(mean a² + ε)",
+    "------II",
+    "Cai et al. 2026",
+)
 
 # Mixtures and compositions.
 _B_I_L = "a: as instance, layer and batch"

@@ -105,6 +105,7 @@ class Norm:
     Attributes:
       init: `site -> (params, state)`.
       parts: `(params, state, site, train=...) -> (Parts, state)`.
+      fused: Whether the activation is part of it, so that a model applies none after it.
       made: How `get` made it: the name and the options that were given; `None` for a norm of
         one's own, which is equal to one of the same two functions.
 
@@ -122,11 +123,12 @@ class Norm:
 
     init: Init
     parts: Measure
+    fused: bool = False
     made: Made | None = field(default=None, init=False)
 
-    def known_as(self, made: Made) -> Norm:
-        """The same norm, as `get` made it."""
-        norm = Norm(self.init, self.parts)
+    def known_as(self, made: Made | None, *, fused: bool = False) -> Norm:
+        """The same norm, as `get` made it, of a row that is fused or not."""
+        norm = Norm(self.init, self.parts, self.fused or fused)
         object.__setattr__(norm, "made", made)
         return norm
 
@@ -145,12 +147,12 @@ class Norm:
 
     def __repr__(self) -> str:
         if self.made is None:
-            return f"Norm({self.init!r}, {self.parts!r})"
+            return f"Norm({self.init!r}, {self.parts!r}{', fused=True' if self.fused else ''})"
         options = (f"{name}={value!r}" for name, value in self.made.options)
         return f"get({', '.join([repr(self.made.name), *options])})"
 
     def _key(self) -> Any:
-        return (self.init, self.parts) if self.made is None else self.made
+        return (self.init, self.parts, self.fused) if self.made is None else self.made
 
 
 class Made(NamedTuple):

@@ -5,6 +5,7 @@ from the definition, sharing no code with the library. A norm of the registry th
 `tests/cases.py` has a member here, and every option is some member's: a test says so.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -76,7 +77,7 @@ class Member(NamedTuple):
     @property
     def label(self) -> str:
         """The test's id."""
-        options = [f"{k}={v}" for k, v in self.options.items()]
+        options = [f"{k}={getattr(v, '__name__', v)}" for k, v in self.options.items()]
         return "-".join([self.name, *options, *[f"rank{len(self.x)}"] * (len(self.x) != 3)])
 
     @property
@@ -181,7 +182,122 @@ GAINS = (
 
 # The value itself; with the activation; measured gains.
 
-POINTWISE = ()
+IMAGES = {"x": (4, 3, 2, 5), "w": (5, 6)}
+
+
+def pointwise(p: Problem) -> np.ndarray:
+    """h = γ·φ(αa + s) + β: Zhu et al. 2025, equation 1; Chen et al. 2025; Stollenwerk 2025."""
+    shift = getattr(p.params, "shift", None)
+    u = p.params.alpha * p.a + (0 if shift is None else shift)
+    phi = {
+        "tanh": np.tanh,
+        "erf": np.vectorize(math.erf),
+        "isru": lambda u: u / np.sqrt(1 + u**2),
+        "hardtanh": lambda u: np.clip(u, -1, 1),
+        "softsign": lambda u: u / (1 + abs(u)),
+    }
+    return p.affine(phi.get(p.options["phi"], np.arctan)(u))
+
+
+def dyisru(p: Problem) -> np.ndarray:
+    """Stollenwerk 2025: √C·x/√(β + x²)."""
+    beta, channels = p.params.alpha**-2, p.a.shape[-1]
+    return p.affine(math.sqrt(channels) * p.a / np.sqrt(beta + p.a**2))
+
+
+def named(phi: str) -> Callable[[Problem], np.ndarray]:
+    """`pointwise` of a norm that says φ by its name."""
+    return lambda p: pointwise(p._replace(options={"phi": phi}))
+
+
+def moments(p: Problem, axes: tuple[int, ...], groups: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """The mean and the variance over axes, or over all positions and a group of channels."""
+    if not groups:
+        return p.a.mean(axes, keepdims=True), p.a.var(axes, keepdims=True)
+    split = p.a.reshape(len(p.a), -1, groups, p.a.shape[-1] // groups)
+    mean, var = (f((1, 3), keepdims=True) for f in (split.mean, split.var))
+    back = (np.broadcast_to(v, split.shape).reshape(p.a.shape) for v in (mean, var))
+    mean, var = back
+    return mean, var
+
+
+def sigmoid(u: np.ndarray) -> np.ndarray:
+    """1/(1 + e^−u)."""
+    return 1 / (1 + np.exp(-u))
+
+
+def evo_b0(p: Problem) -> np.ndarray:
+    """Liu et al. 2020, table 2: x/max(√(s²_{b,w,h} + ε), v₁x + √(s²_{w,h} + ε))·γ + β."""
+    batch = moments(p, tuple(range(p.a.ndim - 1)))[1] if p.train else p.state.read()[1]
+    instance = moments(p, tuple(range(1, p.a.ndim - 1)))[1]
+    eps = p.options.get("eps", 1e-3)
+    own = p.params.v * p.a + np.sqrt(instance + eps)
+    return p.affine(p.a / np.maximum(np.sqrt(batch + eps), own))
+
+
+def evo_s(form: int) -> Callable[[Problem], np.ndarray]:
+    """Liu et al. 2020, table 2 and appendix: x·σ(v₁x)/√(s²_{w,h,c/g} + ε)·γ + β."""
+
+    def oracle(p: Problem) -> np.ndarray:
+        mean, var = moments(p, (), p.options["groups"])
+        square = var + mean**2 if form == 2 else var
+        v = p.params.v if form == 0 else 1
+        sigma = np.sqrt(square + p.options.get("eps", 1e-5))
+        return p.affine(p.a * sigmoid(v * p.a) / sigma)
+
+    return oracle
+
+
+def frn(p: Problem) -> np.ndarray:
+    """Singh & Krishnan 2019, equations 1 to 5 and section 3.1: max(γx/√(ν² + ε) + β, τ)."""
+    square = (p.a**2).mean(tuple(range(1, p.a.ndim - 1)), keepdims=True)
+    learned = 0 if p.params.eps is None else abs(p.params.eps)
+    h = p.affine(p.a / np.sqrt(square + p.options.get("eps", 1e-6) + learned))
+    return np.maximum(h, p.params.tau)
+
+
+def grn(p: Problem) -> np.ndarray:
+    """Woo et al. 2023, algorithm 1: γ·(x·N(G(x))) + β + x."""
+    length = np.sqrt((p.a**2).sum(tuple(range(1, p.a.ndim - 1)), keepdims=True))
+    ratio = length / (length.mean(-1, keepdims=True) + p.options.get("eps", 1e-6))
+    return p.affine(p.a * ratio) + p.a
+
+
+def seed(p: Problem) -> np.ndarray:
+    """Cai et al. 2026, equation 2: [tanh(x·βᵀ)·α + γ] ⊙ x/RMS(x)."""
+    rms = np.sqrt((p.a**2).mean(-1, keepdims=True) + p.options.get("eps", 1e-5))
+    gain = 1 if p.params.g is None else p.params.g
+    gain = gain + np.tanh(p.a @ p.params.beta)[..., None] * p.params.alpha
+    h = gain * p.a / rms
+    return h if p.params.b is None else h + p.params.b
+
+
+KEPT = {"decay": 0.7, "ddof": 1, "population": "ema", "bad_batch": "propagate"}
+POINTWISE = (
+    Member("pointwise", pointwise, {"phi": "isru", "alpha": 0.7, "shift": 0.2}, weights=True),
+    Member("pointwise", pointwise, {"phi": "hardtanh"}, x=(4, 5), weights=True),
+    Member("pointwise", pointwise, {"phi": "softsign"}, weights=True),
+    Member("pointwise", pointwise, {"phi": jnp.arctan}, weights=True),
+    Member("dyt", named("tanh"), weights=True),
+    Member("dyt", named("tanh"), {"alpha": 2.0, "use_gain": False}, weights=True),
+    Member("derf", named("erf"), weights=True),
+    Member("derf", named("erf"), {"alpha": 1.0, "shift": -0.5}, weights=True),
+    Member("dyisru", dyisru, weights=True),
+    Member("dyisru", dyisru, {"beta": 0.5}, weights=True),
+    Member("evo_b0", evo_b0, **IMAGES, weights=True, one=(4, 1, 6)),
+    Member("evo_b0", evo_b0, {"batch": KEPT, "eps": 1e-3}, **IMAGES, weights=True),
+    Member("evo_b0", evo_b0, {"batch": {"population": "cumulative"}}, **IMAGES, weights=True),
+    Member("evo_s0", evo_s(0), {"groups": 2, "eps": 1e-3}, **IMAGES, weights=True, one=(4, 1, 2)),
+    Member("evo_s1", evo_s(1), {"groups": 3, "eps": 1e-5}, weights=True, one=(4, 1, 3)),
+    Member("evo_s2", evo_s(2), {"groups": 2, "eps": 1e-5}, weights=True, one=(4, 1, 2)),
+    Member("frn", frn, **IMAGES, weights=True, one=(4, 1, 6)),
+    Member("frn", frn, {"learned_eps": True, "eps": 1e-4}, x=(2, 3, 5), weights=True),
+    Member("frn", frn, {"learned_eps": True, "eps": 0.5}, x=(2, 5), weights=True),
+    Member("grn", grn, **IMAGES, weights=True),
+    Member("grn", grn, {"eps": 1e-3}, x=(4, 5), weights=True),
+    Member("seed", seed, weights=True),
+    Member("seed", seed, {"alpha": 0.3, "eps": 1e-6, "use_bias": True}, weights=True),
+)
 
 # Mixtures and compositions.
 

@@ -313,12 +313,15 @@ for _name in NAMES:
 
 # The family: every function by its signature, every norm of the table by its values.
 WORDS = {"params": PARAMS, "a": A, "x": X, "v": W, "w": W, "site": SITE, "groups": 2}
+WORDS |= {"h": A, "tau": jnp.zeros(6), "train": True, "states": nl.init_running(4)}
+WORDS |= {"step": 0, "steps": 2, "of": ("instance", "layer"), "sizes": (2, 4)}
 
 
 def right(f):
     """A right call by the defaults, and by words of which there is none."""
-    given = inspect.signature(f).parameters.values()
-    return {p.name: WORDS[p.name] if p.default is p.empty else p.default for p in given}
+    given = [p for p in inspect.signature(f).parameters.values() if p.kind is not p.VAR_KEYWORD]
+    said = {p.name for p in given if p.default is p.empty} | {"groups"}
+    return {p.name: WORDS[p.name] if p.name in said else p.default for p in given}
 
 
 CALLS |= {f: right(f) for f in vars(nl.family).values() if inspect.isfunction(f)}

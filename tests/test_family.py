@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import pickle
 
 import flax.linen as nn
 import jax
@@ -332,6 +333,26 @@ def test_what_weighs_nothing_is_left_out_or_weights_are_refused(member):
     assert jnp.isfinite(grad).all()
 
 
+@over_norms
+def test_channels_may_lie_on_another_axis(member):
+    """Of norms that look at activations alone, with weights too where they take any."""
+    if {"w", "x"} & member.row.needs:
+        pytest.skip("looks at the kernel")
+    x, w, params, state = member.values(jnp.float32)
+    a, moved = member.linear(x, w), functools.partial(jnp.moveaxis, source=-1, destination=1)
+    weights = jnp.asarray(np.arange(a[..., 0].size).reshape(a.shape[:-1]) % 3, jnp.float32)
+    weights = weights if member.weights else None
+
+    @jax.jit
+    def run(site, params, state):
+        return member.norm.apply(params, state, site, train=True)
+
+    expected, after = run(nl.Site(a, weights=weights), params, state)
+    h, same = run(nl.Site(moved(a), weights=weights, linear=nl.Conv(channel_axis=1)), params, state)
+    assert gap(h, moved(expected)) < 1e-5 * member.slack
+    assert gap(same, after) < 1e-5 * member.slack
+
+
 @pytest.mark.parametrize("member", [m for m in MEMBERS if m.one], ids=lambda m: m.label)
 def test_one_value_per_statistic_is_refused(member):
     site = nl.Site(jnp.ones(member.one))
@@ -475,6 +496,97 @@ def test_each_example_has_the_gain_and_statistics_of_its_domain():
     assert gap(h[domain == 0], apart[0]) < 1e-6
     assert gap(h[domain == 1], 3 * apart[1]) < 1e-6
     assert gap(after.inner.mean[1], a[domain == 1].mean((0, 1))) < 1e-6
+
+
+# The value itself; with the activation; measured gains.
+
+PHI = {"tanh": np.tanh, "isru": lambda u: u / np.sqrt(1 + u * u), jnp.arctan: np.arctan}
+SLOPES = {
+    "tanh": (lambda u: 1 - np.tanh(u) ** 2, lambda u: -2 * np.tanh(u) * (1 - np.tanh(u) ** 2)),
+    "isru": (lambda u: (1 + u * u) ** -1.5, lambda u: -3 * u * (1 + u * u) ** -2.5),
+    jnp.arctan: (lambda u: 1 / (1 + u * u), lambda u: -2 * u / (1 + u * u) ** 2),
+}
+
+
+@pytest.mark.parametrize("shift", [None, 0.3])
+@pytest.mark.parametrize("phi", PHI, ids=lambda phi: getattr(phi, "__name__", phi))
+def test_pointwise_derivatives_are_right_at_zero_around_it_and_far_out(phi, shift):
+    """In float32, both orders, by a and by α; u = 1e4, too, and what would overflow squared."""
+    sizes = [0, 1e-30, 1e-6, 1e-3, 0.1, 0.27, 0.28, 1, 4, 2e4, 1e20, 1e30]
+    a = np.float32([sign * v - (0.6 if shift else 0) for v in sizes for sign in (1, -1)])
+    alpha = jnp.float32(0.5)
+
+    def h(a, alpha):
+        kept = None if shift is None else jnp.float32(shift)
+        params = nl.family.Dynamic(None, None, alpha, kept)
+        return nl.family.pointwise_norm(a[None], params, phi=phi)[0]
+
+    def both(a):
+        slope = jax.grad(h, (0, 1))
+        return h(a, alpha), slope(a, alpha), jax.grad(lambda a: slope(a, alpha)[0])(a)
+
+    value, (by_a, by_alpha), second = jax.jit(jax.vmap(both))(jnp.asarray(a))
+    u = a.astype(np.float64) / 2 + (np.float32(shift) if shift else 0)
+    first, curve = (f(np.clip(u, -1e15, 1e15)) for f in SLOPES[phi])
+    assert np.abs(value - PHI[phi](np.clip(u, -1e15, 1e15))).max() < 3e-7
+    assert np.abs(by_a - first / 2).max() < 3e-7
+    assert np.abs(second - curve / 4).max() < 1e-6
+    near = np.abs(a) < 10
+    assert np.abs(by_alpha - a * first)[near].max() < 2e-6
+    assert jnp.isfinite(by_alpha).all()
+
+
+def test_an_alpha_of_zero_and_a_negative_one():
+    a = jnp.asarray(A, jnp.float32)
+
+    def h(alpha):
+        return nl.family.dyt_norm(a, nl.family.Dynamic(None, None, alpha))
+
+    assert (h(jnp.float32(0.0)) == 0).all()
+    assert gap(jax.jacfwd(h)(jnp.float32(0.0)), a) < 1e-6
+    assert gap(h(jnp.float32(-0.5)), -h(jnp.float32(0.5))) < 1e-6
+
+
+def test_params_without_what_a_norm_learns_are_refused_and_a_condition_keeps_it():
+    a = jnp.asarray(A, jnp.float32)
+    for name, field in (("dyt", "alpha"), ("evo_b0", "v"), ("seed", "alpha")):
+        norm = nl.get(name)
+        params, state = norm.init(nl.Site(a))
+        with pytest.raises(ValueError, match=f"field.* {field}"):
+            norm.apply(nl.init_affine(6), state, nl.Site(a), train=True)
+        plain, _ = norm.apply(params, state, nl.Site(a), train=True)
+        twice, _ = norm.apply(nl.modulate(params, gate=2.0), state, nl.Site(a), train=True)
+        assert gap(twice, 2 * plain) < 1e-6
+
+
+def test_a_silent_channel_has_a_derivative():
+    a = jnp.asarray(A, jnp.float32).at[..., 2].set(0.0)
+    params = nl.init_affine(6)
+    for order in (jax.grad, lambda f: jax.grad(lambda a: jnp.square(jax.grad(f)(a)).sum())):
+        for norm in (nl.family.grn_norm, nl.family.frn_norm):
+            loss = lambda a, norm=norm: jnp.square(norm(a, params)).sum()  # noqa: E731
+            assert jnp.isfinite(order(loss)(a)).all()
+    assert jnp.isfinite(jax.grad(lambda a: nl.family.grn_norm(a, params).sum())(0 * a)).all()
+
+
+def test_frn_with_its_tlu_is_the_two_one_after_the_other():
+    a, tau = jnp.asarray(A, jnp.float32), jnp.linspace(-1, 1, 6)
+    params = nl.family.Response(*jnp.asarray(draw(1, 2, 6), jnp.float32), None)
+    apart = nl.family.tlu(nl.family.frn_norm(a, params), tau)
+    assert gap(nl.family.frn_norm(a, params._replace(tau=tau)), apart) < 1e-6
+    half = nl.family.frn_norm(1000 * a.astype(jnp.float16))
+    assert gap(half, nl.family.frn_norm(a)) < 2e-3
+
+
+def test_a_norm_says_whether_the_activation_is_part_of_it():
+    fused = {name for name in nl.names() if nl.row(name).fused}
+    assert fused == {"evo_b0", "evo_s0", "evo_s1", "evo_s2", "frn"}
+    assert all(nl.get(name).fused == (name in fused) for name in {*fused, "batch", "dyt", "scale"})
+    norm = nl.get("frn")
+    own = nl.Norm(norm.init, norm.parts, fused=True)
+    assert own.fused
+    assert own != nl.Norm(norm.init, norm.parts)
+    assert pickle.loads(pickle.dumps(norm)).fused
 
 
 # Gains.

@@ -4,7 +4,8 @@
     after     h = norm(f(w·x + b))
 
 Every norm of the registry can stand before the activation. After it there is no linear map any
-more: a norm that looks at w or x cannot stand there, and says so.
+more: a norm that looks at w or x cannot stand there, and says so. Where the activation is part of
+the norm (`norm.fused`), as in EvoNorm, f is left out.
 """
 
 from __future__ import annotations
@@ -125,7 +126,7 @@ class Normed(nn.Module):
       linear: The linear map.
       norm: The norm; `NONE` for a bias alone.
       kernel_shape: The shape of w.
-      activation: f; `None` for none.
+      activation: f; `None` for none. A fused norm has its own in its place.
       placement: Where the norm stands.
       kernel_init: How w is drawn.
       gain: What the norm's initial gain is multiplied by.
@@ -146,7 +147,7 @@ class Normed(nn.Module):
         self, x: Array, train: bool, *, added: Array | None = None, step: Array | None = None
     ) -> Array:
         """`added` is r, a shortcut; `step` is the time step, with `steps`."""
-        f = self.activation or (lambda a: a)
+        f = self.activation if self.activation and not self.norm.fused else lambda a: a
         w = self.param("kernel", self.kernel_init, self.kernel_shape)
         a = self.linear(x, w)
         if self.placement == "before":
@@ -213,10 +214,7 @@ def normalize(
     """
 
     def init_params() -> Any:
-        params = layer.norm.init(site)[0]
-        if layer.gain == 1 or getattr(params, "g", None) is None:
-            return params
-        return params._replace(g=layer.gain * params.g)
+        return rescaled(layer.norm.init(site)[0], layer.gain)
 
     def init_state() -> Any:
         state = layer.norm.init(site)[1]
@@ -234,6 +232,20 @@ def normalize(
     if train and not layer.is_initializing():
         states.value = after if layer.steps is None else _put(states.value, step, after)
     return h
+
+
+def rescaled(params: Any, gain: float) -> Any:
+    """The params of a norm with its gain multiplied; as they are where it keeps none of its own.
+
+    >>> rescaled(nl.Offset(jnp.zeros(1), None), 0.5).d.tolist()
+    [-0.5]
+    """
+    g = getattr(params, "g", None)
+    if gain == 1 or g is None:
+        return params
+    kept = {"d": gain * g - 1} if isinstance(params, nl.Offset) else {"g": gain * g}
+    kept = {"s": jnp.log(gain * g)} if isinstance(params, nl.Log) else kept
+    return params._replace(**kept) if kept.keys() <= {*params._fields} else params
 
 
 def _at(states: Any, step: Any) -> Any:

@@ -142,6 +142,13 @@ class Recurrent(Network):
                 "'before': a gate's sigmoid sees the sum of two normalized terms",
                 "leave the placement; `where` chooses among the terms",
             )
+        if self.norm.fused:
+            raise invalid(
+                type(self).__name__,
+                f"{self.norm!r}, of which an activation is part",
+                "a norm alone: a gate has its own activation, behind the sum of two terms",
+                "use batch, group or RMS norm",
+            )
         chosen = super().carriers()
         if self.where is None:
             return frozenset(name for name in chosen if name.split("/")[1] in self.CELL.DEFAULT)

@@ -13,7 +13,7 @@ from flax.traverse_util import flatten_dict
 import normlab as nl
 from experiments import models
 from experiments.data import Dataset
-from experiments.models.layers import choose
+from experiments.models.layers import choose, rescaled
 from experiments.models.resnet import shortcut
 from experiments.training.trainer import AXIS, FORMS, DeviceData, Trainer
 from tests.cases import NAMES
@@ -259,6 +259,30 @@ class TestPlacement:
             make("mlp", placement="behind").carriers()
         with pytest.raises(ValueError, match="gate's sigmoid sees the sum of two"):
             make("lstm", placement="after").carriers()
+
+
+class TestFused:
+    @pytest.mark.parametrize("placement", ["before", "after"])
+    def test_no_activation_follows_a_norm_that_has_its_own(self, placement):
+        network = models.build("conv", nl.get("frn"), CLASSES, widths=(4,), placement=placement)
+        params, state = variables(network)
+        layer, last = params["Normed_0"], params["Dense_0"]
+        a = nl.Conv(strides=2)(IMAGES, layer["kernel"])
+        h = nl.family.frn_norm(a + layer.get("bias", 0.0), layer["norm"])
+        got, _ = apply(network, params, state, IMAGES, train=True)
+        expected = h.reshape(4, -1) @ last["kernel"] + last["bias"]
+        assert gap(got, expected) < 1e-5
+
+    @pytest.mark.parametrize("model", ["lstm", "gru"])
+    def test_a_gate_refuses_one(self, model):
+        network = models.build(model, nl.get("evo_s0", groups=2), CLASSES, widths=(4,))
+        with pytest.raises(ValueError, match="of which an activation is part"):
+            jax.eval_shape(lambda: network.init(jax.random.key(0), IMAGES, train=True))
+
+    @pytest.mark.parametrize("kept", ["plain", "offset", "log", "scalar"])
+    def test_the_initial_gain_is_multiplied_however_it_is_kept(self, kept):
+        params = rescaled(nl.get("batch", gain=kept).init(nl.Site(array(IMAGES)))[0], 0.25)
+        assert gap(params.g, np.full(jnp.shape(params.g), 0.25)) < 1e-6
 
 
 class TestWhere:
