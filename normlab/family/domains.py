@@ -16,19 +16,19 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike
 
-from normlab._arguments import array, checked, count, real
+from normlab._arguments import array, checked, count, instance, real
 from normlab._checks import gain_and_bias, promote_dtype
 from normlab.devices.topology import AxisName
 from normlab.equation import Affine, Parts
+from normlab.errors import invalid
 from normlab.family.mixtures import batch_of
 from normlab.gains import init_gain
 from normlab.making import initial_affine, made_of
 from normlab.population.by_name import init_domains
 from normlab.population.domains import Domains
-from normlab.population.optional import STATE
 from normlab.site import Norm, Site, State
 
-_STATE = {"state": STATE}
+_STATE = {"state": instance(Domains, "pass what init, or the last call, returned")}
 
 
 def _by_domain(
@@ -63,7 +63,8 @@ def auxiliary_batch(
 
     def parts(params: Any, state: State, site: Site, *, train: bool) -> tuple[Parts, State]:
         found, after = made.parts(None, state, site, train=train)
-        own = jax.tree.map(lambda v: v[state.current], Affine(params.g, params.b))
+        both = Affine(None, None) if params is None else Affine(params.g, params.b)
+        own = jax.tree.map(lambda v: v[state.current], both)
         g, b = gain_and_bias("auxiliary batch norm", own, site.a, site.linear.channel_axis)
         return found._replace(g=g, b=b), after
 
@@ -155,6 +156,9 @@ def at_step(states: Any, step: ArrayLike) -> Any:
     2
     """
     is_leaf = lambda leaf: isinstance(leaf, Domains)  # noqa: E731
+    if not jnp.issubdtype(jnp.result_type(step), jnp.integer):
+        given = f"a step of type {jnp.result_type(step)}"
+        raise invalid("at_step", given, "an integer", "count the steps from 0")
     index = jnp.asarray(step).astype(jnp.int32)
 
     def one(leaf: Any) -> Any:
