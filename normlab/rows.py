@@ -21,6 +21,7 @@ from normlab.family.mixtures import (
 )
 from normlab.family.pointwise import derf, dyisru, dyt, pointwise
 from normlab.family.response import frn, grn_params, grn_parts, seed_params, seed_parts
+from normlab.family.spread import lp_batch
 from normlab.making import initial_features, stateless
 from normlab.registry import INVARIANCES, Row, register
 from normlab.weight import weight_standardization_parts
@@ -219,6 +220,15 @@ _add(
     "Luo et al. 2020",
 )
 
+_add(
+    lp_batch,
+    "a batch",
+    _BATCH,
+    "mean a",
+    "√(s² + ε), s of |a − μ|",
+    "I-III-I-",
+    "Hoffer et al. 2018",
+)
 _DOMAIN = "a: as batch, within the domain"
 _add(auxiliary_batch, "a batch", _DOMAIN, *_OF_A, "I-III-I-", "Xie et al. 2020")
 _add(transferable_batch, "a batch", _DOMAIN, *_OF_A, "I-II--I-", "Wang et al. 2019")

@@ -376,6 +376,21 @@ def extended_batch(p: Problem) -> np.ndarray:
     return p.affine((p.a - mu) / np.sqrt(whole + 1e-5))
 
 
+def lp_batch(p: Problem) -> np.ndarray:
+    """Hoffer et al. 2018, section 4: L1, L∞ and top k."""
+    first, second = p.state[0]
+    mu = of_batch(p, p.a, first)[0]
+    away, n = np.abs(p.a - mu), p.a[..., 0].size
+    if p.options.get("spread", "l1") == "l1":
+        s = of_batch(p, away, second)[0] * np.sqrt(np.pi / 2)
+    else:
+        k = 1 if p.options["spread"] == "max" else p.options.get("k", 10)
+        top = np.sort(away.reshape(n, -1), 0)[-k:].mean(0)
+        c = 0.5 * (1 + np.sqrt(np.pi * np.log(4))) / np.sqrt(2 * np.log(n))
+        s = c * top if p.train else second.mean
+    return p.affine((p.a - mu) / np.sqrt(s**2 + p.options.get("eps", 1e-5)))
+
+
 def of_domain(p: Problem, domain: int = 0) -> np.ndarray:
     """Ioffe & Szegedy 2015, algorithm 1, of a batch of one domain."""
     inner = jax.tree.map(lambda v: v[domain], p.state.inner)
@@ -425,6 +440,9 @@ MIXTURES = (
     Member("weight_mean_only_batch", weight_mean_only, {"batch": {"decay": 0.5}}),
     Member("extended_batch", extended_batch, folds=True, **_MIXED),
     Member("extended_batch", extended_batch, {"about": "all", "eps": 1e-5, "batch": {}}),
+    Member("lp_batch", lp_batch, folds=True, **_MIXED),
+    Member("lp_batch", lp_batch, {"spread": "max", "eps": 0.1, "batch": {}}, (5, 4, 5), one=(1, 4)),
+    Member("lp_batch", lp_batch, {"spread": "top", "k": 3}, one=(1, 4)),
     Member("auxiliary_batch", auxiliary, folds=True, **_MIXED),
     Member("auxiliary_batch", auxiliary, {"domains": 3, "eps": 1e-5, "batch": {}}),
     Member("transferable_batch", transferable, folds=True, **_MIXED),

@@ -43,7 +43,7 @@ def directions(*trees):
     return jax.tree.unflatten(tree, moved)
 
 
-def differences(f, *args, along, step=1e-3):
+def differences(f, *args, along, step=1e-4):
     """The derivative of f along a direction by central differences of the sixth order."""
 
     def at(t):
@@ -587,6 +587,31 @@ def test_a_norm_says_whether_the_activation_is_part_of_it():
     assert own.fused
     assert own != nl.Norm(norm.init, norm.parts)
     assert pickle.loads(pickle.dumps(norm)).fused
+
+
+@pytest.mark.parametrize("spread", ["max", "top"])
+def test_the_largest_deviations_of_a_batch_on_two_devices_are_those_of_one(spread):
+    norm = nl.get("lp_batch", spread=spread, k=5)
+    over = nl.get("lp_batch", spread=spread, k=5, axis_name="d")
+    a, weights = jnp.asarray(A, jnp.float32), jnp.array([1.0, 1.0, 0.0, 1.0])
+    params, state = norm.init(nl.Site(a))
+
+    def loss(norm, a, weights):
+        site = nl.Site(a, weights=weights)
+        h, after = norm.apply(params, state, site, train=True)
+        return (h**3).sum(), (h, after)
+
+    expected = jax.grad(lambda a: loss(norm, a, weights), has_aux=True)(a)
+    for name, mapper in mappers(2).items():
+
+        def on_device(_, shard):
+            return jax.grad(lambda a: loss(over, a, shard[1]), has_aux=True)(shard[0])
+
+        da, (h, after) = mapper(on_device)(params, (a.reshape(2, 2, 3, 6), weights.reshape(2, 2)))
+        first = jax.tree.map(lambda v: v[0], after)
+        assert gap((da.reshape(a.shape), (h.reshape(a.shape), first)), expected) < 1e-5, name
+    with pytest.raises(ValueError, match="whole axes"):
+        nl.get("lp_batch", spread=spread, axis_name=nl.Sync("d", groups=2))
 
 
 # Gains.
