@@ -82,6 +82,7 @@ def stateless(
             if not of_a:
                 return parts(site, given, **said)
             of_site = {"weights": site.weights, "channel_axis": site.linear.channel_axis}
+            of_site |= {"segments": site.segments} if "segments" in known else {}
             told = {
                 "weights": site.weights is not None,
                 "channel_axis": of_site["channel_axis"] != -1,
@@ -104,7 +105,7 @@ def stateless(
     return checked(where, **{n: kinds.get(n, anything) for n in every})(make)
 
 
-_OF_SITE = ("weights", "channel_axis")
+_OF_SITE = ("weights", "channel_axis", "segments")
 
 
 @checked("params", site=SHAPES)

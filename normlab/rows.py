@@ -10,6 +10,13 @@ from normlab.factories import batch, centred_cosine, cosine, none, weight
 from normlab.family.domains import auxiliary_batch, recurrent_batch, transferable_batch
 from normlab.family.evo import evo_b0, evo_s0_parts, evo_s1_parts, evo_s2_parts, evolved_params
 from normlab.family.lengths import scale_params, scale_parts
+from normlab.family.local import (
+    bare_params,
+    divisive_parts,
+    local_context_parts,
+    local_parts,
+    local_response_parts,
+)
 from normlab.family.mixtures import (
     batch_channel,
     batch_instance,
@@ -21,6 +28,13 @@ from normlab.family.mixtures import (
 )
 from normlab.family.pointwise import derf, dyisru, dyt, pointwise
 from normlab.family.response import frn, grn_params, grn_parts, seed_params, seed_parts
+from normlab.family.segments import (
+    graph_params,
+    graph_parts,
+    pair_params,
+    pair_parts,
+    segment_parts,
+)
 from normlab.family.spread import lp_batch
 from normlab.making import initial_features, stateless
 from normlab.registry import INVARIANCES, Row, register
@@ -236,6 +250,39 @@ _STEP = "a: as batch, at the time step"
 _add(recurrent_batch, "a batch", _STEP, *_OF_A, "I-III-I-", "Cooijmans et al. 2016")
 
 # Windows and segments.
+_NEAR = "a: the window about the value"
+_add(local_parts, "a", _NEAR, *_OF_A, "I-IIII-I", "–")
+_add(
+    stateless(local_response_parts, bare_params),
+    "a",
+    "a: the channels beside the value's",
+    "0",
+    "(k + α·mean a²)^power",
+    "------II",
+    "Krizhevsky, Sutskever & Hinton 2012",
+)
+_SEGMENT = "a: the segment of the value, per channel"
+_add(segment_parts, "a", _SEGMENT, *_OF_A, "I-IIIIII", "–")
+_add(
+    stateless(graph_parts, graph_params),
+    "a",
+    _SEGMENT,
+    "α·mean a",
+    "√(mean (a − μ)² + ε)",
+    "I-II-III",
+    "Cai et al. 2021",
+)
+_add(
+    stateless(pair_parts, pair_params),
+    "a",
+    "a: the segment of the value",
+    "mean a",
+    "√(mean ‖a − μ‖² + ε)",
+    "I--IIIII",
+    "Zhao & Akoglu 2020",
+)
+_add(divisive_parts, "a", _NEAR, "mean a", "√(k + mean v²)", "-------I", "Ren et al. 2017")
+_add(local_context_parts, "a", _NEAR, *_OF_A, "I--I-I-I", "Ortiz et al. 2020")
 
 # Maps of the weights.
 

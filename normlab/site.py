@@ -39,6 +39,8 @@ class Site(NamedTuple):
         `a` other than the channels'; zero leaves an example out of the statistics. `None` weighs
         all the same.
       linear: The linear map; its `channel_axis` says where `a` has its channels.
+      segments: `[N]` integers, or one for each position: which of them are one graph, set or packed
+        sequence. Only the norms of segments look at it (`normlab.family.segments`).
     """
 
     a: Array
@@ -46,6 +48,7 @@ class Site(NamedTuple):
     w: Array | None = None
     weights: Array | None = None
     linear: Linear = Dense()
+    segments: Array | None = None
 
     @property
     def channels(self) -> int:

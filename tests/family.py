@@ -455,7 +455,123 @@ MIXTURES = (
 
 # Windows and segments.
 
-WINDOWS = ()
+
+def windows(p: Problem, sizes: dict[int, int], about: Any, counts: str = "values") -> tuple:
+    """The mean of every window, and that of its squares about it, 0 or each value's window's."""
+
+    def means(values: np.ndarray) -> np.ndarray:
+        out = np.empty(p.a.shape)
+        for i in np.ndindex(p.a.shape):
+            at = [
+                slice(max(0, i[k] - n // 2), i[k] + (n - 1) // 2 + 1)
+                for k, n in ((k, sizes.get(k, 1)) for k in range(p.a.ndim))
+            ]
+            window = values[i] if values.ndim > p.a.ndim else values
+            window = window[tuple(at)]
+            out[i] = window.sum() / (
+                math.prod(sizes.values()) if counts == "window" else window.size
+            )
+        return out
+
+    if about is False:
+        return np.zeros(()), means(p.a**2)
+    mean = means(p.a)
+    if about == "each":
+        return mean, means((p.a - mean) ** 2)
+    return mean, means((p.a - mean.reshape(*p.a.shape, *[1] * p.a.ndim)) ** 2)
+
+
+def local(p: Problem) -> np.ndarray:
+    """(a − μ)/(k + ε + α·var)^power of the window about each value, by loops."""
+    o, rank = p.options, p.a.ndim
+    each = o.get("window", 1)
+    each = (each,) * (rank - 2) if isinstance(each, int) else each
+    sizes = dict(zip(range(1, rank - 1), each, strict=True))
+    sizes |= {rank - 1: o["channel_window"]} if "channel_window" in o else {}
+    sizes |= {rank - 1: 99} if o.get("groups") == 1 else {}
+    mean, square = windows(p, sizes, o.get("centred", True), o.get("counts", "values"))
+    scale = o.get("k", 0.0) + o.get("eps", 1e-5) + o.get("alpha", 1.0) * square
+    return p.affine((p.a - mean) / scale ** o.get("power", 0.5))
+
+
+def local_response(p: Problem) -> np.ndarray:
+    """Krizhevsky et al. 2012, section 3.3: a/(k + α/n·Σ a²)^β."""
+    defaults = {"channel_window": 5, "alpha": 5e-4, "k": 2.0, "power": 0.75, "counts": "window"}
+    eps = {"eps": 0.0, "centred": False}
+    return local(p._replace(options=defaults | eps | p.options))
+
+
+def divisive(p: Problem) -> np.ndarray:
+    """Ren et al. 2017, equations 5 to 7: v/√(σ² + mean v²)."""
+    options = {"window": 5, "k": 1.0, "groups": 1, "centred": "each", "eps": 0.0} | p.options
+    options["window"] = options["window"] or 1
+    return local(p._replace(options=options))
+
+
+def local_context(p: Problem) -> np.ndarray:
+    """Ortiz et al. 2020, equations 1 to 4, of every block of channels apart."""
+    size, window = p.options["group_size"], p.options.get("window", 227)
+    options = {"window": window, "groups": 1, "eps": p.options.get("eps", 1e-5)}
+    bare = nl.Affine(None, None)
+    blocks = np.split(p.a, p.a.shape[-1] // size, -1)
+    z = [local(p._replace(a=v, options=options, params=bare)) for v in blocks]
+    return p.affine(np.concatenate(z, -1))
+
+
+def segment(p: Problem) -> np.ndarray:
+    """Instance norm; or layer norm of an example."""
+    axes = tuple(range(1, p.a.ndim - (not p.options.get("channels_too", False))))
+    mu, var = mean_and_var(p.a, axes)
+    return p.affine((p.a - mu) / np.sqrt(var + p.options.get("eps", 1e-5)))
+
+
+def graph(p: Problem) -> np.ndarray:
+    """Cai et al. 2021, equation 6: γ(a − αμ)/σ̂ + β, σ̂² the mean of (a − αμ)²."""
+    axes = tuple(range(1, p.a.ndim - 1))
+    d = p.a - p.params.alpha * p.a.mean(axes, keepdims=True)
+    square = (d**2).mean(axes, keepdims=True)
+    return p.affine(d / np.sqrt(square + p.options.get("eps", 1e-5)))
+
+
+def pair_of_nodes(p: Problem) -> np.ndarray:
+    """Zhao & Akoglu 2020, equations 10 and 11: s·x̃/√(mean ‖x̃‖²)."""
+    axes = tuple(range(1, p.a.ndim - 1))
+    d = p.a - p.a.mean(axes, keepdims=True)
+    square = (d**2).sum(-1, keepdims=True)
+    square = square if p.options.get("individually") else square.mean(axes, keepdims=True)
+    return p.affine(d / np.sqrt(square + p.options.get("eps", 1e-5)))
+
+
+AROUND = {"window": (3, 2), "channel_window": 4, "eps": 1e-3}
+WINDOWS = (
+    Member("local", local, {"window": 3, "eps": 1e-2}, weights=True, one=(4, 1, 6)),
+    Member("local", local, {"window": 2, "centred": "each", "k": 0.1}, weights=True),
+    Member("local", local, {"window": 99, "groups": 1}),
+    Member("local", local, AROUND, **IMAGES),
+    Member(
+        "local",
+        local,
+        {"channel_window": 3, "centred": False, "power": 0.75, "alpha": 0.5, "counts": "window"},
+        x=(4, 5),
+    ),
+    Member("local_response", local_response, {"use_gain": True, "use_bias": True}, weights=True),
+    Member("local_response", local_response),
+    Member(
+        "local_response",
+        local_response,
+        {"channel_window": 4, "alpha": 0.5, "k": 1.0, "power": 0.5, "counts": "values"},
+    ),
+    Member("divisive", divisive, weights=True),
+    Member("divisive", divisive, {"window": None, "k": 0.5}, x=(4, 5)),
+    Member("local_context", local_context, {"group_size": 3, "window": 3}, weights=True),
+    Member("local_context", local_context, {"group_size": 2, "eps": 1e-3}, **IMAGES),
+    Member("segment", segment, {"eps": 1e-4, "num_segments": 3}, weights=True, one=(4, 1, 6)),
+    Member("segment", segment, {"channels_too": True}, x=(4, 5)),
+    Member("graph", graph, weights=True, one=(4, 1, 6)),
+    Member("graph", graph, {"alpha": 0.3, "eps": 1e-3, "num_segments": 3}, **IMAGES),
+    Member("pair", pair_of_nodes, weights=True, one=(4, 1, 6)),
+    Member("pair", pair_of_nodes, {"individually": True, "eps": 1e-3, "num_segments": 3}),
+)
 
 # Maps of the weights.
 

@@ -614,6 +614,77 @@ def test_the_largest_deviations_of_a_batch_on_two_devices_are_those_of_one(sprea
         nl.get("lp_batch", spread=spread, axis_name=nl.Sync("d", groups=2))
 
 
+# Windows and segments.
+
+IDS = np.array([2, 0, 2, 9, 0, 4, 2, 4, -1])  # 1 and 3 are empty; 9 and −1 are padding
+
+
+@pytest.mark.parametrize("name", ["segment", "graph", "pair"])
+@pytest.mark.parametrize("positions", [(), (3,)])
+@pytest.mark.parametrize("channel_axis", [-1, 1])
+def test_segments_are_a_loop_over_graphs(name, positions, channel_axis, x64):
+    """Their derivative too; empty segments count nothing; padding is b, and has no gradient."""
+    a = jnp.asarray(draw(0, len(IDS), *positions, 6, mean=3.0)).at[3].set(1e6)
+    norm = getattr(nl.family, f"{name}_norm")
+    params = nl.get(name, num_segments=5).init(nl.Site(a, segments=jnp.asarray(IDS)))[0]
+    params = jax.tree.map(lambda v: v + 0.3 * jnp.asarray(draw(1, *v.shape)), params)
+    params = params._replace(b=jnp.arange(6.0))
+    weights, c = jnp.asarray(np.arange(1.0, 1 + len(IDS)) % 4), jnp.asarray(draw(2, *a.shape))
+
+    def at_once(a, params):
+        how = {"segments": IDS, "num_segments": 5, "weights": weights}
+        h = norm(jnp.moveaxis(a, -1, channel_axis), params, channel_axis=channel_axis, **how)
+        h = jnp.moveaxis(h, channel_axis, -1)
+        return (c * h).sum(), h
+
+    def looped(a, params):
+        h = jnp.broadcast_to(params.b, a.shape)
+        for s in np.unique(IDS[(IDS >= 0) & (IDS < 5)]):
+            nodes = np.flatnonzero(s == IDS)
+            w = weights[nodes].reshape(1, -1, *[1] * len(positions))
+            w = jnp.broadcast_to(w, (1, *a[nodes].shape[:-1]))
+            h = h.at[nodes].set(norm(a[nodes][None], params, weights=w)[0])
+        return (c * h).sum(), h
+
+    for f in (at_once, jax.jit(at_once)):
+        found = jax.value_and_grad(f, (0, 1), has_aux=True)(a, params)
+        assert gap(found, jax.value_and_grad(looped, (0, 1), has_aux=True)(a, params)) < 1e-11
+
+
+@pytest.mark.parametrize("channels_too", [False, True])
+def test_packed_sequences_are_normalized_apart_in_every_example(channels_too):
+    """Ids by position: the second example has others of the same numbers."""
+    a = jnp.asarray(draw(0, 2, 7, 6, mean=100.0), jnp.float32)
+    ids = np.array([[0, 0, 0, 1, 1, 1, 2], [1, 1, 0, 0, 0, 2, 2]])
+    site = nl.Site(a, segments=jnp.asarray(ids))
+    norm = nl.get("segment", num_segments=2, channels_too=channels_too)
+    h, _ = jax.jit(lambda site: norm.apply(None, (), site, train=True))(site)
+    one = nl.get("segment", channels_too=channels_too)
+    for n, s in np.ndindex(2, 2):
+        alone, _ = one.apply(None, (), nl.Site(a[n, ids[n] == s][None]), train=True)
+        assert gap(h[n, ids[n] == s], alone[0]) < 1e-5
+    assert (h[ids == 2] == 0).all()
+
+
+def test_ids_that_fit_nothing_are_refused():
+    a = jnp.ones((4, 3, 6))
+    for ids in (jnp.zeros(3, int), jnp.zeros((4, 2), int), jnp.zeros(4)):
+        with pytest.raises(ValueError, match=r"expected integers of shape \(4,\) or \(4, 3\)"):
+            nl.family.segment_norm(a, segments=ids, num_segments=2)
+    with pytest.raises(ValueError, match="pass num_segments"):
+        nl.family.segment_norm(a, segments=jnp.zeros(4, int))
+
+
+def test_a_window_that_takes_in_everything_is_group_norm_and_a_large_mean_costs_no_digit():
+    a = jnp.asarray(A, jnp.float32)
+    whole = nl.family.local_context_norm(a, group_size=3)
+    assert gap(whole, nl.group_norm(a, groups=2)) < 1e-5
+    assert gap(nl.family.local_norm(a + 2**12, window=3), nl.family.local_norm(a, window=3)) < 5e-3
+    assert (nl.family.local_norm(jnp.full((2, 9, 9, 3), 1.1), window=4) == 0).all()
+    with pytest.raises(ValueError, match="a number for each of its 0 axes of positions"):
+        nl.family.local_norm(jnp.ones((4, 6)), window=3)
+
+
 # Gains.
 
 

@@ -16,6 +16,18 @@ from normlab.family.evo import (
     evo_s2_parts,
 )
 from normlab.family.lengths import scale_norm, scale_parts
+from normlab.family.local import (
+    Centred,
+    Counts,
+    divisive_norm,
+    divisive_parts,
+    local_context_norm,
+    local_context_parts,
+    local_norm,
+    local_parts,
+    local_response_norm,
+    local_response_parts,
+)
 from normlab.family.mixtures import clip_gates
 from normlab.family.pointwise import (
     Dynamic,
@@ -40,10 +52,23 @@ from normlab.family.response import (
     seed_parts,
     tlu,
 )
+from normlab.family.segments import (
+    Graph,
+    graph_norm,
+    graph_parts,
+    pair_norm,
+    pair_parts,
+    segment_moments,
+    segment_norm,
+    segment_parts,
+)
 
 __all__ = [
+    "Centred",
+    "Counts",
     "Dynamic",
     "Evolved",
+    "Graph",
     "Phi",
     "Rescaled",
     "Response",
@@ -51,6 +76,8 @@ __all__ = [
     "clip_gates",
     "derf_norm",
     "derf_parts",
+    "divisive_norm",
+    "divisive_parts",
     "dyisru_norm",
     "dyisru_parts",
     "dyt_norm",
@@ -65,13 +92,26 @@ __all__ = [
     "evo_s2_parts",
     "frn_norm",
     "frn_parts",
+    "graph_norm",
+    "graph_parts",
     "grn_norm",
     "grn_parts",
+    "local_context_norm",
+    "local_context_parts",
+    "local_norm",
+    "local_parts",
+    "local_response_norm",
+    "local_response_parts",
+    "pair_norm",
+    "pair_parts",
     "pointwise_norm",
     "pointwise_parts",
     "scale_norm",
     "scale_parts",
     "seed_norm",
     "seed_parts",
+    "segment_moments",
+    "segment_norm",
+    "segment_parts",
     "tlu",
 ]
