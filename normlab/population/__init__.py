@@ -1,7 +1,13 @@
 """What batch norm keeps: populations, by class and by name, and what is done with their states."""
 
 from normlab.population._batches import BadBatch
-from normlab.population.by_name import init_domains, init_population
+from normlab.population.by_name import (
+    init_domains,
+    init_population,
+    init_prior,
+    init_rms,
+    init_streaming,
+)
 from normlab.population.checkpoint import (
     change_ddof,
     check_conventions,
@@ -18,10 +24,14 @@ from normlab.population.pooling import (
     pool_running,
     share_running,
 )
+from normlab.population.prior import Prior, adapt
 from normlab.population.protocol import Population
 from normlab.population.renorm import Renorm, init_renorm
+from normlab.population.rms import Rms
 from normlab.population.running import Running, init_running
+from normlab.population.streaming import Streaming
 from normlab.population.transaction import Pending, begin, commit, precise, settle
+from normlab.population.window import Window, init_window
 
 __all__ = [
     "BadBatch",
@@ -32,8 +42,13 @@ __all__ = [
     "Frozen",
     "Pending",
     "Population",
+    "Prior",
     "Renorm",
+    "Rms",
     "Running",
+    "Streaming",
+    "Window",
+    "adapt",
     "average_running",
     "begin",
     "change_ddof",
@@ -46,8 +61,12 @@ __all__ = [
     "init_delayed",
     "init_domains",
     "init_population",
+    "init_prior",
     "init_renorm",
+    "init_rms",
     "init_running",
+    "init_streaming",
+    "init_window",
     "merge_running",
     "pool_running",
     "precise",
