@@ -12,6 +12,7 @@ import functools
 import math
 from typing import TYPE_CHECKING, Any
 
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import ArrayLike
@@ -25,9 +26,11 @@ from normlab.devices.topology import AxisName, Sync, as_sync
 from normlab.equation import Affine, Parts, affine
 from normlab.measure import Algorithm, Moments
 from normlab.population._batches import BadBatch, check_batch
+from normlab.population.backward import watched
 from normlab.population.optional import (
     Run,
     alone,
+    backward,
     check_state,
     measures,
     normalizer,
@@ -172,6 +175,10 @@ def batch_parts(
     asked = state if updated_first(state) else before
     mu, sigma = normalizer(asked, m, eps, train=train and m is not None)
     mu, sigma = (_along(v.astype(g.dtype), a.ndim, channel) for v in (mu, sigma))
+    back = backward(before, m, eps) if train and m is not None else None
+    if back is not None and population is not None:
+        back = jax.tree.map(lambda v: _along(v.astype(g.dtype), a.ndim, channel), back)
+        sigma = watched(sigma, a, weights, back, population.count.mean())
     return Parts(mu, sigma, g, b), state
 
 

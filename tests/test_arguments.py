@@ -29,6 +29,7 @@ SITE = nl.Site(X @ W, X, W)
 NORM = nl.get("batch")
 PENDING = nl.population.begin(nl.init_running(6)).update(M)
 STACKED = jax.tree.map(lambda v: jnp.stack([v, v]), STATE)
+TAPPED = nl.population.init_power(3)
 MODEL = {
     "Dense_0": {"kernel": W, "bias": jnp.ones(4)},
     "BatchNorm_0": {"mean": jnp.ones(4), "var": jnp.ones(4)},
@@ -190,6 +191,27 @@ CALLS = {
     },
     nl.population.init_rms: {"channels": 3, "inner": "debiased", "dtype": jnp.float32},
     nl.population.init_window: {"channels": 3, "size": 2, "dtype": jnp.float32},
+    nl.population.init_power: {
+        "channels": 3,
+        "decay": 0.9,
+        "backward_decay": None,
+        "begin": 0,
+        "debias": True,
+        "dtype": jnp.float32,
+    },
+    nl.population.init_mabn: {
+        "channels": 3,
+        "size": 2,
+        "decay": 0.9,
+        "r_max": 5.0,
+        "begin": 10,
+        "dtype": jnp.float32,
+    },
+    nl.population.taps: {"states": TAPPED},
+    nl.population.tapped: {"states": TAPPED, "taps": nl.population.taps(TAPPED)},
+    nl.population.take_back: {"states": TAPPED, "seen": nl.population.taps(TAPPED)},
+    instruments.tap: {"parts": PARTS},
+    instruments.tapped: {"parts": PARTS, "tap": instruments.tap(PARTS), "a": A},
     nl.population.init_renorm: {
         "channels": 3,
         "r_max": 3.0,

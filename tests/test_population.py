@@ -14,7 +14,8 @@ from tests.helpers import MAPPERS, array, draw, gap, mappers, mesh
 N, C, D = 8, 3, 4
 BATCHES = draw(0, 5, N, C, mean=2.0, scale=3.0) + draw(1, 5, 1, C)
 POPULATIONS = ("debiased", "ema", "cumulative", "renorm", "domains", "frozen", "batch")
-POPULATIONS += ("prior", "streaming", "window", "rms")
+POPULATIONS += ("prior", "streaming", "window", "rms", "power", "mabn")
+ABOUT_ZERO = ("rms", "power", "mabn")
 
 
 def train(state, batches, **options):
@@ -77,7 +78,7 @@ def test_what_devices_kept_apart_is_pooled(name, mapper):
         within = BATCHES[0].var(0)
         between = 0.1**2 * np.var(3 * np.arange(8))
         expected = 0.1 * whole.mean(0), 0.9 + 0.1 * within + between
-    elif name == "rms":
+    elif name in ABOUT_ZERO:
         expected = np.zeros(C), (whole**2).mean(0)
     else:
         expected = whole.mean(0), whole.var(0)
@@ -103,7 +104,7 @@ def test_the_states_gradient_is_cut_unless_it_is_asked_for(name, transaction):
     def plain(a):
         rate = 0.1 if name == "ema" else 1
         mean, var = rate * a.mean(0), 1 - rate + rate * a.var(0)
-        mean, var = (0, (a**2).mean(0)) if name == "rms" else (mean, var)
+        mean, var = (0, (a**2).mean(0)) if name in ABOUT_ZERO else (mean, var)
         return (mean**3 + var**2).sum()
 
     a = array(BATCHES[0])

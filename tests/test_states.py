@@ -17,7 +17,7 @@ from tests.helpers import array, draw, gap
 N, C = 6, 3
 A = draw(0, N, C, mean=5.0)
 NAMES = ("debiased", "ema", "cumulative", "renorm", "domains", "frozen")
-NAMES += ("prior", "streaming", "window", "rms")
+NAMES += ("prior", "streaming", "window", "rms", "power", "mabn")
 SYNC = nl.Sync("d", every=1)
 
 
@@ -109,6 +109,8 @@ def test_numpys_arrays_are_as_good_as_jaxs_and_debug_settings_find_no_fault(kind
         nl.population.init_streaming,
         nl.population.init_window,
         nl.population.init_rms,
+        nl.population.init_power,
+        nl.population.init_mabn,
         functools.partial(nl.population.init_population, "ema"),
         functools.partial(nl.population.init_population, "frozen"),
         functools.partial(nl.population.init_domains, inner="cumulative"),
@@ -135,7 +137,11 @@ def test_statistics_that_were_cast_to_half_precision_do_not_stall(name):
     for _ in range(800):
         half = step(half)
     assert half.read()[0].dtype == jnp.float32
-    expected = (A.mean(0), A.var(0)) if name != "rms" else (np.zeros(C), (A**2).mean(0))
+    expected = (
+        (A.mean(0), A.var(0))
+        if name not in ("rms", "power", "mabn")
+        else (np.zeros(C), (A**2).mean(0))
+    )
     assert gap(half.read(), expected) < 2e-3
 
 
@@ -217,9 +223,8 @@ def test_a_pure_dict_of_an_nnx_model_goes_through_orbax_and_comes_back(name, tmp
         return normlab.nnx.BatchNorm(C, momentum=0.9, population=name, rngs=nnx.Rngs(0))
 
     old, new = make(), make()
-    assert nl.population.conventions(old) == nl.population.conventions(
-        {"population": nl.population.init_population(name, C)}
-    )
+    same = nl.population.init_population(name, C, **({"decay": 0.9} if name == "mabn" else {}))
+    assert nl.population.conventions(old) == nl.population.conventions({"population": same})
     nl.population.check_conventions(old, new)
     old(array(A))
     with ocp.StandardCheckpointer() as checkpointer:

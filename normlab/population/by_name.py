@@ -20,7 +20,9 @@ from normlab.population.cumulative import Cumulative, Estimator, init_cumulative
 from normlab.population.delayed import delay
 from normlab.population.domains import Domains
 from normlab.population.frozen import Frozen
+from normlab.population.mabn import init_mabn
 from normlab.population.optional import plain
+from normlab.population.power import init_power
 from normlab.population.prior import WORTH, Prior, around
 from normlab.population.protocol import Population
 from normlab.population.renorm import init_renorm
@@ -201,6 +203,8 @@ POPULATIONS: dict[str, Callable[..., Any]] = {
     "streaming": init_streaming,
     "window": init_window,
     "rms": init_rms,
+    "power": init_power,
+    "mabn": init_mabn,
     "frozen": _frozen,
     "batch": _batch,
 }
@@ -215,7 +219,8 @@ def init_population(population: str | Callable[..., Any], channels: int, **optio
       population: `"debiased"` and `"ema"` (`init_running`, without and with a bias towards 0 and
         1), `"cumulative"` (`init_cumulative`), `"renorm"` (`init_renorm`), `"domains"`
         (`init_domains`), `"prior"` (`init_prior`), `"streaming"` (`init_streaming`), `"window"`
-        (`init_window`), `"rms"` (`init_rms`), `"frozen"` (`Frozen`), `"batch"` (nothing is kept:
+        (`init_window`), `"rms"` (`init_rms`), `"power"` (`init_power`), `"mabn"` (`init_mabn`),
+        `"frozen"` (`Frozen`), `"batch"` (nothing is kept:
         inference normalizes with its own batch); or a function of the channels (and of the options
         that are given, and of `dtype` if it has one).
       channels: `C`.

@@ -163,6 +163,16 @@ def normalizer(state: Any, m: Moments | None, eps: Any, *, train: bool) -> tuple
 
 
 @_asks(inner=True)
+def backward(state: Any, m: Moments, eps: Any) -> tuple[Array, Array, Any] | None:
+    """What the gradient is to have beside, in training; see `normlab.population.backward`.
+
+    Returns:
+      ν, σ and the tap: the gradient by `a` gets −ν·a/σ². `None` for nothing.
+    """
+    return None
+
+
+@_asks(inner=True)
 def per_example(state: Any) -> bool:
     """Whether `read` returns values of each example of the next batch, `[N, C]`."""
     return False

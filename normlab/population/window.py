@@ -18,6 +18,23 @@ from normlab.measure import Moments, merge, merge_axes
 from normlab.population._batches import BadBatch, arrays, check_batch, statistics_dtype, taken_in
 
 
+def put(ring: Moments, place: Array, m: Moments) -> Moments:
+    """A ring of moments, fields `[size, C]`, with those of a batch on one place."""
+
+    def one(old: Array, field: Array) -> Array:
+        field = jnp.broadcast_to(field, m.mean.shape).reshape(old.shape[-1:])
+        return old.at[place].set(field.astype(old.dtype))
+
+    return jax.tree.map(one, ring, m)
+
+
+def merged(ring: Moments, place: Array, m: Moments) -> Moments:
+    """A batch with those of the ring but the one on the place, which it is to take."""
+    leaves = jnp.arange(ring.mean.shape[0], dtype=place.dtype)[:, None] == place
+    ring = jax.tree.map(lambda v: jnp.where(leaves, 0, v).astype(m.mean.dtype), ring)
+    return merge(m, merge_axes(ring, 0))
+
+
 @node
 class Window(NamedTuple):
     """The moments of the last batches, a ring; float32 at least.
@@ -60,31 +77,21 @@ class Window(NamedTuple):
             raise invalid("window", f"decay={decay!r}", expected, change)
         self = arrays(self)
         m = check_batch("window", m, bad_batch)
-        place, new = self.updates % self.size, {}
-        for name, field in zip(m._fields, m, strict=True):
-            field = jnp.broadcast_to(field, m.mean.shape).reshape(self.mean.shape[-1:])
-            old = getattr(self, name)
-            new[name] = old.at[place].set(field.astype(old.dtype))
-        return taken_in(self, m, bad_batch, 0, **new)
+        new = put(self.ring(), self.updates % self.size, m)
+        return taken_in(self, m, bad_batch, 0, **new._asdict())
 
     def moments(self) -> Moments:
         """The moments of all values in the window, fields `[C]`."""
-        return Moments(*(field[..., 0, :] for field in merge_axes(self._ring(), -2)))
+        return Moments(*(field[..., 0, :] for field in merge_axes(self.ring(), -2)))
 
-    def _ring(self) -> Moments:
+    def ring(self) -> Moments:
+        """The moments of each batch."""
         return arrays(Moments(self.count, self.mean, self.m2))
 
     def read(self) -> tuple[Array, Array]:
         """Returns mean and variance of the window, `[C]`; 0 and 1 before the first batch."""
         m = self.moments()
         return m.mean, jnp.where(m.count > 0, m.var(), jnp.where(jnp.isnan(m.m2), m.m2, 1))
-
-    def merged(self, m: Moments) -> Moments:
-        """The moments of a batch with those before it, as many as are to stay in the window."""
-        ring, place = self._ring(), (jnp.asarray(self.updates) % self.size)
-        leaves = jnp.arange(self.size, dtype=place.dtype)[:, None] == place
-        ring = jax.tree.map(lambda v: jnp.where(leaves, 0, v).astype(m.mean.dtype), ring)
-        return merge(m, merge_axes(ring, 0))
 
     def alone(self, train: bool) -> bool:
         """Only where the window is one batch."""
@@ -95,7 +102,7 @@ class Window(NamedTuple):
         if m is None or not train:
             mean, var = self.read()
             return mean, jnp.sqrt(var + eps)
-        whole = self.merged(m)
+        whole = merged(self.ring(), jnp.asarray(self.updates) % self.size, m)
         return whole.mean, whole.sigma(eps)
 
     def options(self) -> dict[str, Any]:
@@ -107,7 +114,7 @@ class Window(NamedTuple):
         self = arrays(self)
         if self.updates.ndim:  # stacked
             return jax.vmap(lambda state: state.pool(axis_name))(self)
-        m = all_reduce(self._ring(), axis_name)
+        m = all_reduce(self.ring(), axis_name)
         names = as_sync(axis_name).names
         counters = (jax.lax.pmax(v, names) for v in (self.updates, self.skipped))
         return Window(*m, *counters)
