@@ -24,7 +24,7 @@ from normlab._xla import sharded_as
 from normlab.devices.merging import measure, values_per_channel
 from normlab.devices.topology import AxisName, Sync, as_sync
 from normlab.equation import Affine, Parts, affine
-from normlab.measure import Algorithm, Moments
+from normlab.measure import Algorithm, Moments, moments
 from normlab.population._batches import BadBatch, check_batch
 from normlab.population.backward import watched
 from normlab.population.optional import (
@@ -163,8 +163,10 @@ def batch_parts(
                 among = among if w is None else among * w
             return measure(where, x, axes, sync, weights=among, algorithm=algorithm, least=least)
 
-        positions = math.prod(x.shape[i] for i in axes if i)
-        m, population, state = observe(state, Run(measured, positions, train), sync)
+        inside = [i for i in axes if i]
+        each = functools.partial(moments, x, inside, weights=w, algorithm=algorithm)
+        run = Run(measured, each, math.prod(x.shape[i] for i in inside), train)
+        m, population, state = observe(state, run, sync)
         m = _per_channel(check_batch(where, m, bad_batch), kept)
     before = state
     if train and population is not None and isinstance(state, Population):

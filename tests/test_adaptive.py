@@ -268,10 +268,11 @@ def test_a_window_weighs_its_batches_and_leaves_bad_ones_out():
         nl.batch_norm(one, None, state, train=True, decay=0.5)
 
 
-@pytest.mark.parametrize("name", ["prior", "streaming", "window", "rms"])
+@pytest.mark.parametrize("name", ["prior", "virtual", "streaming", "window", "rms"])
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=str)
 def test_plain_jit_on_a_mesh_changes_nothing(name, kind):
-    state = init(name, C)
+    virtual = name == "virtual"
+    state = nl.population.init_prior(C, by_example=True) if virtual else init(name, C)
     a = array(draw(0, 8, P, C, mean=1.0))
 
     @jax.jit
@@ -297,3 +298,110 @@ def test_wide_statistics_stay_wide(name, x64):
     narrow = init(name, C)
     nl.batch_norm(jnp.asarray(BATCHES[0]), None, narrow, train=False)
     nl.batch_norm(jnp.asarray(BATCHES[0]), None, narrow, train=True)
+
+
+# Cross-iteration.
+
+LAYERS = {
+    "dense": (nl.Dense(), (6, 2, 4), (4, C)),
+    "groups": (nl.Conv(strides=2, groups=3), (3, 5, 5, 6), (3, 2, 2, C)),
+    "first": (nl.Conv(padding="VALID", channel_axis=1), (4, 2, 5, 4), (2, 3, 2, C)),
+}
+
+
+def steps(layer, weights=None, moves=0.3):
+    """Each step's site in float64, with weights that move."""
+    linear, x, w = LAYERS[layer]
+    for i in range(5):
+        inputs = jnp.asarray(draw(i, *x, mean=0.5))
+        kernel = jnp.asarray(draw(20, *w) + moves * draw(30 + i, *w))
+        yield nl.Site(linear(inputs, kernel), inputs, kernel, weights, linear)
+
+
+def paper(sites, size, weights=None):
+    """Yao et al. 2021, equations 6 to 11: ν is the mean of a², Δ by the derivatives by w."""
+    site, w = sites[-1], None if weights is None else jnp.asarray(weights)
+    channel = site.linear.channel_axis % site.a.ndim
+
+    def mean(a):
+        a = jnp.moveaxis(a, channel, -1)
+        share = jnp.ones(len(a)) if w is None else w
+        share = share.reshape(-1, *(1,) * (a.ndim - 1)) / share.sum()
+        return (share * a).sum(0).reshape(-1, C).mean(0)
+
+    def compensated(old, power):
+        f = lambda w: mean(old.linear(old.x, w) ** power)  # noqa: E731
+        return f(old.w) + (jax.jacobian(f)(old.w) * (site.w - old.w)).sum(range(1, old.w.ndim + 1))
+
+    held = sites[-size:]
+    mu = jnp.stack([compensated(s, 1) for s in held])
+    nu = jnp.maximum(jnp.stack([compensated(s, 2) for s in held]), mu**2)
+    middle, var = mu.mean(0), nu.mean(0) - mu.mean(0) ** 2
+    shape = [-1 if i == channel else 1 for i in range(site.a.ndim)]
+    return (site.a - middle.reshape(shape)) / jnp.sqrt(var.reshape(shape) + EPS)
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+@pytest.mark.parametrize("weighted", [False, True])
+def test_cross_iteration_is_the_papers(layer, weighted, x64):
+    count = LAYERS[layer][1][0]
+    weights = jnp.asarray([*range(1, count), 0], jnp.float64) if weighted else None
+    norm, sites, state = nl.get("cross_iteration", size=3, use_gain=False, use_bias=False), [], None
+    run = jax.jit(functools.partial(norm.apply, None, train=True))
+    for site in steps(layer, weights):
+        state = norm.init(site)[1] if state is None else state
+        sites.append(site)
+        h, after = run(state, site)
+        assert gap(h, paper(sites, 3, weights)) < 1e-10
+        assert jax.tree.map(jnp.shape, after) == jax.tree.map(jnp.shape, state)
+        state = after
+    assert state.patch.shape == (2, *site.w.shape)
+
+
+def test_cross_iteration_where_the_weights_rest_is_a_window(x64):
+    """To the same gradient; a batch that is bad, or empty, is left out."""
+    norm = nl.get("cross_iteration", size=3, use_gain=False, use_bias=False)
+    state, window = None, nl.population.init_window(C, size=3, dtype="float64")
+
+    def slope(run, state):
+        return jax.grad(lambda a: jnp.tanh(run(a, state)[0]).sum())
+
+    for i, site in enumerate(steps("dense", moves=0.0)):
+        state = norm.init(site)[1] if state is None else state
+        if i == 3:
+            bad = site._replace(a=site.a.at[0, 0, 0].set(jnp.nan), x=site.x.at[0].set(jnp.nan))
+            for other in (bad, site._replace(weights=jnp.zeros(6))):
+                after = norm.apply(None, state, other, train=True)[1]
+                assert gap(after[1:], state[1:]) == 0
+        ours = slope(lambda a, s: norm.apply(None, s, site._replace(a=a), train=True), state)  # noqa: B023
+        plain = slope(lambda a, s: nl.batch_norm(a, None, s, train=True), window)
+        assert gap(ours(site.a), plain(site.a)) < 1e-8
+        h, state = norm.apply(None, state, site, train=True)
+        expected, window = nl.batch_norm(site.a, None, window, train=True)
+        assert gap(h, expected) < 1e-10
+    frozen = nl.population.freeze(state)
+    h, after = norm.apply(None, frozen, site, train=True)
+    assert gap((h, after), (norm.apply(None, state, site, train=False)[0], frozen)) < 1e-10
+
+
+@pytest.mark.parametrize("way", ["pmap", "shard_map", "shard_map, check_vma=False", "vmap"])
+def test_cross_iteration_over_devices_is_one_batch(way):
+    one, over = (nl.get("cross_iteration", size=2, axis_name=name) for name in (None, "d"))
+    sites = [jax.tree.map(lambda v: array(v), site) for site in steps("dense")][:3]
+    params, state = one.init(sites[0])
+    mapper, other = mappers(2)[way], state
+    for site in sites:
+        expected, state = one.apply(params, state, site, train=True)
+
+        def run(given, x, w=site.w):
+            params, state = given
+            h, after = over.apply(params, state, nl.Site(x @ w, x, w), train=True)
+            return h, after
+
+        h, others = mapper(run)((params, other), site.x.reshape(2, 3, *site.x.shape[1:]))
+        other = jax.tree.map(lambda v: v[0], others)
+        assert gap((h.reshape(expected.shape), other), (expected, state)) < 1e-5
+    with pytest.raises(ValueError, match="cross-iteration batch norm: got axis_name=Sync"):
+        nl.get("cross_iteration", axis_name=nl.Sync("d", groups=2))
+    with pytest.raises(ValueError, match="a site without w"):
+        one.init(nl.Site(sites[0].a))

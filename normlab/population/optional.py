@@ -45,11 +45,13 @@ class Run(NamedTuple):
     Attributes:
       measure: `(sync, member) -> (m, population)`: the moments that normalize the batch and those
         to take in; `member` weighs the examples, `[N]`.
+      each: Measures each example by itself.
       positions: The number of values of a channel in an example.
       train: Whether this is training.
     """
 
     measure: Callable[..., tuple[Moments, Moments]]
+    each: Callable[[], Moments]
     positions: Any
     train: bool
 

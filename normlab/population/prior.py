@@ -63,10 +63,14 @@ class Prior(NamedTuple):
 
     def observe(self, run: Run, sync: Sync) -> tuple[Moments, Moments, Prior]:
         """Measures; in inference with counts in examples."""
-        alone = self.by_example and not run.train
-        m, taken, inner = observe(self.inner, run, Sync(virtual_batch=1) if alone else sync)
+        if self.by_example and not run.train:
+            m = taken = run.each()
+            inner = self.inner
+        else:
+            m, taken, inner = observe(self.inner, run, sync)
         if not run.train:
-            m = Moments(m.count / run.positions, m.mean, m.m2 / run.positions)
+            positions = jnp.asarray(run.positions).astype(m.count.dtype)
+            m = Moments(m.count / positions, m.mean, m.m2 / positions)
         return m, taken, self._replace(inner=inner)
 
     def normalizer(self, m: Moments | None, eps: Any, *, train: bool) -> tuple[Array, Array]:
