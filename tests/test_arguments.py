@@ -230,6 +230,7 @@ CALLS = {
         "decay": 0.9,
         "ddof": 0,
         "debias": True,
+        "estimator": "pooled",
         "dtype": jnp.float32,
     },
     nl.instance_norm: EXAMPLE | {"algorithm": "auto"},

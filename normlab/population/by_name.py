@@ -124,8 +124,8 @@ def init_streaming(
     Args:
       channels: `C`.
       after: Whether a batch is taken in before it is normalized. Without, and with
-        `inner="debiased"`, an example at a time, this is the forward pass of online normalization
-        (Chiley et al. 2019, https://arxiv.org/abs/1905.05894).
+        `inner="ema"`, `estimator="pooled"`, an example at a time, this is the forward pass of
+        online normalization (Chiley et al. 2019, https://arxiv.org/abs/1905.05894).
       count: Of how many values, of mean 0 and variance 1, the statistics begin, if `inner` is
         `"cumulative"`; 1e-4 by default, as in the `RunningMeanStd` of reinforcement learning. A
         float32 counts to 16 million values: for longer streams `dtype="float64"`.
