@@ -9,8 +9,10 @@ took the batches in. What a population may decide beside that is in `normlab.pop
 from __future__ import annotations
 
 import functools
+import math
 from typing import TYPE_CHECKING, Any
 
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import ArrayLike
@@ -22,9 +24,20 @@ from normlab._xla import sharded_as
 from normlab.devices.merging import measure, values_per_channel
 from normlab.devices.topology import AxisName, Sync, as_sync
 from normlab.equation import Affine, Parts, affine
-from normlab.measure import Algorithm, Moments
+from normlab.measure import Algorithm, Moments, moments
 from normlab.population._batches import BadBatch, check_batch
-from normlab.population.optional import check_state, measures, normalizer, observe, updated
+from normlab.population.backward import watched
+from normlab.population.optional import (
+    Run,
+    alone,
+    backward,
+    check_state,
+    measures,
+    normalizer,
+    observe,
+    updated,
+    updated_first,
+)
 from normlab.population.protocol import Population
 
 BatchState = Population | tuple[()] | None
@@ -136,29 +149,38 @@ def batch_parts(
     if measures(state, train):
         x, w, axes, kept = _examples_first(a, weights, channel)
         one = values_per_channel(where, sync, x.shape, axes) == 1
-        alone = train or not isinstance(state, Population)  # the batch's own and no other's
-        refused = one and alone and not _one_value and bad_batch != "propagate"
+        itself = alone(state, train)
+        refused = one and itself and not _one_value and bad_batch != "propagate"
         change = "use a larger batch, train=False, a norm that does not look across examples, "
         change += 'or, for that output, bad_batch="propagate"'
         check_values(where, f"{a.shape} in training", refused, "channel", change)
-        least = 1 if one or bad_batch == "propagate" else 2
+        least = 1 if one or not itself or bad_batch == "propagate" else 2
 
-        def run(sync: Sync, member: Array | None = None) -> tuple[Moments, Moments]:
+        def measured(sync: Sync, member: Array | None = None) -> tuple[Moments, Moments]:
             among = w
             if member is not None:
                 among = member.reshape(-1, *(1,) * (x.ndim - 1)).astype(g.dtype)
                 among = among if w is None else among * w
             return measure(where, x, axes, sync, weights=among, algorithm=algorithm, least=least)
 
+        inside = [i for i in axes if i]
+        each = functools.partial(moments, x, inside, weights=w, algorithm=algorithm)
+        run = Run(measured, each, math.prod(x.shape[i] for i in inside), train)
         m, population, state = observe(state, run, sync)
         m = _per_channel(check_batch(where, m, bad_batch), kept)
-    mu, sigma = normalizer(state, m, eps, train=train and m is not None)
+    before = state
     if train and population is not None and isinstance(state, Population):
         population = sharded_as(population, kept - a.ndim, state.read()[0])
         policy = "propagate" if bad_batch == "propagate" else "skip"  # "raise" has been seen to
         population = population if state_gradient else lax.stop_gradient(population)
         state = updated(state, population, decay=decay, bad_batch=policy)
+    asked = state if updated_first(state) else before
+    mu, sigma = normalizer(asked, m, eps, train=train and m is not None)
     mu, sigma = (_along(v.astype(g.dtype), a.ndim, channel) for v in (mu, sigma))
+    back = backward(before, m, eps) if train and m is not None else None
+    if back is not None and population is not None:
+        back = jax.tree.map(lambda v: _along(v.astype(g.dtype), a.ndim, channel), back)
+        sigma = watched(sigma, a, weights, back, population.count.mean())
     return Parts(mu, sigma, g, b), state
 
 

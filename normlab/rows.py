@@ -9,6 +9,7 @@ from normlab.example import group_parts, instance_parts, layer_parts, rms_parts
 from normlab.factories import batch, centred_cosine, cosine, none, weight
 from normlab.family.domains import auxiliary_batch, recurrent_batch, transferable_batch
 from normlab.family.evo import evo_b0, evo_s0_parts, evo_s1_parts, evo_s2_parts, evolved_params
+from normlab.family.iterations import batch_rms, cross_iteration
 from normlab.family.lengths import scale_params, scale_parts
 from normlab.family.local import (
     bare_params,
@@ -232,6 +233,15 @@ _add(
     "√(var of all channels + ε)",
     "I--II-I-",
     "Luo et al. 2020",
+)
+_add(batch_rms, "a batch", _BATCH, "0", "√(mean a² + ε)", "I-II--I-", "Shen et al. 2020")
+_add(
+    cross_iteration,
+    "a w x batch",
+    "a: as batch, in the last batches too; w and x: what moved since",
+    *_OF_A,
+    "I-III-I-",
+    "Yao et al. 2021",
 )
 
 _add(

@@ -419,6 +419,18 @@ def recurrent(p: Problem) -> np.ndarray:
     return p.affine(of_domain(p))
 
 
+def batch_rms(p: Problem) -> np.ndarray:
+    """Shen et al. 2020, section 4.1."""
+    square = (p.a**2).mean(tuple(range(p.a.ndim - 1))) if p.train else p.state.inner.var
+    return p.affine(p.a / np.sqrt(square + p.options.get("eps", 1e-5)))
+
+
+def cross_iteration(p: Problem) -> np.ndarray:
+    """Yao et al. 2021 on the first batch; tests/test_adaptive.py has the others."""
+    mu, var = of_batch(p, p.a, p.state.inner)
+    return p.affine((p.a - mu) / np.sqrt(var + p.options.get("eps", 1e-5)))
+
+
 _MIXED: dict[str, Any] = {"weights": True}
 MIXTURES = (
     Member("switchable", switchable, **_MIXED),
@@ -439,6 +451,17 @@ MIXTURES = (
     Member("weight_mean_only_batch", weight_mean_only, folds=True, **_MIXED),
     Member("weight_mean_only_batch", weight_mean_only, {"batch": {"decay": 0.5}}),
     Member("extended_batch", extended_batch, folds=True, **_MIXED),
+    Member("batch_rms", batch_rms, folds=True, one=(1, 6), **_MIXED),
+    Member("batch_rms", batch_rms, {"eps": 0.1, "batch": {"decay": 0.5}}, **_MIXED),
+    Member("cross_iteration", cross_iteration, folds=True, **_MIXED),
+    Member(
+        "cross_iteration",
+        cross_iteration,
+        {"size": 2, "eps": 0.1, "batch": {"decay": 0.5}},
+        x=(3, 5, 4, 4),
+        w=(3, 2, 4, 6),
+        linear=nl.Conv(),
+    ),
     Member("extended_batch", extended_batch, {"about": "all", "eps": 1e-5, "batch": {}}),
     Member("lp_batch", lp_batch, folds=True, **_MIXED),
     Member("lp_batch", lp_batch, {"spread": "max", "eps": 0.1, "batch": {}}, (5, 4, 5), one=(1, 4)),

@@ -29,6 +29,7 @@ SITE = nl.Site(X @ W, X, W)
 NORM = nl.get("batch")
 PENDING = nl.population.begin(nl.init_running(6)).update(M)
 STACKED = jax.tree.map(lambda v: jnp.stack([v, v]), STATE)
+TAPPED = nl.population.init_power(3)
 MODEL = {
     "Dense_0": {"kernel": W, "bias": jnp.ones(4)},
     "BatchNorm_0": {"mean": jnp.ones(4), "var": jnp.ones(4)},
@@ -166,6 +167,51 @@ CALLS = {
         "dtype": jnp.float32,
     },
     nl.population.init_population: {"population": "debiased", "channels": 3},
+    nl.population.adapt: {
+        "states": {"a": STATE},
+        "count": 16.0,
+        "estimator": "within",
+        "by_example": False,
+        "rule": "a",
+    },
+    nl.population.init_prior: {
+        "channels": 3,
+        "count": 16.0,
+        "estimator": "within",
+        "by_example": False,
+        "inner": "debiased",
+        "dtype": jnp.float32,
+    },
+    nl.population.init_streaming: {
+        "channels": 3,
+        "after": True,
+        "count": None,
+        "inner": "cumulative",
+        "dtype": jnp.float32,
+    },
+    nl.population.init_rms: {"channels": 3, "inner": "debiased", "dtype": jnp.float32},
+    nl.population.init_window: {"channels": 3, "size": 2, "dtype": jnp.float32},
+    nl.population.init_power: {
+        "channels": 3,
+        "decay": 0.9,
+        "backward_decay": None,
+        "begin": 0,
+        "debias": True,
+        "dtype": jnp.float32,
+    },
+    nl.population.init_mabn: {
+        "channels": 3,
+        "size": 2,
+        "decay": 0.9,
+        "r_max": 5.0,
+        "begin": 10,
+        "dtype": jnp.float32,
+    },
+    nl.population.taps: {"states": TAPPED},
+    nl.population.tapped: {"states": TAPPED, "taps": nl.population.taps(TAPPED)},
+    nl.population.take_back: {"states": TAPPED, "seen": nl.population.taps(TAPPED)},
+    instruments.tap: {"parts": PARTS},
+    instruments.tapped: {"parts": PARTS, "tap": instruments.tap(PARTS), "a": A},
     nl.population.init_renorm: {
         "channels": 3,
         "r_max": 3.0,
@@ -184,6 +230,7 @@ CALLS = {
         "decay": 0.9,
         "ddof": 0,
         "debias": True,
+        "estimator": "pooled",
         "dtype": jnp.float32,
     },
     nl.instance_norm: EXAMPLE | {"algorithm": "auto"},

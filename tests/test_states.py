@@ -17,6 +17,7 @@ from tests.helpers import array, draw, gap
 N, C = 6, 3
 A = draw(0, N, C, mean=5.0)
 NAMES = ("debiased", "ema", "cumulative", "renorm", "domains", "frozen")
+NAMES += ("prior", "streaming", "window", "rms", "power", "mabn")
 SYNC = nl.Sync("d", every=1)
 
 
@@ -104,6 +105,12 @@ def test_numpys_arrays_are_as_good_as_jaxs_and_debug_settings_find_no_fault(kind
         nl.population.init_renorm,
         nl.population.init_domains,
         nl.population.init_delayed,
+        nl.population.init_prior,
+        nl.population.init_streaming,
+        nl.population.init_window,
+        nl.population.init_rms,
+        nl.population.init_power,
+        nl.population.init_mabn,
         functools.partial(nl.population.init_population, "ema"),
         functools.partial(nl.population.init_population, "frozen"),
         functools.partial(nl.population.init_domains, inner="cumulative"),
@@ -119,10 +126,10 @@ def test_statistics_are_kept_in_float32_at_least(init):
             init(C, dtype=dtype)
 
 
-@pytest.mark.parametrize("name", ["debiased", "ema", "cumulative", "renorm", "domains"])
+@pytest.mark.parametrize("name", [n for n in NAMES if n not in ("frozen", "window")])
 def test_statistics_that_were_cast_to_half_precision_do_not_stall(name):
     """They are taken back to float32, where 0.99 of an average and 0.01 of a batch can be added."""
-    options = {} if name == "cumulative" else {"decay": 0.99}
+    options = {} if name in ("cumulative", "streaming") else {"decay": 0.99}
     state, batch = nl.population.init_population(name, C, **options), array(A)
     step = jax.jit(lambda state: nl.batch_norm(batch, None, state, train=True)[1])
     state, half = step(state), jax.tree.map(lambda v: v.astype(jnp.bfloat16), step(state))
@@ -130,7 +137,12 @@ def test_statistics_that_were_cast_to_half_precision_do_not_stall(name):
     for _ in range(800):
         half = step(half)
     assert half.read()[0].dtype == jnp.float32
-    assert gap(half.read()[0], A.mean(0)) < 2e-3
+    expected = (
+        (A.mean(0), A.var(0))
+        if name not in ("rms", "power", "mabn")
+        else (np.zeros(C), (A**2).mean(0))
+    )
+    assert gap(half.read(), expected) < 2e-3
 
 
 # Checkpoints.
@@ -205,15 +217,14 @@ def test_what_a_checkpoint_lacks_is_named():
         nl.population.restore_states({"a": nl.init_running(2)}, {"a": states["a"]._asdict()})
 
 
-@pytest.mark.parametrize("name", ["debiased", "cumulative", "renorm", "domains", "frozen", "batch"])
+@pytest.mark.parametrize("name", [*(n for n in NAMES if n != "ema"), "batch"])
 def test_a_pure_dict_of_an_nnx_model_goes_through_orbax_and_comes_back(name, tmp_path):
     def make():
         return normlab.nnx.BatchNorm(C, momentum=0.9, population=name, rngs=nnx.Rngs(0))
 
     old, new = make(), make()
-    assert nl.population.conventions(old) == nl.population.conventions(
-        {"population": nl.population.init_population(name, C)}
-    )
+    same = nl.population.init_population(name, C, **({"decay": 0.9} if name == "mabn" else {}))
+    assert nl.population.conventions(old) == nl.population.conventions({"population": same})
     nl.population.check_conventions(old, new)
     old(array(A))
     with ocp.StandardCheckpointer() as checkpointer:

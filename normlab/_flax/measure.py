@@ -22,7 +22,7 @@ from normlab.equation import Parts
 from normlab.errors import invalid
 from normlab.example import group_moments, layer_moments, rms_parts
 from normlab.measure import Moments
-from normlab.population.optional import measures
+from normlab.population.optional import alone, measures
 
 
 def batch(
@@ -38,7 +38,7 @@ def batch(
     With `quiet`, one value per channel is nothing to warn of.
     """
     x, weights, channel, back = _one_feature_axis(call)
-    if measures(state, train) and not quiet:
+    if measures(state, train) and alone(state, train) and not quiet:
         axes = [i for i in range(x.ndim) if i != channel]
         values = values_per_channel(call.where, as_sync(call.over), x.shape, axes)
         _warn_of_one(call, values, "a larger batch, use_running_average=True")

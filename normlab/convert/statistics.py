@@ -72,7 +72,8 @@ def statistics_dtype(where: str, v: Array) -> Any:
 
 def is_average(norm: Converted) -> bool:
     """Whether the state is an exponential moving average, as other libraries have it."""
-    return options(norm.state).get("population") in ("ema", "debiased")
+    kept = options(norm.state)
+    return kept.get("population") in ("ema", "debiased") and "estimator" not in kept
 
 
 def decay_of(norm: Converted) -> dict[str, Any]:

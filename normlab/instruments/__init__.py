@@ -15,7 +15,14 @@ from normlab.instruments.activations import (
 )
 from normlab.instruments.agreement import Equivalence, equivalence
 from normlab.instruments.curvature import AlongStep, HessianMax, along_step, hessian_max
-from normlab.instruments.gradients import CovariateShift, covariate_shift, gradient_norms
+from normlab.instruments.gradients import (
+    Backward,
+    CovariateShift,
+    covariate_shift,
+    gradient_norms,
+    tap,
+    tapped,
+)
 from normlab.instruments.shards import Drift, drift
 from normlab.instruments.weights import angular_update, effective_lr
 from normlab.instruments.whiteness import (
@@ -30,6 +37,7 @@ from normlab.instruments.whiteness import (
 
 __all__ = [
     "AlongStep",
+    "Backward",
     "CovariateShift",
     "Drift",
     "Equivalence",
@@ -53,6 +61,8 @@ __all__ = [
     "hessian_max",
     "percentiles",
     "saturation",
+    "tap",
+    "tapped",
     "whiten",
     "whitening",
 ]

@@ -1,4 +1,4 @@
-"""Gradients by layer: their lengths, and what the steps of the layers before change in them."""
+"""Gradients by layer: lengths, means, and what the steps of the layers before change in them."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.typing import ArrayLike
 
-from normlab._arguments import checked, integer, mapping, sequence, text, tree
+from normlab._arguments import array, checked, instance, integer, mapping, sequence, text, tree
+from normlab.equation import Parts
 from normlab.errors import invalid, nearest
 from normlab.instruments.vectors import as_vector, check_alike, cosine, norm
 
@@ -44,6 +46,55 @@ def gradient_norms(grads: Any, *, depth: int = 1) -> dict[str, Array]:
         name = jax.tree_util.keystr(path[:depth], simple=True, separator="/")
         layers.setdefault(name, []).append(g)
     return {name: norm(as_vector(gs)) for name, gs in layers.items()}
+
+
+class Backward(NamedTuple):
+    """What the gradient meets in a norm, with z = (a − μ)/σ and g = ∂L/∂z.
+
+    Attributes:
+      g: The mean of ∂L/∂z over the values that one σ is of.
+      gz: That of ∂L/∂z · z. Of batch norm both are what its gradient loses.
+    """
+
+    g: Array
+    gz: Array
+
+
+@checked("tap")
+def tap(parts: Parts) -> Backward:
+    """Zeros, for `tapped`: one for each σ.
+
+    Args:
+      parts: Of a norm, or their shapes.
+    """
+    shape = jnp.broadcast_shapes(parts.mu.shape, parts.sigma.shape)
+    zeros = jnp.zeros(shape, parts.sigma.dtype)
+    return Backward(zeros, zeros)
+
+
+@checked("tapped", a=array(), tap=instance(Backward, "make it with tap(parts)"))
+def tapped(parts: Parts, tap: Backward, a: ArrayLike) -> Parts:
+    """The parts of a norm, with a tap: its gradient is what the backward pass has met there.
+
+        μ − σ·tap.g/n        σ·(1 − tap.gz/n)
+
+    of which the derivatives by the tap, at zero, are ⟨∂L/∂z⟩ and ⟨∂L/∂z · z⟩: no further pass, and
+    to the bit the same parts. On several devices each finds its own share.
+
+    Args:
+      parts: Of any norm.
+      tap: Zeros, from `tap`.
+      a: What the parts are applied to.
+
+    >>> from normlab import Parts, affine
+    >>> parts, a = Parts(*map(jnp.float32, (1.0, 2.0, 3.0, 0.0))), jnp.array([[1.0], [5.0]])
+    >>> loss = lambda seen: jnp.square(affine(tapped(parts, seen, a), a)).sum() / 2
+    >>> [v.item() for v in jax.grad(loss)(tap(parts))]                 # h = 0, 6 and g = 0, 18
+    [9.0, 18.0]
+    """
+    n = jnp.size(a) / max(tap.gz.size, 1)
+    mu = parts.mu - parts.sigma * (tap.g / n)
+    return parts._replace(mu=mu, sigma=parts.sigma * (1 - tap.gz / n))
 
 
 class CovariateShift(NamedTuple):

@@ -9,21 +9,27 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.typing import DTypeLike
+from jax.typing import ArrayLike, DTypeLike
 
-from normlab._arguments import KINDS, checked, integer
+from normlab._arguments import KINDS, checked, flag, integer, number
 from normlab._checks import imported
 from normlab.devices.topology import Sync
 from normlab.errors import invalid, nearest
 from normlab.population._batches import statistics_dtype
-from normlab.population.cumulative import init_cumulative
+from normlab.population.cumulative import Cumulative, Estimator, init_cumulative
 from normlab.population.delayed import delay
 from normlab.population.domains import Domains
 from normlab.population.frozen import Frozen
+from normlab.population.mabn import init_mabn
 from normlab.population.optional import plain
+from normlab.population.power import init_power
+from normlab.population.prior import WORTH, Prior, around
 from normlab.population.protocol import Population
 from normlab.population.renorm import init_renorm
+from normlab.population.rms import Rms
 from normlab.population.running import init_running
+from normlab.population.streaming import Streaming
+from normlab.population.window import init_window
 
 
 @checked(
@@ -64,6 +70,116 @@ def init_domains(
     return Domains(stacked, jnp.zeros(() if examples is None else (examples,), jnp.int32))
 
 
+@checked("prior", count=WORTH, by_example=flag(), inner=KINDS["population"])
+def init_prior(
+    channels: int,
+    *,
+    count: ArrayLike = 16.0,
+    estimator: Estimator = "within",
+    by_example: bool = False,
+    inner: str | Callable[..., Any] = "debiased",
+    dtype: DTypeLike | None = None,
+    **options: Any,
+) -> Prior:
+    """Returns the state of test-time adaptation before training; `adapt` makes it of a trained one.
+
+    Args:
+      channels: `C`.
+      count: N, `Prior.count`.
+      estimator: `Prior.estimator`.
+      by_example: `Prior.by_example`. With it, `estimator="pooled"`, `decay=0.0`, and the size of
+        the last batch as the count, this is virtual batch normalization (Salimans et al. 2016,
+        https://arxiv.org/abs/1606.03498): training normalizes the reference batch, and takes it in;
+        inference each example by the reference batch and itself, which weighs 1/(N + 1).
+      inner: What is kept of the source: a population, as in `init_population`.
+      dtype: As in `init_running`.
+      **options: The options of `inner`.
+
+    >>> state = init_prior(3, count=0.0)
+    >>> state.read()[1].tolist()
+    [1.0, 1.0, 1.0]
+    """
+    return around(
+        init_population(inner, channels, dtype=dtype, **options), count, estimator, by_example
+    )
+
+
+@checked(
+    "streaming",
+    after=flag(),
+    count=number("a number of values, at least 0", "pass 1e-4, or 0", lambda v: 0 <= v < 1e30),
+    inner=KINDS["population"],
+)
+def init_streaming(
+    channels: int,
+    *,
+    after: bool = True,
+    count: float | None = None,
+    inner: str | Callable[..., Any] = "cumulative",
+    dtype: DTypeLike | None = None,
+    **options: Any,
+) -> Streaming:
+    """Returns statistics by which training normalizes too.
+
+    Args:
+      channels: `C`.
+      after: Whether a batch is taken in before it is normalized. Without, and with
+        `inner="ema"`, `estimator="pooled"`, an example at a time, this is the forward pass of
+        online normalization (Chiley et al. 2019, https://arxiv.org/abs/1905.05894).
+      count: Of how many values, of mean 0 and variance 1, the statistics begin, if `inner` is
+        `"cumulative"`; 1e-4 by default, as in the `RunningMeanStd` of reinforcement learning. A
+        float32 counts to 16 million values: for longer streams `dtype="float64"`.
+      inner: What is kept: a population, as in `init_population`.
+      dtype: As in `init_running`.
+      **options: The options of `inner`.
+
+    Raises:
+      ValueError: For a count, if `inner` does not count.
+
+    >>> from normlab import batch_norm
+    >>> h, state = batch_norm(jnp.array([[1.0], [3.0]]), None, init_streaming(1), train=True)
+    >>> h, state = batch_norm(jnp.array([[5.0]]), None, state, train=True)    # 1, 3 and 5
+    >>> h.round(3).tolist()
+    [[1.225000023841858]]
+    """
+    state = init_population(inner, channels, dtype=dtype, **options)
+    if isinstance(state, Cumulative):
+        begin = jnp.full_like(state.count, 1e-4 if count is None else count)
+        state = state._replace(count=begin, within=+begin)
+    elif count is not None:
+        given = f"count={count!r} with statistics of type {type(state).__name__}"
+        change = 'leave it out, or keep all batches with inner="cumulative"'
+        raise invalid("streaming", given, "a count for statistics that count", change)
+    return Streaming(state, after)
+
+
+@checked("rms population", inner=KINDS["population"])
+def init_rms(
+    channels: int,
+    *,
+    inner: str | Callable[..., Any] = "debiased",
+    dtype: DTypeLike | None = None,
+    **options: Any,
+) -> Rms:
+    """Returns statistics about zero.
+
+    With `inner="window"` this is the forward pass of MABN, with `inner="streaming"` that of
+    PowerNorm after its warm-up; `"mabn"` and `"power"` have their backward passes too.
+
+    Args:
+      channels: `C`.
+      inner: What is kept of the mean squares: a population, as in `init_population`.
+      dtype: As in `init_running`.
+      **options: The options of `inner`.
+
+    >>> from normlab import batch_norm
+    >>> h, state = batch_norm(jnp.array([[1.0], [7.0]]), None, init_rms(1), train=True)
+    >>> h.round(3).tolist(), [v.tolist() for v in state.read()]
+    ([[0.20000000298023224], [1.4000000953674316]], [[0.0], [25.0]])
+    """
+    return Rms(init_population(inner, channels, dtype=dtype, **options))
+
+
 @checked("frozen statistics", inner=KINDS["population"])
 def _frozen(
     channels: int, *, inner: str | Callable[..., Any] = "debiased", **options: Any
@@ -83,6 +199,12 @@ POPULATIONS: dict[str, Callable[..., Any]] = {
     "cumulative": init_cumulative,
     "renorm": init_renorm,
     "domains": init_domains,
+    "prior": init_prior,
+    "streaming": init_streaming,
+    "window": init_window,
+    "rms": init_rms,
+    "power": init_power,
+    "mabn": init_mabn,
     "frozen": _frozen,
     "batch": _batch,
 }
@@ -96,8 +218,10 @@ def init_population(population: str | Callable[..., Any], channels: int, **optio
     Args:
       population: `"debiased"` and `"ema"` (`init_running`, without and with a bias towards 0 and
         1), `"cumulative"` (`init_cumulative`), `"renorm"` (`init_renorm`), `"domains"`
-        (`init_domains`), `"frozen"` (`Frozen`), `"batch"` (nothing is kept: inference
-        normalizes with its own batch); or a function of the channels (and of the options
+        (`init_domains`), `"prior"` (`init_prior`), `"streaming"` (`init_streaming`), `"window"`
+        (`init_window`), `"rms"` (`init_rms`), `"power"` (`init_power`), `"mabn"` (`init_mabn`),
+        `"frozen"` (`Frozen`), `"batch"` (nothing is kept:
+        inference normalizes with its own batch); or a function of the channels (and of the options
         that are given, and of `dtype` if it has one).
       channels: `C`.
       **options: Those of the function it stands for.
@@ -114,7 +238,7 @@ def init_population(population: str | Callable[..., Any], channels: int, **optio
             return init_population(make, channels, **options)
         known = inspect.signature(make).parameters
         for option in options:
-            if not takes(population, option):
+            if {option, "options"}.isdisjoint(known):
                 names = [name for name in known if name != "channels"]
                 given = f"{population!r}: unknown option {option!r}: {nearest(option, names)}"
                 raise invalid("population", given, "options it has", "use a known one")
@@ -155,8 +279,9 @@ def init_batch_state(
 
 
 def takes(name: str, option: str) -> bool:
-    """Whether the population of that name has an option, or holds another that may have it."""
-    return not {option, "options"}.isdisjoint(inspect.signature(require(name)).parameters)
+    """Whether the population of that name has an option, or the one that it holds by default."""
+    known = inspect.signature(require(name)).parameters
+    return option in known or ("options" in known and takes(known["inner"].default, option))
 
 
 def require(name: str) -> Callable[..., Any]:

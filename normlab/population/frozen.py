@@ -11,14 +11,18 @@ from jax import Array
 from normlab._arguments import a_function, checked, either, text
 from normlab._paths import matches
 from normlab._trees import node
+from normlab.devices.topology import Sync
 from normlab.errors import invalid
 from normlab.measure import Moments
 from normlab.population._batches import BadBatch
 from normlab.population.optional import (
+    Run,
+    alone,
     is_population,
     measures,
     normalizer,
-    options,
+    observe,
+    options_of,
     pool_inner,
     read_inner,
 )
@@ -39,6 +43,16 @@ class Frozen(NamedTuple):
         del train
         return measures(self.inner, False)
 
+    def alone(self, train: bool) -> bool:
+        """As `inner` in inference."""
+        del train
+        return alone(self.inner, False)
+
+    def observe(self, run: Run, sync: Sync) -> tuple[Moments, Moments, Frozen]:
+        """As `inner` in inference."""
+        m, population, _ = observe(self.inner, run._replace(train=False), sync)
+        return m, population, self
+
     def normalizer(self, m: Moments | None, eps: Any, *, train: bool) -> tuple[Array, Array]:
         """Those of `inner` in inference."""
         del train
@@ -53,8 +67,7 @@ class Frozen(NamedTuple):
 
     def options(self) -> dict[str, Any]:
         """Those of frozen statistics, with the decay and the ddof that `inner` names."""
-        kept = options(self.inner)
-        return {"population": "frozen"} | {n: kept[n] for n in ("decay", "ddof") if n in kept}
+        return options_of("frozen", self.inner)
 
 
 RULE = either(
@@ -82,16 +95,16 @@ def freeze(states: Any, rule: str | Callable[[str], bool] | None = None) -> Any:
     >>> [type(state).__name__ for state in freeze(states, "stem").values()]
     ['Running', 'Frozen']
     """
-    return _where("freeze", states, rule, lambda s: s if isinstance(s, Frozen) else Frozen(s))
+    return where_chosen("freeze", states, rule, lambda s: s if isinstance(s, Frozen) else Frozen(s))
 
 
 @checked("thaw", rule=RULE)
 def thaw(states: Any, rule: str | Callable[[str], bool] | None = None) -> Any:
     """Undoes `freeze`, which see."""
-    return _where("thaw", states, rule, lambda s: s.inner if isinstance(s, Frozen) else s)
+    return where_chosen("thaw", states, rule, lambda s: s.inner if isinstance(s, Frozen) else s)
 
 
-def _where(where: str, states: Any, rule: Any, change: Callable[[Any], Any]) -> Any:
+def where_chosen(where: str, states: Any, rule: Any, change: Callable[[Any], Any]) -> Any:
     """`states` with a `change` of those that the rule names."""
     found, structure = jax.tree_util.tree_flatten_with_path(states, is_leaf=is_population)
     named = lambda path: jax.tree_util.keystr(path, simple=True, separator="/")  # noqa: E731

@@ -1,9 +1,12 @@
 """What a population may decide beside what it must: defaults, unless it has a method of the name.
 
     measures      whether batch norm is to measure the batch              in training
+    alone         whether a batch that is measured stands for itself      in training
+    updated_first whether `normalizer` is that of the new state           no
     delays        whether it remembers what other devices measured        no
     observe       what normalizes the batch, and what is taken in         the batch's moments
     normalizer    μ and σ                                                 of the batch; else `read`
+    backward      what the gradient is to have beside                     nothing
     per_example   whether `read` returns values of each example           no
     moments       the moments that `read` is about                        of a count of 1
     options       the options of `get("batch")` it begins with            none
@@ -12,15 +15,15 @@
     settled       the same, of what a transaction saw                     cannot be
 
 One that holds another, such as `Frozen`, has it in a field `inner`, which answers `measures`,
-`delays`, `normalizer`, `per_example` and `moments` in its place; `update_inner`, `read_inner` and
-`pool_inner` are the methods of one that says nothing else.
+`alone`, `updated_first`, `delays`, `normalizer`, `backward`, `per_example` and `moments` in its
+place; `update_inner`, `read_inner` and `pool_inner` are the methods of one that says nothing else.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -35,11 +38,26 @@ from normlab.population.protocol import Population
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-Run = Callable[..., tuple[Moments, Moments]]
-"""`run(sync, member=None)` measures the batch: the moments that normalize it and those to take in.
 
-`member` weighs the examples, `[N]`.
-"""
+class Run(NamedTuple):
+    """`run(sync, member=None)` measures the batch.
+
+    Attributes:
+      measure: `(sync, member) -> (m, population)`: the moments that normalize the batch and those
+        to take in; `member` weighs the examples, `[N]`.
+      each: Measures each example by itself.
+      positions: The number of values of a channel in an example.
+      train: Whether this is training.
+    """
+
+    measure: Callable[..., tuple[Moments, Moments]]
+    each: Callable[[], Moments]
+    positions: Any
+    train: bool
+
+    def __call__(self, sync: Sync, member: Array | None = None) -> tuple[Moments, Moments]:
+        """Measures the batch."""
+        return self.measure(sync, member)
 
 
 def is_population(value: Any) -> bool:
@@ -104,6 +122,18 @@ def measures(state: Any, train: bool) -> bool:
 
 
 @_asks(inner=True)
+def alone(state: Any, train: bool) -> bool:
+    """Whether a batch that is measured stands for itself: one value of a channel is too few."""
+    return train or not isinstance(state, Population)
+
+
+@_asks(inner=True)
+def updated_first(state: Any) -> bool:
+    """Whether `normalizer` is to be asked of the state that has taken the batch in."""
+    return False
+
+
+@_asks(inner=True)
 def delays(state: Any) -> bool:
     """Whether it remembers what other devices measured, as `Sync(every=...)` wants."""
     return False
@@ -135,6 +165,16 @@ def normalizer(state: Any, m: Moments | None, eps: Any, *, train: bool) -> tuple
 
 
 @_asks(inner=True)
+def backward(state: Any, m: Moments, eps: Any) -> tuple[Array, Array, Any] | None:
+    """What the gradient is to have beside, in training; see `normlab.population.backward`.
+
+    Returns:
+      ν, σ and the tap: the gradient by `a` gets −ν·a/σ². `None` for nothing.
+    """
+    return None
+
+
+@_asks(inner=True)
 def per_example(state: Any) -> bool:
     """Whether `read` returns values of each example of the next batch, `[N, C]`."""
     return False
@@ -151,6 +191,12 @@ def moments(state: Any) -> Moments:
 def options(state: Any) -> dict[str, Any]:
     """The options of `get("batch")` with which such a state begins, as far as it says them."""
     return {"population": "batch"} if state == () else {}
+
+
+def options_of(name: str, inner: Any) -> dict[str, Any]:
+    """The options of the population of that name around `inner`: its decay and ddof, if it says."""
+    kept = options(inner)
+    return {"population": name} | {n: kept[n] for n in ("decay", "ddof") if n in kept}
 
 
 @_asks(inner=False)

@@ -12,14 +12,14 @@ the plain average that starts at mean 0 and variance 1.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax.numpy as jnp
 from jax import Array
 from jax.core import Tracer
 from jax.typing import DTypeLike
 
-from normlab._arguments import checked, settled_decay
+from normlab._arguments import checked, one_of, settled_decay
 from normlab._trees import register
 from normlab.measure import Moments
 from normlab.population._averages import pooled
@@ -41,6 +41,9 @@ class Running(NamedTuple):
       ddof: 0 for the variance that normalized the batch, 1 for the unbiased one; not a leaf.
       sigma_eps: `None` averages the variances. A number ε averages σ = √(var + ε), as batch
         renormalization does, and `var` is σ² − ε; not a leaf.
+      estimator: `None` averages the variances alone. `"pooled"` adds the part between the means of
+        the batches, rate·(1 − rate)·(batch mean − mean)²: the variance of all values together,
+        each with the weight of its batch; not a leaf.
     """
 
     mean: Array
@@ -52,6 +55,7 @@ class Running(NamedTuple):
     decay: float = 0.9
     ddof: int = 0
     sigma_eps: float | None = None
+    estimator: Literal["pooled"] | None = None
 
     @checked("running statistics")
     def update(self, m: Moments, *, decay: Any = None, bad_batch: BadBatch = "skip") -> Running:
@@ -73,13 +77,16 @@ class Running(NamedTuple):
         rate = (1 - decay) / jnp.where(mass > 0, mass, 1)
         count = m.count.mean().astype(self.count.dtype)
         known = jnp.where(self.count > 0, rate, 1)
+        new = self._averaged(rate, var)
+        if self.estimator == "pooled":
+            new += rate * (1 - rate) * jnp.square(mean - self.mean)
         return taken_in(
             self,
             m,
             bad_batch,
             self.ddof,
             mean=self.mean + rate * (mean - self.mean),
-            var=self._averaged(rate, var),
+            var=new,
             mass=mass,
             count=self.count + known * (count - self.count),
         )
@@ -109,7 +116,8 @@ class Running(NamedTuple):
         """
         plain = not isinstance(self.mass, Tracer) and bool((self.mass == 1).all())
         name = "ema" if plain else "debiased"
-        return {"population": name, "decay": self.decay, "ddof": self.ddof}
+        kept = {"population": name, "decay": self.decay, "ddof": self.ddof}
+        return kept if self.estimator is None else {**kept, "estimator": self.estimator}
 
     def settled(self, seen: Any, estimator: str | None) -> Running:
         """The same, with the statistics that a transaction saw."""
@@ -125,16 +133,20 @@ class Running(NamedTuple):
         )
 
 
-register(Running, "decay", "ddof", "sigma_eps")
+register(Running, "decay", "ddof", "sigma_eps", "estimator")
 
 
-@checked("running statistics", decay=settled_decay)
+POOLED = one_of(Literal["pooled"], "None or 'pooled'")
+
+
+@checked("running statistics", decay=settled_decay, estimator=POOLED)
 def init_running(
     channels: int,
     *,
     decay: float = 0.9,
     ddof: int = 0,
     debias: bool = True,
+    estimator: Literal["pooled"] | None = None,
     dtype: DTypeLike | None = None,
 ) -> Running:
     """Returns running statistics with mean 0 and variance 1.
@@ -146,6 +158,7 @@ def init_running(
         weights are counts.
       debias: Whether the initial values are to weigh nothing (the default) or as much as a batch
         seen forever ago, as in most libraries.
+      estimator: `"pooled"` averages what is between the batches' means too; see `Running`.
       dtype: The statistics' type, float32 (`None`; half types are kept in it too) or float64.
 
     Raises:
@@ -162,4 +175,5 @@ def init_running(
         skipped=jnp.zeros((), jnp.int32),
         decay=decay,
         ddof=ddof,
+        estimator=estimator,
     )

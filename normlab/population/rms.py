@@ -1,0 +1,49 @@
+"""A measure about zero: any population, of a batch norm that subtracts no mean."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from jax import Array
+
+from normlab._trees import node
+from normlab.measure import Moments
+from normlab.population._batches import BadBatch
+from normlab.population.optional import (
+    normalizer,
+    options_of,
+    pool_inner,
+    read_inner,
+    updated,
+)
+
+
+def about_zero(m: Moments) -> Moments:
+    """The moments about zero instead of the mean: mean 0, m2 = Σ a²."""
+    return Moments(m.count, jnp.zeros_like(m.mean), m.m2 + m.count * jnp.square(m.mean))
+
+
+@node
+class Rms(NamedTuple):
+    """Moments about zero, in `inner`: μ = 0 and σ = √(mean a² + ε).
+
+    Attributes:
+      inner: Any population, whose means stay 0 and whose variances are means of squares.
+    """
+
+    inner: Any
+
+    read, pool = read_inner, pool_inner
+
+    def update(self, m: Moments, *, decay: Any = None, bad_batch: BadBatch = "skip") -> Rms:
+        """Takes the moments about zero into `inner`."""
+        return Rms(updated(self.inner, about_zero(m), decay=decay, bad_batch=bad_batch))
+
+    def normalizer(self, m: Moments | None, eps: Any, *, train: bool) -> tuple[Array, Array]:
+        """Those of `inner` for the moments about zero."""
+        return normalizer(self.inner, None if m is None else about_zero(m), eps, train=train)
+
+    def options(self) -> dict[str, Any]:
+        """Those of `inner`, with the name of this."""
+        return options_of("rms", self.inner)
