@@ -19,6 +19,7 @@ from normlab.equation import Affine, Parts
 from normlab.errors import invalid
 from normlab.example import group_parts, instance_parts, layer_parts, rms_parts
 from normlab.family.lengths import scale_params, scale_parts
+from normlab.family.whitening import group_whitening_parts, switchable_whitening, whitening
 from normlab.gains import Gain, init_gain, kept_as
 from normlab.making import initial_affine, norm_of, stateless
 from normlab.measure import Algorithm
@@ -231,3 +232,30 @@ _add(
 # Maps of the weights.
 
 # Whitening.
+_add(
+    whitening,
+    "a batch",
+    "a: all examples and positions (and devices), groups of channels together",
+    "mean a",
+    "Σ^½, Σ = cov a + εI",
+    "I-III-I-",
+    "Huang et al. 2018, 2019, Siarohin et al. 2019",
+)
+_add(
+    stateless(group_whitening_parts),
+    "a",
+    "a: of an example, its groups of channels together",
+    "mean a",
+    "Σ^½, Σ = cov a + εI",
+    "II-I-III I--I-III",
+    "Huang et al. 2021",
+)
+_add(
+    switchable_whitening,
+    "a batch",
+    "a: mixed, of the batch, of the positions of an example",
+    "Σ w·μ",
+    "(Σ w·cov a + εI)^½",
+    "I--II-I-",
+    "Pan et al. 2019",
+)
