@@ -107,8 +107,9 @@ class MatrixParts(NamedTuple):
 
     def _check(self, shape: tuple[int, ...]) -> None:
         """Raises ValueError unless the parts fit a pre-activation of that shape."""
-        (*lead, groups, size, _), channel = self.matrix.shape, self.channel_axis
-        fits = -len(shape) <= channel < len(shape)
+        (*lead, groups, size, also), channel = (1, 1, 1, *self.matrix.shape), self.channel_axis
+        lead = lead[3:]
+        fits = self.matrix.ndim > 2 and size == also and -len(shape) <= channel < len(shape)
         if fits:
             examples = shape[0 if channel % len(shape) else min(1, len(shape) - 1)]
             rest = shape[channel] % size if self.strided else shape[channel] - groups * size

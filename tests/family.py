@@ -150,7 +150,6 @@ MAPS = ()
 # Whitening.
 
 
-
 def _inverse_root(cov: np.ndarray, options: dict[str, Any], default: str) -> np.ndarray:
     """W of Σ for a whitener: Kessy, Lewin & Strimmer 2018; Newton's iteration as published."""
     size, whitener = len(cov), options.get("whitener", default)
@@ -188,10 +187,12 @@ def _groups(p: Problem) -> int:
 
 
 def _of_batch(p: Problem) -> tuple[np.ndarray, np.ndarray]:
-    if p.train or not p.state:
+    frozen = p.options.get("population") == "frozen"
+    if not frozen and (p.train or not p.state):
         return _covariances(p.a, _groups(p))
-    if hasattr(p.state, "var"):
-        return p.state.mean, p.state.var
+    if frozen or hasattr(p.state, "var"):
+        kept = p.state.inner if frozen else p.state
+        return kept.mean, kept.var
     assert p.options["estimator"] == "within"
     lost = p.options["ddof"] * p.state.updates
     return p.state.mean, p.state.within / (p.state.count[0] - lost)
@@ -218,7 +219,7 @@ def group_whitening(p: Problem) -> np.ndarray:
 def switchable_whitening(p: Problem) -> np.ndarray:
     """Pan et al. 2019, equations 4 and 5."""
     of, groups = p.options.get("of", ("bw", "iw")), _groups(p)
-    shift, scale = (np.exp(v) / np.exp(v).sum() for v in (p.params.shift, p.params.scale))
+    shift, scale = (np.exp(v) / np.exp(v).sum() for v in (p.params.of_mean, p.params.of_covariance))
     eye = np.eye(p.a.shape[-1] // groups)
     out = []
     for a in p.a:
@@ -241,9 +242,7 @@ WHITENING = (
     Member("whitening", whitening, folds=True, one=(6, 6), slack=30, **_ACROSS),
     Member("whitening", whitening, {"whitener": "zca", "group_size": 3}, slack=30, **_ACROSS),
     Member("whitening", whitening, {"whitener": "pca", "groups": 2}, slack=30, **_ACROSS),
-    Member(
-        "whitening", whitening, {"whitener": "newton", "steps": 7, "relative": True}, **_ACROSS
-    ),
+    Member("whitening", whitening, {"whitener": "newton", "steps": 7, "relative": True}, **_ACROSS),
     Member(
         "whitening",
         whitening,
@@ -270,7 +269,8 @@ WHITENING = (
     Member(
         "switchable_whitening",
         switchable_whitening,
-        {"of": ("bn", "ln"), "groups": 2, "steps": 6, "relative": True, "bad_batch": "raise"} | _KEPT,
+        {"of": ("bn", "ln"), "groups": 2, "steps": 6, "relative": True, "bad_batch": "raise"}
+        | _KEPT,
         slack=10,
         **_ACROSS,
     ),

@@ -333,14 +333,14 @@ class Switch(NamedTuple):
     Attributes:
       g: `[C]`, the gain, or `None`.
       b: `[C]`, the bias, or `None`.
-      shift: `[k]`, how much each mean counts, before the softmax.
-      scale: `[k]`, how much each covariance counts, before the softmax.
+      of_mean: `[k]`, how much each mean counts, before the softmax.
+      of_covariance: `[k]`, how much each covariance counts, before the softmax.
     """
 
     g: Array | None
     b: Array | None
-    shift: Array
-    scale: Array
+    of_mean: Array
+    of_covariance: Array
 
 
 _OF = sequence(one_of(Statistic, ""), "some of 'bw', 'iw', 'bn', 'in', 'ln'", "use these names")
@@ -405,7 +405,7 @@ def switchable_whitening_parts(
             mean, cov = found[whole]
             found[alone] = mean, cov * jnp.eye(cov.shape[-1], dtype=cov.dtype)
     one = jnp.ones(len(of), g.dtype)
-    logits = (one, one) if params is None else (params.shift, params.scale)
+    logits = (one, one) if params is None else (params.of_mean, params.of_covariance)
     shift, scale = (jax.nn.softmax(v.astype(g.dtype)) for v in logits)
     mean = sum(s * found[name][0].astype(g.dtype) for name, s in zip(of, shift, strict=True))
     cov = sum(s * found[name][1].astype(g.dtype) for name, s in zip(of, scale, strict=True))
