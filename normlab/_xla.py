@@ -35,8 +35,10 @@ def partitioned(
         return f(a, *others)
 
     def like_a(v: Any) -> NamedSharding:
-        own = slice(a.ndim - v.ndim, None)
-        kept = zip(v.shape, a.shape[own], shardings[0].spec[own], strict=True)
+        more = max(v.ndim - a.ndim, 0)  # axes of groups of channels: what it shares comes first
+        own = slice(0 if more else a.ndim - v.ndim, None)
+        shape, spec = (*a.shape[own], *[1] * more), (*shardings[0].spec[own], *[None] * more)
+        kept = zip(v.shape, shape, spec, strict=True)
         return NamedSharding(mesh, PartitionSpec(*(s if n == m != 1 else None for n, m, s in kept)))
 
     def run(out: Any) -> Any:

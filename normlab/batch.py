@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -18,12 +19,13 @@ from jax import Array, lax
 from jax.typing import ArrayLike
 
 from normlab._arguments import KINDS, checked
-from normlab._checks import check_values, gain_and_bias
+from normlab._checks import check_values, gain_and_bias, promote_dtype
 from normlab._weights import aligned
 from normlab._xla import sharded_as
 from normlab.devices.merging import measure, values_per_channel
 from normlab.devices.topology import AxisName, Sync, as_sync
 from normlab.equation import Affine, Parts, affine
+from normlab.matrix import along
 from normlab.measure import Algorithm, Moments, moments
 from normlab.population._batches import BadBatch, check_batch
 from normlab.population.backward import watched
@@ -147,7 +149,7 @@ def batch_parts(
     check_state(where, state, sync, train, a.shape, channel)
     m, population, kept = None, None, 0
     if measures(state, train):
-        x, w, axes, kept = _examples_first(a, weights, channel)
+        x, w, axes, kept = examples_first(a, weights, channel)
         one = values_per_channel(where, sync, x.shape, axes) == 1
         itself = alone(state, train)
         refused = one and itself and not _one_value and bad_batch != "propagate"
@@ -156,32 +158,59 @@ def batch_parts(
         check_values(where, f"{a.shape} in training", refused, "channel", change)
         least = 1 if one or not itself or bad_batch == "propagate" else 2
 
-        def measured(sync: Sync, member: Array | None = None) -> tuple[Moments, Moments]:
-            among = w
-            if member is not None:
-                among = member.reshape(-1, *(1,) * (x.ndim - 1)).astype(g.dtype)
-                among = among if w is None else among * w
-            return measure(where, x, axes, sync, weights=among, algorithm=algorithm, least=least)
+        def measured(sync: Sync, w: Array | None) -> tuple[Moments, Moments]:
+            return measure(where, x, axes, sync, weights=w, algorithm=algorithm, least=least)
 
-        inside = [i for i in axes if i]
-        each = functools.partial(moments, x, inside, weights=w, algorithm=algorithm)
-        run = Run(measured, each, math.prod(x.shape[i] for i in inside), train)
+        each = functools.partial(moments, algorithm=algorithm)
+        run = by_member(measured, each, x, w, axes, train)
         m, population, state = observe(state, run, sync)
         m = _per_channel(check_batch(where, m, bad_batch), kept)
     before = state
     if train and population is not None and isinstance(state, Population):
         population = sharded_as(population, kept - a.ndim, state.read()[0])
-        policy = "propagate" if bad_batch == "propagate" else "skip"  # "raise" has been seen to
-        population = population if state_gradient else lax.stop_gradient(population)
-        state = updated(state, population, decay=decay, bad_batch=policy)
+        state = after(state, population, decay, bad_batch, state_gradient)
     asked = state if updated_first(state) else before
     mu, sigma = normalizer(asked, m, eps, train=train and m is not None)
-    mu, sigma = (_along(v.astype(g.dtype), a.ndim, channel) for v in (mu, sigma))
+    mu, sigma = (along(v.astype(g.dtype), a.ndim, channel) for v in (mu, sigma))
     back = backward(before, m, eps) if train and m is not None else None
     if back is not None and population is not None:
-        back = jax.tree.map(lambda v: _along(v.astype(g.dtype), a.ndim, channel), back)
+        back = jax.tree.map(lambda v: along(v.astype(g.dtype), a.ndim, channel), back)
         sigma = watched(sigma, a, weights, back, population.count.mean())
     return Parts(mu, sigma, g, b), state
+
+
+def by_member(
+    measured: Callable[[Sync, Array | None], tuple[Moments, Moments]],
+    each: Callable[..., Moments],
+    x: Array,
+    w: Array | None,
+    axes: Sequence[int],
+    train: bool,
+) -> Run:
+    """What `observe` runs: `measured(sync, weights)`, also of some of the examples alone.
+
+    `each(x, axes, weights=)` measures every example by itself.
+    """
+    inside = [i for i in axes if i]
+
+    def measure(sync: Sync, member: Array | None = None) -> tuple[Moments, Moments]:
+        among = w
+        if member is not None:
+            among = member.reshape(-1, *(1,) * (x.ndim - 1)).astype(promote_dtype(x))
+            among = among if w is None else among * w
+        return measured(sync, among)
+
+    alone = functools.partial(each, x, inside, weights=w)
+    return Run(measure, alone, math.prod(x.shape[i] for i in inside), train)
+
+
+def after(
+    state: Any, population: Moments, decay: Any, bad_batch: BadBatch, state_gradient: bool
+) -> Any:
+    """The state that has taken in what a batch, whose bad values were seen to, was measured to."""
+    policy = "propagate" if bad_batch == "propagate" else "skip"  # "raise" has been seen to
+    population = population if state_gradient else lax.stop_gradient(population)
+    return updated(state, population, decay=decay, bad_batch=policy)
 
 
 @checked("batch norm")
@@ -195,12 +224,12 @@ def batch_moments(
 ) -> Moments:
     """The moments, broadcastable to `a`, that `batch_norm`, which see, normalizes training with."""
     a, channel, weights = aligned("batch norm", a, weights, channel_axis)
-    x, w, axes, kept = _examples_first(a, weights, channel)
+    x, w, axes, kept = examples_first(a, weights, channel)
     m, _ = measure("batch norm", x, axes, as_sync(axis_name), weights=w, algorithm=algorithm)
-    return Moments(*(_along(v, a.ndim, channel) for v in _per_channel(m, kept)))
+    return Moments(*(along(v, a.ndim, channel) for v in _per_channel(m, kept)))
 
 
-def _examples_first(
+def examples_first(
     a: Array, weights: Array | None, channel: int
 ) -> tuple[Array, Array | None, list[int], int]:
     """`a` and the weights with the examples on axis 0; the axes to measure over; the channels'."""
@@ -214,11 +243,3 @@ def _per_channel(m: Moments, kept: int) -> Moments:
     """Fields `[1, C]`, or `[N, C]` where the examples have moments of their own."""
     others = [i for i in range(1, m.mean.ndim) if i != kept]
     return Moments(*(jnp.atleast_2d(jnp.squeeze(field, others)) for field in m))
-
-
-def _along(v: Array, ndim: int, channel: int) -> Array:
-    """`[C]` along the channels of `a`; `[N, C]` along its examples as well."""
-    if ndim == 1:
-        return jnp.atleast_2d(v)[0]
-    v = jnp.expand_dims(jnp.atleast_2d(v), range(2, ndim))
-    return jnp.moveaxis(v, (0, 1), (0 if channel else 1, channel))

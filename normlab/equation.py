@@ -8,7 +8,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax.numpy as jnp
 from jax import Array
@@ -89,7 +89,32 @@ def init_affine(
     )
 
 
-declare(parts=instance(Parts, "take them from a *_parts, or make Parts(mu, sigma, g, b)"))
+PARTS = instance(Parts, "take them from a *_parts, or make Parts(mu, sigma, g, b)")
+declare(parts=PARTS)
+
+
+@runtime_checkable
+class Applied(Protocol):
+    """Parts of another kind than `Parts`, which know how they are applied: `MatrixParts`.
+
+    Their μ, σ, g and b are there for whoever looks at them.
+    """
+
+    def apply(self, a: Array, weights: Array | None = None) -> Array:
+        """h, as `affine` returns it."""
+        ...
+
+    def invert(self, h: Array) -> Array:
+        """a, as `invert` returns it."""
+        ...
+
+
+def _any_parts(value: Any) -> Any:
+    plain = isinstance(value, Parts | type) or not isinstance(value, Applied)
+    return PARTS.read(value) if plain else value
+
+
+ANY_PARTS = PARTS._replace(read=_any_parts)
 
 
 @checked("learned")
@@ -118,9 +143,9 @@ def learned(
     return gain_and_bias("learned", params, a, channel_axis, feature_axes)
 
 
-@checked("affine")
+@checked("affine", parts=ANY_PARTS)
 def affine(
-    parts: Parts,
+    parts: Parts | Applied,
     a: ArrayLike,
     *,
     weights: ArrayLike | None = None,
@@ -132,7 +157,7 @@ def affine(
     first, so nothing is lost when |μ| is much larger than σ.
 
     Args:
-      parts: μ, σ, g and b, each broadcastable to `a`.
+      parts: μ, σ, g and b, each broadcastable to `a`; or parts that apply themselves.
       a: `[N, ..., C]`, the pre-activation.
       weights: The weights that the parts were measured with, if any. A value that is not finite
         and weighs nothing counts as zero, so that it reaches no gradient.
@@ -150,16 +175,20 @@ def affine(
     """
     if channel_axis is not None:
         (channel_axis,) = normalize_axes("affine", channel_axis, jnp.ndim(a))
+    if not isinstance(parts, Parts):
+        return parts.apply(jnp.asarray(a), align_weights("affine", weights, a, channel_axis))
     parts = check_parts(parts, jnp.shape(a), promote_dtype(a))
     a, weights = jnp.asarray(a), align_weights("affine", weights, a, channel_axis)
     return partitioned(apply_parts, a, parts, weights)
 
 
-@checked("invert")
-def invert(parts: Parts, h: ArrayLike) -> Array:
+@checked("invert", parts=ANY_PARTS)
+def invert(parts: Parts | Applied, h: ArrayLike) -> Array:
     """Undoes `affine`, which see: a = (h − b) · σ / g + μ, in the shape and floating type of `h`.
 
     Where g is zero the information is gone and the result is not finite.
     """
+    if not isinstance(parts, Parts):
+        return parts.invert(jnp.asarray(h))
     mu, sigma, g, b = check_parts(parts, jnp.shape(h), promote_dtype(h))
     return ((promote(h) - b) * sigma / g + mu).astype(result_dtype(h))

@@ -28,6 +28,7 @@ from normlab._trees import node
 from normlab._weights import align_weights
 from normlab._weights import effective_sample_size as effective_sample_size
 from normlab._xla import derivative_of, partitioned
+from normlab.errors import invalid
 
 Algorithm = Literal["auto", "shifted", "two_pass", "one_pass"]
 """About which pivot the moments are taken.
@@ -61,6 +62,31 @@ class Moments(NamedTuple):
     count: Array  # pyright: ignore[reportIncompatibleMethodOverride]
     mean: Array
     m2: Array
+
+    @staticmethod
+    def product(u: Array, v: Array) -> Array:
+        """What two deviations add to m2: their product, channel by channel."""
+        return u * v
+
+    @staticmethod
+    def measured(
+        x: Array,
+        axes: Sequence[int],
+        *,
+        weights: Array | None = None,
+        algorithm: Algorithm = "auto",
+    ) -> Moments:
+        """The moments of this kind of an array that is laid out as the mean is."""
+        return moments(x, axes, weights=weights, algorithm=algorithm)
+
+    @property
+    def squares(self) -> Array:
+        """The squared deviations of each channel, in the shape of the mean: m2."""
+        return self.m2
+
+    def one(self) -> Array:
+        """The variance that stands for none: 1."""
+        return jnp.ones((), self.m2.dtype)
 
     def var(self, ddof: float = 0) -> Array:
         """The variance m2 / (count − ddof); zero where the count does not exceed `ddof`."""
@@ -167,10 +193,14 @@ def merge(p: Moments, q: Moments) -> Moments:
     >>> merge(moments(jnp.array([1.0, 2.0]), 0), moments(jnp.array([6.0]), 0)).mean.item()
     3.0
     """
+    if type(p) is not type(q):
+        given = f"{type(p).__name__} and {type(q).__name__}"
+        raise invalid("merge", given, "two of one kind", "measure both with the same function")
     count = p.count + q.count
     share = q.count / jnp.where(count > 0, count, 1)
     delta = q.mean - p.mean
-    return Moments(count, p.mean + delta * share, p.m2 + q.m2 + jnp.square(delta) * p.count * share)
+    between = p.product(delta, delta) * p.count * share
+    return type(p)(count, p.mean + delta * share, p.m2 + q.m2 + between)
 
 
 @checked("merge_axes")
@@ -183,5 +213,5 @@ def merge_axes(m: Moments, axes: int | Sequence[int]) -> Moments:
     """
     axes = normalize_axes("merge_axes", axes, m.mean.ndim)
     count = jnp.broadcast_to(m.count, m.mean.shape)
-    between = moments(m.mean, axes, weights=count)
+    between = m.measured(m.mean, axes, weights=count)
     return between._replace(m2=between.m2 + m.m2.sum(axes, keepdims=True))

@@ -37,6 +37,7 @@ from normlab.family.segments import (
     segment_parts,
 )
 from normlab.family.spread import lp_batch
+from normlab.family.whitening import group_whitening_parts, switchable_whitening, whitening
 from normlab.making import initial_features, stateless
 from normlab.registry import INVARIANCES, Row, register
 from normlab.weight import weight_standardization_parts
@@ -297,3 +298,30 @@ _add(local_context_parts, "a", _NEAR, *_OF_A, "I--I-I-I", "Ortiz et al. 2020")
 # Maps of the weights.
 
 # Whitening.
+_add(
+    whitening,
+    "a batch",
+    "a: all examples and positions (and devices), groups of channels together",
+    "mean a",
+    "Σ^½, Σ = cov a + εI",
+    "I-III-I-",
+    "Huang et al. 2018, 2019, Siarohin et al. 2019",
+)
+_add(
+    stateless(group_whitening_parts),
+    "a",
+    "a: of an example, its groups of channels together",
+    "mean a",
+    "Σ^½, Σ = cov a + εI",
+    "II-I-III I--I-III",
+    "Huang et al. 2021",
+)
+_add(
+    switchable_whitening,
+    "a batch",
+    "a: mixed, of the batch, of the positions of an example",
+    "Σ w·μ",
+    "(Σ w·cov a + εI)^½",
+    "I--II-I-",
+    "Pan et al. 2019",
+)

@@ -602,6 +602,132 @@ MAPS = ()
 
 # Whitening.
 
-WHITENING = ()
+
+def _inverse_root(cov: np.ndarray, options: dict[str, Any], default: str) -> np.ndarray:
+    """W of Σ for a whitener: Kessy, Lewin & Strimmer 2018; Newton's iteration as published."""
+    size, whitener = len(cov), options.get("whitener", default)
+    eps = options.get("eps", 1e-3 if default == "cholesky" else 1e-5)
+    cov = cov + eps * np.eye(size) * (np.trace(cov) / size if options.get("relative") else 1)
+    if whitener == "cholesky":
+        return np.linalg.inv(np.linalg.cholesky(cov))
+    if whitener == "newton":
+        p, s = np.eye(size), cov / np.trace(cov)
+        for _ in range(options.get("steps", 5)):
+            p = (3 * p - p @ p @ p @ s) / 2
+        return p / np.sqrt(np.trace(cov))
+    variances, axes = np.linalg.eigh(cov)
+    if whitener == "zca":
+        return axes / np.sqrt(variances) @ axes.T
+    axes = axes * np.sign(axes[np.abs(axes).argmax(0), range(size)])
+    return (axes / np.sqrt(variances)).T[::-1]
+
+
+def _covariances(a: np.ndarray, groups: int) -> tuple[np.ndarray, np.ndarray]:
+    """μ `[C]` and Σ `[G, D, D]` over all but the last axis."""
+    rows = a.reshape(-1, a.shape[-1])
+    split = np.split(rows - rows.mean(0), groups, -1)
+    return rows.mean(0), np.stack([v.T @ v / len(v) for v in split])
+
+
+def _whitened(a: np.ndarray, mu: np.ndarray, ws: list[np.ndarray]) -> np.ndarray:
+    parts = np.split(a - mu, len(ws), -1)
+    return np.concatenate([v @ w.T for v, w in zip(parts, ws, strict=True)], -1)
+
+
+def _groups(p: Problem) -> int:
+    size = p.options.get("group_size", 16)
+    return p.options.get("groups") or -(-p.a.shape[-1] // size)
+
+
+def _of_batch(p: Problem) -> tuple[np.ndarray, np.ndarray]:
+    frozen = p.options.get("population") == "frozen"
+    if not frozen and (p.train or not p.state):
+        return _covariances(p.a, _groups(p))
+    if frozen or hasattr(p.state, "var"):
+        kept = p.state.inner if frozen else p.state
+        return kept.mean, kept.var
+    assert p.options["estimator"] == "within"
+    lost = p.options["ddof"] * p.state.updates
+    return p.state.mean, p.state.within / (p.state.count[0] - lost)
+
+
+def whitening(p: Problem) -> np.ndarray:
+    """Huang et al. 2018, Siarohin et al. 2019, Huang et al. 2019."""
+    mu, covs = _of_batch(p)
+    ws = [_inverse_root(cov, p.options, "cholesky") for cov in covs]
+    return p.affine(_whitened(p.a, mu, ws))
+
+
+def group_whitening(p: Problem) -> np.ndarray:
+    """Huang et al. 2021: each example's groups, as `[groups, values]`."""
+    out = []
+    for a in p.a:
+        rows = a.T.reshape(p.options["groups"], -1)
+        rows = rows - rows.mean(1, keepdims=True)
+        w = _inverse_root(rows @ rows.T / rows.shape[1], p.options, "newton")
+        out.append((w @ rows).reshape(a.T.shape).T)
+    return p.affine(np.stack(out))
+
+
+def switchable_whitening(p: Problem) -> np.ndarray:
+    """Pan et al. 2019, equations 4 and 5."""
+    of, groups = p.options.get("of", ("bw", "iw")), _groups(p)
+    shift, scale = (np.exp(v) / np.exp(v).sum() for v in (p.params.of_mean, p.params.of_covariance))
+    eye = np.eye(p.a.shape[-1] // groups)
+    out = []
+    for a in p.a:
+        found = {"bw": _of_batch(p), "iw": _covariances(a, groups)}
+        found["ln"] = np.full(a.shape[-1], a.mean()), np.stack([a.var() * eye] * groups)
+        for whole, alone in (("bw", "bn"), ("iw", "in")):
+            found[alone] = found[whole][0], found[whole][1] * eye
+        mu, covs = (
+            sum(w * found[name][i] for name, w in zip(of, weights, strict=True))
+            for i, weights in enumerate((shift, scale))
+        )
+        ws = [_inverse_root(cov, p.options, "newton") for cov in covs]
+        out.append(_whitened(a, mu, ws))
+    return p.affine(np.stack(out))
+
+
+_ACROSS: dict[str, Any] = {"x": (4, 6, 7), "w": (7, 6), "weights": True}
+_KEPT = {"population": "cumulative", "estimator": "within", "ddof": 1, "state_gradient": True}
+WHITENING = (
+    Member("whitening", whitening, folds=True, one=(6, 6), slack=30, **_ACROSS),
+    Member("whitening", whitening, {"whitener": "zca", "group_size": 3}, slack=30, **_ACROSS),
+    Member("whitening", whitening, {"whitener": "pca", "groups": 2}, slack=30, **_ACROSS),
+    Member("whitening", whitening, {"whitener": "newton", "steps": 7, "relative": True}, **_ACROSS),
+    Member(
+        "whitening",
+        whitening,
+        {"eps": 1e-2, "bad_batch": "raise", "groups": 3, **_KEPT},
+        slack=30,
+        **_ACROSS,
+    ),
+    Member("whitening", whitening, {"population": "frozen", "decay": 0.5}, **_ACROSS),
+    Member("group_whitening", group_whitening, {"groups": 3}, weights=True, one=(4, 6), slack=10),
+    Member(
+        "group_whitening",
+        group_whitening,
+        {"groups": 2, "whitener": "zca", "steps": 3, "eps": 1e-2, "relative": True},
+        slack=10,
+    ),
+    Member("switchable_whitening", switchable_whitening, one=(8, 6), slack=10, **_ACROSS),
+    Member(
+        "switchable_whitening",
+        switchable_whitening,
+        {"of": ("bw", "iw", "bn", "in", "ln"), "whitener": "zca", "group_size": 3, "eps": 1e-3},
+        slack=10,
+        **_ACROSS,
+    ),
+    Member(
+        "switchable_whitening",
+        switchable_whitening,
+        {"of": ("bn", "ln"), "groups": 2, "steps": 6, "relative": True, "bad_batch": "raise"}
+        | _KEPT,
+        slack=10,
+        **_ACROSS,
+    ),
+    Member("switchable_whitening", switchable_whitening, {"of": ("iw",), "decay": 0.5}, **_ACROSS),
+)
 
 MEMBERS: tuple[Member, ...] = (*LENGTHS, *GAINS, *POINTWISE, *MIXTURES, *WINDOWS, *MAPS, *WHITENING)

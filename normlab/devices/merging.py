@@ -17,7 +17,7 @@ import contextlib
 import functools
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -45,6 +45,7 @@ def measure(
     weights: Array | None = None,
     algorithm: Algorithm = "auto",
     least: int = 1,
+    of: Callable[..., Moments] = moments,
 ) -> tuple[Moments, Moments]:
     """Measures `a` over `axes`, and over the devices and parts of the batch that `sync` names.
 
@@ -56,12 +57,14 @@ def measure(
       weights: As `align_weights` returns them.
       algorithm: As in `moments`.
       least: A population of fewer values with a weight than this counts as empty.
+      of: `moments`, or what else measures an array over axes with weights.
 
     Returns:
       `(m, population)`: the moments that normalize `a`, of leading size 1 or N, and those of all
       the examples along the axes. They are the same where `sync.whole`.
     """
-    run = functools.partial(_measure, where, tuple(axes), sync, algorithm, least)
+    of = functools.partial(of, algorithm=algorithm) if of is moments else of
+    run = functools.partial(_measure, where, tuple(axes), sync, of, least)
     if not sync.names or is_bound(sync.names):
         return partitioned(run, a, weights)
     # Plain jit: the same, in a shard_map over the mesh's axes.
@@ -93,7 +96,7 @@ def _measure(
     where: str,
     axes: tuple[int, ...],
     sync: Sync,
-    algorithm: Algorithm,
+    of: Callable[..., Moments],
     least: int,
     a: Array,
     w: Array | None,
@@ -102,11 +105,11 @@ def _measure(
     if w is not None and least > 1:
         values = count_values(a, axes, (w > 0).astype(w.dtype))
     if sync.whole:
-        local = moments(a, axes, weights=w, algorithm=algorithm)
+        local = of(a, axes, weights=w)
         population, values = _all_reduce(local, sync, values)
         m = differentiated(sync, local, population)
     else:
-        m, population, values = _measure_parts(where, axes, sync, algorithm, a, w, values)
+        m, population, values = _measure_parts(where, axes, sync, of, a, w, values)
     if values is not None:
         count = jnp.where(values < least, 0, population.count)
         population = population._replace(count=count)
@@ -117,7 +120,7 @@ def _measure_parts(
     where: str,
     axes: tuple[int, ...],
     sync: Sync,
-    algorithm: Algorithm,
+    of: Callable[..., Moments],
     a: Array,
     w: Array | None,
     values: Array | None,
@@ -129,12 +132,12 @@ def _measure_parts(
         w = jnp.broadcast_to(w[None], (cut.shards, *w.shape))
     elif w is not None:
         w = w.reshape(cut.shards, -1, *w.shape[1:])
-    local = moments(a, [i + 1 for i in axes], weights=w, algorithm=algorithm)
+    local = of(a, [i + 1 for i in axes], weights=w)
     count = jnp.broadcast_to(local.count, (cut.shards, *local.count.shape[1:]))
-    local = Moments(*(field[:, 0] for field in local._replace(count=count)))
+    local = jax.tree.map(lambda f: f[:, 0], local._replace(count=count))
     merged, population, values = _merge(local, cut, sync.names, values)
     chosen = differentiated(sync, local, merged)
-    m = Moments(*(jnp.repeat(f, examples // cut.shards, axis=0) for f in chosen))
+    m = jax.tree.map(lambda f: jnp.repeat(f, examples // cut.shards, axis=0), chosen)
     return m, population, values
 
 
@@ -146,7 +149,7 @@ def _merge(
     if cut.members is None:
         # Every block is on one device: nothing is asked of the others but the population.
         blocks = jax.tree.map(lambda f: f.reshape(-1, cut.block, *f.shape[1:]), local)
-        blocks = Moments(*(field[:, 0] for field in merge_axes(blocks, 1)))
+        blocks = jax.tree.map(lambda f: f[:, 0], merge_axes(blocks, 1))
         own = merge_axes(blocks, 0)
         population, values = _all_reduce(own, Sync(names), values)
         blocks = jax.tree.map(lambda f: jnp.repeat(f, cut.block, axis=0), blocks)
@@ -168,11 +171,16 @@ def gather(m: Moments, names: tuple[str, ...]) -> Moments:
     return unpack(_gather(pack(m), names), m)[0]
 
 
-def gather_members(m: Moments, members: np.ndarray, names: tuple[str, ...]) -> Moments:
+def gather_members(
+    each: list[Moments], members: np.ndarray, names: tuple[str, ...]
+) -> list[Moments]:
     """The merged moments of those devices that this one's row of `members [D, D]` names."""
-    everything = gather(m, names)
+    packed = [pack(m) for m in each]
+    table = _gather(jnp.concatenate(packed), names)
+    tables = jnp.split(table, np.cumsum([v.size for v in packed])[:-1], axis=-1)
     row = lax.dynamic_slice_in_dim(jnp.asarray(members), lax.axis_index(names), 1)
-    return Moments(*(field[0] for field in merge_members(everything, row)))
+    everything = (unpack(v, m)[0] for v, m in zip(tables, each, strict=True))
+    return [jax.tree.map(lambda f: f[0], merge_members(m, row)) for m in everything]
 
 
 def merge_members(m: Moments, members: Array) -> Moments:
@@ -181,8 +189,9 @@ def merge_members(m: Moments, members: Array) -> Moments:
     chosen = members.reshape(*members.shape, *(1,) * (m.mean.ndim - 1))
     shape = (*members.shape, *m.mean.shape[1:])
     within = jnp.where(chosen, m.m2, 0).sum(1)
-    between = moments(jnp.broadcast_to(m.mean, shape), 1, weights=jnp.where(chosen, count, 0))
-    return Moments(between.count[:, 0], between.mean[:, 0], between.m2[:, 0] + within)
+    mean = jnp.broadcast_to(m.mean, shape)
+    between = m.measured(mean, (1,), weights=jnp.where(chosen, count, 0))
+    return type(m)(between.count[:, 0], between.mean[:, 0], between.m2[:, 0] + within)
 
 
 def differentiated(sync: Sync, local: Moments, merged: Moments) -> Moments:
@@ -197,7 +206,7 @@ def differentiated(sync: Sync, local: Moments, merged: Moments) -> Moments:
         return value
     source = merged if sync.gradient == "backward" else local
     mean = value.mean + derivative_of(source.mean)
-    return Moments(value.count, mean, value.m2 + value.count * derivative_of(source.var()))
+    return value._replace(mean=mean, m2=value.m2 + value.count * derivative_of(source.var()))
 
 
 @checked("all_reduce")
@@ -232,7 +241,7 @@ def _all_reduce(m: Moments, sync: Sync, values: Array | None) -> tuple[Moments, 
             everything, each = unpack(_gather(pack(lax.stop_gradient(m), values), names), m, values)
             values = None if each is None else each.sum(0)
             merged = merge_axes(everything, 0)
-            value = Moments(everything.count.sum(0), merged.mean[0], merged.m2[0])
+            value = type(m)(everything.count.sum(0), merged.mean[0], merged.m2[0])
             m = _merged(m, value, names, is_typed(names))
     return m, values
 
@@ -250,10 +259,11 @@ def _(names: tuple[str, ...], typed: bool, primals: Any, tangents: Any) -> Any:
     merged = _merged(m, value, names, typed)
     share = 1 / jnp.where(merged.count > 0, merged.count, 1)
     delta = m.mean - merged.mean
-    local = Moments(
+    moved = m.count * dm.mean
+    local = type(m)(
         dm.count,
-        (m.count * dm.mean + delta * dm.count) * share,
-        dm.m2 + (2 * m.count * dm.mean + delta * dm.count) * delta,
+        (moved + delta * dm.count) * share,
+        dm.m2 + m.product(moved, delta) + m.product(delta, moved + delta * dm.count),
     )
     # Of collectives, vmap knows no other here.
     packed = lax.psum(vary(pack(local), names) if typed else pack(local), names)
@@ -274,7 +284,7 @@ def unpack(v: Array, like: Moments, values: Array | None = None) -> tuple[Moment
     mean, m2, count, *rest = (
         part.reshape(*v.shape[:-1], *field.shape) for part, field in zip(parts, fields, strict=True)
     )
-    return Moments(count, mean, m2), rest[0] if rest else None
+    return type(like)(count, mean, m2), rest[0] if rest else None
 
 
 def _gather(v: Array, names: tuple[str, ...]) -> Array:

@@ -62,6 +62,14 @@ from normlab.family.segments import (
     segment_norm,
     segment_parts,
 )
+from normlab.family.whitening import (
+    group_whitening_norm,
+    group_whitening_parts,
+    switchable_whitening_norm,
+    switchable_whitening_parts,
+    whitening_norm,
+    whitening_parts,
+)
 
 __all__ = [
     "Centred",
@@ -96,6 +104,8 @@ __all__ = [
     "graph_parts",
     "grn_norm",
     "grn_parts",
+    "group_whitening_norm",
+    "group_whitening_parts",
     "local_context_norm",
     "local_context_parts",
     "local_norm",
@@ -113,5 +123,9 @@ __all__ = [
     "segment_moments",
     "segment_norm",
     "segment_parts",
+    "switchable_whitening_norm",
+    "switchable_whitening_parts",
     "tlu",
+    "whitening_norm",
+    "whitening_parts",
 ]

@@ -10,18 +10,20 @@ from jax import Array
 
 from normlab._arguments import checked
 from normlab._checks import expand, normalize_axes, promote_dtype
-from normlab.equation import Parts
+from normlab.equation import ANY_PARTS, Parts
 from normlab.errors import invalid
+from normlab.matrix import MatrixParts
 
 
-@checked("fold")
+@checked("fold", parts=ANY_PARTS)
 def fold(
-    parts: Parts, kernel: Array, bias: Array | None = None, *, unit_axis: int = -1
+    parts: Parts | MatrixParts, kernel: Array, bias: Array | None = None, *, unit_axis: int = -1
 ) -> tuple[Array, Array]:
     """Writes the parts into the linear layer before them, so that they cost nothing at inference.
 
     With k = g/σ per channel, `affine(parts, linear(x, kernel) + bias)` equals
-    `linear(x, kernel·k) + (bias − μ)·k + b` (Ioffe & Szegedy 2015, section 3.1).
+    `linear(x, kernel·k) + (bias − μ)·k + b` (Ioffe & Szegedy 2015, section 3.1). Where W stands for
+    1/σ, the kernel's units are mixed by g·W.
 
     Args:
       parts: Parts that are numbers or vary along the channels alone, such as batch norm's with
@@ -44,7 +46,10 @@ def fold(
     """
     (unit_axis,) = normalize_axes("fold", unit_axis, kernel.ndim)
     channels = kernel.shape[unit_axis]
-    for name, part in zip(Parts._fields, parts, strict=True):
+    vectors = {n: v for n, v in parts._asdict().items() if n in Parts._fields}
+    if not isinstance(parts, Parts) and parts.matrix.shape[:-3] not in ((), (1,)):
+        vectors["matrix"] = parts.matrix
+    for name, part in vectors.items():
         shape = jnp.shape(part)
         by_example = len(shape) > 1 and shape[0] != 1
         if (
@@ -66,7 +71,16 @@ def fold(
             f"shape ({channels},)",
             "pass the bias of the same layer, and set unit_axis if the units are not last",
         )
-    mu, sigma, g, b = (jnp.broadcast_to(jnp.ravel(part), channels) for part in parts)
+    vectors = {n: jnp.broadcast_to(jnp.ravel(v), channels) for n, v in vectors.items()}
+    if not isinstance(parts, Parts):
+        dtype = jnp.promote_types(promote_dtype(kernel), parts.matrix.dtype)
+        rows = parts._replace(channel_axis=-1, **vectors)
+        zero = jnp.zeros((1, channels), dtype)
+        bias = rows.apply(zero if bias is None else bias.astype(dtype)[None])[0]
+        units = jnp.moveaxis(kernel.astype(dtype), unit_axis, -1)
+        units = rows._replace(mu=zero[0], b=zero[0]).apply(units)
+        return jnp.moveaxis(units, -1, unit_axis).astype(kernel.dtype), bias
+    mu, sigma, g, b = vectors.values()
     dtype = jnp.promote_types(promote_dtype(kernel), (g / sigma).dtype)
     k = (g / sigma).astype(dtype)
     bias = jnp.zeros(channels, dtype) if bias is None else bias.astype(dtype)
@@ -74,13 +88,15 @@ def fold(
     return scaled.astype(kernel.dtype), (bias - mu.astype(dtype)) * k + b.astype(dtype)
 
 
-def rounding(shape: tuple[int, ...], stored: list[Any], unit_axis: int = -1) -> float:
+def rounding(
+    shape: tuple[int, ...], stored: list[Any], unit_axis: int = -1, mixed: int = 0
+) -> float:
     """How much of its Σ|w·x| + |b| rounding adds at most to a layer, before and after folding.
 
     2·(K + 16) units of roundoff for the sums, in float32 at least, and 8 for what is stored or
-    handed on, in the coarsest type of `stored`.
+    handed on, in the coarsest type of `stored`; K is greater by the number of units that are mixed.
     """
-    fan_in = math.prod(shape) // shape[unit_axis]
+    fan_in = math.prod(shape) // shape[unit_axis] + mixed
     fine, coarse = (pick(float(jnp.finfo(t).eps) / 2 for t in stored) for pick in (min, max))
     return 2 * (fan_in + 16) * min(fine, 2.0**-24) + 8 * coarse
 

@@ -5,8 +5,9 @@ A norm folds if it is the same affine function of every input. Two kinds are:
     μ, σ, g, b do not depend on x           w ← w·k           b ← (c − μ)·k + b      k = g/σ
     μ alone does, as linear(x, m) + μ₀      w ← (w − m)·k     b ← (c − μ₀)·k + b
 
-Batch norm with population statistics and weight norm are of the first kind, weight
-standardization, where m = w̄, is of the second. All other norms of the library measure x.
+Batch norm and whitening, of which 1/σ is a matrix, with population statistics and weight norm are
+of the first kind, weight standardization, where m = w̄, is of the second. All other norms of the
+library measure x.
 """
 
 from __future__ import annotations
@@ -148,13 +149,15 @@ def _folded(
     new = new.astype(kernel.dtype)
     v = new.astype(dtype)
 
-    mu, sigma, g, b = parts(x, linear)
-    h = affine(Parts(mu, sigma, g, b), _layer(linear, x, w, c))
+    found = parts(x, linear)
+    h = affine(found, _layer(linear, x, w, c))
     gap = jnp.abs(_layer(linear, x, v, new_bias) - h)
-    before = _layer(linear, jnp.abs(x), jnp.abs(w), jnp.abs(c)) + jnp.abs(mu)
+    before = _layer(linear, jnp.abs(x), jnp.abs(w), jnp.abs(c)) + jnp.abs(found.mu)
     after = _layer(linear, jnp.abs(x), jnp.abs(v), jnp.abs(new_bias))
-    size = jnp.abs(g / sigma) * before + jnp.abs(b) + after
-    size = rounding(kernel.shape, [kernel.dtype, dtype]) * size
+    sizes = jax.tree.map(jnp.abs, found)._replace(mu=jnp.zeros_like(found.mu))
+    size = affine(sizes, before) + after  # |g/σ|·before + |b| + after
+    mixed = 0 if isinstance(found, Parts) else found.matrix.shape[-1]
+    size = rounding(kernel.shape, [kernel.dtype, dtype], mixed=mixed) * size
     error, bound = (_of_channels(v, h, linear.channel_axis) for v in (gap, size))
     return Folded(new, new_bias, error, bound)
 
@@ -186,11 +189,17 @@ def _constant_parts(
     def slope(x: Array) -> Array:
         return jax.jvp(at, (x,), (jnp.ones_like(x),))[1]
 
-    jax.eval_shape(at, x)  # what is wrong with the norm itself is said here
-    found = [name for name in Parts._fields if _varies(lambda x, n=name: at(x, n), x)]
+    made = jax.eval_shape(lambda x: parts(x, linear), x)  # says what is wrong with the norm itself
+    arrays = [name for name, part in made._asdict().items() if hasattr(part, "shape")]
+    found = [name for name in arrays if _varies(lambda x, n=name: at(x, n), x)]
     if not found:
         return parts(x, linear), jnp.zeros_like(w)
-    if found != ["mu"] or _varies(slope, x) or not isinstance(linear, Dense | Conv):
+    if (
+        found != ["mu"]
+        or not isinstance(made, Parts)
+        or _varies(slope, x)
+        or not isinstance(linear, Dense | Conv)
+    ):
         raise invalid(
             "fold_norm",
             f"a norm whose {' and '.join(found)} {'depend' if found[1:] else 'depends'} on the "

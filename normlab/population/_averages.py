@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from normlab.comoments import sample
 from normlab.devices.merging import all_reduce, check_bound
 from normlab.devices.topology import AxisName, as_sync
-from normlab.measure import Moments
 from normlab.population._batches import arrays
 
 
@@ -28,10 +28,10 @@ def pooled(state: Any, axis_name: AxisName) -> Any:
     if state.mass.ndim:  # stacked
         return jax.vmap(lambda each: each.pool(axis_name))(state)
     weight, count = _weight(state, axis_name)
-    m = all_reduce(Moments(weight, state.mean, weight * state.var), axis_name)
+    m = all_reduce(sample(weight[None], state.mean, weight * state.var), axis_name)
     names = as_sync(axis_name).names
     return state._replace(
-        mean=m.mean,
+        mean=m.mean.reshape(state.mean.shape),
         var=m.var(),
         mass=lax.psum(weight * state.mass, names) / m.count.reshape(state.mass.shape),
         count=count,

@@ -60,11 +60,12 @@ def check_batch(where: str, m: Moments, bad_batch: BadBatch, ddof: int = 0) -> M
     `ddof` values has no variance.
     """
     if bad_batch == "propagate":
-        good = (m.count > ddof) & jnp.isfinite(m.mean) & jnp.isfinite(m.m2)
-        return m._replace(mean=jnp.where(good, m.mean, jnp.nan), m2=jnp.where(good, m.m2, jnp.nan))
+        good = (m.count > ddof) & jnp.isfinite(m.mean) & jnp.isfinite(m.squares)
+        m2 = jnp.where(m.product(good, good), m.m2, jnp.nan)
+        return m._replace(mean=jnp.where(good, m.mean, jnp.nan), m2=m2)
     if bad_batch == "raise":
         check = functools.partial(_raise_if_bad, where, ddof)
-        jax.debug.callback(check, *lax.stop_gradient(m))
+        jax.debug.callback(check, *lax.stop_gradient((m.count, m.mean, m.squares)))
     return m
 
 

@@ -188,8 +188,10 @@ def _frozen(
 
 
 @checked("no statistics")
-def _batch(channels: int, *, dtype: DTypeLike | None = None) -> tuple[()]:
-    del channels
+def _batch(
+    channels: int, *, groups: int | None = None, dtype: DTypeLike | None = None
+) -> tuple[()]:
+    del channels, groups
     return ()
 
 

@@ -15,6 +15,7 @@ from jax.typing import DTypeLike
 
 from normlab._arguments import checked, declare, one_of
 from normlab._trees import register
+from normlab.comoments import sample, second_shape, shaped_as
 from normlab.devices.merging import all_reduce
 from normlab.devices.topology import AxisName, as_sync
 from normlab.errors import invalid
@@ -40,8 +41,9 @@ class Cumulative(NamedTuple):
     Attributes:
       count: `[C]`, N, the number of values (or weight) of a channel in all batches.
       mean: `[C]`, their mean.
-      within: `[C]`, the sum of the squared deviations from the mean of the batch.
-      between: `[C]`, the sum of the squared deviations of the batches' means, times their counts.
+      within: `[C]`, the sum of the squared deviations from the mean of the batch; or `[G, D, D]`,
+        of groups of channels.
+      between: The sum of the squared deviations of the batches' means, times their counts.
       updates: `[]` int32, the number of batches taken in.
       skipped: `[]` int32, the number of batches left out: empty, or not finite.
       rest: `[2]`, what is to be added to `updates` and `skipped` where they are a device's share of
@@ -77,17 +79,16 @@ class Cumulative(NamedTuple):
             )
         self = arrays(self)
         m = check_batch("cumulative statistics", m, bad_batch)
-        each = (jnp.broadcast_to(f, m.mean.shape).reshape(self.mean.shape) for f in m)
-        one = Moments(*(f.astype(self.mean.dtype) for f in each))
-        means = Moments(self.count, self.mean, self.between)
+        means = sample(self.count, self.mean, self.between)
+        one = shaped_as(means, jax.tree.map(lambda f: f.astype(self.mean.dtype), m))
         merged = merge(means, one._replace(m2=jnp.zeros_like(one.m2)))
-        within = self.within + one.m2
-        new = {"count": merged.count, "mean": merged.mean, "within": within, "between": merged.m2}
-        return taken_in(self, m, bad_batch, 0, **new)
+        count, mean = (f.reshape(self.mean.shape) for f in merged[:2])
+        new = {"count": count, "mean": mean, "between": merged.m2}
+        return taken_in(self, m, bad_batch, 0, within=self.within + one.m2, **new)
 
     def moments(self) -> Moments:
-        """The moments of all values together, fields `[C]`."""
-        return arrays(Moments(self.count, self.mean, self.within + self.between))
+        """The moments of all values together, fields `[C]`; or co-moments."""
+        return arrays(sample(self.count, self.mean, self.within + self.between))
 
     def options(self) -> dict[str, Any]:
         """Those of this estimator."""
@@ -103,9 +104,9 @@ class Cumulative(NamedTuple):
         if self.estimator == "pooled":
             m, lost = self.moments(), jnp.full((), self.ddof, self.mean.dtype)
         else:
-            m = Moments(self.count, self.mean, self.within)
+            m = sample(self.count, self.mean, self.within)
             lost = self.ddof * (self.updates.astype(self.mean.dtype) + self.rest[..., 0])
-        var = jnp.where(m.count > lost, m._replace(count=m.count - lost).var(), 1)
+        var = jnp.where(m.count > lost, m._replace(count=m.count - lost).var(), m.one())
         return self.mean, jnp.where(jnp.isnan(m.m2), m.m2, var)
 
     def pool(self, axis_name: AxisName) -> Cumulative:
@@ -116,14 +117,14 @@ class Cumulative(NamedTuple):
         self = arrays(self)
         if self.updates.ndim:  # stacked
             return jax.vmap(lambda state: state.pool(axis_name))(self)
-        means = all_reduce(Moments(self.count, self.mean, self.between), axis_name)
+        means = all_reduce(sample(self.count, self.mean, self.between), axis_name)
         names = as_sync(axis_name).names
         counters = jnp.stack([self.updates, self.skipped])
         within, counters, rest = lax.psum((self.within, counters, self.rest), names)
         counters += jnp.round(rest).astype(counters.dtype)
         return self._replace(
             count=means.count.reshape(self.count.shape),
-            mean=means.mean,
+            mean=means.mean.reshape(self.mean.shape),
             within=within,
             between=means.m2,
             updates=counters[0],
@@ -163,6 +164,7 @@ def init_cumulative(
     *,
     ddof: int = 0,
     estimator: Estimator = "pooled",
+    groups: int | None = None,
     dtype: DTypeLike | None = None,
 ) -> Cumulative:
     """Returns the statistics of no batch at all; arguments as those of `init_running`, which see.
@@ -178,7 +180,8 @@ def init_cumulative(
     [[4.0], [8.667000770568848]]
     """
     dtype = statistics_dtype(dtype)
-    sums = (jnp.zeros(channels, dtype) for _ in range(4))
+    second = second_shape("cumulative statistics", channels, groups)
+    sums = (jnp.zeros(shape, dtype) for shape in (channels, channels, second, second))
     counters = (jnp.zeros((), jnp.int32) for _ in range(2))
     rest = jnp.zeros(2, dtype)
     return Cumulative(*sums, *counters, rest=rest, ddof=ddof, estimator=estimator)

@@ -12,6 +12,7 @@ of the net in one. The gradient sees mᵢ alone: with its share nᵢ/N of M or, 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -22,10 +23,11 @@ from jax.typing import DTypeLike
 
 from normlab._arguments import checked, settled_decay
 from normlab._trees import node
+from normlab.comoments import sample, shaped_as
 from normlab.devices.merging import check_bound, differentiated, gather_members, vary
 from normlab.devices.topology import AxisName, Sync, as_sync, plan
 from normlab.errors import invalid
-from normlab.measure import Moments, empty, merge
+from normlab.measure import Moments, merge
 from normlab.population._batches import arrays, finite
 from normlab.population.frozen import Frozen
 from normlab.population.optional import Run, plain, pool, read_inner, update_inner
@@ -63,7 +65,7 @@ class Delayed(NamedTuple):
         """Merges what this device measures with what the others had measured: no collective."""
         own, _ = run(Sync())
         others = lax.stop_gradient(arrays(self.others))
-        population = merge(own, Moments(*(f.reshape(own.mean.shape) for f in others)))
+        population = merge(own, shaped_as(own, others))
         return differentiated(sync, own, population), population, self.after(own)
 
     def after(self, m: Moments) -> Delayed:
@@ -71,9 +73,8 @@ class Delayed(NamedTuple):
         self, m = arrays(self), lax.stop_gradient(m)
         good = finite(m)  # or it says nothing to others
         m = jax.tree.map(lambda f: jnp.where(good, f, 0), m)
-        own = (jnp.broadcast_to(f, m.mean.shape).reshape(self.own.mean.shape) for f in m)
         age = jnp.where(self.age < 0, self.age, self.age + 1)
-        return self._replace(own=Moments(*own), age=age)
+        return self._replace(own=shaped_as(self.own, m), age=age)
 
 
 @checked("delayed statistics", decay=settled_decay)
@@ -99,8 +100,8 @@ def delay(running: Any) -> Delayed:
             "use an average, or a Sync without every",
         )
     running = arrays(running)
-    mean = running.read()[0]
-    own, others = (empty(mean.shape, mean.dtype) for _ in range(2))
+    mean, var = running.read()
+    own, others = (sample(*(jnp.zeros_like(v) for v in (mean, mean, var))) for _ in range(2))
     return Delayed(running, own, others, jnp.full(mean.shape[:-1], -1, jnp.int32))
 
 
@@ -134,7 +135,7 @@ def exchange(states: Any, axis_name: AxisName) -> Any:
             "pass what batch_norm returned",
         )
     delayed = [arrays(leaves[i]) for i in at]
-    own = _together([s.own for s in delayed])
+    own = _together([s.own for s in delayed])  # by kind
     devices = lax.axis_size(sync.names)
     members = plan("exchange", sync, devices, 1).members
     if sync.whole:
@@ -143,19 +144,29 @@ def exchange(states: Any, axis_name: AxisName) -> Any:
         members = np.eye(devices, dtype=bool)
     members = members & ~np.eye(devices, dtype=bool)
 
-    def ask(own: Moments, old: tuple[Moments, Array]) -> tuple[Moments, Array]:
+    def ask(own: list[Moments], old: Any) -> tuple[list[Moments], Array]:
         return gather_members(own, members, sync.names), old[1] - old[1]
 
     age = delayed[0].age
     due = (age < 0) | (age >= sync.every)
     own, old = vary((own, (_together([s.others for s in delayed]), age)), sync.names)
     others, age = lax.cond(due, ask, lambda own, old: old, own, old)
-    ends = np.cumsum([s.own.mean.shape[0] for s in delayed])[:-1]
-    split = zip(*(jnp.split(field, ends) for field in others), strict=True)
-    for i, state, fields in zip(at, delayed, split, strict=True):
-        leaves[i] = state._replace(others=Moments(*fields), age=age)
+    for i, state, told in zip(at, delayed, _apart(others, [s.own for s in delayed]), strict=True):
+        leaves[i] = state._replace(others=told, age=age)
     return jax.tree.unflatten(structure, leaves)
 
 
-def _together(each: list[Moments]) -> Moments:
-    return Moments(*(jnp.concatenate(fields) for fields in zip(*each, strict=True)))
+def _together(each: list[Moments]) -> list[Moments]:
+    """All moments as those of one norm; co-moments, whose matrices differ in size, one by one."""
+    plain = [m for m in each if type(m) is Moments]
+    joined = [jax.tree.map(lambda *fields: jnp.concatenate(fields), *plain)] if plain else []
+    return joined + [m for m in each if type(m) is not Moments]
+
+
+def _apart(joined: list[Moments], each: list[Moments]) -> Iterator[Moments]:
+    """Undoes `_together`."""
+    plain = [m.mean.shape[0] for m in each if type(m) is Moments]
+    fields = [jnp.split(field, np.cumsum(plain)[:-1]) for field in (joined[0] if plain else ())]
+    split = map(Moments, *fields) if plain else iter(())
+    rest = iter(joined[1:] if plain else joined)
+    return (next(split if type(m) is Moments else rest) for m in each)

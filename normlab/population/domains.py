@@ -76,7 +76,7 @@ class Domains(NamedTuple):
         def own(field: Array) -> Array:
             return field[self.current, examples if field.shape[1] > 1 else 0]
 
-        return Moments(*map(own, m)), population, self
+        return jax.tree.map(own, m), population, self
 
     def read(self) -> tuple[Array, Array]:
         """Returns those of the current domain, `[C]`, or of each example's, `[N, C]`."""

@@ -18,6 +18,7 @@ from normlab.population._batches import BadBatch
 from normlab.population.optional import (
     Run,
     alone,
+    covariance,
     is_population,
     measures,
     normalizer,
@@ -57,6 +58,11 @@ class Frozen(NamedTuple):
         """Those of `inner` in inference."""
         del train
         return normalizer(self.inner, m, eps, train=False)
+
+    def covariance(self, m: Moments | None) -> tuple[Array, Array]:
+        """Those of `inner` in inference."""
+        del m
+        return covariance(self.inner, None)
 
     def update(self, m: Moments, *, decay: Any = None, bad_batch: BadBatch = "skip") -> Frozen:
         """Returns itself."""

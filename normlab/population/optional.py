@@ -7,6 +7,7 @@
     observe       what normalizes the batch, and what is taken in         the batch's moments
     normalizer    μ and σ                                                 of the batch; else `read`
     backward      what the gradient is to have beside                     nothing
+    covariance    μ and Σ of groups of channels                           of the batch; else `read`
     per_example   whether `read` returns values of each example           no
     moments       the moments that `read` is about                        of a count of 1
     options       the options of `get("batch")` it begins with            none
@@ -15,8 +16,9 @@
     settled       the same, of what a transaction saw                     cannot be
 
 One that holds another, such as `Frozen`, has it in a field `inner`, which answers `measures`,
-`alone`, `updated_first`, `delays`, `normalizer`, `backward`, `per_example` and `moments` in its
-place; `update_inner`, `read_inner` and `pool_inner` are the methods of one that says nothing else.
+`alone`, `updated_first`, `delays`, `normalizer`, `backward`, `covariance`, `per_example` and
+`moments` in its place; `update_inner`, `read_inner` and `pool_inner` are the methods of one that
+says nothing else.
 """
 
 from __future__ import annotations
@@ -30,6 +32,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from normlab._arguments import Kind, declare, instance, tree
+from normlab.comoments import sample, second_shape
 from normlab.devices.topology import AxisName, Sync, as_sync
 from normlab.errors import invalid
 from normlab.measure import Moments
@@ -175,6 +178,30 @@ def backward(state: Any, m: Moments, eps: Any) -> tuple[Array, Array, Any] | Non
 
 
 @_asks(inner=True)
+def covariance(state: Any, m: Moments | None) -> tuple[Array, Array]:
+    """Returns μ and Σ for whitening: those of the batch if it was measured, else those of `read`.
+
+    Args:
+      state: A population, or `()` or `None`.
+      m: Co-moments, or `None`.
+
+    Returns:
+      As the fields of `m`; or `[C]` and `[G, D, D]`.
+
+    Raises:
+      ValueError: If it says which μ and σ normalize a batch, and not which Σ.
+    """
+    held = state
+    while m is not None and isinstance(held, Population):
+        if hasattr(held, "normalizer"):
+            given = f"statistics of type {type(held).__name__}, which change σ in training"
+            change = "use an average, or give the class a method covariance(m)"
+            raise invalid("whitening", given, "some that say which covariance they use", change)
+        held = getattr(held, "inner", None)
+    return state.read() if m is None else (m.mean, m.var())
+
+
+@_asks(inner=True)
 def per_example(state: Any) -> bool:
     """Whether `read` returns values of each example of the next batch, `[N, C]`."""
     return False
@@ -184,7 +211,7 @@ def per_example(state: Any) -> bool:
 def moments(state: Any) -> Moments:
     """The moments that `read` is about, each of a count of 1 if the state knows no other."""
     mean, var = state.read()
-    return Moments(jnp.ones_like(mean), mean, var)
+    return sample(jnp.ones_like(mean), mean, var)
 
 
 @_asks(inner=False)
@@ -259,9 +286,15 @@ def plain(state: Any) -> bool:
 
 
 def check_state(
-    where: str, state: Any, sync: Sync, train: bool, shape: tuple[int, ...], channel: int
+    where: str,
+    state: Any,
+    sync: Sync,
+    train: bool,
+    shape: tuple[int, ...],
+    channel: int,
+    groups: int | None = None,
 ) -> None:
-    """Raises ValueError unless batch norm can use the state."""
+    """Raises ValueError unless batch norm, or whitening in groups, can use the state."""
     channels = shape[channel]
     if train and measures(state, train) and bool(sync.every) != delays(state):
         raise invalid(
@@ -282,14 +315,18 @@ def check_state(
         )
     if not isinstance(state, Population):
         return
-    found = state.read()[0].shape
+    found, second = (v.shape for v in state.read())
     examples = shape[0 if channel or len(shape) == 1 else 1]
     wanted = (examples, channels) if per_example(state) and len(shape) > 1 else (channels,)
-    if found != wanted:
+    of_pairs = (*wanted[:-1], *second_shape(where, channels, groups))
+    unfit = len(second) > len(wanted) if groups is None else second != of_pairs
+    if found != wanted or unfit:
+        told = "" if groups is None else f", groups={groups}"
+        said = f"shape {found}" if groups is None and not unfit else f"shapes {found} and {second}"
         raise invalid(
             where,
-            f"running statistics of shape {found} for an input of shape "
+            f"running statistics of {said} for an input of shape "
             f"{shape} with its channels on axis {channel}",
-            f"shape {wanted}",
-            f"make the state with init_running({channels}), or set channel_axis",
+            f"shape {wanted}" if groups is None else f"shapes {wanted} and {of_pairs}",
+            f"make the state with init_running({channels}{told}), or set channel_axis",
         )

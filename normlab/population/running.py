@@ -21,6 +21,7 @@ from jax.typing import DTypeLike
 
 from normlab._arguments import checked, one_of, settled_decay
 from normlab._trees import register
+from normlab.comoments import sample, second_shape
 from normlab.measure import Moments
 from normlab.population._averages import pooled
 from normlab.population._batches import BadBatch, arrays, check_batch, statistics_dtype, taken_in
@@ -31,7 +32,8 @@ class Running(NamedTuple):
 
     Attributes:
       mean: `[C]`, the running mean.
-      var: `[C]`, the running variance, of which `ddof` is that of the updates.
+      var: `[C]`, the running variance, of which `ddof` is that of the updates; or the covariance of
+        groups of channels, `[G, D, D]`.
       mass: `[]`, the sum of the weights of all updates: 0 before the first, towards 1.
       count: `[]`, the number of values (or weight) of a channel in a batch, averaged as the mean
         is, from the first update on; 0 if it is not known.
@@ -106,8 +108,8 @@ class Running(NamedTuple):
 
     def moments(self) -> Moments:
         """Moments that weigh as much as the state's mass."""
-        mass = self.mass[..., None]
-        return Moments(mass, self.mean, mass * self.var)
+        m = sample(self.mass[..., None], self.mean, self.var)
+        return m._replace(m2=m.count * m.m2)
 
     def options(self) -> dict[str, Any]:
         """Those of an average; a plain one is told from a complete one by its mass alone.
@@ -147,6 +149,7 @@ def init_running(
     ddof: int = 0,
     debias: bool = True,
     estimator: Literal["pooled"] | None = None,
+    groups: int | None = None,
     dtype: DTypeLike | None = None,
 ) -> Running:
     """Returns running statistics with mean 0 and variance 1.
@@ -159,16 +162,19 @@ def init_running(
       debias: Whether the initial values are to weigh nothing (the default) or as much as a batch
         seen forever ago, as in most libraries.
       estimator: `"pooled"` averages what is between the batches' means too; see `Running`.
+      groups: Keeps the covariance of so many groups of channels, `[G, D, D]`, which starts at I.
       dtype: The statistics' type, float32 (`None`; half types are kept in it too) or float64.
 
     Raises:
-      ValueError: If `decay` is outside [0, 1), `ddof` neither 0 nor 1, or the type is no real
-        floating type.
+      ValueError: If `decay` is outside [0, 1), `ddof` neither 0 nor 1, the groups do not divide the
+        channels, or the type is no real floating type.
     """
     dtype = statistics_dtype(dtype)
+    shape = second_shape("running statistics", channels, groups)
+    one = jnp.ones(shape, dtype) if groups is None else jnp.eye(shape[-1], dtype=dtype)
     return Running(
         mean=jnp.zeros(channels, dtype),
-        var=jnp.ones(channels, dtype),
+        var=jnp.broadcast_to(one, shape),
         mass=jnp.full((), 0 if debias else 1, dtype),
         count=jnp.zeros((), dtype),
         updates=jnp.zeros((), jnp.int32),

@@ -112,9 +112,9 @@ def _begin(state: Any) -> Pending:
     if _is_pending(state):
         return state
     state = arrays(state)
-    mean = state.read()[0]
+    mean, var = state.read()
     # An array for each field, which may be donated.
-    sums = (zeros_of(mean) for _ in range(4))
+    sums = (zeros_of(v) for v in (mean, mean, var, var))
     counters = (zeros_of(mean).any(-1).astype(jnp.int32) for _ in range(2))
     seen = Cumulative(*sums, *counters, rest=zeros_of(jnp.stack([mean.sum(-1)] * 2, -1)))
     return Pending(state, seen, zeros_of(mean).any(-1))
@@ -187,7 +187,7 @@ def commit(
             return choose(called, updated(of, choose(ok, m, nothing), decay=decay), of)
         judged = called
         if bad_batch == "propagate":
-            m = Moments(m.count, *(jnp.where(broken, jnp.nan, v) for v in (m.mean, m.m2)))
+            m = type(m)(m.count, *(jnp.where(broken, jnp.nan, v) for v in (m.mean, m.m2)))
         elif bad_batch == "raise":
             jax.debug.callback(_raise_if_broken, broken)
             judged = called & ~broken
