@@ -38,8 +38,10 @@ from normlab.measure import Moments, moments
 from normlab.population.protocol import Population
 from normlab.population.running import Running, init_running
 from normlab.registry import INVARIANCES, Row, get, names, register, row, unregister
-from normlab.site import Norm, Site, shapes
+from normlab.site import Norm, Site, WeightMap, shapes
 from normlab.weight import (
+    Mapped,
+    weight_map,
     weight_norm,
     weight_norm_init,
     weight_parts,
@@ -60,6 +62,7 @@ __all__ = [
     "Gain",
     "Linear",
     "Log",
+    "Mapped",
     "Moments",
     "Norm",
     "Offset",
@@ -69,6 +72,7 @@ __all__ = [
     "Running",
     "Site",
     "Sync",
+    "WeightMap",
     "affine",
     "batch_moments",
     "batch_norm",
@@ -109,6 +113,7 @@ __all__ = [
     "shapes",
     "stateless",
     "unregister",
+    "weight_map",
     "weight_norm",
     "weight_norm_init",
     "weight_parts",

@@ -6,7 +6,15 @@ from collections.abc import Callable
 from typing import Any
 
 from normlab.example import group_parts, instance_parts, layer_parts, rms_parts
-from normlab.factories import batch, centred_cosine, cosine, none, weight
+from normlab.factories import (
+    batch,
+    centred_cosine,
+    centred_weight,
+    cosine,
+    none,
+    weight,
+    weight_standardization,
+)
 from normlab.family.domains import auxiliary_batch, recurrent_batch, transferable_batch
 from normlab.family.evo import evo_b0, evo_s0_parts, evo_s1_parts, evo_s2_parts, evolved_params
 from normlab.family.lengths import scale_params, scale_parts
@@ -21,10 +29,9 @@ from normlab.family.mixtures import (
 )
 from normlab.family.pointwise import derf, dyisru, dyt, pointwise
 from normlab.family.response import frn, grn_params, grn_parts, seed_params, seed_parts
-from normlab.family.spread import lp_batch
+from normlab.family.spectral import spectral
 from normlab.making import initial_features, stateless
 from normlab.registry import INVARIANCES, Row, register
-from normlab.weight import weight_standardization_parts
 
 
 def _add(
@@ -85,7 +92,7 @@ _add(
 _add(group_parts, "a", _GROUP, *_OF_A, "II-I-III I--I-III", "Wu & He 2018")
 _add(instance_parts, "a", _INSTANCE, *_OF_A, "I-IIIIII", "Ulyanov, Vedaldi & Lempitsky 2016")
 _add(weight, "w", _UNIT, "0", "‖w‖", "I-I---II", "Salimans & Kingma 2016")
-_add(weight_standardization_parts, "w x", _SUMS, "w̄·Σx", "‖w − w̄‖", "I-I---II", _QIAO)
+_add(weight_standardization, "w x", _SUMS, "w̄·Σx", "‖w − w̄‖", "I-I---II", _QIAO)
 _add(cosine, "w x", _BOTH, "0", "‖w‖·‖x‖", "I-II-III", "Luo et al. 2017")
 _add(
     centred_cosine,
@@ -220,15 +227,6 @@ _add(
     "Luo et al. 2020",
 )
 
-_add(
-    lp_batch,
-    "a batch",
-    _BATCH,
-    "mean a",
-    "√(s² + ε), s of |a − μ|",
-    "I-III-I-",
-    "Hoffer et al. 2018",
-)
 _DOMAIN = "a: as batch, within the domain"
 _add(auxiliary_batch, "a batch", _DOMAIN, *_OF_A, "I-III-I-", "Xie et al. 2020")
 _add(transferable_batch, "a batch", _DOMAIN, *_OF_A, "I-II--I-", "Wang et al. 2019")
@@ -238,5 +236,8 @@ _add(recurrent_batch, "a batch", _STEP, *_OF_A, "I-III-I-", "Cooijmans et al. 20
 # Windows and segments.
 
 # Maps of the weights.
+_KERNEL = "w: the whole kernel, or the layer's map"
+_add(spectral, "w", _KERNEL, "0", "σ̂ of w", "I-----II", "Miyato et al. 2018")
+_add(centred_weight, "w x", _SUMS, "w̄·Σx", "1", "------II", "Yan et al. 2020")
 
 # Whitening.

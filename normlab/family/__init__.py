@@ -40,6 +40,8 @@ from normlab.family.response import (
     seed_parts,
     tlu,
 )
+from normlab.family.spectral import Spectral, init_spectral, spectral_norm, spectral_parts
+from normlab.weight import centred_weight, centred_weight_parts
 
 __all__ = [
     "Dynamic",
@@ -47,7 +49,10 @@ __all__ = [
     "Phi",
     "Rescaled",
     "Response",
+    "Spectral",
     "at_step",
+    "centred_weight",
+    "centred_weight_parts",
     "clip_gates",
     "derf_norm",
     "derf_parts",
@@ -67,11 +72,14 @@ __all__ = [
     "frn_parts",
     "grn_norm",
     "grn_parts",
+    "init_spectral",
     "pointwise_norm",
     "pointwise_parts",
     "scale_norm",
     "scale_parts",
     "seed_norm",
     "seed_parts",
+    "spectral_norm",
+    "spectral_parts",
     "tlu",
 ]
