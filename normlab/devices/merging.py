@@ -62,7 +62,7 @@ def measure(
       the examples along the axes. They are the same where `sync.whole`.
     """
     run = functools.partial(_measure, where, tuple(axes), sync, algorithm, least)
-    if not sync.names or bound(sync.names):
+    if not sync.names or _bound(sync.names):
         return partitioned(run, a, weights)
     # Plain jit: the same, in a shard_map over the mesh's axes.
     layout(where, sync, a.shape[0])  # says so where there is no such axis
@@ -288,11 +288,6 @@ def _gather(v: Array, names: tuple[str, ...]) -> Array:
     return lax.psum(table.at[lax.axis_index(names)].set(v), names)
 
 
-def gathered(v: Array, names: tuple[str, ...]) -> Array:
-    """`v` of every device, `[D, ...]`, whose cotangents are added up at once."""
-    return vary(_gather(v, names), names)
-
-
 def _flat(field: Array) -> Array:
     """`[D, shards, ...]` as `[D · shards, ...]`."""
     return field.reshape(-1, *field.shape[2:])
@@ -328,7 +323,7 @@ def layout(where: str, sync: Sync, examples: int) -> tuple[int, int]:
     one in plain jit. Raises ValueError if an axis is neither mapped nor the mesh's, or the batch
     does not divide.
     """
-    if not sync.names or bound(sync.names):
+    if not sync.names or _bound(sync.names):
         return _size(sync.names), examples
     mesh = sync.mesh or jax.sharding.get_abstract_mesh()
     if not set(sync.names) <= set(mesh.axis_names):
@@ -351,7 +346,7 @@ def values_per_channel(where: str, sync: Sync, shape: tuple[int, ...], axes: Seq
     whole one. Raises ValueError if the batch cannot be cut as `sync` says.
     """
     positions = math.prod(shape[i] for i in axes if i)
-    if sync.whole and (not sync.names or bound(sync.names)):
+    if sync.whole and (not sync.names or _bound(sync.names)):
         return _size(sync.names) * positions * (shape[0] if 0 in axes else 1)
     devices, examples = layout(where, sync, shape[0])
     if sync.whole:
@@ -361,8 +356,7 @@ def values_per_channel(where: str, sync: Sync, shape: tuple[int, ...], axes: Seq
     return shards * (examples // cut.shards) * positions
 
 
-def bound(names: tuple[str, ...]) -> bool:
-    """Whether all are mapped axes; those of a mesh in plain jit are none."""
+def _bound(names: tuple[str, ...]) -> bool:
     with contextlib.suppress(NameError):
         lax.axis_size(names)
         return True
@@ -371,7 +365,7 @@ def bound(names: tuple[str, ...]) -> bool:
 
 def check_bound(where: str, names: tuple[str, ...]) -> None:
     """Raises ValueError, with the axes that are bound, unless all of these are."""
-    if bound(names):
+    if _bound(names):
         return
     raise invalid(
         where,
