@@ -32,7 +32,7 @@ from normlab.example import (
     rms_parts,
 )
 from normlab.gains import Gain, Log, Offset, init_gain, modulate
-from normlab.linear import Conv, Dense, Linear
+from normlab.linear import Conv, ConvTranspose, Dense, Linear
 from normlab.making import stateless
 from normlab.measure import Moments, moments
 from normlab.population.protocol import Population
@@ -58,6 +58,7 @@ __all__ = [
     "INVARIANCES",
     "Affine",
     "Conv",
+    "ConvTranspose",
     "Dense",
     "Gain",
     "Linear",

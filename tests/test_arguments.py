@@ -258,6 +258,13 @@ CALLS = {
         "groups": 1,
         "channel_axis": -1,
     },
+    nl.ConvTranspose: {
+        "strides": 1,
+        "padding": "SAME",
+        "dilation": 1,
+        "groups": 1,
+        "channel_axis": -1,
+    },
     instruments.along_step: {
         "loss": lambda w: sum((v**2).sum() for v in jax.tree.leaves(w)),
         "params": X,

@@ -658,6 +658,12 @@ LAYERS = {
     "strided": (STRIDED, (2, 4, 5, 4), (3, 2, 2, 6)),
     "first": (nl.Conv(strides=2, padding="VALID", channel_axis=1), (2, 3, 7, 6), (3, 2, 3, 4)),
     "line": (nl.Conv(groups=4), (2, 7, 4), (3, 1, 8)),
+    "transposed": (nl.ConvTranspose(strides=(2, 1)), (2, 3, 4, 5), (3, 3, 5, 4)),
+    "transposed, first": (
+        nl.ConvTranspose(strides=2, padding="VALID", dilation=2, groups=2, channel_axis=1),
+        (2, 4, 3, 2),
+        (3, 2, 2, 6),
+    ),
 }
 over_layers = pytest.mark.parametrize("layer", LAYERS)
 
