@@ -32,14 +32,16 @@ from normlab.example import (
     rms_parts,
 )
 from normlab.gains import Gain, Log, Offset, init_gain, modulate
-from normlab.linear import Conv, Dense, Linear
+from normlab.linear import Conv, ConvTranspose, Dense, Linear
 from normlab.making import stateless
 from normlab.measure import Moments, moments
 from normlab.population.protocol import Population
 from normlab.population.running import Running, init_running
 from normlab.registry import INVARIANCES, Row, get, names, register, row, unregister
-from normlab.site import Norm, Site, shapes
+from normlab.site import Norm, Site, WeightMap, shapes
 from normlab.weight import (
+    Mapped,
+    weight_map,
     weight_norm,
     weight_norm_init,
     weight_parts,
@@ -56,10 +58,12 @@ __all__ = [
     "INVARIANCES",
     "Affine",
     "Conv",
+    "ConvTranspose",
     "Dense",
     "Gain",
     "Linear",
     "Log",
+    "Mapped",
     "Moments",
     "Norm",
     "Offset",
@@ -69,6 +73,7 @@ __all__ = [
     "Running",
     "Site",
     "Sync",
+    "WeightMap",
     "affine",
     "batch_moments",
     "batch_norm",
@@ -109,6 +114,7 @@ __all__ = [
     "shapes",
     "stateless",
     "unregister",
+    "weight_map",
     "weight_norm",
     "weight_norm_init",
     "weight_parts",

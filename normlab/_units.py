@@ -10,13 +10,14 @@ from normlab._checks import promote
 from normlab.measure import moments
 
 
-def units_and_lengths(w: ArrayLike) -> tuple[Array, Array]:
+def units_and_lengths(w: ArrayLike, *, whole: bool = False) -> tuple[Array, Array]:
     """Returns w/‖w‖ and ‖w‖ of each unit, `[..., K, C]` and `[1, ..., 1, C]`.
 
-    Neither overflows nor underflows; where w is zero both are, with finite derivatives.
+    Of the `whole` kernel as one unit: `[..., K, C]` and `[1, ..., 1]`. Neither overflows nor
+    underflows; where w is zero both are, with finite derivatives.
     """
     w = promote(w)
-    axes = tuple(range(w.ndim - 1))
+    axes = tuple(range(w.ndim if whole else w.ndim - 1))
     peak = lax.stop_gradient(jnp.max(jnp.abs(w), axes, keepdims=True))
     peak = jnp.where(peak == 0, 1, peak)
     length = safe_sqrt(jnp.square(w / peak).sum(axes, keepdims=True))

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from normlab._arguments import checked, flag, real, settled_decay
 from normlab._checks import gain_and_bias, promote_dtype
@@ -23,8 +24,19 @@ from normlab.measure import Algorithm
 from normlab.population._batches import BadBatch
 from normlab.population.by_name import init_batch_state
 from normlab.population.cumulative import Estimator
-from normlab.site import Norm, Site, State
-from normlab.weight import weight_norm_init, weight_parts
+from normlab.site import Norm, Site, State, WeightMap
+from normlab.weight import (
+    FORM_EPS,
+    OF,
+    Form,
+    Mapped,
+    Of,
+    centred,
+    of_deviations,
+    of_lengths,
+    weight_map,
+    weight_norm_init,
+)
 
 
 @checked("no norm")
@@ -97,31 +109,92 @@ def _of_batch(how: dict[str, Any], state_of: Callable[..., Any], given: dict[str
     return made_of("batch norm", init, parts)
 
 
-@checked("weight norm", data_init=flag())
+@checked("weight norm", of=OF, **dict.fromkeys(("data_init", "bounded"), flag()))
 def weight(
     *,
+    of: Of = "unit",
     data_init: bool = False,
+    bounded: bool = False,
     axis_name: AxisName | None = None,
     use_gain: bool = True,
     use_bias: bool = True,
     gain: Gain = "plain",
-) -> Norm:
-    """Weight normalization; with `data_init` by `weight_norm_init`, from the values at init."""
+) -> WeightMap:
+    """Weight normalization; with `data_init` by `weight_norm_init`, from the values at init.
+
+    `bounded` (Hoffer et al. 2018, https://arxiv.org/abs/1803.01814) learns no gain: the lengths
+    that w has at init, of each unit or of the whole kernel, stay, and are the state. Where init has
+    but shapes they are those of the first training call.
+    """
+    where = "weight norm"
+    if bounded and data_init:
+        change = "choose one: either says what the lengths are"
+        raise invalid(where, "bounded=True and data_init=True", "at most one of them", change)
 
     def params(site: Site) -> Any:
         if not data_init:
-            return initial_affine(site, use_gain=use_gain, use_bias=use_bias, gain=gain)
+            learned = use_gain and not bounded
+            return initial_affine(site, use_gain=learned, use_bias=use_bias, gain=gain)
         if isinstance(site.a, jax.ShapeDtypeStruct):
             raise invalid(
-                "weight norm",
+                where,
                 "shapes at init with data_init=True",
                 "a site with values",
                 "pass Site(a=linear(x, w), x=x, w=w, linear=linear) to init, or data_init=False",
             )
-        made = weight_norm_init(site, axis_name=axis_name)
+        made = weight_norm_init(site, axis_name=axis_name, of=of)
         return kept_as(gain, Affine(made.g if use_gain else None, made.b if use_bias else None))
 
-    return norm_of("weight norm", weight_parts, params)
+    def lengths(w: Any, *_: Any) -> State:
+        if not bounded:
+            return ()
+        if isinstance(w, jax.ShapeDtypeStruct):
+            return jax.tree.map(jnp.zeros_like, jax.eval_shape(lengths, w))
+        return of_lengths(w, of).sigma
+
+    def measure(w: Any, state: State, *, train: bool, **_: Any) -> tuple[Mapped, State]:
+        mapped = of_lengths(w, of)
+        if not bounded:
+            return mapped, state
+        now = lax.stop_gradient(mapped.sigma)
+        kept = jnp.where(state == 0, now, state.astype(now.dtype))
+        sigma = mapped.sigma / jnp.where(kept == 0, 1, kept)
+        bound = Mapped(mapped.unit * kept, None, sigma)
+        return bound, kept.astype(state.dtype) if train else state
+
+    return weight_map(measure, params, lengths, name=where)
+
+
+@checked("weight standardization", eps=FORM_EPS)
+def weight_standardization(
+    *,
+    form: Form = "exact",
+    eps: float | None = None,
+    use_gain: bool = True,
+    use_bias: bool = True,
+    gain: Gain = "plain",
+) -> WeightMap:
+    """`weight_standardization`; the gain starts at 1."""
+    where = "weight standardization"
+
+    def measure(w: Any, state: State, **_: Any) -> tuple[Mapped, State]:
+        return of_deviations(w, form, eps), state
+
+    how: dict[str, Any] = {"use_gain": use_gain, "use_bias": use_bias, "gain": gain}
+    return weight_map(measure, functools.partial(initial_affine, **how), name=where)
+
+
+@checked("centred weights")
+def centred_weight(
+    *, use_gain: bool = False, use_bias: bool = True, gain: Gain = "plain"
+) -> WeightMap:
+    """`centred_weight`, by default without a gain."""
+
+    def measure(w: Any, state: State, **_: Any) -> tuple[Mapped, State]:
+        return centred(w), state
+
+    how: dict[str, Any] = {"use_gain": use_gain, "use_bias": use_bias, "gain": gain}
+    return weight_map(measure, functools.partial(initial_affine, **how), name="centred weights")
 
 
 @checked("cosine norm", g=real)

@@ -77,19 +77,21 @@ class Dense:
         return moments(x, -1)
 
 
-@static
-@checked(
-    "Conv",
-    strides=STEPS,
-    padding=PADDING,
-    dilation=STEPS,
-    groups=integer("a number of groups, at least 1", "use 1 for none", 1),
-    channel_axis=integer(
+_WORDS = {
+    "strides": STEPS,
+    "padding": PADDING,
+    "dilation": STEPS,
+    "groups": integer("a number of groups, at least 1", "use 1 for none", 1),
+    "channel_axis": integer(
         "-1 (channels last) or 1 (channels first)",
         "move the channels to one of the two",
         among=(-1, 1),
     ),
-)
+}
+
+
+@static
+@checked("Conv", **_WORDS)
 @dataclass(frozen=True)
 class Conv:
     """Convolution of any spatial rank: `w` is `[*window, K/groups, C]`.
@@ -161,3 +163,35 @@ class Conv:
                 image, (n - 1, n - 2, *range(spatial)), image
             ),
         }
+
+
+@static
+@checked("ConvTranspose", **_WORDS)
+@dataclass(frozen=True)
+class ConvTranspose(Conv):
+    """Transposed convolution, that of `jax.lax.conv_transpose` and Flax: `w` is `[*window, K, C]`.
+
+    It is the convolution, with a step of one, of the input with zeros between its positions. To a
+    norm these zeros are inputs, as the padding is.
+
+    Attributes:
+      strides: By how much it enlarges each spatial axis, or one for all.
+      padding: `"SAME"`, `"VALID"`, or what `(low, high)` adds to the input with its zeros.
+
+    >>> ConvTranspose(strides=2)(jnp.ones((1, 4, 4, 3)), jnp.ones((3, 3, 3, 5))).shape
+    (1, 8, 8, 5)
+    """
+
+    def _geometry(self, w: Array) -> dict[str, Any]:
+        how = super()._geometry(w)
+        strides, dilation = how["window_strides"], how["rhs_dilation"]
+        if isinstance(self.padding, str):
+            sides = zip(w.shape, strides, dilation, strict=False)
+            how["padding"] = [self._edges((k - 1) * d, s - 1) for k, s, d in sides]
+        return how | {"window_strides": (1,) * len(strides), "lhs_dilation": strides}
+
+    def _edges(self, reach: int, gap: int) -> tuple[int, int]:
+        """What a window that reaches so far past its first input adds, with that many zeros."""
+        whole = reach + gap if self.padding != "VALID" else reach + max(reach, gap)
+        low = reach if self.padding == "VALID" or gap >= reach else -(-whole // 2)
+        return low, whole - low

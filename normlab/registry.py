@@ -12,6 +12,7 @@ rows of the library itself are in `normlab.rows`.
 from __future__ import annotations
 
 import copyreg
+import dataclasses
 import functools
 import inspect
 from collections.abc import Callable
@@ -23,7 +24,7 @@ from normlab._arguments import checked, flag, instance, is_array, text
 from normlab._checks import check_options, imported
 from normlab.errors import invalid, nearest
 from normlab.making import factory_of
-from normlab.site import Made, Norm
+from normlab.site import Made, Norm, WeightMap
 
 INVARIANCES = (
     "weights rescaled",
@@ -183,10 +184,12 @@ def names() -> tuple[str, ...]:
 
 
 def _pickled(norm: Norm) -> Any:
-    """By its name and options; one of one's own by its two functions."""
+    """By its name and options; one of one's own by its functions."""
     if norm.made is None:
-        return Norm, (norm.init, norm.parts, norm.fused)
+        given = {f.name: getattr(norm, f.name) for f in dataclasses.fields(norm) if f.init}
+        return functools.partial(type(norm), **given), ()
     return functools.partial(get, norm.made.name, **dict(norm.made.options)), ()
 
 
-copyreg.pickle(Norm, _pickled)
+for _class in (Norm, WeightMap):
+    copyreg.pickle(_class, _pickled)

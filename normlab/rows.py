@@ -6,7 +6,15 @@ from collections.abc import Callable
 from typing import Any
 
 from normlab.example import group_parts, instance_parts, layer_parts, rms_parts
-from normlab.factories import batch, centred_cosine, cosine, none, weight
+from normlab.factories import (
+    batch,
+    centred_cosine,
+    centred_weight,
+    cosine,
+    none,
+    weight,
+    weight_standardization,
+)
 from normlab.family.domains import auxiliary_batch, recurrent_batch, transferable_batch
 from normlab.family.evo import evo_b0, evo_s0_parts, evo_s1_parts, evo_s2_parts, evolved_params
 from normlab.family.iterations import batch_rms, cross_iteration
@@ -36,11 +44,11 @@ from normlab.family.segments import (
     pair_parts,
     segment_parts,
 )
+from normlab.family.spectral import spectral
 from normlab.family.spread import lp_batch
 from normlab.family.whitening import group_whitening_parts, switchable_whitening, whitening
 from normlab.making import initial_features, stateless
 from normlab.registry import INVARIANCES, Row, register
-from normlab.weight import weight_standardization_parts
 
 
 def _add(
@@ -101,7 +109,7 @@ _add(
 _add(group_parts, "a", _GROUP, *_OF_A, "II-I-III I--I-III", "Wu & He 2018")
 _add(instance_parts, "a", _INSTANCE, *_OF_A, "I-IIIIII", "Ulyanov, Vedaldi & Lempitsky 2016")
 _add(weight, "w", _UNIT, "0", "‖w‖", "I-I---II", "Salimans & Kingma 2016")
-_add(weight_standardization_parts, "w x", _SUMS, "w̄·Σx", "‖w − w̄‖", "I-I---II", _QIAO)
+_add(weight_standardization, "w x", _SUMS, "w̄·Σx", "‖w − w̄‖", "I-I---II", _QIAO)
 _add(cosine, "w x", _BOTH, "0", "‖w‖·‖x‖", "I-II-III", "Luo et al. 2017")
 _add(
     centred_cosine,
@@ -296,6 +304,9 @@ _add(divisive_parts, "a", _NEAR, "mean a", "√(k + mean v²)", "-------I", "Ren
 _add(local_context_parts, "a", _NEAR, *_OF_A, "I--I-I-I", "Ortiz et al. 2020")
 
 # Maps of the weights.
+_KERNEL = "w: the whole kernel, or the layer's map"
+_add(spectral, "w", _KERNEL, "0", "σ̂ of w", "I-----II", "Miyato et al. 2018")
+_add(centred_weight, "w x", _SUMS, "w̄·Σx", "1", "------II", "Yan et al. 2020")
 
 # Whitening.
 _add(

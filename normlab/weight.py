@@ -1,31 +1,244 @@
-"""Norms that look at the weights: weight normalization and weight standardization.
+"""Maps of the weights: norms that are a change of the kernel alone, and are written once as either.
 
-    weight normalization      μ = 0        σ = ‖w‖            h = g · w·x / ‖w‖ + b
-    weight standardization    μ = w̄·Σx     σ = ‖w − w̄‖        h = g · (w − w̄)·x / ‖w − w̄‖ + b
+    w' = g · (w − m) / σ        h = linear(x, w') + b = g · (linear(x, w) − linear(x, m)) / σ + b
 
-w̄ is the mean of a unit's K weights, and ‖w − w̄‖ = std(w)·√K. Either is a change of the kernel
-alone, which `weight_norm` and `weight_standardization` write out.
+    weight normalization      m = 0    σ = ‖w‖           of each unit, or of the whole kernel
+    weight standardization    m = w̄    σ = ‖w − w̄‖       of each unit
+    centred weights           m = w̄    σ = 1
+
+w̄ is the mean of a unit's K weights, and ‖w − w̄‖ = std(w)·√K. `Mapped` holds what was measured of a
+kernel. `weight_norm` and `weight_standardization` write the kernel out, `weight_map` makes a norm
+of any such measure.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, NamedTuple, Protocol
+
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import ArrayLike
 
-from normlab._arguments import checked, not_negative
-from normlab._checks import expand, gain_and_bias, inputs, kernel, promote, result_dtype
-from normlab._units import deviations, units_and_lengths
+from normlab._arguments import (
+    KINDS,
+    a_function,
+    anything,
+    array,
+    checked,
+    declare,
+    not_negative,
+    one_of,
+)
+from normlab._checks import (
+    expand,
+    gain_and_bias,
+    inputs,
+    kernel,
+    promote,
+    result_dtype,
+)
+from normlab._trees import node
+from normlab._units import deviations, safe_sqrt, units_and_lengths
 from normlab._weights import align_weights
 from normlab.devices.merging import all_reduce
 from normlab.devices.topology import AxisName
 from normlab.equation import Affine, Parts, affine
+from normlab.linear import Dense, Linear
+from normlab.making import initial_affine
 from normlab.measure import moments
-from normlab.site import Site
+from normlab.site import SHAPES, Params, Site, State, WeightMap
+
+Of = Literal["unit", "kernel"]
+"""What weight norm has one length of: each unit, or the whole kernel."""
+
+Form = Literal["exact", "qiao", "timm", "brock"]
+"""Where weight standardization has its ε, if any: see `weight_standardization`."""
+
+declare(form=one_of(Form, "the name of a form"))
+OF = one_of(Of, "'unit' or 'kernel'")
+FORM_EPS = KINDS["eps"]._replace(
+    expected="a positive number, or None for the form's own", change="pass for example eps=1e-5"
+)
 
 
-@checked("weight norm")
-def weight_norm(v: ArrayLike, params: Affine | None = None) -> Array:
+@node
+class Mapped(NamedTuple):
+    """What a map of the weights measured of a kernel w `[..., K, C]`.
+
+    Attributes:
+      unit: (w − m)/σ, in the shape of w: the new kernel, without a gain.
+      shift: m: one number for each unit, `[1, ..., 1, C]`, or in the shape of w; `None` for 0.
+      sigma: σ ≥ 0, `[]`, or `[1, ..., 1, C]`; 0 where the map makes zero of a unit.
+    """
+
+    unit: Array
+    shift: Array | None
+    sigma: Array
+
+
+class MeasureOfWeights(Protocol):
+    """Where a `Mapped` comes from; the next state is as of a `Measure`."""
+
+    def __call__(
+        self,
+        w: Array,
+        state: State,
+        *,
+        linear: Linear,
+        x: Array | jax.ShapeDtypeStruct | None,
+        train: bool,
+    ) -> tuple[Mapped, State]: ...
+
+
+SHAPED_KERNEL = array("a kernel [..., K, C], or its shape", rank=2, abstract=True)
+INPUT = array("the input of the layer, or its shape", rank=1, abstract=True)
+
+
+@checked("weight map", measure=a_function(), params=a_function(), state=a_function())
+def weight_map(
+    measure: MeasureOfWeights,
+    params: Callable[[Site], Any] = initial_affine,
+    state: Callable[[Any, Linear, Any], State] = lambda *_: (),
+    *,
+    name: str = "weight map",
+) -> WeightMap:
+    """Returns the norm, and the change of a kernel, that a measure of the weights is.
+
+    A map that has no σ of its own, w' = f(w), is `Mapped(f(w), w - f(w), jnp.ones(()))`.
+
+    Args:
+      measure: `(w, state, *, linear, x, train) -> (Mapped, state)`: w is in float32 at least. The
+        layer and its input, of which the shape alone may be looked at, say where w stands; they are
+        `Dense()` and `None` where a kernel is asked for alone.
+      params: `site -> params`, the initial parameters.
+      state: `(w, linear, x) -> state`, the initial state; all of them may be shapes.
+      name: Its name in errors.
+
+    >>> def halves(w, state, *, linear, x, train):
+    ...     return Mapped(w / 2, None, 2 * jnp.ones(())), state
+    >>> weight_map(halves).kernel(None, (), jnp.ones((1, 1)), train=False)[0].tolist()
+    [[0.5]]
+    """
+    where = name
+
+    def init(site: Site) -> tuple[Params, State]:
+        w = kernel(where, site, of_x=False)
+        begun = state(w, site.linear, site.x)
+        jax.eval_shape(lambda s, site: parts(None, s, site, train=False), begun, site)
+        return params(site), begun
+
+    def init_kernel(
+        w: Any,
+        *,
+        linear: Linear = Dense(),  # noqa: B008
+        x: Any = None,
+    ) -> tuple[Params, State]:
+        one: Any = jax.ShapeDtypeStruct((1, w.shape[-1]), w.dtype)
+        return params(Site(one, w=w)), state(w, linear, x)
+
+    def parts(params: Params, state: State, site: Site, *, train: bool) -> tuple[Parts, State]:
+        w = promote(kernel(where, site, of_x=False))
+        mapped, state = measure(w, state, linear=site.linear, x=site.x, train=train)
+        return mapped_parts(where, mapped, site, params), state
+
+    def kernel_of(
+        params: Params,
+        state: State,
+        w: Array,
+        *,
+        linear: Linear = Dense(),  # noqa: B008
+        x: Array | jax.ShapeDtypeStruct | None = None,
+        train: bool,
+    ) -> tuple[Array, State]:
+        mapped, state = measure(promote(w), state, linear=linear, x=x, train=train)
+        return mapped_kernel(where, mapped, w, params), state
+
+    return WeightMap(
+        checked(where, site=SHAPES)(init),
+        checked(where, state=anything)(parts),
+        init_kernel=checked(where, w=SHAPED_KERNEL, x=INPUT)(init_kernel),
+        kernel=checked(where, state=anything, x=INPUT)(kernel_of),
+    )
+
+
+def mapped_kernel(where: str, mapped: Mapped, w: ArrayLike, params: Any) -> Array:
+    """The new kernel, in the type of the old one `w`."""
+    gain, _ = gain_and_bias(where, params, w, -1)
+    return (gain * mapped.unit).astype(result_dtype(w))
+
+
+def mapped_parts(where: str, mapped: Mapped, site: Site, params: Any) -> Parts:
+    """The parts that do to `linear(x, w)` what the new kernel does to x.
+
+    Where σ = 0 it is 1, and with a shift g = 0, so that h = b whatever rounding leaves of a − μ.
+    """
+    channel = site.linear.channel_axis
+    g, b = gain_and_bias(where, params, site.a, channel)
+
+    def per_unit(v: Array) -> Array:
+        return expand(v, site.a.ndim, channel) if v.ndim else v
+
+    sigma = per_unit(mapped.sigma)
+    nothing = sigma == 0
+    sigma = jnp.where(nothing, 1, sigma)
+    if mapped.shift is None:
+        return Parts(jnp.zeros((), sigma.dtype), sigma, g, b)
+    w, x = promote(kernel(where, site)), inputs(where, site)
+    if mapped.shift.size == w.shape[-1]:
+        mu = per_unit(mapped.shift) * site.linear.patch_sum(x, w)
+    else:
+        mu = site.linear(promote(x), jnp.broadcast_to(mapped.shift, w.shape))
+    return Parts(mu, sigma, jnp.where(nothing, 0, g), b)
+
+
+def named(state: State) -> dict[str, Array]:
+    """The arrays of a state of a map of the weights by name, as a model keeps them."""
+    if hasattr(state, "_fields"):
+        return dict(state._asdict())
+    return {} if isinstance(state, tuple) else {"state": state}
+
+
+def unnamed(like: State, arrays: Mapping[str, Array]) -> State:
+    """Undoes `named`, for a state like another."""
+    if hasattr(like, "_fields"):
+        return type(like)(**arrays)
+    return like if isinstance(like, tuple) else arrays["state"]
+
+
+def gain_alone(params: Params) -> Params:
+    """Params of a map of the weights without the bias, which is the layer's."""
+    return params._replace(b=None) if hasattr(params, "_replace") else params
+
+
+def of_lengths(w: ArrayLike, of: Of = "unit") -> Mapped:
+    """What weight norm measures."""
+    unit, length = units_and_lengths(w, whole=of == "kernel")
+    return Mapped(unit, None, length.reshape(()) if of == "kernel" else length)
+
+
+def of_deviations(w: ArrayLike, form: Form = "exact", eps: float | None = None) -> Mapped:
+    """What weight standardization measures."""
+    deviation, w_bar = deviations(w)
+    if form == "exact" and eps is None:
+        unit, length = units_and_lengths(deviation)
+        return Mapped(unit, w_bar, length)
+    size, axes = math.prod(deviation.shape[:-1]), range(deviation.ndim - 1)
+    square = jnp.square(deviation).sum(axes, keepdims=True)
+    eps = {"qiao": 1e-5, "timm": 1e-6, "brock": 1e-4}[form] if eps is None else eps
+    sigma = {
+        "exact": lambda: jnp.sqrt(square + eps),
+        "qiao": lambda: safe_sqrt(square / max(size - 1, 1)) + eps,
+        "timm": lambda: jnp.sqrt(square / size + eps),
+        "brock": lambda: jnp.sqrt(jnp.maximum(square, eps)),
+    }[form]()
+    return Mapped(deviation / sigma, w_bar, jnp.where(square == 0, 0, sigma))
+
+
+@checked("weight norm", of=OF)
+def weight_norm(v: ArrayLike, params: Affine | None = None, *, of: Of = "unit") -> Array:
     """Weight normalization (Salimans & Kingma 2016, https://arxiv.org/abs/1602.07868).
 
     w = g · v / ‖v‖ for the incoming weights v of each unit.
@@ -37,6 +250,8 @@ def weight_norm(v: ArrayLike, params: Affine | None = None) -> Array:
       v: `[..., K, C]`, a kernel with its units last.
       params: `Affine(g [C], None)` with the length of each unit's weights; `None` for 1. A bias
         is the layer's: it is no part of the kernel, and is left out.
+      of: What has one length: each `"unit"`, or the whole `"kernel"` (torch's `dim=None`), whose
+        units then keep the lengths that they have beside each other.
 
     Returns:
       w, in the shape and type of `v`.
@@ -47,13 +262,13 @@ def weight_norm(v: ArrayLike, params: Affine | None = None) -> Array:
     >>> weight_norm(jnp.array([[3.0], [4.0]]), Affine(jnp.array([10.0]), None)).tolist()
     [[6.0], [8.0]]
     """
-    gain, _ = gain_and_bias("weight norm", params, v, -1)
-    unit, _ = units_and_lengths(v)
-    return (gain * unit).astype(result_dtype(v))
+    return mapped_kernel("weight norm", of_lengths(v, of), v, params)
 
 
-@checked("weight standardization")
-def weight_standardization(v: ArrayLike, params: Affine | None = None) -> Array:
+@checked("weight standardization", eps=FORM_EPS)
+def weight_standardization(
+    v: ArrayLike, params: Affine | None = None, *, form: Form = "exact", eps: float | None = None
+) -> Array:
     """Weight standardization, scaled by the fan-in.
 
     w = g · (v − v̄) / (std(v)·√K) for the K incoming weights v of each unit, so that w has mean 0
@@ -61,57 +276,90 @@ def weight_standardization(v: ArrayLike, params: Affine | None = None) -> Array:
     Qiao et al. 2019 (https://arxiv.org/abs/1903.10520) has no √K: pass g = √K.
 
     Weights of 1e-20 and of 1e20 standardize alike. A constant vector becomes zero, with a bounded
-    derivative.
+    derivative. For the kernels of other libraries there are their forms of σ, with an ε that such
+    weights feel:
 
-    The arguments are those of `weight_norm`, which see.
+        "exact"    √(Σ(v − v̄)² + ε)             ε = 0
+        "qiao"     √(Σ(v − v̄)²/(K − 1)) + ε     ε = 1e-5, their PyTorch code
+        "timm"     √(Σ(v − v̄)²/K + ε)           ε = 1e-6, StdConv2d
+        "brock"    √max(Σ(v − v̄)², ε)           ε = 1e-4, NFNet's WSConv2D
+
+    Args:
+      v: As in `weight_norm`, which see, as are params, the result and the errors.
+      params: As there.
+      form: One of these.
+      eps: ε; `None` for the form's own.
 
     >>> weight_standardization(jnp.array([[1.0], [5.0]])).round(3).tolist()
     [[-0.7070000171661377], [0.7070000171661377]]
     """
-    gain, _ = gain_and_bias("weight standardization", params, v, -1)
-    unit, _ = units_and_lengths(deviations(v)[0])
-    return (gain * unit).astype(result_dtype(v))
+    return mapped_kernel("weight standardization", of_deviations(v, form, eps), v, params)
 
 
-@checked("weight standardization")
-def weight_standardization_parts(site: Site, params: Affine | None = None) -> Parts:
-    """The parts of weight standardization: μ = w̄·Σx, σ = ‖w − w̄‖.
+@checked("weight standardization", eps=FORM_EPS)
+def weight_standardization_parts(
+    site: Site, params: Affine | None = None, *, form: Form = "exact", eps: float | None = None
+) -> Parts:
+    """The parts of weight standardization: μ = w̄·Σx, σ = ‖w − w̄‖, or that of another `form`.
 
     Where w is constant σ = 1 and g = 0, so that h = b whatever rounding leaves of a − μ.
 
-    The arguments are those of `weight_parts`, which see; the site has an `x` too.
+    The arguments are those of `weight_parts` and of `weight_standardization`, which see; the site
+    has an `x` too.
     """
     where = "weight standardization"
-    w, x = promote(kernel(where, site)), inputs(where, site)
-    g, b = gain_and_bias(where, params, site.a, site.linear.channel_axis)
-    deviation, w_bar = deviations(w)
-    ndim, channel = site.a.ndim, site.linear.channel_axis
-    length = expand(units_and_lengths(deviation)[1], ndim, channel)
-    mu = expand(w_bar, ndim, channel) * site.linear.patch_sum(x, w)
-    constant = length == 0
-    return Parts(mu, jnp.where(constant, 1, length), jnp.where(constant, 0, g), b)
+    return mapped_parts(where, of_deviations(kernel(where, site), form, eps), site, params)
 
 
-@checked("weight norm")
-def weight_parts(site: Site, params: Affine | None = None) -> Parts:
+@checked("weight norm", of=OF)
+def weight_parts(site: Site, params: Affine | None = None, *, of: Of = "unit") -> Parts:
     """The parts of weight normalization: μ = 0, σ = ‖w‖ (1 where w = 0).
 
     Args:
       site: A site with `a` and `w`.
       params: `Affine(g [C], b [C])`, or `None`.
+      of: As in `weight_norm`.
 
     Raises:
       ValueError: If `w` is missing or does not fit `a`.
     """
     w = kernel("weight norm", site, of_x=False)
-    g, b = gain_and_bias("weight norm", params, site.a, site.linear.channel_axis)
-    _, length = units_and_lengths(w)
-    sigma = expand(jnp.where(length == 0, 1, length), site.a.ndim, site.linear.channel_axis)
-    return Parts(jnp.zeros((), sigma.dtype), sigma, g, b)
+    return mapped_parts("weight norm", of_lengths(w, of), site, params)
 
 
-@checked("weight norm", eps=not_negative)
-def weight_norm_init(site: Site, *, eps: float = 0.0, axis_name: AxisName | None = None) -> Affine:
+@checked("centred weights")
+def centred_weight(w: ArrayLike, params: Affine | None = None) -> Array:
+    """Centred weights: w' = g · (w − w̄), w̄ the mean of the K incoming weights of each unit.
+
+    Of a positive input, as behind a relu, the mean of h is near zero then: batch norm by mean
+    squares (MABN, Yan et al. 2020, https://arxiv.org/abs/2001.06838) asks for it.
+
+    The arguments are those of `weight_norm`, which see.
+
+    >>> centred_weight(jnp.array([[1.0], [5.0]])).tolist()
+    [[-2.0], [2.0]]
+    """
+    return mapped_kernel("centred weights", centred(w), w, params)
+
+
+@checked("centred weights")
+def centred_weight_parts(site: Site, params: Affine | None = None) -> Parts:
+    """The parts of `centred_weight`, which see: μ = w̄·Σx, σ = 1; the site has an `x` too."""
+    where = "centred weights"
+    return mapped_parts(where, centred(kernel(where, site)), site, params)
+
+
+def centred(w: ArrayLike) -> Mapped:
+    """What centred weights measure: σ is 1, and 0 where nothing is left."""
+    deviation, w_bar = deviations(w)
+    some = jnp.any(deviation != 0, range(deviation.ndim - 1), keepdims=True)
+    return Mapped(deviation, w_bar, some.astype(deviation.dtype))
+
+
+@checked("weight norm", eps=not_negative, of=OF)
+def weight_norm_init(
+    site: Site, *, eps: float = 0.0, axis_name: AxisName | None = None, of: Of = "unit"
+) -> Affine:
     """Data-dependent initialization (Salimans & Kingma 2016, section 3).
 
     Chooses g = 1/sd[t] and b = −mean[t]/sd[t] for t = w·x/‖w‖, so that on this batch every unit
@@ -122,11 +370,12 @@ def weight_norm_init(site: Site, *, eps: float = 0.0, axis_name: AxisName | None
       eps: Added to the variance of t under the root; 0 as in the paper. A unit that is constant on
         the batch is not rescaled.
       axis_name: Mapped axes over which the batch is one.
+      of: As in `weight_norm`.
 
     Returns:
       `Affine(g [C], b [C])`.
     """
-    t = affine(weight_parts(site), site.a)
+    t = affine(weight_parts(site, of=of), site.a)
     axes = [i for i in range(t.ndim) if i != site.linear.channel_axis % t.ndim]
     weights = align_weights("weight norm", site.weights, t, site.linear.channel_axis)
     m = all_reduce(moments(t, axes, weights=weights), axis_name)

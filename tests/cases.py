@@ -97,7 +97,8 @@ class Case(NamedTuple):
         """h by the oracle, channels last, from `numbers`."""
         with_g, with_b = (self.options.get(k, True) for k in ("use_gain", "use_bias"))
         h = ORACLES[self.name](self, x, w)
-        h = h * g if with_g and self.name != "none" else h
+        with_g = with_g and self.name != "none" and not self.options.get("bounded")
+        h = h * g if with_g else h
         return h + b if with_b else h
 
     def channels_last(self, h):
@@ -129,11 +130,16 @@ def _bias(params, site):
 
 
 def _weight(case, params, site):
-    return site.linear(site.x, nl.weight_norm(site.w, params)) + _bias(params, site)
+    of = case.options.get("of", "unit")
+    if case.options.get("bounded"):
+        axes = None if of == "kernel" else range(site.w.ndim - 1)
+        params = nl.Affine(jnp.sqrt(jnp.square(site.w).sum(axes)), params.b)
+    return site.linear(site.x, nl.weight_norm(site.w, params, of=of)) + _bias(params, site)
 
 
 def _weight_standardization(case, params, site):
-    w = nl.weight_standardization(site.w, params)
+    options = {k: v for k, v in case.options.items() if k in ("form", "eps")}
+    w = nl.weight_standardization(site.w, params, **options)
     return site.linear(site.x, w) + _bias(params, site)
 
 
@@ -167,9 +173,11 @@ def _on_a(oracle, *names):
     return normalized
 
 
-def _on_x_and_w(oracle, **options):
+def _on_x_and_w(oracle, *names, **options):
     def normalized(case: Case, x, w):
-        return oracle(oracles.patches(x, w, case.linear), oracles.units(w, case.linear), **options)
+        own = {k: case.options[k] for k in names if k in case.options}
+        x, w = oracles.patches(x, w, case.linear), oracles.units(w, case.linear)
+        return oracle(x, w, **options, **own)
 
     return normalized
 
@@ -181,8 +189,8 @@ ORACLES = {
     "rms": _on_a(oracles.rms, "axes"),
     "group": _on_a(oracles.group, "groups"),
     "instance": _on_a(oracles.instance),
-    "weight": _on_x_and_w(oracles.weight),
-    "weight_standardization": _on_x_and_w(oracles.weight_standardization),
+    "weight": _on_x_and_w(oracles.weight, "of", "bounded"),
+    "weight_standardization": _on_x_and_w(oracles.weight_standardization, "form", "eps"),
     "cosine": _on_x_and_w(oracles.cosine),
     "centred_cosine": _on_x_and_w(oracles.cosine, centred=True),
 }
@@ -235,6 +243,9 @@ CASES = (
     Case("instance-line", "instance", {"use_gain": False, "algorithm": "two_pass"}, **LINE),
     Case("instance-weighted", "instance", **TOKENS, weights=POSITIONS),
     Case("weight-dense", "weight"),
+    Case("weight-kernel", "weight", {"of": "kernel"}, **TOKENS),
+    Case("weight-bounded", "weight", {"bounded": True}, **TOKENS),
+    Case("weight-kernel-bounded", "weight", {"of": "kernel", "bounded": True}, **TOKENS),
     Case("weight-data-init", "weight", {"data_init": True}, **TOKENS),
     Case("weight-conv", "weight", {"use_gain": False}, **LAST),
     Case("weight-conv-first", "weight", {"use_bias": False}, **FIRST),
@@ -242,6 +253,14 @@ CASES = (
     Case("weight-standardization-dense", "weight_standardization"),
     Case(
         "weight-standardization-conv-first", "weight_standardization", {"use_gain": False}, **FIRST
+    ),
+    Case("weight-standardization-qiao", "weight_standardization", {"form": "qiao"}, **LAST),
+    Case("weight-standardization-timm", "weight_standardization", {"form": "timm"}, **VALID),
+    Case(
+        "weight-standardization-brock",
+        "weight_standardization",
+        {"form": "brock", "eps": 18.0},  # two of six units are longer
+        **LAST,
     ),
     Case("weight-standardization-odd", "weight_standardization", {"use_bias": False}, **ODD),
     Case("cosine-dense", "cosine"),

@@ -5,6 +5,7 @@ from the definition, sharing no code with the library. A norm of the registry th
 `tests/cases.py` has a member here, and every option is some member's: a test says so.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -14,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import normlab as nl
+from tests import oracles
 from tests.helpers import draw
 
 
@@ -598,7 +600,57 @@ WINDOWS = (
 
 # Maps of the weights.
 
-MAPS = ()
+
+def _unit(y: np.ndarray, old: np.ndarray) -> np.ndarray:
+    return y / np.linalg.norm(y) if y.any() else old
+
+
+def spectral(p: Problem, linear: Any = None) -> np.ndarray:
+    """Miyato et al. 2018, algorithm 1; of a map as the matrix that it is on one example."""
+
+    def matrix(w: np.ndarray) -> np.ndarray:
+        if linear is None:
+            return w.reshape(-1, w.shape[-1])
+        inputs = np.eye(p.x[0].size).reshape(-1, *p.x.shape[1:])
+        return oracles.preactivation(inputs, w, linear).reshape(len(inputs), -1)
+
+    w = matrix(p.at.w)
+    u, v = p.state.u.ravel(), p.state.v.ravel()
+    for _ in range(p.options.get("steps", 1) if p.train else 0):
+        if p.options.get("first") == "u":
+            u = _unit(v @ w, u)
+        v = _unit(w @ u, v)
+        if p.options.get("first") != "u":
+            u = _unit(v @ w, u)
+    sigma = v @ (matrix(p.w) if p.options.get("through", True) else w) @ u
+    bound = p.options.get("bound")
+    return p.affine(p.a / (sigma if bound is None else np.maximum(1, sigma / bound)))
+
+
+def centred_weight(p: Problem) -> np.ndarray:
+    """x·(w − w̄), behind a dense layer."""
+    return p.affine(p.x @ (p.w - p.w.mean(0)))
+
+
+STRIDED = nl.Conv(strides=(2, 1), padding=((1, 1), (0, 1)), dilation=(1, 2), groups=2)
+MAPS = (
+    Member("spectral", spectral, folds=True, weights=True),
+    Member("spectral", spectral, {"bound": 0.5, "steps": 3, "warm": 0, "first": "u"}),
+    Member("spectral", spectral, {"bound": 50.0, "use_gain": True}),
+    Member(
+        "spectral", spectral, {"through": False, "warm": 4}, (2, 4, 5, 3), (3, 2, 3, 4), nl.Conv()
+    ),
+    Member(
+        "spectral",
+        functools.partial(spectral, linear=STRIDED),
+        {"of": "map"},
+        (2, 4, 5, 4),
+        (3, 2, 2, 6),
+        STRIDED,
+    ),
+    Member("centred_weight", centred_weight, folds=True, weights=True),
+    Member("centred_weight", centred_weight, {"use_gain": True}),
+)
 
 # Whitening.
 

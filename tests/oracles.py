@@ -121,15 +121,25 @@ def length(v, axis):
     return np.sqrt((v * v).sum(axis, keepdims=True))
 
 
-def weight(p, u):
-    """Salimans & Kingma 2016, equation 2 with g = 1: x·v/‖v‖."""
-    return product(p, u / length(u, 1))
+def weight(p, u, of="unit", bounded=False):
+    """Salimans & Kingma 2016, equation 2 with g = 1: x·v/‖v‖; of one unit, or all together.
+
+    Bounded, Hoffer et al. 2018: g is the length at the point where derivatives are taken.
+    """
+    one = length(u, 1 if of == "unit" else None)
+    return product(p, u / one * (one.real if bounded else 1))
 
 
-def weight_standardization(p, u):
-    """Brock et al. 2021, equation 1 with γ = 1: (v − v̄)/(σ√K)."""
+def weight_standardization(p, u, form="brock", eps=None):
+    """Brock et al. 2021, equation 1 with γ = 1: (v − v̄)/(σ√K); with their, and others', ε."""
     u = u - u.mean(1, keepdims=True)
-    return product(p, u / (np.sqrt((u * u).mean(1, keepdims=True)) * np.sqrt(u.shape[1])))
+    square, size = (u * u).sum(1, keepdims=True), u.shape[1]
+    if form == "qiao":  # torch.std_mean
+        return product(p, u / (np.sqrt(square / (size - 1)) + (eps or 1e-5)))
+    if form == "timm":  # F.batch_norm
+        return product(p, u / np.sqrt(square / size + (eps or 1e-6)))
+    least = square.real.min() if eps is None else eps
+    return product(p, u / np.sqrt(np.where(square.real < least, least, square)))
 
 
 def weight_init(t):

@@ -42,6 +42,7 @@ SQUARE = jnp.eye(6)
 
 # A right call of every function, with all its arguments.
 MEASURED = {"a": A, "weights": None, "channel_axis": -1}
+FORM = {"form": "timm", "eps": 1e-5}
 CALLS = {
     nl.affine: {"parts": PARTS, "a": A, "weights": None, "channel_axis": -1},
     nl.devices.all_reduce: {"m": M, "axis_name": None},
@@ -273,11 +274,17 @@ CALLS = {
     nl.shapes: {"x": X, "w": W, "linear": nl.Dense(), "weights": None},
     nl.population.share_running: {"states": STATE, "devices": 2},
     nl.population.thaw: {"states": {"a": nl.population.freeze(STATE)}, "rule": "a"},
-    nl.weight_norm: {"v": W, "params": nl.init_affine(4)},
-    nl.weight_norm_init: {"site": SITE, "eps": 0.0, "axis_name": None},
-    nl.weight_parts: {"params": nl.init_affine(4), "site": SITE},
-    nl.weight_standardization: {"v": W, "params": nl.init_affine(4)},
-    nl.weight_standardization_parts: {"params": nl.init_affine(4), "site": SITE},
+    nl.weight_map: {
+        "measure": lambda w, state, *, linear, x, train: (nl.Mapped(w, None, jnp.ones(())), state),
+        "params": lambda site: None,
+        "state": lambda w, linear, x: (),
+        "name": "identity",
+    },
+    nl.weight_norm: {"v": W, "params": nl.init_affine(4), "of": "unit"},
+    nl.weight_norm_init: {"site": SITE, "eps": 0.0, "axis_name": None, "of": "unit"},
+    nl.weight_parts: {"params": nl.init_affine(4), "site": SITE, "of": "unit"},
+    nl.weight_standardization: {"v": W, "params": nl.init_affine(4)} | FORM,
+    nl.weight_standardization_parts: {"params": nl.init_affine(4), "site": SITE} | FORM,
     instruments.whiten: {"x": SQUARE, "w": instruments.whitening(SQUARE)},
     instruments.whitening: {"x": SQUARE, "method": "zca", "eps": 0.1},
     nl.Sync: {
@@ -292,6 +299,13 @@ CALLS = {
         "mesh": None,
     },
     nl.Conv: {
+        "strides": 1,
+        "padding": "SAME",
+        "dilation": 1,
+        "groups": 1,
+        "channel_axis": -1,
+    },
+    nl.ConvTranspose: {
         "strides": 1,
         "padding": "SAME",
         "dilation": 1,
@@ -334,6 +348,7 @@ CALLS = {
 for _name in NAMES:
     _own = {"groups": 2, "eps": 1e-5, "axes": "channels", "algorithm": "auto", "bad_batch": "skip"}
     _own |= {"use_gain": True, "use_bias": True, "data_init": False, "axis_name": None, "g": None}
+    _own |= {"of": "unit", "bounded": False, "form": "timm"}
     _own |= {
         "estimator": None,
         "decay": 0.9,
@@ -351,6 +366,10 @@ for _name in NAMES:
     _params = None if _name == "none" else nl.init_affine(4)
     _site = nl.Site(jnp.ones((2, 3, 4))) if _name == "instance" else SITE
     CALLS[_norm.init] = {"site": _site}
+    if isinstance(_norm, nl.WeightMap):
+        _at = {"linear": nl.Dense(), "x": X, "w": W}
+        CALLS[_norm.init_kernel] = _at
+        CALLS[_norm.kernel] = _at | {"params": _params, "state": (), "train": True}
     CALLS[_norm.parts] = {
         "params": _params,
         "state": nl.init_running(4) if _name == "batch" else (),
@@ -424,10 +443,12 @@ for _module in (normlab.linen, normlab.nnx):
             CALLS[_class] = {k: v for k, v in _own.items() if k not in FLAX}
             if _name == "GroupNorm":
                 CALLS[_class]["num_groups"] = 2
-            if _name == "WeightNorm":
+            if "layer_instance" in _own:
                 _nnx = nnx.Linear(3, 3, rngs=nnx.Rngs(0))
                 _layer = linen.Dense(3) if _module is normlab.linen else _nnx
                 CALLS[_class]["layer_instance"] = _layer
+            if _name == "RegistryWeights":
+                CALLS[_class]["norm"] = "weight"
 
 for _f, _own in CALLS.items():
     if not isinstance(_f, type):  # what is not said above is as by default

@@ -712,7 +712,165 @@ def test_a_parameter_with_axes_of_length_one_is_to_be_reshaped():
     refused("groups that divide", lambda: convert.from_nnx(LEAVES, "group", num_groups=4))
 
 
-def test_spectral_norm_is_none_of_the_kinds():
+# --- spectral norm
+
+W, B = array(draw(5, 3, 3, C, 5)), array(draw(6, 5))
+U = nl.family.init_spectral(W, warm=2000)
+CONV = {"kernel": W, "bias": B}
+
+
+def spectral_linen(u):
+    layer = nn.SpectralNorm(nn.Conv(5, (3, 3)), n_steps=2)
+    held = {"layer_instance/kernel/u": u.u[None], "layer_instance/kernel/sigma": jnp.ones(())}
+    variables = {"params": {"layer_instance": CONV}, "batch_stats": held}
+
+    def call(variables, train):
+        return layer.apply(variables, X, update_stats=train, mutable=["batch_stats"])[0]
+
+    return variables, lambda v, **how: convert.from_linen(v, layer, **how), convert.to_linen, call
+
+
+def spectral_nnx(u):
+    rngs = nnx.Rngs(0)
+    layer = nnx.SpectralNorm(nnx.Conv(C, 5, (3, 3), rngs=rngs), n_steps=2, rngs=rngs)
+    held = {("kernel", "u"): u.u[None], ("kernel", "sigma"): jnp.ones(())}
+    variables = {"layer_instance": CONV, "batch_stats": held}
+
+    def filled(variables):
+        nnx.update(layer, variables)
+        return layer
+
+    def read(variables, **how):
+        return convert.from_nnx(filled(variables), **how)
+
+    def call(variables, train):
+        return nnx.jit(lambda m: m(X, update_stats=train))(filled(variables))
+
+    return variables, read, convert.to_nnx, call
+
+
+def spectral_haiku(u):
+    def forward(x, update):
+        w = hk.get_parameter("w", W.shape, init=jnp.zeros)
+        b = hk.get_parameter("b", B.shape, init=jnp.zeros)
+        return nl.Conv()(x, hk.SpectralNorm(1e-12, 2, name="sn")(w, update)) + b
+
+    apply = hk.transform_with_state(lambda x, update: Own(name="conv")(x, update)).apply
+
+    class Own(hk.Module):
+        def __call__(self, x, update):
+            return forward(x, update)
+
+    where = {"path": "conv/sn", "kernel": "conv/w"}
+    state = {"conv/sn": {"u0": u.u[None], "sigma": jnp.ones(())}}
+
+    def read(variables, **how):
+        return convert.from_haiku(variables, "spectral", **where, n_steps=2, eps=1e-12, **how)
+
+    def back(norm, **how):
+        return convert.to_haiku(norm, **where, **how)
+
+    def call(variables, train):
+        return apply(*variables, None, X, train)[0]
+
+    return ({"conv": {"w": W, "b": B}}, state), read, back, call
+
+
+def spectral_equinox(u):
+    key = jax.random.key(0)
+    conv = eqx.nn.Conv2d(C, 5, 3, padding="SAME", key=key)
+    make = eqx.nn.make_with_state(eqx.nn.SpectralNorm)
+    module, state = make(conv, "weight", num_power_iterations=2, key=key)
+    v = jnp.moveaxis(u.v, -1, 0).reshape(-1)
+    variables = {"weight": W.transpose(3, 2, 0, 1), "bias": B[:, None, None], "uv_index": (u.u, v)}
+
+    def filled(variables):
+        names = ("weight", "bias")
+        at = lambda m: [getattr(m.layer, name) for name in names]  # noqa: E731
+        full = eqx.tree_at(at, module, [variables[name] for name in names])
+        return full, clone(state).set(module.uv_index, variables["uv_index"])
+
+    def read(variables, **how):
+        full, state = filled(variables)
+        return convert.from_equinox(full, state=state, **how)
+
+    def call(variables, train):
+        full, state = filled(variables)
+        run = jax.vmap(lambda x: full(x, state, inference=not train)[0], axis_name="batch")
+        return jnp.moveaxis(jax.jit(run)(jnp.moveaxis(X, -1, 1)), 1, -1)
+
+    return variables, read, convert.to_equinox, call
+
+
+SPECTRAL = {
+    f.__name__.removeprefix("spectral_"): f
+    for f in (spectral_linen, spectral_nnx, spectral_haiku, spectral_equinox)
+}
+
+
+@pytest.mark.parametrize("library", SPECTRAL)
+def test_spectral_norm_goes_there_and_back_and_is_the_same_at_work(library):
+    how = {"allow": ("projection",)} if library == "nnx" else {}
+    variables, read, back, call = SPECTRAL[library](U)
+    norm = read(variables, **how)
+    exported = back(norm, **how)
+    kept = lambda tree: [  # noqa: E731
+        v for path, v in jax.tree.leaves_with_path(tree) if "sigma" not in str(path)
+    ]
+    same(kept(exported.variables), kept(variables))
+    same(read(exported.variables, **how), norm)
+    assert set(exported.arguments.values()) == {2, 1e-12}
+    for train in (False, True):
+        spectral = nl.get(norm.kind, **norm.options)
+        kernel, _ = spectral.kernel(norm.params, norm.state, norm.kernel, train=train)
+        with jax.numpy_dtype_promotion("standard"):
+            theirs = call(exported.variables, train)
+        assert gap(nl.Conv()(X, kernel) + norm.params.b, theirs) < 1e-5
+
+
+def test_what_spectral_norm_means_elsewhere_is_named():
+    fresh = nl.family.init_spectral(W, warm=1)
+    for library in ("linen", "nnx", "haiku"):
+        variables, read, back, _ = SPECTRAL[library](fresh)
+        refused(
+            r"update_stats \(it makes 2 steps at evaluation too", functools.partial(read, variables)
+        )
+        norm = read(variables, allow=("update_stats", "projection"))
+        refused("update_stats", functools.partial(back, norm))
+    variables, read, back, _ = spectral_nnx(U)
+    refused(r"projection \(it writes W/σ̂ to the kernel", lambda: read(variables))
+    variables, _, _, _ = spectral_haiku(U)
+    where = {"path": "conv/sn", "n_steps": 2}
+    refused(
+        r"eps \(0\.0001 to the square of a length",
+        lambda: convert.from_haiku(variables, "spectral", kernel="conv/w", **where),
+    )
+    refused("kernel=None", lambda: convert.from_haiku(variables, "spectral", **where))
+    variables, read, back, _ = spectral_equinox(U._replace(v=-U.v))
+    refused(r"v \(uᵀWv is not positive", lambda: read(variables))
+    norm = spectral_equinox(fresh)[1](spectral_equinox(fresh)[0])
+    refused(r"order \(a step renews v", lambda: convert.to_torch(norm, old_names=True))
+    refused("gain", lambda: back(norm._replace(params=nl.Affine(jnp.ones(5), B))))
+    cold = nl.family.init_spectral(W, warm=0)
+    refused("no step has been made", lambda: back(norm._replace(state=cold)))
+    refused("a Spectral of its u and v", lambda: back(norm._replace(state=())))
+    refused("steps", lambda: back(norm._replace(steps=None)))
+    refused("a kernel with weight and spectral norm", lambda: back(norm._replace(kernel=None)))
+
+
+def test_our_own_modules_of_spectral_norm_lose_nothing():
+    """By the same names as Flax's they make no step at evaluation, and leave the kernel."""
+    fresh = nl.family.init_spectral(W, warm=1)
+    variables = spectral_linen(fresh)[0]
+    norm = convert.from_linen(variables, normlab.linen.SpectralNorm(nn.Conv(5, (3, 3))))
+    rngs = nnx.Rngs(0)
+    module = normlab.nnx.SpectralNorm(nnx.Conv(C, 5, (3, 3), rngs=rngs), rngs=rngs)
+    nnx.update(module, spectral_nnx(fresh)[0])
+    same(convert.from_nnx(module), norm)
+    assert norm.steps == 1
+
+
+def test_spectral_norm_is_not_read_as_weight_norm():
     module = nnx.SpectralNorm(nnx.Linear(3, 4, rngs=nnx.Rngs(0)), rngs=nnx.Rngs(0))
     layer = nn.SpectralNorm(nn.Dense(4))
     variables = layer.init(jax.random.key(0), jnp.ones((2, 3)), update_stats=False)
@@ -721,16 +879,15 @@ def test_spectral_norm_is_none_of_the_kinds():
     v = np.ones((4, 3), "f")
     for read in (
         lambda kind: convert.from_nnx(module, kind),
-        lambda kind: convert.from_nnx(nnx.state(module), kind or "weight", use_scale=False),
-        lambda kind: convert.from_linen(variables, kind or layer),
+        lambda kind: convert.from_nnx(nnx.state(module), kind, use_scale=False),
+        lambda kind: convert.from_linen(variables, kind),
         lambda kind: convert.from_equinox(other, kind),
         lambda kind: convert.from_torch(
             {"parametrizations.weight.original": v, "parametrizations.weight.0._u": v[:, 0]},
-            kind or "weight",
+            kind,
         ),
-        lambda kind: convert.from_torch({"weight_orig": v, "weight_u": v[:, 0]}, kind or "weight"),
+        lambda kind: convert.from_torch({"weight_orig": v, "weight_u": v[:, 0]}, kind),
     ):
-        refused("spectral norm", lambda read=read: read(None))
         refused("spectral norm", lambda read=read: read("weight"))
 
 
@@ -877,7 +1034,11 @@ def defaults_of(layers, home):
         # None stands for -1
         (haiku_table.HAIKU.layers, hk, ("layer param_axis", "rms param_axis")),
         # a dict of leaves may leave them out; "legacy" stands for "ema", with a warning
-        (equinox_table.EQUINOX.layers, eqx.nn, ("layer shape", "rms shape", "batch mode")),
+        (
+            equinox_table.EQUINOX.layers,
+            eqx.nn,
+            ("layer shape", "rms shape", "batch mode", "spectral weight_name"),
+        ),
     ],
     ids=("linen", "nnx", "haiku", "equinox"),
 )

@@ -308,6 +308,61 @@ def test_weight_norm_over_other_axes_is_refused(torch, make, dim):
     refused("spectral norm", lambda: convert.from_torch(spectral, "weight"))
 
 
+@pytest.mark.parametrize("old", [False, True])
+@pytest.mark.parametrize("make", ["Linear", "Conv2d"])
+def test_torchs_spectral_norm_there_and_back_and_at_work(torch, make, old):
+    """After a step of the kernel that u and v have not seen; and many steps later, at σ itself."""
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(C, 5) if make == "Linear" else torch.nn.Conv2d(C, 5, 3, padding="same")
+    utils = torch.nn.utils if old else torch.nn.utils.parametrizations
+    layer = utils.spectral_norm(layer, n_power_iterations=2)
+    x = np.array(X) if make == "Linear" else FIRST
+    linear = nl.Dense() if make == "Linear" else nl.Conv(channel_axis=1)
+    with torch.no_grad():
+        layer(torch.as_tensor(x))
+        kernel = layer.weight_orig if old else layer.parametrizations.weight.original
+        kernel += 0.3 * torch.randn(kernel.shape)
+    before = {key: v.numpy().copy() for key, v in layer.state_dict().items()}
+    norm = convert.from_torch(layer, "spectral")
+    exported = convert.to_torch(norm, old_names=old)
+    same(exported.variables, before)
+    assert exported.arguments == {"n_power_iterations": 2, "eps": 1e-12, "dim": 0}
+    spectral, state = nl.get("spectral", **norm.options), norm.state
+    bias = norm.params.b if make == "Linear" else norm.params.b[:, None, None]
+    for train in (False, *[True] * 300, False):
+        layer.train(train)
+        with torch.no_grad():
+            theirs = layer(torch.as_tensor(x)).numpy()
+        ours, state = spectral.kernel(norm.params, state, norm.kernel, train=train)
+        assert gap(linear(jnp.asarray(x), ours) + bias, theirs) < 1e-5
+    matrix = np.asarray(ours).reshape(-1, 5)
+    assert gap(np.linalg.norm(matrix, 2), 1.0) < 1e-5
+    refused("spectral norm", lambda: convert.from_torch(layer, "weight"))
+    model = torch.nn.Sequential(layer)
+    again = convert.from_model(convert.from_torch, model.state_dict(), {"0": ("spectral", {})})
+    assert again["0"].kind == "spectral"
+
+
+def test_keras_spectral_norm_is_written_as_it_keeps_it(keras):
+    layer = keras.layers.SpectralNormalization(keras.layers.Conv2D(5, 3, padding="same"))
+    layer.build(X.shape)
+    refused("projection .*sigma", lambda: convert.from_keras(layer))
+    for _ in range(300):
+        layer(np.array(X), training=True)
+    norm = convert.from_keras(layer, allow=("projection",))
+    theirs = np.asarray(layer(np.array(X), training=False))
+    ours, _ = nl.get("spectral", **norm.options).kernel(
+        norm.params, norm.state, norm.kernel, train=False
+    )
+    assert gap(nl.Conv()(X, ours) + norm.params.b, theirs) < 1e-5
+    larger = norm._replace(kernel=3 * norm.kernel)
+    variables, arguments = convert.to_keras(larger, allow=("projection",))
+    expected = {v.name: np.asarray(v.value) for v in layer.variables}
+    assert gap(variables.pop("kernel"), expected.pop("kernel")) < 1e-6
+    same(variables, expected)
+    assert arguments == {"power_iterations": 1}
+
+
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 def test_torchs_rms_norm_without_a_number_for_eps_has_that_of_float32(torch, dtype):
     dtype = getattr(torch, dtype)

@@ -16,7 +16,7 @@ import normlab as nl
 import normlab.linen
 import normlab.nnx
 from tests import cases
-from tests.family import MEMBERS, Member
+from tests.family import MEMBERS, STRIDED, Member
 from tests.helpers import draw, gap, mappers, mesh
 
 over_members = pytest.mark.parametrize("member", MEMBERS, ids=lambda m: m.label, scope="module")
@@ -733,3 +733,205 @@ def test_a_gain_that_fits_nothing_says_what_does():
         nl.layer_norm(jnp.asarray(A), nl.Affine(jnp.ones((3, 6)), None))
     with pytest.raises(ValueError, match="shapes that broadcast"):
         nl.modulate(nl.init_affine(6), jnp.ones((4, 5)))
+
+
+# Maps of the weights.
+
+
+def _site(linear, x, w):
+    return nl.Site(linear(x, w), x, w, linear=linear)
+
+
+def _operator(linear, x, w):
+    """The matrix that the layer is on one example."""
+    jacobian = jax.jacobian(lambda x: linear(x, w))(x[:1])
+    return np.asarray(jacobian).reshape(-1, x[:1].size)
+
+
+LAYERS = {
+    "dense": (nl.Dense(), (3, 6, 5), (5, 4)),
+    "conv": (nl.Conv(), (2, 5, 4, 3), (3, 3, 3, 4)),
+    "strided": (STRIDED, (2, 4, 5, 4), (3, 2, 2, 6)),
+    "first": (nl.Conv(strides=2, padding="VALID", channel_axis=1), (2, 3, 7, 6), (3, 2, 3, 4)),
+    "line": (nl.Conv(groups=4), (2, 7, 4), (3, 1, 8)),
+    "transposed": (nl.ConvTranspose(strides=(2, 1)), (2, 3, 4, 5), (3, 3, 5, 4)),
+    "transposed, first": (
+        nl.ConvTranspose(strides=2, padding="VALID", dilation=2, groups=2, channel_axis=1),
+        (2, 4, 3, 2),
+        (3, 2, 2, 6),
+    ),
+}
+over_layers = pytest.mark.parametrize("layer", LAYERS)
+
+
+@over_layers
+@pytest.mark.parametrize("of", ["matrix", "map"])
+def test_spectral_norm_comes_to_the_largest_singular_value_from_below(layer, of, x64):
+    """σ̂ ≤ σ at every step; then what is left is a matrix, or a layer, of norm 1."""
+    linear, x, w = LAYERS[layer]
+    x, w = jnp.asarray(draw(0, *x)), jnp.asarray(draw(1, *w))
+    norm, site = nl.get("spectral", of=of, warm=0, steps=2), _site(linear, x, w)
+    params, state = norm.init(site)
+    step = jax.jit(lambda state: norm.parts(params, state, site, train=True))
+    whole = _operator(linear, x, w) if of == "map" else w.reshape(-1, w.shape[-1])
+    sigmas = []
+    for _ in range(400):
+        parts, state = step(state)
+        sigmas.append(float(parts.sigma))
+    largest = np.linalg.norm(whole, 2)
+    assert max(sigmas) <= largest * (1 + 1e-12)
+    assert (np.diff(sigmas) >= -1e-12 * largest).all()
+    kernel, _ = norm.kernel(params, state, w, linear=linear, x=x, train=False)
+    made = _operator(linear, x, kernel) if of == "map" else kernel.reshape(-1, kernel.shape[-1])
+    assert gap(np.linalg.norm(made, 2), 1.0) < 1e-6
+
+
+def test_the_matrix_does_not_bound_the_convolution(x64):
+    """All taps alike: the map's norm is nearly the root of the window's size larger."""
+    linear, x = nl.Conv(), jnp.zeros((1, 16, 16, 2))
+    w = jnp.broadcast_to(jnp.asarray(draw(1, 1, 1, 2, 2)), (3, 3, 2, 2))
+    kernel, _ = nl.family.spectral_norm(w, train=False, warm=100)
+    assert np.linalg.norm(_operator(linear, x, kernel), 2) > 2.8
+    kernel, _ = nl.family.spectral_norm(w, train=False, warm=100, of="map", linear=linear, x=x)
+    assert gap(np.linalg.norm(_operator(linear, x, kernel), 2), 1.0) < 1e-3
+
+
+@pytest.mark.parametrize("of", ["matrix", "map"])
+def test_spectral_norm_warms_up_where_init_had_no_values(of):
+    """From shapes, and from zeros, it is as from values: before the first step too."""
+    linear, x, w = LAYERS["strided"]
+    x, w = jnp.asarray(draw(0, *x), jnp.float32), jnp.asarray(draw(1, *w), jnp.float32)
+    norm, zero = nl.get("spectral", of=of), jnp.zeros_like(w)
+    params, warm = norm.init(_site(linear, x, w))
+
+    @functools.partial(jax.jit, static_argnames="train")
+    def run(state, w, train):
+        return norm.apply(params, state, _site(linear, x, w), train=train)
+
+    cold = norm.init(nl.shapes(x, w, linear=linear))[1]
+    assert gap(norm.init(_site(linear, x, zero))[1], cold) == 0
+    h, after = run(cold, zero, train=True)
+    assert (np.asarray(h) == 0).all()
+    assert gap(after, cold) == 0
+    h, same = run(cold, w, train=False)
+    assert gap(same, cold) == 0
+    assert gap(h, run(warm, w, train=False)[0]) < 1e-5
+    expected = nl.get("spectral", of=of, warm=14).init(_site(linear, x, w))[1]
+    assert gap(run(cold, w, train=True)[1], run(expected, w, train=True)[1]) < 1e-5
+
+
+def test_a_kernel_that_is_not_finite_leaves_the_state():
+    norm, w = nl.get("spectral"), jnp.asarray(draw(1, 5, 4), jnp.float32)
+    x = jnp.ones((2, 5))
+    params, state = norm.init(_site(nl.Dense(), x, w))
+    for bad in (jnp.nan, jnp.inf):
+        h, after = norm.apply(params, state, _site(nl.Dense(), x, w.at[0, 0].set(bad)), train=True)
+        assert not jnp.isfinite(h).all()
+        assert all(jnp.isfinite(v).all() for v in after)
+    for size in (1e-30, 1e30):
+        kernel, _ = nl.family.spectral_norm(size * w, None, state, train=True)
+        assert gap(kernel, nl.family.spectral_norm(w, None, state, train=True)[0]) < 1e-6
+
+
+def test_a_state_of_another_layer_is_refused():
+    linear, x, w = LAYERS["conv"]
+    x, w = jnp.ones(x), jnp.ones(w)
+    norm = nl.get("spectral", of="map")
+    params, state = norm.init(_site(linear, x, w))
+    with pytest.raises(ValueError, match="size of input"):
+        norm.apply(params, state, _site(linear, x[:, 1:], w), train=True)
+    with pytest.raises(ValueError, match="of='map' and no x"):
+        norm.init(nl.Site(linear(x, w), w=w, linear=linear))
+    with pytest.raises(ValueError, match="a state of type tuple"):
+        norm.apply(params, (), _site(linear, x, w), train=True)
+
+
+def test_the_map_of_each_device_is_its_own():
+    """Under every mapper, where a sum over devices would slip into the transpose."""
+    linear, x, w = LAYERS["conv"]
+    x = jnp.asarray(draw(0, *x), jnp.float32)
+    kernels = jnp.asarray(draw(1, 2, *w), jnp.float32)
+    norm = nl.get("spectral", of="map")
+    params, state = norm.init(_site(linear, x, kernels[0]))
+
+    def run(state, w):
+        def loss(w):
+            h, after = norm.apply(params, state, _site(linear, x, w), train=True)
+            return jnp.square(h).sum(), after
+
+        return jax.grad(loss, has_aux=True)(w)
+
+    expected = jax.tree.map(lambda *v: jnp.stack(v), *[jax.jit(run)(state, w) for w in kernels])
+    for name, mapper in mappers(2).items():
+        assert gap(mapper(run)(state, kernels), expected) < 1e-5, name
+
+
+@pytest.mark.parametrize("kind", [AxisType.Explicit, AxisType.Auto])
+def test_a_sharded_kernel_has_the_same_singular_vectors(kind):
+    x, w = (jnp.asarray(draw(i, 4, 4), jnp.float32) for i in range(2))
+    norm = nl.get("spectral")
+
+    @jax.jit
+    def run(x, w):
+        site = _site(nl.Dense(), x, w)
+        params, state = norm.init(site)
+        return norm.apply(params, state, site, train=True)
+
+    expected = jax.tree.map(np.asarray, run(x, w))
+    grid = mesh(kind, d=2)
+    for spec in (P("d", None), P(None, "d")):
+        with jax.set_mesh(grid):
+            placed = jax.device_put(w, jax.NamedSharding(grid, spec))
+            whole = jax.device_put(x, jax.NamedSharding(grid, P()))
+            if kind == AxisType.Explicit and spec[0] is not None:
+                continue  # JAX asks how x @ w itself is to be sharded
+            assert gap(run(whole, placed), expected) < 1e-5
+
+
+def _orthogonal(w, state, *, linear, x, train):
+    """A map of one's own: all singular values are 1."""
+    del linear, x, train
+    left, _, right = jnp.linalg.svd(w.reshape(-1, w.shape[-1]), full_matrices=False)
+    q = (left @ right).reshape(w.shape)
+    return nl.Mapped(q, w - q, jnp.ones(())), state
+
+
+WEIGHT_MAPS = {
+    "weight": nl.get("weight"),
+    "whole": nl.get("weight", of="kernel"),
+    "bounded": nl.get("weight", bounded=True),
+    "standard": nl.get("weight_standardization"),
+    **{f: nl.get("weight_standardization", form=f) for f in ("qiao", "timm", "brock")},
+    "spectral": nl.get("spectral"),
+    "soft": nl.get("spectral", of="map", bound=0.9, use_gain=True),
+    "centred": nl.get("centred_weight", use_gain=True),
+    "own": nl.weight_map(_orthogonal),
+}
+
+
+@over_layers
+@pytest.mark.parametrize("name", WEIGHT_MAPS)
+def test_a_map_of_the_weights_is_a_kernel_and_a_norm_and_folds(name, layer):
+    linear, x, w = LAYERS[layer]
+    norm = WEIGHT_MAPS[name]
+    assert isinstance(norm, nl.WeightMap)
+    x, w = jnp.asarray(draw(0, *x), jnp.float32), jnp.asarray(draw(1, *w), jnp.float32)
+    params, state = norm.init(_site(linear, x, w))
+    params = jax.tree.map(lambda v: v + 0.3 * jnp.cos(jnp.arange(v.size).reshape(v.shape)), params)
+    for train in (True, False):
+        h, after = norm.apply(params, state, _site(linear, x, w), train=train)
+        kernel, same = norm.kernel(params, state, w, linear=linear, x=x, train=train)
+        assert gap(after, same) == 0
+        assert gap(h, _layer(linear, x, kernel, params.b)) < 1e-5
+    folded = nl.folding.fold_norm(norm, params, state, w, x=x, linear=linear)
+    assert gap(folded.kernel, kernel) < 1e-5
+    half, _ = norm.kernel(params, state, w.astype(jnp.bfloat16), linear=linear, x=x, train=False)
+    assert half.dtype == jnp.bfloat16
+    if norm.made:
+        assert pickle.loads(pickle.dumps(norm)) == norm
+
+
+def _layer(linear, x, w, b):
+    return linear(x, w) + jnp.moveaxis(
+        jnp.broadcast_to(b, (*[1] * (x.ndim - 1), b.size)), -1, linear.channel_axis
+    )

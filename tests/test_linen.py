@@ -135,7 +135,7 @@ def test_a_skin_compiles_to_the_program_of_the_plain_function():
     assert operations(skin) == operations(plain)
 
 
-@pytest.mark.parametrize("name", [*NORMS, "WeightNorm"])
+@pytest.mark.parametrize("name", [*NORMS, "WeightNorm", "SpectralNorm"])
 def test_arguments_are_flaxs_in_order_and_defaults_and_more_come_last(name):
     def fields(module):
         skip = {"parent", "name"}
@@ -743,6 +743,89 @@ def test_weight_norm_normalizes_a_tiny_kernel_where_flaxs_epsilon_hides_it():
     assert float(theirs[0, 0]) < 0.01
     with pytest.raises(ValueError, match=r"epsilon=0\.001"):
         init(nll.WeightNorm(layer, epsilon=1e-3), x)
+
+
+class Spectral(nn.Module):
+    """Spectral norm around a convolution and a dense layer."""
+
+    norm: type
+
+    @nn.compact
+    def __call__(self, x, update_stats):
+        x = self.norm(nn.Conv(5, (3,)))(x, update_stats=update_stats)
+        return self.norm(nn.Dense(4), n_steps=3)(x, update_stats=update_stats)
+
+
+def test_spectral_norm_trains_as_flaxs_from_its_checkpoint():
+    theirs, ours = Spectral(nn.SpectralNorm), Spectral(nll.SpectralNorm)
+    variables = init(theirs, X, False)
+    assert jax.tree.map(jnp.shape, init(ours, X, False)) == jax.tree.map(jnp.shape, variables)
+
+    def run(module):
+        def loss(params):
+            both = {**variables, "params": params}
+            h, changed = module.apply(both, X, True, mutable=["batch_stats"])
+            return (h * WEIGHT[..., :4]).sum(), changed
+
+        return jax.jit(jax.value_and_grad(loss, has_aux=True))(variables["params"])
+
+    assert gap(run(ours), run(theirs)) < 1e-5
+
+
+def test_spectral_norm_makes_no_step_at_inference_where_flaxs_does():
+    layer = nn.Dense(4, use_bias=False)
+    variables = jax.jit(lambda: nn.SpectralNorm(layer).init(KEY, X, update_stats=False))()
+    w = variables["params"]["layer_instance"]["kernel"]
+    u = variables["batch_stats"]["layer_instance/kernel/u"][0]
+    sigma = np.linalg.norm(np.asarray(w, np.float64) @ u) / np.linalg.norm(u)
+    for steps in (1, 9):
+        ours, theirs = (
+            module(layer, n_steps=steps).apply(variables, X, update_stats=False)
+            for module in (nll.SpectralNorm, nn.SpectralNorm)
+        )
+        assert gap(ours, X @ w / sigma) < 1e-6
+        assert gap(theirs, X @ w / sigma) > 1e-3
+    warm = jax.jit(lambda: nll.SpectralNorm(layer).init(KEY, X, update_stats=False))()
+    h = nll.SpectralNorm(layer).apply(warm, X, update_stats=False)
+    assert gap(h, X @ w / np.linalg.norm(w, 2)) < 1e-2
+
+
+MAPS = {
+    "spectral": {"use_gain": True},
+    "weight": {"bounded": True},
+    "weight_standardization": {"form": "timm", "gain": "offset"},
+    "centred_weight": {},
+}
+
+
+@pytest.mark.parametrize("name", MAPS)
+def test_any_map_of_the_weights_goes_around_a_layer(name):
+    norm, x = nl.get(name, **MAPS[name]), X.transpose(0, 2, 1)
+    module = nll.RegistryWeights(nn.Conv(4, (2,)), name, MAPS[name], use_running_average=False)
+    variables = init(module, x)
+    w = variables["params"]["layer_instance"]["kernel"]
+    params, state = norm.init_kernel(w)
+    kernel, after = norm.kernel(params, state, w, train=True)
+    h, changed = call(module, variables, x, mutable=["batch_stats"])
+    assert gap(h, nl.Conv()(x, kernel)) < 1e-6
+    assert gap(jax.tree.leaves(changed), jax.tree.leaves(after)) < 1e-6
+    learned = {k for k in variables["params"] if k != "layer_instance"}
+    expected = {"spectral": {"scale"}, "weight_standardization": {"d"}}.get(name, set())
+    assert learned == {f"layer_instance/kernel/{leaf}" for leaf in expected}
+
+
+def test_the_spectral_norm_of_a_map_asks_the_layer_where_its_kernel_stands():
+    linear = nl.Conv(strides=2, padding="VALID")
+    conv = nn.Conv(4, (2,), strides=2, padding="VALID")
+    how = {"linear": linear, "use_running_average": False}
+    module = nll.RegistryWeights(conv, "spectral", {"of": "map", "steps": 50}, **how)
+    variables = init(module, X)
+    h, _ = call(module, variables, X, mutable=["batch_stats"])
+    w = variables["params"]["layer_instance"]["kernel"]
+    operator = jax.jacobian(lambda x: linear(x, w))(X[:1]).reshape(-1, X[:1].size)
+    assert gap(h, linear(X, w) / np.linalg.norm(operator, 2)) < 1e-5
+    with pytest.raises(ValueError, match="RegistryNorm for a norm of activations"):
+        init(nll.RegistryWeights(conv, "layer"), X)
 
 
 @pytest.mark.parametrize("centred", [False, True])

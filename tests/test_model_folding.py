@@ -10,6 +10,7 @@ import pytest
 from flax import nnx
 
 import normlab as nl
+import normlab.linen
 from normlab import folding
 from normlab.folding import fold_model, plain_weights
 from tests.helpers import array, draw, gap
@@ -388,6 +389,45 @@ def test_norms_of_the_weights_become_plain_weights():
             apply=apply,
             folded_apply=outputs(plain, X),
         )
+
+
+class Wrapped(nn.Module):
+    """Maps of the weights around layers."""
+
+    plain: bool = False
+
+    @nn.compact
+    def __call__(self, x):
+        def wrap(layer, norm, **options):
+            if self.plain:
+                return layer
+            return normlab.linen.RegistryWeights(layer, norm, options, use_running_average=True)
+
+        x = wrap(nn.Conv(4, (3,)), "spectral", use_gain=True)(x)
+        x = wrap(nn.Conv(4, (3,)), "weight_standardization", form="timm", gain="offset")(x)
+        x = wrap(nn.Dense(4), "weight", bounded=True)(x)
+        if self.plain:
+            return nn.Dense(3)(x)
+        return normlab.linen.SpectralNorm(nn.Dense(3))(x, update_stats=False)
+
+
+def test_maps_of_the_weights_become_plain_weights():
+    model, plain = Wrapped(), Wrapped(plain=True)
+    variables = filled(model, X)
+    rule = {
+        "RegistryWeights_0": nl.get("spectral", use_gain=True),
+        "RegistryWeights_1": nl.get("weight_standardization", form="timm", gain="offset"),
+        "RegistryWeights_2": nl.get("weight", bounded=True),
+        "SpectralNorm_0": nl.get("spectral"),
+    }
+    applies = {"apply": outputs(model, X), "folded_apply": outputs(plain, X)}
+    folded, report = plain_weights(variables, rule, **applies)
+    assert jax.tree.structure(folded["params"]) == jax.tree.structure(
+        jax.eval_shape(plain.init, jax.random.key(0), X)["params"]
+    )
+    assert report.error < 2e-6
+    with pytest.raises(ValueError, match=r"Dense_1: got no [uv], [uv] of get"):
+        plain_weights(variables, {"Dense_1": nl.get("spectral")})
 
 
 def test_a_wrapper_made_in_setup_keeps_its_level_of_names():

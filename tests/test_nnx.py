@@ -81,7 +81,7 @@ def _is_variable(leaf):
     return isinstance(leaf, nnx.Variable)
 
 
-@pytest.mark.parametrize("name", [*NORMS, "WeightNorm"])
+@pytest.mark.parametrize("name", [*NORMS, "WeightNorm", "SpectralNorm"])
 def test_arguments_are_flaxs_with_their_defaults_and_more_come_last(name):
     theirs, ours = (inspect.signature(getattr(m, name).__init__).parameters for m in (nnx, nlx))
     assert list(ours)[: len(theirs)] == list(theirs)
@@ -296,6 +296,57 @@ def test_weight_norms_scales_are_trained():  # flax 0.12.8 holds them constant
     unit = np.asarray(layer.kernel[...], np.float64)
     unit = unit / np.linalg.norm(unit, axis=0)
     assert gap(kept(X), np.asarray(X) @ unit) < 1e-6
+
+
+def test_spectral_norm_leaves_the_kernel_alone_where_flax_overwrites_it():
+    def made(norm):
+        return norm(nnx.Linear(6, 4, rngs=nnx.Rngs(1)), n_steps=2, rngs=nnx.Rngs(0))
+
+    theirs, ours = made(nnx.SpectralNorm), made(nlx.SpectralNorm)
+    kinds = [jax.tree.map(type, nnx.state(m), is_leaf=_is_variable) for m in (theirs, ours)]
+    assert kinds[0] == kinds[1]
+    nnx.update(ours, nnx.state(theirs))
+    kernel = ours.layer_instance.kernel[...]
+    assert gap(ours(X), theirs(X)) < 1e-6
+    assert gap(pure(ours)["batch_stats"], pure(theirs)["batch_stats"]) < 1e-6
+    assert gap(ours.layer_instance.kernel[...], kernel) == 0
+    assert gap(theirs.layer_instance.kernel[...], kernel) > 0.1
+    before = pure(ours)
+    ours.eval()
+    h = nnx.jit(lambda m: m(X))(ours)
+    assert gap(pure(ours), before) == 0
+    u = np.asarray(ours.batch_stats["kernel", "u"][0])
+    assert gap(h, X @ kernel / np.linalg.norm(kernel @ u)) < 1e-6
+    grads = nnx.grad(lambda m: (m(X) * WEIGHT[..., :4]).sum())(ours)
+    assert jnp.abs(grads["layer_instance"]["kernel"][...]).max() > 0
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("spectral", {"use_gain": True}),
+        ("weight", {"bounded": True}),
+        ("weight_standardization", {"form": "timm", "gain": "offset"}),
+        ("centred_weight", {}),
+    ],
+)
+def test_any_map_of_the_weights_goes_around_a_layer(name, options):
+    layer = nnx.Linear(6, 4, use_bias=False, rngs=nnx.Rngs(1))
+    norm, w = nl.get(name, **options), layer.kernel[...]
+    params, state = norm.init_kernel(w)
+    kernel, after = norm.kernel(params, state, w, train=True)
+    module = nlx.RegistryWeights(layer, name, options)
+    assert gap(nnx.jit(lambda m: m(X))(module), X @ kernel) < 1e-6
+    assert gap(jax.tree.leaves(pure(module.batch_stats)), jax.tree.leaves(after)) < 1e-6
+    assert gap(layer.kernel[...], w) == 0
+    module.eval()
+    still, _ = norm.kernel(params, after, w, train=False)
+    assert gap(module(X), X @ still) < 1e-6
+    learned = jax.tree.leaves(nnx.state(module.scales, nnx.Param))
+    assert [v.shape for v in learned] == {
+        "spectral": [()],
+        "weight_standardization": [(4,)],
+    }.get(name, [])
 
 
 def test_a_state_inside_a_weight_normed_layer_is_updated():

@@ -467,3 +467,38 @@ def test_a_constant_unit_is_its_bias_exactly(name, fan_in, half, precision):
     assert np.isfinite(dw).all()
     plain = x @ nl.weight_standardization(w)
     assert (plain[:, flat] == 0).all()
+
+
+# Transposed convolutions.
+
+
+@pytest.mark.parametrize("window", [1, 2, 3, 5])
+@pytest.mark.parametrize("strides", [1, 2, 3])
+@pytest.mark.parametrize("padding", ["SAME", "VALID", ((1, 2), (3, 1))])
+def test_a_transposed_convolution_is_that_of_jax(window, strides, padding):
+    x, w = array(draw(0, 2, 4, 5, 3)), array(draw(1, window, 2, 3, 4))
+    for dilation in (1, 2):
+        how = {"rhs_dilation": (dilation,) * 2, "dimension_numbers": ("NHWC", "HWIO", "NHWC")}
+        expected = jax.lax.conv_transpose(x, w, (strides,) * 2, padding, **how)
+        for axis in (-1, 1):
+            linear = nl.ConvTranspose(strides, padding, dilation, channel_axis=axis)
+            a = linear(jnp.moveaxis(x, -1, axis), w)
+            assert gap(channels_last(linear, a), expected) < 1e-6
+
+
+@pytest.mark.parametrize("name", ["cosine", "centred_cosine", "weight", "weight_standardization"])
+def test_a_norm_behind_a_transposed_convolution_is_that_behind_the_convolution_it_is(name):
+    """Of the input with zeros between its positions."""
+    x, w = array(draw(0, 2, 4, 5, 3, mean=0.5)), array(draw(1, 3, 3, 3, 4))
+    up, plain = (
+        nl.ConvTranspose(strides=2, padding=((2, 1), (2, 2))),
+        nl.Conv(padding=((2, 1), (2, 2))),
+    )
+    apart = jnp.zeros((2, 7, 9, 3)).at[:, ::2, ::2].set(x)
+    norm = nl.get(name)
+
+    def run(linear, x):
+        site = nl.Site(linear(x, w), x, w, linear=linear)
+        return norm.apply(norm.init(site)[0], (), site, train=True)[0]
+
+    assert gap(run(up, x), run(plain, apart)) < 1e-5

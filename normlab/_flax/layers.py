@@ -7,18 +7,19 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
+from jax import Array, lax
 from jax.typing import ArrayLike, DTypeLike
 
-from normlab._checks import floating, normalize_axes, promote_dtype
+from normlab._checks import floating, normalize_axes, promote, promote_dtype
 from normlab._flax.calls import Axes, operand, output_dtype
 from normlab._flax.words import read
 from normlab.cosine import cosine_norm
 from normlab.equation import Affine
 from normlab.errors import invalid
+from normlab.family.spectral import init_spectral, measure_spectral, of_u
 from normlab.linear import Conv, Dense, Linear
-from normlab.registry import get, row
-from normlab.site import Norm
+from normlab.registry import get, names, row
+from normlab.site import Norm, WeightMap
 from normlab.weight import weight_norm
 
 
@@ -41,11 +42,11 @@ def normalized_kernel(
     return w.reshape(moved.shape).transpose(np.argsort(order)).astype(out)
 
 
-def check_weight_epsilon(epsilon: float) -> None:
+def check_weight_epsilon(epsilon: float, where: str = "WeightNorm") -> None:
     """Raises ValueError unless it is Flax's default, which no float32 kernel of length 1 feels."""
     if epsilon != 1e-12:
         raise invalid(
-            "WeightNorm",
+            where,
             f"epsilon={epsilon!r}",
             "Flax's 1e-12: the norm is taken without any, and is safe at zero",
             "leave it out",
@@ -124,6 +125,58 @@ def learned(params: Any, each: Callable[[str, Any], Any]) -> Any:
     return type(params)(*(None if v is None else each(str(named.get(f, f)), v) for f, v in fields))
 
 
+def spectral_kernel(
+    layer: Any, v: Array, u: Array, *, update_stats: bool
+) -> tuple[Array, Array, Array]:
+    """Flax's spectral norm of a parameter, of `layer`, the module: the kernel, u `[1, C]` and σ̂.
+
+    With `update_stats` u is that after `n_steps` steps of power iteration.
+    """
+    where = type(layer).__name__
+    w = promote(floating(v))
+    how: dict[str, Any] = {"linear": Dense(), "x": None, "of": "matrix", "warm": 0}
+    how |= {"steps": layer.n_steps, "bound": None, "through": True}
+    mapped, state = measure_spectral(w, of_u(u[0], w), train=update_stats, **how)
+    out = output_dtype(where, v, layer.dtype, (u,))
+    sigma = lax.stop_gradient(mapped.sigma).astype(layer.param_dtype)
+    return mapped.unit.astype(out), state.u.astype(u.dtype)[None], sigma
+
+
+def first_u(v: Array, dtype: DTypeLike) -> Array:
+    """The u `[1, C]` that a module of spectral norm begins with, after 15 steps."""
+    return init_spectral(v).u.astype(dtype)[None]
+
+
+def is_spectral(layer: Any, v: Array) -> bool:
+    """Whether Flax's spectral norm, of `layer`, the module, normalizes a parameter.
+
+    Raises ValueError for one that is no matrix where that is to be an error.
+    """
+    if v.ndim <= 1 or layer.n_steps < 1:
+        return False
+    if v.ndim > 2 and layer.error_on_non_matrix:
+        given = f"a parameter of shape {v.shape} with error_on_non_matrix=True"
+        raise invalid("SpectralNorm", given, "matrices only", "leave error_on_non_matrix out")
+    return True
+
+
+def map_from_registry(name: str, options: Mapping[str, Any]) -> WeightMap:
+    """`normlab.get`, of a map of the weights; raises ValueError for another norm."""
+    norm = get(name, **options)
+    if not isinstance(norm, WeightMap):
+        known = [n for n in names() if isinstance(_made(n), WeightMap)]
+        change = f"use one of {', '.join(known)}, or RegistryNorm for a norm of activations"
+        raise invalid("RegistryWeights", repr(name), "a norm that is a map of the weights", change)
+    return norm
+
+
+def _made(name: str) -> Any:
+    try:
+        return get(name)
+    except ValueError:  # an option is required
+        return None
+
+
 def from_registry(name: str, options: Mapping[str, Any]) -> Norm:
     """`normlab.get`, of a norm that needs no kernel; raises ValueError for another."""
     norm = get(name, **options)
@@ -132,6 +185,6 @@ def from_registry(name: str, options: Mapping[str, Any]) -> Norm:
             "RegistryNorm",
             f"{name!r}, which looks at the weights",
             "a norm of activations",
-            "use WeightNorm, CosineDense or CosineConv in place of the layer",
+            "use RegistryWeights around the layer, or CosineDense or CosineConv in its place",
         )
     return norm

@@ -75,6 +75,10 @@ WORDS: dict[str, Kind] = {
         a_function(of=2),
     ),
     "scale_metadata": METADATA,
+    "collection_name": text("the name of a collection", "pass a string"),
+    "error_on_non_matrix": flag(),
+    "n_steps": integer("a number of steps; below 1 for no norm", "pass 1"),
+    "update_stats": flag("pass True in training, False else"),
     "variable_filter": anything,
     "x": array("an array [..., C], a real one", rank=1),
 }

@@ -14,8 +14,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from normlab._arguments import anything, checked
-from normlab.convert.leaves import given, held, take
+from normlab.convert.leaves import given, held, take, vector
 from normlab.convert.library import REQUIRED, Layer, Library, is_a, refuse, spectral
+from normlab.convert.spectral import (
+    from_vectors,
+    to_vectors,
+    units_first,
+    units_last,
+    window_first,
+    window_last,
+)
 from normlab.convert.statistics import average, counted, mass_after, statistics_dtype
 from normlab.convert.value import NORM, Converted, Exported, check
 from normlab.convert.weight import from_units_first, to_units_first
@@ -40,6 +48,11 @@ EQUINOX = Library(
             ("GroupNorm",), {"groups": REQUIRED, "eps": 1e-5, "channelwise_affine": True}
         ),
         "weight": Layer(("WeightNorm",), {}, {"weight_name": "weight", "axis": 0}),
+        "spectral": Layer(
+            ("SpectralNorm",),
+            {"num_power_iterations": 1, "eps": 1e-12},
+            {"weight_name": "weight"},
+        ),
     },
     {"eps": "eps", "decay": "momentum", "groups": "groups", "shape": "shape"}
     | {"g": "use_weight channelwise_affine", "b": "use_bias channelwise_affine"},
@@ -62,11 +75,11 @@ def from_equinox(
 
     Args:
       variables: The module, or a dict `{"weight", "bias", "batch_counter", "batch_state_index"}`;
-        of weight norm `{"weight", "bias", "g"}`.
+        of weight norm `{"weight", "bias", "g"}`, of spectral norm `{"weight", "bias", "uv_index"}`.
       layer: The module, if `variables` is not it, or a kind: `"batch"`, `"layer"`, `"rms"`,
-        `"group"` or `"weight"`, which comes before the class of the module: that says its own
-        arguments all the same.
-      state: The `eqx.nn.State` that goes with a module of batch norm.
+        `"group"`, `"weight"` or `"spectral"`, which comes before the class of the module: that
+        says its own arguments all the same.
+      state: The `eqx.nn.State` that goes with a module of batch norm or of spectral norm.
       allow: The conventions that may be lost.
       **arguments: equinox's own arguments, where the layer was not made with its defaults.
 
@@ -87,6 +100,8 @@ def from_equinox(
     leaves = dict(variables) if module is None else _variables(where, module, kind, state)
     if kind == "weight":
         return from_units_first(where, leaves, WEIGHT, [""])
+    if kind == "spectral":
+        return _from_spectral(where, leaves, values, allow)
     wanted = EQUINOX.wanted(kind, values)
     if kind == "batch":
         mode = values["mode"]
@@ -120,11 +135,16 @@ def to_equinox(norm: Converted, *, allow: Sequence[str] = ()) -> Exported:
     """
     where = "to equinox"
     lost: dict[str, str] = {}
-    if check(where, norm).kind == "weight":
+    if check(where, norm).kind == "spectral":
+        found = to_vectors(where, norm, allow, first="u")
+        leaves = {"weight": units_first(found["kernel"]), "bias": found.get("b")}
+        leaves["uv_index"] = (found["u"], window_last(found["v"]))
+        _with_positions(leaves, "weight", "bias")
+        return Exported(given(leaves), {"num_power_iterations": norm.steps, "eps": 1e-12})
+    if norm.kind == "weight":
         leaves = to_units_first(norm, lost)
         refuse(where, lost, allow)
-        if (b := leaves["b"]) is not None:  # a convolution's has an axis for each position
-            leaves["b"] = b.reshape(-1, *[1] * (leaves["kernel"].ndim - 2))
+        _with_positions(leaves, "kernel", "b")
         return Exported(given({WEIGHT[name]: v for name, v in leaves.items()}), {})
     arguments = EQUINOX.arguments(where, norm, lost)
     variables = EQUINOX.params(norm)
@@ -142,17 +162,41 @@ def to_equinox(norm: Converted, *, allow: Sequence[str] = ()) -> Exported:
 
 
 def _variables(where: str, module: Any, kind: str, state: Any) -> dict[str, Any]:
-    if is_a(module, "SpectralNorm"):
+    if kind != "spectral" and is_a(module, "SpectralNorm"):
         raise spectral(where)
     variables = held(getattr(module, "layer", module), "weight", "bias")
     if kind == "weight":
         return variables | held(module, "g")
-    if kind != "batch":
+    if kind not in ("batch", "spectral"):
         return variables
     if state is None:
         raise invalid(where, "no state", "the State of the module", "pass state=...")
+    if kind == "spectral":
+        return {**variables, "uv_index": state.get(module.uv_index)}
     names = (COUNTERS[module.mode], f"{module.mode}_state_index")
     return {**variables, **{name: state.get(getattr(module, name)) for name in names}}
+
+
+def _with_positions(leaves: dict[str, Any], kernel: str, bias: str) -> None:
+    """The bias of a convolution has an axis for each position."""
+    if (b := leaves[bias]) is not None:
+        leaves[bias] = b.reshape(-1, *[1] * (leaves[kernel].ndim - 2))
+
+
+def _from_spectral(
+    where: str, leaves: dict[str, Any], values: Mapping[str, Any], allow: Sequence[str]
+) -> Converted:
+    pair = leaves.pop("uv_index", ())
+    leaves |= {f"uv_index[{i}]": v for i, v in enumerate(pair)}
+    names = {"kernel": "weight", "u": "uv_index[0]", "v": "uv_index[1]"}
+    names |= {"b": "bias"} if "bias" in leaves else {}
+    found = take(where, leaves, names, [""])
+    found["kernel"] = units_last(found["kernel"])
+    found["v"] = window_first(found["v"], found["kernel"])
+    if "b" in found:
+        found["b"] = vector(where, "the bias", found["b"])
+    steps, eps = values["num_power_iterations"], values["eps"]
+    return from_vectors(where, found, steps, eps, allow, first="u")
 
 
 def _state(

@@ -16,10 +16,11 @@ from typing import Any
 from jax import Array
 
 from normlab._arguments import anything, checked
-from normlab.convert.leaves import flatten, held, nest, take
+from normlab.convert.leaves import flatten, given, held, nest, take
 from normlab.convert.library import Layer, Library, is_a, refuse, spectral
+from normlab.convert.spectral import from_vectors, to_vectors
 from normlab.convert.statistics import mean_and_var
-from normlab.convert.value import NORM, Converted, Exported, check
+from normlab.convert.value import NORM, OF_KERNELS, Converted, Exported, check
 from normlab.convert.weight import EPSILON, from_units_last, to_units_last
 from normlab.errors import invalid
 
@@ -57,18 +58,22 @@ LINEN = Library(
             {"epsilon": EPSILON, "use_scale": True},
             {"feature_axes": -1, "dtype": None},
         ),
+        "spectral": Layer(
+            ("SpectralNorm",),
+            {"n_steps": 1, "epsilon": EPSILON},
+            {"dtype": None, "collection_name": "batch_stats"},
+        ),
     },
     {"eps": "epsilon", "decay": "momentum", "groups": "num_groups"}
     | {"axes": "reduction_axes", "features": "feature_axes"}
     | {"g": "use_scale", "b": "use_bias"},
     {"g": "scale", "b": "bias", "mean": "mean", "var": "var"},
 )
+LINENS_OWN = ("force_float32_reductions", "collection_name")
 NNX = LINEN._replace(
     home=("flax.nnx", "normlab.nnx"),
     layers={
-        kind: layer._replace(
-            fixed={n: v for n, v in layer.fixed.items() if n != "force_float32_reductions"}
-        )
+        kind: layer._replace(fixed={n: v for n, v in layer.fixed.items() if n not in LINENS_OWN})
         for kind, layer in LINEN.layers.items()
     },
 )
@@ -88,9 +93,9 @@ def from_linen(
     Args:
       variables: `{"params": ..., "batch_stats": ...}`, of the layer alone or of a whole model.
       layer: The module, `nn.BatchNorm(...)`, or a kind: `"batch"`, `"layer"`, `"rms"`, `"group"`,
-        `"instance"` or `"weight"`.
+        `"instance"`, `"weight"` or `"spectral"`.
       path: Where the layer's variables are in a model's, as `"Block_0/BatchNorm_0"`; of weight
-        norm, where the layer is whose kernel is normalized, as `"Dense_0"`.
+        and spectral norm, where the layer is whose kernel is normalized, as `"Dense_0"`.
       allow: The conventions that may be lost.
       **arguments: linen's own arguments, where the layer was not made with linen's defaults.
 
@@ -106,8 +111,10 @@ def from_linen(
     where = "from linen"
     kind, values = LINEN.settings(where, layer, arguments, allow)
     leaves = flatten(where, variables)
-    if kind == "weight":
-        return _linen_weight(where, leaves, path or "layer_instance", values, allow)
+    if kind in OF_KERNELS:
+        read = _linen_weight if kind == "weight" else _linen_spectral
+        values["moves"] = not _is_ours(layer)
+        return read(where, leaves, path or "layer_instance", values, allow)
     root = path + "/" if path else ""
     wanted = {
         ours: f"{'batch_stats' if ours in ('mean', 'var') else 'params'}/{root}{theirs}"
@@ -135,9 +142,16 @@ def to_linen(norm: Converted, *, path: str = "", allow: Sequence[str] = ()) -> E
     {'epsilon': 1e-05, 'use_scale': True, 'use_bias': False, 'reduction_axes': -1}
     """
     where = "to linen"
-    if check(where, norm).kind == "weight":
+    scope, _, name = (path or "layer_instance").rpartition("/")
+    if check(where, norm).kind == "spectral":
+        layer, vectors, arguments = _to_spectral(where, norm, allow)
+        held = {f"{name}/kernel/{leaf}": v for leaf, v in vectors.items()}
+        if name != "layer_instance":
+            held = {"SpectralNorm_0": held}
+        trees = {"params": {name: layer}, "batch_stats": held}
+        return Exported({c: nest(scope, tree) for c, tree in trees.items()}, arguments)
+    if norm.kind == "weight":
         layer, g, arguments = to_units_last(where, norm, allow)
-        scope, _, name = (path or "layer_instance").rpartition("/")
         gain = {} if g is None else {f"{name}/kernel/scale": g}
         if gain and name != "layer_instance":
             gain = {"WeightNorm_0": gain}
@@ -162,8 +176,8 @@ def from_nnx(
       variables: The module, or the variables of the layer or of a whole model: an `nnx.State` or
         nested dicts of arrays.
       layer: The module, if `variables` is not it, or a kind: `"batch"`, `"layer"`, `"rms"`,
-        `"group"`, `"instance"` or `"weight"`, which comes before the class of the module: that
-        says its own arguments all the same.
+        `"group"`, `"instance"`, `"weight"` or `"spectral"`, which comes before the class of the
+        module: that says its own arguments all the same.
       path: Where the layer is in a model, as `"blocks/0/norm"`.
       allow: The conventions that may be lost.
       **arguments: nnx's own arguments, where the layer was not made with nnx's defaults.
@@ -183,9 +197,15 @@ def from_nnx(
         variables = nest(path, _variables(where, module, kind))
     leaves = flatten(where, variables)
     root = path + "/" if path else ""
+    if kind == "weight" and root + "batch_stats/kernel/u" in leaves:
+        raise spectral(where)
+    if kind == "spectral":
+        inner, held_in = root + "layer_instance/", root + "batch_stats/kernel/"
+        wanted = {"kernel": inner + "kernel", "b": inner + "bias"}
+        wanted |= {"u": held_in + "u", "sigma": held_in + "sigma"}
+        ours = _is_ours(layer) or _is_ours(module)
+        return _from_spectral(where, leaves, wanted, [root], values, allow, ours=ours, writes=True)
     if kind == "weight":
-        if root + "batch_stats/kernel/u" in leaves:
-            raise spectral(where)
         inner = root + "layer_instance/"
         wanted = {"kernel": inner + "kernel", "b": inner + "bias", "g": root + "scales/kernel"}
         return from_units_last(where, leaves, wanted, [root], values, allow)
@@ -214,7 +234,11 @@ def to_nnx(norm: Converted, *, path: str = "", allow: Sequence[str] = ()) -> Exp
     ['scale']
     """
     where = "to nnx"
-    if check(where, norm).kind == "weight":
+    if check(where, norm).kind == "spectral":
+        layer, vectors, arguments = _to_spectral(where, norm, allow, writes=True)
+        stats = {("kernel", leaf): v for leaf, v in vectors.items()}
+        return Exported(nest(path, {"layer_instance": layer, "batch_stats": stats}), arguments)
+    if norm.kind == "weight":
         layer, g, arguments = to_units_last(where, norm, allow)
         gain = {} if g is None else {"scales": {("kernel",): g}}
         return Exported(nest(path, {"layer_instance": layer, **gain}), arguments)
@@ -266,11 +290,11 @@ def _submodule(where: str, module: Any, path: str) -> Any:
 
 def _variables(where: str, module: Any, kind: str) -> dict[str, Any]:
     """The variables of a module, without a word of nnx."""
-    if kind == "weight":
-        if is_a(module, "SpectralNorm"):
+    if kind in OF_KERNELS:
+        if kind == "weight" and is_a(module, "SpectralNorm"):
             raise spectral(where)
         inner = held(getattr(module, "layer_instance", None), "kernel", "bias")
-        return {"layer_instance": inner, **held(module, "scales")}
+        return {"layer_instance": inner, **held(module, "scales", "batch_stats")}
     return held(module, "scale", "bias", "mean", "var")
 
 
@@ -290,6 +314,55 @@ def _linen_weight(
     within = [layer, *(name.removesuffix("kernel/scale") for name in gains)]
     wanted = {"kernel": layer + "kernel", "b": layer + "bias", "g": gain}
     return from_units_last(where, leaves, wanted, within, values, allow)
+
+
+def _linen_spectral(
+    where: str,
+    leaves: Mapping[str, Any],
+    at: str,
+    values: Mapping[str, Any],
+    allow: Sequence[str],
+) -> Converted:
+    """Spectral norm, of which `at` is the path of the wrapped layer."""
+    layer = f"params/{at}/"
+    names = [name for name in leaves if _wraps(name, f"batch_stats/{at}/kernel/u")]
+    u = names[0] if len(names) == 1 else f"batch_stats/SpectralNorm_0/{at}/kernel/u"
+    sigma = u.removesuffix("u") + "sigma"
+    wanted = {"kernel": layer + "kernel", "b": layer + "bias", "u": u, "sigma": sigma}
+    within = [layer, *(name.removesuffix("kernel/u") for name in names)]
+    return _from_spectral(where, leaves, wanted, within, values, allow, ours=not values["moves"])
+
+
+def _from_spectral(
+    where: str,
+    leaves: Mapping[str, Any],
+    wanted: Mapping[str, str],
+    within: Sequence[str],
+    values: Mapping[str, Any],
+    allow: Sequence[str],
+    *,
+    ours: bool,
+    writes: bool = False,
+) -> Converted:
+    names = {n: name for n, name in wanted.items() if n != "b" or name in leaves}
+    found = take(where, leaves, names, within)
+    how = {"squared": not ours, "moves": not ours, "writes": writes and not ours}
+    return from_vectors(where, found, values["n_steps"], values["epsilon"], allow, **how)
+
+
+def _to_spectral(
+    where: str, norm: Converted, allow: Sequence[str], *, writes: bool = False
+) -> tuple[dict[str, Array], dict[str, Array], dict[str, Any]]:
+    """The leaves of the wrapped layer, u and σ̂, and the wrapper's arguments."""
+    found = to_vectors(where, norm, allow, squared=True, moves=True, writes=writes)
+    layer = given({"kernel": found["kernel"], "bias": found.get("b")})
+    vectors = {"u": found["u"][None], "sigma": found["sigma"]}
+    return layer, vectors, {"n_steps": norm.steps, "epsilon": EPSILON}
+
+
+def _is_ours(layer: Any) -> bool:
+    """Whether a module is this library's own, which means by its words what this library does."""
+    return type(layer).__module__.startswith("normlab")
 
 
 def _wraps(name: str, leaf: str) -> bool:

@@ -12,11 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from normlab._arguments import anything, checked, integer
+from normlab._arguments import anything, checked, integer, text
 from normlab.convert.leaves import flatten, take, vector
 from normlab.convert.library import REQUIRED, Layer, Library, refuse
+from normlab.convert.spectral import EPSILON, from_vectors, to_vectors
 from normlab.convert.statistics import average, counted, mass_after, statistics_dtype
-from normlab.convert.value import NORM, Converted, Exported
+from normlab.convert.value import NORM, Converted, Exported, check
 from normlab.errors import invalid
 from normlab.population.protocol import Population
 
@@ -41,6 +42,7 @@ HAIKU = Library(
             {"axis": slice(1, None), **FORMAT},
         ),
         "instance": Layer(("InstanceNorm",), AFFINE, FORMAT),
+        "spectral": Layer(("SpectralNorm",), {"n_steps": 1, "eps": 1e-4}),
     },
     {"eps": "eps", "decay": "decay_rate", "groups": "groups", "axes": "axis"}
     | {"g": "create_scale", "b": "create_offset"},
@@ -52,12 +54,16 @@ AVERAGES = {"mean": "mean_ema", "var": "var_ema"}
 INSIDE = ("average", "hidden", "counter")
 
 
-@checked("from haiku", variables=anything)
+KERNEL = text("the path of a parameter", "pass for example kernel='linear/w'")
+
+
+@checked("from haiku", variables=anything, kernel=KERNEL)
 def from_haiku(
     variables: tuple[Mapping[str, Any], Mapping[str, Any]],
     layer: Any,
     *,
     path: str,
+    kernel: str | None = None,
     allow: Sequence[str] = (),
     **arguments: Any,
 ) -> Converted:
@@ -65,8 +71,10 @@ def from_haiku(
 
     Args:
       variables: `(params, state)` as a transformed function has them; `{}` for no state.
-      layer: A kind: `"batch"`, `"layer"`, `"rms"`, `"group"` or `"instance"`.
+      layer: A kind: `"batch"`, `"layer"`, `"rms"`, `"group"`, `"instance"` or `"spectral"`.
       path: The module's name, as `"resnet/~/initial_batchnorm"`.
+      kernel: Of spectral norm, the parameter that it normalizes, as `"linear/w"`, whose module's
+        `b` is the bias if there is one.
       allow: The conventions that may be lost.
       **arguments: haiku's own arguments; required where haiku has no default.
 
@@ -86,6 +94,8 @@ def from_haiku(
         given = f"variables of type {type(variables).__name__}"
         raise invalid(where, given, "a pair (params, state)", "pass (params, {}) without a state")
     leaves = flatten(where, {"params": variables[0], "state": variables[1]})
+    if kind == "spectral":
+        return _from_spectral(where, leaves, path, kernel, values, allow)
     wanted = {n: f"params/{path}/{leaf}" for n, leaf in HAIKU.wanted(kind, values).items()}
     if kind == "batch":
         for ours, name in AVERAGES.items():
@@ -96,9 +106,19 @@ def from_haiku(
     return HAIKU.converted(where, kind, found, values, state)
 
 
-@checked("to haiku", norm=NORM, ndim=integer("a rank, at least 1", "pass that of the input", 1))
+@checked(
+    "to haiku",
+    norm=NORM,
+    ndim=integer("a rank, at least 1", "pass that of the input", 1),
+    kernel=KERNEL,
+)
 def to_haiku(
-    norm: Converted, *, path: str, ndim: int | None = None, allow: Sequence[str] = ()
+    norm: Converted,
+    *,
+    path: str,
+    ndim: int | None = None,
+    kernel: str | None = None,
+    allow: Sequence[str] = (),
 ) -> Exported:
     """Returns `((params, state), arguments)`, the inverse of `from_haiku`.
 
@@ -106,6 +126,7 @@ def to_haiku(
       norm: The norm.
       path: The module's name.
       ndim: The rank of the layer's input, which is that of batch norm's leaves in haiku.
+      kernel: Of spectral norm, where to put the parameter that it normalizes, as `"linear/w"`.
       allow: The conventions that may be lost.
 
     Raises:
@@ -119,6 +140,13 @@ def to_haiku(
     """
     where = "to haiku"
     lost: dict[str, str] = {}
+    if check(where, norm).kind == "spectral":
+        module, name = _parameter(where, kernel)
+        found = to_vectors(where, norm, allow, squared=True, moves=True)
+        params = {name: found["kernel"]} | ({"b": found["b"]} if "b" in found else {})
+        state = {"u0": found["u"][None], "sigma": found["sigma"]}
+        arguments = {"n_steps": norm.steps, "eps": EPSILON}
+        return Exported(({module: params}, {path: state}), arguments)
     arguments = HAIKU.arguments(where, norm, lost)
     params, state = HAIKU.params(norm), {}
     if "param_axis" in HAIKU.layers[norm.kind].fixed:
@@ -132,6 +160,32 @@ def to_haiku(
         state = _to_averages(where, norm, path, shape, lost)
     refuse(where, lost, allow)
     return Exported(({path: params} if params else {}, state), arguments)
+
+
+def _parameter(where: str, kernel: str | None) -> tuple[str, str]:
+    """The module and the name of a parameter."""
+    module, _, name = (kernel or "").rpartition("/")
+    if not module:
+        given = f"spectral norm and kernel={kernel!r}"
+        raise invalid(where, given, "the parameter that it normalizes", "pass kernel='linear/w'")
+    return module, name
+
+
+def _from_spectral(
+    where: str,
+    leaves: Mapping[str, Any],
+    path: str,
+    kernel: str | None,
+    values: Mapping[str, Any],
+    allow: Sequence[str],
+) -> Converted:
+    module, name = _parameter(where, kernel)
+    wanted = {"kernel": f"params/{module}/{name}", "b": f"params/{module}/b"}
+    wanted |= {"u": f"state/{path}/u0", "sigma": f"state/{path}/sigma"}
+    wanted = {n: v for n, v in wanted.items() if n != "b" or v in leaves}
+    found = take(where, leaves, wanted, [f"state/{path}/"])
+    how = {"squared": True, "moves": True}
+    return from_vectors(where, found, values["n_steps"], values["eps"], allow, **how)
 
 
 def _from_averages(where: str, found: Mapping[str, Array], decay: float) -> Population:

@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import jax.numpy as jnp
+
 from normlab._arguments import anything, checked
 from normlab.convert.leaves import flatten, near, numbers, take
 from normlab.convert.library import Layer, Library, refuse
+from normlab.convert.spectral import EPSILON, from_vectors, to_vectors
 from normlab.convert.statistics import mean_and_var
-from normlab.convert.value import NORM, Converted, Exported
+from normlab.convert.value import NORM, Converted, Exported, check
 from normlab.errors import invalid
 
 AFFINE = {"epsilon": 1e-3, "scale": True, "center": True}
@@ -27,6 +30,7 @@ KERAS = Library(
         "rms": Layer(("RMSNormalization",), {"epsilon": 1e-6, "axis": -1}, FLOAT),
         "group": Layer(("GroupNormalization",), {**AFFINE, "groups": 32}, {"axis": -1, **FLOAT}),
         "instance": Layer((), AFFINE, {"groups": -1, "axis": -1, **FLOAT}),
+        "spectral": Layer(("SpectralNormalization",), {"power_iterations": 1}, FLOAT),
     },
     {"eps": "epsilon", "decay": "momentum", "groups": "groups", "axes": "axis"}
     | {"g": "scale", "b": "center"},
@@ -50,9 +54,9 @@ def from_keras(
 
     Args:
       variables: The layer, or variables by name or path, `{v.path: v for v in model.variables}`.
-      layer: The layer, if `variables` is not it, or a kind: `"batch"`, `"layer"`, `"rms"` or
-        `"group"`, which comes before the class of a layer: that says its own arguments all the
-        same. `groups=-1`, or as many as channels, is instance norm.
+      layer: The layer, if `variables` is not it, or a kind: `"batch"`, `"layer"`, `"rms"`,
+        `"group"` or `"spectral"`, which comes before the class of a layer: that says its own
+        arguments all the same. `groups=-1`, or as many as channels, is instance norm.
       path: Where the layer's variables are in a model's, as `"model/batch_normalization"`.
       allow: The conventions that may be lost.
       **arguments: Keras's own arguments, where the layer was not made with its defaults.
@@ -76,6 +80,12 @@ def from_keras(
             raise invalid(where, "a layer that is not built", "one with variables", change)
         variables = {root + v.name: v for v in module.variables}
     leaves = flatten(where, variables)
+    if kind == "spectral":
+        names = {"kernel": "kernel", "u": "vector_u", "b": "bias"}
+        names = {n: root + v for n, v in names.items() if n != "b" or root + v in leaves}
+        found = take(where, leaves, names, [root])
+        how = {"writes": True, "divides": False}
+        return from_vectors(where, found, values["power_iterations"], EPSILON, allow, **how)
     names = RMS if kind == "rms" else KERAS.wanted(kind, values)
     found = take(where, leaves, {n: root + name for n, name in names.items()}, [root])
     if kind == "group" and values["groups"] in (-1, *(v.size for v in found.values())):
@@ -104,6 +114,14 @@ def to_keras(norm: Converted, *, path: str = "", allow: Sequence[str] = ()) -> E
     """
     where = "to keras"
     lost: dict[str, str] = {}
+    root = path + "/" if path else ""
+    if check(where, norm).kind == "spectral":
+        found = to_vectors(where, norm, allow, writes=True)
+        sigma = jnp.where(found["sigma"] == 0, 1, found["sigma"])
+        leaves = {"kernel": (found["kernel"] / sigma).astype(found["kernel"].dtype)}
+        leaves |= {"vector_u": found["u"][None]} | ({"bias": found["b"]} if "b" in found else {})
+        made = numbers({root + name: v for name, v in leaves.items()})
+        return Exported(made, {"power_iterations": norm.steps})
     arguments = KERAS.arguments(where, norm, lost)
     variables = KERAS.params(norm)
     if norm.kind == "instance":
@@ -116,7 +134,6 @@ def to_keras(norm: Converted, *, path: str = "", allow: Sequence[str] = ()) -> E
         names = (KERAS.leaves["mean"], KERAS.leaves["var"])
         variables |= zip(names, mean_and_var(where, norm, lost), strict=True)
     refuse(where, lost, allow)
-    root = path + "/" if path else ""
     return Exported(numbers({root + name: v for name, v in variables.items()}), arguments)
 
 

@@ -13,7 +13,7 @@ from jax import Array
 
 from normlab._arguments import Kind, flag, integer, read, real
 from normlab.convert.statistics import average, decay_of
-from normlab.convert.value import Converted, check
+from normlab.convert.value import OF_KERNELS, Converted, check
 from normlab.equation import Affine
 from normlab.errors import invalid, nearest
 from normlab.example import Axes
@@ -42,18 +42,23 @@ ADVICE = {
     "renorm": "build the state with normlab.get('batch', population='renorm') instead",
     "dim": "normlab's weight norm has a gain for each unit, of dim=0",
     "weight axis": "normlab's weight norm has a gain for each unit, of axis=0",
-    "weight_name": "normlab's weight norm is that of the kernel",
+    "weight_name": "normlab's norms of a kernel are that of the weight",
+    "collection_name": "the converter reads batch_stats",
+    "spectral dim": "normlab's spectral norm is of the matrix of all units, of dim=0",
 }
 """What to do about an argument that is not carried over, or about that of one kind."""
 
 INSTEAD = {
     "weight": "write the kernel that weight_norm returns",
+    "spectral": "write the kernel that spectral_norm returns",
     "instance": "norm._replace(kind='group', groups=C) measures the same",
 }
 """What to do where a library has no such norm."""
 
 SIZE = integer("a whole number", "pass an int")
 WORDS: dict[str, Kind] = dict.fromkeys(("groups", "num_groups", "group_size"), SIZE)
+STEPS = ("n_steps", "n_power_iterations", "num_power_iterations", "power_iterations")
+WORDS |= dict.fromkeys(STEPS, integer("a number of steps, at least 1", "pass 1", 1))
 WORDS |= dict.fromkeys(("eps", "epsilon", "momentum", "decay_rate"), real)
 """What arguments must be that are given by name; whether they fit the layer is seen later."""
 
@@ -143,7 +148,7 @@ class Library(NamedTuple):
                 read(where, name, given[name], word)
         own = {}
         if module is not None:
-            own = dict.fromkeys(UNSEEN, REQUIRED) if kind != "weight" else {}
+            own = dict.fromkeys(UNSEEN, REQUIRED) if kind not in OF_KERNELS else {}
             own |= {name: getattr(module, name) for name in known if hasattr(module, name)}
         values = {name: {**known, **own, **given}[name] for name in known}
         for name, value in values.items():
@@ -164,8 +169,6 @@ class Library(NamedTuple):
 
     def _kind(self, where: str, layer: Any) -> str:
         name, package = type(layer).__name__, type(layer).__module__
-        if is_a(layer, "SpectralNorm"):
-            raise spectral(where)
         kinds = {cls: kind for kind, entry in self.layers.items() for cls in entry.classes}
         if name in kinds and package.startswith(self.home):
             return kinds[name]
@@ -295,13 +298,9 @@ def is_a(module: Any, name: str) -> bool:
 
 
 def spectral(where: str) -> ValueError:
-    """Returns the error for spectral norm, which is none of the kinds."""
-    return invalid(
-        where,
-        "spectral norm, which divides by the largest singular value of a kernel",
-        "a norm that normlab has",
-        "convert the layer without it: write the kernel that it computes",
-    )
+    """Returns the error for spectral norm as another kind."""
+    given = "spectral norm, which divides by the largest singular value of a kernel"
+    return invalid(where, given, "the kind 'spectral'", "pass layer='spectral'")
 
 
 def _axes_of_shape(where: str, name: str, shape: Any, found: Mapping[str, Any]) -> Axes:

@@ -12,7 +12,14 @@ from normlab.convert.leaves import flatten
 from normlab.convert.value import NORM, Converted, Exported
 from normlab.errors import invalid
 
-_INSIDE = ("/layer_instance", ".parametrizations.weight", "/~/mean_ema", "/~/var_ema")
+_INSIDE = (
+    "/layer_instance",
+    "/batch_stats/kernel",
+    ".parametrizations.weight.0",
+    ".parametrizations.weight",
+    "/~/mean_ema",
+    "/~/var_ema",
+)
 """Where libraries keep some of a norm's leaves, below the path of the norm."""
 
 

@@ -14,10 +14,18 @@ import numpy as np
 
 from normlab._arguments import anything, checked, flag, number
 from normlab._checks import promote_dtype
-from normlab.convert.leaves import flatten, near, numbers, take
+from normlab.convert.leaves import flatten, held, near, numbers, take
 from normlab.convert.library import REQUIRED, Layer, Library, is_a, refuse, spectral
+from normlab.convert.spectral import (
+    from_vectors,
+    to_vectors,
+    units_first,
+    units_last,
+    window_first,
+    window_last,
+)
 from normlab.convert.statistics import average, is_average, mean_and_var, mean_and_var_of
-from normlab.convert.value import NORM, Converted, Exported, check
+from normlab.convert.value import NORM, OF_KERNELS, Converted, Exported, check
 from normlab.convert.weight import from_units_first, to_units_first
 from normlab.errors import invalid
 from normlab.population.by_name import init_population
@@ -52,6 +60,7 @@ TORCH = Library(
             {"track_running_stats": False},
         ),
         "weight": Layer((), {}, {"dim": 0}),
+        "spectral": Layer((), {"n_power_iterations": 1, "eps": 1e-12}, {"dim": 0}),
     },
     {"eps": "eps", "groups": "num_groups", "shape": "normalized_shape"}
     | {"g": "affine elementwise_affine", "b": "bias"},
@@ -64,8 +73,11 @@ GAINS = (
     ("weight_g", "weight_v"),
 )
 """Gain and direction, as `torch.nn.utils.parametrizations.weight_norm` and its elder name them."""
-SPECTRAL = ("parametrizations.weight.0._u", "weight_u")
-"""Of spectral norm, whose elder has a `weight_v` too."""
+SPECTRAL = (
+    ("parametrizations.weight.original", *(f"parametrizations.weight.0._{n}" for n in "uv")),
+    ("weight_orig", "weight_u", "weight_v"),
+)
+"""Kernel, u and v, as `torch.nn.utils.parametrizations.spectral_norm` and its elder name them."""
 
 
 @checked(
@@ -90,9 +102,10 @@ def from_torch(
     Args:
       variables: The module, or a `state_dict`, of tensors or of NumPy arrays.
       layer: The module, if `variables` is none, or a kind: `"batch"`, `"layer"`, `"rms"`,
-        `"group"`, `"instance"` or `"weight"`, which a module of weight norm needs too, as does one
-        of a class that is not torch's own. A kind comes before the class of the module, which
-        still says its own arguments; what a subclass adds to the norm is not converted.
+        `"group"`, `"instance"`, `"weight"` or `"spectral"`; a module with one of the last two needs
+        it too, as does one of a class that is not torch's own. A kind comes before the class of
+        the module, which still says its own arguments; what a subclass adds to the norm is not
+        converted.
       path: Where the module is in a model, and the prefix in its `state_dict`: `"layer1.0.bn1"`.
       count: With `momentum=None`, the number of values of a channel in a batch (the examples times
         the positions), which has to be the same for all batches.
@@ -123,9 +136,13 @@ def from_torch(
     frozen = layer == "batch" and is_a(module, "FrozenBatchNorm")
     if frozen:  # it has no momentum, and some classes have no eps either
         arguments = {"eps": getattr(module, "eps", 1e-5), "momentum": 0.1, **arguments}
-    own = None if layer == "weight" else module
+    if layer == "spectral":
+        arguments = _spectral_arguments(module) | arguments
+    own = None if layer in OF_KERNELS else module
     kind, values = TORCH.settings(where, layer, arguments, allow, module=own)
     leaves = flatten(where, leaves)
+    if kind == "spectral":
+        return _from_spectral(where, leaves, root, module, values, allow)
     if kind == "weight":
         return _from_weight(where, leaves, root, module)
     if values.get("bias") is not None:  # a module has its bias where its argument was a flag
@@ -158,7 +175,8 @@ def to_torch(
     Args:
       norm: The norm.
       path: The prefix in the `state_dict` of a model.
-      old_names: Whether weight norm's leaves are `weight_g` and `weight_v`.
+      old_names: Whether weight norm's leaves are `weight_g` and `weight_v`, and spectral norm's
+        `weight_orig`, `weight_u` and `weight_v`.
       allow: The conventions that may be lost.
 
     Raises:
@@ -172,11 +190,18 @@ def to_torch(
     """
     where = "to torch"
     lost: dict[str, str] = {}
+    arguments: dict[str, Any]
     g, b = norm.params
-    if check(where, norm).kind == "weight":
+    if check(where, norm).kind == "spectral":
+        found = to_vectors(where, norm, allow, first="v" if old_names else "u")
+        found |= {"kernel": units_first(found["kernel"]), "v": window_last(found["v"])}
+        names = dict(zip(("kernel", "u", "v"), SPECTRAL[old_names], strict=True)) | {"b": "bias"}
+        leaves = {name: found[ours] for ours, name in names.items() if ours in found}
+        arguments = {"n_power_iterations": norm.steps, "eps": 1e-12, "dim": 0}
+    elif norm.kind == "weight":
         named = dict(zip(("g", "kernel"), GAINS[old_names], strict=True)) | {"b": "bias"}
         leaves = {named[name]: v for name, v in to_units_first(norm, lost).items()}
-        arguments: dict[str, Any] = {"dim": 0}
+        arguments = {"dim": 0}
     else:
         leaves, arguments = TORCH.params(norm), TORCH.arguments(where, norm, lost)
         if g is None and b is not None:
@@ -260,16 +285,55 @@ def _submodule(where: str, model: Any, path: str) -> Any:
 
 
 def _from_weight(where: str, leaves: Mapping[str, Any], root: str, module: Any) -> Converted:
-    if getattr(module, "transposed", False) or is_a(module, "ConvTranspose"):
-        change = "convert the kernel that it computes, module.weight: with dim=0, torch's default, "
-        change += "its gains are those of the inputs"
-        given = f"a {type(module).__name__}, whose kernel has its inputs first"
-        raise invalid(where, given, "a layer with its units first", change)
-    if any(root + name in leaves for name in SPECTRAL):
+    _check_units_first(where, module)
+    if any(root + u in leaves for _, u, _ in SPECTRAL):
         raise spectral(where)
     g, kernel = next((pair for pair in GAINS if root + pair[0] in leaves), GAINS[0])
     wanted = {"g": root + g, "kernel": root + kernel, "b": root + "bias"}
     return from_units_first(where, leaves, wanted, [root])
+
+
+def _check_units_first(where: str, module: Any) -> None:
+    """Raises ValueError for a transposed convolution, where the module says that it is one."""
+    if getattr(module, "transposed", False) or is_a(module, "ConvTranspose"):
+        change = "convert the kernel that it computes, module.weight: of dim=0 are the inputs there"
+        given = f"a {type(module).__name__}, whose kernel has its inputs first"
+        raise invalid(where, given, "a layer with its units first", change)
+
+
+def _spectral_arguments(module: Any) -> dict[str, Any]:
+    """What a module says of its spectral norm: of the parametrization, or of the elder's hook."""
+    found = [*getattr(getattr(module, "parametrizations", None), "weight", ())]
+    found += getattr(module, "_forward_pre_hooks", {}).values()
+    for one in found:
+        if hasattr(one, "n_power_iterations"):
+            return held(one, *TORCH.layers["spectral"].arguments, "dim")
+    return {}
+
+
+def _from_spectral(
+    where: str,
+    leaves: Mapping[str, Any],
+    root: str,
+    module: Any,
+    values: Mapping[str, Any],
+    allow: Sequence[str],
+) -> Converted:
+    _check_units_first(where, module)
+    named = next((names for names in SPECTRAL if root + names[1] in leaves), SPECTRAL[0])
+    ours = ("kernel", "u", "v")
+    wanted: dict[str, str] = {n: root + name for n, name in zip(ours, named, strict=True)}
+    if root + "bias" in leaves:
+        wanted["b"] = root + "bias"
+    found = take(where, leaves, wanted, [root])
+    if found["kernel"].ndim < 2:
+        given = f"a kernel of shape {found['kernel'].shape}"
+        raise invalid(where, given, "[C, K, ...]", "divide a vector by its length by hand")
+    last = units_last(found["kernel"])
+    found |= {"kernel": last, "v": window_first(found["v"], last)}
+    first = "v" if named == SPECTRAL[1] else "u"
+    steps, eps = values["n_power_iterations"], values["eps"]
+    return from_vectors(where, found, steps, eps, allow, first=first)
 
 
 def _eps(where: str, found: Mapping[str, Any], eps: float | None) -> float:

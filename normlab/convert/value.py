@@ -10,6 +10,7 @@ from jax import Array
 
 from normlab._arguments import (
     Kind,
+    anything,
     declare,
     either,
     instance,
@@ -23,12 +24,16 @@ from normlab._trees import register
 from normlab.equation import Affine
 from normlab.errors import invalid, nearest
 from normlab.example import Axes
+from normlab.family.spectral import STEPS, First, Spectral
 from normlab.population.optional import options as population_options
 from normlab.population.protocol import Population
 from normlab.site import Params, State
 
-KINDS = ("batch", "layer", "rms", "group", "instance", "weight")
+KINDS = ("batch", "layer", "rms", "group", "instance", "weight", "spectral")
 """The norms that can be converted, by their names in the registry."""
+
+OF_KERNELS = ("weight", "spectral")
+"""Those that are converted with the kernel that they are of."""
 
 
 class Converted(NamedTuple):
@@ -40,12 +45,15 @@ class Converted(NamedTuple):
       kind: The name in the registry, one of `KINDS`; not a leaf.
       params: `Affine(g [C], b [C])`; a field is `None` where the layer has no such parameter. Of
         layer and RMS norm over several axes they may lie along these, `[H, W]`.
-      state: Batch norm's population, an average as a rule; otherwise `()`. It names its own decay
-        and ddof.
-      kernel: `[..., K, C]`, weight norm's direction v; otherwise `None`.
-      eps: ε, added to the variance under the root; `None` for weight norm; not a leaf.
+      state: Batch norm's population, an average as a rule, which names its own decay and ddof;
+        spectral norm's u and v; otherwise `()`.
+      kernel: `[..., K, C]`, weight norm's direction v, or the kernel of spectral norm; otherwise
+        `None`.
+      eps: ε, added to the variance under the root; `None` for norms of a kernel; not a leaf.
       groups: The number of groups of group norm; otherwise `None`; not a leaf.
       axes: What layer and RMS norm measure over, as in `layer_norm`; not a leaf.
+      steps: Those of spectral norm in a training call; otherwise `None`; not a leaf.
+      first: Which vector these renew first, as in `spectral_norm`; not a leaf.
 
     >>> import jax.numpy as jnp
     >>> Converted("layer", Affine(jnp.ones(3), None), eps=1e-6).options
@@ -59,6 +67,8 @@ class Converted(NamedTuple):
     eps: float | None = None
     groups: int | None = None
     axes: Axes = "channels"
+    steps: int | None = None
+    first: First = "v"
 
     @property
     def feature_axes(self) -> tuple[int, ...] | None:
@@ -77,8 +87,10 @@ class Converted(NamedTuple):
             "use_gain": self.params.g is not None,
             "use_bias": self.params.b is not None,
         }
-        if self.kind != "weight":
+        if self.kind not in OF_KERNELS:
             options["eps"] = self.eps
+        if self.kind == "spectral":
+            options |= {"steps": self.steps, "first": self.first}
         if self.kind in ("layer", "rms"):
             options["axes"] = self.axes
         if self.feature_axes is not None:
@@ -90,7 +102,7 @@ class Converted(NamedTuple):
         return options
 
 
-register(Converted, "kind", "eps", "groups", "axes")
+register(Converted, "kind", "eps", "groups", "axes", "steps", "first")
 
 
 def _string(value: Any) -> str:
@@ -142,14 +154,14 @@ def check(where: str, norm: Converted) -> Converted:
     if norm.kind not in KINDS:
         change = f"use a known one: {nearest(norm.kind, KINDS)}"
         raise invalid(where, f"the kind {norm.kind!r}", "a norm that can be converted", change)
-    if (norm.kernel is not None) != (norm.kind == "weight"):
+    if (norm.kernel is not None) != (norm.kind in OF_KERNELS):
         given = "no kernel" if norm.kernel is None else "a kernel"
-        expected = "a kernel with weight norm and with no other"
+        expected = f"a kernel with {' and '.join(OF_KERNELS)} norm and with no other"
         raise invalid(where, f"{given} for {norm.kind} norm", expected, "set Converted.kernel")
-    if norm.kind != "weight" and norm.eps is None:
+    if norm.kind not in OF_KERNELS and norm.eps is None:
         raise invalid(where, f"no eps for {norm.kind} norm", "a number", "set Converted.eps")
     read(where, "params", norm.params, PARAMS)
-    read(where, "state", norm.state)
+    read(where, "state", norm.state, anything if norm.kind == "spectral" else None)
     read(where, "axes", norm.axes, norm_axes)
     for name, value in (("eps", norm.eps), ("groups", norm.groups), ("kernel", norm.kernel)):
         if value is not None:
@@ -164,11 +176,25 @@ def check(where: str, norm: Converted) -> Converted:
         raise invalid(
             where, given, "groups that divide the channels", "pass the layer's own number"
         )
-    if norm.kind != "batch" and norm.state != ():
+    if norm.kind == "spectral":
+        _check_spectral(where, norm)
+    elif norm.kind != "batch" and norm.state != ():
         given = f"a {type(norm.state).__name__} for {norm.kind} norm"
         raise invalid(where, given, "a state with batch norm only", "set Converted.state=()")
     _check_shapes(where, norm)
     return norm
+
+
+def _check_spectral(where: str, norm: Converted) -> None:
+    read(where, "steps", norm.steps, STEPS)
+    read(where, "first", norm.first)
+    shape = getattr(norm.kernel, "shape", ())
+    if not isinstance(norm.state, Spectral) or (
+        [v.shape for v in norm.state] != [shape[-1:], shape[:-1]]
+    ):
+        given = f"{norm.state!r:.80} for spectral norm of a kernel of shape {shape}"
+        change = "set Converted.state to what init_spectral returns, or to a trained one"
+        raise invalid(where, given, "a Spectral of its u and v", change)
 
 
 def _check_shapes(where: str, norm: Converted) -> None:

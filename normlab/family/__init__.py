@@ -62,6 +62,7 @@ from normlab.family.segments import (
     segment_norm,
     segment_parts,
 )
+from normlab.family.spectral import Spectral, init_spectral, spectral_norm, spectral_parts
 from normlab.family.whitening import (
     group_whitening_norm,
     group_whitening_parts,
@@ -70,6 +71,7 @@ from normlab.family.whitening import (
     whitening_norm,
     whitening_parts,
 )
+from normlab.weight import centred_weight, centred_weight_parts
 
 __all__ = [
     "Centred",
@@ -80,7 +82,10 @@ __all__ = [
     "Phi",
     "Rescaled",
     "Response",
+    "Spectral",
     "at_step",
+    "centred_weight",
+    "centred_weight_parts",
     "clip_gates",
     "derf_norm",
     "derf_parts",
@@ -106,6 +111,7 @@ __all__ = [
     "grn_parts",
     "group_whitening_norm",
     "group_whitening_parts",
+    "init_spectral",
     "local_context_norm",
     "local_context_parts",
     "local_norm",
@@ -123,6 +129,8 @@ __all__ = [
     "segment_moments",
     "segment_norm",
     "segment_parts",
+    "spectral_norm",
+    "spectral_parts",
     "switchable_whitening_norm",
     "switchable_whitening_parts",
     "tlu",

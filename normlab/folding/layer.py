@@ -220,7 +220,7 @@ def _kernel_of(f: Callable[..., Array], w: Array, linear: Dense | Conv) -> Array
     """
     window, dilation, groups, channel_axis = w.shape[:-2], (), 1, -1
     if isinstance(linear, Conv):
-        linear = dataclasses.replace(linear, strides=1, padding="VALID")
+        linear = dataclasses.replace(linear, strides=1, padding=((0, 0),) * len(window))
         dilation = linear.dilation
         dilation = (dilation,) * len(window) if isinstance(dilation, int) else dilation
         groups, channel_axis = linear.groups, linear.channel_axis

@@ -10,7 +10,13 @@ looks at it.
 from normlab.linen.norms import BatchNorm, GroupNorm, InstanceNorm, LayerNorm, RMSNorm
 from normlab.linen.replace import RegistryNorm, Swapped, swap
 from normlab.linen.transactions import commit, settle
-from normlab.linen.weights import CosineConv, CosineDense, WeightNorm
+from normlab.linen.weights import (
+    CosineConv,
+    CosineDense,
+    RegistryWeights,
+    SpectralNorm,
+    WeightNorm,
+)
 
 __all__ = [
     "BatchNorm",
@@ -21,6 +27,8 @@ __all__ = [
     "LayerNorm",
     "RMSNorm",
     "RegistryNorm",
+    "RegistryWeights",
+    "SpectralNorm",
     "Swapped",
     "WeightNorm",
     "commit",

@@ -1,21 +1,35 @@
-"""Weight norm and cosine layers as `flax.linen` modules."""
+"""Maps of the weights around a layer, and cosine layers, as `flax.linen` modules."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import field
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax import core
 from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
 from normlab._flax.calls import Axes, feature_shape
-from normlab._flax.layers import check_weight_epsilon, convolution, cosine, normalized_kernel
-from normlab._flax.words import checked
+from normlab._flax.layers import (
+    check_weight_epsilon,
+    convolution,
+    cosine,
+    first_u,
+    is_spectral,
+    learned,
+    map_from_registry,
+    normalized_kernel,
+    spectral_kernel,
+)
+from normlab._flax.words import checked, read
+from normlab.linear import Dense, Linear
+from normlab.linen.norms import merged_mode
+from normlab.weight import gain_alone, named, unnamed
 
 Init = Callable[..., Any]
 
@@ -48,32 +62,146 @@ class WeightNorm(nn.Module):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Calls the layer with normalized kernels."""
         check_weight_epsilon(self.epsilon)
+        return _called(self, self._normalized, args, kwargs)
 
-        def normalized(variables: Any) -> Any:
-            return jax.tree_util.tree_map_with_path(
-                lambda path, v: _normalized(self, path, v), variables
+    def _normalized(self, name: str, v: Array) -> Array:
+        if not _is_named(self.variable_filter, name):
+            return v
+        scale = None
+        if self.use_scale:
+            shape = feature_shape("WeightNorm", v, self.feature_axes)
+            scale = self.param(f"{name}/scale", self.scale_init, shape, self.param_dtype)
+        return normalized_kernel("WeightNorm", v, scale, self.feature_axes, self.dtype)
+
+
+@checked("SpectralNorm")
+class SpectralNorm(nn.Module):
+    """Spectral normalization, `normlab.family.spectral_norm`, with Flax's interface.
+
+    A call without `update_stats` makes no step, and takes σ̂ = ‖Wᵀu‖ of the W that there is. u
+    begins after 15 steps.
+
+    Attributes:
+      layer_instance: The layer whose parameters of two axes and more are normalized.
+      n_steps: The steps of power iteration of a call with `update_stats`; below 1 nothing is
+        normalized.
+      epsilon: Only Flax's own: directions are exact here, and safe at zero without it.
+      dtype: The normalized kernel's type; `None` for that of kernel and u.
+      param_dtype: The type of u and σ̂.
+      error_on_non_matrix: Whether parameters of more than two axes are errors.
+      collection_name: Where u `[1, C]` and sigma `[]` are.
+    """
+
+    layer_instance: nn.Module
+    n_steps: int = 1
+    epsilon: float = 1e-12
+    dtype: DTypeLike | None = None
+    param_dtype: DTypeLike = jnp.float32
+    error_on_non_matrix: bool = False
+    collection_name: str = "batch_stats"
+
+    @nn.compact
+    def __call__(self, *args: Any, update_stats: bool, **kwargs: Any) -> Any:
+        """Calls the layer with normalized kernels; `update_stats` is training."""
+        check_weight_epsilon(self.epsilon, "SpectralNorm")
+        update_stats = read("SpectralNorm", "update_stats", update_stats)
+
+        def normalized(name: str, v: Array) -> Array:
+            if not is_spectral(self, v):
+                return v
+            where, dtype = self.collection_name, self.param_dtype
+            u = self.variable(where, f"{name}/u", first_u, v, dtype)
+            sigma = self.variable(where, f"{name}/sigma", jnp.ones, (), dtype)
+            kernel, new, found = spectral_kernel(self, v, u.value, update_stats=update_stats)
+            if update_stats:
+                u.value, sigma.value = new, found
+            return kernel
+
+        return _called(self, normalized, args, kwargs)
+
+
+@checked("RegistryWeights")
+class RegistryWeights(nn.Module):
+    """Any map of the weights by its name in the registry, around a layer.
+
+    The gain is a parameter of this module, a state is in `batch_stats`; both under the path of the
+    kernel, as in `WeightNorm`.
+
+    Attributes:
+      layer_instance: The layer.
+      norm: A name, `"weight_standardization"`, `"spectral"`, of `normlab.get`.
+      options: Its options; a bias is the layer's own.
+      linear: The linear map, for a norm that asks for it: `spectral` with `of="map"`.
+      use_running_average: As in `BatchNorm`, for a norm with a state.
+      variable_filter: Parts of the paths of the parameters that are mapped; `None` for all.
+
+    >>> layer = RegistryWeights(nn.Dense(4), "spectral", use_running_average=True)
+    >>> variables = layer.init(jax.random.key(0), jnp.ones((2, 3)))
+    >>> jax.tree.map(jnp.shape, variables["batch_stats"])
+    {'layer_instance/kernel/u': (4,), 'layer_instance/kernel/v': (3,)}
+    """
+
+    layer_instance: nn.Module
+    norm: str
+    options: Mapping[str, Any] = field(default_factory=core.FrozenDict)
+    linear: Linear = Dense()
+    use_running_average: bool | None = None
+    variable_filter: Iterable[str] | None = field(default_factory=lambda: {"kernel"})
+
+    @nn.compact
+    def __call__(self, *args: Any, use_running_average: bool | None = None, **kwargs: Any) -> Any:
+        """Calls the layer with mapped kernels."""
+        norm = map_from_registry(self.norm, self.options)
+        site: dict[str, Any] = {"linear": self.linear, "x": args[0] if args else None}
+
+        def mapped(name: str, v: Array) -> Array:
+            if not _is_named(self.variable_filter, name):
+                return v
+            params, fresh = norm.init_kernel(v, **site)
+            train = bool(named(fresh)) and not merged_mode(self, self.norm, use_running_average)
+            params = learned(
+                gain_alone(params), lambda field, v: self.param(f"{name}/{field}", lambda key: v)
             )
+            state = {
+                leaf: self.variable("batch_stats", f"{name}/{leaf}", lambda value=value: value)
+                for leaf, value in named(fresh).items()
+            }
+            now = unnamed(fresh, {leaf: variable.value for leaf, variable in state.items()})
+            train = train and not self.is_initializing()
+            kernel, after = norm.kernel(params, now, v, train=train, **site)
+            for leaf, value in named(after).items() if train else ():
+                state[leaf].value = value
+            return kernel
 
-        call = nn.map_variables(
-            lambda layer: layer(*args, **kwargs),
-            "params",
-            trans_in_fn=normalized,
-            init=self.is_initializing(),
-        )
-        return call(self.layer_instance)
+        return _called(self, mapped, args, kwargs)
 
 
-def _normalized(module: WeightNorm, path: Any, v: Array) -> Array:
-    inner = jax.tree_util.keystr(path[1:], simple=True, separator="/")
-    name = f"{module.layer_instance.name}/{inner}"
-    wanted = module.variable_filter
-    if wanted and not any(part in name for part in wanted):
-        return v
-    scale = None
-    if module.use_scale:
-        shape = feature_shape("WeightNorm", v, module.feature_axes)
-        scale = module.param(f"{name}/scale", module.scale_init, shape, module.param_dtype)
-    return normalized_kernel("WeightNorm", v, scale, module.feature_axes, module.dtype)
+def _called(
+    module: Any,
+    mapped: Callable[[str, Array], Array],
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+) -> Any:
+    """Calls the layer that a module wraps, with `mapped(name, v)` in the place of its parameters.
+
+    A name is the path from where the layer is. The parameters that are stored stay as they are.
+    """
+
+    def each(path: Any, v: Array) -> Array:
+        inner = jax.tree_util.keystr(path[1:], simple=True, separator="/")
+        return mapped(f"{module.layer_instance.name}/{inner}", v)
+
+    call = nn.map_variables(
+        lambda layer: layer(*args, **kwargs),
+        "params",
+        trans_in_fn=lambda variables: jax.tree_util.tree_map_with_path(each, variables),
+        init=module.is_initializing(),
+    )
+    return call(module.layer_instance)
+
+
+def _is_named(wanted: Iterable[str] | None, name: str) -> bool:
+    return not wanted or any(part in name for part in wanted)
 
 
 @checked("CosineDense")

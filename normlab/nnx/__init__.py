@@ -10,7 +10,13 @@ looks at it.
 from normlab.nnx.norms import BatchNorm, GroupNorm, InstanceNorm, LayerNorm, RMSNorm
 from normlab.nnx.replace import RegistryNorm, swap
 from normlab.nnx.transactions import Transaction, begin, commit, settle
-from normlab.nnx.weights import CosineConv, CosineDense, WeightNorm
+from normlab.nnx.weights import (
+    CosineConv,
+    CosineDense,
+    RegistryWeights,
+    SpectralNorm,
+    WeightNorm,
+)
 
 __all__ = [
     "BatchNorm",
@@ -21,6 +27,8 @@ __all__ = [
     "LayerNorm",
     "RMSNorm",
     "RegistryNorm",
+    "RegistryWeights",
+    "SpectralNorm",
     "Transaction",
     "WeightNorm",
     "begin",
