@@ -3,10 +3,12 @@
 import re
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import pytest
 
 import normlab as nl
+from tests import reference
 from tests.cases import NAMES
 
 ROOT = Path(__file__).parent.parent
@@ -33,6 +35,42 @@ def test_the_docs_hold_the_registrys_invariances():
         assert f"| `{name}` | " + " | ".join(marks) + " |" in text
 
 
+def test_the_page_of_the_family_holds_the_registry_as_it_is():
+    assert reference.FAMILY.read_text() == reference.family(), "renew it: make reference"
+
+
+CALLS = [
+    call
+    for line in (ROOT / "docs/family.md").read_text().partition(reference.ROWS)[0].splitlines()
+    if line.startswith("| ") and line.count(" | ") == 3
+    for call in re.findall(r"`(.*?)`", line.split(" | ")[2])
+]
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_every_call_of_the_family_runs(call):
+    a = jax.random.normal(jax.random.key(0), (4, 3, 6))
+    x, w = jax.random.normal(jax.random.key(1), (4, 3, 5)), jnp.eye(5, 6) + 0.1
+    names = {"nl": nl, "jax": jax, "jnp": jnp, "a": a, "z": a - 1, "style": 2 * a + 1}
+    names |= {"params": nl.init_affine(6), "scale": a[:, 0], "shift": a[:, 1]}
+    names["state"] = nl.init_running(6)
+    made = eval(call, names)
+    if not isinstance(made, nl.Norm):
+        return
+    segments = jnp.array([0, 2, 0, 3]) if "num_segments" in call else None
+    site = nl.Site(x @ w, x, w, segments=segments)
+    params, state = made.init(site)
+    for train in (True, False):
+        h, state = made.apply(params, state, site, train=train)
+        assert h.shape == a.shape
+        assert jnp.isfinite(h).all()
+
+
+def test_the_page_of_the_family_has_a_call_for_every_norm():
+    called = set(re.findall(r'nl\.get\("(\w+)"', "".join(CALLS)))
+    assert called == set(nl.names()) - {"none"}
+
+
 def test_the_readmes_example_runs_and_ends_in_the_equation():
     (block,) = python_blocks("README.md")
     names: dict = {}
@@ -51,7 +89,9 @@ def test_the_docs_examples_run():
     assert jnp.abs(h).max(axis=-1).tolist() == pytest.approx([1, 1], abs=1e-4)
 
 
-@pytest.mark.parametrize("document", ["docs/instruments.md", "docs/population.md"])
+@pytest.mark.parametrize(
+    "document", ["docs/instruments.md", "docs/population.md", "docs/family.md"]
+)
 def test_the_examples_of_a_document_run(document):
     names: dict = {"nl": nl, "jnp": jnp}
     for block in python_blocks(document):
