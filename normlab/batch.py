@@ -22,7 +22,7 @@ from normlab._arguments import KINDS, checked
 from normlab._checks import check_values, gain_and_bias, promote_dtype
 from normlab._weights import aligned
 from normlab._xla import sharded_as
-from normlab.devices.merging import measure, values_per_channel
+from normlab.devices.merging import is_bound, measure, measure_segments, values_per_channel
 from normlab.devices.topology import AxisName, Sync, as_sync
 from normlab.equation import Affine, Parts, affine
 from normlab.matrix import along
@@ -161,8 +161,11 @@ def batch_parts(
         def measured(sync: Sync, w: Array | None) -> tuple[Moments, Moments]:
             return measure(where, x, axes, sync, weights=w, algorithm=algorithm, least=least)
 
+        def apart(sync: Sync, ids: Array, number: int) -> tuple[Moments, Moments]:
+            return measure_segments(x, axes, sync, ids, number, weights=w, least=least)
+
         each = functools.partial(moments, algorithm=algorithm)
-        run = by_member(measured, each, x, w, axes, train)
+        run = by_member(measured, each, x, w, axes, train, apart)
         m, population, state = observe(state, run, sync)
         m = _per_channel(check_batch(where, m, bad_batch), kept)
     before = state
@@ -186,19 +189,26 @@ def by_member(
     w: Array | None,
     axes: Sequence[int],
     train: bool,
+    apart: Callable[[Sync, Array, int], tuple[Moments, Moments]] | None = None,
 ) -> Run:
-    """What `observe` runs: `measured(sync, weights)`, also of some of the examples alone.
+    """What `observe` runs: `measured(sync, weights)`, also of the examples of each id alone.
 
-    `each(x, axes, weights=)` measures every example by itself.
+    `each(x, axes, weights=)` measures every example by itself; `apart(sync, ids, number)` those of
+    each id at once, where all of the batch is one; without it every id takes a pass.
     """
     inside = [i for i in axes if i]
 
-    def measure(sync: Sync, member: Array | None = None) -> tuple[Moments, Moments]:
-        among = w
-        if member is not None:
+    def measure(sync: Sync, ids: Array | None = None, number: int = 1) -> tuple[Moments, Moments]:
+        if ids is None:
+            return measured(sync, w)
+        if apart is not None and sync.whole and (not sync.names or is_bound(sync.names)):
+            return apart(sync, ids, number)
+
+        def of_one(member: Array) -> tuple[Moments, Moments]:
             among = member.reshape(-1, *(1,) * (x.ndim - 1)).astype(promote_dtype(x))
-            among = among if w is None else among * w
-        return measured(sync, among)
+            return measured(sync, among if w is None else among * w)
+
+        return jax.vmap(of_one)(ids == jnp.arange(number, dtype=ids.dtype)[:, None])
 
     alone = functools.partial(each, x, inside, weights=w)
     return Run(measure, alone, math.prod(x.shape[i] for i in inside), train)

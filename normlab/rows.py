@@ -300,8 +300,8 @@ _add(
     "I--IIIII",
     "Zhao & Akoglu 2020",
 )
-_add(divisive_parts, "a", _NEAR, "mean a", "√(k + mean v²)", "-------I", "Ren et al. 2017")
-_add(local_context_parts, "a", _NEAR, *_OF_A, "I--I-I-I", "Ortiz et al. 2020")
+_add(divisive_parts, "a", _NEAR, "mean a", "√(k + mean v²)", "-I----II -------I", "Ren et al. 2017")
+_add(local_context_parts, "a", _NEAR, *_OF_A, "II-I-I-I I--I-I-I", "Ortiz et al. 2020")
 
 # Maps of the weights.
 _KERNEL = "w: the whole kernel, or the layer's map"

@@ -509,7 +509,7 @@ def windows(p: Problem, sizes: dict[int, int], about: Any, counts: str = "values
 def local(p: Problem) -> np.ndarray:
     """(a − μ)/(k + ε + α·var)^power of the window about each value, by loops."""
     o, rank = p.options, p.a.ndim
-    each = o.get("window", 1)
+    each = o.get("window", 3)
     each = (each,) * (rank - 2) if isinstance(each, int) else each
     sizes = dict(zip(range(1, rank - 1), each, strict=True))
     sizes |= {rank - 1: o["channel_window"]} if "channel_window" in o else {}
@@ -522,7 +522,7 @@ def local(p: Problem) -> np.ndarray:
 def local_response(p: Problem) -> np.ndarray:
     """Krizhevsky et al. 2012, section 3.3: a/(k + α/n·Σ a²)^β."""
     defaults = {"channel_window": 5, "alpha": 5e-4, "k": 2.0, "power": 0.75, "counts": "window"}
-    eps = {"eps": 0.0, "centred": False}
+    eps = {"eps": 0.0, "centred": False, "window": 1}
     return local(p._replace(options=defaults | eps | p.options))
 
 

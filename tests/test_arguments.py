@@ -386,8 +386,7 @@ WORDS |= {"step": 0, "steps": 2, "of": ("instance", "layer"), "sizes": (2, 4)}
 def right(f):
     """A right call by the defaults, and by words of which there is none."""
     given = [p for p in inspect.signature(f).parameters.values() if p.kind is not p.VAR_KEYWORD]
-    said = {p.name for p in given if p.default is p.empty} | {"groups"}
-    return {p.name: WORDS[p.name] if p.name in said else p.default for p in given}
+    return {p.name: WORDS[p.name] if p.default is p.empty else p.default for p in given}
 
 
 CALLS |= {f: right(f) for f in vars(nl.family).values() if inspect.isfunction(f)}

@@ -682,7 +682,7 @@ def test_a_window_that_takes_in_everything_is_group_norm_and_a_large_mean_costs_
     assert gap(nl.family.local_norm(a + 2**12, window=3), nl.family.local_norm(a, window=3)) < 5e-3
     assert (nl.family.local_norm(jnp.full((2, 9, 9, 3), 1.1), window=4) == 0).all()
     with pytest.raises(ValueError, match="a number for each of its 0 axes of positions"):
-        nl.family.local_norm(jnp.ones((4, 6)), window=3)
+        nl.family.local_norm(jnp.ones((4, 6)), window=(3,))
 
 
 # Gains.

@@ -27,6 +27,8 @@ from jax import Array, lax
 from jax.sharding import PartitionSpec
 
 from normlab._arguments import checked
+from normlab._checks import promote
+from normlab._segments import moments_of_segments, segment_totals
 from normlab._sums import count_values
 from normlab._xla import derivative_of, partitioned
 from normlab.devices.topology import AxisName, Plan, Sync, as_sync, plan
@@ -90,6 +92,47 @@ def measure(
         axis_names=set(sync.names),
     )
     return partitioned(mapped, a, weights, mesh=mesh)
+
+
+def measure_segments(
+    a: Array,
+    axes: Sequence[int],
+    sync: Sync,
+    ids: Array,
+    segments: int,
+    *,
+    weights: Array | None = None,
+    least: int = 1,
+) -> tuple[Moments, Moments]:
+    """What `measure` returns for the examples of each id alone, `[segments, ...]`.
+
+    In one pass over `a`, whatever their number. The devices' axes are bound, and all of them are
+    one batch.
+    """
+    (kept,) = {*range(a.ndim)} - {*axes}
+
+    def run(a: Array, w: Array | None, ids: Array) -> Any:
+        x = jnp.moveaxis(promote(a), kept, -1)
+        v = jnp.ones((), x.dtype) if w is None else jnp.moveaxis(w, kept, -1)
+        rows = (x.shape[0], math.prod(x.shape[1:-1]), x.shape[-1])
+        x, v = x.reshape(rows), jnp.broadcast_to(v, x.shape).reshape(rows)
+        local = moments_of_segments(x, v, ids, segments)
+        values = segment_totals(ids, segments, (v > 0).astype(x.dtype).sum(1))[0]
+        if w is None or w.shape[kept] == 1:
+            local, values = local._replace(count=local.count[:, :1]), values[:, :1]
+        population, number = jax.vmap(lambda m, n: _all_reduce(m, sync, n))(local, values)
+        m = differentiated(sync, local, population)
+        count = jnp.where(jnp.asarray(number) < least, 0, population.count.reshape(values.shape))
+        population = population._replace(count=count)
+        shape = [-1 if i == kept else 1 for i in range(a.ndim)]
+        m = m._replace(count=m.count.reshape(count.shape))
+        return [
+            jax.tree.map(lambda f, i=i: f[i].reshape(shape), (m, population))
+            for i in range(segments)
+        ]
+
+    each = partitioned(run, a, weights, ids)
+    return jax.tree.map(lambda *fields: jnp.stack(fields), *each)
 
 
 def _measure(

@@ -208,7 +208,7 @@ def evo_s0_parts(
     a: ArrayLike,
     params: Any = None,
     *,
-    groups: int = 32,
+    groups: int,
     eps: float = 1e-5,
     weights: ArrayLike | None = None,
     channel_axis: int = -1,
@@ -233,7 +233,7 @@ def evo_s0_norm() -> None:
 
     Args:
       params: `Evolved(g [C], b [C], v [C])`, or `None`: v = 1.
-      groups: The number of groups; divides `C`.
+      groups: The number of groups; divides `C`. The paper has 32.
 
     >>> (100 * evo_s0_norm(jnp.array([[1.0, -1.0]]), groups=1)).round().tolist()
     [[73.0, -27.0]]
@@ -245,7 +245,7 @@ def evo_s1_parts(
     a: ArrayLike,
     params: Affine | None = None,
     *,
-    groups: int = 32,
+    groups: int,
     eps: float = 1e-5,
     weights: ArrayLike | None = None,
     channel_axis: int = -1,
@@ -273,7 +273,7 @@ def evo_s2_parts(
     a: ArrayLike,
     params: Affine | None = None,
     *,
-    groups: int = 32,
+    groups: int,
     eps: float = 1e-5,
     weights: ArrayLike | None = None,
     channel_axis: int = -1,

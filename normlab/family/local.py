@@ -106,8 +106,10 @@ class _Window(NamedTuple):
 
     def one(self, shape: tuple[int, ...]) -> bool:
         """Whether no window has two values."""
-        sizes = [min(size, shape[axis]) for axis, size in self.sizes.items()]
-        return all(n == 1 for n in sizes) and self.group in (None, 1)
+        return self.group in (None, 1) and not any(
+            n > 1 and (not isinstance(shape[axis], int) or shape[axis] > 1)  # it may be symbolic
+            for axis, n in self.sizes.items()
+        )
 
 
 def _cut(m: Moments, axis: int, start: int, size: Any) -> Moments:
@@ -120,10 +122,10 @@ def _window_of(
     positions = [i for i in range(1, len(shape)) if i != channel]
     if isinstance(window, int):
         window = (window,) * len(positions)
-    if window is not None and (len(window) != len(positions) or not positions):
+    if window is not None and len(window) != len(positions):
         given = f"window={window} for an input of shape {shape}"
         expected = f"a number for each of its {len(positions)} axes of positions"
-        change = "give as many, an input [N, ..., C] with positions, or channel_window or groups"
+        change = "give as many, or one number for all of them"
         raise invalid(where, given, expected, change)
     if channels is not None and group is not None:
         given = f"channel_window={channels} and groups"
@@ -154,7 +156,7 @@ def _local(
     near = _window_of(where, a.shape, channel, window, channel_window, group)
     near = near._replace(outside=int(counts == "window"))
     one = bool(centred) and near.one(a.shape)
-    change = "use a larger window, or centred=False"
+    change = "use a larger window, channel_window or groups, or centred=False"
     check_values(where, a.shape, one, "window", change)
 
     def measure(a: Array, w: Array | None) -> Moments:
@@ -184,7 +186,7 @@ def local_parts(
     a: ArrayLike,
     params: Any = None,
     *,
-    window: int | Sequence[int] | None = None,
+    window: int | Sequence[int] | None = 3,
     channel_window: int | None = None,
     groups: int | None = None,
     power: float = 0.5,
@@ -218,7 +220,8 @@ def local_norm() -> None:
     Args:
       a: `[N, ..., C]`.
       params: `Affine(g [C], b [C])`, or `None`.
-      window: The number of positions, along every axis of them or along each; `None` for 1.
+      window: The number of positions, along every axis of them, if there are any, or along each;
+        `None` for 1.
       channel_window: The number of neighbouring channels; `None` for the value's own alone.
       groups: In its place, the number of blocks of channels that are measured together: 1 for all.
       power: Of the variance; 0.5 makes a standard deviation of it.
@@ -329,8 +332,8 @@ def divisive_norm() -> None:
     The other arguments are those of `local_norm`, which see.
 
     Args:
-      window: The number of positions, along every axis of them or along each; `None`, in a dense
-        layer, for all channels alone.
+      window: The number of positions, along every axis of them, if there are any, or along each;
+        `None` for 1.
       k: k > 0.
 
     Raises:

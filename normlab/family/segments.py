@@ -12,20 +12,21 @@ counts in no segment, and its h is b. Without ids every example is a segment.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import Array, lax
+from jax import Array
 from jax.typing import ArrayLike
 
 from normlab._arguments import array, checked, count, declare, flag, real
 from normlab._checks import check_values, gain_and_bias, promote, promote_dtype
+from normlab._segments import moments_of_segments, of_rows
 from normlab._sums import standard_deviation
 from normlab._trees import node
 from normlab._weights import aligned, leave_out
-from normlab._xla import derivative_of, partitioned
+from normlab._xla import partitioned
 from normlab.equation import Affine, Parts, init_affine
 from normlab.errors import invalid
 from normlab.gains import Gain, init_gain
@@ -88,49 +89,22 @@ def segment_moments(
     if num_segments is None:
         raise invalid(where, "ids without num_segments", "their number", "pass num_segments=...")
     by_position = ids.ndim > 1
-    measure = _of_rows(num_segments, channels_too)
+
+    def measure(x: Array, w: Array, ids: Array) -> Moments:
+        m = moments_of_segments(x, w, ids, num_segments, channels_too=channels_too)
+        return Moments(*(of_rows(v, ids) for v in m))
 
     def run(a: Array, w: Array | None, ids: Array) -> Moments:
         x = jnp.moveaxis(promote(a), channel, -1)
-        v = jnp.ones((1,) * x.ndim, x.dtype) if w is None else jnp.moveaxis(w, channel, -1)
-        v = jnp.broadcast_to(v[..., :1], (*x.shape[:-1], 1))
-        rows = (x.shape[0], -1) if not by_position else (x.shape[0], -1, 1)
-        f = jax.vmap(measure) if by_position else measure
-        m = f(x.reshape(*rows, x.shape[-1]), v.reshape(*rows, 1), ids.reshape(rows[:-1]))
-        whole = (*ids.shape, *(1,) * (x.ndim - 1 - ids.ndim))
+        v = jnp.ones((), x.dtype) if w is None else jnp.moveaxis(w, channel, -1)
+        size = math.prod(x.shape[1:-1])
+        rows = (x.shape[0], size, 1) if by_position else (x.shape[0], size)
+        x, v = (u.reshape(*rows, x.shape[-1]) for u in (x, jnp.broadcast_to(v, x.shape)))
+        m = (jax.vmap(measure) if by_position else measure)(x, v, ids.reshape(rows[:-1]))
+        whole = (*ids.shape, *(1,) * (a.ndim - 1 - ids.ndim))
         return Moments(*(jnp.moveaxis(u.reshape(*whole, u.shape[-1]), -1, channel) for u in m))
 
     return partitioned(run, a, w, ids)
-
-
-def _of_rows(segments: int, channels_too: bool) -> Callable[[Array, Array, Array], Moments]:
-    """Measures `x [R, P, C]`, with weights `[R, P, 1]`, by the ids `[R]` of its rows."""
-
-    def measure(x: Array, w: Array, ids: Array) -> Moments:
-        ids = jnp.where((ids >= 0) & (ids < segments), ids, segments)
-        w = jnp.where((ids < segments)[:, None, None], w, 0)
-        x = jnp.where(w > 0, x, 0)
-        w = jnp.broadcast_to(w, x.shape)
-
-        def total(*values: Array) -> list[Array]:
-            axes = (1, 2) if channels_too else 1
-            sums = jnp.stack([v.sum(axes, keepdims=True)[:, 0] for v in values], -1)
-            table = jax.ops.segment_sum(sums, ids, segments)
-            return [table[..., i] for i in range(len(values))]
-
-        def of_row(v: Array) -> Array:
-            return jnp.take(v, ids, axis=0, mode="fill", fill_value=0)
-
-        number, first = total(w, w * x)
-        n = jnp.where(number > 0, number, 1)
-        pivot = lax.stop_gradient(first / n)
-        d = jnp.where(w > 0, x - of_row(pivot)[:, None], 0)
-        first, second = total(w * d, w * jnp.square(d))
-        m2 = number * (second / n - jnp.square(first / n))
-        m2 = lax.stop_gradient(jnp.maximum(m2, 0)) + derivative_of(m2)
-        return Moments(*map(of_row, (number, pivot + first / n, m2)))
-
-    return measure
 
 
 def _measured(where: str, a: ArrayLike, segments: Any, channel_axis: int, **how: Any) -> Moments:

@@ -68,10 +68,8 @@ class Domains(NamedTuple):
         """Measures the examples of each domain; what is taken in has fields `[domains, ...]`."""
         if not self.per_example():
             return *run(sync), self
-        numbers = jnp.arange(self.domains, dtype=jnp.int32)
-        member = self.current[None] == numbers[:, None]
-        m, population = jax.vmap(lambda member: run(sync, member))(member)
-        examples = jnp.arange(member.shape[1], dtype=jnp.int32)
+        m, population = run(sync, self.current, self.domains)
+        examples = jnp.arange(self.current.size, dtype=jnp.int32)
 
         def own(field: Array) -> Array:
             return field[self.current, examples if field.shape[1] > 1 else 0]

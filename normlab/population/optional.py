@@ -43,11 +43,12 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 class Run(NamedTuple):
-    """`run(sync, member=None)` measures the batch.
+    """`run(sync)` measures the batch, `run(sync, ids, number)` each of some parts of it.
 
     Attributes:
-      measure: `(sync, member) -> (m, population)`: the moments that normalize the batch and those
-        to take in; `member` weighs the examples, `[N]`.
+      measure: `(sync, ids, number) -> (m, population)`: the moments that normalize the batch and
+        those to take in; or, if there are ids `[N]`, those of the examples of each of so many ids
+        alone, with fields `[number, ...]`.
       each: Measures each example by itself.
       positions: The number of values of a channel in an example.
       train: Whether this is training.
@@ -58,9 +59,11 @@ class Run(NamedTuple):
     positions: Any
     train: bool
 
-    def __call__(self, sync: Sync, member: Array | None = None) -> tuple[Moments, Moments]:
+    def __call__(
+        self, sync: Sync, ids: Array | None = None, number: int = 1
+    ) -> tuple[Moments, Moments]:
         """Measures the batch."""
-        return self.measure(sync, member)
+        return self.measure(sync, ids, number)
 
 
 def is_population(value: Any) -> bool:
