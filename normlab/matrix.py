@@ -24,6 +24,8 @@ class MatrixParts(NamedTuple):
 
     Attributes:
       mu: μ, broadcastable to `a`.
+      sigma: √(var + ε) of each channel, broadcastable to `a`: as in `Parts`, for whoever looks. W
+        is what is applied.
       matrix: W, `[G, D, D]` for groups of D channels, or `[N, G, D, D]` by example; zero where
         nothing was measured.
       g: The gain, broadcastable to `a`.
@@ -34,34 +36,18 @@ class MatrixParts(NamedTuple):
 
     >>> import normlab as nl
     >>> swap = jnp.array([[[0.0, 1.0], [1.0, 0.0]]])
-    >>> parts = MatrixParts(jnp.zeros(1), swap, jnp.ones(1), jnp.zeros(1))
+    >>> parts = MatrixParts(jnp.zeros(1), jnp.ones(1), swap, jnp.ones(1), jnp.zeros(1))
     >>> nl.affine(parts, jnp.array([[1.0, 2.0]])).tolist()
     [[2.0, 1.0]]
     """
 
     mu: Array
+    sigma: Array
     matrix: Array
     g: Array
     b: Array
     channel_axis: int = -1
     strided: bool = False
-
-    @property
-    def sigma(self) -> Array:
-        """The roots of the diagonal of (WᵀW)⁻¹: each channel's standard deviation, as in `Parts`.
-
-        The largest number where nothing was measured.
-        """
-        seen = (self.matrix != 0).any((-1, -2), keepdims=True)
-        w = jnp.where(seen, self.matrix, jnp.eye(self.matrix.shape[-1], dtype=self.matrix.dtype))
-        length = jnp.sqrt(jnp.square(jnp.linalg.inv(w)).sum(-1))
-        length = jnp.where(seen[..., 0], length, jnp.finfo(length.dtype).max)
-        if self.strided:
-            channel = self.channel_axis % max(self.mu.ndim, 1)
-            length = jnp.repeat(length[..., 0, :], self.mu.shape[channel] // length.shape[-1], -1)
-        else:
-            length = length.reshape(*length.shape[:-2], -1)
-        return along(length, self.mu.ndim, self.channel_axis % self.mu.ndim)
 
     def apply(self, a: Array, weights: Array | None = None) -> Array:
         """`affine(parts, a)`, which see."""

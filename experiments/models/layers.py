@@ -227,7 +227,7 @@ def normalize(
     state = states.value if layer.steps is None else _at(states.value, step)
     if layer.is_mutable_collection(PARTS) and not layer.is_initializing():
         parts, _ = layer.norm.parts(params, state, site, train=train)
-        layer.sow(PARTS, "norm", parts)
+        layer.sow(PARTS, "norm", nl.Parts(parts.mu, parts.sigma, parts.g, parts.b))
     h, after = layer.norm.apply(params, state, site, train=train)
     if train and not layer.is_initializing():
         states.value = after if layer.steps is None else _put(states.value, step, after)

@@ -10,6 +10,7 @@ call. Which W, of all that whiten, is the `Whitener`.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
@@ -31,6 +32,7 @@ from normlab._arguments import (
     settled_eps,
 )
 from normlab._checks import check_groups, check_values, gain_and_bias, promote_dtype
+from normlab._sums import standard_deviation
 from normlab._trees import node
 from normlab._weights import aligned
 from normlab._xla import partitioned
@@ -103,8 +105,9 @@ def whitening_parts(
     found = _batch(where, a, w, channel, groups, state, as_sync(axis_name), train=train, **how)
     how = {"whitener": whitener, "steps": steps, "eps": eps, "relative": relative}
     matrix = _distinct(found.block, lambda c, n: whitening_matrix(c, n, **how), found[1:3])
-    mu = along(found.mean.astype(g.dtype), a.ndim, channel)
-    return MatrixParts(mu, matrix.astype(g.dtype), g, b, channel), found.state
+    mu, sigma, matrix = (v.astype(g.dtype) for v in (found.mean, _sigma(*found[1:3], eps), matrix))
+    mu, sigma = (along(v, a.ndim, channel) for v in (mu, sigma))
+    return MatrixParts(mu, sigma, matrix, g, b, channel), found.state
 
 
 def whitening_norm(
@@ -155,14 +158,14 @@ class _Measured(NamedTuple):
     Attributes:
       mean: `[C]`, `[1, C]` or `[N, C]`.
       covariance: `[G, D, D]`, with the same axis before.
-      count: Of how many values, broadcastable to the covariance; zero where nothing was measured.
+      values: Their number, broadcastable to the covariance; zero where nothing was measured.
       block: How many consecutive examples share theirs.
       state: The next state.
     """
 
     mean: Array
     covariance: Array
-    count: Array
+    values: Array
     block: int
     state: Any
 
@@ -220,11 +223,18 @@ def _batch(
             devices, examples = layout(where, sync, x.shape[0])
             block = examples // plan(where, sync, devices, examples).shards
     mean, cov = covariance(state, m)
-    count = jnp.ones((), cov.dtype) if m is None else m.count
+    count = jnp.ones((1, 1, 1), cov.dtype) if m is None else m.count
     mean = mean.reshape(*mean.shape[:-3], -1) if m is not None else mean
     if train and population is not None and isinstance(state, Population):
         state = after(state, population, decay, bad_batch, state_gradient)
     return _Measured(mean, cov, count, block, state)
+
+
+def _sigma(cov: Array, count: Array, eps: float) -> Array:
+    """√(var + ε) `[..., C]` of each channel, of covariances `[..., G, D, D]`."""
+    var = jnp.diagonal(cov, axis1=-2, axis2=-1)
+    sigma = standard_deviation(var, count.astype(var.dtype)[..., 0], eps)
+    return sigma.reshape(*sigma.shape[:-2], -1)
 
 
 def _distinct(block: int, f: Callable[..., Array], fields: Sequence[Array]) -> Array:
@@ -277,17 +287,21 @@ def group_whitening_parts(
         raise invalid(where, given, "more values in a group than groups", change)
     how: Any = {"whitener": whitener, "steps": steps, "eps": eps, "relative": relative}
 
-    def measured(a: Array, w: Array | None) -> tuple[Array, Array]:
+    def measured(a: Array, w: Array | None) -> tuple[Array, Array, Array]:
         a = jnp.moveaxis(a, channel, -1)
         w = alike(where, w if w is None else jnp.moveaxis(w, channel, -1), 3)
         columns = a.reshape(*a.shape[:-1], groups, -1).mT[..., None, :, None]
         m = CoMoments.measured(columns, range(1, a.ndim), weights=w)
-        return m.mean, whitening_matrix(m.var(), m.count, **how)
+        sigma = standard_deviation(m.squares / jnp.where(m.count > 0, m.count, 1), m.count, eps)
+        return m.mean, sigma, whitening_matrix(m.var(), m.count, **how)
 
-    mean, matrix = partitioned(measured, a, w)
-    mean = jnp.repeat(mean.reshape(-1, groups), channels // groups, axis=-1)
-    matrix = matrix.reshape(-1, 1, groups, groups).astype(g.dtype)
-    return MatrixParts(along(mean.astype(g.dtype), a.ndim, channel), matrix, g, b, channel, True)
+    *two, matrix = (v.astype(g.dtype) for v in partitioned(measured, a, w))
+    mu, sigma = (
+        along(jnp.repeat(v.reshape(-1, groups), channels // groups, -1), a.ndim, channel)
+        for v in two
+    )
+    matrix = matrix.reshape(-1, 1, groups, groups)
+    return MatrixParts(mu, sigma, matrix, g, b, channel, strided=True)
 
 
 @applied(group_whitening_parts)
@@ -379,12 +393,12 @@ def switchable_whitening_parts(
     one = positions == 1 and bool({"iw", "in"} & {*of})
     check_values(where, a.shape, one, "example and channel", change, also)
     found: dict[str, tuple[Array, Array]] = {}
-    count = jnp.ones((), g.dtype)
+    count = jnp.ones((1, 1, 1), g.dtype)
     if {"bw", "bn"} & {*of}:
         how: dict[str, Any] = {"decay": decay, "bad_batch": bad_batch}
         how |= {"state_gradient": state_gradient, "train": train}
         batch = _batch(where, a, w, channel, groups, state, as_sync(axis_name), **how)
-        state, count = batch.state, batch.count
+        state, count = batch.state, batch.values
         found["bw"] = batch.mean, batch.covariance
     if {"iw", "in", "ln"} & {*of}:
 
@@ -407,13 +421,18 @@ def switchable_whitening_parts(
             found[alone] = mean, cov * jnp.eye(cov.shape[-1], dtype=cov.dtype)
     one = jnp.ones(len(of), g.dtype)
     logits = (one, one) if params is None else (params.of_mean, params.of_covariance)
-    shift, scale = (jax.nn.softmax(v.astype(g.dtype)) for v in logits)
-    mean = sum(s * found[name][0].astype(g.dtype) for name, s in zip(of, shift, strict=True))
-    cov = sum(s * found[name][1].astype(g.dtype) for name, s in zip(of, scale, strict=True))
+
+    def mixed(i: int, logits: Array) -> Array:
+        weights = jax.nn.softmax(logits.astype(g.dtype))
+        each = (w * found[name][i].astype(g.dtype) for name, w in zip(of, weights, strict=True))
+        return functools.reduce(jnp.add, each)
+
+    mean, cov = map(mixed, (0, 1), logits)
     how = {"whitener": whitener, "steps": steps, "eps": eps, "relative": relative}
     matrix = partitioned(lambda c, n: whitening_matrix(c, n, **how), cov, count.astype(g.dtype))
     mean = jnp.broadcast_to(mean, (*mean.shape[:-1], a.shape[channel]))
-    return MatrixParts(along(mean, a.ndim, channel), matrix, g, b, channel), state
+    mu, sigma = (along(v, a.ndim, channel) for v in (mean, _sigma(cov, count, eps)))
+    return MatrixParts(mu, sigma, matrix, g, b, channel), state
 
 
 def switchable_whitening_norm(
