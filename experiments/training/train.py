@@ -44,6 +44,7 @@ from .trainer import (
     Task,
     TrainState,
     accumulate,
+    committed,
     minibatches,
 )
 
@@ -301,7 +302,7 @@ class Program:
         if parts > 1:  # typed as if it varied over the devices
             value = lax.pmean(value, AXIS)
         grads = unravel(nl.devices.global_gradient(grads, AXIS))
-        after = nl.population.commit(after, jnp.isfinite(value))
+        after = committed(after, jnp.isfinite(value))
         if isinstance(self.sync, nl.Sync) and self.sync.every:
             after = nl.population.exchange(after, self.sync)
         updates, opt_state = self.optimizer.update(grads, state.opt_state, state.params)

@@ -239,7 +239,7 @@ class Trainer:
         if self.data.devices > 1:
             flat, unravel = ravel_pytree((loss, grads))
             whole, grads = unravel(lax.pmean(flat, AXIS))  # packed: one collective for everything
-        norm_state = nl.population.commit(norm_state, jnp.isfinite(whole))
+        norm_state = committed(norm_state, jnp.isfinite(whole))
         updates, opt_state = self.optimizer.update(grads, opt_state, params)
         return TrainState(optax.apply_updates(params, updates), norm_state, opt_state), loss
 
@@ -444,7 +444,7 @@ def accumulate(
       gradient by `params`.
     """
     run = jax.value_and_grad(loss, has_aux=True)
-    state = nl.population.begin(norm_state)
+    state = begun(norm_state)
     if microbatches == 1:
         (value, state), grads = run(params, state, *batch)
         return value, state, grads
@@ -460,6 +460,21 @@ def accumulate(
     (sums, state), _ = lax.scan(add, vary((zeros, state), (AXIS,)), parts)
     value, grads = jax.tree.map(lambda v: v / microbatches, sums)
     return value, state, grads
+
+
+def begun(states: Any) -> Any:
+    """A transaction of the statistics, where there are some: spectral norm's state is another."""
+    return nl.population.begin(states) if _any(nl.Population, states) else states
+
+
+def committed(states: Any, ok: Array) -> Any:
+    """Ends what `begun` began."""
+    return nl.population.commit(states, ok) if _any(nl.population.Pending, states) else states
+
+
+def _any(cls: type, tree: Any) -> bool:
+    is_one = lambda leaf: isinstance(leaf, cls)  # noqa: E731
+    return any(map(is_one, jax.tree.leaves(tree, is_leaf=is_one)))
 
 
 def side_by_side(f: Callable[..., Any]) -> Callable[..., Any]:

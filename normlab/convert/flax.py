@@ -346,7 +346,7 @@ def _from_spectral(
 ) -> Converted:
     names = {n: name for n, name in wanted.items() if n != "b" or name in leaves}
     found = take(where, leaves, names, within)
-    how = {"squared": not ours, "moves": not ours, "writes": writes and not ours}
+    how: Any = {"squared": not ours, "moves": not ours, "writes": writes and not ours}
     return from_vectors(where, found, values["n_steps"], values["epsilon"], allow, **how)
 
 

@@ -184,7 +184,7 @@ def _from_spectral(
     wanted |= {"u": f"state/{path}/u0", "sigma": f"state/{path}/sigma"}
     wanted = {n: v for n, v in wanted.items() if n != "b" or v in leaves}
     found = take(where, leaves, wanted, [f"state/{path}/"])
-    how = {"squared": True, "moves": True}
+    how: Any = {"squared": True, "moves": True}
     return from_vectors(where, found, values["n_steps"], values["eps"], allow, **how)
 
 

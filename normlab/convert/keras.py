@@ -84,7 +84,7 @@ def from_keras(
         names = {"kernel": "kernel", "u": "vector_u", "b": "bias"}
         names = {n: root + v for n, v in names.items() if n != "b" or root + v in leaves}
         found = take(where, leaves, names, [root])
-        how = {"writes": True, "divides": False}
+        how: Any = {"writes": True, "divides": False}
         return from_vectors(where, found, values["power_iterations"], EPSILON, allow, **how)
     names = RMS if kind == "rms" else KERAS.wanted(kind, values)
     found = take(where, leaves, {n: root + name for n, name in names.items()}, [root])
