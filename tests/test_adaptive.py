@@ -117,6 +117,27 @@ def test_prior_of_what_cannot_be_used_is_the_source():
     assert gap(h, np.zeros(h.shape)) == 0
 
 
+def test_what_holds_another_asks_it_how_the_batch_is_observed():
+    """A prior counts examples, and domains measure their own, also about zero."""
+    a = array(BATCHES[0])
+    inside = nl.population.init_rms(C, inner="prior", count=4.0)
+    outside = [nl.population.adapt(init(name, C), 4.0) for name in ("rms", "power", "mabn")]
+    both = [nl.batch_norm(a, None, s, train=False, eps=EPS)[0] for s in (inside, *outside)]
+    square = (4 * 1 + N * (BATCHES[0] ** 2).mean((0, 1))) / (4 + N)
+    for h in both:
+        assert gap(h, BATCHES[0] / np.sqrt(square + EPS)) < 2e-6
+    alone = nl.population.adapt(nl.population.init_rms(C), 4.0, by_example=True)
+    h, _ = nl.batch_norm(a, None, alone, train=False, eps=EPS)
+    square = (4 + (BATCHES[0] ** 2).mean(1, keepdims=True)) / 5
+    assert gap(h, BATCHES[0] / np.sqrt(square + EPS)) < 2e-6
+    state = nl.population.init_rms(C, inner="domains", examples=N)
+    state = nl.population.select_domain(state, jnp.arange(N) % 2)
+    h, _ = nl.batch_norm(a, None, state, train=True, eps=EPS)
+    for d in (0, 1):
+        own = BATCHES[0][d::2]
+        assert gap(h[d::2], own / np.sqrt((own**2).mean((0, 1)) + EPS)) < 2e-6
+
+
 def test_networks_are_adapted_by_path_and_in_flax():
     def net(average):
         kinds = ("debiased", "cumulative")

@@ -6,9 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from jax.sharding import AxisType
 
 import normlab as nl
+import normlab.linen as nll
+import normlab.nnx as nlx
 from tests.helpers import array, draw, gap, mappers, mesh
 
 N, P, C, EPS = 6, 2, 3, 1e-5
@@ -249,3 +252,31 @@ def test_a_tap_is_an_instrument_in_any_norm(name):
     z, given = (BATCHES[0] - mu) / sigma, COTANGENTS[0] * g
     expected = given.mean(axes, keepdims=True), (given * z).mean(axes, keepdims=True)
     assert gap(seen, expected) < 1e-5
+
+
+@each
+def test_either_skin_takes_back(name):
+    """linen's collection is a tree of states; in nnx a filter finds the taps."""
+    a, c = array(BATCHES[0]), array(COTANGENTS[0])
+    params, options = nl.init_affine(C), {"momentum": 0.8, "epsilon": EPS, "population": name}
+    expected = nl.population.init_population(name, C, decay=0.8)
+    layer = nll.BatchNorm(use_running_average=False, **options)
+    variables = layer.init(jax.random.key(0), a)
+    stats, module = variables["batch_stats"], nlx.BatchNorm(C, **options, rngs=nnx.Rngs(0))
+
+    def in_linen(taps, stats):
+        given = {**variables, "batch_stats": nl.population.tapped(stats, taps)}
+        h, after = layer.apply(given, a, mutable="batch_stats")
+        return (c * h).sum(), after["batch_stats"]
+
+    taps = nnx.DiffState(0, lambda path, _: "tap" in path)
+    in_nnx = nnx.grad(lambda module: (c * module(a)).sum(), argnums=taps)
+    for _ in range(3):
+        _, _, expected, _ = step(expected, a, c, params=params)
+        seen, stats = jax.grad(in_linen, has_aux=True)(nl.population.taps(stats), stats)
+        stats = nl.population.take_back(stats, seen)
+        seen, kept = in_nnx(module)["population"]["tap"], module.population
+        seen = nl.population.Tap(*(seen[field].get_value() for field in ("gz", "zz")))
+        kept.set_value(nl.population.take_back(kept.get_value(), seen))
+    assert gap(jax.tree.leaves(stats), jax.tree.leaves(expected)) < 1e-5
+    assert gap(module.population.get_value(), expected) < 1e-5

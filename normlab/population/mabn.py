@@ -19,7 +19,7 @@ from normlab.population._batches import (
     taken_in,
 )
 from normlab.population.backward import Tap, no_tap
-from normlab.population.rms import about_zero
+from normlab.population.rms import about_zero, observe_about_zero
 from normlab.population.window import merged, put
 
 
@@ -61,6 +61,8 @@ class Mabn(NamedTuple):
     r_max: Array
     begin: Array
     decay: float = 0.98
+
+    observe = observe_about_zero
 
     @property
     def size(self) -> int:

@@ -17,8 +17,8 @@
 
 One that holds another, such as `Frozen`, has it in a field `inner`, which answers `measures`,
 `alone`, `updated_first`, `delays`, `normalizer`, `backward`, `covariance`, `per_example` and
-`moments` in its place; `update_inner`, `read_inner` and `pool_inner` are the methods of one that
-says nothing else.
+`moments` in its place; `observe_inner`, `update_inner`, `read_inner` and `pool_inner` are the
+methods of one that says nothing else.
 """
 
 from __future__ import annotations
@@ -265,6 +265,12 @@ def settled(state: Any, seen: Any, estimator: str | None) -> Any:
         "Running or Cumulative",
         "read what was seen from Pending.seen, or give the class a method settled(seen, estimator)",
     )
+
+
+def observe_inner(self: Any, run: Run, sync: Sync) -> tuple[Moments, Moments, Any]:
+    """As `inner` does."""
+    m, population, inner = observe(self.inner, run, sync)
+    return m, population, self._replace(inner=inner)
 
 
 def update_inner(self: Any, m: Moments, *, decay: Any = None, bad_batch: BadBatch = "skip") -> Any:

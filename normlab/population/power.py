@@ -14,7 +14,7 @@ from normlab.measure import Moments
 from normlab.population._batches import BadBatch, arrays
 from normlab.population.backward import Tap, no_tap
 from normlab.population.optional import options_of, pool_inner, read_inner, updated
-from normlab.population.rms import about_zero
+from normlab.population.rms import about_zero, observe_about_zero
 from normlab.population.running import init_running
 
 
@@ -43,7 +43,7 @@ class Power(NamedTuple):
     begin: Array
     decay: float = 0.9
 
-    read, pool = read_inner, pool_inner
+    observe, read, pool = observe_about_zero, read_inner, pool_inner
 
     def update(self, m: Moments, *, decay: Any = None, bad_batch: BadBatch = "skip") -> Power:
         """Takes the mean of squares in."""

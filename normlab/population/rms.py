@@ -8,10 +8,13 @@ import jax.numpy as jnp
 from jax import Array
 
 from normlab._trees import node
+from normlab.devices.topology import Sync
 from normlab.measure import Moments
 from normlab.population._batches import BadBatch
 from normlab.population.optional import (
+    Run,
     normalizer,
+    observe_inner,
     options_of,
     pool_inner,
     read_inner,
@@ -24,6 +27,12 @@ def about_zero(m: Moments) -> Moments:
     return Moments(m.count, jnp.zeros_like(m.mean), m.m2 + m.count * jnp.square(m.mean))
 
 
+def observe_about_zero(self: Any, run: Run, sync: Sync) -> tuple[Moments, Moments, Any]:
+    """As `inner` does, if there is one, about zero: so that who holds this meets no mean."""
+    found = observe_inner(self, run, sync) if hasattr(self, "inner") else (*run(sync), self)
+    return about_zero(found[0]), about_zero(found[1]), found[2]
+
+
 @node
 class Rms(NamedTuple):
     """Moments about zero, in `inner`: μ = 0 and σ = √(mean a² + ε).
@@ -34,7 +43,7 @@ class Rms(NamedTuple):
 
     inner: Any
 
-    read, pool = read_inner, pool_inner
+    observe, read, pool = observe_about_zero, read_inner, pool_inner
 
     def update(self, m: Moments, *, decay: Any = None, bad_batch: BadBatch = "skip") -> Rms:
         """Takes the moments about zero into `inner`."""

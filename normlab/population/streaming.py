@@ -13,6 +13,7 @@ from normlab._trees import register
 from normlab.measure import Moments
 from normlab.population.optional import (
     normalizer,
+    observe_inner,
     options_of,
     pool_inner,
     read_inner,
@@ -35,7 +36,7 @@ class Streaming(NamedTuple):
     inner: Any
     after: bool = True
 
-    update, read, pool = update_inner, read_inner, pool_inner
+    observe, update, read, pool = observe_inner, update_inner, read_inner, pool_inner
 
     def alone(self, train: bool) -> bool:
         """No: one value is normalized by what was seen."""

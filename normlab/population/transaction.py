@@ -26,7 +26,7 @@ from jax.typing import ArrayLike
 from normlab._arguments import Kind, checked, is_array, only, read, tree
 from normlab._trees import node
 from normlab._xla import zeros_of
-from normlab.devices.topology import AxisName, Sync
+from normlab.devices.topology import AxisName
 from normlab.errors import invalid
 from normlab.measure import Moments
 from normlab.population._batches import BadBatch, arrays, finite
@@ -34,9 +34,8 @@ from normlab.population.cumulative import Cumulative, Estimator
 from normlab.population.domains import Domains
 from normlab.population.frozen import Frozen
 from normlab.population.optional import (
-    Run,
     is_population,
-    observe,
+    observe_inner,
     pool,
     read_inner,
     settled,
@@ -80,12 +79,7 @@ class Pending(NamedTuple):
         seen = self.seen.update(m, bad_batch="raise" if bad_batch == "raise" else "skip")
         return self._replace(seen=seen, broken=self.broken | ~finite(m))
 
-    def observe(self, run: Run, sync: Sync) -> tuple[Moments, Moments, Pending]:
-        """As `inner` does."""
-        m, population, inner = observe(self.inner, run, sync)
-        return m, population, self._replace(inner=inner)
-
-    read = read_inner
+    observe, read = observe_inner, read_inner
 
     def pool(self, axis_name: AxisName) -> Pending:
         """Merges what the devices saw, and `inner`."""
