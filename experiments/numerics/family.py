@@ -56,6 +56,7 @@ def required(name: str) -> dict[str, Any]:
     """The options that the norm of this name must be given, for eight channels."""
     known = inspect.signature(nl.row(name).factory).parameters
     few = {"groups": 2} if getattr(known.get("groups"), "default", None) == 32 else {}
+    few |= {"channel_window": 3} if name == "local" else {}
     return few | {n: REQUIRED[n] for n, p in known.items() if p.default is p.empty}
 
 
