@@ -160,6 +160,7 @@ CALLS = {
         "debias": True,
         "dtype": jnp.float32,
     },
+    nl.population.select_step: {"states": STATE, "step": 0},
     nl.population.init_domains: {
         "channels": 3,
         "domains": 2,

@@ -3,7 +3,6 @@
 Each is an `x_norm` with its `x_parts`, and a row of the registry: `normlab.get("scale")`.
 """
 
-from normlab.family.domains import at_step
 from normlab.family.evo import (
     Evolved,
     evo_b0_norm,
@@ -83,7 +82,6 @@ __all__ = [
     "Rescaled",
     "Response",
     "Spectral",
-    "at_step",
     "centred_weight",
     "centred_weight_parts",
     "clip_gates",

@@ -14,21 +14,19 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.typing import ArrayLike
 
-from normlab._arguments import array, checked, count, instance, real
+from normlab._arguments import checked, count, real
 from normlab._checks import gain_and_bias, promote_dtype
 from normlab.devices.topology import AxisName
 from normlab.equation import Affine, Parts
-from normlab.errors import invalid
 from normlab.family.mixtures import batch_of
 from normlab.gains import init_gain
 from normlab.making import initial_affine, made_of
 from normlab.population.by_name import init_domains
-from normlab.population.domains import Domains
+from normlab.population.domains import BY_DOMAIN
 from normlab.site import Norm, Site, State
 
-_STATE = {"state": instance(Domains, "pass what init, or the last call, returned")}
+_STATE = {"state": BY_DOMAIN}
 
 
 def _by_domain(
@@ -125,7 +123,8 @@ def recurrent_batch(
     """Recurrent batch normalization (Cooijmans et al. 2016, https://arxiv.org/abs/1603.09025).
 
     h = g · (a − μ_t) / √(var_t + ε) + b with statistics of each of the first `steps` time steps;
-    `at_step` says which in the state. g, shared by all steps, starts at 0.1, so that a tanh does
+    `normlab.population.select_step` says
+    which in the state. g, shared by all steps, starts at 0.1, so that a tanh does
     not saturate. In the paper's LSTM it stands on W·x and U·h apart, the second without a bias
     (`use_bias=False`), and on the cell.
     """
@@ -140,30 +139,3 @@ def recurrent_batch(
         return made.parts(params, state, site, train=train)
 
     return made_of("recurrent batch norm", init, parts, **_STATE)
-
-
-@checked("at_step", step=array("the number of a time step, from 0", "pass an integer", most=1))
-def at_step(states: Any, step: ArrayLike) -> Any:
-    """Says which time step is next, in the state of every recurrent batch norm of a pytree.
-
-    Args:
-      states: A state, or a pytree of them.
-      step: `[]`, from 0; beyond the last step that has statistics its own are used.
-
-    >>> from normlab import get, Site
-    >>> _, state = get("recurrent_batch", steps=3).init(Site(jnp.ones((4, 2))))
-    >>> at_step(state, 7).current.item()
-    2
-    """
-    is_leaf = lambda leaf: isinstance(leaf, Domains)  # noqa: E731
-    if not jnp.issubdtype(jnp.result_type(step), jnp.integer):
-        given = f"a step of type {jnp.result_type(step)}"
-        raise invalid("at_step", given, "an integer", "count the steps from 0")
-    index = jnp.asarray(step).astype(jnp.int32)
-
-    def one(leaf: Any) -> Any:
-        return (
-            leaf._replace(current=jnp.minimum(index, leaf.domains - 1)) if is_leaf(leaf) else leaf
-        )
-
-    return jax.tree.map(one, states, is_leaf=is_leaf)

@@ -17,7 +17,7 @@ from normlab.population.checkpoint import (
 )
 from normlab.population.cumulative import Cumulative, Estimator, init_cumulative
 from normlab.population.delayed import Delayed, exchange, init_delayed
-from normlab.population.domains import Domains, select_domain
+from normlab.population.domains import Domains, select_domain, select_step
 from normlab.population.frozen import Frozen, freeze, thaw
 from normlab.population.mabn import Mabn, init_mabn
 from normlab.population.pooling import (
@@ -80,6 +80,7 @@ __all__ = [
     "precise",
     "restore_states",
     "select_domain",
+    "select_step",
     "settle",
     "share_running",
     "take_back",

@@ -10,7 +10,7 @@ from jax import Array
 from jax.core import Tracer
 from jax.typing import ArrayLike
 
-from normlab._arguments import array, checked
+from normlab._arguments import array, checked, instance
 from normlab._trees import node
 from normlab.devices.topology import AxisName, Sync
 from normlab.errors import invalid
@@ -133,6 +133,39 @@ def select_domain(states: Any, domain: ArrayLike) -> Any:
         shape = leaf.current.shape
         shape = (*shape[:-1], *index.shape) if index.ndim else shape  # of any number of examples
         return leaf._replace(current=jnp.broadcast_to(index, shape))
+
+    return jax.tree.map(one, states, is_leaf=_is_domains)
+
+
+BY_DOMAIN = instance(Domains, "pass what init, or the last call, returned")
+"""What the state of a norm that looks at the domain must be."""
+
+
+@checked("select step", step=array("the number of a time step, an integer from 0", most=1))
+def select_step(states: Any, step: ArrayLike) -> Any:
+    """Says which time step is next, in every `Domains` of a pytree, one for each step.
+
+    Args:
+      states: A state, or a pytree of them.
+      step: `[]`, from 0, may be traced; beyond the last step that has statistics its own are used.
+
+    Raises:
+      ValueError: If the step is no integer.
+
+    >>> from normlab import get, Site
+    >>> _, state = get("recurrent_batch", steps=3).init(Site(jnp.ones((4, 2))))
+    >>> select_step(state, 7).current.item()
+    2
+    """
+    if not jnp.issubdtype(jnp.result_type(step), jnp.integer):
+        given = f"a step of type {jnp.result_type(step)}"
+        raise invalid("select step", given, "an integer", "count the steps from 0")
+    index = jnp.asarray(step).astype(jnp.int32)
+
+    def one(leaf: Any) -> Any:
+        if not _is_domains(leaf):
+            return leaf
+        return leaf._replace(current=jnp.minimum(index, leaf.domains - 1))
 
     return jax.tree.map(one, states, is_leaf=_is_domains)
 
