@@ -197,7 +197,8 @@ def chain(norms: Sequence[Norm]) -> Norm:
         assert whole is not None
         return whole, tuple(states)
 
-    return made_of("chain", init, parts, params=tuple_of(norms), state=tuple_of(norms))
+    made = made_of("chain", init, parts, params=tuple_of(norms), state=tuple_of(norms))
+    return made.known_as(None, fused=norms[-1].fused)
 
 
 @node
@@ -325,7 +326,8 @@ def split(norms: Sequence[Norm], sizes: Sequence[int]) -> Norm:
 
         return partitioned(beside, site.a, *found), states
 
-    return made_of("split", init, parts, params=tuple_of(norms), state=tuple_of(norms))
+    made = made_of("split", init, parts, params=tuple_of(norms), state=tuple_of(norms))
+    return made.known_as(None, fused=all(norm.fused for norm in norms))
 
 
 def _channels(site: Site, place: slice) -> Site:

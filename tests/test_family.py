@@ -581,12 +581,17 @@ def test_frn_with_its_tlu_is_the_two_one_after_the_other():
 def test_a_norm_says_whether_the_activation_is_part_of_it():
     fused = {name for name in nl.names() if nl.row(name).fused}
     assert fused == {"evo_b0", "evo_s0", "evo_s1", "evo_s2", "frn"}
-    assert all(nl.get(name).fused == (name in fused) for name in {*fused, "batch", "dyt", "scale"})
+    assert all(nl.get(name).fused for name in ("evo_b0", "frn"))
+    assert not any(nl.get(name).fused for name in ("batch", "dyt", "scale"))
     norm = nl.get("frn")
     own = nl.Norm(norm.init, norm.parts, fused=True)
     assert own.fused
     assert own != nl.Norm(norm.init, norm.parts)
     assert pickle.loads(pickle.dumps(norm)).fused
+    batch, evo = nl.get("batch"), nl.get("evo_b0")
+    assert nl.combine.chain([batch, evo]).fused
+    assert nl.combine.split([evo, norm], [2, 4]).fused
+    assert not nl.combine.split([evo, batch], [2, 4]).fused
 
 
 @pytest.mark.parametrize("spread", ["max", "top"])
