@@ -34,14 +34,13 @@ from normlab.example import (
 from normlab.gains import Gain, Log, Offset, init_gain, modulate
 from normlab.linear import Conv, ConvTranspose, Dense, Linear
 from normlab.making import stateless
+from normlab.maps import Mapped, WeightMap, weight_map
 from normlab.measure import Moments, moments
 from normlab.population.protocol import Population
 from normlab.population.running import Running, init_running
 from normlab.registry import INVARIANCES, Row, get, names, register, row, unregister
-from normlab.site import Norm, Site, WeightMap, shapes
+from normlab.site import Norm, Site, shapes
 from normlab.weight import (
-    Mapped,
-    weight_map,
     weight_norm,
     weight_norm_init,
     weight_parts,

@@ -20,21 +20,20 @@ from normlab.equation import Affine, Parts
 from normlab.errors import invalid
 from normlab.gains import Gain, init_gain, kept_as
 from normlab.making import initial_affine, made_of, norm_of
+from normlab.maps import Mapped, WeightMap, weight_map
 from normlab.measure import Algorithm
 from normlab.population._batches import BadBatch
 from normlab.population.by_name import init_batch_state
 from normlab.population.cumulative import Estimator
-from normlab.site import Norm, Site, State, WeightMap
+from normlab.site import Norm, Site, State
 from normlab.weight import (
     FORM_EPS,
     OF,
     Form,
-    Mapped,
     Of,
     centred,
     of_deviations,
     of_lengths,
-    weight_map,
     weight_norm_init,
 )
 

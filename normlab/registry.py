@@ -24,7 +24,8 @@ from normlab._arguments import checked, flag, instance, is_array, text
 from normlab._checks import check_options, imported
 from normlab.errors import invalid, nearest
 from normlab.making import factory_of
-from normlab.site import Made, Norm, WeightMap
+from normlab.maps import WeightMap
+from normlab.site import Made, Norm
 
 INVARIANCES = (
     "weights rescaled",

@@ -159,43 +159,6 @@ class Norm:
         return (self.init, self.parts, self.fused) if self.made is None else self.made
 
 
-class KernelOf(Protocol):
-    """How a map of the weights makes a kernel: `linear` and `x` say where w stands, if it asks."""
-
-    def __call__(
-        self,
-        params: Params,
-        state: State,
-        w: Array,
-        *,
-        linear: Linear = ...,
-        x: Array | jax.ShapeDtypeStruct | None = None,
-        train: bool,
-    ) -> tuple[Array, State]: ...
-
-
-@dataclass(frozen=True, eq=False, repr=False)
-class WeightMap(Norm):
-    """A norm of the weights alone, which is a change of the kernel: `linear(x, w') + b` is it too.
-
-    `normlab.weight_map` makes one. The kernel that is stored stays as it is, w' is made of it in
-    every call: a reparametrization.
-
-    Attributes:
-      init_kernel: `(w, linear=, x=) -> (params, state)`, as `init` of the layer; w may be a shape.
-      kernel: `(params, state, w, linear=, x=, train=) -> (w', state)`, w' in the shape and floating
-        type of w. Of params the gain is used; the bias is the layer's.
-
-    >>> import jax.numpy as jnp
-    >>> from normlab import get
-    >>> get("weight").kernel(None, (), jnp.array([[3.0], [4.0]]), train=False)[0].round(3).tolist()
-    [[0.6000000238418579], [0.800000011920929]]
-    """
-
-    init_kernel: Callable[..., tuple[Params, State]] = field(kw_only=True)
-    kernel: KernelOf = field(kw_only=True)
-
-
 class Made(NamedTuple):
     """How a norm was made: by its name, or `"module:factory"`; options in the order of names."""
 

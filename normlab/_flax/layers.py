@@ -18,8 +18,9 @@ from normlab.equation import Affine
 from normlab.errors import invalid
 from normlab.family.spectral import init_spectral, measure_spectral, of_u
 from normlab.linear import Conv, Dense, Linear
+from normlab.maps import WeightMap
 from normlab.registry import get, names, row
-from normlab.site import Norm, WeightMap
+from normlab.site import Norm
 from normlab.weight import weight_norm
 
 

@@ -24,8 +24,16 @@ from normlab.errors import invalid
 from normlab.gains import Gain
 from normlab.linear import Dense, Linear
 from normlab.making import initial_affine
-from normlab.site import Site, State, WeightMap
-from normlab.weight import INPUT, SHAPED_KERNEL, Mapped, mapped_kernel, mapped_parts, weight_map
+from normlab.maps import (
+    INPUT,
+    SHAPED_KERNEL,
+    Mapped,
+    WeightMap,
+    mapped_kernel,
+    mapped_parts,
+    weight_map,
+)
+from normlab.site import Site, State
 
 Of = Literal["matrix", "map"]
 """What spectral norm bounds: the kernel as a matrix, or the linear map of one example."""

@@ -18,8 +18,7 @@ from normlab.errors import invalid, nearest
 from normlab.family.spectral import Spectral, of_u
 from normlab.folding.comparison import Apply, FoldedLayer, FoldReport, check_applies, compared
 from normlab.folding.kernel import check_finite, rounding
-from normlab.site import WeightMap
-from normlab.weight import named, unnamed
+from normlab.maps import WeightMap, named, unnamed
 
 RULE = mapping(
     either("", "", a_function(), instance(WeightMap, "", arrays=False)),

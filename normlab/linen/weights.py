@@ -29,7 +29,7 @@ from normlab._flax.layers import (
 from normlab._flax.words import checked, read
 from normlab.linear import Dense, Linear
 from normlab.linen.norms import merged_mode
-from normlab.weight import gain_alone, named, unnamed
+from normlab.maps import gain_alone, named, unnamed
 
 Init = Callable[..., Any]
 

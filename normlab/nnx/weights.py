@@ -28,7 +28,7 @@ from normlab._flax.layers import (
 from normlab._flax.state import is_training
 from normlab._flax.words import checked, read
 from normlab.linear import Dense, Linear
-from normlab.weight import INPUT, gain_alone, named, unnamed
+from normlab.maps import INPUT, gain_alone, named, unnamed
 
 Init = Callable[..., Any]
 zeros, ones = nnx.initializers.zeros_init(), nnx.initializers.ones_init()
