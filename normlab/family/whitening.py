@@ -140,7 +140,7 @@ def whitening_norm(
     steps and a condition number of 100 on.
 
     Forward and backward of `[64, 16, 16, 64]` take 5 to 10 times as long as batch norm's on two
-    cores of a CPU, with groups of 16 and of 64 channels and any whitener (there with one thread in BLAS:
+    cores of a CPU, with groups of 16 and of 64 channels and any whitener (with one thread in BLAS:
     `OPENBLAS_NUM_THREADS=1`). Devices gather C·D + C + 1 numbers.
 
     Other arguments as those of `batch_norm`, which see.
