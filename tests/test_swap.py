@@ -238,7 +238,7 @@ def test_nnx_norms_may_become_modules_and_names_with_options():
         ({"first/BatchNorm": "layer"}, "did you mean 'first/BatchNorm_0'"),
         ({"*": "layer"}, "nothing to repeat"),
         ({".*": "weight"}, "looks at the weights"),
-        ({".*": "lair"}, "did you mean 'layer'"),
+        ({".*": "lyer"}, "did you mean 'layer'"),
         ({".*": 3}, "a module, a class of modules"),
         (lambda path, module: None, "replaces no norm"),
     ],

@@ -561,3 +561,20 @@ def test_fewer_values_than_channels_are_refused_where_nothing_else_normalizes():
 def test_what_does_not_fit_is_named(call, says):
     with pytest.raises(ValueError, match=says):
         call(array(data()))
+
+
+@pytest.mark.parametrize("name", ["whitening", "group_whitening", "switchable_whitening"])
+def test_a_batch_of_any_size_is_exported(name):
+    norm, a = nl.get(name, groups=2), array(draw(0, 8, 7, 6))
+    params, state = norm.init(nl.Site(a))
+
+    @functools.partial(jax.jit, static_argnames="train")
+    def run(params, state, a, train):
+        return norm.apply(params, state, nl.Site(a), train=train)
+
+    (n,) = jax.export.symbolic_shape("n")
+    for train in (True, False):
+        shapes = (params, state, jax.ShapeDtypeStruct((n, 7, 6), jnp.float32))
+        made = jax.export.export(jax.jit(functools.partial(run, train=train)))(*shapes)
+        found = jax.export.deserialize(made.serialize()).call(params, state, a)
+        assert gap(found, run(params, state, a, train)) < 2e-6

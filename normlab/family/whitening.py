@@ -444,7 +444,7 @@ def switchable_whitening_parts(
         m = partitioned(measured, a, w)
         m = jax.tree.map(lambda f: f.reshape(f.shape[0], *f.shape[-3:]), m)
         count = jnp.minimum(count, m.count)
-        found["iw"] = m.mean.reshape(len(m.mean), -1), m.var()
+        found["iw"] = m.mean.reshape(m.mean.shape[0], -1), m.var()
         mean = m.mean.mean((-3, -2), keepdims=True)
         square = (m.squares / jnp.where(m.count > 0, m.count, 1)) + jnp.square(m.mean - mean)
         eye = jnp.eye(m.m2.shape[-1], dtype=m.m2.dtype)
