@@ -13,7 +13,7 @@ import sys
 from typing import Any
 
 import tyro
-from rich.table import Table
+from rich.table import Column, Table
 
 from .terminal import EXIT_INTERRUPTED, EXIT_USAGE, PROGRAM, console, errors, report
 
@@ -131,7 +131,9 @@ def run(config: List) -> int:
     from .data import NAMES
 
     del config
-    norms = Table("norm", "μ and σ look at", "shift μ", "scale σ", title="norms")
+    norms = Table(
+        Column("norm", no_wrap=True), "μ and σ look at", "shift μ", "scale σ", title="norms"
+    )
     for name in nl.names():
         row = nl.row(name)
         norms.add_row(name, row.looks_at, row.mu, row.sigma)

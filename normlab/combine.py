@@ -46,7 +46,16 @@ __all__ = ["Mixed", "blend", "chain", "compose", "join", "mix", "mixture", "pair
 _PARTS = KINDS["parts"]
 _SEVERAL = sequence(_PARTS, "a list of Parts", "pass those of at least one norm")
 _NORM = instance(Norm, "make it with get(name), or Norm(init, parts)", arrays=False)
-_NORMS = sequence(_NORM, "norms", "pass a list of what get returned")
+_SOME = sequence(_NORM, "norms, one at least", "pass a list of what get returned")
+
+
+def _norms(value: Any) -> tuple[Norm, ...]:
+    if not (norms := _SOME.read(value)):
+        raise ValueError
+    return norms
+
+
+_NORMS = _SOME._replace(read=_norms, wrong=(*_SOME.wrong, ()))
 _SHARES = array("[k], or [k, ...] that broadcasts to the input", "pass one number for each")
 
 
