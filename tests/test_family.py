@@ -496,6 +496,10 @@ def test_each_example_has_the_gain_and_statistics_of_its_domain():
     assert gap(h[domain == 0], apart[0]) < 1e-6
     assert gap(h[domain == 1], 3 * apart[1]) < 1e-6
     assert gap(after.inner.mean[1], a[domain == 1].mean((0, 1))) < 1e-6
+    frozen = nl.population.freeze(after)
+    h, same = norm.apply(params, frozen, nl.Site(a), train=True)
+    assert gap(h, norm.apply(params, after, nl.Site(a), train=False)[0]) < 1e-6
+    assert gap(same, frozen) == 0
 
 
 # The value itself; with the activation; measured gains.

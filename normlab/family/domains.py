@@ -23,7 +23,7 @@ from normlab.family.mixtures import batch_of
 from normlab.gains import init_gain
 from normlab.making import initial_affine, made_of
 from normlab.population.by_name import init_domains
-from normlab.population.domains import BY_DOMAIN
+from normlab.population.domains import BY_DOMAIN, domains_of
 from normlab.site import Norm, Site, State
 
 _STATE = {"state": BY_DOMAIN}
@@ -62,7 +62,7 @@ def auxiliary_batch(
     def parts(params: Any, state: State, site: Site, *, train: bool) -> tuple[Parts, State]:
         found, after = made.parts(None, state, site, train=train)
         both = Affine(None, None) if params is None else Affine(params.g, params.b)
-        own = jax.tree.map(lambda v: v[state.current], both)
+        own = jax.tree.map(lambda v: v[domains_of(state).current], both)
         g, b = gain_and_bias("auxiliary batch norm", own, site.a, site.linear.channel_axis)
         return found._replace(g=g, b=b), after
 
@@ -96,7 +96,7 @@ def transferable_batch(
 
     def parts(params: Any, state: State, site: Site, *, train: bool) -> tuple[Parts, State]:
         found, after = made.parts(None, state, site, train=train)
-        mean, var = jax.vmap(lambda one: one.read())(after.inner)
+        mean, var = jax.vmap(lambda one: one.read())(domains_of(after).inner)
         ratio = mean / jnp.sqrt(var + eps)
         near = 1 / (1 + jnp.abs(ratio[0] - ratio[1]))
         alpha = lax.stop_gradient(near / near.mean())

@@ -137,7 +137,22 @@ def select_domain(states: Any, domain: ArrayLike) -> Any:
     return jax.tree.map(one, states, is_leaf=_is_domains)
 
 
+def domains_of(state: Any) -> Domains:
+    """The `Domains` that a population is, or holds; raises TypeError if there is none."""
+    while not _is_domains(state):
+        if not hasattr(state, "inner"):
+            raise TypeError
+        state = state.inner
+    return state
+
+
+def _holds_domains(state: Any) -> Any:
+    domains_of(state)
+    return state
+
+
 BY_DOMAIN = instance(Domains, "pass what init, or the last call, returned")
+BY_DOMAIN = BY_DOMAIN._replace(expected="Domains, frozen or not", read=_holds_domains)
 """What the state of a norm that looks at the domain must be."""
 
 
