@@ -384,12 +384,13 @@ def lp_batch(p: Problem) -> np.ndarray:
     mu = of_batch(p, p.a, first)[0]
     away, n = np.abs(p.a - mu), p.a[..., 0].size
     if p.options.get("spread", "l1") == "l1":
-        s = of_batch(p, away, second)[0] * np.sqrt(np.pi / 2)
+        c = np.sqrt(np.pi / 2)
+        s = c * of_batch(p, away, second)[0] if p.train else c * second.mean + 1
     else:
         k = 1 if p.options["spread"] == "max" else p.options.get("k", 10)
         top = np.sort(away.reshape(n, -1), 0)[-k:].mean(0)
         c = 0.5 * (1 + np.sqrt(np.pi * np.log(4))) / np.sqrt(2 * np.log(n))
-        s = c * top if p.train else second.mean
+        s = c * top if p.train else second.mean + 1
     return p.affine((p.a - mu) / np.sqrt(s**2 + p.options.get("eps", 1e-5)))
 
 

@@ -694,6 +694,19 @@ def test_a_window_that_takes_in_everything_is_group_norm_and_a_large_mean_costs_
         nl.family.local_norm(jnp.ones((4, 6)), window=(3,))
 
 
+STATEFUL = [m for m in FIRST if "batch" in m.row.needs]
+
+
+@pytest.mark.parametrize("member", STATEFUL, ids=lambda m: m.name)
+def test_inference_before_the_first_batch_leaves_the_scale_alone(member):
+    """A population begins with mean 0 and scale 1."""
+    x, w, _, _ = member.values(jnp.float32)
+    site = member.site(x, w)
+    params, state = member.norm.init(site)
+    h, _ = member.norm.apply(params, state, site, train=False)
+    assert 0.05 < float(h.std() / site.a.std()) < 20
+
+
 # Gains.
 
 

@@ -19,7 +19,9 @@ Records = Sequence[Record]
 
 def curves(records: Records, title: str, chance: float) -> Figure:
     """Training loss and test error against steps: the median seed, and the band of all seeds."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.2), layout="constrained")
+    norms = len({r["norm"] for r in records})
+    size = (10, max(4.2, 0.26 * norms + 0.5))  # as high as the legend
+    figure, (left, right) = plt.subplots(1, 2, figsize=size, layout="constrained")
     # What a net predicts whose loss is not finite is not drawn.
     records = [
         r | {"error": None if r["test_loss"] is None else 100 * (1 - r["accuracy"])}

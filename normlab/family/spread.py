@@ -73,21 +73,23 @@ def lp_batch(
         found, first = centre.parts(params, state[0], site, train=train)
         axis, a = site.linear.channel_axis, promote(site.a)
         if spread == "l1":
-            away = site._replace(a=jnp.abs(a - found.mu))
+            c = math.sqrt(math.pi / 2)
+            away = site._replace(a=jnp.abs(a - found.mu) - 1 / c)
             of, second = wide.parts(None, state[1], away, train=train)
-            s = math.sqrt(math.pi / 2) * of.mu
+            s = c * of.mu + 1
         elif train or state[1] == ():
             s, second = _extreme(site, found.mu, 1 if spread == "max" else k, sync), state[1]
             if train and second != ():
-                held = lax.stop_gradient(s).ravel()
+                held = lax.stop_gradient(s).ravel() - 1
                 seen = Moments(jnp.ones_like(held[:1]), held, jnp.zeros_like(held))
                 second = updated(second, seen)
         else:
-            second, s = state[1], expand(state[1].read()[0], a.ndim, axis).astype(a.dtype)
+            second, s = state[1], expand(state[1].read()[0] + 1, a.ndim, axis).astype(a.dtype)
         seen = found.sigma < jnp.finfo(found.sigma.dtype).max  # else nothing was measured
         sigma = jnp.where(seen, jnp.sqrt(jnp.square(s) + eps), found.sigma)
         return found._replace(sigma=sigma), (first, second)
 
+    # The second population holds s − 1, so that before the first batch s is 1.
     made = made_of("Lp batch norm", init, parts, state=tuple_of("12"))
     return mixture([made], lambda parts, _: parts[0], use_gain=use_gain, use_bias=use_bias)
 
