@@ -619,6 +619,9 @@ def test_the_largest_deviations_of_a_batch_on_two_devices_are_those_of_one(sprea
         da, (h, after) = mapper(on_device)(params, (a.reshape(2, 2, 3, 6), weights.reshape(2, 2)))
         first = jax.tree.map(lambda v: v[0], after)
         assert gap((da.reshape(a.shape), (h.reshape(a.shape), first)), expected) < 1e-5, name
+    spec = {"mesh": mesh(d=2), "in_specs": P("d"), "out_specs": P()}
+    alike = jax.shard_map(lambda a: over.apply(params, state, nl.Site(a), train=True)[1], **spec)
+    assert gap(alike(a), norm.apply(params, state, nl.Site(a), train=True)[1]) < 1e-5
     with pytest.raises(ValueError, match="whole axes"):
         nl.get("lp_batch", spread=spread, axis_name=nl.Sync("d", groups=2))
 

@@ -342,8 +342,8 @@ def _gather(v: Array, names: tuple[str, ...]) -> Array:
 
 
 def gathered(v: Array, names: tuple[str, ...]) -> Array:
-    """`v` of every device, `[D, ...]`, whose cotangents are added up at once."""
-    return vary(_gather(v, names), names)
+    """`v` of every device, `[D, ...]`, of the type of what is alike where there are types."""
+    return _gather(v, names)
 
 
 def _flat(field: Array) -> Array:
