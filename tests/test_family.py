@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
@@ -397,6 +398,17 @@ def test_either_skin_has_it(member):
     assert gap(jax.tree.leaves(changed), jax.tree.leaves(after)) < 1e-6
     same = normlab.nnx.RegistryNorm(member.name, a.shape[-1], member.options)
     assert gap(same(a), expected) < 1e-6
+
+
+def test_gates_are_clipped_in_either_skin():
+    layer = normlab.linen.RegistryNorm("batch_instance", use_running_average=False)
+    params = layer.init(jax.random.key(0), jnp.ones((2, 3, 4)))["params"]
+    for tree in (params, nnx.state(normlab.nnx.RegistryNorm("batch_instance", 4), nnx.Param)):
+        clipped = nl.family.clip_gates(jax.tree.map(lambda v: v + 1, tree))
+        found = {jax.tree_util.keystr(path): v for path, v in jax.tree.leaves_with_path(clipped)}
+        assert {
+            "rho" in path: v.max().item() for path, v in found.items() if "bias" not in path
+        } == {True: 1, False: 2}
 
 
 # Norms of norms.

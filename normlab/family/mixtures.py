@@ -165,15 +165,17 @@ def clip_gates(params: Any) -> Any:
     """Returns the params with every gate ρ of batch-instance norm clipped to [0, 1].
 
     Args:
-      params: Those of a norm or of a whole model: every leaf that is called `rho` is a gate.
+      params: Those of a norm or of a whole model, as a tree of arrays or of nnx variables: every
+        leaf that is called `rho` is a gate.
 
     >>> clip_gates({"rho": jnp.array([-0.5, 0.5, 2.0]), "scale": jnp.array([2.0])})["rho"].tolist()
     [0.0, 0.5, 1.0]
     """
 
     def one(path: Any, v: Any) -> Any:
-        name = path and (getattr(path[-1], "name", None) or getattr(path[-1], "key", None))
-        return jnp.clip(v, 0, 1) if name == "rho" else v
+        names = [getattr(key, "name", None) or getattr(key, "key", None) for key in path[-2:]]
+        names = names[:-1] if names[-1:] == ["value"] else names  # of a variable of nnx
+        return jnp.clip(v, 0, 1) if names[-1:] == ["rho"] else v
 
     return jax.tree_util.tree_map_with_path(one, params)
 
