@@ -400,6 +400,16 @@ def test_either_skin_has_it(member):
     assert gap(same(a), expected) < 1e-6
 
 
+def test_either_skin_takes_the_ids_of_a_graph():
+    a, ids = jnp.asarray(draw(0, 5, 3), jnp.float32), jnp.array([0, 1, 0, 1, 9])
+    expected = nl.family.graph_norm(a, segments=ids, num_segments=2)
+    layer = normlab.linen.RegistryNorm("graph", {"num_segments": 2})
+    variables = layer.init(jax.random.key(0), a, segments=ids)
+    assert gap(layer.apply(variables, a, segments=ids), expected) < 1e-6
+    same = normlab.nnx.RegistryNorm("graph", 3, {"num_segments": 2})
+    assert gap(same(a, segments=ids), expected) < 1e-6
+
+
 def test_gates_are_clipped_in_either_skin():
     layer = normlab.linen.RegistryNorm("batch_instance", use_running_average=False)
     params = layer.init(jax.random.key(0), jnp.ones((2, 3, 4)))["params"]

@@ -46,12 +46,17 @@ class RegistryNorm(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: ArrayLike, use_running_average: bool | None = None, *, mask: Any = None
+        self,
+        x: ArrayLike,
+        use_running_average: bool | None = None,
+        *,
+        mask: Any = None,
+        segments: Any = None,
     ) -> Array:
-        """Normalizes `x`; arguments as those of `BatchNorm`."""
+        """Normalizes `x`; arguments as those of `BatchNorm`, and the ids of `nl.Site.segments`."""
         norm = from_registry(self.norm, self.options)
         x = jnp.asarray(read(self.norm, "x", x))
-        site = Site(x, weights=weights(self.norm, mask, x.shape))
+        site = Site(x, weights=weights(self.norm, mask, x.shape), segments=segments)
         params, fresh = norm.init(site)
         check_mode(self.norm, use_running_average)
         stateful = bool(jax.tree.leaves(fresh))

@@ -69,13 +69,18 @@ class RegistryNorm(Stateful):
         return jax.tree.map(lambda v: v[...], kept, is_leaf=lambda v: isinstance(v, of))
 
     def __call__(
-        self, x: ArrayLike, use_running_average: bool | None = None, *, mask: Any = None
+        self,
+        x: ArrayLike,
+        use_running_average: bool | None = None,
+        *,
+        mask: Any = None,
+        segments: Any = None,
     ) -> Array:
-        """Normalizes `x`; arguments as those of `BatchNorm`."""
+        """Normalizes `x`; arguments as those of `BatchNorm`, and the ids of `nl.Site.segments`."""
         train = is_training(self.norm, use_running_average, self.use_running_average)
         norm = from_registry(self.norm, dict(self.options))
         x = jnp.asarray(read(self.norm, "x", x))
-        site = Site(x, weights=weights(self.norm, mask, x.shape))
+        site = Site(x, weights=weights(self.norm, mask, x.shape), segments=segments)
         state, write = self._kept(train)
         params = learned(self.learned, lambda _, name: self._value(name))
         h, state = norm.apply(params, state, site, train=train)
