@@ -135,9 +135,9 @@ def scale(p: Problem) -> np.ndarray:
 
 
 LENGTHS = (
-    Member("scale", scale),
-    Member("scale", scale, {"gain": "plain", "use_bias": True, "eps": 1e-5}),
-    Member("scale", scale, {"use_gain": False}),
+    Member("scale", scale, weights=True),
+    Member("scale", scale, {"gain": "plain", "use_bias": True, "eps": 1e-5}, weights=True),
+    Member("scale", scale, {"use_gain": False}, weights=True),
 )
 
 # Gains, and samples of other shapes: variants of the ten.

@@ -14,7 +14,7 @@ from jax.typing import ArrayLike
 from normlab._arguments import checked
 from normlab._checks import gain_and_bias, promote, promote_dtype
 from normlab._units import safe_sqrt
-from normlab._weights import aligned
+from normlab._weights import aligned, leave_out
 from normlab.equation import Parts
 from normlab.gains import Gain, init_gain
 from normlab.making import applied
@@ -27,12 +27,13 @@ def scale_parts(
     params: Any = None,
     *,
     eps: float = 1e-5,
+    weights: ArrayLike | None = None,
     channel_axis: int = -1,
 ) -> Parts:
     """The parts of `scale_norm`, which see."""
-    a, channel, _ = aligned("scale norm", a, None, channel_axis)
+    a, channel, weights = aligned("scale norm", a, weights, channel_axis)
     g, b = gain_and_bias("scale norm", params, a, channel_axis)
-    square = jnp.square(promote(a)).sum(channel, keepdims=True)
+    square = jnp.square(promote(leave_out(a, weights))).sum(channel, keepdims=True)
     return Parts(jnp.zeros((), g.dtype), jnp.maximum(safe_sqrt(square), eps), g, b)
 
 
@@ -47,6 +48,7 @@ def scale_norm() -> None:
       a: `[N, ..., C]`.
       params: `Affine(g [] or [C], None)`, or `None`.
       eps: The least length, in units of `a`.
+      weights: Changes nothing but what is not finite and weighs nothing.
       channel_axis: The axis of the channels.
 
     Returns:
