@@ -719,6 +719,11 @@ def test_a_window_that_takes_in_everything_is_group_norm_and_a_large_mean_costs_
         nl.family.local_norm(jnp.ones((4, 6)), window=(3,))
 
 
+def test_switchable_norm_of_a_dense_layer_says_what_to_leave_out():
+    with pytest.raises(ValueError, match=r"leave it out, of=\("):
+        nl.get("switchable").init(nl.Site(jnp.ones((4, 6))))
+
+
 STATEFUL = [m for m in FIRST if "batch" in m.row.needs]
 
 

@@ -41,7 +41,7 @@ from normlab.factories import batch as batch_factory
 from normlab.factories import of_any_batch
 from normlab.factories import weight as weight_factory
 from normlab.making import made_of, stateless
-from normlab.site import Norm, Site, State
+from normlab.site import SHAPES, Norm, Site, State
 
 _BARE: dict[str, Any] = {"use_gain": False, "use_bias": False}
 _OPTIONS = inspect.signature(batch_factory).parameters
@@ -111,7 +111,23 @@ def switchable(
         return blend(parts, jax.nn.softmax(weights.shift), jax.nn.softmax(weights.scale))
 
     how: dict[str, Any] = {"use_gain": use_gain, "use_bias": use_bias}
-    return mixture([make[name]() for name in of], combine, logits, **how)
+    made = mixture([make[name]() for name in of], combine, logits, **how)
+
+    def init(site: Site) -> tuple[Any, State]:
+        alone = all(n == 1 for n in _positions(site))
+        if "instance" in of and alone:
+            given = f"an input of shape {site.a.shape}, one value per example and channel"
+            change = 'leave it out, of=("layer", "batch")'
+            raise invalid("switchable norm", given, "positions, for its instance norm", change)
+        return made.init(site)
+
+    return Norm(checked("switchable norm", site=SHAPES)(init), made.parts)
+
+
+def _positions(site: Site) -> list[int]:
+    """The sizes of all axes but the examples' and the channels'."""
+    channel = site.linear.channel_axis % site.a.ndim
+    return [n for i, n in enumerate(site.a.shape) if i not in (0, channel)]
 
 
 class Gates(NamedTuple):
