@@ -65,7 +65,7 @@ class Command(Training):
 
     Attributes:
       microbatches: Parts, one after the other, into which a device cuts its share of a batch.
-      groups: Groups of group norm; must divide the channels of every layer.
+      groups: Groups of the norms that have some; must divide the channels of every layer.
       decay: Weight of the old value in batch norm's running statistics; by default 0.9.
       eps: ε, added to the variance under the root.
     """

@@ -139,9 +139,8 @@ def whitening_norm(
     keeps Σ. Newton's iteration is in its coupled form: the published one diverges from about 10
     steps and a condition number of 100 on.
 
-    Forward and backward of `[64, 16, 16, 64]` take 5 to 10 times as long as batch norm's on two
-    cores of a CPU, with groups of 16 and of 64 channels and any whitener (with one thread in BLAS,
-    `OPENBLAS_NUM_THREADS=1`). Devices gather C·D + C + 1 numbers.
+    Devices gather C·D + C + 1 numbers. What a step costs: docs/family.md. On a CPU many factors of
+    matrices are faster with one thread in BLAS, `OPENBLAS_NUM_THREADS=1`.
 
     Other arguments as those of `batch_norm`, which see.
 
