@@ -363,7 +363,7 @@ def batch_channel(p: Problem) -> np.ndarray:
 
 def mean_only(p: Problem) -> np.ndarray:
     """Salimans & Kingma 2016, equation 15."""
-    return p.affine(p.a - of_batch(p, p.a, p.state[0])[0])
+    return p.affine(p.a - of_batch(p, p.a, p.state)[0])
 
 
 def weight_mean_only(p: Problem) -> np.ndarray:
@@ -373,14 +373,14 @@ def weight_mean_only(p: Problem) -> np.ndarray:
 
 def extended_batch(p: Problem) -> np.ndarray:
     """Luo et al. 2020: the mean by channel, one variance."""
-    mu, var = of_batch(p, p.a, p.state[0])
+    mu, var = of_batch(p, p.a, p.state)
     whole = np.mean(var) + (np.var(mu) if p.options.get("about") == "all" else 0)
     return p.affine((p.a - mu) / np.sqrt(whole + 1e-5))
 
 
 def lp_batch(p: Problem) -> np.ndarray:
     """Hoffer et al. 2018, section 4: L1, L∞ and top k."""
-    first, second = p.state[0]
+    first, second = p.state
     mu = of_batch(p, p.a, first)[0]
     away, n = np.abs(p.a - mu), p.a[..., 0].size
     if p.options.get("spread", "l1") == "l1":

@@ -34,6 +34,7 @@ NORMS = (
     "centred_cosine",
 )
 COLUMNS = nl.INVARIANCES[:6]
+"""The changes of weights and data: the others are none of a dense layer."""
 SPREADS = tuple(10.0**-k for k in range(2, 21, 2))
 BROKEN = 1e-3
 _FACTOR = 2.7

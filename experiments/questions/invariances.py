@@ -31,23 +31,10 @@ from matplotlib.figure import Figure
 import normlab as nl
 
 from ..engine import Condition, Config, Record, Records, Verdict, decide, draw, exact
-from ..numerics.invariances import changed
+from ..numerics.invariances import COLUMNS, changed
+from ..numerics.invariances import NORMS as NORMED
 
-NORMS = (
-    "none",
-    "batch",
-    "layer",
-    "rms",
-    "group",
-    "instance",
-    "weight",
-    "weight_standardization",
-    "cosine",
-    "centred_cosine",
-)
-
-COLUMNS = nl.INVARIANCES[:6]
-"""The changes of weights and data: the others are none of a dense layer."""
+NORMS = ("none", *NORMED)
 
 SAME, OTHER = 1e-8, 1e-3
 """The output changes by at most so much if it is invariant, and by at least so much if not."""

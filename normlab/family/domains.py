@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from normlab._arguments import checked, count, real
-from normlab._checks import gain_and_bias, promote_dtype
+from normlab._checks import expand, gain_and_bias, promote_dtype
 from normlab.devices.topology import AxisName
 from normlab.equation import Affine, Parts
 from normlab.family.mixtures import batch_of
@@ -89,24 +89,19 @@ def transferable_batch(
     training too, so that a batch may be of one domain; the paper takes it from the batch, which
     holds both.
     """
-    made = _by_domain(2, examples, batch, eps=eps, axis_name=axis_name)
-
-    def init(site: Site) -> tuple[Any, State]:
-        return initial_affine(site, use_gain=use_gain, use_bias=use_bias), made.init(site)[1]
+    how: dict[str, Any] = {"use_gain": use_gain, "use_bias": use_bias}
+    made = _by_domain(2, examples, batch, eps=eps, axis_name=axis_name, **how)
 
     def parts(params: Any, state: State, site: Site, *, train: bool) -> tuple[Parts, State]:
-        found, after = made.parts(None, state, site, train=train)
+        found, after = made.parts(params, state, site, train=train)
         mean, var = jax.vmap(lambda one: one.read())(domains_of(after).inner)
         ratio = mean / jnp.sqrt(var + eps)
         near = 1 / (1 + jnp.abs(ratio[0] - ratio[1]))
         alpha = lax.stop_gradient(near / near.mean())
-        axis = site.linear.channel_axis
-        g, b = gain_and_bias("transferable batch norm", params, site.a, axis)
-        factor, _ = gain_and_bias("transferable batch norm", Affine(1 + alpha, None), site.a, axis)
-        factor = factor.astype(g.dtype)
-        return found._replace(g=g * factor, b=b * factor), after
+        factor = expand(1 + alpha, site.a.ndim, site.linear.channel_axis).astype(found.g.dtype)
+        return found._replace(g=found.g * factor, b=found.b * factor), after
 
-    return made_of("transferable batch norm", init, parts, **_STATE)
+    return made_of("transferable batch norm", made.init, parts, **_STATE)
 
 
 @checked("recurrent batch norm", steps=count, g=real)
@@ -123,10 +118,9 @@ def recurrent_batch(
     """Recurrent batch normalization (Cooijmans et al. 2016, https://arxiv.org/abs/1603.09025).
 
     h = g · (a − μ_t) / √(var_t + ε) + b with statistics of each of the first `steps` time steps;
-    `normlab.population.select_step` says
-    which in the state. g, shared by all steps, starts at 0.1, so that a tanh does
-    not saturate. In the paper's LSTM it stands on W·x and U·h apart, the second without a bias
-    (`use_bias=False`), and on the cell.
+    `normlab.population.select_step` says which in the state. g, shared by all steps, starts at 0.1,
+    so that a tanh does not saturate. In the paper's LSTM it stands on W·x and U·h apart, the second
+    without a bias (`use_bias=False`), and on the cell.
     """
     made = _by_domain(steps, None, batch, eps=eps, axis_name=axis_name)
 
@@ -135,7 +129,4 @@ def recurrent_batch(
         params = init_gain(site.channels, g=g, dtype=promote_dtype(site.a), **how)
         return params, made.init(site)[1]
 
-    def parts(params: Any, state: State, site: Site, *, train: bool) -> tuple[Parts, State]:
-        return made.parts(params, state, site, train=train)
-
-    return made_of("recurrent batch norm", init, parts, **_STATE)
+    return made_of("recurrent batch norm", init, made.parts, **_STATE)

@@ -169,6 +169,7 @@ def batch_instance(
 
     def combine(parts: list[Parts], weights: Gates) -> Parts:
         shape = jnp.broadcast_shapes(*(p.mu.shape for p in parts))
+        # Batch norm's μ varies by channel, and before that at most by example.
         axis = max(i for i, n in enumerate(parts[0].mu.shape) if n == weights.rho.size)
         rho = weights.rho.reshape([-1 if i == axis else 1 for i in range(len(shape))])
         return mix(parts, jnp.stack([rho, 1 - rho]))
@@ -249,9 +250,9 @@ def batch_channel(
     return chain([first, stateless(group_parts)(groups=groups, **how)])
 
 
-def _centring(axis_name: AxisName | None, batch: Mapping[str, Any] | None) -> Norm:
+def _centring(axis_name: AxisName | None, batch: Mapping[str, Any] | None, **own: bool) -> Norm:
     """Batch norm's μ and σ = 1; of one value too."""
-    made = of_any_batch(batch_of(batch, axis_name=axis_name))
+    made = of_any_batch(batch_of(batch, axis_name=axis_name, **own))
 
     def parts(params: Any, state: State, site: Site, *, train: bool) -> tuple[Parts, State]:
         found, state = made.parts(params, state, site, train=train)
@@ -273,12 +274,7 @@ def mean_only_batch(
     h = a − μ + b: μ is the mean of each channel over the batch, in inference that of the
     population. σ is 1, not √(1 + ε).
     """
-    return mixture(
-        [_centring(axis_name, batch)],
-        lambda parts, weights: parts[0],
-        use_gain=use_gain,
-        use_bias=use_bias,
-    )
+    return _centring(axis_name, batch, use_gain=use_gain, use_bias=use_bias)
 
 
 @checked("weight and mean-only batch norm")
@@ -317,7 +313,8 @@ def extended_batch(
     In inference the variance is that of the population: with `"all"`, within the channels and
     between their means.
     """
-    made = batch_of(batch, eps=eps, axis_name=axis_name)
+    how: dict[str, Any] = {"use_gain": use_gain, "use_bias": use_bias}
+    made = batch_of(batch, eps=eps, axis_name=axis_name, **how)
     made = made if about == "channel" else of_any_batch(made)
 
     def parts(params: Any, state: State, site: Site, *, train: bool) -> tuple[Parts, State]:
@@ -329,9 +326,4 @@ def extended_batch(
             square = square + found.mu.var(axis, keepdims=True)
         return found._replace(sigma=jnp.where(seen, jnp.sqrt(square), found.sigma)), state
 
-    return mixture(
-        [Norm(made.init, parts)],
-        lambda parts, weights: parts[0],
-        use_gain=use_gain,
-        use_bias=use_bias,
-    )
+    return made_of("extended batch norm", made.init, parts)

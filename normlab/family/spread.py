@@ -20,7 +20,7 @@ from normlab._arguments import checked, count, declare, one_of
 from normlab._checks import expand, promote
 from normlab._weights import aligned
 from normlab._xla import partitioned
-from normlab.combine import mixture, tuple_of
+from normlab.combine import tuple_of
 from normlab.devices.merging import gathered, is_bound
 from normlab.devices.topology import AxisName, Sync, as_sync
 from normlab.equation import Parts
@@ -62,8 +62,9 @@ def lp_batch(
     if spread != "l1" and not (sync.whole and sync.gradient == "both" and not sync.every):
         change = "use spread='l1', which merges as moments do, or name the axes alone"
         raise invalid("Lp batch norm", f"spread={spread!r} with {sync}", "whole axes", change)
-    centre = batch_of(batch, eps=eps, axis_name=axis_name)
-    wide = of_any_batch(centre)
+    how: dict[str, Any] = {"use_gain": use_gain, "use_bias": use_bias}
+    centre = batch_of(batch, eps=eps, axis_name=axis_name, **how)
+    wide = of_any_batch(batch_of(batch, eps=eps, axis_name=axis_name))
 
     def init(site: Site) -> tuple[Any, State]:
         params, state = centre.init(site)
@@ -90,8 +91,7 @@ def lp_batch(
         return found._replace(sigma=sigma), (first, second)
 
     # The second population holds s − 1, so that before the first batch s is 1.
-    made = made_of("Lp batch norm", init, parts, state=tuple_of("12"))
-    return mixture([made], lambda parts, _: parts[0], use_gain=use_gain, use_bias=use_bias)
+    return made_of("Lp batch norm", init, parts, state=tuple_of("12"))
 
 
 def _extreme(site: Site, mu: Array, k: int, sync: Sync) -> Array:

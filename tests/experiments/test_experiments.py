@@ -28,6 +28,7 @@ from experiments.compare.command import remarks
 from experiments.compare.comparison import COMMON, Compare, Comparison
 from experiments.data import Dataset
 from experiments.engine import Records
+from experiments.numerics import family
 from experiments.rundir import RunDirectory, RunError
 from experiments.terminal import console
 from experiments.training.train import Train
@@ -667,3 +668,15 @@ def test_the_table_of_invariances_shows_where_eps_breaks_them(capsys):
         else:
             assert at == "never"
     assert ("batch", "data rescaled") in breaks
+
+
+def test_the_picture_of_the_family_has_a_panel_for_every_norm(tmp_path):
+    names = ("batch", "group", "evo_s0", "local", "recurrent_batch", "whitening")
+    figure = family.picture(names)
+    titles = [axes.get_title() for axes in figure.axes if axes.get_title()]
+    assert titles == ["a", *(name.replace("_", " ") for name in names)]
+    points = [axes.collections[0].get_offsets() for axes in figure.axes[: len(titles)]]
+    assert not any(np.allclose(points[0], other) for other in points[1:])
+    out = tmp_path / "family.svg"
+    assert cli.main(["family", "--norms", "rms", "--out", str(out)]) == 0
+    assert "±" in out.read_text()
