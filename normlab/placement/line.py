@@ -1,0 +1,358 @@
+"""Where a norm stands: one line for every residual connection, as the equation is for every norm.
+
+    x' = S(α·x + β·O(F(s·I(x))))
+
+F is the branch, attention or an MLP, say. I, O and S are norms, or nothing; α and β are numbers or
+learned. `Placement` holds them, `residual` applies them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.typing import ArrayLike
+
+from normlab._arguments import (
+    a_function,
+    array,
+    checked,
+    either,
+    flag,
+    instance,
+    number,
+    one_of,
+    real,
+)
+from normlab._checks import gain_and_bias, promote_dtype, result_dtype
+from normlab._trees import node, static
+from normlab.equation import Affine
+from normlab.errors import invalid
+from normlab.linear import Conv, Dense
+from normlab.site import Norm, Site
+
+Per = Literal["scalar", "channel"]
+"""Whether a learned gain is one number or one for each channel."""
+
+
+@static
+@checked(
+    "Learned",
+    init=real,
+    per=one_of(Per, "'scalar' or 'channel'"),
+    factor=number("a finite number that is not 0", "leave it out for 1", bool, static=True),
+)
+@dataclass(frozen=True)
+class Learned:
+    """A gain α or β that is learned.
+
+    Attributes:
+      init: What it is at first.
+      per: One number, or one for each channel.
+      factor: The gain is this times the parameter, which starts at `init / factor`: for Adam, whose
+        steps do not depend on the size of a gradient, a learning rate of its own.
+    """
+
+    init: float
+    per: Per = "scalar"
+    factor: float = 1.0
+
+
+_GAIN = either(
+    "a number, or Learned(init)",
+    "pass a float, or Learned(0.0) for one that is learned from 0 on",
+    instance(Learned, "", arrays=False),
+    array(),
+)
+_NORM = instance(Norm, "make it with get(name), or Norm(init, parts)", arrays=False)
+
+
+@checked(
+    "Placement",
+    **dict.fromkeys(("inner", "outer", "total"), _NORM),
+    **dict.fromkeys(("skip", "branch"), _GAIN),
+    scale=array("a number", "pass a float"),
+    **dict.fromkeys(("lerp", "delayed"), flag()),
+)
+@dataclass(frozen=True)
+class Placement:
+    """Where the norms of one residual connection stand: x' = S(α·x + β·O(F(s·I(x)))).
+
+    It is a pytree. α, β and s are its leaves where they are numbers, so that the placements of
+    many blocks can be stacked and scanned over; all else is static. Two placements of the same
+    norms and the same learned gains have the same structure.
+
+    Attributes:
+      inner: I, a norm of what enters the branch; `None` for none.
+      outer: O, a norm of what leaves it.
+      total: S, a norm of the sum.
+      skip: α, the gain of x: a number, or `Learned`.
+      branch: β, the gain of the branch: a number, or `Learned`.
+      scale: s, a number by which what enters the branch is multiplied.
+      lerp: Whether the two are interpolated instead: x' = S(x + |β|·(O(F(s·I(x))) − x)).
+      delayed: Whether the gradient of the branch is multiplied by β where x enters it and not where
+        the branch is added, so that the gradients inside are as large as without β (Blake et al.
+        2023, unit scaling, https://arxiv.org/abs/2303.11257). The gradient of x is the same, those
+        of the branch's parameters are 1/β times theirs. β must be a number.
+
+    >>> from normlab import get
+    >>> pre = Placement(inner=get("layer"))
+    >>> jax.tree.leaves(pre)
+    [1.0, 1.0, 1.0]
+    """
+
+    inner: Norm | None = None
+    outer: Norm | None = None
+    total: Norm | None = None
+    skip: Any = 1.0
+    branch: Any = 1.0
+    scale: Any = 1.0
+    lerp: bool = False
+    delayed: bool = False
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for values that contradict each other."""
+        if self.lerp and not _is_one(self.skip):
+            given = f"lerp=True and skip={self.skip!r}"
+            raise invalid("Placement", given, "skip=1, which lerp replaces", "leave skip out")
+        if self.delayed and (self.lerp or isinstance(self.branch, Learned)):
+            given = f"delayed=True with branch={self.branch!r} and lerp={self.lerp}"
+            raise invalid("Placement", given, "a number, and no lerp", "set branch to a number")
+
+
+_NUMBERS = ("skip", "branch", "scale")
+_STATIC = ("inner", "outer", "total", "lerp", "delayed")
+
+
+def _unflatten(static: tuple[Any, ...], leaves: Any) -> Placement:
+    made = object.__new__(Placement)  # the leaves may be anything that jax puts there
+    for name, value in zip((*_NUMBERS, *_STATIC), (*leaves, *static), strict=True):
+        object.__setattr__(made, name, value)
+    return made
+
+
+jax.tree_util.register_pytree_with_keys(
+    Placement,
+    lambda p: (
+        [(jax.tree_util.GetAttrKey(name), getattr(p, name)) for name in _NUMBERS],
+        tuple(getattr(p, name) for name in _STATIC),
+    ),
+    _unflatten,
+)
+
+
+@node
+class Residual(NamedTuple):
+    """What belongs to each place of a connection: its parameters, or its states.
+
+    Attributes:
+      inner: Those of I; `None` where there is none.
+      outer: Those of O.
+      total: Those of S.
+      skip: α, where it is learned.
+      branch: β, where it is learned.
+    """
+
+    inner: Any = None
+    outer: Any = None
+    total: Any = None
+    skip: Any = None
+    branch: Any = None
+
+
+PLACEMENT = instance(
+    Placement, "make one: Placement(inner=norm), or scheme(name).at(block)", arrays=False
+)
+
+
+@checked("init_residual", placement=PLACEMENT, x=array(rank=1, abstract=True))
+def init_residual(
+    placement: Placement, x: ArrayLike, *, channel_axis: int = -1
+) -> tuple[Residual, Residual]:
+    """Returns the initial parameters and states of a connection.
+
+    Args:
+      placement: Where its norms stand.
+      x: `[N, ..., C]`, what flows through it; its shape suffices.
+      channel_axis: -1, or 1 for `[N, C, ...]`.
+
+    Returns:
+      `(params, state)`, each a `Residual`.
+
+    Raises:
+      ValueError: If a norm does not fit x, or looks at weights, of which there are none here.
+
+    >>> params, _ = init_residual(Placement(branch=Learned(0.1, "channel")), jnp.ones((1, 2)))
+    >>> params.branch.tolist()
+    [0.10000000149011612, 0.10000000149011612]
+    """
+    shape, dtype = jnp.shape(x), result_dtype(x)
+    a: Any = jax.ShapeDtypeStruct(shape, dtype)
+    site = Site(a, linear=_linear(channel_axis))
+    params: dict[str, Any] = {}
+    states: dict[str, Any] = {}
+    for name in ("inner", "outer", "total"):
+        norm = getattr(placement, name)
+        if norm is None:
+            continue
+        try:
+            params[name], states[name] = norm.init(site)
+        except ValueError as error:
+            change = "take one that looks at activations alone, or that fits the shape"
+            given = f"{name}={norm!r} for an input of shape {shape}: {error}"
+            raise invalid("placement", given, "a norm of activations", change) from error
+    for name in ("skip", "branch"):
+        gain = getattr(placement, name)
+        if isinstance(gain, Learned):
+            size = () if gain.per == "scalar" else (shape[channel_axis],)
+            params[name] = jnp.full(
+                size, gain.init / gain.factor, promote_dtype(jnp.empty(0, dtype))
+            )
+    return Residual(**params), Residual(**states)
+
+
+RESIDUAL = instance(Residual, "take what init_residual returned", arrays=False)
+
+
+@checked(
+    "residual",
+    placement=PLACEMENT,
+    params=RESIDUAL,
+    state=RESIDUAL,
+    F=a_function(),
+    x=array(rank=1),
+    has_aux=flag(),
+)
+def residual(
+    placement: Placement,
+    params: Residual,
+    state: Residual,
+    F: Callable[[Array], Any],
+    x: ArrayLike,
+    *,
+    train: bool,
+    weights: ArrayLike | None = None,
+    channel_axis: int = -1,
+    has_aux: bool = False,
+) -> Any:
+    """One residual connection: x' = S(α·x + β·O(F(s·I(x)))).
+
+    The sum is taken in float32 at least and rounded once, to the type of x.
+
+    Args:
+      placement: Where its norms stand.
+      params: Their parameters and the learned gains, from `init_residual`. A gain that depends on
+        the call, as in adaLN-Zero, takes the place of a learned one: `params._replace(branch=gate)`
+        with `[N, C]`, or as many axes as x; a norm's own goes through `modulate`.
+      state: Their states.
+      F: The branch: what it returns has the shape of x.
+      x: `[N, ..., C]`.
+      train: As of a norm.
+      weights: Those of the examples or positions, for the norms' statistics.
+      channel_axis: -1, or 1 for `[N, C, ...]`.
+      has_aux: Whether F returns `(y, aux)`, its own next states, say.
+
+    Returns:
+      `(x', state)`; with `has_aux`, `(x', state, aux)`.
+
+    Raises:
+      ValueError: If F changes the shape, or parameters do not fit.
+
+    >>> from normlab import get
+    >>> post = Placement(total=get("layer"))
+    >>> x = jnp.array([[1.0, 3.0]])
+    >>> params, state = init_residual(post, x)
+    >>> residual(post, params, state, jnp.square, x, train=True)[0].round(3).tolist()
+    [[-1.0, 1.0]]
+    """
+    x = jnp.asarray(x)
+    linear, after = _linear(channel_axis), {}
+
+    def norm(name: str, a: Array) -> Array:
+        of = getattr(placement, name)
+        if of is None:
+            return a
+        site = Site(a, weights=weights, linear=linear)  # pyright: ignore[reportArgumentType]
+        h, after[name] = of.apply(getattr(params, name), getattr(state, name), site, train=train)
+        return h
+
+    def gained(name: str, a: Array) -> Array:
+        """α·a or β·a, in float32 at least."""
+        gain, own = getattr(placement, name), getattr(params, name)
+        if own is None and isinstance(gain, Learned):
+            change = "take the params of init_residual for this placement"
+            raise invalid("residual", f"params without {name}", f"{gain!r}", change)
+        if own is None and _is_one(gain):
+            return a
+        if own is not None:
+            factor = gain.factor if isinstance(gain, Learned) else 1.0
+            gain = jnp.asarray(own) * jnp.asarray(factor, own.dtype)
+        gain, _ = gain_and_bias("residual", Affine(_floating(gain), None), a, channel_axis)
+        gain = jnp.abs(gain) if placement.lerp else gain
+        return gain * a.astype(gain.dtype)
+
+    entering = x
+    if placement.delayed:
+        entering = _times_in_tangent(entering, placement.branch)
+    entering = norm("inner", entering)
+    if not _is_one(placement.scale):
+        entering = (placement.scale * entering.astype(promote_dtype(x))).astype(entering.dtype)
+    y, aux = F(entering) if has_aux else (F(entering), None)
+    if jnp.shape(y) != x.shape:
+        given = f"a branch that makes {jnp.shape(y)} of {x.shape}"
+        raise invalid("residual", given, "the shape of x", "project inside the branch")
+    y = norm("outer", jnp.asarray(y))
+    if placement.lerp:
+        wide = promote_dtype(x)
+        total = x + gained("branch", y.astype(wide) - x.astype(wide))
+    elif placement.delayed:
+        total = gained("skip", x) + _times_in_value(y, placement.branch)
+    else:
+        total = gained("skip", x) + gained("branch", y)
+    h = norm("total", total.astype(result_dtype(x)))
+    done = Residual(**{name: after.get(name) for name in ("inner", "outer", "total")})
+    return (h, done, aux) if has_aux else (h, done)
+
+
+def _linear(channel_axis: int) -> Any:
+    return Dense() if channel_axis == -1 else Conv(channel_axis=channel_axis)
+
+
+def _is_one(gain: Any) -> bool:
+    """Whether it is Python's 1; an array may be any number."""
+    return isinstance(gain, int | float) and gain == 1
+
+
+def _floating(gain: Any) -> Array:
+    gain = jnp.asarray(gain)
+    return gain if jnp.issubdtype(gain.dtype, jnp.floating) else gain.astype(jnp.float32)
+
+
+@jax.custom_jvp
+def _times_in_value(y: Array, gain: Any) -> Array:
+    """gain·y, whose derivative is that of y."""
+    return jnp.asarray(gain, promote_dtype(y)) * y
+
+
+@_times_in_value.defjvp
+def _(primals: Any, tangents: Any) -> Any:
+    out = _times_in_value(*primals)
+    return out, tangents[0].astype(out.dtype)
+
+
+@jax.custom_jvp
+def _times_in_tangent(x: Array, gain: Any) -> Array:
+    """x, whose derivative is multiplied by gain."""
+    del gain
+    return x
+
+
+@_times_in_tangent.defjvp
+def _(primals: Any, tangents: Any) -> Any:
+    x, gain = primals
+    wide = promote_dtype(x)
+    return x, (jnp.asarray(gain, wide) * tangents[0].astype(wide)).astype(x.dtype)
