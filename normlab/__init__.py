@@ -2,9 +2,9 @@
 
 The norms and what they are made of stand here. Beside them: `normlab.family` (all other norms),
 `normlab.combine` (norms made of norms), `normlab.measure` (moments as a monoid),
-`normlab.population` (what batch norm keeps), `normlab.devices` (what devices merge),
-`normlab.folding`, `normlab.instruments`, `normlab.convert`; and `normlab.linen` and `normlab.nnx`,
-which are imported by name.
+`normlab.population` (what batch norm keeps), `normlab.placement` (where norms stand in a net),
+`normlab.devices` (what devices merge), `normlab.folding`, `normlab.instruments`, `normlab.convert`;
+and `normlab.linen` and `normlab.nnx`, which are imported by name.
 """
 
 import importlib
@@ -12,7 +12,7 @@ import typing
 from importlib.metadata import version as _version
 
 import normlab.rows  # noqa: F401
-from normlab import combine, devices, family, measure, population
+from normlab import combine, devices, family, measure, placement, population
 from normlab.batch import batch_moments, batch_norm, batch_parts
 from normlab.cosine import cosine_norm, cosine_parts
 from normlab.devices.topology import Sync
@@ -104,6 +104,7 @@ __all__ = [
     "modulate",
     "moments",
     "names",
+    "placement",
     "population",
     "register",
     "rms_moments",

@@ -186,19 +186,21 @@ def _along(
     return None
 
 
-def check_options(name: str, known: Mapping[str, Any], options: Mapping[str, Any]) -> None:
-    """Raises ValueError for an option that a norm does not have, or one that is missing.
+def check_options(
+    name: str, known: Mapping[str, Any], options: Mapping[str, Any], *, of: str = "norm"
+) -> None:
+    """Raises ValueError for an option that a norm or a scheme does not have, or one missing.
 
-    `known` are the parameters of the norm's factory, `options` what was given.
+    `known` are the parameters of its factory, `options` what was given, `of` the kind of thing.
     """
-    where = f"{name} norm"
+    where, make = f"{name} {of}", "get" if of == "norm" else of
     for option in options:
         if option not in known:
             given = f"the unknown option {option!r}: {nearest(option, known)}"
             raise invalid(where, given, "one of its options", "use a known one")
     for option, parameter in known.items():
         if parameter.default is parameter.empty and option not in options:
-            change = f"say get({name!r}, {option}=...)"
+            change = f"say {make}({name!r}, {option}=...)"
             raise invalid(where, f"no {option}", "this option, which has no default", change)
 
 

@@ -39,6 +39,10 @@ BATCH |= {"axis_name": None, "weights": jnp.ones(2), "channel_axis": -1, "algori
 BATCH |= {"bad_batch": "skip", "state_gradient": False}
 EXAMPLE = {"a": A, "params": PARAMS, "eps": 1e-5, "weights": jnp.ones(2), "channel_axis": -1}
 SQUARE = jnp.eye(6)
+LEARNED = nl.placement.Learned(0.5, "channel")
+PLACED = nl.placement.Placement(inner=NORM, branch=LEARNED)
+CONNECTED = nl.placement.init_residual(PLACED, A[0])
+SCHEME = nl.placement.scheme("deepnorm", depth=2)
 
 # A right call of every function, with all its arguments.
 MEASURED = {"a": A, "weights": None, "channel_axis": -1}
@@ -244,6 +248,19 @@ CALLS = {
     nl.instance_moments: MEASURED | {"a": jnp.ones((2, 3, 4)), "algorithm": "auto"},
     nl.batch_moments: MEASURED | {"axis_name": None, "algorithm": "auto"},
     nl.learned: {"a": A, "params": None, "channel_axis": -1, "feature_axes": None},
+    nl.placement.Learned: {"init": 0.5, "per": "channel", "factor": 2.0},
+    nl.placement.Placement: {
+        **{"inner": NORM, "outer": NORM, "total": NORM, "skip": 1.0, "branch": LEARNED},
+        **{"scale": 0.5, "lerp": True, "delayed": False},
+    },
+    nl.placement.init_residual: {"placement": PLACED, "x": A[0], "channel_axis": -1},
+    nl.placement.residual: {
+        **{"placement": PLACED, "params": CONNECTED[0], "state": CONNECTED[1], "F": jnp.tanh},
+        **{"x": A[0], "train": True, "weights": jnp.ones(2), "channel_axis": -1, "has_aux": False},
+    },
+    nl.placement.scale_init: {"scheme": SCHEME, "params": {"v": {"kernel": W}}},
+    nl.placement.scheme: {"name": "pre", "depth": 2, "norm": "rms", "inside": {"q": NORM}},
+    nl.placement.stream_variance: {"placements": [PLACED], "gain": 1.0, "start": 1.0},
     nl.stateless: {"parts": nl.layer_parts, "params": lambda site, use_gain, use_bias: None},
     nl.layer_norm: EXAMPLE | {"axes": -1, "algorithm": "auto"},
     nl.layer_parts: EXAMPLE | {"axes": -1, "algorithm": "auto"},
@@ -586,7 +603,7 @@ def test_every_public_function_has_a_right_call():
     there = [names for name, names in namespaces().items() if name not in skins]
     public = [value for names in there for value in names.values()]
     # What changes the registry for all tests is tried in tests/test_protocols.py.
-    aside = {nl.names, nl.register, nl.unregister, nl.devices.ring}
+    aside = {nl.names, nl.register, nl.unregister, nl.devices.ring, nl.placement.names}
     functions = {f for f in public if inspect.isfunction(f)} - aside
     assert functions <= set(CALLS)
 

@@ -29,6 +29,7 @@ PACKAGES = (
     normlab.family,
     normlab.folding,
     normlab.instruments,
+    normlab.placement,
 )
 PUBLIC = {
     name: getattr(package, name)
@@ -77,6 +78,7 @@ def test_imports_have_no_cycle_and_point_away_from_the_registry():
     assert not any("normlab" in found for found in graph.values()), "imports the package itself"
     # What compares any of the norms, or puts any in the place of another, by name.
     above = {"normlab.instruments.agreement", "normlab._flax.layers", "normlab.rows"}
+    above |= {"normlab.placement.schemes"}
     assert {m for m, found in graph.items() if "normlab.registry" in found} == above
 
 
