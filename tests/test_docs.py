@@ -90,9 +90,16 @@ def test_the_docs_examples_run():
 
 
 @pytest.mark.parametrize(
-    "document", ["docs/instruments.md", "docs/population.md", "docs/family.md"]
+    "document",
+    ["docs/instruments.md", "docs/population.md", "docs/family.md", "docs/placement.md"],
 )
 def test_the_examples_of_a_document_run(document):
     names: dict = {"nl": nl, "jnp": jnp}
     for block in python_blocks(document):
         exec(block, names)
+
+
+def test_the_page_of_placement_has_a_row_for_every_scheme():
+    cells = re.findall(r"^\| (`.*?) \|", (ROOT / "docs/placement.md").read_text(), re.MULTILINE)
+    named = re.findall(r"`(\w+)`", " ".join(cells))
+    assert named == list(nl.placement.names())
