@@ -1,0 +1,183 @@
+"""How does the variance of the residual stream grow with depth, and can it be derived?
+
+Claim: At initialization the variance of the stream grows like the depth with pre-norm, by exactly 1
+with each branch in Peri-LN, like the logarithm of the depth with LayerNorm Scaling, and not at all
+with post-norm and unit scaling; with Mix-LN from where its pre-norm blocks begin. All this follows
+from where the norms stand, if what a branch returns does not correlate with the stream.
+
+Source: Xiong et al. 2020, lemma 2, https://arxiv.org/abs/2002.04745, for post-norm and pre-norm;
+Kim et al. 2025, https://arxiv.org/abs/2502.02732, for Peri-LN; Sun et al. 2025,
+https://arxiv.org/abs/2502.05795, for LayerNorm Scaling; Blake et al. 2023,
+https://arxiv.org/abs/2303.11257, for unit scaling. The derivation is
+`normlab.placement.stream_variance`, and how near it has to be is ours.
+
+Protocol: A language model of 24 blocks of width 128 at its initialization, RMS norm, a GELU MLP,
+and 8 sequences of 64 random tokens. Measured is the mean square of the stream over all tokens and
+channels, relative to that of the embedding (for Peri-LN behind its norm), before the first branch
+and after each of the 48. The gain of an attention and that of an MLP, by which they multiply the
+mean square of what enters them, is taken from the first block of the pre-norm net of the same
+seed, and with these two numbers the whole of every curve is derived. A seed draws weights and
+tokens.
+
+Command: python -m experiments run stream_variance
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from matplotlib.figure import Figure
+
+import normlab as nl
+
+from .. import models
+from ..engine import Condition, Config, Record, Records, Verdict, decide, draw, exact
+
+LINEAR = (0.9, 1.1)
+"""The exponent of the number of branches with which the variance grows where it grows linearly."""
+
+SLOW = 0.5
+"""The exponent with LayerNorm Scaling, at most: a logarithm is below any power in the end."""
+
+STEP = 0.05
+"""How far what a branch of Peri-LN adds, on average, may be from 1."""
+
+STILL = 0.1
+"""How far the variance may be from 1 where it does not grow."""
+
+NEAR = (0.8, 1.25)
+"""The measured variance over the derived one at the last branch."""
+
+BRANCHES = ("attention", "mlp")
+
+SCHEMES = ("post", "pre", "peri", "lns", "mix", "unit")
+
+
+@dataclasses.dataclass(frozen=True)
+class StreamVariance(Config):
+    """The config.
+
+    Attributes:
+      schemes: Where the norms stand.
+      norm: Which norm.
+      depth: Blocks.
+      width: The width of the stream.
+      length: Tokens of a sequence.
+    """
+
+    dataset: str = ""
+    batch_size: int = 8
+    seeds: int = 5
+    schemes: tuple[str, ...] = SCHEMES
+    norm: str = "rms"
+    depth: int = 24
+    width: int = 128
+    length: int = 64
+
+
+QUICK = StreamVariance()
+SECONDS = 20
+FULL = StreamVariance(seeds=20, depth=48, width=512, length=256)
+
+
+def run(config: StreamVariance) -> Iterator[Condition]:
+    """Each scheme; the seeds are measured one after the other in one program."""
+    for scheme in config.schemes:
+        yield Condition({"scheme": scheme}, exact(measure, config, scheme))
+
+
+def measure(config: StreamVariance, scheme: str) -> Iterator[Record]:
+    """The mean square of the stream before the first branch and after each, and what is derived."""
+    plan = nl.placement.scheme(scheme, norm=config.norm, depth=config.depth)
+    branches = [(i, branch) for i in range(config.depth) for branch in BRANCHES]
+    placements = [plan.at(*each) for each in branches]
+    pre, own = (streams(config, name) for name in ("pre", scheme))
+    for seed in range(config.seeds):
+        # A norm leaves a mean square of 1, which a branch of the first block multiplies by these.
+        gains = np.tile(np.diff(pre(seed)[:3]), config.depth)
+        squares = own(seed)
+        derived = nl.placement.stream_variance(placements, gain=gains, start=squares[0])
+        for branch, (square, expected) in enumerate(zip(squares, derived.tolist(), strict=True)):
+            yield {"kind": "branch", "seed": seed, "branch": branch, "square": square} | {
+                "derived": expected
+            }
+        begin = next((i for i, p in enumerate(placements) if p.total is None), None)
+        yield {
+            **{"kind": "stream", "seed": seed, "ratio": float(squares[-1] / derived[-1])},
+            **{"largest": float(squares.max()), "smallest": float(squares.min())},
+            "added": float(squares[-1] - squares[0]) / len(branches),
+            "exponent": None if begin is None else exponent(squares[begin:]),
+        }
+
+
+def streams(config: StreamVariance, scheme: str) -> Callable[[int], np.ndarray]:
+    """A function of the seed: the mean square before the first branch and after each."""
+    sizes = {"width": config.width, "depth": config.depth, "mlp": "gelu", "scan": True}
+    model = models.build("lm", nl.get(config.norm), 256, scheme=scheme, **sizes)
+
+    @jax.jit
+    def look(key: Array, tokens: Array) -> Any:
+        variables = model.init(key, tokens, train=False)
+        _, sown = model.apply(variables, tokens, train=False, mutable=[models.DEPTH])
+        return jax.tree.map(lambda x: jnp.square(x).mean(), model.unstack(sown[models.DEPTH]))
+
+    def of_seed(seed: int) -> np.ndarray:
+        tokens = np.random.default_rng(seed).integers(0, 256, (config.batch_size, config.length))
+        found = look(jax.random.key(seed), tokens)
+        after = [found[f"block{i}"][f"after_{b}"][0] for i in range(config.depth) for b in BRANCHES]
+        return np.array([1.0, *after])
+
+    return of_seed
+
+
+def exponent(squares: np.ndarray) -> float:
+    """That of the power of the number of branches with which what they added grows."""
+    added = squares[1:] - squares[0]
+    return float(nl.instruments.depth_slope(added).slope)
+
+
+def verdict(records: Records) -> Iterator[Verdict]:
+    """How the stream grows in each scheme, and whether the derivation says so."""
+    streams = records.where(kind="stream")
+
+    def of(key: str, scheme: str) -> np.ndarray:
+        return streams.by_seed(key, scheme=scheme)
+
+    low, high = LINEAR
+    for scheme in ("pre", "peri", "mix"):
+        claim = f"{scheme}: the variance grows linearly with the branches (exponent)"
+        yield decide(claim, of("exponent", scheme), at_least=low, at_most=high)
+    claim = "peri: a branch adds 1 (on average)"
+    yield decide(claim, of("added", "peri"), at_least=1 - STEP, at_most=1 + STEP)
+    claim = "lns: the variance grows more slowly than any power (exponent)"
+    yield decide(claim, of("exponent", "lns"), at_most=SLOW)
+    for scheme in ("post", "unit"):
+        for end, limit in (
+            ("largest", {"at_most": 1 + STILL}),
+            ("smallest", {"at_least": 1 - STILL}),
+        ):
+            yield decide(f"{scheme}: the variance stays ({end})", of(end, scheme), **limit)
+    for scheme in streams.values("scheme"):
+        claim = f"{scheme}: the variance at the end is the derived one (ratio)"
+        limits = {"at_least": NEAR[0], "at_most": NEAR[1]}
+        yield decide(claim, of("ratio", scheme), **limits, geometric=True)
+
+
+def figure(records: Records) -> Figure:
+    """The variance after each branch by scheme, and beside it the derived one, dashed."""
+    picture, (axes,) = draw.canvas(width=6.4, height=4.2)
+    here = records.where(kind="branch")
+    draw.over_steps(axes, here, "square", x="branch", by="scheme", marker=True, markevery=8)
+    for scheme, style in draw.styles(here.values("scheme")).items():
+        places, values = draw.along(here.where(scheme=scheme), "branch", "derived")
+        look = {"color": style["color"], "lw": 1, "ls": "--"}
+        axes.plot(places, [np.median(v) for v in values], **look)
+    draw.frame(axes, xlabel="branch", yscale="log", legend=True, title="dashed: derived")
+    axes.set_ylabel("mean square of the stream")
+    return draw.finish(picture)
