@@ -17,7 +17,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from normlab._arguments import a_function, array, checked, number, text, tree
-from normlab._checks import promote
+from normlab._checks import floating, promote
 from normlab.errors import invalid
 from normlab.instruments.vectors import check_alike, norm
 from normlab.instruments.weights import effective_lr
@@ -332,8 +332,12 @@ def _grouped(where: str, rule: str, tree: Any) -> dict[int | None, Block]:
 def _stacked(where: str, rows: list[Any]) -> Any:
     """Results of blocks on a new first axis; of dicts that differ, with NaN where one has none."""
     if all(type(row) is dict for row in rows):
+        rows = [dict(row) for row in rows]
         some = {name: value for row in reversed(rows) for name, value in row.items()}
-        rows = [{n: row.get(n, jax.tree.map(_nothing, v)) for n, v in some.items()} for row in rows]
+        for name in [n for n in some if any(n not in row for row in rows)]:
+            nothing = jax.tree.map(lambda v: jnp.full_like(floating(v), jnp.nan), some[name])
+            for row in rows:
+                row[name] = jax.tree.map(floating, row[name]) if name in row else nothing
     shapes = [jax.tree.map(jnp.shape, row) for row in rows]
     if any(shape != shapes[0] for shape in shapes):
         raise invalid(
@@ -343,7 +347,3 @@ def _stacked(where: str, rows: list[Any]) -> Any:
             "pass a measure that returns numbers, such as lambda block: {name: v.mean() ...}",
         )
     return jax.tree.map(lambda *values: jnp.stack(values), *rows)
-
-
-def _nothing(v: Array) -> Array:
-    return jnp.full(jnp.shape(v), jnp.nan, jnp.result_type(v, jnp.float32))
