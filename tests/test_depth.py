@@ -241,6 +241,9 @@ def spellings(tree):
     yield {f"block{i}_{k}": v for i, block in enumerate(blocks) for k, v in block.items()}
     yield nnx.State(jax.tree.map(nnx.Param, {"blocks": dict(enumerate(blocks))}))
     yield {"decoder": {"layers": scanned(tree)["blocks"]}}
+    whole = scanned(tree)["blocks"]
+    runs = {0: slice(0, 1), 1: slice(1, None)}
+    yield {f"blocks_from{i}": jax.tree.map(lambda v, s=s: v[s], whole) for i, s in runs.items()}
     yield nnx.State(jax.tree.map(nnx.Param, scanned(tree)))
 
 
@@ -301,6 +304,10 @@ def test_blocks_that_differ_are_measured_by_what_they_have():
     assert gap(found.leaves["down/kernel"][2], np.sqrt(18)) < 1e-6
     with pytest.raises(ValueError, match="the same shapes of every block"):
         instruments.by_block(tree)
+    runs = {"blocks_from0": {"w": jnp.ones((2, 3))}, "blocks_from2": {"v": jnp.ones((1, 3), int)}}
+    whole = instruments.by_block(runs)
+    assert jnp.isnan(whole["w"]).sum(-1).tolist() == [0, 0, 3]
+    assert jnp.isnan(whole["v"]).sum(-1).tolist() == [3, 3, 0]
 
 
 def test_zero_weights_and_zero_steps():
@@ -480,6 +487,7 @@ def test_an_explicit_mesh_measures_the_same():
         (lambda: instruments.block_norms({"mlp": jnp.ones(2)}), "for paths like mlp"),
         (lambda: instruments.block_norms({"block0": {"w": 1.0}, "block2": {"w": 1.0}}), r"\[0, 2]"),
         (lambda: instruments.block_norms(written(1), rule="("), "a regular expression"),
+        (lambda: instruments.block_norms(written(1), rule=r"(block)\d/"), "in its first group"),
         (
             lambda: instruments.block_norms({"encoder": written(1), "decoder": written(1)}),
             "one stack of blocks",

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -22,9 +23,10 @@ from normlab.errors import invalid
 from normlab.instruments.vectors import check_alike, norm
 from normlab.instruments.weights import effective_lr
 
-BLOCKS = r"(?i)(?:.*?/)?(?:\w*(?:block|layer)s?|h)(?:[_/]?(\d+)[/_]|/)"
+BLOCKS = r"(?i)(?:.*?/)?(?:\w*(?:block|layer)s?|h)(?:[_/]?(\d+)[/_]|_from(?P<first>\d+)/|/)"
 """How a path to a leaf begins in the nets people write: `block0/`, `layers_3/`, `encoder/layer/3/`,
-`TransformerBlock_3/`, `h/3/`; or, where the blocks are scanned, `blocks/`, `decoder/layers/`."""
+`TransformerBlock_3/`, `h/3/`; where the blocks are scanned, `blocks/`, `decoder/layers/`; where
+several runs of them are, `blocks_from0/`, `blocks_from4/`."""
 
 RULE = text("a regular expression", "write one for how the paths into the blocks begin")
 LEAVES = tree("a pytree of arrays", "pass parameters, gradients or updates")
@@ -49,7 +51,8 @@ def by_block(tree: Any, measure: Callable[[Block], Any] | None = None, *, rule: 
         returns arrays. By default it returns the block, so that the leaves are stacked.
       rule: A regular expression for how a path into a block begins, up to what lies inside; its
         first group is the number of the block. Where there is no number the leaves have the blocks
-        on their first axis, as `flax.linen.scan` and `nnx.vmap` stack them.
+        on their first axis, as `flax.linen.scan` and `nnx.vmap` stack them; a group that is named
+        `first`, `(?P<first>...)`, is then the number of the first of them, 0 without one.
 
     Returns:
       What `measure` returns, with the blocks on a new first axis, by their numbers (`block10` is
@@ -283,19 +286,23 @@ def _pair(found: dict[str, Array]) -> ByBlock:
 def _over(where: str, rule: str, measure: Callable[..., Any], *trees: Any) -> Any:
     """`measure` of each block of trees that have the same blocks, stacked."""
     groups = [_grouped(where, rule, tree) for tree in trees]
-    if None in groups[0]:
-        return jax.vmap(measure)(*(group[None] for group in groups))
-    return _stacked(where, [measure(*(group[i] for group in groups)) for i in groups[0]])
+    found = [
+        jax.vmap(measure)(*(group[i] for group in groups))
+        if isinstance(i, range)
+        else jax.tree.map(lambda v: jnp.asarray(v)[None], measure(*(group[i] for group in groups)))
+        for i in groups[0]
+    ]
+    return _joined(where, found, [len(i) if isinstance(i, range) else 1 for i in groups[0]])
 
 
-def _grouped(where: str, rule: str, tree: Any) -> dict[int | None, Block]:
-    """The blocks by number; under `None` all of them, scanned."""
+def _grouped(where: str, rule: str, tree: Any) -> dict[int | range, Block]:
+    """The leaves of each block by its number, and of each run of scanned blocks by their range."""
     try:
         begins = re.compile(rule)
     except re.error as error:
         expected, change = "a regular expression", "correct it"
         raise invalid(where, f"rule={rule!r}: {error}", expected, change) from error
-    stacks, blocks, paths = {}, {}, []
+    stacks, blocks, runs, paths = {}, {}, {}, []
     for keys, leaf in jax.tree.leaves_with_path(tree):
         if keys and keys[-1] == jax.tree_util.GetAttrKey("value"):
             keys = keys[:-1]  # a box around its array: nnx.Param, linen's Partitioned
@@ -304,41 +311,47 @@ def _grouped(where: str, rule: str, tree: Any) -> dict[int | None, Block]:
         found = begins.match(path)
         if found is None:
             continue
-        number = found[1] if begins.groups else None
-        stack = path[: found.end() if number is None else found.start(1)]
-        stacks[stack] = path
-        key = None if number is None else int(number)
-        blocks.setdefault(key, {})[path[found.end() :]] = jnp.asarray(leaf)
+        first = found.groupdict().get("first")
+        number = found[1] if begins.groups and first is None else None
+        starts = [found.start(i) for i in range(1, begins.groups + 1) if found[i] is not None]
+        stacks[path[: min(starts, default=found.end())]] = path
+        n = number or first or "0"
+        if not n.isdecimal():
+            expected, change = "a number in its first group", r"write the number alone as (\d+)"
+            raise invalid(where, f"rule={rule!r}, which finds {n!r} in {path!r}", expected, change)
+        group = (runs if number is None else blocks).setdefault(int(n), {})
+        group[path[found.end() :]] = jnp.asarray(leaf)
     if len(stacks) != 1:
         given = f"a rule that fits {', '.join(stacks.values()) or 'no leaf'}"
         change = "write a narrower rule=, or pass one collection or one half of the net"
         if not stacks:
             change = f"write rule= for paths like {', '.join(paths[:3]) or '(there is none)'}"
         raise invalid(where, given, "one stack of blocks", change)
-    if None in blocks:
-        sizes = {v.shape[:1] for v in blocks[None].values()}
+    for first, leaves in runs.items():
+        sizes = {v.shape[:1] for v in leaves.values()}
         if len(sizes) != 1 or () in sizes:
             given = f"scanned blocks with first axes of {sorted(sizes)}"
             change = "give all leaves the blocks on axis 0"
             raise invalid(where, given, "one number of blocks, [L, ...]", change)
-        return blocks
-    numbers = sorted(blocks)
+        blocks[range(first, first + sizes.pop()[0])] = leaves
+    ordered = sorted(blocks, key=lambda i: i.start if isinstance(i, range) else i)
+    numbers = [n for i in ordered for n in (i if isinstance(i, range) else (i,))]
     if numbers != list(range(numbers[0], numbers[0] + len(numbers))):
         change = "pass a tree in which every block has leaves"
         raise invalid(where, f"blocks {numbers}", "blocks with consecutive numbers", change)
-    return {i: blocks[i] for i in numbers}
+    return {i: blocks[i] for i in ordered}
 
 
-def _stacked(where: str, rows: list[Any]) -> Any:
-    """Results of blocks on a new first axis; of dicts that differ, with NaN where one has none."""
-    if all(type(row) is dict for row in rows):
-        rows = [dict(row) for row in rows]
-        some = {name: value for row in reversed(rows) for name, value in row.items()}
-        for name in [n for n in some if any(n not in row for row in rows)]:
-            nothing = jax.tree.map(lambda v: jnp.full_like(floating(v), jnp.nan), some[name])
-            for row in rows:
-                row[name] = jax.tree.map(floating, row[name]) if name in row else nothing
-    shapes = [jax.tree.map(jnp.shape, row) for row in rows]
+def _joined(where: str, found: list[Any], sizes: list[int]) -> Any:
+    """Results `[l, ...]` of runs of blocks, put together; NaN where dicts do not have a name."""
+    if all(type(run) is dict for run in found):
+        found = [dict(run) for run in found]
+        some = {name: value for run in reversed(found) for name, value in run.items()}
+        for name in [n for n in some if any(n not in run for run in found)]:
+            for run, size in zip(found, sizes, strict=True):
+                has = jax.tree.map(floating, run.get(name, some[name]))
+                run[name] = has if name in run else jax.tree.map(partial(_nothing, size), has)
+    shapes = [jax.tree.map(lambda v: v.shape[1:], run) for run in found]
     if any(shape != shapes[0] for shape in shapes):
         raise invalid(
             where,
@@ -346,4 +359,8 @@ def _stacked(where: str, rows: list[Any]) -> Any:
             "the same shapes of every block",
             "pass a measure that returns numbers, such as lambda block: {name: v.mean() ...}",
         )
-    return jax.tree.map(lambda *values: jnp.stack(values), *rows)
+    return jax.tree.map(lambda *values: jnp.concatenate(values), *found)
+
+
+def _nothing(size: int, like: Array) -> Array:
+    return jnp.full((size, *like.shape[1:]), jnp.nan, like.dtype)
