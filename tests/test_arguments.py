@@ -43,6 +43,7 @@ LEARNED = nl.placement.Learned(0.5, "channel")
 PLACED = nl.placement.Placement(inner=NORM, branch=LEARNED)
 CONNECTED = nl.placement.init_residual(PLACED, A[0])
 SCHEME = nl.placement.scheme("deepnorm", depth=2)
+BLOCKS = {"blocks": {"kernel": jnp.ones((2, 3, 4))}}
 
 # A right call of every function, with all its arguments.
 MEASURED = {"a": A, "weights": None, "channel_axis": -1}
@@ -359,6 +360,26 @@ CALLS = {
         "steps": 2,
         "tol": 1e-3,
     },
+    instruments.attention_entropy: {"attention": X, "mask": X > 0},
+    instruments.attention_logits: {"q": A, "k": A, "scale": 1.0},
+    instruments.attention_statistics: {
+        "q": A,
+        "k": A,
+        "scale": 1.0,
+        "mask": jnp.ones((2, 2), bool),
+    },
+    instruments.block_lr: {"params": BLOCKS, "lr": 0.1},
+    instruments.block_norms: {"tree": BLOCKS},
+    instruments.by_block: {"tree": BLOCKS, "measure": lambda block: block},
+    instruments.depth_slope: {"values": jnp.arange(1.0, 4.0), "depths": jnp.arange(1.0, 4.0)},
+    instruments.effective_rank: {"x": X},
+    instruments.logit_size: {"logits": X, "mask": X > 0},
+    instruments.massive_activations: {"x": X},
+    instruments.rank_residual: {"x": X},
+    instruments.stable_rank: {"x": X},
+    instruments.stream_statistics: {"x": X},
+    instruments.token_cosine: {"x": X},
+    instruments.update_ratio: {"params": BLOCKS, "updates": BLOCKS},
     instruments.percentiles: {"a": A, "q": (0.5,), "axes": 0},
     instruments.saturation: {"h": A, "low": 0.0, "high": 1.0, "margin": 0.1, "axes": 0},
 }

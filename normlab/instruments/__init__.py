@@ -14,7 +14,24 @@ from normlab.instruments.activations import (
     saturation,
 )
 from normlab.instruments.agreement import Equivalence, equivalence
+from normlab.instruments.attention import (
+    AttentionStatistics,
+    LogitSize,
+    attention_entropy,
+    attention_logits,
+    attention_statistics,
+    logit_size,
+)
 from normlab.instruments.curvature import AlongStep, HessianMax, along_step, hessian_max
+from normlab.instruments.depth import (
+    ByBlock,
+    DepthSlope,
+    block_lr,
+    block_norms,
+    by_block,
+    depth_slope,
+    update_ratio,
+)
 from normlab.instruments.gradients import (
     Backward,
     CovariateShift,
@@ -24,6 +41,16 @@ from normlab.instruments.gradients import (
     tapped,
 )
 from normlab.instruments.shards import Drift, drift
+from normlab.instruments.streams import (
+    MassiveActivations,
+    StreamStatistics,
+    effective_rank,
+    massive_activations,
+    rank_residual,
+    stable_rank,
+    stream_statistics,
+    token_cosine,
+)
 from normlab.instruments.weights import angular_update, effective_lr
 from normlab.instruments.whiteness import (
     Whitening,
@@ -37,32 +64,53 @@ from normlab.instruments.whiteness import (
 
 __all__ = [
     "AlongStep",
+    "AttentionStatistics",
     "Backward",
+    "ByBlock",
     "CovariateShift",
+    "DepthSlope",
     "Drift",
     "Equivalence",
     "Gaussianity",
     "HessianMax",
+    "LogitSize",
+    "MassiveActivations",
+    "StreamStatistics",
     "Whitening",
     "along_step",
     "angular_update",
+    "attention_entropy",
+    "attention_logits",
+    "attention_statistics",
+    "block_lr",
+    "block_norms",
+    "by_block",
     "cancellation",
     "condition_number",
     "correlations",
     "covariate_shift",
     "dead_units",
+    "depth_slope",
     "distance_to_uncorrelated",
     "distance_to_white",
     "drift",
     "effective_lr",
+    "effective_rank",
     "equivalence",
     "gaussianity",
     "gradient_norms",
     "hessian_max",
+    "logit_size",
+    "massive_activations",
     "percentiles",
+    "rank_residual",
     "saturation",
+    "stable_rank",
+    "stream_statistics",
     "tap",
     "tapped",
+    "token_cosine",
+    "update_ratio",
     "whiten",
     "whitening",
 ]
