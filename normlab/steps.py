@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from normlab._arguments import Kind, axes, checked, flag, mapping, tree
+from normlab._arguments import Kind, axes, checked, flag, is_array, is_number, mapping, tree
 from normlab._checks import normalize_axes
 from normlab._paths import is_box, matches, named
 from normlab._units import units_and_lengths
@@ -35,7 +35,15 @@ def _rule(item: Kind, expected: str, change: str) -> Kind:
     return kind._replace(read=value_of)
 
 
+def _shaped(value: Any) -> Any:
+    for leaf in jax.tree.leaves(value):
+        if not (is_array(leaf) or is_number(leaf) or isinstance(leaf, jax.ShapeDtypeStruct)):
+            raise TypeError
+    return value
+
+
 _PARAMS = tree("a pytree of arrays", "pass the params of the model")
+_SHAPES = _PARAMS._replace(expected="a pytree of arrays or shapes", read=_shaped)
 _AXES = _rule(axes, "paths of params, each to an axis or axes", "pass {'.*/kernel': -2}")
 _FLAGS = _rule(flag(), "paths of params, each to True or False", "pass {'embed/.*': False}")
 
@@ -95,7 +103,7 @@ _EXEMPT = frozenset(
 _NORM = re.compile(r"norm|(^|_)ln(_|\d|$)", re.IGNORECASE)
 
 
-@checked("decay mask", params=_PARAMS, rule=_FLAGS)
+@checked("decay mask", params=_SHAPES, rule=_FLAGS)
 def decay_mask(params: Tree, rule: Mapping[str, bool] | None = None) -> Tree:
     """Which params weight decay is for: matrices, and no gains, biases or norm params.
 
@@ -150,7 +158,7 @@ def _is_of_norm(value: Any) -> bool:
 def _decays(path: str, leaf: Any) -> bool:
     *parents, last = [name for name in re.split(r"[/.]", path) if not name.isdigit()] or [""]
     named_so = last in _KERNELS or not (parents and _NORM.search(parents[-1]))
-    matrix = all(jnp.ndim(v) >= 2 and _is_floating(v) for v in jax.tree.leaves(leaf))
+    matrix = all(len(jnp.shape(v)) >= 2 and _is_floating(v) for v in jax.tree.leaves(leaf))
     return matrix and named_so and last not in _EXEMPT
 
 
