@@ -2,7 +2,8 @@
 
 A layer is what lies under one path. `flax.linen` keeps the parts of a layer in collections, of
 which `params` and `batch_stats` are taken together; a tree without collections is taken as it is
-(`nnx.to_pure_dict`). Paths are written `encoder/layer_0/norm`.
+(`nnx.to_pure_dict`). Of any other pytree `named` has the paths. They are written
+`encoder/layer_0/norm`.
 """
 
 from __future__ import annotations

@@ -188,16 +188,18 @@ def normalize_heads(
     The logits h_q·h_k/√D then see no lengths of q and k, and are bounded by the gains. With γ the
     largest |γ_q·γ_k| of a channel, and without biases:
 
-        rms, layer                γ·√D         Qwen3, Gemma 3; ViT-22B (https://arxiv.org/abs/2302.05442)
-        rms, `groups=G`           γ·√D         G groups of channels, each of mean square 1
-        rms, `heads="all"`        γ·√(H_q·H_k·D)       OLMo 2 (https://arxiv.org/abs/2501.00656)
-        scale, without 1/√D       γ            cosine attention (https://arxiv.org/abs/2010.04245)
+        rms, layer            γ·√D              Qwen3, Gemma 3; ViT-22B
+        rms, `groups=G`       γ·√D              G groups of channels, each of mean square 1
+        rms, `heads="all"`    γ·√(H_q·H_k·D)    OLMo 2
+        scale                 γ                 cosine attention, without the 1/√D
 
     The temperature of the last is the gain of q, of one number, or one for each head with
     `heads="own"`: `norm={"q": get("scale"), "k": get("scale", use_gain=False)}`. Gains are kept as
-    the norm says (`gain="offset"` in Gemma). HybridNorm (https://arxiv.org/abs/2503.04598) has v
-    normalized too: `{"q": q, "k": k, "v": v}`. Llama 4's "L2 norm" after RoPE is RMS norm without
-    a gain in its code.
+    the norm says (`gain="offset"` in Gemma). HybridNorm has v normalized too, `{"q": q, "k": k,
+    "v": v}`. Llama 4's "L2 norm" after RoPE is RMS norm without a gain in its code. Henry et al.
+    2020 (https://arxiv.org/abs/2010.04245), Dehghani et al. 2023, ViT-22B
+    (https://arxiv.org/abs/2302.05442), OLMo 2 (https://arxiv.org/abs/2501.00656), Zhuo et al. 2025,
+    HybridNorm (https://arxiv.org/abs/2503.04598).
 
     Any norm will do: one that looks at positions finds the heads there (but with "own" and "all"),
     never other tokens; batch norm pools the tokens, and its states are by name as well.
@@ -217,7 +219,7 @@ def normalize_heads(
       params: Those of the norm by name, `Affine(g [D], b [D])` or others, as `init_heads` makes
         them; `None` for none. With "own" each leaf has a first axis of H; with "all" they have
         H·D channels, those of the first head first.
-      state: The states by name, with a first axis of H for "own"; `None` for a norm without one.
+      state: The states by name, with a first axis of H for "own"; `None` for none.
       train: As in `Norm.apply`.
       heads: What the heads share, a `Heads`.
       after_rope: Whether the tensors, all of them, were rotated. A `Pairing` says which channels
@@ -264,7 +266,7 @@ def _of_each(tensors: Any, norm: Any, **by_name: Any) -> dict[str, tuple[Any, ..
             change = f"give {wrong!r} both or neither"
             raise invalid("normalize_heads", said, f"the names {', '.join(tensors)}", change)
         if not isinstance(given, Mapping):
-            columns[word] = dict.fromkeys(tensors, () if word == "state" else given)
+            columns[word] = dict.fromkeys(tensors, given)
     norms = columns.pop("norm")
     return {
         name: (norms[name], tensor, *(column[name] for column in columns.values()))
@@ -406,7 +408,7 @@ def _try_rotations(
     structure: Any = None,
     shapes: tuple[tuple[tuple[int, ...], str], ...] = (),
 ) -> bool:
-    """Whether norm(R a) = R norm(a), of random numbers and rotations R, one for each token.
+    """Whether norm(R a) = R norm(a), of random numbers and two rotations R, by turns of the tokens.
 
     The params are random as well, of the shapes given; without a structure they are the initial
     ones. A norm with a state follows the batch, and is not tried.
@@ -426,9 +428,12 @@ def _try_rotations(
         a_h, _ = _apply("", norm, params, state, jnp.asarray(a, jnp.float32), None, heads, True)
         return np.asarray(a_h, np.float64)
 
-    a = draw.normal(size=(tokens, number, channels))
-    rotations = np.stack([_rotation(rope, channels, draw) for _ in range(tokens)])
-    turned, expected = h(a @ rotations), h(a) @ rotations
+    def turn(a: np.ndarray) -> np.ndarray:
+        return np.where(odd, a @ first, a @ second)
+
+    a, odd = draw.normal(size=(tokens, number, channels)), np.arange(tokens)[:, None, None] % 2
+    first, second = _rotation(rope, channels, draw), _rotation(rope, channels, draw)
+    turned, expected = h(turn(a)), turn(h(a))
     return bool(np.abs(turned - expected).max() <= 1e-4 * np.abs(expected).max())
 
 

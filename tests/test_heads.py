@@ -138,20 +138,24 @@ def test_each_form_is_what_numpy_says(name):
             assert out[name][tensor].dtype == jnp.float32
 
 
+def by_head(g, number):
+    """The gain of each channel of each head, `[H, D]`."""
+    g = np.ones(()) if g is None else np.asarray(g, np.float64)
+    g = g[:, None] if g.shape == (number,) else g.reshape(-1, D) if g.size > D else g
+    return np.broadcast_to(g, (number, D))
+
+
 def test_the_bounds_of_the_docstring_hold_and_lengths_are_not_seen():
     made, out = formed()
-    together = np.sqrt(H * K * D)
-    bound = {"RMS of all heads, OLMo 2": together, "L2 after RoPE, Llama 4": np.sqrt(D)}
     for name, (norm, options, _) in FORMS.items():
         if name == "v too, HybridNorm":
             continue
-        largest = {n: 1.0 for n in QK}
-        for n, own in made[name].items():
-            if own.g is not None:
-                largest[n] = np.abs(np.asarray(own.g)).max()
-        scale = 1.0 if norm is _COSINE else D**-0.5
-        size = 1.0 if norm is _COSINE else bound.get(name, np.sqrt(D))
-        most = largest["q"] * largest["k"] * size
+        cosine = norm is _COSINE
+        gains = {n: by_head(made[name][n].g, v.shape[-2]) for n, v in QK.items()}
+        largest = np.abs(gains["q"] * np.repeat(gains["k"], H // K, axis=0)).max()
+        scale = 1.0 if cosine else D**-0.5
+        size = 1.0 if cosine else np.sqrt(H * K * D if "all heads" in name else D)
+        most = largest * size
         # Tokens that point the same way come near it.
         alike = {n: jnp.broadcast_to(QK["q"][:, :, :1], v.shape) for n, v in QK.items()}
         for tensors in (QK, alike):
@@ -345,6 +349,10 @@ WRONG = {
     "weights by head": (
         lambda: apply({"q": QK["q"]}, R, weights=jnp.ones((N, T, H)), heads="all"),
         "measured together",
+    ),
+    "no state": (
+        lambda: nl.normalize_heads(QK, nl.get("batch"), train=False),
+        "train=False without a state",
     ),
     "head axis": (lambda: apply(QK, R, head_axis=-1), "channels on the last axis"),
     "odd": (

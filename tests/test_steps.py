@@ -87,6 +87,21 @@ def test_projection_at_the_edges():
     assert gap(out["batch_stats"], variables["batch_stats"]) == 0
 
 
+def test_a_scheme_says_what_is_projected_and_its_gains_do_not_decay():
+    """The residual's α is a gain by channel, stacked for a scan."""
+    words = ("q", "k", "v", "out", "up", "gate", "down")
+    block = {name: {"kernel": W} for name in words}
+    params = {"embed": {"embedding": W}, "block0": block, "head": {"kernel": W}}
+    scheme = nl.placement.scheme("ngpt", depth=1, width=4)
+    out = nl.project(params, scheme.project)
+    assert gap(out["block0"]["q"]["kernel"], unit(W, -2)) < 1e-6
+    assert gap(out["block0"]["out"]["kernel"], unit(W, -1)) < 1e-6
+    residual, _ = nl.placement.init_residual(scheme.at(0, "mlp"), W)
+    params["residuals"] = jax.tree.map(lambda v: jnp.stack([v, v]), residual)
+    kernels = {f"block0/{name}/kernel" for name in words}
+    assert decaying(params) == kernels | {"embed/embedding", "head/kernel"}
+
+
 @pytest.mark.parametrize(
     ("rule", "words"),
     [
