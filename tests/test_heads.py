@@ -7,9 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
 
 import normlab as nl
-from tests.helpers import draw, gap
+from tests.helpers import draw, gap, mesh
 
 N, T, H, K, D = 2, 3, 4, 2, 8  # examples, tokens, heads of q, heads of k, channels
 Q, KEY, V = draw(0, N, T, H, D), draw(1, N, T, K, D), draw(2, N, T, K, D)
@@ -264,6 +266,32 @@ def test_batch_norm_pools_the_tokens_that_weigh():
         if heads != "all":
             by_head = {n: jnp.broadcast_to(mask[..., None], v.shape[:-1]) for n, v in QK.items()}
             assert gap(run(bad, made[heads], by_head, heads)[0]["k"][kept], h["k"][kept]) < 1e-6
+
+
+def test_on_an_explicit_mesh_everything_is_sharded_as_it_came():
+    """Examples and heads sharded; batch norm's states, replicated, as the carry of a scan."""
+    norm, modes = nl.get("batch"), ("shared", "own", "all")
+    made = {heads: nl.init_heads(QK, norm, heads=heads) for heads in modes}
+
+    @jax.jit
+    def run(tensors, made):
+        def step(states, _):
+            both = {
+                heads: nl.normalize_heads(
+                    tensors, norm, made[heads][0], states[heads], train=True, heads=heads
+                )
+                for heads in modes
+            }
+            return {heads: state for heads, (_, state) in both.items()}, both["own"][0]
+
+        return jax.lax.scan(step, {heads: made[heads][1] for heads in modes}, None, length=2)
+
+    expected = run(QK, made)
+    with jax.set_mesh(mesh(AxisType.Explicit, i=2, j=2)):
+        tensors = jax.device_put(QK, P("i", None, "j", None))
+        out = run(tensors, jax.device_put(made, P()))
+    assert gap(out, expected) < 1e-5
+    assert out[1]["q"].sharding.spec == P(None, "i", None, "j", None)
 
 
 # After RoPE: the norm, its options, and for which `after_rope` it is let through.
