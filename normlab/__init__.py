@@ -32,6 +32,7 @@ from normlab.example import (
     rms_parts,
 )
 from normlab.gains import Gain, Log, Offset, init_gain, modulate
+from normlab.heads import Paired, init_heads, normalize_heads
 from normlab.linear import Conv, ConvTranspose, Dense, Linear
 from normlab.making import stateless
 from normlab.maps import Mapped, WeightMap, weight_map
@@ -40,6 +41,7 @@ from normlab.population.protocol import Population
 from normlab.population.running import Running, init_running
 from normlab.registry import INVARIANCES, Row, get, names, register, row, unregister
 from normlab.site import Norm, Site, shapes
+from normlab.steps import decay_mask, project
 from normlab.weight import (
     weight_norm,
     weight_norm_init,
@@ -66,6 +68,7 @@ __all__ = [
     "Moments",
     "Norm",
     "Offset",
+    "Paired",
     "Parts",
     "Population",
     "Row",
@@ -81,6 +84,7 @@ __all__ = [
     "convert",
     "cosine_norm",
     "cosine_parts",
+    "decay_mask",
     "devices",
     "family",
     "folding",
@@ -90,6 +94,7 @@ __all__ = [
     "group_parts",
     "init_affine",
     "init_gain",
+    "init_heads",
     "init_running",
     "instance_moments",
     "instance_norm",
@@ -104,8 +109,10 @@ __all__ = [
     "modulate",
     "moments",
     "names",
+    "normalize_heads",
     "placement",
     "population",
+    "project",
     "register",
     "rms_moments",
     "rms_norm",

@@ -2,14 +2,17 @@
 
 A layer is what lies under one path. `flax.linen` keeps the parts of a layer in collections, of
 which `params` and `batch_stats` are taken together; a tree without collections is taken as it is
-(`nnx.to_pure_dict`). Paths are written `encoder/layer_0/norm`.
+(`nnx.to_pure_dict`). Of any other pytree `named` has the paths. They are written
+`encoder/layer_0/norm`.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
+
+import jax
 
 from normlab.errors import invalid, nearest
 
@@ -30,7 +33,7 @@ def flatten(tree: Mapping[Any, Any], prefix: Key = ()) -> dict[Key, Any]:
     """
     flat = {}
     for name, value in tree.items():
-        if hasattr(type(value), "unbox") or hasattr(type(value), "get_value"):
+        if is_box(value):
             raise invalid(
                 "variables",
                 f"a {type(value).__name__} at {path_of((*prefix, name))!r}",
@@ -71,8 +74,22 @@ def layers_of(flat: Mapping[Key, Any]) -> dict[str, Layer]:
     return layers
 
 
+def is_box(value: Any) -> bool:
+    """Whether it is a box around an array: of linen with metadata, or a variable of nnx."""
+    return hasattr(type(value), "unbox") or hasattr(type(value), "get_value")
+
+
+def named(
+    tree: Any, is_leaf: Callable[[Any], bool] | None = None
+) -> tuple[list[tuple[str, Any]], Any]:
+    """Returns the leaves of any pytree with their paths, and its structure."""
+    found, structure = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)
+    name = jax.tree_util.keystr
+    return [(name(path, simple=True, separator="/"), leaf) for path, leaf in found], structure
+
+
 def matches(
-    where: str, rule: Mapping[str, T], paths: Iterable[str]
+    where: str, rule: Mapping[str, T], paths: Iterable[str], what: str = "layer"
 ) -> list[tuple[str, T, re.Match[str] | None]]:
     """Returns the paths that a rule names, each with its value and the match of its pattern.
 
@@ -81,18 +98,19 @@ def matches(
       rule: A path, or a regular expression for the whole of one, to a value. What is a path is
         not read as an expression; there the match is `None`.
       paths: The paths there are.
+      what: What lies there, for the errors.
 
     Raises:
       ValueError: For a pattern that fits no path, or a path that fits two patterns.
     """
     paths, found = list(paths), {}
     for pattern, value in rule.items():
-        fits = _fits(where, pattern, paths)
+        fits = _fits(where, pattern, paths, what)
         if not fits:
             raise invalid(
                 where,
-                f"a rule for {pattern!r}, which fits no layer",
-                "the path of a layer, or a regular expression for the whole of it",
+                f"a rule for {pattern!r}, which fits no {what}",
+                f"the path of a {what}, or a regular expression for the whole of it",
                 f"use a known one: {nearest(pattern, paths)}",
             )
         for path, match in fits.items():
@@ -100,19 +118,19 @@ def matches(
                 raise invalid(
                     where,
                     f"a rule that names {path!r} twice, the second time by {pattern!r}",
-                    "one pattern for each layer",
+                    f"one pattern for each {what}",
                     "make the patterns narrower",
                 )
             found[path] = (path, value, match)
     return list(found.values())
 
 
-def _fits(where: str, pattern: str, paths: list[str]) -> dict[str, re.Match[str] | None]:
+def _fits(where: str, pattern: str, paths: list[str], what: str) -> dict[str, re.Match[str] | None]:
     if pattern in paths:
         return {pattern: None}
     try:
         found = {path: re.fullmatch(pattern, path) for path in paths}
     except re.error as error:
-        expected = "the path of a layer, or a regular expression for the whole of it"
+        expected = f"the path of a {what}, or a regular expression for the whole of it"
         raise invalid(where, f"a rule for {pattern!r}: {error}", expected, "correct it") from error
     return {path: match for path, match in found.items() if match}

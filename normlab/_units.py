@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import ArrayLike
@@ -10,14 +12,14 @@ from normlab._checks import promote
 from normlab.measure import moments
 
 
-def units_and_lengths(w: ArrayLike, *, whole: bool = False) -> tuple[Array, Array]:
+def units_and_lengths(w: ArrayLike, axes: Sequence[int] | None = None) -> tuple[Array, Array]:
     """Returns w/‖w‖ and ‖w‖ of each unit, `[..., K, C]` and `[1, ..., 1, C]`.
 
-    Of the `whole` kernel as one unit: `[..., K, C]` and `[1, ..., 1]`. Neither overflows nor
+    A unit lies along all axes but the last, or along those given. Neither overflows nor
     underflows; where w is zero both are, with finite derivatives.
     """
     w = promote(w)
-    axes = tuple(range(w.ndim if whole else w.ndim - 1))
+    axes = tuple(range(w.ndim - 1) if axes is None else axes)
     peak = lax.stop_gradient(jnp.max(jnp.abs(w), axes, keepdims=True))
     peak = jnp.where(peak == 0, 1, peak)
     length = safe_sqrt(jnp.square(w / peak).sum(axes, keepdims=True))

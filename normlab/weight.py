@@ -51,7 +51,7 @@ FORM_EPS = KINDS["eps"]._replace(
 
 def of_lengths(w: ArrayLike, of: Of = "unit") -> Mapped:
     """What weight norm measures."""
-    unit, length = units_and_lengths(w, whole=of == "kernel")
+    unit, length = units_and_lengths(w, range(jnp.ndim(w)) if of == "kernel" else None)
     return Mapped(unit, None, length.reshape(()) if of == "kernel" else length)
 
 

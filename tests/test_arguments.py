@@ -146,6 +146,17 @@ CALLS = {
     },
     nl.combine.pair: {"shift": NORM, "scale": NORM, "use_gain": True, "use_bias": True},
     nl.combine.split: {"norms": [NORM, NORM], "sizes": (2, 2)},
+    nl.decay_mask: {"params": {"kernel": W}, "rule": {"kernel": False}},
+    nl.project: {"params": {"kernel": W}, "rule": {"kernel": -1}},
+    nl.init_heads: {"tensors": {"q": A}, "norm": nl.get("rms")},
+    nl.normalize_heads: {
+        "tensors": {"q": A},
+        "norm": nl.get("rms"),
+        "params": {"q": PARAMS},
+        "state": {"q": ()},
+        "train": True,
+        "weights": jnp.ones(2),
+    },
     nl.modulate: {
         "params": PARAMS,
         "scale": jnp.ones((2, 6)),

@@ -91,7 +91,7 @@ def test_the_docs_examples_run():
 
 @pytest.mark.parametrize(
     "document",
-    ["docs/instruments.md", "docs/population.md", "docs/family.md", "docs/placement.md"],
+    [f"docs/{n}.md" for n in ("family", "heads", "instruments", "placement", "population")],
 )
 def test_the_examples_of_a_document_run(document):
     names: dict = {"nl": nl, "jnp": jnp}

@@ -9,7 +9,7 @@ import jax
 from jax import Array
 
 from normlab._arguments import a_function, checked, either, text
-from normlab._paths import matches
+from normlab._paths import matches, named
 from normlab._trees import node
 from normlab.devices.topology import Sync
 from normlab.errors import invalid
@@ -112,9 +112,7 @@ def thaw(states: Any, rule: str | Callable[[str], bool] | None = None) -> Any:
 
 def where_chosen(where: str, states: Any, rule: Any, change: Callable[[Any], Any]) -> Any:
     """`states` with a `change` of those that the rule names."""
-    found, structure = jax.tree_util.tree_flatten_with_path(states, is_leaf=is_population)
-    named = lambda path: jax.tree_util.keystr(path, simple=True, separator="/")  # noqa: E731
-    leaves = [(named(path), leaf) for path, leaf in found]
+    leaves, structure = named(states, is_population)
     known = [path for path, leaf in leaves if is_population(leaf)]
     if isinstance(rule, str):
         chosen = {path for path, _, _ in matches(where, {rule: None}, known)}
