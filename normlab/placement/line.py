@@ -8,6 +8,7 @@ learned. `Placement` holds them, `residual` applies them.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
@@ -28,7 +29,7 @@ from normlab._arguments import (
     one_of,
     real,
 )
-from normlab._checks import gain_and_bias, promote_dtype, result_dtype
+from normlab._checks import floating, gain_and_bias, promote, promote_dtype, result_dtype
 from normlab._trees import node, static
 from normlab.equation import Affine
 from normlab.errors import invalid
@@ -39,13 +40,16 @@ Per = Literal["scalar", "channel"]
 """Whether a learned gain is one number or one for each channel."""
 
 
-@static
-@checked(
-    "Learned",
-    init=real,
-    per=one_of(Per, "'scalar' or 'channel'"),
-    factor=number("a finite number that is not 0", "leave it out for 1", bool, static=True),
+FACTOR = number(
+    "a finite number that is not 0",
+    "leave it out for 1",
+    lambda v: v != 0 and math.isfinite(v),
+    static=True,
 )
+
+
+@static
+@checked("Learned", init=real, per=one_of(Per, "'scalar' or 'channel'"), factor=FACTOR)
 @dataclass(frozen=True)
 class Learned:
     """A gain α or β that is learned.
@@ -269,8 +273,8 @@ def residual(
     >>> residual(post, params, state, jnp.square, x, train=True)[0].round(3).tolist()
     [[-1.0, 1.0]]
     """
-    x = jnp.asarray(x)
-    linear, after = _linear(channel_axis), {}
+    x = floating(x)
+    wide, linear, after = promote_dtype(x), _linear(channel_axis), {}
 
     def norm(name: str, a: Array) -> Array:
         of = getattr(placement, name)
@@ -282,38 +286,39 @@ def residual(
 
     def gained(name: str, a: Array) -> Array:
         """α·a or β·a, in float32 at least."""
-        gain, own = getattr(placement, name), getattr(params, name)
+        gain, own, a = getattr(placement, name), getattr(params, name), a.astype(wide)
         if own is None and isinstance(gain, Learned):
             change = "take the params of init_residual for this placement"
             raise invalid("residual", f"params without {name}", f"{gain!r}", change)
         if own is None and _is_one(gain):
             return a
         if own is not None:
-            factor = gain.factor if isinstance(gain, Learned) else 1.0
-            gain = jnp.asarray(own) * jnp.asarray(factor, own.dtype)
-        gain, _ = gain_and_bias("residual", Affine(_floating(gain), None), a, channel_axis)
-        gain = jnp.abs(gain) if placement.lerp else gain
-        return gain * a.astype(gain.dtype)
+            gain = promote(own) * (gain.factor if isinstance(gain, Learned) else 1)
+        g, _ = gain_and_bias(f"residual {name}", Affine(floating(gain), None), a, channel_axis)
+        return (jnp.abs(g) if placement.lerp else g) * a
 
     entering = x
     if placement.delayed:
+        if params.branch is not None:
+            change = "put a gate in a placement without delayed"
+            raise invalid("residual", "params.branch with delayed=True", "none", change)
         entering = _times_in_tangent(entering, placement.branch)
     entering = norm("inner", entering)
     if not _is_one(placement.scale):
-        entering = (placement.scale * entering.astype(promote_dtype(x))).astype(entering.dtype)
+        scaled = jnp.asarray(placement.scale, wide) * entering.astype(wide)
+        entering = scaled.astype(entering.dtype)
     y, aux = F(entering) if has_aux else (F(entering), None)
     if jnp.shape(y) != x.shape:
         given = f"a branch that makes {jnp.shape(y)} of {x.shape}"
         raise invalid("residual", given, "the shape of x", "project inside the branch")
-    y = norm("outer", jnp.asarray(y))
+    y = norm("outer", jnp.asarray(y)).astype(wide)
     if placement.lerp:
-        wide = promote_dtype(x)
-        total = x + gained("branch", y.astype(wide) - x.astype(wide))
+        total = x.astype(wide) + gained("branch", y - x.astype(wide))
     elif placement.delayed:
         total = gained("skip", x) + _times_in_value(y, placement.branch)
     else:
         total = gained("skip", x) + gained("branch", y)
-    h = norm("total", total.astype(result_dtype(x)))
+    h = norm("total", total.astype(x.dtype))
     done = Residual(**{name: after.get(name) for name in ("inner", "outer", "total")})
     return (h, done, aux) if has_aux else (h, done)
 
@@ -327,21 +332,15 @@ def _is_one(gain: Any) -> bool:
     return isinstance(gain, int | float) and gain == 1
 
 
-def _floating(gain: Any) -> Array:
-    gain = jnp.asarray(gain)
-    return gain if jnp.issubdtype(gain.dtype, jnp.floating) else gain.astype(jnp.float32)
-
-
 @jax.custom_jvp
 def _times_in_value(y: Array, gain: Any) -> Array:
     """gain·y, whose derivative is that of y."""
-    return jnp.asarray(gain, promote_dtype(y)) * y
+    return jnp.asarray(gain, y.dtype) * y
 
 
 @_times_in_value.defjvp
 def _(primals: Any, tangents: Any) -> Any:
-    out = _times_in_value(*primals)
-    return out, tangents[0].astype(out.dtype)
+    return _times_in_value(*primals), tangents[0]
 
 
 @jax.custom_jvp
