@@ -5,6 +5,8 @@ A scheme is a `Scheme`, whatever it is called; each function here returns one.
 
 from __future__ import annotations
 
+import copyreg
+import dataclasses
 import functools
 import inspect
 import math
@@ -17,6 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from normlab._arguments import (
+    Kind,
     anything,
     checked,
     either,
@@ -26,15 +29,16 @@ from normlab._arguments import (
     mapping,
     number,
     one_of,
+    read,
     real,
     sequence,
     text,
 )
 from normlab._checks import check_options, gain_and_bias, promote_dtype
-from normlab.equation import Affine, Parts
+from normlab.equation import Affine, Parts, init_affine
 from normlab.errors import invalid, nearest
 from normlab.making import norm_of
-from normlab.placement.line import Learned, Placement
+from normlab.placement.line import FACTOR, Learned, Placement
 from normlab.registry import get
 from normlab.site import Norm, Site
 
@@ -61,9 +65,25 @@ _FUSED = ("qkv", "c_attn", "query_key_value", "in_proj", "qkv_proj")
 _KERNELS = ("kernel", "weight", "w", "embedding")
 
 
+_BLOCK = integer("a block by number, from 0 on", "count them from 0", 0)
+
+
+class Made(NamedTuple):
+    """The arguments that `scheme` made a scheme of, in the order of their names."""
+
+    name: str
+    norm: Norm
+    depth: int
+    inside: tuple[tuple[str, Norm], ...]
+    options: tuple[tuple[str, Any], ...]
+
+
 @dataclass(frozen=True, eq=False)
 class Scheme:
     """Where all norms of a net of residual blocks stand, and how it begins.
+
+    What `scheme` returned is equal to, and hashes as, what it returns for the same arguments, and
+    is pickled by them; one of one's own is equal to itself.
 
     Attributes:
       name: What it is called.
@@ -75,6 +95,7 @@ class Scheme:
       logits: The norm of the logits: a gain.
       starts: By what initial kernels are multiplied, by place.
       rows: Which axis of a kernel has unit norm after every step, by place, for `project`.
+      made: How `scheme` made it; `None` for one of one's own.
     """
 
     name: str
@@ -86,7 +107,16 @@ class Scheme:
     logits: Norm | None = None
     starts: Mapping[str, float] = field(default_factory=dict)
     rows: Mapping[str, int] = field(default_factory=dict)
+    made: Made | None = field(default=None, init=False)
 
+    def __eq__(self, other: object) -> bool:
+        same = isinstance(other, Scheme) and self.made is not None and self.made == other.made
+        return self is other or same
+
+    def __hash__(self) -> int:
+        return object.__hash__(self) if self.made is None else hash(self.made)
+
+    @checked("scheme", block=_BLOCK, branch=one_of(Branch, "'attention' or 'mlp'"))
     def at(self, block: int, branch: Branch = "mlp") -> Placement:
         """The placement of one branch of a block.
 
@@ -97,10 +127,10 @@ class Scheme:
         Raises:
           ValueError: If there is no such block or branch.
         """
-        if branch not in ("attention", "mlp") or not 0 <= block < self.depth:
-            given = f"block={block!r}, branch={branch!r}"
-            expected = f"a block from 0 to {self.depth - 1}, and 'attention' or 'mlp'"
-            raise invalid(f"scheme {self.name}", given, expected, "set depth to the net's")
+        if not block < self.depth:
+            expected = f"a block from 0 to {self.depth - 1}"
+            where = f"scheme {self.name}"
+            raise invalid(where, f"block={block}", expected, "set depth to the net's")
         return self.places(block, branch)
 
     def inside(self, block: int) -> Mapping[str, Norm]:
@@ -124,14 +154,15 @@ class Scheme:
           path: Such as `"block3/v/kernel"` or `"layers.3.self_attn.v_proj.weight"`.
 
         Raises:
-          ValueError: For a kernel that holds v beside q and k, where v alone is multiplied.
+          ValueError: For one kernel of q, k and v of which v alone is multiplied.
         """
         words = re.split(r"[/.]", path)
-        if fused := {*words} & {*_FUSED} if self.starts.get("v", 1) != 1 else None:
+        fused = {*words} & {*_FUSED}
+        if fused and len({self.starts.get(place, 1.0) for place in "qkv"}) > 1:
             given = f"the kernel {path!r}, of q, k and v ({min(fused)})"
             change = "keep v in a kernel of its own"
             raise invalid(f"scheme {self.name}", given, "one whose v alone can be scaled", change)
-        place = place_of(words)
+        place = "v" if fused else place_of(words)
         return 1.0 if place is None else self.starts.get(place, 1.0)
 
 
@@ -191,6 +222,7 @@ def scale_init(scheme: Scheme, params: Any) -> Any:
 class _Entry(NamedTuple):
     make: Callable[..., Scheme]
     options: Mapping[str, inspect.Parameter]
+    kinds: Mapping[str, Kind]
 
 
 _SCHEMES: dict[str, _Entry] = {}
@@ -247,28 +279,45 @@ def scheme(
         if place not in PLACES:
             given = f"the place {place!r}: {nearest(place, PLACES)}"
             raise invalid("scheme", given, "a place inside a branch", "use a known one")
-    check_options(name, _SCHEMES[name].options, options, of="scheme")
-    made = get(norm) if isinstance(norm, str) else norm
-    key = (tuple(sorted((inside or {}).items())), tuple(sorted(options.items())))
-    return _scheme(name, made, depth, *key)
+    known, kinds = _SCHEMES[name].options, _SCHEMES[name].kinds
+    check_options(name, known, options, of="scheme")
+    for option, value in options.items():  # as Python's, which can be hashed
+        if value is not None or known[option].default is not None:
+            options[option] = read(f"{name} scheme", option, value, kinds[option])
+    of = get(norm) if isinstance(norm, str) else norm
+    by_place = sorted((inside or {}).items(), key=lambda item: item[0])  # norms have no order
+    return _scheme(Made(name, of, depth, tuple(by_place), tuple(sorted(options.items()))))
 
 
 @functools.lru_cache(maxsize=1024)
-def _scheme(name: str, norm: Norm, depth: int, inside: Any, options: Any) -> Scheme:
-    made = _SCHEMES[name].make(norm, depth, **dict(options))
-    return replace(made, name=name, within={**made.within, **dict(inside)})
+def _scheme(made: Made) -> Scheme:
+    found = _SCHEMES[made.name].make(made.norm, made.depth, **dict(made.options))
+    found = replace(found, name=made.name, within={**found.within, **dict(made.inside)})
+    object.__setattr__(found, "made", made)
+    return found
 
 
-def _named(**kinds: Any) -> Callable[[Callable[..., Scheme]], Callable[..., Scheme]]:
-    """Adds a scheme: a function of the norm, the depth and its options."""
+def _pickled(one: Scheme) -> Any:
+    """By its arguments; one of one's own by its fields."""
+    if one.made is None:
+        given = {f.name: getattr(one, f.name) for f in dataclasses.fields(one) if f.init}
+        return functools.partial(Scheme, **given), ()
+    name, norm, depth, inside, options = one.made
+    given = {"depth": depth, "norm": norm, "inside": dict(inside), **dict(options)}
+    return functools.partial(scheme, name, **given), ()
+
+
+copyreg.pickle(Scheme, _pickled)
+
+
+def _named(**kinds: Kind) -> Callable[[Callable[..., Scheme]], Callable[..., Scheme]]:
+    """Adds a scheme: a function of the norm, the depth and its options, of these kinds."""
 
     def decorate(make: Callable[..., Scheme]) -> Callable[..., Scheme]:
-        name = make.__name__.removeprefix("_")
         every = inspect.signature(make).parameters
         options = {n: p for n, p in every.items() if p.kind is p.KEYWORD_ONLY}
-        where = f"scheme {name}"
-        given = {"norm": anything, "depth": anything} | {n: kinds[n] for n in options}
-        _SCHEMES[name] = _Entry(checked(where, **given)(make), options)
+        assert options.keys() == kinds.keys()
+        _SCHEMES[make.__name__.removeprefix("_")] = _Entry(make, options, kinds)
         return make
 
     return decorate
@@ -329,8 +378,9 @@ def _deepnorm(norm: Norm, depth: int, *, role: Role = "alone", other: int = 1) -
     """DeepNorm (Wang et al. 2022, https://arxiv.org/abs/2203.00555): x' = N(α·x + F(x)).
 
     With N blocks α = (2N)^¼, and the kernels of v, out and the MLP begin (8N)^¼ times smaller. As
-    an encoder beside a decoder of M: 0.81 (N⁴M)^(1/16), and 0.87 (N⁴M)^(−1/16) times as large; as a
-    decoder (3N)^¼ and (12N)^−¼.
+    an encoder beside a decoder of M: 0.81 (N⁴M)^(1/16), and 0.87 (N⁴M)^(−1/16) times as large (the
+    paper's; 1/1.15 in torchscale's code); as a decoder (3N)^¼ and (12N)^−¼. Neither has a gated
+    MLP: `gate` begins as `up` does.
     """
     both = (depth**4 * other) ** (1 / 16)
     skip, start = {
@@ -348,7 +398,7 @@ def _sub(norm: Norm, depth: int, *, role: Role = "alone", other: int = 1) -> Sch
 
     Pre-norm with a second norm inside each branch, before its last linear map. The kernels of v,
     out and the MLP begin √(ln 2N) times as large; in an encoder of N beside a decoder of M √(⅓ ln
-    3M · ln 2N), in a decoder √(ln 3N).
+    3M · ln 2N), in a decoder √(ln 3N). `gate` begins as `up` does.
     """
     start = {
         "alone": math.log(2 * depth),
@@ -365,12 +415,14 @@ def _normformer(norm: Norm, depth: int, *, scale_skip: bool = False) -> Scheme:
     """NormFormer (Shleifer et al. 2021, https://arxiv.org/abs/2110.09456).
 
     Pre-norm, and a norm behind the attention, a gain for each head, a norm before the MLP's last
-    map. With `scale_skip` a gain for each channel of the MLP's x, as for its small models.
+    map. With `scale_skip` a gain for each channel of the MLP's x, as for its small models. The
+    gains of heads stand before `out`, as in the paper; the authors' code in fairseq multiplies as
+    many equal parts of what `out` makes.
     """
     attention = Placement(inner=norm, outer=norm)
     mlp = Placement(inner=norm, skip=Learned(1.0, "channel") if scale_skip else 1.0)
     by = {"attention": attention, "mlp": mlp}
-    within = {"heads": _gained("gains of heads", "head"), "down": norm}
+    within = {"heads": _gained(per="head"), "down": norm}
     return Scheme("", depth, lambda block, branch: by[branch], within=within, last=norm)
 
 
@@ -380,10 +432,10 @@ def _normformer(norm: Norm, depth: int, *, scale_skip: bool = False) -> Scheme:
 def _mix(norm: Norm, depth: int, *, share: float = 0.25) -> Scheme:
     """Mix-LN (Li et al. 2024, https://arxiv.org/abs/2412.13795): post-norm first, then pre-norm.
 
-    The first ⌊share · depth⌋ blocks are post-norm.
+    The first ⌊share · depth⌋ blocks are post-norm; the authors' code is told their number.
     """
     first, then = Placement(total=norm), Placement(inner=norm)
-    number = math.floor(share * depth)
+    number = math.floor(round(share * depth, 9))  # 0.29 · 100 is 28.999999999999996
     return Scheme("", depth, lambda block, branch: first if block < number else then, last=norm)
 
 
@@ -393,7 +445,7 @@ def _hybrid(norm: Norm, depth: int, *, star: bool = False) -> Scheme:
 
     q, k and v are normalized and the attention's input is not; the MLP is post-norm in the sense
     that it and its shortcut start from the same normalized sum: y = N(x + attention(x)), x' = y +
-    MLP(y). With `star` (HybridNorm*) the first block is pre-norm.
+    MLP(y). With `star` (HybridNorm*) the first block is pre-norm, its q, k and v normalized too.
     """
     by = {"attention": Placement(total=norm), "mlp": Placement()}
     within: dict[str, Norm] = dict.fromkeys(("q", "k", "v"), norm)
@@ -409,7 +461,7 @@ def _hybrid(norm: Norm, depth: int, *, star: bool = False) -> Scheme:
 def _lns(norm: Norm, depth: int) -> Scheme:
     """LayerNorm Scaling (Sun et al. 2025, https://arxiv.org/abs/2502.05795).
 
-    x' = x + F(N(x)/√ℓ) in block ℓ = 1, 2, …
+    x' = x + F(N(x)/√ℓ) for both branches of block ℓ = 1, 2, …
     """
     return Scheme(
         "", depth, lambda block, branch: Placement(inner=norm, scale=(block + 1) ** -0.5), last=norm
@@ -461,19 +513,24 @@ def _skipinit(norm: Norm, depth: int) -> Scheme:
 def _fixup(norm: Norm, depth: int, *, branches: int = 2) -> Scheme:
     """Fixup (Zhang et al. 2019, https://arxiv.org/abs/1901.09321): no norm, other initial kernels.
 
-    Of L branches, of two linear maps each, the last kernel begins at 0, the others L^(−1/2) times
-    as large (L^(−1/(2m−2)), m = 2), and the output layer at 0. There is a bias of one number before
-    each linear map and each activation, and a gain of one number behind the branch.
+    The last kernel of each of the L branches begins at 0, and so does the output layer; of a branch
+    of m linear maps the others begin L^(−1/(2m−2)) times as large: `up` with m = 2, and q, k and v
+    with m = 4, as in the authors' transformer. Of a gated MLP, which they do not have, `up` alone,
+    which does as much. There is a bias of one number before each linear map and each activation,
+    and a gain and a bias behind the branch, as in their ResNets; their transformer has no bias
+    before `out` and behind a branch.
     """
     del norm
-    bias, both = _gained("bias", None, "scalar"), _gained("gain and bias", "scalar", "scalar")
-    start = (branches * depth) ** -0.5
-    starts = {**dict.fromkeys(("v", "up", "gate"), start), **dict.fromkeys(("out", "down"), 0.0)}
+    both = _gained(per="scalar", use_bias=True)
+    bias = _gained(per="scalar", use_gain=False, use_bias=True)
+    many = branches * depth
+    starts = {"up": many ** (-1 / 2), **dict.fromkeys("qkv", many ** (-1 / 6))}
     return _same(
         depth,
         Placement(inner=bias, outer=both),
         within=dict.fromkeys(("out", "up", "down"), bias),
-        starts={**starts, "head": 0.0},
+        last=bias,
+        starts={**starts, **dict.fromkeys(("out", "down", "head"), 0.0)},
     )
 
 
@@ -492,18 +549,25 @@ def _nfnet(
 ) -> Scheme:
     """NFNet (Brock et al. 2021, https://arxiv.org/abs/2102.06171): x' = x + α·γ·F(x/β), no norm.
 
-    β is the predicted standard deviation of x: β² = 1 at the first branch of each of the `stages`
-    (blocks by number) and grows by α² with each branch; γ is learned, 0 at first. The branches
-    keep their variance by scaled weight standardization (`weight_standardization`) and by the
-    constants of their activations, and gradients are clipped (`optax.adaptive_grad_clip`): theirs.
+    β is the standard deviation that x would have with γ = 1: β² is 1 at first and grows by α² with
+    each branch. The first branch of each of the `stages` (blocks by number) scales its shortcut
+    too, so that β² is 1 + α² behind it: x' = (x + …)/β, where x/β goes through the map of the
+    shortcut if there is one. γ is learned, 0 at first. In the paper the activation that F begins
+    with sees x/β; the authors' code divides what it returns, which is the same for ReLU. The
+    branches keep their variance by scaled weight standardization (`weight_standardization`) and by
+    the constants of their activations, and gradients are clipped (`optax.adaptive_grad_clip`):
+    theirs.
     """
     del norm
     gain = Learned(0.0, factor=alpha)
 
     def at(block: int, branch: Branch) -> Placement:
-        since = block - max((stage for stage in stages if stage <= block), default=0)
-        before = branches * since + (branch == "mlp") * (branches - 1)
-        return Placement(scale=(1 + before * alpha**2) ** -0.5, branch=gain)
+        first = branch == "attention" or branches == 1
+        new = first and block in stages
+        start = max((stage for stage in stages if stage < block + (not new)), default=0)
+        before = branches * (block - start) + (branch == "mlp") * (branches - 1)
+        scale = (1 + before * alpha**2) ** -0.5
+        return Placement(scale=scale, skip=scale if new else 1.0, branch=gain)
 
     return Scheme("", depth, at)
 
@@ -512,7 +576,9 @@ def _nfnet(
 def _unit(norm: Norm, depth: int, *, tau: float = 1.0) -> Scheme:
     """Unit scaling (Blake et al. 2023, https://arxiv.org/abs/2303.11257).
 
-    x' = (x + τ·F(N(x)))/√(1 + τ²), with the gradients of the branch unscaled inside it.
+    x' = (x + τ·F(N(x)))/√(1 + τ²), with the gradients of the branch unscaled inside it: the rule of
+    the authors' library, in which the paper's has √(1 − τ) and √τ. One τ for all branches, as its
+    `residual_split`; that of u-μP falls with depth (https://arxiv.org/abs/2407.17465).
     """
     whole = (1 + tau**2) ** 0.5
     placement = Placement(inner=norm, skip=1 / whole, branch=tau / whole, delayed=True)
@@ -526,45 +592,75 @@ def _unit(norm: Norm, depth: int, *, tau: float = 1.0) -> Scheme:
 def _ngpt(norm: Norm, depth: int, *, width: int, init: float = 0.05) -> Scheme:
     """NGPT (Loshchilov et al. 2024, https://arxiv.org/abs/2410.01131): everything on a sphere.
 
-    x' = L2(x + |α|⊙(L2(F(x)) − x)), α [C], which Adam trains as α = init·√C·p. The kernels are
-    projected to unit rows after each step (`project`). Gains stand on q and k, behind `up` and
-    `gate`, and on the logits. Its norms are L2 norms, whatever `norm` is. q and k are normalized to
-    RMS 1, which with the attention's 1/√D is the paper's √D for unit vectors, and their gains stand
-    before the rotation: behind it, as in the authors' code, logits depend on absolute positions.
+    x' = L2(x + |α|⊙(L2(F(x)) − x)), α [C], which Adam trains as α = init·√C·p. The embedding is
+    normalized, and the kernels are projected to unit rows after each step (`project`). Gains stand
+    on q and k [H, D], behind `up` and `gate`, and on the logits; they begin at 1 (behind `up` and
+    `gate` at √C) and are √C times their parameters. The norms are L2 norms, whatever `norm` is.
+
+    q and k are normalized to RMS 1, which with the attention's 1/√D is the paper's √D for unit
+    vectors. Their gains stand before the rotation: behind it, as in the authors' code, logits
+    depend on absolute positions. That code has one gain for q and k; each has its own here, as in
+    OLMo-core. In the paper √C stands behind `gate` alone, in the code behind both, which is the
+    same: the branch is normalized.
     """
     del norm
-    unit = get("scale", use_gain=False)
-    alpha = Learned(init, "channel", factor=init * width**0.5)
-    heads = get("rms", use_bias=False)
-    wide = _gained("gain", "channel", None, width**0.5)
+    unit, root = get("scale", use_gain=False), width**0.5
+    alpha = Learned(init, "channel", factor=init * root)
+    heads = get("rms", use_gain=False, use_bias=False), _gained(per="each", factor=root)
+    own = get("normlab.combine:chain", norms=heads)
+    wide = _gained(init=root, factor=root)
     return _same(
         depth,
-        Placement(inner=unit, outer=unit, total=unit, branch=alpha, lerp=True),
-        within={"q": heads, "k": heads, "up": wide, "gate": wide},
-        logits=_gained("gain", "channel"),
+        Placement(outer=unit, total=unit, branch=alpha, lerp=True),
+        first=unit,
+        within={"q": own, "k": own, "up": wide, "gate": wide},
+        logits=_gained(factor=root),
         rows={"embed": -1, "head": -2, **dict.fromkeys(("q", "k", "v", "up", "gate"), -2)}
         | {"out": -1, "down": -1},
     )
 
 
-@functools.lru_cache(maxsize=64)
-def _gained(
-    where: str, gain: str | None = None, bias: str | None = None, start: float = 1.0
-) -> Norm:
-    """μ = 0 and σ = 1 with a gain and a bias: for each channel, each head, or one number."""
+_PER = {"scalar": (), "channel": (-1,), "head": (-2,), "each": (-2, -1)}
+_ONE_OF = one_of(Literal["scalar", "channel", "head", "each"], f"one of {', '.join(_PER)}")
 
-    def size(site: Site, of: str) -> tuple[int, ...]:
-        return {"scalar": (), "channel": (site.channels,), "head": site.a.shape[-2:-1]}[of]
+
+@checked("gained", per=_ONE_OF, init=real, factor=FACTOR)
+def gained(
+    *,
+    per: str = "channel",
+    use_gain: bool = True,
+    use_bias: bool = False,
+    init: float = 1.0,
+    factor: float = 1.0,
+) -> Norm:
+    """Returns the norm that has a gain and a bias and nothing else: h = g·a + b.
+
+    Args:
+      per: Whether they are one number (`"scalar"`), or one for each channel, for each head of
+        `[..., H, D]`, or for each channel of each head (`"each"`).
+      use_gain: Whether there is a gain.
+      use_bias: Whether there is a bias, 0 at first.
+      init: What the gain is at first.
+      factor: The gain is this times its parameter, as in `Learned`.
+    """
+
+    def axes(site: Site) -> tuple[int, ...]:
+        last = site.linear.channel_axis
+        return tuple(site.a.ndim + i if i != -1 else last % site.a.ndim for i in _PER[per])
 
     def params(site: Site) -> Affine:
-        dtype = promote_dtype(site.a)
-        g = None if gain is None else jnp.full(size(site, gain), start, dtype)
-        return Affine(g, None if bias is None else jnp.zeros(size(site, bias), dtype))
+        how: Any = {"use_gain": use_gain, "use_bias": use_bias, "dtype": promote_dtype(site.a)}
+        return init_affine([site.a.shape[i] for i in axes(site)], g=init / factor, **how)
 
     def measure(site: Site, params: Any) -> Parts:
-        axes = (-2,) if gain == "head" else None
-        g, b = gain_and_bias(where, params, site.a, site.linear.channel_axis, axes)
+        g, b = gain_and_bias("gained", params, site.a, site.linear.channel_axis, axes(site))
+        own = params is not None and params.g is not None
         zero = jnp.zeros((), g.dtype)
-        return Parts(zero, zero + 1, g, b)
+        return Parts(zero, zero + 1, factor * g if own and factor != 1 else g, b)
 
-    return norm_of(where, measure, params)
+    return norm_of("gained", measure, params)
+
+
+def _gained(**options: Any) -> Norm:
+    """`gained`, which is equal to, and pickled by, its arguments."""
+    return get("normlab.placement.schemes:gained", **options)
