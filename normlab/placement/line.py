@@ -194,8 +194,8 @@ def init_residual(
     >>> params.branch.tolist()
     [0.10000000149011612, 0.10000000149011612]
     """
-    shape, dtype = jnp.shape(x), result_dtype(x)
-    a: Any = jax.ShapeDtypeStruct(shape, dtype)
+    shape = jnp.shape(x)
+    a: Any = jax.ShapeDtypeStruct(shape, result_dtype(x))
     site = Site(a, linear=_linear(channel_axis))
     params: dict[str, Any] = {}
     states: dict[str, Any] = {}
@@ -213,9 +213,7 @@ def init_residual(
         gain = getattr(placement, name)
         if isinstance(gain, Learned):
             size = () if gain.per == "scalar" else (shape[channel_axis],)
-            params[name] = jnp.full(
-                size, gain.init / gain.factor, promote_dtype(jnp.empty(0, dtype))
-            )
+            params[name] = jnp.full(size, gain.init / gain.factor, promote_dtype(a))
     return Residual(**params), Residual(**states)
 
 

@@ -140,10 +140,12 @@ class Scheme:
 
     @property
     def project(self) -> Mapping[str, int] | None:
-        """Patterns of paths and the axis of unit norm, as `normlab.project` takes them."""
-        ends = "|".join(_KERNELS)
-        rows = self.rows.items()
-        return {rf"(.*/)?({_either(place)})(/({ends}))?": axis for place, axis in rows} or None
+        """For each axis of unit norm the pattern of the paths, as `normlab.project` takes them."""
+        ends, of_axis = "|".join(_KERNELS), {}
+        for place, axis in self.rows.items():
+            of_axis.setdefault(axis, []).extend(_WORDS[place].split())
+        words = {axis: "|".join(map(re.escape, names)) for axis, names in of_axis.items()}
+        return {rf"(.*/)?({names})(/({ends}))?": axis for axis, names in words.items()} or None
 
     def init_scale(self, path: str) -> float:
         """What the initial kernel at a path is multiplied by.
@@ -174,10 +176,6 @@ def place_of(words: Sequence[str]) -> str | None:
         if words[i] in _WORD:
             return _WORD[words[i]]
     return None
-
-
-def _either(place: str) -> str:
-    return "|".join(map(re.escape, _WORDS[place].split()))
 
 
 @checked(
@@ -536,7 +534,7 @@ def _fixup(norm: Norm, depth: int, *, branches: int = 2) -> Scheme:
 
 @_named(
     **_BRANCHES,
-    alpha=real,
+    alpha=FACTOR,
     stages=sequence(integer("a block by number", "", 0), "blocks by number", "pass (0, 3, 6)"),
 )
 def _nfnet(
@@ -550,13 +548,12 @@ def _nfnet(
     """NFNet (Brock et al. 2021, https://arxiv.org/abs/2102.06171): x' = x + α·γ·F(x/β), no norm.
 
     β is the standard deviation that x would have with γ = 1: β² is 1 at first and grows by α² with
-    each branch. The first branch of each of the `stages` (blocks by number) scales its shortcut
-    too, so that β² is 1 + α² behind it: x' = (x + …)/β, where x/β goes through the map of the
-    shortcut if there is one. γ is learned, 0 at first. In the paper the activation that F begins
-    with sees x/β; the authors' code divides what it returns, which is the same for ReLU. The
-    branches keep their variance by scaled weight standardization (`weight_standardization`) and by
-    the constants of their activations, and gradients are clipped (`optax.adaptive_grad_clip`):
-    theirs.
+    each branch. The first branch of each of the `stages` (blocks by number) has the shortcut x/β,
+    which the net puts through a linear map there, so that β² is 1 + α² behind it. γ is learned, 0
+    at first. In the paper the activation that F begins with sees x/β; the authors' code divides
+    what it returns, which is the same for ReLU. The branches keep their variance by scaled weight
+    standardization (`weight_standardization`) and by the constants of their activations, and
+    gradients are clipped (`optax.adaptive_grad_clip`): theirs.
     """
     del norm
     gain = Learned(0.0, factor=alpha)
