@@ -265,10 +265,13 @@ CALLS = {
         **{"inner": NORM, "outer": NORM, "total": NORM, "skip": 1.0, "branch": LEARNED},
         **{"scale": 0.5, "lerp": True, "delayed": False},
     },
-    nl.placement.init_residual: {"placement": PLACED, "x": A[0], "channel_axis": -1},
+    nl.placement.init_residual: {
+        **{"placement": PLACED, "x": A[0], "shortcut": jnp.tanh, "channel_axis": -1}
+    },
     nl.placement.residual: {
         **{"placement": PLACED, "params": CONNECTED[0], "state": CONNECTED[1], "F": jnp.tanh},
         **{"x": A[0], "train": True, "weights": jnp.ones(2), "channel_axis": -1, "has_aux": False},
+        "shortcut": jnp.tanh,
     },
     nl.placement.scale_init: {"scheme": SCHEME, "params": {"v": {"kernel": W}}},
     nl.placement.scheme: {"name": "pre", "depth": 2, "norm": "rms", "inside": {"q": NORM}},

@@ -23,6 +23,7 @@ from normlab.errors import nearest
 from .feedforward import ConvNet, Mlp, Nin, Vgg
 from .layers import (
     ACTIVATIONS,
+    DEPTH,
     PARTS,
     STATE,
     Activations,
@@ -33,6 +34,7 @@ from .layers import (
     Where,
     conv,
 )
+from .lm import Lm, unstack
 from .recurrent import Gru, Lstm
 from .resnet import ResNet
 from .vit import Vit
@@ -49,12 +51,14 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     "lstm": Lstm,
     "gru": Gru,
     "vit": Vit,
+    "lm": Lm,
 }
 """Every model by name: what makes it from `norm`, `classes` and its options."""
 
 
-FLAT = ("mlp", "lstm", "gru")
-"""Those whose layers have no positions, which instance norm measures over."""
+FLAT = ("mlp", "lstm", "gru", "vit", "lm")
+"""Those whose layers have no positions, which instance norm measures over: in a transformer every
+token is an example."""
 
 
 def require(name: str) -> Callable[..., nn.Module]:
@@ -135,7 +139,8 @@ def split(variables: Any) -> tuple[Any, Any]:
 def parts_by_layer(variables: Any) -> dict[str, nl.Parts]:
     """The parts that the last call sowed, by layer, in the order of the layers.
 
-    A layer is named by its path, and the parts of all time steps of a recurrent one are stacked.
+    A layer is named by its path, whether blocks are scanned or not; the parts of all time steps of
+    a recurrent one are stacked.
     """
     return _sown(variables[PARTS])
 
@@ -146,5 +151,6 @@ def activations_by_layer(variables: Any) -> dict[str, Activations]:
 
 
 def _sown(collection: Any) -> dict[str, Any]:
-    sown: Any = flatten_dict(collection, is_leaf=lambda _, v: isinstance(v, tuple))
-    return {"/".join(path[:-1]): values[0] for path, values in sown.items()}
+    sown: Any = flatten_dict(unstack(collection), is_leaf=lambda _, v: isinstance(v, tuple))
+    names = {path: [word for word in path if word not in ("norm", "layer")] for path in sown}
+    return {"/".join(names[path]): values[0] for path, values in sown.items()}

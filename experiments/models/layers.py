@@ -10,10 +10,11 @@ the norm (`norm.fused`), as in EvoNorm, f is left out.
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, NamedTuple, get_args
 
 import flax.linen as nn
@@ -29,6 +30,9 @@ PARTS = "parts"
 
 ACTIVATIONS = "activations"
 """The variable collection into which every layer sows what flows through it."""
+
+DEPTH = "depth"
+"""The variable collection into which every block sows its stream, and what its attention sees."""
 
 STATE = "norm_state"
 """The variable collection of the norms' states."""
@@ -120,7 +124,7 @@ class Activations(NamedTuple):
 
 
 class Normed(nn.Module):
-    """A linear map, a norm and an activation: f(norm(w·x) + r), or norm(f(w·x + b + r)).
+    """A linear map, a norm and an activation: f(r(norm(w·x))), or norm(f(r(w·x + b))).
 
     Attributes:
       linear: The linear map.
@@ -144,19 +148,24 @@ class Normed(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Array, train: bool, *, added: Array | None = None, step: Array | None = None
+        self,
+        x: Array,
+        train: bool,
+        *,
+        connect: Callable[[Array], Array] | None = None,
+        step: Array | None = None,
     ) -> Array:
-        """`added` is r, a shortcut; `step` is the time step, with `steps`."""
+        """`connect` is r, a residual connection; `step` is the time step, with `steps`."""
         f = self.activation if self.activation and not self.norm.fused else lambda a: a
         w = self.param("kernel", self.kernel_init, self.kernel_shape)
         a = self.linear(x, w)
         if self.placement == "before":
             site = nl.Site(a, x, w, linear=self.linear)
             z = normalize(self, site, train, step=step)
-            z = z if added is None else z + added
+            z = z if connect is None else connect(z)
             return self._show(a, z, f(z))
         z = a + self.param("bias", nn.initializers.zeros, self.kernel_shape[-1:])
-        z = z if added is None else z + added
+        z = z if connect is None else connect(z)
         h = f(z)
         if needs_kernel(self.norm, h):
             raise invalid(
@@ -196,6 +205,52 @@ class Activation(nn.Module):
                 "let `where` name linear layers only, or choose another norm",
             )
         return normalize(self, nl.Site(a), train, step=step)
+
+
+class Branch(nn.Module):
+    """A residual connection: x' = S(α·x + β·O(F(s·I(x)))), as `nl.placement` has it.
+
+    Its parameters and states are `nl.placement.Residual`s. The parts of its norms are sown as
+    those of `inner`, `outer` and `total`.
+    """
+
+    @nn.compact
+    def __call__(
+        self,
+        placement: nl.placement.Placement,
+        F: Callable[[Array], Array],
+        x: Array,
+        train: bool,
+        shortcut: Callable[[Array], Array] | None = None,
+    ) -> Array:
+        init = functools.partial(nl.placement.init_residual, placement, x, shortcut=shortcut)
+        params = self.param("norm", lambda _: init()[0])
+        states = self.variable(STATE, "norm", lambda: init()[1])
+        if self.is_mutable_collection(PARTS) and not self.is_initializing():
+            places = {p: getattr(placement, p) for p in ("inner", "outer", "total")}
+            shown = {p: self._showing(p, norm) for p, norm in places.items() if norm is not None}
+            placement = replace(placement, **shown)
+        x, after = nl.placement.residual(
+            placement, params, states.value, F, x, train=train, shortcut=shortcut
+        )
+        if train and not self.is_initializing():
+            states.value = after
+        return x
+
+    def _showing(self, place: str, norm: nl.Norm) -> nl.Norm:
+        def parts(*args: Any, train: bool) -> tuple[nl.Parts, Any]:
+            found, after = norm.parts(*args, train=train)
+            self.sow(PARTS, place, nl.Parts(found.mu, found.sigma, found.g, found.b))
+            return found, after
+
+        return replace(norm, parts=parts)
+
+
+def scaled(init: nn.initializers.Initializer, factor: float) -> nn.initializers.Initializer:
+    """An initializer that draws so many times what another one draws."""
+    if factor == 1:
+        return init
+    return lambda *args, **kwargs: factor * init(*args, **kwargs)
 
 
 def normalize(

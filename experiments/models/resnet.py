@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import functools
+from typing import Any
+
 import flax.linen as nn
 import jax.numpy as jnp
 from jax import Array
 
+import normlab as nl
+
 from .feedforward import HE
-from .layers import Network, conv
+from .layers import Activation, Branch, Network, Normed, conv, scaled
 
 
 class ResNet(Network):
@@ -27,34 +32,97 @@ class ResNet(Network):
     relu(norm(w·y) + x). After it, the norm moves behind the same ReLU: norm(relu(w·y + b + x));
     there instance norm leaves the last mean over all positions nothing but its bias.
 
+    With a `scheme` the blocks are pre-activation ones (He et al. 2016,
+    https://arxiv.org/abs/1603.05027): x' = S(αx + βO(F(s·I(x)))) with the branch F =
+    conv1(relu(conv0(relu(·)))), no ReLU behind the sum, and one before the mean. The scheme's norms
+    stand beside that of the convolutions, which `where` chooses: `scheme="pre",
+    where="stem|.*conv0"` is the paper's. Without norms, `norm="none"` leaves the convolutions a
+    bias: `"skipinit"`, `"rezero"`, `"fixup"`; `"nfnet"` goes with `norm="weight_standardization"`.
+
+        stage{s}_block{i}                       I, O, S, α and β
+        stage{s}_block{i}/norm_up, /norm_down   behind conv0 and before conv1, where it has them
+        norm_first, norm_last                   behind the stem, before the last ReLU
+
     Attributes:
       n: The blocks of each stage.
       widths: The channels of each stage.
+      scheme: Where norms stand on the residual connections; `None` for the paper's x + F(x).
     """
 
     n: int = 3
     widths: tuple[int, ...] = (16, 32, 64)
+    scheme: str | nl.placement.Scheme | None = None
+
+    @property
+    def blocks(self) -> tuple[str, ...]:
+        """`stage0_block0` and so on."""
+        return tuple(f"stage{s}_block{i}" for s in range(len(self.widths)) for i in range(self.n))
 
     @property
     def layers(self) -> tuple[str, ...]:
         """`stem`, `stage0_block0_conv0` and so on."""
-        blocks = (f"stage{s}_block{i}" for s in range(len(self.widths)) for i in range(self.n))
-        return ("stem", *(f"{block}_conv{j}" for block in blocks for j in (0, 1)))
+        return ("stem", *(f"{block}_conv{j}" for block in self.blocks for j in (0, 1)))
+
+    @property
+    def plan(self) -> nl.placement.Scheme | None:
+        """The scheme, of blocks of one branch each."""
+        if not isinstance(self.scheme, str):
+            return self.scheme
+        stages = tuple(range(0, len(self.blocks), self.n))
+        more: dict[str, dict[str, Any]] = {
+            "fixup": {"branches": 1},
+            "keel": {"branches": 1},
+            "nfnet": {"branches": 1, "stages": stages},
+        }
+        options = more.get(self.scheme, {})
+        return nl.placement.scheme(self.scheme, norm=self.norm, depth=len(self.blocks), **options)
 
     @nn.compact
     def __call__(self, x: Array, train: bool) -> Array:
-        def layer(name: str, x: Array, width: int, strides: int = 1, **added: Array) -> Array:
-            shape = (3, 3, x.shape[-1], width)
-            options = {"activation": self.activation, "kernel_init": HE}
-            return self.layer(name, conv(strides=strides), shape, **options)(x, train, **added)
+        plan, f = self.plan, self.activation
 
-        x = layer("stem", x, self.widths[0])
-        for s, width in enumerate(self.widths):
-            for i in range(self.n):
-                strides = 2 if s and not i else 1
-                y = layer(f"stage{s}_block{i}_conv0", x, width, strides)
-                x = layer(f"stage{s}_block{i}_conv1", y, width, added=shortcut(x, strides, width))
-        return nn.Dense(self.classes)(x.mean((1, 2)))
+        def layer(name: str, x: Array, width: int, strides: int = 1, **options: Any) -> Normed:
+            options = {"kernel_init": HE, **options}
+            return self.layer(name, conv(strides=strides), (3, 3, x.shape[-1], width), **options)
+
+        def paper(name: str, x: Array, width: int, strides: int) -> Array:
+            y = layer(f"{name}_conv0", x, width, strides, activation=f)(x, train)
+            beside = functools.partial(shortcut, strides=strides, width=width)
+            plain, branch = nl.placement.Placement(), Branch(name=name)
+            connect = lambda y: branch(plain, lambda _: y, x, train, beside)  # noqa: E731
+            return layer(f"{name}_conv1", y, width, activation=f)(y, train, connect=connect)
+
+        def preactivated(
+            plan: nl.placement.Scheme, i: int, x: Array, width: int, strides: int
+        ) -> Array:
+            name, within = self.blocks[i], plan.inside(i)
+            init = {n: scaled(HE, plan.init_scale(n)) for n in ("up", "down")}
+
+            def branch(x: Array) -> Array:
+                x, up = f(x), within.get("up")
+                options = {"activation": None if up else f, "kernel_init": init["up"]}
+                y = layer(f"{name}_conv0", x, width, strides, **options)(x, train)
+                y = f(normed("norm_up", up, y, train)) if up else y
+                y = normed("norm_down", within.get("down"), y, train)
+                return layer(f"{name}_conv1", y, width, kernel_init=init["down"])(y, train)
+
+            beside = functools.partial(shortcut, strides=strides, width=width)
+            return Branch(name=name)(plan.at(i), branch, x, train, beside)
+
+        x = layer("stem", x, self.widths[0], activation=None if plan else f)(x, train)
+        x = normed("norm_first", plan and plan.first, x, train)
+        for i, name in enumerate(self.blocks):
+            stage, of_stage = divmod(i, self.n)
+            size = (self.widths[stage], 1 if of_stage or not stage else 2)
+            x = preactivated(plan, i, x, *size) if plan else paper(name, x, *size)
+        x = f(normed("norm_last", plan.last, x, train)) if plan else x
+        init = scaled(Normed.kernel_init, plan.init_scale("head") if plan else 1.0)
+        return nn.Dense(self.classes, kernel_init=init)(x.mean((1, 2)))
+
+
+def normed(name: str, norm: nl.Norm | None, x: Array, train: bool) -> Array:
+    """The norm of an activation, if there is one."""
+    return x if norm is None else Activation(norm, name=name)(x, train)
 
 
 def shortcut(x: Array, strides: int, width: int) -> Array:

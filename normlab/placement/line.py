@@ -173,15 +173,25 @@ PLACEMENT = instance(
 )
 
 
-@checked("init_residual", placement=PLACEMENT, x=array(rank=1, abstract=True))
+@checked(
+    "init_residual",
+    placement=PLACEMENT,
+    x=array(rank=1, abstract=True),
+    shortcut=a_function(),
+)
 def init_residual(
-    placement: Placement, x: ArrayLike, *, channel_axis: int = -1
+    placement: Placement,
+    x: ArrayLike,
+    *,
+    shortcut: Callable[[Array], Array] | None = None,
+    channel_axis: int = -1,
 ) -> tuple[Residual, Residual]:
     """Returns the initial parameters and states of a connection.
 
     Args:
       placement: Where its norms stand.
       x: `[N, ..., C]`, what flows through it; its shape suffices.
+      shortcut: As in `residual`.
       channel_axis: -1, or 1 for `[N, C, ...]`.
 
     Returns:
@@ -194,26 +204,26 @@ def init_residual(
     >>> params.branch.tolist()
     [0.10000000149011612, 0.10000000149011612]
     """
-    shape = jnp.shape(x)
-    a: Any = jax.ShapeDtypeStruct(shape, result_dtype(x))
-    site = Site(a, linear=_linear(channel_axis))
+    entering: Any = jax.ShapeDtypeStruct(jnp.shape(x), result_dtype(x))
+    leaving: Any = entering if shortcut is None else jax.eval_shape(shortcut, entering)
     params: dict[str, Any] = {}
     states: dict[str, Any] = {}
     for name in ("inner", "outer", "total"):
         norm = getattr(placement, name)
         if norm is None:
             continue
+        a = entering if name == "inner" else leaving
         try:
-            params[name], states[name] = norm.init(site)
+            params[name], states[name] = norm.init(Site(a, linear=_linear(channel_axis)))
         except ValueError as error:
             change = "take one that looks at activations alone, or that fits the shape"
-            given = f"{name}={norm!r} for an input of shape {shape}: {error}"
+            given = f"{name}={norm!r} for an input of shape {a.shape}: {error}"
             raise invalid("placement", given, "a norm of activations", change) from error
     for name in ("skip", "branch"):
         gain = getattr(placement, name)
         if isinstance(gain, Learned):
-            size = () if gain.per == "scalar" else (shape[channel_axis],)
-            params[name] = jnp.full(size, gain.init / gain.factor, promote_dtype(a))
+            size = () if gain.per == "scalar" else (leaving.shape[channel_axis],)
+            params[name] = jnp.full(size, gain.init / gain.factor, promote_dtype(leaving))
     return Residual(**params), Residual(**states)
 
 
@@ -227,6 +237,7 @@ RESIDUAL = instance(Residual, "take what init_residual returned", arrays=False)
     state=RESIDUAL,
     F=a_function(),
     x=array(rank=1),
+    shortcut=a_function(),
     has_aux=flag(),
 )
 def residual(
@@ -237,6 +248,7 @@ def residual(
     x: ArrayLike,
     *,
     train: bool,
+    shortcut: Callable[[Array], Array] | None = None,
     weights: ArrayLike | None = None,
     channel_axis: int = -1,
     has_aux: bool = False,
@@ -251,9 +263,11 @@ def residual(
         the call, as in adaLN-Zero, takes the place of a learned one: `params._replace(branch=gate)`
         with `[N, C]`, or as many axes as x; a norm's own goes through `modulate`.
       state: Their states.
-      F: The branch: what it returns has the shape of x.
+      F: The branch: what it returns has the shape of x, or of its shortcut.
       x: `[N, ..., C]`.
       train: As of a norm.
+      shortcut: What x goes through beside the branch, where that changes the shape: a ResNet's 1×1
+        convolution, or every other position.
       weights: Those of the examples or positions, for the norms' statistics.
       channel_axis: -1, or 1 for `[N, C, ...]`.
       has_aux: Whether F returns `(y, aux)`, its own next states, say.
@@ -306,16 +320,19 @@ def residual(
         scaled = jnp.asarray(placement.scale, wide) * entering.astype(wide)
         entering = scaled.astype(entering.dtype)
     y, aux = F(entering) if has_aux else (F(entering), None)
-    if jnp.shape(y) != x.shape:
-        given = f"a branch that makes {jnp.shape(y)} of {x.shape}"
-        raise invalid("residual", given, "the shape of x", "project inside the branch")
+    beside = x if shortcut is None else jnp.asarray(shortcut(x))
+    if jnp.shape(y) != beside.shape:
+        given = f"a branch that makes {jnp.shape(y)} of {x.shape}, and {beside.shape} beside it"
+        change = "project inside the branch, or give x a shortcut"
+        raise invalid("residual", given, "one shape", change)
     y = norm("outer", jnp.asarray(y)).astype(wide)
     if placement.lerp:
-        total = x.astype(wide) + gained("branch", y - x.astype(wide))
+        beside = beside.astype(wide)
+        total = beside + gained("branch", y - beside)
     elif placement.delayed:
-        total = gained("skip", x) + _times_in_value(y, placement.branch)
+        total = gained("skip", beside) + _times_in_value(y, placement.branch)
     else:
-        total = gained("skip", x) + gained("branch", y)
+        total = gained("skip", beside) + gained("branch", y)
     h = norm("total", total.astype(x.dtype))
     done = Residual(**{name: after.get(name) for name in ("inner", "outer", "total")})
     return (h, done, aux) if has_aux else (h, done)

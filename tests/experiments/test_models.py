@@ -1,6 +1,7 @@
 """The networks of the experiments: every norm in every network, and each network by hand."""
 
 import functools
+import re
 from typing import Any
 
 import jax
@@ -14,6 +15,7 @@ import normlab as nl
 from experiments import models
 from experiments.data import Dataset
 from experiments.models.layers import choose, rescaled
+from experiments.models.lm import LINEAR
 from experiments.models.resnet import shortcut
 from experiments.training.trainer import AXIS, FORMS, DeviceData, Trainer
 from tests.cases import NAMES
@@ -29,15 +31,17 @@ SIZES = {
     "lstm": {"widths": (4,)},
     "gru": {"widths": (4,)},
     "vit": {"width": 8, "depth": 1, "heads": 2},
+    "lm": {"width": 8, "depth": 1, "heads": 2, "kv_heads": 1},
 }
 """Of every kind of network, one that is small enough to be compiled with each norm."""
 
-FLAT = ("mlp", "lstm", "gru")
+FLAT = ("mlp", "lstm", "gru", "vit", "lm")
 """Those whose activations have no positions, which instance norm needs."""
 
 ON_W = ("weight", "weight_standardization", "cosine", "centred_cosine")
 IMAGES = draw(0, 4, 8, 8, 1).astype(np.float32)
 LABELS = np.array([0, 1, 2, 0])
+TOKENS = np.random.default_rng(0).integers(0, CLASSES, (4, 7))
 
 
 def norm(name: str, **options) -> nl.Norm:
@@ -48,6 +52,11 @@ def make(model: str, name: str = "batch", **options):
     return models.build(model, norm(name), CLASSES, **{**SIZES.get(model, {}), **options})
 
 
+def example(model: str) -> tuple[Any, Any]:
+    """What a model reads, and what it is to say."""
+    return (TOKENS[:, :-1], TOKENS[:, 1:]) if model == "lm" else (IMAGES, LABELS)
+
+
 def random(network, x, scale: float = 1.0):
     """Random parameters, drawn without compiling anything."""
     made = jax.eval_shape(lambda: network.init(jax.random.key(0), x, train=False)["params"])
@@ -55,7 +64,7 @@ def random(network, x, scale: float = 1.0):
     return jax.tree.map(lambda v: array(scale * rng.normal(size=v.shape)), made)
 
 
-def variables(network, x=IMAGES):
+def variables(network, x: Any = IMAGES):
     """Random parameters, and the initial states of the norms."""
     made = jax.jit(lambda: models.split(network.init(jax.random.key(0), x, train=False))[1])
     return random(network, x), made()
@@ -85,17 +94,16 @@ class TestEveryNorm:
     @pytest.mark.parametrize("name", NAMES)
     @pytest.mark.parametrize("model", SIZES)
     def test_two_steps_under_every_norm_bring_the_loss_down(self, model, name):
+        x, labels = example(model)
         if name == "instance" and model in FLAT:
             with pytest.raises(ValueError, match="with positions between examples and channels"):
-                jax.eval_shape(
-                    lambda: make(model, name).init(jax.random.key(0), IMAGES, train=True)
-                )
+                jax.eval_shape(lambda: make(model, name).init(jax.random.key(0), x, train=True))
             return
         network = make(model, name)
 
         def loss(params, state):
-            logits, changed = apply(network, params, state, IMAGES, train=True)
-            losses = optax.softmax_cross_entropy_with_integer_labels(logits, LABELS)
+            logits, changed = apply(network, params, state, x, train=True)
+            losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
             return losses.mean(), changed.get(models.STATE, state)
 
         def step(carry, _):
@@ -105,10 +113,10 @@ class TestEveryNorm:
             return (params, state), value
 
         def train(kernels):
-            start = models.split(models.complete(network, kernels, IMAGES))
+            start = models.split(models.complete(network, kernels, x))
             return start, *jax.lax.scan(step, start, length=2)
 
-        start, end, losses = jax.jit(train)(random(network, IMAGES, scale=0.5))
+        start, end, losses = jax.jit(train)(random(network, x, scale=0.5))
         assert losses[1] < losses[0]
         moved = flatten_dict(jax.tree.map(lambda a, b: (a != b).any(), start[0], end[0]))
         assert [path for path in moved if path[-1] == "kernel" and not moved[path]] == []
@@ -137,12 +145,15 @@ class TestEveryModel:
     @pytest.mark.parametrize("model", models.MODELS)
     def test_the_layers_that_carry_a_norm_are_those_that_are_named(self, model):
         network = make(model, where=lambda name: True)
-        made = jax.eval_shape(lambda: network.init(jax.random.key(0), IMAGES, train=False))
-        carrying = {
-            "/".join(path[:-1])
-            for path, affine in leaves(made["params"])
-            if path[-1] == "norm" and affine.g is not None
-        }
+        made = jax.eval_shape(
+            lambda: network.init(jax.random.key(0), example(model)[0], train=False)
+        )
+        carrying = set()
+        for path, params in leaves(made["params"]):
+            of = {"": params} if path[-1] == "norm" else {}
+            if isinstance(params, nl.placement.Residual):
+                of = {f"/{place}": v for place, v in params._asdict().items() if v is not None}
+            carrying |= {"/".join(path[:-1]) + place for place, v in of.items() if v.g is not None}
         assert carrying == set(network.layers)
 
     def test_resnets_have_6n_plus_2_layers(self):
@@ -203,53 +214,18 @@ class TestPlacement:
         want = x.mean((1, 2)) @ params["Dense_0"]["kernel"] + params["Dense_0"]["bias"]
         assert gap(got, want) < 1e-5
 
-    @pytest.mark.parametrize("placement", ["before", "after"])
-    def test_a_transformer_is_pre_norm_or_post_norm(self, placement):
-        network = make("vit", "layer", placement=placement)
-        params, state = variables(network)
-        norms = {
-            name: functools.partial(nl.layer_norm, params=params[name]["norm"])
-            for name in network.carriers()
-        }
-
-        def dense(name, x):
-            p = params[name]
-            b = p["norm"].b if "norm" in p else p["bias"]
-            return x @ p["kernel"] + b
-
-        def attention(x):
-            q, k, v = np.split(np.asarray(dense("block0_qkv", x)), 3, -1)
-            q, k, v = (m.reshape(4, 5, 2, 4).swapaxes(1, 2) for m in (q, k, v))
-            h = jax.nn.softmax(q @ k.swapaxes(-1, -2) / 2, -1) @ v
-            return dense("block0_out", h.swapaxes(1, 2).reshape(4, 5, 8))
-
-        def mlp(x):
-            return dense("block0_down", jax.nn.gelu(dense("block0_up", x)))
-
-        patches = [IMAGES[:, i : i + 4, j : j + 4].reshape(4, 16) for i in (0, 4) for j in (0, 4)]
-        x = dense("embed", np.stack(patches, 1))
-        first = jnp.broadcast_to(params["first"], (4, 1, 8))
-        x = jnp.concatenate([first, x], 1) + params["positions"]
-        for name, f in (("block0_norm0", attention), ("block0_norm1", mlp)):
-            x = x + f(norms[name](x)) if placement == "before" else norms[name](x + f(x))
-        if placement == "before":
-            x = norms["last_norm"](x)
-        got, _ = apply(network, params, state, IMAGES, train=False)
-        assert gap(got, dense("Dense_0", x[:, 0])) < 1e-5
-
     @pytest.mark.parametrize("name", ON_W)
     def test_a_norm_that_looks_at_w_has_no_place_after_the_activation(self, name):
-        for model, where in (("mlp", "Normed_0"), ("vit", "linear layer")):
-            network = make(model, name, placement="after")
-            with pytest.raises(ValueError, match=rf"{where}.*use placement=\"before\""):
-                jax.eval_shape(lambda: network.init(jax.random.key(0), IMAGES, train=True))  # noqa: B023
+        network = make("mlp", name, placement="after")
+        with pytest.raises(ValueError, match=r"Normed_0.*use placement=\"before\""):
+            jax.eval_shape(lambda: network.init(jax.random.key(0), IMAGES, train=True))
 
     def test_norms_of_weights_stand_in_the_linear_layers_of_a_transformer(self):
         def carriers(name):
             return sorted(make("vit", name).carriers())
 
-        assert carriers("layer") == ["block0_norm0", "block0_norm1", "last_norm"]
-        linear = ["block0_down", "block0_out", "block0_qkv", "block0_up"]
+        assert carriers("layer") == ["block0/attention/inner", "block0/mlp/inner", "norm_last"]
+        linear = [f"block0/{name}" for name in ("down", "k", "out", "q", "up", "v")]
         assert all(carriers(name) == linear for name in ON_W)
 
     def test_other_placements_are_refused(self):
@@ -259,6 +235,8 @@ class TestPlacement:
             make("mlp", placement="behind").carriers()
         with pytest.raises(ValueError, match="gate's sigmoid sees the sum of two"):
             make("lstm", placement="after").carriers()
+        with pytest.raises(ValueError, match=r"use scheme=\"post\" for norm\(x \+ f\(x\)\)"):
+            make("vit", placement="after").carriers()
 
 
 class TestFused:
@@ -267,7 +245,7 @@ class TestFused:
         network = models.build("conv", nl.get("frn"), CLASSES, widths=(4,), placement=placement)
         params, state = variables(network)
         layer, last = params["Normed_0"], params["Dense_0"]
-        a = nl.Conv(strides=2)(IMAGES, layer["kernel"])
+        a = nl.Conv(strides=2)(array(IMAGES), layer["kernel"])
         h = nl.family.frn_norm(a + layer.get("bias", 0.0), layer["norm"])
         got, _ = apply(network, params, state, IMAGES, train=True)
         expected = h.reshape(4, -1) @ last["kernel"] + last["bias"]
@@ -319,9 +297,13 @@ class TestWhere:
             make("vgg", where=where).carriers()
 
     def test_a_norm_of_weights_cannot_stand_where_there_are_none(self):
-        for model, place in (("lstm", "layer0/cell"), ("vit", "block0_norm0")):
+        for model, place, message in (
+            ("lstm", "layer0/cell", "layer0/cell: got a norm that looks at w or x"),
+            ("vit", "block0/norm_q", "block0/norm_q: got a norm that looks at w or x"),
+            ("vit", "block0/mlp/outer", "outer=get.'weight'.*expected a norm of activations"),
+        ):
             network = make(model, "weight", where=(place,))
-            with pytest.raises(ValueError, match=f"{place}: got a norm that looks at w or x"):
+            with pytest.raises(ValueError, match=message):
                 jax.eval_shape(lambda: network.init(jax.random.key(0), IMAGES, train=True))  # noqa: B023
 
 
@@ -331,6 +313,174 @@ class TestBuild:
             models.build("resnet21", norm("batch"), 10)
         with pytest.raises(ValueError, match="nin: unknown option 'width': did you mean 'widths'"):
             models.build("nin", norm("batch"), 10, width=3)
+
+
+def dense(params, x):
+    """A linear layer, with its own bias or its norm's."""
+    b = params["bias"] if "bias" in params else getattr(params.get("norm"), "b", None)
+    y = x @ np.asarray(params["kernel"])
+    return y if b is None else y + np.asarray(b)
+
+
+def turn(x, base=10_000.0):
+    """RoPE by complex numbers."""
+    half = x.shape[-1] // 2
+    angle = np.arange(x.shape[1])[:, None, None] * base ** -(np.arange(half) / half)
+    z = (x[..., :half] + 1j * x[..., half:]) * np.exp(1j * angle)
+    return np.concatenate([z.real, z.imag], -1)
+
+
+def attend(q, k, v, seen):
+    """Attention with a head of k and v for several of q, head by head."""
+    share, out = q.shape[2] // k.shape[2], np.empty_like(q)
+    for h in range(q.shape[2]):
+        logits = q[:, :, h] @ k[:, :, h // share].swapaxes(1, 2) / np.sqrt(q.shape[-1])
+        weights = np.exp(np.where(seen, logits, -np.inf) - logits.max(-1, keepdims=True))
+        out[:, :, h] = weights / weights.sum(-1, keepdims=True) @ v[:, :, h // share]
+    return out
+
+
+class TestTransformers:
+    def norms(self, network, params):
+        """Layer norms by the names of the network's places; identities elsewhere."""
+        carriers = network.carriers()
+
+        def norm(place, x):
+            if place not in carriers:
+                return x
+            *path, last = place.split("/")
+            tree = params
+            for key in path:
+                tree = tree[key]
+            found = tree["norm"] if last in nl.placement.Residual._fields else tree[last]["norm"]
+            found = getattr(found, last, found)
+            return np.asarray(nl.layer_norm(x, found))
+
+        return norm
+
+    def block(self, norm, name, x, attention, mlp):
+        for branch, f in (("attention", attention), ("mlp", mlp)):
+            at = f"{name}/{branch}"
+            x = norm(f"{at}/total", x + norm(f"{at}/outer", f(norm(f"{at}/inner", x))))
+        return x
+
+    @pytest.mark.parametrize("scheme", ["pre", "post"])
+    def test_the_vision_transformer_by_hand(self, scheme):
+        network = make("vit", "layer", scheme=scheme)
+        params, state = variables(network)
+        norm, p = self.norms(network, params), params["block0"]
+
+        def attention(x):
+            q, k, v = (dense(p[name], x).reshape(4, 5, 2, 4) for name in "qkv")
+            return dense(p["out"], attend(q, k, v, True).reshape(4, 5, 8))
+
+        def mlp(x):
+            return dense(p["down"], np.asarray(jax.nn.gelu(dense(p["up"], x))))
+
+        patches = [IMAGES[:, i : i + 4, j : j + 4].reshape(4, 16) for i in (0, 4) for j in (0, 4)]
+        x = dense(params["embed"], np.stack(patches, 1))
+        first = np.broadcast_to(params["class_token"], (4, 1, 8))
+        x = np.concatenate([first, x], 1) + params["positions"]
+        x = norm("norm_last", self.block(norm, "block0", x, attention, mlp))
+        got, _ = jax.jit(functools.partial(apply, network, train=False))(params, state, IMAGES)
+        assert gap(got, dense(params["head"], x[:, 0])) < 1e-5
+
+    @pytest.mark.parametrize(
+        "options",
+        [
+            {"scheme": "peri", "inside": ("q", "k"), "tied": False},
+            {"scheme": "sub", "mlp": "gelu", "use_bias": True, "context": 3},
+        ],
+    )
+    def test_the_language_model_by_hand(self, options):
+        network = make("lm", "layer", **{"heads": 4, "kv_heads": 2, "width": 16}, **options)
+        tokens, _ = example("lm")
+        params, state = variables(network, tokens)
+        norm, p = self.norms(network, params), params["block0"]
+        back = np.arange(6)[:, None] - np.arange(6)
+        seen = (back >= 0) & (back < options.get("context", 6))
+
+        def attention(x):
+            q, k, v = (dense(p[name], x).reshape(4, 6, -1, 4) for name in "qkv")
+            q, k, v = (norm(f"block0/norm_{n}", a) for n, a in (("q", q), ("k", k), ("v", v)))
+            h = attend(turn(q), turn(k), v, seen).reshape(4, 6, 16)
+            return dense(p["out"], norm("block0/norm_out", h))
+
+        def mlp(x):
+            up = dense(p["up"], x)
+            f = jax.nn.silu(dense(p["gate"], x)) if "gate" in p else jax.nn.gelu(up)
+            h = np.asarray(f) * (up if "gate" in p else 1)
+            return dense(p["down"], norm("block0/norm_down", h))
+
+        embedding = np.asarray(params["embed"]["embedding"])
+        x = norm("norm_first", 4 * embedding[tokens])
+        x = norm("norm_last", self.block(norm, "block0", x, attention, mlp))
+        head = embedding.T if "head" not in params else np.asarray(params["head"]["kernel"])
+        got, _ = jax.jit(functools.partial(apply, network, train=False))(params, state, tokens)
+        assert ("head" in params) == (not options.get("tied", True))
+        assert got.dtype == jnp.float32
+        assert gap(got, x @ head) < 1e-5
+
+    @pytest.mark.parametrize("name", [n for n in NAMES if n not in ("batch", "instance")])
+    def test_no_logit_sees_a_later_token(self, name):
+        where = (
+            None
+            if name in ON_W
+            else lambda place: not re.search(f"/({'|'.join(LINEAR)})$|logits", place)
+        )
+        network = make("lm", name, where=where)
+        tokens = np.stack([TOKENS[0], np.append(TOKENS[0, :4], (TOKENS[0, 4:] + 1) % CLASSES)])
+        params, state = variables(network, tokens)
+        run = jax.jit(functools.partial(apply, network, train=True))
+        a, b = run(params, state, tokens)[0]
+        assert gap(a[:4], b[:4]) < 1e-6
+        assert (jnp.abs(a[4:] - b[4:]).max(-1) > 1e-3).all()
+
+    @pytest.mark.parametrize(
+        ("name", "scheme", "runs"),
+        [
+            ("rms", {"name": "lns", "depth": 2}, ["blocks"]),
+            ("batch", {"name": "mix", "depth": 3, "share": 0.4}, ["blocks_from0", "blocks_from1"]),
+        ],
+    )
+    def test_scanned_blocks_are_those_that_are_written_out(self, name, scheme, runs):
+        """Values, gradients, states and all that is sown, with `remat` too."""
+        scheme = nl.placement.scheme(norm=norm(name), **scheme)
+        sizes = {"scheme": scheme, "depth": scheme.depth}
+        written = make("lm", name, **sizes)
+        scanned = make("lm", name, **sizes, scan=True, remat=True)
+        tokens, _ = example("lm")
+        params, state = variables(written, tokens)
+        assert list(scanned.runs()) == runs
+
+        def run(network):
+            def loss(params, state):
+                sown = (models.STATE, models.PARTS, models.ACTIVATIONS, models.DEPTH)
+                y, changed = apply(network, params, state, tokens, train=True, mutable=sown)
+                return jnp.square(y).sum(), (y, changed)
+
+            return jax.jit(jax.grad(loss, has_aux=True))
+
+        grads, (y, changed) = run(written)(params, state)
+        stacked = scanned.stack(params), scanned.stack(state)
+        made = jax.eval_shape(lambda: scanned.init(jax.random.key(0), tokens, train=False))
+        assert jax.tree.map(jnp.shape, models.split(made)) == jax.tree.map(jnp.shape, stacked)
+        own_grads, (own_y, own) = run(scanned)(*stacked)
+        assert gap(own_y, y) < 1e-5
+        found = {of: scanned.unstack(tree) for of, tree in own.items()}
+        assert jax.tree.structure(found) == jax.tree.structure(changed)
+        for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(changed), strict=True):
+            assert gap(a, b) < 1e-5
+        largest = max(jnp.abs(g).max() for g in jax.tree.leaves(grads))
+        for a, b in zip(*map(jax.tree.leaves, (scanned.unstack(own_grads), grads)), strict=True):
+            assert jnp.abs(a - b).max() < 1e-5 * largest
+        assert models.parts_by_layer(own).keys() == models.parts_by_layer(changed).keys()
+        [stream], [heads] = (found[models.DEPTH]["block1"][name] for name in ("after_mlp", "heads"))
+        assert (stream.shape, heads.q.shape, heads.k.shape) == (
+            (4, 6, 8),
+            (4, 6, 2, 4),
+            (4, 6, 1, 4),
+        )
 
 
 def sigmoid(v):

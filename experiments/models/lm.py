@@ -1,0 +1,464 @@
+"""A small decoder-only language model, and the blocks that the vision transformer shares with it.
+
+Every token is an example: between the layers stands `[N·T, C]`, inside the attention `[N·T, H, D]`.
+So a norm of activations never looks at another token, but for the statistics of a batch.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any, ClassVar, Literal, NamedTuple, get_args
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+import normlab as nl
+from normlab.devices.merging import vary, varying_axes
+from normlab.errors import invalid
+
+from .layers import (
+    ACTIVATIONS,
+    DEPTH,
+    NONE,
+    PARTS,
+    STATE,
+    Activation,
+    Branch,
+    Network,
+    Normed,
+    needs_kernel,
+    scaled,
+)
+
+BRANCHES = ("attention", "mlp")
+"""The branches of a block."""
+
+CONNECTION = ("inner", "outer", "total")
+"""Where norms stand on the connection of a branch."""
+
+LINEAR = ("q", "k", "v", "out", "gate", "up", "down")
+"""The linear layers of a block."""
+
+Form = Literal["swiglu", "gelu"]
+"""The MLP: down(silu(gate(x))·up(x)) (Shazeer 2020, https://arxiv.org/abs/2002.05202), or
+down(gelu(up(x)))."""
+
+NOTHING = nl.get("none", use_bias=False)
+"""What stands in a linear layer without a norm where there are no biases."""
+
+
+class Heads(NamedTuple):
+    """What an attention compares, sown into `DEPTH`.
+
+    Attributes:
+      q: `[N, T, H, D]`, as it enters the attention.
+      k: `[N, T, K, D]`.
+    """
+
+    q: Array
+    k: Array
+
+
+class Sizes(NamedTuple):
+    """What a block is beside its norms; see `Transformer` and `Lm`.
+
+    Attributes:
+      length: T.
+      causal: Whether a token sees none behind it.
+      start: By what the initial kernel of a linear layer is multiplied.
+    """
+
+    width: int
+    heads: int
+    kv_heads: int
+    hidden: int
+    gated: bool
+    activation: Callable[[Array], Array]
+    use_bias: bool
+    implementation: Literal["xla", "cudnn"] | None
+    length: int
+    causal: bool
+    context: int | None
+    rope: float | None
+    start: Callable[[str], float]
+
+
+class Block(nn.Module):
+    """An attention and an MLP, each with its residual connection.
+
+    Attributes:
+      norms: The norms of the linear layers, and those inside the branches: `norm_q` and so on.
+      sizes: All else.
+    """
+
+    norms: Mapping[str, nl.Norm]
+    sizes: Sizes
+
+    @nn.compact
+    def __call__(
+        self, x: Array, placements: Mapping[str, nl.placement.Placement], train: bool
+    ) -> Array:
+        for name, branch in (("attention", self.attention), ("mlp", self.mlp)):
+            x = Branch(name=name)(placements[name], lambda x, f=branch: f(x, train), x, train)
+            self.show(f"after_{name}", x.reshape(-1, self.sizes.length, self.sizes.width))
+        return x
+
+    def show(self, name: str, value: Any) -> None:
+        """Sows into `DEPTH`."""
+        if not self.is_initializing():
+            self.sow(DEPTH, name, value)
+
+    def attention(self, x: Array, train: bool) -> Array:
+        """Of tokens [N·T, C]; q, k and v are normalized by head, and turned behind it."""
+        s = self.sizes
+        size = s.width // s.heads
+        heads = {"q": s.heads, "k": s.kv_heads, "v": s.kv_heads}
+        q, k, v = (
+            self.norm(n, self.dense(n, x, h * size, train).reshape(-1, h, size), train)
+            for n, h in heads.items()
+        )
+        q, k, v = (a.reshape(-1, s.length, *a.shape[1:]) for a in (q, k, v))
+        if s.rope is not None:
+            q, k = rotate(q, s.rope), rotate(k, s.rope)
+        self.show("heads", Heads(q, k))
+        window = None if s.context is None else (s.context - 1, 0)
+        h = jax.nn.dot_product_attention(
+            q, k, v, is_causal=s.causal, local_window_size=window, implementation=s.implementation
+        )
+        h = self.norm("heads", h.reshape(-1, s.heads, size), train).reshape(-1, s.width)
+        return self.dense("out", self.norm("out", h, train), s.width, train)
+
+    def mlp(self, x: Array, train: bool) -> Array:
+        """Of tokens [N·T, C]."""
+        s = self.sizes
+        h = self.dense("gate" if s.gated else "up", x, s.hidden, train, s.activation)
+        h = h * self.dense("up", x, s.hidden, train) if s.gated else h
+        return self.dense("down", self.norm("down", h, train), s.width, train)
+
+    def dense(
+        self,
+        name: str,
+        x: Array,
+        units: int,
+        train: bool,
+        activation: Callable[[Array], Array] | None = None,
+    ) -> Array:
+        """The linear layer of that name; of the MLP's first ones with a norm behind it."""
+        behind = name in ("up", "gate") and f"norm_{name}" in self.norms
+        layer = Normed(
+            nl.Dense(),
+            self.norms.get(name, NONE if self.sizes.use_bias else NOTHING),
+            (x.shape[-1], units),
+            activation=None if behind else activation,
+            kernel_init=scaled(Normed.kernel_init, self.sizes.start(name)),
+            name=name,
+        )
+        h = layer(x, train)
+        if not behind:
+            return h
+        h, f = self.norm(name, h, train), activation
+        return h if f is None or self.norms[f"norm_{name}"].fused else f(h)
+
+    def norm(self, place: str, x: Array, train: bool) -> Array:
+        """The norm inside a branch, if one stands there."""
+        name = f"norm_{place}"
+        return Activation(self.norms[name], name=name)(x, train) if name in self.norms else x
+
+
+class Transformer(Network):
+    """What the language model and the vision transformer have in common.
+
+    The norms of a block stand where its scheme says (`nl.placement.scheme`), on the connections
+    (`block{i}/attention/inner`, `/outer`, `/total`, and so on of `mlp`), inside the branches
+    (`block{i}/norm_q` and so on), at the beginning and at the end (`norm_first`, `norm_last`,
+    `norm_logits`). A norm that looks at w or x has nothing to look at there; it stands in the
+    linear layers instead: `block{i}/q`, `/k`, `/v`, `/out`, `/gate`, `/up`, `/down`. `where` may
+    name any of these. A place that does not carry a norm is the identity.
+
+    Under `scan` blocks with norms at the same places are one program, and their variables are
+    stacked: `blocks`, or, where a scheme changes with depth, `blocks_from0` and so on.
+
+    Attributes:
+      scheme: The name of a scheme, or one with norms of its own.
+      inside: Where the norm stands beside the scheme's places: `("q", "k")` is QK norm.
+      width: C, the size of the residual stream.
+      depth: The number of blocks.
+      heads: H, the number of heads; divides the width.
+      kv_heads: The number of heads of k and v, which divides H; `None` for H.
+      hidden: The units of the MLP; `None` for 4 C, or 8/3 C, rounded to 8, where it is gated.
+      mlp: What the MLP is.
+      activation: f of the MLP; `None` for that of `mlp`.
+      use_bias: Whether linear layers without a norm have biases.
+      scan: Whether the blocks are scanned over.
+      remat: Whether a block's activations are computed anew for the gradient.
+      implementation: That of `jax.nn.dot_product_attention`; "cudnn" is flash attention, on a GPU
+        in half precision. Params that are cast to bfloat16 make everything bfloat16, but for
+        what the norms, the rotation and the sums of the connections compute in float32.
+    """
+
+    scheme: str | nl.placement.Scheme = "pre"
+    inside: tuple[str, ...] = ()
+    width: int = 128
+    depth: int = 4
+    heads: int = 4
+    kv_heads: int | None = None
+    hidden: int | None = None
+    mlp: Form = "swiglu"
+    activation: Callable[[Array], Array] | None = None  # pyright: ignore
+    use_bias: bool = False
+    scan: bool = False
+    remat: bool = False
+    implementation: Literal["xla", "cudnn"] | None = None
+    context: int | None = None
+    rope: float | None = None
+
+    causal: ClassVar[bool] = False
+    """Whether a token sees none behind it."""
+
+    @property
+    def plan(self) -> nl.placement.Scheme:
+        """The scheme, before `where` chooses among its places."""
+        if not isinstance(self.scheme, str):
+            return self.scheme
+        inside = dict.fromkeys(self.inside, self.norm)
+        more: dict[str, Any] = {"width": self.width} if self.scheme == "ngpt" else {}
+        return nl.placement.scheme(
+            self.scheme, norm=self.norm, depth=self.depth, inside=inside, **more
+        )
+
+    @property
+    def places(self) -> tuple[str, ...]:
+        """Where in a block a norm may stand."""
+        linear = [name for name in LINEAR if name != "gate" or self.mlp == "swiglu"]
+        connections = [f"{branch}/{name}" for branch in BRANCHES for name in CONNECTION]
+        return (*connections, *linear, *(f"norm_{name}" for name in (*linear, "heads")))
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """`norm_first`, `block0/attention/inner` and so on."""
+        blocks = (f"block{i}/{place}" for i in range(self.depth) for place in self.places)
+        return ("norm_first", *blocks, "norm_last", "norm_logits")
+
+    def carriers(self) -> frozenset[str]:
+        """The names of the layers that carry a norm."""
+        return frozenset(self.norms())
+
+    def norms(self) -> dict[str, nl.Norm]:
+        """The norm of each layer that carries one: the scheme's there, or the model's."""
+        if self.placement != "before":
+            raise invalid(
+                type(self).__name__,
+                f"placement={self.placement!r}",
+                "'before': where the norms of a transformer stand is its scheme",
+                'use scheme="post" for norm(x + f(x)), scheme="pre" for x + f(norm(x))',
+            )
+        chosen, plan = super().carriers(), self.plan
+        own = {f"norm_{name}": getattr(plan, name) for name in ("first", "last", "logits")}
+        for i in range(self.depth):
+            for branch in BRANCHES:
+                placement = plan.at(i, branch)
+                own |= {f"block{i}/{branch}/{p}": getattr(placement, p) for p in CONNECTION}
+            own |= {f"block{i}/norm_{place}": norm for place, norm in plan.inside(i).items()}
+        own = {name: norm for name, norm in own.items() if norm is not None}
+        if self.where is not None:
+            return {name: own.get(name, self.norm) for name in self.layers if name in chosen}
+        if not needs_kernel(self.norm, jnp.zeros((2, self.width))):
+            return own
+        linear = [name for name in self.layers if name.split("/")[-1] in LINEAR]
+        return {n: norm for n, norm in own.items() if norm != self.norm} | dict.fromkeys(
+            linear, self.norm
+        )
+
+    def runs(self) -> dict[str, range]:
+        """Which blocks are one scan, by the name of their variables."""
+        plan, chosen = self.plan, self.carriers() if self.where is not None else ()
+
+        def kind(i: int) -> Any:
+            placements = [jax.tree.structure(plan.at(i, branch)) for branch in BRANCHES]
+            named = [place for place in self.places if f"block{i}/{place}" in chosen]
+            return placements, dict(plan.inside(i)), named
+
+        runs = [list(run) for _, run in itertools.groupby(range(self.depth), kind)]
+        name = "blocks" if len(runs) == 1 else "blocks_from{}"
+        return {name.format(run[0]): range(run[0], run[-1] + 1) for run in runs}
+
+    def stack(self, tree: Any) -> Any:
+        """The variables of the unrolled model as those under `scan`; `unstack` undoes it."""
+        stacked = {name: v for name, v in tree.items() if not name.startswith("block")}
+        for name, run in self.runs().items():
+            if blocks := [tree[f"block{i}"] for i in run if f"block{i}" in tree]:
+                stacked[name] = jax.tree.map(lambda *v: jnp.stack(v), *blocks)
+        return stacked
+
+    def unstack(self, tree: Any) -> Any:
+        """The variables of the model under `scan`, sown ones too, as those of the unrolled one."""
+        return unstack(tree, self.runs())
+
+    def project(self, params: Any) -> Any:
+        """The params after a step, and before the first: with unit rows, where a scheme says so."""
+        return nl.project(params, self.plan.project) if self.plan.project else params
+
+    def through(self, x: Array, train: bool) -> Array:
+        """What the blocks and the norms around them make of `x [N, T, C]`: `[N·T, C]`."""
+        norms, sizes = self.norms(), self.sizes(x.shape[1])
+        inside = {p for p in self.places if "/" not in p}
+
+        def placements(i: int) -> dict[str, nl.placement.Placement]:
+            at = f"block{i}/{{}}/{{}}".format
+            return {
+                b: replace(self.plan.at(i, b), **{p: norms.get(at(b, p)) for p in CONNECTION})
+                for b in BRANCHES
+            }
+
+        def make(name: str, i: int) -> Block:
+            own = {p: norms[f"block{i}/{p}"] for p in inside if f"block{i}/{p}" in norms}
+            return Block(own, sizes, name=name)
+
+        def call(block: Block, x: Array, placements: Any) -> Array:
+            f = lambda block, x: block(x, placements, train)  # noqa: E731
+            return nn.remat(f, prevent_cse=not self.scan)(block, x) if self.remat else f(block, x)
+
+        x = self.outside("norm_first", x.reshape(-1, self.width), train)
+        if not self.scan:
+            for i in range(self.depth):
+                x = call(make(f"block{i}", i), x, placements(i))
+        for name, run in self.runs().items() if self.scan else ():
+            x = over_depth(call, make(name, run[0]), x, [placements(i) for i in run])
+        return self.outside("norm_last", x, train)
+
+    def outside(self, name: str, x: Array, train: bool) -> Array:
+        """The norm of that name, if it stands there."""
+        norm = self.norms().get(name)
+        return x if norm is None else Activation(norm, name=name)(x, train)
+
+    def sizes(self, length: int) -> Sizes:
+        """What the blocks are beside their norms, for sequences of that length."""
+        kv_heads, name = self.kv_heads or self.heads, type(self).__name__
+        if self.mlp not in get_args(Form):
+            raise invalid(name, f"mlp={self.mlp!r}", "'swiglu' or 'gelu'", "use one of the two")
+        turned = 2 if self.rope is not None else 1
+        if self.width % (turned * self.heads) or self.heads % kv_heads:
+            raise invalid(
+                name,
+                f"width={self.width}, heads={self.heads}, kv_heads={kv_heads}",
+                "heads that divide the width, evenly sized where they are turned, and kv_heads "
+                "that divide the heads",
+                "change one of them",
+            )
+        gated = self.mlp == "swiglu"
+        hidden = self.hidden or (8 * round(self.width / 3) if gated else 4 * self.width)
+        activation = self.activation or (nn.silu if gated else nn.gelu)
+        own = {name: getattr(self, name) for name in Sizes._fields if hasattr(self, name)}
+        more = {"kv_heads": kv_heads, "hidden": hidden, "gated": gated, "activation": activation}
+        return Sizes(**own | more, length=length, start=self.plan.init_scale)  # pyright: ignore
+
+
+class Lm(Transformer):
+    """A decoder-only language model, small: with the defaults a Llama of 0.8 million weights.
+
+        embed              √C times one of V vectors [C] (Vaswani et al. 2017, section 3.4)
+        norm_first         where the scheme has one
+        block{i}/q, k, v   dense; turned by position (RoPE); causal attention;   block{i}/out
+        block{i}/gate, up  dense, silu(gate)·up;                                 block{i}/down
+        norm_last          where the scheme has one
+        head               dense, V; the embedding itself where they are tied;   norm_logits
+
+    There are 4 blocks of width 128 with 4 heads. Around q … out and around gate … down are residual
+    connections, `block{i}/attention` and `block{i}/mlp`: where the norms stand on them, and inside,
+    is the scheme (`Transformer`), pre-norm by default. The rotation is that of Su et al. 2021
+    (https://arxiv.org/abs/2104.09864) on the two halves of a head, as in the weights of Llama on
+    the Hugging Face hub; k and v may have fewer heads (Ainslie et al. 2023,
+    https://arxiv.org/abs/2305.13245). Inputs are tokens `[N, T]`, outputs logits `[N, T, V]` in
+    float32; `classes` is V.
+
+    Attributes:
+      tied: Whether the head is the embedding.
+      context: How many tokens a token sees, itself included; `None` for all before it.
+      rope: The base of the rotation's periods; `None` for no positions.
+    """
+
+    causal = True
+    tied: bool = True
+    context: int | None = None
+    rope: float | None = 10_000.0
+
+    @nn.compact
+    def __call__(self, x: Array, train: bool) -> Array:
+        start = self.plan.init_scale
+        init = scaled(nn.initializers.normal(self.width**-0.5), start("embed"))
+        embed = nn.Embed(self.classes, self.width, embedding_init=init, name="embed")
+        h = self.through(self.width**0.5 * embed(x), train)
+        if self.tied:
+            h = embed.attend(h)
+        else:
+            init = scaled(Normed.kernel_init, start("head"))
+            h = nn.Dense(self.classes, use_bias=False, kernel_init=init, name="head")(h)
+        h = self.outside("norm_logits", h.astype(jnp.promote_types(h.dtype, jnp.float32)), train)
+        return h.reshape(*x.shape, self.classes)
+
+
+def over_depth(
+    call: Callable[[Block, Array, Any], Array], block: Block, x: Array, placements: list[Any]
+) -> Array:
+    """`call(block, x, placements)` with each of the placements, in one scan.
+
+    Numbers that are the same in all blocks stay numbers; others are stacked.
+    """
+    leaves = [jax.tree.leaves(each) for each in placements]
+    structure = jax.tree.structure(placements[0])
+    stacked = [
+        None
+        if all(isinstance(v, int | float) and v == column[0] for v in column)
+        else jnp.stack([jnp.asarray(v) for v in column])
+        for column in zip(*leaves, strict=True)
+    ]
+
+    def body(block: Block, x: Array, numbers: list[Array | None]) -> tuple[Array, None]:
+        own = [a if b is None else b for a, b in zip(leaves[0], numbers, strict=True)]
+        return call(block, x, jax.tree.unflatten(structure, own)), None
+
+    collections: dict[Any, int] = dict.fromkeys(("params", STATE, PARTS, ACTIVATIONS, DEPTH), 0)
+    scan = nn.scan(body, variable_axes=collections, split_rngs={"params": True}, length=len(leaves))
+    # What is carried has one type throughout: it varies over the devices if anything read does.
+    axes = set().union(*map(varying_axes, jax.tree.leaves((x, block.variables))))
+    return scan(block, vary(x, tuple(axes)), stacked)[0]
+
+
+def unstack(tree: Any, runs: Mapping[str, range] | None = None) -> Any:
+    """Variables under `scan` as those of the unrolled model; see `Transformer.unstack`.
+
+    Args:
+      tree: One collection.
+      runs: Those of the model; by default what the leaves say, of which there must be some.
+
+    >>> unstack({"blocks": {"w": jnp.arange(2)}, "embed": 7})
+    {'embed': 7, 'block0': {'w': Array(0, dtype=int32)}, 'block1': {'w': Array(1, dtype=int32)}}
+    """
+    by_block = {name: v for name, v in tree.items() if not name.startswith("blocks")}
+    for name in sorted(tree.keys() - by_block.keys(), key=_first):
+        first, leaves = _first(name), jax.tree.leaves(tree[name])
+        for i in runs[name] if runs else range(first, first + len(leaves[0])):
+            by_block[f"block{i}"] = jax.tree.map(lambda v, j=i - first: v[j], tree[name])
+    return by_block
+
+
+def _first(run: str) -> int:
+    return int(run.removeprefix("blocks_from").removeprefix("blocks") or 0)
+
+
+def rotate(x: Array, base: float) -> Array:
+    """RoPE: turns the pairs (x_i, x_{i+D/2}) of `x [N, T, H, D]` by t·base^(−2i/D), in float32.
+
+    >>> rotate(jnp.ones((1, 2, 1, 2)), 10_000.0)[0, :, 0].round(3).tolist()
+    [[1.0, 1.0], [-0.30099999904632568, 1.3819999694824219]]
+    """
+    half, dtype = x.shape[-1] // 2, jnp.promote_types(x.dtype, jnp.float32)
+    rates = base ** (-jnp.arange(half, dtype=dtype) / half)
+    angles = jnp.arange(x.shape[1], dtype=dtype)[:, None, None] * rates
+    a, b = jnp.split(x.astype(dtype), 2, axis=-1)
+    cos, sin = jnp.cos(angles), jnp.sin(angles)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1).astype(x.dtype)
