@@ -1,6 +1,7 @@
 """Every row of the families beside the installed transformers: values, ε, casts, places, names."""
 
 import collections
+import json
 
 import jax
 import jax.numpy as jnp
@@ -184,9 +185,9 @@ def places(a, e):
 def test_in_bfloat16_the_casts_are_those_of_the_library(model):
     """To the bit, but for float32 sums that fall on the other side of a tie.
 
-    By name, where the library casts before the gain, h has one rounding less: it may be two units
-    in the last place away, one is what was seen, in a quarter of the values. The file's type for
-    1 + δ, as in Nemotron, is no rounding of h, and a bias may leave any part of it.
+    By name, where the library casts before the gain, h has one rounding less, so that a part of the
+    values is a unit in the last place away, two at most. A gain 1 + δ that is rounded itself, as in
+    Nemotron, changes h before the bias, which may leave any small part of it.
     """
     half = model.bfloat16()
     apply = jax.jit(lambda placed, a: placed.apply(a))
@@ -208,5 +209,37 @@ def test_in_bfloat16_the_casts_are_those_of_the_library(model):
             off = places(by_name(placed, a), expected)
             before = placed.order == "before gain"
             assert off.max() <= 1 + before, path
-            assert (off > 0).mean() < (0.4 if before else 2e-3), path
-            assert (off > 0).any() or not before, path
+            assert (0.1 < (off > 0).mean() < 0.4) if before else ((off > 0).mean() < 2e-3), path
+
+
+def test_a_file_of_safetensors_and_a_model_of_text_and_images(tmp_path):
+    """Through a file, in bfloat16, read as arrays of torch, of NumPy and of JAX."""
+    flax_files = pytest.importorskip("safetensors.flax")
+    numpy_files, torch_files = (pytest.importorskip(f"safetensors.{n}") for n in ("numpy", "torch"))
+    vision = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
+    vision |= {"num_attention_heads": 2, "image_size": 8, "patch_size": 4}
+    config = transformers.Gemma3Config(text_config=SMALL, vision_config=vision)
+    model = transformers.Gemma3ForConditionalGeneration(config).bfloat16()
+    leaves = {n: v.contiguous() for n, v in model.state_dict().items() if n != "lm_head.weight"}
+    torch_files.save_file(leaves, tmp_path / "model.safetensors")
+    model.config.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    read = []
+    for files in (torch_files, numpy_files, flax_files):
+        state = files.load_file(tmp_path / "model.safetensors")
+        with pytest.raises(ValueError, match=r"vision.*path='model.language_model'"):
+            convert.from_transformers(state, config)
+        norms = convert.from_transformers(state, config, path="model.language_model")
+        assert len(norms) == 2 * 6 + 1
+        read.append(norms)
+        back, _ = convert.to_transformers(norms, state)
+        files.save_file(back, tmp_path / "again.safetensors")
+        again = torch_files.load_file(tmp_path / "again.safetensors")
+        assert again.keys() == leaves.keys()
+        assert all(again[n].dtype == torch.bfloat16 for n in again)
+        assert all(torch.equal(again[n], v) for n, v in leaves.items())
+    for norms in read[1:]:
+        assert jax.tree.structure(norms) == jax.tree.structure(read[0])
+        for a, e in zip(jax.tree.leaves(norms), jax.tree.leaves(read[0]), strict=True):
+            assert a.dtype == e.dtype == jnp.bfloat16
+            np.testing.assert_array_equal(a, e)

@@ -4,6 +4,8 @@ Each `from_*` returns a `Converted`, each `to_*` takes one and returns `Exported
 arguments)`; one is the inverse of the other. No library is imported: what is read are arrays,
 names and attributes. A convention that the other side cannot hold is an error that names it, and
 `allow=` loses it knowingly.
+
+`from_transformers` reads all norms of a language model's checkpoint at once, each with its place.
 """
 
 from normlab.convert.equinox import from_equinox, to_equinox

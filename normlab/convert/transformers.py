@@ -7,7 +7,7 @@ of `normlab.convert.families`; nothing here knows a model.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ from jax import Array, lax
 from normlab._arguments import Kind, anything, checked, either, mapping, real, sequence, text
 from normlab._checks import promote, promote_dtype
 from normlab._trees import register
-from normlab.convert.families import FAMILIES, Branch, Family, Form, Order, Place
+from normlab.convert.families import FAMILIES, Branch, Family, Order, Place
 from normlab.convert.leaves import flatten, listed, near, numbers, read
 from normlab.convert.library import refuse
 from normlab.convert.value import Converted, Exported, check
@@ -60,8 +60,11 @@ class Placed(NamedTuple):
         """Returns h in the order of casts of the library, `[..., C]` of `a` `[..., C]`.
 
         In float32 it is what `nl.get(norm.kind, **norm.options)` makes of the same values; that
-        casts last, whatever the order. Under `jit` too the cast before the gain takes place, which
-        XLA may leave out elsewhere.
+        casts last, whatever the order.
+
+        Args:
+          a: In any floating type; h is in the same, or where the gain is multiplied in its own type
+            and that is another, in the one that holds both, as in torch.
         """
         kind, params, eps = self.norm.kind, self.norm.params, self.norm.eps
         how: Any = rms_norm if kind == "rms" else layer_norm
@@ -77,7 +80,7 @@ register(Placed, "block", "branch", "place", "heads", "order", "eps_name")
 
 
 def _rounded(h: Array) -> Array:
-    """The values of `h`, of its own type, in float32 at least: a cast that no compiler drops."""
+    """The values of `h`, of its own type, in float32 at least; not by casts, which XLA may drop."""
     kept = jnp.finfo(h.dtype)
     wide = promote(h)
     return lax.reduce_precision(wide, exponent_bits=kept.nexp, mantissa_bits=kept.nmant)
@@ -159,38 +162,29 @@ def from_transformers(
     leaves = flatten(where, variables)
     row, settings = _row(where, config, family)
     root, depth = _blocks(where, leaves, row, path)
-    depth = settings.get(row.depth, depth)
     norms: dict[str, Placed] = {}
-    used: set[str] = set()
     missing: list[str] = []
-    for pattern, place in row.places.items():
+    used: set[str] = set()
+    for name, block, place in _there(row, root, settings.get(row.depth, depth), leaves):
         form = place.form or row.form
-        for block in range(depth) if "*" in pattern else (None,):
-            name = root + pattern.replace("*", str(block))
-            keys = {ours: f"{name}.{leaf}" for ours, leaf in form.leaves.items()}
-            beside = f"{root}{place.beside}.weight".replace("*", str(block))
-            absent = [key for key in keys.values() if key not in leaves]
-            if (place.beside and beside not in leaves) or (
-                place.optional and len(absent) == len(keys)
-            ):
-                continue
+        keys = {ours: f"{name}.{leaf}" for ours, leaf in form.leaves.items()}
+        used.update(keys.values())
+        if absent := [key for key in keys.values() if key not in leaves]:
             missing += absent
-            used.update(keys.values())
-            if not absent:
-                found = {ours: read(where, key, leaves[key]) for ours, key in keys.items()}
-                eps_name, value = _eps(where, row, place, settings, eps)
-                norm = _converted(where, name, form, found, value)
-                how = (block, place.branch, place.place, place.heads, form.order)
-                norms[name] = Placed(norm, *how, eps_name)
+            continue
+        found = {ours: read(where, key, leaves[key]) for ours, key in keys.items()}
+        field, value = _eps(where, row, place, settings, eps)
+        made: Any = (Offset if form.gain == "offset" else Affine)(found.get("g"), found.get("b"))
+        norm = check(f"{where}, {name}", Converted(form.kind, made, eps=value))
+        how = (block, place.branch, place.place, place.heads, form.order)
+        norms[name] = Placed(norm, *how, field)
     within = root if path is not None else ""
-    left = (leave,) if isinstance(leave, str) else leave
+    left = re.compile("|".join(f"(?:{p})" for p in ([leave] if isinstance(leave, str) else leave)))
     unknown = [
         key
         for key, leaf in leaves.items()
-        if key.startswith(within)
-        and key not in used
-        and _is_normlike(key, leaf)
-        and not any(re.fullmatch(pattern, key) for pattern in left)
+        if key.startswith(within) and key not in used and _is_normlike(key, leaf)
+        if not left.fullmatch(key)
     ]
     if missing or unknown:
         parts = [f"no leaf {listed(missing)} (near: {near(missing, leaves)})"] if missing else []
@@ -199,11 +193,27 @@ def from_transformers(
             where,
             " and ".join(parts),
             f"just the norms of {row.models[0]}",
-            "pass all shards in one; name the family; say by path= where the language model lies, "
-            "or by leave= which keys stay as they are",
+            "pass all shards in one; name another family; say that all other keys are none of the "
+            f"language model's by path={root.removesuffix('.')!r}, or by leave= which stay as they "
+            "are",
         )
-    order = {key.rpartition(".")[0]: i for i, key in reversed([*enumerate(leaves)])}
-    return dict(sorted(norms.items(), key=lambda item: order.get(item[0], len(order))))
+    return norms
+
+
+def _there(
+    row: Family, root: str, depth: int, leaves: Mapping[str, Any]
+) -> Iterator[tuple[str, int | None, Place]]:
+    """The path of every norm that is to be there, by block, the number of its block, its place."""
+    for block in (*range(depth), None):
+        for pattern, place in row.places.items():
+            if ("*" in pattern) != (block is not None):
+                continue
+            at = {n: f"{root}{n}".replace("*", str(block)) for n in (pattern, place.beside) if n}
+            form = place.form or row.form
+            own = any(f"{at[pattern]}.{leaf}" in leaves for leaf in form.leaves.values())
+            beside = place.beside is None or f"{at[place.beside]}.weight" in leaves
+            if (own or not place.optional) and beside:
+                yield at[pattern], block, place
 
 
 def _instances(value: Any) -> Any:
@@ -332,17 +342,6 @@ def _eps(
         change = f"pass eps=..., or a config with {name}"
         raise invalid(where, f"no {name}", "the ε of the model", change)
     return name, value
-
-
-def _converted(
-    where: str, path: str, form: Form, found: Mapping[str, Array], eps: float
-) -> Converted:
-    g, b = found.get("g"), found.get("b")
-    params = Offset(g, b) if form.gain == "offset" else Affine(g, b)
-    try:
-        return check(where, Converted(form.kind, params, eps=eps))
-    except ValueError as error:
-        raise ValueError(f"{error} ({path})") from None
 
 
 def _is_normlike(key: str, leaf: Any) -> bool:
