@@ -424,6 +424,13 @@ WRONG = {
     ),
     "no blocks": (({"lm_head.weight": ONES}, {"model_type": "llama"}), {}, "no blocks"),
     "a path of nothing": (broken(), {"path": "decoder"}, "no blocks"),
+    "a pattern of nothing": (broken(), {"leave": "vision"}, "leave='vision', which fits no key"),
+    "a pattern that is none": (broken(), {"leave": ["("]}, r"leave='\('"),
+    "a depth that is none": (
+        (checkpoint("llama")[0], checkpoint("llama")[1] | {"num_hidden_layers": "3"}),
+        {},
+        "num_hidden_layers='3'",
+    ),
     "no mapping": ((ONES, {"model_type": "llama"}), {}, "a mapping"),
     "integers": (broken(model__norm__weight=np.ones(C, int)), {}, "model.norm.weight of type int"),
     "a matrix": (

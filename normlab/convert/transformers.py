@@ -14,7 +14,18 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from normlab._arguments import Kind, anything, checked, either, mapping, real, sequence, text
+from normlab._arguments import (
+    Kind,
+    anything,
+    checked,
+    either,
+    integer,
+    mapping,
+    real,
+    sequence,
+    text,
+)
+from normlab._arguments import read as argument
 from normlab._checks import promote, promote_dtype
 from normlab._trees import register
 from normlab.convert.families import FAMILIES, Branch, Family, Order, Place
@@ -103,6 +114,7 @@ def _family(value: Any) -> Any:
     return value
 
 
+_DEPTH = integer("a number of blocks", "pass the config of this model", 1)
 _PATTERN = text("a pattern of keys", "pass a string")
 _FAMILY = Kind(
     "a model_type, or a Family", 'pass for example "llama"', _family, (1, True, [], object(), b"x")
@@ -165,7 +177,8 @@ def from_transformers(
     norms: dict[str, Placed] = {}
     missing: list[str] = []
     used: set[str] = set()
-    for name, block, place in _there(row, root, settings.get(row.depth, depth), leaves):
+    depth = argument(where, row.depth, settings.get(row.depth, depth), _DEPTH)
+    for name, block, place in _there(row, root, depth, leaves):
         form = place.form or row.form
         keys = {ours: f"{name}.{leaf}" for ours, leaf in form.leaves.items()}
         used.update(keys.values())
@@ -179,12 +192,11 @@ def from_transformers(
         how = (block, place.branch, place.place, place.heads, form.order)
         norms[name] = Placed(norm, *how, field)
     within = root if path is not None else ""
-    left = re.compile("|".join(f"(?:{p})" for p in ([leave] if isinstance(leave, str) else leave)))
+    used |= _left(where, leave, leaves)
     unknown = [
         key
         for key, leaf in leaves.items()
         if key.startswith(within) and key not in used and _is_normlike(key, leaf)
-        if not left.fullmatch(key)
     ]
     if missing or unknown:
         parts = [f"no leaf {listed(missing)} (near: {near(missing, leaves)})"] if missing else []
@@ -342,6 +354,22 @@ def _eps(
         change = f"pass eps=..., or a config with {name}"
         raise invalid(where, f"no {name}", "the ε of the model", change)
     return name, value
+
+
+def _left(where: str, leave: Sequence[str], leaves: Mapping[str, Any]) -> set[str]:
+    """The keys that patterns say to leave."""
+    found: set[str] = set()
+    for pattern in [leave] if isinstance(leave, str) else leave:
+        expected = "a regular expression for the whole of some key"
+        try:
+            fits = {key for key in leaves if re.fullmatch(pattern, key)}
+        except re.error as error:
+            raise invalid(where, f"leave={pattern!r}: {error}", expected, "correct it") from error
+        if not fits:
+            change = f"correct it (near: {near([pattern], leaves)})"
+            raise invalid(where, f"leave={pattern!r}, which fits no key", expected, change)
+        found |= fits
+    return found
 
 
 def _is_normlike(key: str, leaf: Any) -> bool:
