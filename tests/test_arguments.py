@@ -453,6 +453,13 @@ for _member in {m.name: m for m in reversed(MEMBERS)}.values():
 NP = np.ones(4, np.float32)
 BARE = convert.Converted("layer", nl.Affine(jnp.ones(4), jnp.ones(4)), eps=1e-5)
 FLAX = {"params": {"scale": NP, "bias": NP}}
+LN = convert.Placed(BARE, 0, "attention", "inner")
+LM = convert.Family(
+    ("own",),
+    convert.Form("layer", bias=True),
+    {"h.*.ln_1": convert.Place("inner", "attention")},
+    "layer_norm_epsilon",
+)
 FROM = {"layer": "layer", "path": "", "allow": ()}
 TO = {"norm": BARE, "path": "", "allow": ()}
 CALLS |= {
@@ -480,6 +487,15 @@ CALLS |= {
         "rule": {"n": "layer"},
         "allow": (),
     },
+    convert.from_transformers: {
+        "variables": {f"h.0.ln_1.{n}": NP for n in ("weight", "bias")},
+        "config": {"layer_norm_epsilon": 1e-5},
+        "family": LM,
+        "path": None,
+        "eps": None,
+        "leave": (),
+    },
+    convert.to_transformers: {"norms": {"h.0.ln_1": LN}, "variables": None, "allow": ()},
     convert.to_model: {"write": convert.to_linen, "norms": {"n": BARE}, "allow": ()},
 }
 

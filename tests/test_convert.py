@@ -1096,7 +1096,7 @@ def test_variables_that_are_no_mapping_are_an_error():
     refused("nested mappings", lambda: convert.from_model(convert.from_torch, None, rule))
 
 
-@pytest.mark.parametrize("name", convert.__all__)
+@pytest.mark.parametrize("name", [n for n in convert.__all__ if not n.isupper()])
 def test_what_is_public_documents_its_arguments(name):
     value = getattr(convert, name)
     doc = inspect.getdoc(value)

@@ -168,7 +168,7 @@ def test_torch_in_a_prefix_in_half_precision_and_with_gradients(torch):
     same(convert.from_torch(batch.state_dict(), batch), convert.from_torch(batch))
     refused("in float64", lambda: convert.from_torch(torch.nn.LayerNorm(C).double()))
     refused("units first", lambda: convert.from_torch(torch.nn.ConvTranspose2d(2, 3, 3), "weight"))
-    refused("one value per channel", lambda: convert.from_torch(torch.nn.LayerNorm((2, C))))
+    assert convert.from_torch(torch.nn.LayerNorm((2, C))).feature_axes == (-2, -1)
     flat = convert.from_torch(torch.nn.LayerNorm((3, 2, C), elementwise_affine=False))
     assert flat.axes == (-3, -2, -1)
     tracked = torch.nn.InstanceNorm2d(C, track_running_stats=True)

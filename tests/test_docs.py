@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import pytest
 
 import normlab as nl
+from normlab import convert
 from tests import reference
 from tests.cases import NAMES
 
@@ -103,3 +104,10 @@ def test_the_page_of_placement_has_a_row_for_every_scheme():
     cells = re.findall(r"^\| (`.*?) \|", (ROOT / "docs/placement.md").read_text(), re.MULTILINE)
     named = re.findall(r"`(\w+)`", " ".join(cells))
     assert named == list(nl.placement.names())
+
+
+def test_the_page_of_conversions_has_a_row_for_every_family_of_models():
+    table = (ROOT / "docs/convert.md").read_text().partition("| `model_type` |")[2]
+    cells = [line.split(" | ")[0] for line in table.partition("\n\n")[0].splitlines()[2:]]
+    named = [name for cell in cells for name in re.findall(r"[a-z]\w*", cell)]
+    assert set(convert.FAMILIES) <= set(named)

@@ -22,7 +22,7 @@ SKINS = ("normlab.linen", "normlab.nnx")  # the one place where flax is at home
 ALL = sorted(name for _, name, _ in pkgutil.walk_packages([str(ROOT)], "normlab."))
 MODULES = [name for name in ALL if not name.startswith(SKINS)]
 FOREIGN = {"chex", "equinox", "flax", "haiku", "keras", "matplotlib", "optax", "orbax"}
-FOREIGN |= {"tensorflow", "torch"}
+FOREIGN |= {"tensorflow", "torch", "transformers"}
 PACKAGES = (
     normlab,
     normlab.convert,

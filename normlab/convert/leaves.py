@@ -60,13 +60,13 @@ def take(
     if missing or extra:
         parts = []
         if missing:
-            parts += [f"no leaf {_listed(missing)} (the nearest are {near(missing, leaves)})"]
+            parts += [f"no leaf {listed(missing)} (the nearest are {near(missing, leaves)})"]
         if extra:
-            parts += [f"further leaves {_listed(extra)}"]
+            parts += [f"further leaves {listed(extra)}"]
         raise invalid(
             where,
             " and ".join(parts),
-            f"just the leaves {_listed(wanted.values())}",
+            f"just the leaves {listed(wanted.values())}",
             "name the layer by path=..., or say by the layer's own arguments what it has",
         )
     return {ours: _as(ours, where, theirs, leaves[theirs]) for ours, theirs in wanted.items()}
@@ -169,7 +169,8 @@ def held(module: Any, *names: str) -> dict[str, Any]:
     return given({name: getattr(module, name, None) for name in names})
 
 
-def _listed(names: Iterable[str]) -> str:
+def listed(names: Iterable[str]) -> str:
+    """Returns the first eight names, quoted, and how many more there are, for an error."""
     names = [repr(name) for name in names]
     more = f" and {len(names) - 8} more" if len(names) > 8 else ""
     return ", ".join(names[:8]) + more
@@ -179,4 +180,4 @@ def near(missing: Sequence[str], leaves: Iterable[str]) -> str:
     """Returns the names that are nearest to those that are missing, or some, for an error."""
     leaves = list(leaves)
     close = {n: None for m in missing for n in difflib.get_close_matches(m, leaves, 3, cutoff=0.3)}
-    return _listed(close or leaves) or "none: there are no leaves at all"
+    return listed(close or leaves) or "none: there are no leaves at all"

@@ -17,6 +17,7 @@ from normlab.convert.value import OF_KERNELS, Converted, check
 from normlab.equation import Affine
 from normlab.errors import invalid, nearest
 from normlab.example import Axes
+from normlab.gains import Offset
 from normlab.site import State
 
 REQUIRED = object()
@@ -226,6 +227,10 @@ class Library(NamedTuple):
         if kind not in self.layers:
             change = INSTEAD.get(kind, "write the layer in that library by hand")
             raise invalid(where, f"a {kind} norm", f"one of {', '.join(self.layers)}", change)
+        if isinstance(norm.params, Offset):
+            given = "a gain kept as its distance from 1, an Offset"
+            change = "pass norm._replace(params=Affine(norm.params.g, norm.params.b)), in float32"
+            raise invalid(where, given, f"the gain itself, as {self.name} keeps it", change)
         g, b = norm.params
         values = {"eps": norm.eps, "g": g is not None, "b": b is not None, "groups": norm.groups}
         values |= decay_of(norm)

@@ -25,6 +25,7 @@ from normlab.equation import Affine
 from normlab.errors import invalid, nearest
 from normlab.example import Axes
 from normlab.family.spectral import STEPS, First, Spectral
+from normlab.gains import Offset
 from normlab.population.optional import options as population_options
 from normlab.population.protocol import Population
 from normlab.site import Params, State
@@ -44,7 +45,8 @@ class Converted(NamedTuple):
     Attributes:
       kind: The name in the registry, one of `KINDS`; not a leaf.
       params: `Affine(g [C], b [C])`; a field is `None` where the layer has no such parameter. Of
-        layer and RMS norm over several axes they may lie along these, `[H, W]`.
+        layer and RMS norm over several axes they may lie along these, `[H, W]`. Of these two it
+        is an `Offset` where the layer keeps g − 1.
       state: Batch norm's population, an average as a rule, which names its own decay and ddof;
         spectral norm's u and v; otherwise `()`.
       kernel: `[..., K, C]`, weight norm's direction v, or the kernel of spectral norm; otherwise
@@ -87,6 +89,8 @@ class Converted(NamedTuple):
             "use_gain": self.params.g is not None,
             "use_bias": self.params.b is not None,
         }
+        if isinstance(self.params, Offset):
+            options["gain"] = "offset"
         if self.kind not in OF_KERNELS:
             options["eps"] = self.eps
         if self.kind == "spectral":
@@ -118,7 +122,7 @@ def _layer(value: Any) -> Any:
 
 
 NORM = instance(Converted, "pass what a from_* returned", arrays=False)
-PARAMS = instance(Affine, "make them with init_affine(channels)")
+PARAMS = instance((Affine, Offset), "make them with init_affine(channels)")
 NAME = text("a name", "pass a string")
 declare(
     layer=Kind(
@@ -161,6 +165,9 @@ def check(where: str, norm: Converted) -> Converted:
     if norm.kind not in OF_KERNELS and norm.eps is None:
         raise invalid(where, f"no eps for {norm.kind} norm", "a number", "set Converted.eps")
     read(where, "params", norm.params, PARAMS)
+    if isinstance(norm.params, Offset) and norm.kind not in ("layer", "rms"):
+        change = "set Converted.params to Affine(params.g, params.b)"
+        raise invalid(where, f"an Offset for {norm.kind} norm", "an Affine", change)
     read(where, "state", norm.state, anything if norm.kind == "spectral" else None)
     read(where, "axes", norm.axes, norm_axes)
     for name, value in (("eps", norm.eps), ("groups", norm.groups), ("kernel", norm.kernel)):
