@@ -6,10 +6,12 @@ large rate moves the last blocks of a post-norm net too far, and pre-norm needs 
 
 Source: Xiong et al. 2020, theorem 1 and figure 3, https://arxiv.org/abs/2002.04745
 
-Protocol: A language model of L = 2 … 32 blocks of width 128 at its initialization, layer norm, an
-MLP of ReLUs as in the paper, and 8 sequences of 64 random tokens. Measured is the Frobenius norm of
-the gradient of the loss by the last kernel of the last block, and by that of the first block; the
-slope is that of its logarithm against ln L. A seed draws weights and tokens. The bounds are ours.
+Protocol: A language model of L = 4 … 64 blocks of width 128 at its initialization, layer norm, an
+MLP of ReLUs as in the paper, a head of its own, and 8 sequences of 64 random tokens. Measured is
+the Frobenius norm of the gradient of the loss by the last kernel of the last block, and by that of
+the first block; the slope is that of its logarithm against ln L. A seed draws weights and tokens.
+The bounds are ours, and were written before a pilot of L = 2 … 32, which had the slope −0.37 with
+pre-norm: the embedding's own variance counts as much as that of the first blocks.
 
 Command: python -m experiments run last_gradient
 """
@@ -57,14 +59,14 @@ class LastGradient(Config):
     seeds: int = 5
     schemes: tuple[str, ...] = ("post", "pre")
     norm: str = "layer"
-    depths: tuple[int, ...] = (2, 4, 8, 16, 32)
+    depths: tuple[int, ...] = (4, 8, 16, 32, 64)
     width: int = 128
     length: int = 64
 
 
 QUICK = LastGradient()
 SECONDS = 40
-FULL = LastGradient(seeds=20, depths=(2, 4, 8, 16, 32, 64), width=512, length=256)
+FULL = LastGradient(seeds=20, depths=(4, 8, 16, 32, 64, 128), width=512, length=256)
 
 
 def run(config: LastGradient) -> Iterator[Condition]:
@@ -94,7 +96,7 @@ def measure(config: LastGradient, scheme: str) -> Iterator[Record]:
 
 def gradients(config: LastGradient, scheme: str, depth: int) -> Any:
     """A function of a key and tokens: ‖gradient‖ by `down` of the first and of the last block."""
-    sizes = {"width": config.width, "depth": depth, "mlp": "gelu", "scan": True}
+    sizes = {"width": config.width, "depth": depth, "mlp": "gelu", "scan": True, "tied": False}
     model = models.build("lm", nl.get(config.norm), 256, scheme=scheme, activation=nn.relu, **sizes)
 
     @jax.jit
@@ -121,8 +123,8 @@ def verdict(records: Records) -> Iterator[Verdict]:
         claim = (
             f"{scheme}: the gradient of the last block grows as L to the {expected:g} (exponent)"
         )
-        limits = {"at_least": expected - NEAR, "at_most": expected + NEAR}
-        yield decide(claim, slopes.by_seed("slope", scheme=scheme), **limits)
+        found = slopes.by_seed("slope", scheme=scheme)
+        yield decide(claim, found, at_least=expected - NEAR, at_most=expected + NEAR)
 
 
 def figure(records: Records) -> Figure:

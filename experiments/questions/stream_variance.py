@@ -2,14 +2,15 @@
 
 Claim: At initialization the variance of the stream grows like the depth with pre-norm, by exactly 1
 with each branch in Peri-LN, like the logarithm of the depth with LayerNorm Scaling, and not at all
-with post-norm and unit scaling; with Mix-LN from where its pre-norm blocks begin. All this follows
-from where the norms stand, if what a branch returns does not correlate with the stream.
+with post-norm; with Mix-LN from where its pre-norm blocks begin. All this follows from where the
+norms stand, if what a branch returns does not correlate with the stream.
 
 Source: Xiong et al. 2020, lemma 2, https://arxiv.org/abs/2002.04745, for post-norm and pre-norm;
 Kim et al. 2025, https://arxiv.org/abs/2502.02732, for Peri-LN; Sun et al. 2025,
-https://arxiv.org/abs/2502.05795, for LayerNorm Scaling; Blake et al. 2023,
-https://arxiv.org/abs/2303.11257, for unit scaling. The derivation is
-`normlab.placement.stream_variance`, and how near it has to be is ours.
+https://arxiv.org/abs/2502.05795, for LayerNorm Scaling. The derivation is
+`normlab.placement.stream_variance`; how near it has to be is ours, and was written after a pilot
+on these seeds. Unit scaling (https://arxiv.org/abs/2303.11257) is here without its unit-scaled
+branches, beside the derivation alone.
 
 Protocol: A language model of 24 blocks of width 128 at its initialization, RMS norm, a GELU MLP,
 and 8 sequences of 64 random tokens. Measured is the mean square of the stream over all tokens and
@@ -54,7 +55,7 @@ STILL = 0.1
 NEAR = (0.8, 1.25)
 """The measured variance over the derived one at the last branch."""
 
-BRANCHES = ("attention", "mlp")
+BRANCHES: tuple[nl.placement.Branch, ...] = ("attention", "mlp")
 
 SCHEMES = ("post", "pre", "peri", "lns", "mix", "unit")
 
@@ -157,16 +158,13 @@ def verdict(records: Records) -> Iterator[Verdict]:
     yield decide(claim, of("added", "peri"), at_least=1 - STEP, at_most=1 + STEP)
     claim = "lns: the variance grows more slowly than any power (exponent)"
     yield decide(claim, of("exponent", "lns"), at_most=SLOW)
-    for scheme in ("post", "unit"):
-        for end, limit in (
-            ("largest", {"at_most": 1 + STILL}),
-            ("smallest", {"at_least": 1 - STILL}),
-        ):
-            yield decide(f"{scheme}: the variance stays ({end})", of(end, scheme), **limit)
+    claim = "post: the variance stays 1 (largest, then smallest)"
+    yield decide(claim, of("largest", "post"), at_most=1 + STILL)
+    yield decide(claim, of("smallest", "post"), at_least=1 - STILL)
+    low, high = NEAR
     for scheme in streams.values("scheme"):
         claim = f"{scheme}: the variance at the end is the derived one (ratio)"
-        limits = {"at_least": NEAR[0], "at_most": NEAR[1]}
-        yield decide(claim, of("ratio", scheme), **limits, geometric=True)
+        yield decide(claim, of("ratio", scheme), at_least=low, at_most=high, geometric=True)
 
 
 def figure(records: Records) -> Figure:
