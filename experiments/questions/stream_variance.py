@@ -97,7 +97,7 @@ def measure(config: StreamVariance, scheme: str) -> Iterator[Record]:
     """The mean square of the stream before the first branch and after each, and what is derived."""
     plan = nl.placement.scheme(scheme, norm=config.norm, depth=config.depth)
     branches = [(i, branch) for i in range(config.depth) for branch in BRANCHES]
-    placements = [plan.at(*each) for each in branches]
+    placements = [plan.at(i, branch) for i, branch in branches]
     pre, own = (streams(config, name) for name in ("pre", scheme))
     for seed in range(config.seeds):
         # A norm leaves a mean square of 1, which a branch of the first block multiplies by these.
