@@ -26,6 +26,7 @@ Command: python -m experiments run stream_variance
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -96,8 +97,7 @@ def run(config: StreamVariance) -> Iterator[Condition]:
 def measure(config: StreamVariance, scheme: str) -> Iterator[Record]:
     """The mean square of the stream before the first branch and after each, and what is derived."""
     plan = nl.placement.scheme(scheme, norm=config.norm, depth=config.depth)
-    branches = [(i, branch) for i in range(config.depth) for branch in BRANCHES]
-    placements = [plan.at(i, branch) for i, branch in branches]
+    placements = [plan.at(i, branch) for i in range(config.depth) for branch in BRANCHES]
     pre, own = (streams(config, name) for name in ("pre", scheme))
     for seed in range(config.seeds):
         # A norm leaves a mean square of 1, which a branch of the first block multiplies by these.
@@ -112,11 +112,12 @@ def measure(config: StreamVariance, scheme: str) -> Iterator[Record]:
         yield {
             **{"kind": "stream", "seed": seed, "ratio": float(squares[-1] / derived[-1])},
             **{"largest": float(squares.max()), "smallest": float(squares.min())},
-            "added": float(squares[-1] - squares[0]) / len(branches),
+            "added": float(squares[-1] - squares[0]) / len(placements),
             "exponent": None if begin is None else exponent(squares[begin:]),
         }
 
 
+@functools.lru_cache(maxsize=2)
 def streams(config: StreamVariance, scheme: str) -> Callable[[int], np.ndarray]:
     """A function of the seed: the mean square before the first branch and after each."""
     sizes = {"width": config.width, "depth": config.depth, "mlp": "gelu", "scan": True}
