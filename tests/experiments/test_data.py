@@ -76,12 +76,12 @@ def hidden(data_dir: Path) -> list[Path]:
 
 def test_digits_are_scaled_split_and_always_the_same():
     digits = data.load("digits")
-    assert digits.train_images.shape == (1437, 8, 8, 1)
-    assert digits.test_images.shape == (360, 8, 8, 1)
-    assert digits.train_images.dtype == digits.test_images.dtype == np.uint8
+    assert digits.train_inputs.shape == (1437, 8, 8, 1)
+    assert digits.test_inputs.shape == (360, 8, 8, 1)
+    assert digits.train_inputs.dtype == digits.test_inputs.dtype == np.uint8
     assert digits.train_labels.dtype == digits.test_labels.dtype == np.int32
-    assert digits.train_images.min() == 0
-    assert digits.train_images.max() == 255
+    assert digits.train_inputs.min() == 0
+    assert digits.train_inputs.max() == 255
     assert set(digits.train_labels) == set(digits.test_labels) == set(range(digits.classes))
     assert digits.checksum == data.load("digits").checksum
     assert digits.checksum == data.checksum({key: getattr(digits, key) for key in data.ARRAYS})
@@ -102,7 +102,7 @@ def test_checksum_sees_content_order_shape_and_type():
         np.arange(4, dtype=np.uint32),
     ):
         sums.add(data.checksum(arrays | {"test_labels": other}))
-    sums.add(data.checksum(arrays | {"train_images": np.arange(1, 5, dtype=np.int32)}))
+    sums.add(data.checksum(arrays | {"train_inputs": np.arange(1, 5, dtype=np.int32)}))
     assert len(sums) == 5
 
 
@@ -134,11 +134,11 @@ def test_a_set_is_prepared_once_and_read_without_tfds_afterwards(tiny, monkeypat
         "verifying mnist",
     ]
     assert first.origin == "prepared by TFDS from the package tiny 1 with copy"
-    assert first.train_images.shape == (TRAIN, 28, 28, 1)
+    assert first.train_inputs.shape == (TRAIN, 28, 28, 1)
     assert first.train_labels.dtype == np.int32
     assert not hidden(tiny)
     # TFDS stores a shuffled order, so compare the images as sets.
-    for split, found in (("train", first.train_images), ("t10k", first.test_images)):
+    for split, found in (("train", first.train_inputs), ("t10k", first.test_inputs)):
         stored = {image.tobytes() for image in images_of(tiny_raw(), split)}
         assert {image.tobytes() for image in found} == stored
 
@@ -166,7 +166,7 @@ def test_a_copied_folder_is_enough_on_another_machine(tiny, monkeypatch, tmp_pat
 @pytest.mark.parametrize("damage", ["truncated", "changed", "gone"])
 def test_damaged_arrays_are_read_again_from_the_records(tiny, damage):
     data.load("mnist", tiny)
-    file = tiny / "normlab/mnist/arrays/train_images.npy"
+    file = tiny / "normlab/mnist/arrays/train_inputs.npy"
     whole = file.read_bytes()
     if damage == "gone":
         shutil.rmtree(file.parent)
@@ -595,7 +595,7 @@ def test_a_published_set_from_a_package(monkeypatch, tmp_path, name, train, test
     assert first.checksum == second.checksum == data.CHECKSUMS[name]
     assert np.bincount(first.train_labels).tolist() == train
     assert test is None or np.bincount(first.test_labels).tolist() == test
-    assert len(first.test_images) == 10_000
+    assert len(first.test_inputs) == 10_000
 
 
 @pytest.mark.slow

@@ -125,7 +125,7 @@ class TestTrainer:
         norm = jax.tree.map(lambda v: v[:, 0], state.norm_state["Normed_0"]["norm"])
         assert (norm.updates == 1).all()
         np.testing.assert_allclose(norm.count, 64)
-        chosen = data.train_images[minibatches(0, len(data.train_images), 64, 1)[0]]
+        chosen = data.train_inputs[minibatches(0, len(data.train_inputs), 64, 1)[0]]
         x = np.asarray(trainer.data.preprocess(chosen), np.float64).reshape(64, -1)
         a = x @ np.asarray(trainer.kernels["Normed_0"]["kernel"][0], np.float64)
         for device in range(devices):
@@ -139,7 +139,7 @@ class TestTrainer:
         params = jax.tree.map(lambda v: v * np.nan, start.params["Dense_0"])
         spoiled = start._replace(params={**start.params, "Dense_0": params})
         before = jax.tree.map(np.asarray, start.norm_state)
-        rows = minibatches(0, len(data.train_images), 32, 1)[:, None]
+        rows = minibatches(0, len(data.train_inputs), 32, 1)[:, None]
         after, losses = trainer.train(spoiled, rows)
         assert np.isnan(losses).all()
         for layer, norm in after.norm_state.items():
@@ -153,11 +153,11 @@ class TestTrainer:
     def test_a_step_follows_the_gradient_of_the_global_loss(self, data, devices):
         trainer = make_trainer(data, devices, "mlp", "batch")
         before = jax.tree.map(lambda v: np.asarray(v[0, 0]), trainer.init())
-        chosen = minibatches(0, len(data.train_images), 32, 1)
+        chosen = minibatches(0, len(data.train_inputs), 32, 1)
         after, _ = trainer.train(trainer.init(), chosen[:, None])
 
         alone = make_trainer(data, 1, "mlp", "batch")
-        batch = data.train_images[chosen[0]], data.train_labels[chosen[0]], jnp.array(chosen[0])
+        batch = data.train_inputs[chosen[0]], data.train_labels[chosen[0]], jnp.array(chosen[0])
         expected = jax.grad(lambda p: alone.loss(p, before.norm_state, *batch)[0])(before.params)
         moved = jax.tree.map(lambda old, new: (old - new[0, 0]) / 0.1, before.params, after.params)
         chex.assert_trees_all_close(moved, expected, rtol=1e-3, atol=1e-5)
@@ -185,7 +185,7 @@ class TestTrainer:
         one = jax.tree.map(lambda v: v[0, 0], state)
         logits = trainer.model.apply(
             {"params": one.params, models.STATE: one.norm_state},
-            trainer.data.preprocess(data.test_images),
+            trainer.data.preprocess(data.test_inputs),
             train=False,
         )
         evaluation = trainer.evaluate(state)
