@@ -339,10 +339,10 @@ class Comparison:
             return paths
         records = [r for lane, lr in at_best for r in lane.records.where(lr=lr)]
         parts = [r for lane, lr in at_best for r in lane.parts if r["lr"] == lr]
-        drawn = {
-            "curves": figures.curves(records, f"{title}, {rate}", self.task, config.batch_size),
-            "parts": figures.parts(parts, f"{title}, {rate}"),
-        }
+        title_at = f"{title}, {rate}"
+        drawn = {"curves": figures.curves(records, title_at, self.task, config.batch_size)}
+        if parts:  # a model without norms has none
+            drawn["parts"] = figures.parts(parts, title_at)
         if config.rates:
             last = [r for lane, _ in at_best for r in lane.records.last()]
             drawn["rates"] = figures.rates(last, title, self.task)

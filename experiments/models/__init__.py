@@ -148,7 +148,7 @@ def parts_by_layer(variables: Any) -> dict[str, nl.Parts]:
     A layer is named by its path, whether blocks are scanned or not; the parts of all time steps of
     a recurrent one are stacked.
     """
-    return _sown(variables[PARTS])
+    return _sown(variables.get(PARTS, {}))
 
 
 def activations_by_layer(variables: Any) -> dict[str, Activations]:

@@ -31,6 +31,7 @@ from experiments.engine import Records
 from experiments.numerics import family
 from experiments.rundir import RunDirectory, RunError
 from experiments.terminal import console
+from experiments.training.tasks import Classification
 from experiments.training.train import Train
 from experiments.training.trainer import (
     AXIS,
@@ -179,7 +180,7 @@ class TestTrainer:
 
     @pytest.mark.parametrize("devices", [1, 8])
     def test_evaluation_counts_every_test_example_once(self, data, devices, monkeypatch):
-        monkeypatch.setattr(DeviceData, "TEST_BATCH", 5)  # 103 examples: padding in the last
+        monkeypatch.setattr(Classification, "batch", 5)  # 103 examples: padding in the last
         trainer = make_trainer(data, devices, "mlp", "layer")
         state = trainer.init()
         one = jax.tree.map(lambda v: v[0, 0], state)
@@ -310,8 +311,8 @@ class TestCompare:
         for lane, ms in zip(comparison.lanes, ([1.0, 2.0], [4.0, 4.0]), strict=True):
             lane.step_ms = ms
             lane.records = Records(
-                {"kind": "evaluation", "seed": seed, "step": step, "accuracy": accuracy}
-                | {"test_loss": 1.0}
+                {"kind": "evaluation", "lr": config.lr, "seed": seed, "step": step}
+                | {"accuracy": accuracy, "test_loss": 1.0}
                 for seed, accuracies in enumerate(([0.1, 0.6, 0.9], [0.1, 0.2, 0.7]))
                 for step, accuracy in zip((0, 2, 4), accuracies, strict=True)
             )
