@@ -11,6 +11,8 @@ import numpy as np
 import optax
 from jax.sharding import Sharding
 
+import normlab as nl
+
 Schedule = Literal["constant", "linear", "cosine"]
 
 Make = Callable[[float], optax.GradientTransformation]
@@ -21,7 +23,7 @@ OPTIMIZERS: dict[str, Callable[[float, float], optax.GradientTransformation]] = 
     "momentum": lambda lr, _: optax.sgd(lr, momentum=0.9),
     "rmsprop": lambda lr, _: optax.rmsprop(lr),
     "adam": lambda lr, _: optax.adam(lr),
-    "adamw": lambda lr, decay: optax.adamw(lr, b2=0.95, weight_decay=decay, mask=decayed),
+    "adamw": lambda lr, decay: optax.adamw(lr, b2=0.95, weight_decay=decay, mask=nl.decay_mask),
 }
 """Every optimizer by name, of a learning rate and the weight decay, which is that of adamw.
 
@@ -65,11 +67,6 @@ def optimizer(
 
         after = [optax.scale_by_schedule(share)]
     return lambda lr: optax.chain(*before, make(lr, weight_decay), *after)
-
-
-def decayed(params: Any) -> Any:
-    """Which parameters the weight decay is for: those of at least two axes."""
-    return jax.tree.map(lambda v: v.ndim > 1, params)
 
 
 def at_rates(make: Make, rates: Sequence[float]) -> optax.GradientTransformation:
