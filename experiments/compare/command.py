@@ -109,11 +109,16 @@ def remarks(comparison: Comparison) -> list[str]:
             said.append(f"{row['norm']}: the loss of seed {seed} was not finite at step {step}")
         if row["step"] < comparison.config.steps:
             said.append(f"{row['norm']}: stopped after {row['step']} steps")
+            continue
+        for seed in row["above_chance"]:
+            if str(seed) not in row["diverged"]:
+                chance = comparison.task.score.chance
+                said.append(f"{row['norm']}: the loss of seed {seed} ended above that of {chance}")
     return said
 
 
 def _spread(factor: float, mean: float | None, sd: float | None) -> str:
     if mean is None:
         return "–"
-    digits = 2 if factor > 1 else 3
+    digits = 2 if factor > 1 else 3 if mean < 100 else 0
     return f"{factor * mean:.{digits}f}" + ("" if sd is None else f" ± {factor * sd:.{digits}f}")

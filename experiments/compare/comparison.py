@@ -297,6 +297,7 @@ class Comparison:
                     for at, step in zip(self.config.lanes, lane.at.diverged, strict=True)
                     if step > -1 and at["lr"] == lr
                 },
+                "above_chance": self._diverged(records.last()),
             }
             if self.config.rates:
                 row["largest_stable_rate"] = largest_stable(last, self.task)._asdict()

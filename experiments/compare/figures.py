@@ -19,6 +19,13 @@ from .rates import diverged
 
 Records = Sequence[Record]
 
+MOST_LAYERS = 8
+"""How many layers `parts` draws, spread evenly over those in which a norm stands."""
+
+
+IDENTITY = {"mu": 0.0, "sigma": 1.0, "g": 1.0, "b": 0.0}
+"""The parts where nothing stands."""
+
 
 def curves(records: Records, title: str, task: Task, batch_size: int) -> Figure:
     """Training loss and the score against steps or tokens: the median seed, the band of all."""
@@ -36,6 +43,8 @@ def curves(records: Records, title: str, task: Task, batch_size: int) -> Figure:
             low, high = np.nanmin(values, axis=1), np.nanmax(values, axis=1)
             axes.plot(steps, middle, label=name, **style)
             axes.fill_between(steps, low, high, color=style["color"], alpha=0.15, lw=0)
+    for axes, known in ((left, task.uninformed), (right, task.chance)):
+        axes.set_ylim(top=min(axes.get_ylim()[1], 3 * known))  # without what is far beyond
     left.set(xlabel=along, ylabel="training loss (nats)")
     right.set(xlabel=along, ylabel=task.score.drawn)
     left.set_title("median seed, band of all seeds", fontsize=9, loc="left")
@@ -85,8 +94,16 @@ def _chance(axes: Axes, task: Task, more: str = "") -> None:
 
 
 def parts(records: Records, title: str) -> Figure:
-    """The four parts of every norm, layer by layer: medians over values and seeds, 15–85% bands."""
-    layers = list(dict.fromkeys(r["layer"] for r in records))
+    """The four parts of every norm, layer by layer: medians over values and seeds, 15–85% bands.
+
+    Of a deep model `MOST_LAYERS` are drawn, of those layers in which a norm or a bias stands.
+    """
+    normed = dict.fromkeys(r["layer"] for r in records if r["p50"] != IDENTITY[r["part"]])
+    layers = list(normed) or list(dict.fromkeys(r["layer"] for r in records))
+    count = min(len(layers), MOST_LAYERS)
+    places = [round(i * (len(layers) - 1) / max(1, count - 1)) for i in range(count)]
+    numbers = {layers[place]: place + 1 for place in places}
+    layers = [layers[place] for place in places]
     labels = dict(zip(nl.Parts._fields, ("shift μ", "scale σ", "gain g", "bias b"), strict=True))
     figure, grid = plt.subplots(
         4,
@@ -120,7 +137,7 @@ def parts(records: Records, title: str) -> Figure:
             if column == 0:
                 axes.set_ylabel(label)
             if row == 0:
-                axes.set_title(f"layer {column + 1}")
+                axes.set_title(f"layer {numbers[layer]}")
             if row == 3:
                 axes.set_xlabel("optimizer step")
             axes.grid(alpha=0.3, lw=0.5)

@@ -168,7 +168,10 @@ class Command(Training):
             if self.decay is not None:
                 given |= {"decay": self.decay, "batch": {"decay": self.decay}}
             options = {k: v for k, v in given.items() if takes(name, k)}
-            return nl.get(name, **options, **OWN.get(name, {}))
+            own = OWN.get(name, {})
+            if self.model in models.FLAT:  # by channels: the same there, and right for heads
+                own = {k: v for k, v in own.items() if k != "axes"}
+            return nl.get(name, **options, **own)
         except ValueError as error:
             raise RunError(str(error)) from None
 
