@@ -312,7 +312,7 @@ class TestCompare:
             lane.step_ms = ms
             lane.records = Records(
                 {"kind": "evaluation", "lr": config.lr, "seed": seed, "step": step}
-                | {"accuracy": accuracy, "test_loss": 1.0}
+                | {"accuracy": accuracy, "test_loss": 1.0, "diverged": None}
                 for seed, accuracies in enumerate(([0.1, 0.6, 0.9], [0.1, 0.2, 0.7]))
                 for step, accuracy in zip((0, 2, 4), accuracies, strict=True)
             )
