@@ -43,14 +43,12 @@ def curves(records: Records, title: str, task: Task, batch_size: int) -> Figure:
             low, high = np.nanmin(values, axis=1), np.nanmax(values, axis=1)
             axes.plot(steps, middle, label=name, **style)
             axes.fill_between(steps, low, high, color=style["color"], alpha=0.15, lw=0)
-    for axes, known in ((left, task.uninformed), (right, task.chance)):
-        axes.set_ylim(top=min(axes.get_ylim()[1], 3 * known))  # without what is far beyond
     left.set(xlabel=along, ylabel="training loss (nats)")
     right.set(xlabel=along, ylabel=task.score.drawn)
     left.set_title("median seed, band of all seeds", fontsize=9, loc="left")
     _chance(right, task)
-    for axes in (left, right):
-        log_scale(axes)
+    for axes, known in ((left, task.uninformed), (right, task.chance)):
+        log_scale(axes, 3 * known)
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
         axes.grid(alpha=0.3, which="both", lw=0.5)
     figure.legend(*left.get_legend_handles_labels(), loc="outside right center", frameon=False)

@@ -19,11 +19,13 @@ import pytest
 import normlab as nl
 from experiments import console as cli
 from experiments import data, models
+from experiments.compare import figures
 from experiments.compare.comparison import Compare, Comparison
 from experiments.compare.rates import Stable, best, diverged, largest_stable
 from experiments.data import Dataset, Reading, Text, markov, prepare, text
 from experiments.data import packages as fetch
 from experiments.engine import Records
+from experiments.figures import encode
 from experiments.models.layers import Activation
 from experiments.rundir import RunError
 from experiments.training.optimizers import at_rates, optimizer, set_rates
@@ -483,6 +485,21 @@ def test_a_run_that_was_not_finite_on_the_way_diverged():
     assert diverged(record, 0.9)
 
 
+@pytest.mark.parametrize("losses", [(None, None), (4.0, 5.0), (1e5, 2e5), (2.0, 2.0), (2.0, 1e5)])
+def test_figures_of_runs_that_learned_nothing_can_be_drawn(losses):
+    last = runs(lr1_2=losses, lr1_3=losses)
+    records = [r | {"norm": "rms", "train_loss": r["test_loss"]} for r in last]
+    drawn = figures.rates(records, "title", TASK)
+    assert encode(drawn, "png").startswith(b"\x89PNG")
+    low, high = drawn.axes[0].get_ylim()
+    assert 0 < low < high
+    one_rate = [r for r in records if r["lr"] == 0.01]
+    drawn = figures.curves(one_rate, "title", TASK, 8)
+    assert encode(drawn, "svg")
+    for axes in drawn.axes:
+        assert axes.get_ylim()[0] < axes.get_ylim()[1]
+
+
 def test_a_schedule_rises_and_falls_and_lanes_keep_their_rates():
     params, grads = {"w": jnp.ones((2, 2))}, {"w": jnp.ones((2, 2))}
     make = optimizer("sgd", 10, schedule="linear", warmup=4)
@@ -625,3 +642,40 @@ def test_refused_with_what_to_change_and_nothing_written(bigram, case, tmp_path,
     assert all(word in told for word in words), told
     assert "Traceback" not in told
     assert not out.exists()
+
+
+# --- The model of the laboratory ------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_a_transformer_sees_more_than_one_letter_and_not_more_than_there_is(adam, tmp_path):
+    """Below the entropy given one letter, above that given two; 4σ as for the bigrams."""
+    out = tmp_path / "run"
+    size = ["--depth", "2", "--width", "32", "--context", "32", "--batch-size", "32"]
+    rate = ["--optimizer", "adamw", "--lr", "0.01", "--warmup", "30", "--schedule", "cosine"]
+    more = ["--norms", "rms", "--steps", "400", "--seeds", "1", "--devices", "1"]
+    command = ["compare", "--dataset", "markov", "--model", "lm", *size, *rate, *more]
+    assert cli.main([*command, "--measured", "0", "--run-dir", str(out)]) == 0
+    (row,) = json.loads((out / "summary.json").read_text())["norms"]
+    _, one, two = markov.entropies()
+    assert two - 4 * 2 / math.sqrt(2**15) < row["bits_per_byte_mean"] < one - 0.2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scheme", ["post", "peri", "ngpt"])
+def test_books_are_compared_under_schemes(adam, tmp_path, scheme):
+    out = tmp_path / "run"
+    size = ["--depth", "1", "--width", "32", "--context", "32", "--batch-size", "16"]
+    more = ["--norms", "rms", "--steps", "30", "--seeds", "2", "--devices", "2", "--measured", "64"]
+    rates = ["--rates", "0.003", "0.01", "--optimizer", "adamw", "--evaluations", "2"]
+    command = ["compare", "--dataset", "gutenberg", "--model", "lm", "--scheme", scheme]
+    try:
+        status = cli.main([*command, *size, *more, *rates, "--run-dir", str(out)])
+    except data.DataError as error:
+        pytest.skip(f"no package client delivers the books: {error}")
+    assert status == 0
+    (row,) = json.loads((out / "summary.json").read_text())["norms"]
+    assert 2 < row["bits_per_byte_mean"] < 6
+    told = json.loads((out / "environment.json").read_text())["dataset"]
+    assert told["sha256"] == data.CHECKSUMS["gutenberg"]
+    assert json.loads((out / "config.json").read_text())["scheme"] == scheme
