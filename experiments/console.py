@@ -22,7 +22,7 @@ __all__ = ["COMMANDS", "EXIT_INTERRUPTED", "EXIT_USAGE", "main"]
 COMMANDS = {
     "compare": (
         ".compare.command:Compare",
-        "Train one network under several norms, data-parallel, on real images.",
+        "Train one network under several norms, data-parallel, on real data.",
     ),
     "data": (
         ".data.command:Data",

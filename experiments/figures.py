@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import itertools
+import math
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
@@ -103,11 +104,19 @@ def encode(figure: Figure, kind: str) -> bytes:
     return _COORDINATES.sub(lambda found: _DIGITS.sub(rb"\1", found[0]), buffer.getvalue())
 
 
-def log_scale(axes: Axes) -> None:
-    """A logarithmic axis with plain numbers: at 1, 2 and 5 where it spans few decades."""
+def log_scale(axes: Axes, most: float = math.inf) -> None:
+    """A logarithmic axis with plain numbers: at 1, 2 and 5 where it spans few decades.
+
+    Values above `most` are left out, if there are others.
+    """
     if not any((np.asarray(line.get_ydata()) > 0).any() for line in axes.get_lines()):
         return  # nothing finite to show
     axes.set_yscale("log")
+    low, high = axes.get_ylim()
+    if high / low < 1.001:  # all the same but for rounding, which no axis can tell apart
+        axes.set_ylim(0.9 * low, 1.1 * high)
+    elif low < most < high:
+        axes.set_ylim(top=most)
     plain_numbers(axes.yaxis, *axes.get_ylim())
 
 

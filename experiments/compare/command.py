@@ -15,6 +15,7 @@ from rich.table import Table
 from ..rundir import RunError
 from ..terminal import EXIT_INTERRUPTED, console, errors, print_paths, report
 from .comparison import Compare, Comparison
+from .rates import Stable
 
 __all__ = ["Compare", "run"]
 
@@ -35,14 +36,16 @@ def run(config: Compare) -> int:
     try:
         with Progress(*columns, console=errors) as progress:
             whole = progress.add_task(
-                "all norms", total=config.steps * len(comparison.lanes), result=" " * 28
+                "all norms", total=config.steps * len(comparison.lanes), result=" " * 34
             )
             bars = {
                 lane.name: progress.add_task(lane.name, total=config.steps, result="")
                 for lane in comparison.lanes
             }
             for turn in comparison.run():
-                result = f"loss {turn.loss:7.4f}  accuracy {turn.accuracy:6.2%}"
+                score = comparison.task.score
+                shown = "–" if turn.score is None else f"{score.factor * turn.score:.2f}"
+                result = f"loss {turn.loss:7.4f}  {score.name} {shown}{score.unit}"
                 progress.update(bars[turn.norm], completed=turn.step, result=result)
                 done = sum(progress.tasks[bar].completed for bar in bars.values())
                 progress.update(whole, completed=done)
@@ -60,28 +63,40 @@ def run(config: Compare) -> int:
 
 def table(comparison: Comparison) -> Table:
     """The result, a row per norm."""
-    config = comparison.config
+    config, score = comparison.config, comparison.task.score
     result = Table(title=f"{config.dataset}, {config.model}, {config.sync} statistics")
     result.add_column("norm", overflow="fold")
+    rates = ("best rate", "largest stable rate")
     for heading in (
-        "test accuracy %",
-        f"steps to {100 * config.target:g}%",
-        "ms per step",
-        "time in the norm",
+        f"{score.name} {score.unit}".strip(),
+        f"steps to {score.factor * comparison.target:g}{score.unit}",
+        *(rates if config.rates else ("ms per step", "time in the norm")),
     ):
         result.add_column(heading, justify="right", no_wrap=True)
     for row in comparison.summary():
+        mean, sd = (row[f"{score.key}_{of}"] for of in ("mean", "sd"))
+        if config.rates:
+            more = f"{row['lr']:g}", str(Stable(**row["largest_stable_rate"]))
+        else:
+            more = (
+                "–" if row["step_ms"] is None else f"{row['step_ms']:.2f}",
+                "–" if row["norm_share"] is None else f"{row['norm_share']:.0%}",
+            )
+        reached = row["steps_to_target"]
         result.add_row(
             row["norm"],
-            _spread(row["accuracy_mean"], row["accuracy_sd"]),
-            "–" if row["steps_to_target"] is None else f"{row['steps_to_target']:g}",
-            "–" if row["step_ms"] is None else f"{row['step_ms']:.2f}",
-            "–" if row["norm_share"] is None else f"{row['norm_share']:.0%}",
+            _spread(score.factor, mean, sd),
+            "–" if reached is None else f"{reached:g}",
+            *more,
         )
     result.caption = (
         f"mean ± standard deviation over {config.seeds} seeds, or those that did not diverge; "
-        f"median steps and times. Measured every {config.steps / config.evaluations:g} steps. A "
-        "step trains all seeds. Time in the norm: 1 − (step without a norm / step with it)."
+        f"medians. Measured every {config.steps / config.evaluations:g} steps. "
+    ) + (
+        "From the best rate up to the largest stable one no run diverged; at the one in brackets "
+        "one did."
+        if config.rates
+        else "A step trains all seeds. Time in the norm: 1 − (step without a norm / step with it)."
     )
     return result
 
@@ -94,10 +109,16 @@ def remarks(comparison: Comparison) -> list[str]:
             said.append(f"{row['norm']}: the loss of seed {seed} was not finite at step {step}")
         if row["step"] < comparison.config.steps:
             said.append(f"{row['norm']}: stopped after {row['step']} steps")
+            continue
+        for seed in row["above_chance"]:
+            if str(seed) not in row["diverged"]:
+                chance = comparison.task.score.chance
+                said.append(f"{row['norm']}: the loss of seed {seed} ended above that of {chance}")
     return said
 
 
-def _spread(mean: float | None, sd: float | None) -> str:
+def _spread(factor: float, mean: float | None, sd: float | None) -> str:
     if mean is None:
         return "–"
-    return f"{100 * mean:.2f}" + ("" if sd is None else f" ± {100 * sd:.2f}")
+    digits = 2 if factor > 1 else 3 if mean < 100 else 0
+    return f"{factor * mean:.{digits}f}" + ("" if sd is None else f" ± {factor * sd:.{digits}f}")

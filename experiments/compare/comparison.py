@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import dataclasses
+import math
 import shutil
 import statistics
 import time
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import jax
+import numpy as np
 
 from .. import models
 from ..data import load
@@ -33,9 +35,9 @@ from ..training.config import (
     require_fit,
 )
 from ..training.driver import Progress, drive
+from ..training.optimizers import at_rates, set_rates
 from ..training.trainer import (
     AXIS,
-    OPTIMIZERS,
     QUANTILES,
     DeviceData,
     Trainer,
@@ -46,22 +48,32 @@ from ..training.trainer import (
     turns,
 )
 from . import figures
+from .rates import best, diverged, largest_stable
 
 COMMON = ("none", "batch", "layer", "rms", "group", "instance", "weight", "cosine")
-"""The norms that are compared by default."""
+"""The norms that are compared by default on images."""
+
+ON_TEXT = ("none", "layer", "rms", "dyt")
+"""Those on text: norms of one token."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Compare(Command):
-    """Train one network under several norms, data-parallel, on real images.
+    """Train one network under several norms, data-parallel, on real data.
 
-    Ends with a table, a figure of the learning curves and a figure of the four parts (μ, σ, g, b)
-    of every norm in every layer. Everything measured is kept in the run directory.
+    Ends with a table, a figure of the learning curves, a figure of the four parts (μ, σ, g, b)
+    of every norm in every layer, and with several rates one of what each came to. Everything
+    measured is kept in the run directory.
     """
 
     norms: tuple[str, ...] = ()
     """Which norms (`python -m experiments list`, or module:factory for one of your own); by default
-    the eight common ones, without instance norm where the model has no positions."""
+    the eight common ones, without instance norm where the model has no positions; on text four."""
+
+    rates: tuple[float, ...] = ()
+    """Learning rates in the place of --lr, trained side by side: each norm is shown at its best,
+    with its largest stable rate. The best is chosen on the validation set of a text, and of images
+    on the test set, of all norms alike."""
 
     sync: Literal["global", "local"] = "global"
     """Batch statistics over all devices, or over each device's own share of the batch."""
@@ -75,8 +87,9 @@ class Compare(Command):
     evaluations: int = 10
     """How often to measure on the way; the last time is after the last step."""
 
-    target: float = 0.95
-    """Test accuracy for the column "steps to"."""
+    target: float | None = None
+    """For the column "steps to": a test accuracy, by default 0.95; of text bits per byte, by
+    default 2.5."""
 
     run_dir: Path | None = None
     """Where the results go; must not exist. By default runs/compare-DATASET-MODEL-TIME."""
@@ -85,16 +98,28 @@ class Compare(Command):
         """Raises RunError for values that cannot be run."""
         super().__post_init__()
         self.require_counts("devices", "seeds", "evaluations")
-        require(0 < self.target <= 1, "target", self.target, "a share in (0, 1]")
+        for value in self.rates:
+            require(0 < value < math.inf, "rates", value, "positive and finite")
+        require(len(set(self.rates)) == len(self.rates), "rates", self.rates, "distinct")
+        positive = self.target is None or 0 < self.target < math.inf
+        require(positive, "target", self.target, "positive and finite")
         require_evaluations(self.evaluations, self.steps)
         require(len(set(self.norms)) == len(self.norms), "norms", self.norms, "distinct")
         require_division(self.batch_size, self.devices, self.microbatches)
 
     def chosen(self) -> tuple[str, ...]:
         """The norms to compare: those asked for, or the default ones that fit the model."""
-        return self.norms or tuple(
-            name for name in COMMON if name != "instance" or self.model not in models.FLAT
-        )
+        if self.norms:
+            return self.norms
+        if self.model in models.TEXT:
+            return ON_TEXT
+        return tuple(name for name in COMMON if name != "instance" or self.model not in models.FLAT)
+
+    @property
+    def lanes(self) -> list[Record]:
+        """What is trained side by side: the rate and the seed of each."""
+        rates = self.rates or (self.lr,)
+        return [{"lr": lr, "seed": seed} for lr in rates for seed in range(self.seeds)]
 
     @property
     def axis_name(self) -> str | None:
@@ -117,12 +142,12 @@ class Lane:
 
 @dataclasses.dataclass(frozen=True)
 class Turn:
-    """What a listener hears after a norm's turn."""
+    """What a listener hears after a norm's turn; the score is that of its best rate and seed."""
 
     norm: str
     step: int
     loss: float
-    accuracy: float
+    score: float | None
 
 
 class Comparison:
@@ -139,17 +164,21 @@ class Comparison:
         self.stopped_at: int | None = None
         norms = {name: config.norm_of(name, config.axis_name) for name in config.chosen()}
         set_devices(config.devices)
-        self.data = load(config.dataset, config.data_dir, on_progress=say)
+        self.data = load(config.dataset, config.data_dir, reading=config.reading, on_progress=say)
         require_fit(config.batch_size, self.data)
         device_data = DeviceData(self.data, config.devices)
-        optimizer = OPTIMIZERS[config.optimizer](config.lr)
+        self.task = device_data.task
+        optimizer = at_rates(config.make_optimizer, [row["lr"] for row in config.lanes])
         say("drawing the initial kernels")
+        options = config.model_options
         kernels = models.draw_kernels(
-            config.model, self.data.classes, range(config.seeds), device_data.probe
+            config.model, self.data.classes, range(config.seeds), device_data.probe, **options
         )
+        seeds = np.array([row["seed"] for row in config.lanes])
+        kernels = jax.tree.map(lambda v: np.asarray(v)[seeds], kernels)
         trainers = {}
         for name, norm in norms.items():
-            model = models.build(config.model, norm, self.data.classes)
+            model = models.build(config.model, norm, self.data.classes, **options)
             trainers[name] = trainer = Trainer(
                 model,
                 optimizer,
@@ -161,8 +190,8 @@ class Comparison:
             _check_shapes(name, trainer)  # says no before anything is compiled or written
         self.run_dir = RunDirectory(config.run_dir, f"compare-{config.dataset}-{config.model}")
         self.run_dir.write_json("config.json", config.as_json())
-        origin = {"name": config.dataset, "origin": self.data.origin, "sha256": self.data.checksum}
-        self.run_dir.write_json("environment.json", {**environment(), "dataset": origin})
+        told = {**environment(), "dataset": self.data.describe()}
+        self.run_dir.write_json("environment.json", told)
         try:
             self._compile(trainers)
         except BaseException:  # Ctrl-C above all: nothing was measured, so nothing is left
@@ -172,10 +201,10 @@ class Comparison:
     def run(self) -> Iterator[Turn]:
         """Trains all norms in turns; yields after each turn. Stopping between yields is safe."""
         config = self.config
-        examples = len(self.data.train_images)
+        examples = len(self.data.train_inputs)
         drawn = [
-            minibatches(seed, examples, config.batch_size, config.steps)
-            for seed in range(config.seeds)
+            minibatches(row["seed"], examples, config.batch_size, config.steps)
+            for row in config.lanes
         ]
         each = []
         for lane in self.lanes:
@@ -195,7 +224,7 @@ class Comparison:
         assert at.evaluation is not None
         if at.step_ms is not None:
             lane.step_ms.append(at.step_ms)
-        rows = [{"norm": lane.name, "seed": seed} for seed in range(lane.trainer.seeds)]
+        rows = [{"norm": lane.name, **row} for row in self.config.lanes]
         records = [record | {"step_ms": at.step_ms} for record in at.records(rows)]
         parts = [
             {"kind": "part", **row, "step": at.step, "layer": layer, "part": part}
@@ -207,7 +236,9 @@ class Comparison:
         lane.records += records
         lane.parts += parts
         self.run_dir.append("metrics.jsonl", records + parts)
-        return Turn(lane.name, at.step, at.loss, float(at.evaluation.accuracy.mean()))
+        score = self.task.score
+        alive = [r[score.key] for r in records if r["test_loss"] is not None]
+        return Turn(lane.name, at.step, at.loss, score.best(alive, default=None))
 
     def _compile(self, trainers: dict[str, Trainer]) -> None:
         """Compiles for every length of stretch, two norms at a time."""
@@ -217,67 +248,106 @@ class Comparison:
         def one(name: str) -> Lane:
             begin = time.perf_counter()
             trainer = trainers[name]
-            state = trainer.init()
+            state, data = trainer.init(), trainer.data
+            rates = [row["lr"] for row in config.lanes]
+            opt_state = set_rates(state.opt_state, rates, data.devices, data.mapped)
+            state = state._replace(opt_state=opt_state)
             trainer.compile(state, steps, config.batch_size)
             self.say(f"compiled {name}")
-            at = Progress.start(state, config.seeds)
+            at = Progress.start(state, len(rates))
             return Lane(name, trainer, at, time.perf_counter() - begin)
 
         with concurrent.futures.ThreadPoolExecutor(2) as pool:
             self.lanes = list(pool.map(one, trainers))
 
+    @property
+    def target(self) -> float:
+        """What the column "steps to" is about."""
+        return self.config.target or self.task.score.target
+
+    def at_best_rates(self) -> list[tuple[Lane, float]]:
+        """Every norm that was measured, with its best rate."""
+        measured = [lane for lane in self.lanes if lane.records]
+        return [(lane, best(lane.records.last(), self.task)) for lane in measured]
+
     def summary(self) -> list[dict[str, Any]]:
-        """One row per norm: accuracy, its spread, steps to the target, time, share of the norm."""
+        """One row per norm: its score, the spread, steps to the target, time, share of the norm."""
         baseline = next((lane for lane in self.lanes if lane.name == "none"), None)
-        rows = []
-        for lane in self.lanes:
-            if not lane.records:
-                continue  # stopped before it was looked at
-            final = [None if r["test_loss"] is None else r["accuracy"] for r in lane.records.last()]
-            alive = [a for a in final if a is not None]
-            reached = statistics.median(lane.records.steps_to(self.config.target))
+        score, rows = self.task.score, []
+        for lane, lr in self.at_best_rates():
+            records, last = lane.records.where(lr=lr), lane.records.last()
+            reached = statistics.median(
+                records.steps_to(self.target, score.key, higher=score.higher)
+            )
             share = None
             if baseline is not None and baseline is not lane and baseline.step_ms and lane.step_ms:
                 pairs = zip(lane.step_ms, baseline.step_ms, strict=False)
                 share = statistics.median(1 - base / mine for mine, base in pairs)
-            rows.append(
-                {
-                    "norm": lane.name,
-                    "step": lane.at.step,
-                    "accuracy_mean": statistics.fmean(alive) if alive else None,
-                    "accuracy_sd": statistics.stdev(alive) if len(alive) > 1 else None,
-                    "accuracy_by_seed": final,
-                    "steps_to_target": number(reached),
-                    "step_ms": statistics.median(lane.step_ms) if lane.step_ms else None,
-                    "norm_share": share,
-                    "compile_seconds": lane.compile_seconds,
-                    "diverged": {
-                        str(seed): int(step)
-                        for seed, step in enumerate(lane.at.diverged)
-                        if step > -1
-                    },
-                }
-            )
+            row = {
+                "norm": lane.name,
+                "lr": lr,
+                "step": lane.at.step,
+                **self._spread(records.last()),
+                "steps_to_target": number(reached),
+                "step_ms": statistics.median(lane.step_ms) if lane.step_ms else None,
+                "norm_share": share,
+                "compile_seconds": lane.compile_seconds,
+                "diverged": {
+                    str(at["seed"]): int(step)
+                    for at, step in zip(self.config.lanes, lane.at.diverged, strict=True)
+                    if step > -1 and at["lr"] == lr
+                },
+                "above_chance": self._diverged(records.last()),
+            }
+            if self.config.rates:
+                row["largest_stable_rate"] = largest_stable(last, self.task)._asdict()
+                row["rates"] = [
+                    {"lr": rate, **self._spread(at), "diverged": self._diverged(at)}
+                    for rate in self.config.rates
+                    for at in [last.where(lr=rate)]
+                ]
+            rows.append(row)
         return rows
+
+    def _spread(self, last: Records) -> dict[str, Any]:
+        """The score of the seeds whose losses are finite."""
+        key = self.task.score.key
+        final = [None if r["test_loss"] is None else r[key] for r in last]
+        alive = [value for value in final if value is not None]
+        return {
+            f"{key}_mean": statistics.fmean(alive) if alive else None,
+            f"{key}_sd": statistics.stdev(alive) if len(alive) > 1 else None,
+            f"{key}_by_seed": final,
+        }
+
+    def _diverged(self, last: Records) -> list[int]:
+        """The seeds that diverged."""
+        return [r["seed"] for r in last if diverged(r, self.task.uninformed)]
 
     def finish(self) -> dict[str, Path]:
         """Writes the summary and the figures of what was done; returns their paths."""
         config = self.config
-        records = [r for lane in self.lanes for r in lane.records]
-        parts = [r for lane in self.lanes for r in lane.parts]
         title = (
             f"{config.dataset}, {config.model}, batch {config.batch_size} over "
             f"{config.devices} device{'s' * (config.devices > 1)}, {config.sync} statistics, "
-            f"{config.optimizer} lr {config.lr:g}, {config.seeds} seed{'s' * (config.seeds > 1)}"
+            f"{config.optimizer}, {config.seeds} seed{'s' * (config.seeds > 1)}"
         )
+        rate = "each at its best rate" if config.rates else f"lr {config.lr:g}"
         done = {"complete": self.stopped_at == config.steps, "norms": self.summary()}
         paths = {"summary": self.run_dir.write_json("summary.json", done)}
-        if not records:
+        at_best = self.at_best_rates()
+        if not at_best:
             return paths
-        for name, figure in (
-            ("curves", figures.curves(records, title, 1 / self.data.classes)),
-            ("parts", figures.parts(parts, title)),
-        ):
+        records = [r for lane, lr in at_best for r in lane.records.where(lr=lr)]
+        parts = [r for lane, lr in at_best for r in lane.parts if r["lr"] == lr]
+        title_at = f"{title}, {rate}"
+        drawn = {"curves": figures.curves(records, title_at, self.task, config.batch_size)}
+        if parts:  # a model without norms has none
+            drawn["parts"] = figures.parts(parts, title_at)
+        if config.rates:
+            last = [r for lane, _ in at_best for r in lane.records.last()]
+            drawn["rates"] = figures.rates(last, title, self.task)
+        for name, figure in drawn.items():
             for kind in ("png", "svg"):
                 file = f"{name}.{kind}"
                 paths[file] = self.run_dir.write_bytes(file, encode(figure, kind))

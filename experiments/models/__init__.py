@@ -39,7 +39,7 @@ from .recurrent import Gru, Lstm
 from .resnet import ResNet
 from .vit import Vit
 
-MODELS: dict[str, Callable[..., nn.Module]] = {
+MODELS: dict[str, Callable[..., Network]] = {
     "mlp": Mlp,
     "conv": ConvNet,
     "vgg": Vgg,
@@ -60,15 +60,26 @@ FLAT = ("mlp", "lstm", "gru", "vit", "lm")
 """Those whose layers have no positions, which instance norm measures over: in a transformer every
 token is an example."""
 
+TEXT = ("lm",)
+"""Those that read the ids of tokens, and say of each which token follows."""
 
-def require(name: str) -> Callable[..., nn.Module]:
-    """Returns the model called `name`; raises ValueError, with the nearest name, for another."""
+
+def require(name: str, **options: Any) -> Callable[..., Network]:
+    """Returns the model called `name`.
+
+    Raises:
+      ValueError: For an unknown name or option, with the nearest known one.
+    """
     if name not in MODELS:
         raise ValueError(f"unknown model {name!r}: {nearest(name, MODELS)}")
+    known = set(inspect.signature(MODELS[name]).parameters) - {"parent", "name"}
+    for option in options:
+        if option not in known:
+            raise ValueError(f"{name}: unknown option {option!r}: {nearest(option, sorted(known))}")
     return MODELS[name]
 
 
-def build(name: str, norm: nl.Norm, classes: int, **options: Any) -> nn.Module:
+def build(name: str, norm: nl.Norm, classes: int, **options: Any) -> Network:
     """Returns the model called `name` with a norm.
 
     Args:
@@ -84,12 +95,7 @@ def build(name: str, norm: nl.Norm, classes: int, **options: Any) -> nn.Module:
     >>> sorted(build("resnet20", nl.get("layer"), 10, where="stem|.*conv1").carriers())[-2:]
     ['stage2_block2_conv1', 'stem']
     """
-    model = require(name)
-    known = set(inspect.signature(model).parameters) - {"parent", "name"}
-    for option in options:
-        if option not in known:
-            raise ValueError(f"{name}: unknown option {option!r}: {nearest(option, sorted(known))}")
-    return model(norm=norm, classes=classes, **options)
+    return require(name, **options)(norm=norm, classes=classes, **options)
 
 
 def draw_kernels(
@@ -142,7 +148,7 @@ def parts_by_layer(variables: Any) -> dict[str, nl.Parts]:
     A layer is named by its path, whether blocks are scanned or not; the parts of all time steps of
     a recurrent one are stacked.
     """
-    return _sown(variables[PARTS])
+    return _sown(variables.get(PARTS, {}))
 
 
 def activations_by_layer(variables: Any) -> dict[str, Activations]:

@@ -370,6 +370,10 @@ class Network(nn.Module):
             self.layers if self.where is None else choose(name, self.where, self.layers)
         )
 
+    def project(self, params: Any) -> Any:
+        """The parameters after a step: as they are, where they may be anything."""
+        return params
+
     def layer(self, name: str, linear: nl.Linear, shape: tuple[int, ...], **options: Any) -> Normed:
         """The layer called `name`, with the norm if it carries it, with a bias if not."""
         if name not in self.carriers():

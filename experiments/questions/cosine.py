@@ -126,7 +126,7 @@ def values(config: Cosine) -> Iterator[Record]:
     )
     for seed in range(config.seeds):
         rng = np.random.default_rng(seed)
-        images = data.train_images[rng.choice(len(data.train_images), 64, replace=False)]
+        images = data.train_inputs[rng.choice(len(data.train_inputs), 64, replace=False)]
         x = images.reshape(64, -1) * 10.0 ** rng.uniform(-8, 8, (64, 1))
         w = rng.standard_normal((x.shape[1], 50)) * 10.0 ** rng.uniform(-8, 8, 50)
         w[:, :10] = x[:10].T  # at the bound: units that look just like their input

@@ -77,8 +77,8 @@ def run(config: DataSize) -> Iterator[Condition]:
 
 def first(data: Dataset, size: int) -> Dataset:
     """The first examples of the training set."""
-    images, labels = data.train_images[:size], data.train_labels[:size]
-    return data._replace(train_images=images, train_labels=labels)
+    images, labels = data.train_inputs[:size], data.train_labels[:size]
+    return data._replace(train_inputs=images, train_labels=labels)
 
 
 def needed(accuracies: Sequence[float], sizes: Sequence[int], target: float) -> float:

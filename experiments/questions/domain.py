@@ -108,7 +108,7 @@ def run(config: Domain) -> Iterator[Condition]:
 def accuracies(config: Domain, net: Net) -> dict[str, Array]:
     """The test accuracy in percent in each domain, with statistics of training and its own."""
     data = floats(dataset(config.dataset, config.data_dir))
-    seen, test = data.train_images[: config.examples], data.test_images
+    seen, test = data.train_inputs[: config.examples], data.test_inputs
 
     def accuracy(state: object, images: np.ndarray) -> Array:
         variables = {"params": net.params, models.STATE: state}

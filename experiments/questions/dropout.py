@@ -67,8 +67,8 @@ def run(config: Dropout) -> Iterator[Condition]:
     rows = lanes(config, lr=config.rates)
 
     def few(data: Dataset) -> Dataset:
-        images, labels = data.train_images[: config.examples], data.train_labels[: config.examples]
-        return data._replace(train_images=images, train_labels=labels)
+        images, labels = data.train_inputs[: config.examples], data.train_labels[: config.examples]
+        return data._replace(train_inputs=images, train_labels=labels)
 
     for norm in config.norms:
         for share in config.shares:

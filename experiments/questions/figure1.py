@@ -74,8 +74,8 @@ def run(config: Figure1) -> Iterator[Condition]:
 
 def binary(data: Dataset) -> Dataset:
     """Pixels of 0 and 1."""
-    train, test = ((v > 127).astype(np.float32) for v in (data.train_images, data.test_images))
-    return data._replace(train_images=train, test_images=test)
+    train, test = ((v > 127).astype(np.float32) for v in (data.train_inputs, data.test_inputs))
+    return data._replace(train_inputs=train, test_inputs=test)
 
 
 def inputs(net: Net) -> dict[str, Array]:

@@ -112,8 +112,8 @@ def reduced(v: Array, y_hat: Array) -> Array:
 def drawn(config: GradientBound, seed: int, *, affine: bool) -> tuple:
     """A batch of images with labels, kernels, and γ and β, which are 1 and 0 unless `affine`."""
     data, rng = dataset(config.dataset, config.data_dir), np.random.default_rng(seed)
-    chosen = rng.choice(len(data.train_images), config.batch_size, replace=False)
-    x = data.train_images[chosen].reshape(config.batch_size, -1) / 255
+    chosen = rng.choice(len(data.train_inputs), config.batch_size, replace=False)
+    x = data.train_inputs[chosen].reshape(config.batch_size, -1) / 255
     sizes = [(x.shape[1], config.width), (config.width, config.width), (config.width, 10)]
     w = [rng.normal(size=size) * np.sqrt(2 / size[0]) for size in sizes]
     g, b = rng.normal(1, 0.5, config.width), rng.normal(0, 0.5, config.width)

@@ -80,7 +80,7 @@ def run(config: Inference) -> Iterator[Condition]:
 
 def measured(config: Inference, name: str) -> Iterator[Record]:
     """The estimates at each batch size, and the error of folding."""
-    images = dataset(config.dataset, config.data_dir).train_images[: config.examples]
+    images = dataset(config.dataset, config.data_dir).train_inputs[: config.examples]
     with jax.enable_x64(True):
         for seed in range(config.seeds):
             rng = np.random.default_rng(seed)

@@ -80,8 +80,8 @@ def run(config: LearningRate) -> Iterator[Condition]:
     multiples = {multiple(lr, factor) for lr in config.starts for factor in FEWER}
 
     def fewer(data: Dataset) -> Dataset:
-        images, labels = data.test_images[: config.tests], data.test_labels[: config.tests]
-        return data._replace(test_images=images, test_labels=labels)
+        images, labels = data.test_inputs[: config.tests], data.test_labels[: config.tests]
+        return data._replace(test_inputs=images, test_labels=labels)
 
     for norm in config.norms:
         more = {"none": config.starts, "batch": multiples}.get(norm, ())

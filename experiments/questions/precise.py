@@ -90,16 +90,16 @@ def floats(data: Dataset) -> Dataset:
     """Pixels from −1 to 1."""
     train, test = (
         (v / np.float32(127.5) - 1).astype(np.float32)
-        for v in (data.train_images, data.test_images)
+        for v in (data.train_inputs, data.test_inputs)
     )
-    return data._replace(train_images=train, test_images=test)
+    return data._replace(train_inputs=train, test_inputs=test)
 
 
 def accuracies(config: Precise, net: Net) -> dict[str, Array]:
     """The test accuracy in percent with the moving average, many batches and the test batch."""
     data = floats(dataset(config.dataset, config.data_dir))
     cut = functools.partial(batches, size=config.batch_size)
-    images, labels = cut(data.test_images), cut(data.test_labels)
+    images, labels = cut(data.test_inputs), cut(data.test_labels)
 
     def apply(state: object, images: Array, train: bool) -> tuple[Array, dict]:
         variables = {"params": net.params, models.STATE: state}
@@ -113,7 +113,7 @@ def accuracies(config: Precise, net: Net) -> dict[str, Array]:
         right = lax.map(lambda b: apply(state, b[0], train)[0].argmax(-1) == b[1], (images, labels))
         return 100 * right.mean(dtype=jnp.float32)
 
-    many = cut(data.train_images)[: config.batches]
+    many = cut(data.train_inputs)[: config.batches]
     precise = nl.population.settle(lax.scan(see, nl.population.begin(net.norm_state), many)[0])
     return {
         "with_average": accuracy(net.norm_state),

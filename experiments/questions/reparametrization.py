@@ -104,11 +104,11 @@ def from_identity() -> nl.Norm:
 
 def standard(data: Dataset) -> Dataset:
     """Pixels shifted and scaled by two numbers, as float32."""
-    mu, sigma = data.train_images.mean(), data.train_images.std()
+    mu, sigma = data.train_inputs.mean(), data.train_inputs.std()
     train, test = (
-        ((v - mu) / sigma).astype(np.float32) for v in (data.train_images, data.test_images)
+        ((v - mu) / sigma).astype(np.float32) for v in (data.train_inputs, data.test_inputs)
     )
-    return data._replace(train_images=train, test_images=test)
+    return data._replace(train_inputs=train, test_inputs=test)
 
 
 def look(config: Config) -> Instrument:
@@ -116,7 +116,7 @@ def look(config: Config) -> Instrument:
 
     def instrument(net: Net) -> dict[str, Array]:
         data = standard(dataset(config.dataset, config.data_dir))
-        more = net._replace(images=jnp.asarray(data.train_images[:IMAGES]))
+        more = net._replace(images=jnp.asarray(data.train_inputs[:IMAGES]))
         *_, (a, z, _) = more.activations(train=True).values()
         normalized = nl.affine(nl.get("batch").parts(None, (), nl.Site(a), train=True)[0], a)
         return {
@@ -133,7 +133,7 @@ def moments(config: Config) -> Iterator[Record]:
     data = standard(dataset(config.dataset, config.data_dir))
     for seed in range(config.seeds):
         rng = np.random.default_rng(seed)
-        x = data.train_images[rng.choice(len(data.train_images), 64, replace=False)]
+        x = data.train_inputs[rng.choice(len(data.train_inputs), 64, replace=False)]
         x = x.reshape(64, -1).astype(np.float64)
         a = x @ rng.standard_normal((x.shape[1], 50))
         with jax.enable_x64(True):

@@ -82,7 +82,7 @@ def run(config: ScaleInvariance) -> Iterator[Condition]:
 def trajectories(config: ScaleInvariance, adjusted: bool) -> Iterator[Record]:
     """How the net at each c learns, beside the one at c = 1."""
     data = dataset(config.dataset, config.data_dir)
-    images = data.train_images.reshape(len(data.train_images), -1)
+    images = data.train_inputs.reshape(len(data.train_inputs), -1)
     scales = (1.0, *config.scales)
     rates = np.array([c**2 if adjusted else 1.0 for c in scales])
     first, *rest = stretches(config.steps, config.evaluations)

@@ -92,7 +92,7 @@ def in_precision(
 def layer(config: Config, dtype: str) -> Iterator[Record]:
     """The errors of one layer on real data, by seed, norm and form."""
     lab = Lab(config, dtype)
-    images = np.asarray(lab.data.preprocess(lab.data.images[lab.indices[0]]), np.float64)
+    images = np.asarray(lab.data.preprocess(lab.data.inputs[lab.indices[0]]), np.float64)
     # The norm alone is to be compared: what goes into it is computed once. The seeds are channels
     # side by side, which batch norm does not mix.
     x = images.reshape(*images.shape[:2], -1)

@@ -95,7 +95,7 @@ def measure(config: Vanishing, activation: str, norm: str) -> Iterator[Record]:
     for seed in range(config.seeds):
         rng = np.random.default_rng(seed)
         chosen = rng.choice(len(data.train_labels), config.batch_size, replace=False)
-        images = DeviceData(data, 1).preprocess(data.train_images[chosen])
+        images = DeviceData(data, 1).preprocess(data.train_inputs[chosen])
         images = images.reshape(config.batch_size, -1)
         sizes = [images.shape[1], *[config.width] * config.depth, data.classes]
         kernels = [

@@ -106,7 +106,7 @@ def network(name: str, **options: Any) -> Any:
 
 def examples(data: Dataset, chosen: np.ndarray, dtype: Any) -> tuple[Array, Array]:
     """The chosen images, preprocessed, and their labels."""
-    images = DeviceData(data, 1, dtype).preprocess(data.train_images[chosen])
+    images = DeviceData(data, 1, dtype).preprocess(data.train_inputs[chosen])
     return images, jnp.asarray(data.train_labels[chosen])
 
 

@@ -122,7 +122,7 @@ def by_method(method: str, floor: float) -> Callable[[Dataset], Dataset]:
         eps = floor if method in ("pca", "zca") else 0.0
         w = measure(train, method=cast(Method, method), eps=eps)
         train, test = (np.asarray(whiten(x, w)) for x in (train, test))
-        return data._replace(train_images=train, test_images=test)
+        return data._replace(train_inputs=train, test_inputs=test)
 
     return prepare
 
@@ -132,13 +132,13 @@ def mixed(data: Dataset) -> Dataset:
     train, test = flat(data)
     scale = np.ones(train.shape[1], np.float32)
     scale[np.random.default_rng(0).permutation(scale.size)[::2]] = 1000
-    return data._replace(train_images=train * scale, test_images=test * scale)
+    return data._replace(train_inputs=train * scale, test_inputs=test * scale)
 
 
 def flat(data: Dataset) -> list[np.ndarray]:
     """Training and test images as rows of pixels from 0 to 1, each the mean of four."""
     found = []
-    for v in (data.train_images, data.test_images):
+    for v in (data.train_inputs, data.test_inputs):
         n, height, width, _ = v.shape
         pooled = v.reshape(n, height // 2, 2, width // 2, 2).mean((2, 4), dtype=np.float32)
         found.append(pooled.reshape(n, -1) / 255)
@@ -150,13 +150,13 @@ def conditions(config: Whiten) -> Iterator[Record]:
     data = dataset(config.dataset, config.data_dir)
     for seed in range(config.seeds):
         rng = np.random.default_rng(seed)
-        count = min(config.measured, len(data.train_images))
-        chosen = rng.choice(len(data.train_images), count, replace=False)
-        images = data.train_images[chosen]
-        part = data._replace(train_images=images, test_images=images[:1])
+        count = min(config.measured, len(data.train_inputs))
+        chosen = rng.choice(len(data.train_inputs), count, replace=False)
+        images = data.train_inputs[chosen]
+        part = data._replace(train_inputs=images, test_inputs=images[:1])
         for name in (*METHODS, "mixed"):
             prepare = mixed if name == "mixed" else by_method(name, 0.0)
-            number = float(measure_condition(prepare(part).train_images))
+            number = float(measure_condition(prepare(part).train_inputs))
             yield {"kind": "condition", "method": name, "seed": seed, "number": number}
 
 

@@ -84,9 +84,10 @@ def conclude(path: Path, step: int, summary: dict[str, Any] | None) -> None:
             soft_wrap=True,
         )
         return
-    loss = shown(summary["test_loss"])
+    loss, bits = (shown(summary.get(name)) for name in ("test_loss", "bits_per_byte"))
+    bits = f", {bits} bits per byte" if "bits_per_byte" in summary else ""
     console.print(
-        f"step {step}: test loss {loss}, accuracy {summary['accuracy']:.2%}, on "
+        f"step {step}: test loss {loss}{bits}, accuracy {summary['accuracy']:.2%}, on "
         f"{summary['devices']} devices in {summary['processes']} processes",
         highlight=False,
     )

@@ -11,11 +11,12 @@ from typing import Any, Literal
 import normlab as nl
 
 from .. import models
-from ..data import Dataset
+from ..data import NAMES, TEXTS, Dataset, Reading, Unit
 from ..rundir import RunError
+from . import optimizers
 
-Optimizer = Literal["momentum", "sgd", "rmsprop", "adam"]
-"""The names of `trainer.OPTIMIZERS`."""
+Optimizer = Literal["momentum", "sgd", "rmsprop", "adam", "adamw"]
+"""The names of `optimizers.OPTIMIZERS`."""
 
 OWN: dict[str, dict[str, Any]] = {
     "layer": {"axes": "all"},
@@ -30,12 +31,13 @@ class Training:
     """What is trained, on what, for how long.
 
     Attributes:
-      dataset: mnist, fashion_mnist, cifar10 or digits (tiny, needs no download).
-      model: conv (three 3×3 convolutions, ReLU), mlp (three layers of 100 sigmoids), or another of
-        `python -m experiments list`.
-      batch_size: Examples per optimizer step, over all devices.
+      dataset: mnist, fashion_mnist, cifar10 or digits (tiny, needs no download); of text
+        tiny_shakespeare, gutenberg, lm1b or markov (tiny, needs no download).
+      model: conv (three 3×3 convolutions, ReLU), mlp (three layers of 100 sigmoids), lm (of text),
+        or another of `python -m experiments list`.
+      batch_size: Examples per optimizer step, over all devices; of text windows.
       steps: Optimizer steps.
-      optimizer: Plain SGD, SGD with momentum 0.9, RMSprop, or Adam.
+      optimizer: Plain SGD, SGD with momentum 0.9, RMSprop, Adam, or AdamW.
       lr: Learning rate.
       data_dir: Where prepared data sets are kept; by default $NORMLAB_DATA_DIR or data/.
     """
@@ -68,9 +70,29 @@ class Command(Training):
       groups: Groups of the norms that have some; must divide the channels of every layer.
       decay: Weight of the old value in batch norm's running statistics; by default 0.9.
       eps: ε, added to the variance under the root.
+      schedule: How the rate falls to 0 over the steps after the warm-up, or constant.
+      warmup: Steps in which the rate rises to its value.
+      clip: The norm to which the gradient of all parameters is cut; 0 leaves it as it is.
+      weight_decay: Of adamw.
+      context: Of text: the tokens that a model sees at once.
+      unit: Of text: what a token is.
+      measured: Of text: windows of the validation and of the test set that are measured; 0 is all.
+      scheme: Where the norms stand, of a model that has residual branches: pre, post, ….
+      depth: The model's number of blocks, if not its own.
+      width: The model's size of the residual stream, if not its own.
     """
 
     optimizer: Optimizer = "momentum"
+    schedule: optimizers.Schedule = "constant"
+    warmup: int = 0
+    clip: float = 0.0
+    weight_decay: float = 0.0
+    context: int = 128
+    unit: Unit = "bytes"
+    measured: int = 512
+    scheme: str | None = None
+    depth: int | None = None
+    width: int | None = None
     microbatches: int = 1
     groups: int = 4
     decay: float | None = None
@@ -78,15 +100,55 @@ class Command(Training):
 
     def __post_init__(self) -> None:
         """Raises RunError for values that cannot be run."""
-        self.require_counts("batch_size", "steps", "microbatches", "groups")
+        self.require_counts("batch_size", "steps", "microbatches", "groups", "context")
         for name in ("lr", "eps"):
             value = getattr(self, name)
             require(0 < value < math.inf, name, value, "positive and finite")
+        for name in ("warmup", "clip", "weight_decay", "measured"):
+            value = getattr(self, name)
+            require(0 <= value < math.inf, name, value, "0 or more, and finite")
+        last = f"less than --steps {self.steps}"
+        require(self.warmup < self.steps, "warmup", self.warmup, last)
+        decays = self.optimizer == "adamw" or not self.weight_decay
+        require(decays, "weight_decay", self.weight_decay, "0 but with --optimizer adamw")
         require(self.decay is None or 0 <= self.decay < 1, "decay", self.decay, "in [0, 1)")
         try:
-            models.require(self.model)
+            models.require(self.model, **self.model_options)
         except ValueError as error:  # an unknown name
             raise RunError(str(error)) from None
+        if self.dataset in NAMES and (self.model in models.TEXT) != (self.dataset in TEXTS):
+            reads, others = (
+                ("text", TEXTS)
+                if self.model in models.TEXT
+                else ("images", [name for name in NAMES if name not in TEXTS])
+            )
+            raise RunError(
+                f"--model {self.model} reads {reads}, and --dataset {self.dataset} is none: use "
+                f"one of {', '.join(others)}, or another model."
+            )
+
+    @property
+    def reading(self) -> Reading:
+        """How a text is read."""
+        return Reading(self.context, self.unit, self.measured)
+
+    @property
+    def model_options(self) -> dict[str, Any]:
+        """What the model is told beside the norm: those of the options that are given."""
+        options = {name: getattr(self, name) for name in ("scheme", "depth", "width")}
+        return {name: value for name, value in options.items() if value is not None}
+
+    @property
+    def make_optimizer(self) -> optimizers.Make:
+        """What makes the optimizer of a learning rate."""
+        return optimizers.optimizer(
+            self.optimizer,
+            self.steps,
+            schedule=self.schedule,
+            warmup=self.warmup,
+            clip=self.clip,
+            weight_decay=self.weight_decay,
+        )
 
     def norm_of(
         self, name: str, axis_name: nl.devices.AxisName | None = None, **more: Any
@@ -106,7 +168,10 @@ class Command(Training):
             if self.decay is not None:
                 given |= {"decay": self.decay, "batch": {"decay": self.decay}}
             options = {k: v for k, v in given.items() if takes(name, k)}
-            return nl.get(name, **options, **OWN.get(name, {}))
+            own = OWN.get(name, {})
+            if self.model in models.FLAT:  # by channels: the same there, and right for heads
+                own = {k: v for k, v in own.items() if k != "axes"}
+            return nl.get(name, **options, **own)
         except ValueError as error:
             raise RunError(str(error)) from None
 
@@ -134,10 +199,10 @@ def require_evaluations(evaluations: int, steps: int) -> None:
 
 def require_fit(examples: int, data: Dataset, given: str = "", change: str = "") -> None:
     """Raises RunError if a batch of so many examples is larger than the training set."""
-    if examples > len(data.train_images):
+    if examples > len(data.train_inputs):
         raise RunError(
             f"{given or f'--batch-size: got {examples}'}, but {data.name} has "
-            f"{len(data.train_images)} training examples. {change or 'Give at most that many.'}"
+            f"{len(data.train_inputs)} training examples. {change or 'Give at most that many.'}"
         )
 
 

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from ..rundir import Record, number
-from .trainer import Evaluation
+from .tasks import Evaluation
 
 
 class Checkpoint(NamedTuple):
@@ -92,7 +92,8 @@ class Progress:
 
         `kind` is "evaluation", or "training" where the test set was not measured. Then what sets it
         apart, `step`, `train_loss` (nats, the mean over the turn), and of an evaluation `test_loss`
-        (nats), `accuracy` (a share of the test set) and `diverged` (a step, or null).
+        (nats), `accuracy` (a share of the test set's labels), `diverged` (a step, or null), and
+        what else the task measures: `bits_per_byte` and `validation_loss` of a text.
         """
         losses = None if self.losses is None else self.losses.mean(axis=0)
         kind = "training" if self.evaluation is None else "evaluation"
@@ -105,6 +106,7 @@ class Progress:
                     "test_loss": number(self.evaluation.loss[i]),
                     "accuracy": number(self.evaluation.accuracy[i]),
                     "diverged": None if self.diverged[i] < 0 else int(self.diverged[i]),
+                    **{name: number(v[i]) for name, v in self.evaluation.more.items()},
                 }
         return found
 

@@ -35,13 +35,9 @@ from . import processes, syncs
 from .checkpoints import Checkpoints
 from .config import Command, require, require_division, require_fit, takes
 from .driver import Progress, drive
+from .tasks import Evaluation, Task
 from .trainer import (
     AXIS,
-    OPTIMIZERS,
-    PROBE,
-    Evaluation,
-    Preprocess,
-    Task,
     TrainState,
     accumulate,
     committed,
@@ -122,7 +118,8 @@ class Train(processes.Joining, Command):
 
     def as_json(self) -> dict[str, Any]:
         """The options that the numbers depend on."""
-        return {k: v for k, v in super().as_json().items() if k not in FREE}
+        free = FREE if self.schedule == "constant" else FREE - {"steps"}
+        return {k: v for k, v in super().as_json().items() if k not in free}
 
 
 class Result(NamedTuple):
@@ -219,9 +216,9 @@ class Program:
         sync = syncs.parse(config.sync, AXIS, self.devices)
         self.sync = sync if takes(config.norm, "axis_name") else None
         norm = config.norm_of(config.norm, self.sync, population=config.population)
-        self.model = models.build(config.model, norm, data.classes)
-        self.task = Task(self.model, Preprocess.of(data))
-        self.optimizer = OPTIMIZERS[config.optimizer](config.lr)
+        self.model = models.build(config.model, norm, data.classes, **config.model_options)
+        self.task = Task.of(data)
+        self.optimizer = config.make_optimizer(config.lr)
         mapped = functools.partial(jax.shard_map, mesh=mesh)
         states = TrainState(P(), P(AXIS), P())  # type: ignore[arg-type]
         self._step = jax.jit(
@@ -233,12 +230,14 @@ class Program:
 
     def init(self) -> TrainState:
         """The initial state: norm states `[devices, ...]`, each on its device, the rest copied."""
-        probe = np.asarray(self.task.preprocess(self.data.train_images[:PROBE]))
+        probe = np.asarray(self.task.preprocess(self.data.train_inputs[: self.task.probe]))
         config = self.config
 
         @jax.jit
         def draw() -> TrainState:
-            kernels = models.draw_kernels(config.model, self.data.classes, [config.seed], probe)
+            kernels = models.draw_kernels(
+                config.model, self.data.classes, [config.seed], probe, **config.model_options
+            )
             kernels = jax.tree.map(lambda v: v[0], kernels)
             params, norm_state = models.split(models.complete(self.model, kernels, probe))
             return TrainState(params, norm_state, self.optimizer.init(params))
@@ -262,11 +261,11 @@ class Program:
     def batches(self, start: int) -> Iterator[tuple[int, tuple[Array, Array]]]:
         """The steps after `start`, and their minibatches; each process reads its own examples."""
         config, data = self.config, self.data
-        rows = minibatches(config.seed, len(data.train_images), config.batch_size, config.steps)
+        rows = minibatches(config.seed, len(data.train_inputs), config.batch_size, config.steps)
         for step, row in enumerate(rows[start:], start + 1):
-            arrays = (data.train_images, data.train_labels)
-            images, labels = (_array(v, self.split, row) for v in arrays)
-            yield step, (images, labels)
+            arrays = (data.train_inputs, data.train_labels)
+            inputs, labels = (_array(v, self.split, row) for v in arrays)
+            yield step, (inputs, labels)
 
     def train(self, state: TrainState, batch: tuple[Array, Array]) -> tuple[TrainState, np.ndarray]:
         """Takes one step; the loss is `[1, 1]`."""
@@ -278,27 +277,31 @@ class Program:
         return state, np.asarray(loss)[None, None]
 
     def evaluate(self, state: TrainState) -> Evaluation:
-        """Measures the test set, by running statistics merged over the devices."""
-        images, labels = self.data.test_images, self.data.test_labels
-        padded = -(-len(labels) // self.devices) * self.devices
-        rows = np.arange(padded) % len(labels)
-        weights = (np.arange(padded) < len(labels)).astype(np.float32)
-        shards = (_array(images, self.split, rows), _array(labels, self.split, rows))
-        sums = self._evaluate(state, *shards, _array(weights, self.split))
-        return Evaluation.of(np.asarray(sums)[None], {})
+        """Measures what is held out, by running statistics merged over the devices."""
+
+        def measure(inputs: np.ndarray, labels: np.ndarray) -> Array:
+            padded = -(-len(labels) // self.devices) * self.devices
+            rows = np.arange(padded) % len(labels)
+            weights = (np.arange(padded) < len(labels)).astype(np.float32)
+            shards = (_array(inputs, self.split, rows), _array(labels, self.split, rows))
+            return self._evaluate(state, *shards, _array(weights, self.split))[None]
+
+        data, text = self.data, self.data.text
+        held = text and measure(text.validation_inputs, text.validation_labels)
+        return self.task.evaluation(measure(data.test_inputs, data.test_labels), {}, held)
 
     def _step_shard(
-        self, state: TrainState, images: Array, labels: Array
+        self, state: TrainState, inputs: Array, labels: Array
     ) -> tuple[TrainState, Array]:
         own = jax.tree.map(lambda v: v[0], state.norm_state)
         flat, unravel = ravel_pytree(state.params)  # one collective for all gradients
 
-        def loss(flat: Array, own: Any, images: Array, labels: Array) -> tuple[Array, Any]:
-            losses, after = self.task.losses(unravel(flat), own, images, labels)
+        def loss(flat: Array, own: Any, inputs: Array, labels: Array) -> tuple[Array, Any]:
+            losses, after = self.task.losses(self.model, unravel(flat), own, inputs, labels)
             return nl.devices.global_mean(losses, AXIS), after
 
         parts = self.config.microbatches
-        value, after, grads = accumulate(loss, flat, own, (images, labels), parts)
+        value, after, grads = accumulate(loss, flat, own, (inputs, labels), parts)
         if parts > 1:  # typed as if it varied over the devices
             value = lax.pmean(value, AXIS)
         grads = unravel(nl.devices.global_gradient(grads, AXIS))
@@ -306,15 +309,16 @@ class Program:
         if isinstance(self.sync, nl.Sync) and self.sync.every:
             after = nl.population.exchange(after, self.sync)
         updates, opt_state = self.optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
+        params = self.model.project(optax.apply_updates(state.params, updates))
         return TrainState(params, jax.tree.map(lambda v: v[None], after), opt_state), value
 
     def _evaluate_shard(
-        self, state: TrainState, images: Array, labels: Array, weights: Array
+        self, state: TrainState, inputs: Array, labels: Array, weights: Array
     ) -> Array:
         merged = nl.population.pool_running(jax.tree.map(lambda v: v[0], state.norm_state), AXIS)
         variables = {"params": state.params, models.STATE: merged}
-        return lax.psum(self.task.sums(variables, images, labels, weights), AXIS)
+        sums = self.task.sums(self.model, variables, inputs, labels, weights)
+        return lax.psum(sums, AXIS)
 
 
 def train(config: Train, say: Callable[[str], None] = lambda _: None) -> Result:
@@ -339,7 +343,8 @@ def train(config: Train, say: Callable[[str], None] = lambda _: None) -> Result:
     if config.run_dir is None and count > 1:
         raise RunError(f"{count} processes need a --run-dir that all of them see.")
     check_directory(config)
-    program = Program(config, load(config.dataset, config.data_dir, on_progress=say))
+    data = load(config.dataset, config.data_dir, reading=config.reading, on_progress=say)
+    program = Program(config, data)
     directory = Resumed(config, process)
     diary = processes.Diary(directory.path, process)
     diary.write("join", devices=program.devices, processes=count)
@@ -394,7 +399,8 @@ def _train(
     diary.write("start", step=start)
     if first:
         directory.rewind(start)
-        directory.write_json("environment.json", environment())
+        told = {**environment(), "dataset": program.data.describe()}
+        directory.write_json("environment.json", told)
     say("compiling")
     begin = time.perf_counter()
     at = there = Progress.start(state, 1, step=start)
@@ -419,8 +425,9 @@ def _train(
         return Result(directory.path, done, None, stop.signal, jax.process_index())
     watchdog.beat("the evaluation", config.grace)
     say("evaluating")
-    (record,) = at.evaluated(program).records([{}])
-    summary = {name: record[name] for name in ("step", "test_loss", "accuracy")}
+    at = at.evaluated(program)
+    (record,) = at.records([{}])
+    summary = {k: v for k, v in record.items() if k not in ("kind", "train_loss", "diverged")}
     seconds = time.perf_counter() - begin
     summary |= {**devices, "start": start, "seconds": round(seconds, 3)}
     if first:

@@ -12,6 +12,7 @@ and the whole batch).
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple, get_args
@@ -33,12 +34,10 @@ from normlab.devices.merging import vary
 from .. import models
 from ..data import Dataset
 from ..rundir import RunError
+from .tasks import Evaluation, Task
 
 AXIS = "data"
 """The name of the mapped axis: devices that each hold a part of the batch."""
-
-PROBE = 256
-"""Training images on which a data-dependent init and every evaluation look."""
 
 QUANTILES = (0.15, 0.5, 0.85)
 """The percentiles of figure 1 in Ioffe & Szegedy (2015), used for the four parts."""
@@ -49,14 +48,6 @@ Form = Literal["pmap", "shard_map"]
 
 FORMS: tuple[Form, ...] = get_args(Form)
 
-OPTIMIZERS: dict[str, Callable[[float], optax.GradientTransformation]] = {
-    "sgd": lambda lr: optax.sgd(lr),
-    "momentum": lambda lr: optax.sgd(lr, momentum=0.9),
-    "rmsprop": lambda lr: optax.rmsprop(lr),
-    "adam": lambda lr: optax.adam(lr),
-}
-"""Every optimizer by name, of a learning rate; momentum is 0.9."""
-
 
 class TrainState(NamedTuple):
     """What training changes; every leaf is `[devices, seeds, ...]`."""
@@ -64,59 +55,6 @@ class TrainState(NamedTuple):
     params: Any
     norm_state: Any
     opt_state: optax.OptState
-
-
-class Evaluation(NamedTuple):
-    """What an evaluation measures.
-
-    Attributes:
-      loss: `[seeds]`, mean cross-entropy on the test set, in nats.
-      accuracy: `[seeds]`, share of the test set that is classified right.
-      parts: By layer, each part's percentiles `QUANTILES` on a probe batch, `[seeds, 3]`.
-    """
-
-    loss: np.ndarray
-    accuracy: np.ndarray
-    parts: dict[str, nl.Parts]
-
-    @classmethod
-    def of(cls, sums: np.ndarray, parts: dict[str, nl.Parts]) -> Evaluation:
-        """An evaluation of the sums `[..., 3]` of `Task.sums`; the share is exact."""
-        loss, right, total = np.moveaxis(sums, -1, 0)
-        return cls(loss / total, right / total.astype(np.float64), parts)
-
-
-class Task(NamedTuple):
-    """What a model is asked to do: tell the classes of images.
-
-    Attributes:
-      model: A model of `models`.
-      preprocess: What is done to the images first.
-    """
-
-    model: nn.Module
-    preprocess: Callable[[Any], Array]
-
-    def losses(
-        self, params: Any, norm_state: Any, images: Array, labels: Array, **more: Any
-    ) -> tuple[Array, Any]:
-        """The cross-entropy of each training example, in nats, and the norms' next state."""
-        logits, changed = self.model.apply(
-            {"params": params, models.STATE: norm_state},
-            self.preprocess(images),
-            train=True,
-            mutable=[models.STATE],
-            **more,
-        )
-        losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-        return losses, changed.get(models.STATE, norm_state)
-
-    def sums(self, variables: Any, images: Array, labels: Array, weights: Array) -> Array:
-        """Of test examples: the sums of the losses, of those classified right, of the weights."""
-        logits: Any = self.model.apply(variables, self.preprocess(images), train=False)
-        losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-        right = (logits.argmax(-1) == labels).astype(weights.dtype)
-        return jnp.stack([(weights * losses).sum(), (weights * right).sum(), weights.sum()])
 
 
 class Trainer:
@@ -149,7 +87,7 @@ class Trainer:
         microbatches: int = 1,
     ) -> None:
         self.model, self.optimizer, self.data = model, optimizer, data
-        self.task = Task(model, data.preprocess)
+        self.task = data.task
         self.kernels, self.synced, self.delayed = kernels, synced, delayed
         self.microbatches = microbatches
         # The big arrays come as they lie, one copy per device; everything else is mapped.
@@ -186,7 +124,7 @@ class Trainer:
         for n in steps:
             shape = (data.devices, n, self.seeds, batch_size // data.devices)
             indices = jax.ShapeDtypeStruct(shape, jnp.int32)
-            lowered = self._train.lower(state, data.images, data.labels, indices)
+            lowered = self._train.lower(state, data.inputs, data.labels, indices)
             self._compiled[n] = lowered.compile()
         self._evaluate = self._evaluate.lower(state, *data.test, data.probe).compile()
 
@@ -205,17 +143,22 @@ class Trainer:
         per_device = indices.reshape(steps, seeds, devices, batch // devices)
         per_device = np.ascontiguousarray(per_device.transpose(2, 0, 1, 3))
         train = self._compiled.get(steps, self._train)
-        state, losses = train(state, self.data.images, self.data.labels, per_device)
+        state, losses = train(state, self.data.inputs, self.data.labels, per_device)
         return state, np.asarray(losses[0])
 
     def evaluate(self, state: TrainState) -> Evaluation:
-        """Measures the whole test set with running statistics, pooled if the devices differ."""
-        found = self._evaluate(state, *self.data.test, self.data.probe)
-        sums, parts = jax.tree.map(lambda v: np.asarray(v[0]), found)
-        return Evaluation.of(sums, parts)
+        """Measures what is held out, with running statistics, pooled if the devices differ."""
+
+        def measure(held: tuple[Array, ...]) -> Any:
+            found = self._evaluate(state, *held, self.data.probe)
+            return jax.tree.map(lambda v: np.asarray(v[0]), found)
+
+        sums, parts = measure(self.data.test)
+        validation = self.data.validation and measure(self.data.validation)[0]
+        return self.task.evaluation(sums, parts, validation)
 
     def loss(
-        self, params: Any, norm_state: Any, images: Array, labels: Array, chosen: Array
+        self, params: Any, norm_state: Any, inputs: Array, labels: Array, chosen: Array
     ) -> tuple[Array, Any]:
         """The mean cross-entropy of a device's share of the batch, and the norms' next state.
 
@@ -224,14 +167,14 @@ class Trainer:
         """
         drawn = jax.random.fold_in(jax.random.key(chosen[0]), chosen[-1])
         rngs = {"dropout": drawn}
-        losses, after = self.task.losses(params, norm_state, images, labels, rngs=rngs)
+        losses, after = self.task.losses(self.model, params, norm_state, inputs, labels, rngs=rngs)
         return losses.mean(), after
 
     def _step(
-        self, state: TrainState, images: Array, labels: Array, chosen: Array
+        self, state: TrainState, inputs: Array, labels: Array, chosen: Array
     ) -> tuple[TrainState, Array]:
         params, norm_state, opt_state = state
-        batch = (images, labels, chosen)
+        batch = (inputs, labels, chosen)
         loss, norm_state, grads = accumulate(
             self.loss, params, norm_state, batch, self.microbatches
         )
@@ -241,15 +184,16 @@ class Trainer:
             whole, grads = unravel(lax.pmean(flat, AXIS))  # packed: one collective for everything
         norm_state = committed(norm_state, jnp.isfinite(whole))
         updates, opt_state = self.optimizer.update(grads, opt_state, params)
-        return TrainState(optax.apply_updates(params, updates), norm_state, opt_state), loss
+        params = self.model.project(optax.apply_updates(params, updates))
+        return TrainState(params, norm_state, opt_state), loss
 
     def _train_device(
-        self, state: TrainState, images: Array, labels: Array, indices: Array
+        self, state: TrainState, inputs: Array, labels: Array, indices: Array
     ) -> tuple[TrainState, Array]:
         seeds = range(self.seeds)
 
         def step(state: TrainState, chosen: Array) -> tuple[TrainState, Array]:
-            state, losses = side_by_side(self._step)(state, images[chosen], labels[chosen], chosen)
+            state, losses = side_by_side(self._step)(state, inputs[chosen], labels[chosen], chosen)
             if self.delayed:  # one collective for all layers of all seeds
                 each = [jax.tree.map(lambda v, i=i: v[i], state.norm_state) for i in seeds]
                 each = nl.population.exchange(each, self.delayed)
@@ -262,9 +206,9 @@ class Trainer:
         return state, lax.pmean(losses, AXIS)
 
     def _evaluate_device(
-        self, state: TrainState, images: Array, labels: Array, weights: Array, probe: Array
+        self, state: TrainState, inputs: Array, labels: Array, weights: Array, probe: Array
     ) -> tuple[Array, Any]:
-        """`images [batches, b, ...]` and so on: this device's share of the test set."""
+        """`inputs [batches, b, ...]` and so on: this device's share of what is held out."""
 
         def one(state: TrainState) -> tuple[Array, Any]:
             norm_state = state.norm_state
@@ -272,8 +216,9 @@ class Trainer:
                 norm_state = nl.population.pool_running(norm_state, AXIS)
             variables = {"params": state.params, models.STATE: norm_state}
 
-            shards = (images, labels, weights)
-            sums = lax.map(lambda shard: self.task.sums(variables, *shard), shards).sum(axis=0)
+            shards = (inputs, labels, weights)
+            measure = functools.partial(self.task.sums, self.model, variables)
+            sums = lax.map(lambda shard: measure(*shard), shards).sum(axis=0)
             _, sown = self.model.apply(variables, probe, train=False, mutable=[models.PARTS])
             parts = jax.tree.map(quantiles, models.parts_by_layer(sown))
             return lax.psum(sums, AXIS), parts
@@ -281,71 +226,55 @@ class Trainer:
         return side_by_side(one)(state)
 
 
-class Preprocess(NamedTuple):
-    """Shifts and scales pixels by two numbers of the training set.
-
-    Attributes:
-      mean, std: The two.
-      dtype: The type of what comes out.
-    """
-
-    mean: float
-    std: float
-    dtype: DTypeLike = jnp.float32
-
-    @classmethod
-    def of(cls, data: Dataset, dtype: DTypeLike = jnp.float32) -> Preprocess:
-        """By the mean and the standard deviation of a data set; floats are taken as they are."""
-        if np.issubdtype(data.train_images.dtype, np.floating):
-            return cls(0.0, 1.0, dtype)
-        pixels = data.train_images[:10_000].astype(np.float32)
-        return cls(float(pixels.mean()), float(pixels.std()), dtype)
-
-    def __call__(self, images: Any) -> Array:
-        """Returns the images, preprocessed."""
-        return (jnp.asarray(images).astype(self.dtype) - self.mean) / self.std
-
-
 class DeviceData:
     """A data set, laid out once on the devices for every norm to read.
 
-    Attributes:
-      images, labels: The training set, a copy on each device.
-      test: Images, labels and weights of the test set, `[devices, batches, b, ...]`; the last
-        batch is padded with examples of weight zero.
-      probe, probe_labels: A batch of training images, preprocessed, on which the parts are looked
-        at, and its labels.
-      preprocess: What is done to images first.
-    """
+    Args:
+      data: The data set.
+      devices: How many hold it.
+      dtype: The type of what a model sees of images.
 
-    TEST_BATCH = 256
+    Attributes:
+      task: What is asked of a model.
+      inputs, labels: The training set, a copy on each device.
+      test: Inputs, labels and weights of the test set, `[devices, batches, b, ...]`; the last
+        batch is padded with examples of weight zero.
+      validation: The same of the validation set, of the same shapes; `()` where there is none.
+      probe, probe_labels: A batch of training examples, preprocessed, on which the parts are looked
+        at, and its labels.
+      preprocess: What is done to inputs first.
+    """
 
     def __init__(self, data: Dataset, devices: int, dtype: DTypeLike = jnp.float32) -> None:
         self.devices = devices
         self.mesh = Mesh(jax.devices()[:devices], (AXIS,))
         self.copied = NamedSharding(self.mesh, P())
         self.mapped = NamedSharding(self.mesh, P(AXIS))
-        self.examples = len(data.train_images)
-        self.preprocess = Preprocess.of(data, dtype)
-        self.images = jax.device_put(data.train_images, self.copied)
+        self.examples = len(data.train_inputs)
+        self.task = Task.of(data, dtype)
+        self.preprocess = self.task.preprocess
+        self.inputs = jax.device_put(data.train_inputs, self.copied)
         self.labels = jax.device_put(data.train_labels, self.copied)
-        self.probe = np.asarray(self.preprocess(data.train_images[:PROBE]))
-        self.probe_labels = data.train_labels[:PROBE]
-        self.test = tuple(
-            jax.device_put(self._split(v), self.mapped)
-            for v in (
-                data.test_images,
-                data.test_labels,
-                np.ones(len(data.test_labels), np.float32),
-            )
-        )
+        self.probe = np.asarray(self.preprocess(data.train_inputs[: self.task.probe]))
+        self.probe_labels = data.train_labels[: self.task.probe]
+        held = [(data.test_inputs, data.test_labels)]
+        if data.text is not None:
+            held.append((data.text.validation_inputs, data.text.validation_labels))
+        most = max(len(labels) for _, labels in held)
+        self.test, self.validation = (*(self._split(*each, most) for each in held), ())[:2]
 
-    def _split(self, v: np.ndarray) -> np.ndarray:
-        batch = min(self.TEST_BATCH, -(-len(v) // self.devices))
-        batches = -(-len(v) // (self.devices * batch))
-        padded = np.zeros((self.devices * batches * batch, *v.shape[1:]), v.dtype)
-        padded[: len(v)] = v
-        return padded.reshape(self.devices, batches, batch, *v.shape[1:])
+    def _split(self, inputs: np.ndarray, labels: np.ndarray, most: int) -> tuple[Array, ...]:
+        """Batches on each device, as many as `most` examples take."""
+        batch = min(self.task.batch, -(-most // self.devices))
+        batches = -(-most // (self.devices * batch))
+
+        def split(v: np.ndarray) -> Array:
+            padded = np.zeros((self.devices * batches * batch, *v.shape[1:]), v.dtype)
+            padded[: len(v)] = v
+            shape = (self.devices, batches, batch, *v.shape[1:])
+            return jax.device_put(padded.reshape(shape), self.mapped)
+
+        return tuple(map(split, (inputs, labels, np.ones(len(labels), np.float32))))
 
 
 def on_devices(

@@ -592,7 +592,7 @@ class TestConfig:
 
     def test_a_batch_larger_than_the_data_is_refused(self):
         images = np.zeros((15, 8, 8, 1), np.uint8)
-        data = types.SimpleNamespace(name="digits", train_images=images)
+        data = types.SimpleNamespace(name="digits", train_inputs=images)
         with pytest.raises(RunError, match="--batch-size: got 16, but digits has 15"):
             shuffled(0, data, TINY)
 

@@ -31,6 +31,7 @@ from experiments.engine import Records
 from experiments.numerics import family
 from experiments.rundir import RunDirectory, RunError
 from experiments.terminal import console
+from experiments.training.tasks import Classification
 from experiments.training.train import Train
 from experiments.training.trainer import (
     AXIS,
@@ -125,7 +126,7 @@ class TestTrainer:
         norm = jax.tree.map(lambda v: v[:, 0], state.norm_state["Normed_0"]["norm"])
         assert (norm.updates == 1).all()
         np.testing.assert_allclose(norm.count, 64)
-        chosen = data.train_images[minibatches(0, len(data.train_images), 64, 1)[0]]
+        chosen = data.train_inputs[minibatches(0, len(data.train_inputs), 64, 1)[0]]
         x = np.asarray(trainer.data.preprocess(chosen), np.float64).reshape(64, -1)
         a = x @ np.asarray(trainer.kernels["Normed_0"]["kernel"][0], np.float64)
         for device in range(devices):
@@ -139,7 +140,7 @@ class TestTrainer:
         params = jax.tree.map(lambda v: v * np.nan, start.params["Dense_0"])
         spoiled = start._replace(params={**start.params, "Dense_0": params})
         before = jax.tree.map(np.asarray, start.norm_state)
-        rows = minibatches(0, len(data.train_images), 32, 1)[:, None]
+        rows = minibatches(0, len(data.train_inputs), 32, 1)[:, None]
         after, losses = trainer.train(spoiled, rows)
         assert np.isnan(losses).all()
         for layer, norm in after.norm_state.items():
@@ -153,11 +154,11 @@ class TestTrainer:
     def test_a_step_follows_the_gradient_of_the_global_loss(self, data, devices):
         trainer = make_trainer(data, devices, "mlp", "batch")
         before = jax.tree.map(lambda v: np.asarray(v[0, 0]), trainer.init())
-        chosen = minibatches(0, len(data.train_images), 32, 1)
+        chosen = minibatches(0, len(data.train_inputs), 32, 1)
         after, _ = trainer.train(trainer.init(), chosen[:, None])
 
         alone = make_trainer(data, 1, "mlp", "batch")
-        batch = data.train_images[chosen[0]], data.train_labels[chosen[0]], jnp.array(chosen[0])
+        batch = data.train_inputs[chosen[0]], data.train_labels[chosen[0]], jnp.array(chosen[0])
         expected = jax.grad(lambda p: alone.loss(p, before.norm_state, *batch)[0])(before.params)
         moved = jax.tree.map(lambda old, new: (old - new[0, 0]) / 0.1, before.params, after.params)
         chex.assert_trees_all_close(moved, expected, rtol=1e-3, atol=1e-5)
@@ -179,13 +180,13 @@ class TestTrainer:
 
     @pytest.mark.parametrize("devices", [1, 8])
     def test_evaluation_counts_every_test_example_once(self, data, devices, monkeypatch):
-        monkeypatch.setattr(DeviceData, "TEST_BATCH", 5)  # 103 examples: padding in the last
+        monkeypatch.setattr(Classification, "batch", 5)  # 103 examples: padding in the last
         trainer = make_trainer(data, devices, "mlp", "layer")
         state = trainer.init()
         one = jax.tree.map(lambda v: v[0, 0], state)
         logits = trainer.model.apply(
             {"params": one.params, models.STATE: one.norm_state},
-            trainer.data.preprocess(data.test_images),
+            trainer.data.preprocess(data.test_inputs),
             train=False,
         )
         evaluation = trainer.evaluate(state)
@@ -310,8 +311,8 @@ class TestCompare:
         for lane, ms in zip(comparison.lanes, ([1.0, 2.0], [4.0, 4.0]), strict=True):
             lane.step_ms = ms
             lane.records = Records(
-                {"kind": "evaluation", "seed": seed, "step": step, "accuracy": accuracy}
-                | {"test_loss": 1.0}
+                {"kind": "evaluation", "lr": config.lr, "seed": seed, "step": step}
+                | {"accuracy": accuracy, "test_loss": 1.0, "diverged": None}
                 for seed, accuracies in enumerate(([0.1, 0.6, 0.9], [0.1, 0.2, 0.7]))
                 for step, accuracy in zip((0, 2, 4), accuracies, strict=True)
             )

@@ -588,7 +588,7 @@ class TestRecurrent:
 
         assert size(784) == size(3)
 
-    def test_images_are_read_by_rows_or_by_pixels(self):
+    def test_inputs_are_read_by_rows_or_by_pixels(self):
         rows = IMAGES[..., 0]
         for read, x in (("rows", rows), ("pixels", rows.reshape(4, 64, 1))):
             network = make("gru", "none", read=read)

@@ -146,7 +146,7 @@ class TestPrecise:
         np.testing.assert_allclose(precise.gain(records, 0, 1, rate="falling"), [1.5, 1.51, 1.52])
 
     def test_pixels_lie_between_minus_one_and_one(self):
-        images = precise.floats(load("digits")).train_images
+        images = precise.floats(load("digits")).train_inputs
         assert (images.min(), images.max(), images.dtype) == (-1, 1, np.float32)
 
     def test_batches_are_whole(self):
@@ -198,7 +198,7 @@ class TestDomain:
 
     @pytest.mark.parametrize("name", domain.DOMAINS)
     def test_a_domain_keeps_shapes_and_repeats(self, name):
-        images = precise.floats(load("digits")).test_images
+        images = precise.floats(load("digits")).test_inputs
         changed = domain.DOMAINS[name](images)
         assert changed.shape == images.shape
         np.testing.assert_array_equal(changed, domain.DOMAINS[name](images))
@@ -208,9 +208,9 @@ class TestDomain:
         config = dataclasses.replace(domain.QUICK, dataset="digits", domains=("contrast",))
         data = precise.floats(load("digits"))
         model = models.build("mlp", nl.get("batch"), data.classes)
-        kernels = models.draw_kernels("mlp", data.classes, [0], data.train_images[:8])
+        kernels = models.draw_kernels("mlp", data.classes, [0], data.train_inputs[:8])
         kernels = jax.tree.map(lambda v: v[0], kernels)
-        variables = models.complete(model, kernels, data.train_images[:8])
+        variables = models.complete(model, kernels, data.train_inputs[:8])
         net = Net(model, *models.split(variables), None, None, None)
         found = domain.accuracies(config, net)
         assert abs(found["contrast_own"] - found["clean"]) < 1

@@ -290,9 +290,9 @@ def test_data_size_holds_and_fails():
 def test_the_first_examples_are_kept_with_their_labels_and_the_whole_test_set():
     data = load("digits")
     few = data_size.first(data, 60)
-    np.testing.assert_array_equal(few.train_images, data.train_images[:60])
+    np.testing.assert_array_equal(few.train_inputs, data.train_inputs[:60])
     np.testing.assert_array_equal(few.train_labels, data.train_labels[:60])
-    assert few.test_images is data.test_images
+    assert few.test_inputs is data.test_inputs
 
 
 def test_optimizers_hold_and_fail():

@@ -342,7 +342,7 @@ def test_zca_makes_the_condition_number_1_and_z_scores_do_not():
 
 def test_mixed_features_are_pixels_and_thousands():
     data = load("digits")
-    images = whitening.mixed(data).train_images
+    images = whitening.mixed(data).train_inputs
     plain = whitening.flat(data)[0]
     large = images.max(0) > 1
     assert large.sum() <= images.shape[1] // 2
