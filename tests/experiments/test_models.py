@@ -490,6 +490,16 @@ class TestTransformers:
         assert gap(a[:4], b[:4]) < 1e-6
         assert (jnp.abs(a[4:] - b[4:]).max(-1) > 1e-3).all()
 
+    def test_the_program_does_not_grow_with_the_depth_of_scanned_blocks(self):
+        def size(**options):
+            network = make("lm", "layer", **options)
+            made = jax.eval_shape(lambda: network.init(jax.random.key(0), TOKENS, train=False))
+            loss = lambda *variables: apply(network, *variables, TOKENS, train=True)[0].sum()  # noqa: E731
+            return len(jax.jit(jax.grad(loss)).lower(*models.split(made)).as_text().splitlines())
+
+        scanned = size(scan=True, depth=48)
+        assert scanned == size(scan=True, depth=4) < size(depth=4)
+
     @pytest.mark.parametrize("scan", [False, True])
     def test_the_rows_of_a_net_on_the_sphere_are_projected(self, scan):
         network = make("lm", "none", scheme="ngpt", depth=2, tied=False, scan=scan)
@@ -704,8 +714,10 @@ class TestRecurrent:
 class TestDevices:
     @pytest.mark.slow
     @pytest.mark.parametrize("form", FORMS)
-    @pytest.mark.parametrize("model", ["lstm", "gru", "resnet20", "vit"])
+    @pytest.mark.parametrize("model", ["lstm", "gru", "resnet20", "vit", "scanned vit"])
     def test_devices_take_the_steps_of_one_with_the_whole_batch(self, model, form):
+        model, more = model.split()[-1], {"scan": True, "remat": True} if " " in model else {}
+        options = {**SIZES[model], **more}
         rng = np.random.default_rng(0)
         images = rng.integers(0, 255, (32, 8, 8, 1)).astype(np.uint8)
         labels = rng.integers(0, CLASSES, 32, dtype=np.int32)
@@ -713,12 +725,12 @@ class TestDevices:
         ends = []
         for devices in (1, 2):
             held = DeviceData(data, devices)
-            drawn = models.draw_kernels(model, CLASSES, [0], held.probe, **SIZES[model])
+            drawn = models.draw_kernels(model, CLASSES, [0], held.probe, **options)
             network = models.build(
                 model,
                 nl.get("batch", axis_name=AXIS if devices > 1 else None),
                 CLASSES,
-                **SIZES[model],
+                **options,
             )
             trainer = Trainer(network, optax.sgd(0.1), held, drawn, synced=True, form=form)
             state, losses = trainer.train(trainer.init(), np.arange(32).reshape(2, 1, 16))
