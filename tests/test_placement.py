@@ -631,6 +631,22 @@ def test_adaln_zero_is_the_identity_until_its_gates_open():
     assert gap(conditioned(by_position), expected) < 1e-5
 
 
+@pytest.mark.parametrize("lerp", [False, True])
+def test_where_a_branch_changes_the_shape_x_has_a_shortcut(lerp):
+    place = Placement(inner=LAYER, outer=LAYER, branch=Learned(0.5, "channel"), lerp=lerp)
+    x, w = draw(0, N, T, C), draw(1, C, M)
+    every = {"shortcut": lambda x: jnp.pad(x[:, ::2], [(0, 0), (0, 0), (0, M - C)])}
+    params, state = init_residual(place, jax.ShapeDtypeStruct(x.shape, x.dtype), **every)
+    assert (params.inner.g.shape, params.outer.g.shape, params.branch.shape) == ((C,), (M,), (M,))
+    branch = lambda h: h[:, ::2] @ w  # noqa: E731
+    got, _ = residual(place, params, state, branch, array(x), train=True, **every)
+    y = layer(layer(x, params.inner)[:, ::2] @ w, params.outer)
+    beside = np.pad(x[:, ::2], [(0, 0), (0, 0), (0, M - C)])
+    assert gap(got, beside + 0.5 * (y - beside if lerp else y)) < 1e-5
+    with pytest.raises(ValueError, match="project inside the branch, or give x a shortcut"):
+        residual(place, params, state, branch, array(x), train=True)
+
+
 def test_batch_norm_at_a_place_has_a_state_and_takes_weights():
     placement = Placement(inner=nl.get("batch"), total=nl.get("batch"))
     params, state = init_residual(placement, X)

@@ -134,7 +134,8 @@ def complete(model: nn.Module, kernels: Any, example: ArrayLike) -> Any:
 def _without_norms(params: Any) -> Any:
     if not isinstance(params, dict):
         return params
-    return {name: _without_norms(value) for name, value in params.items() if name != "norm"}
+    kept = {name: _without_norms(value) for name, value in params.items() if name != "norm"}
+    return {name: value for name, value in kept.items() if not isinstance(value, dict) or value}
 
 
 def split(variables: Any) -> tuple[Any, Any]:

@@ -77,6 +77,14 @@ class ResNet(Network):
         options = more.get(self.scheme, {})
         return nl.placement.scheme(self.scheme, norm=self.norm, depth=len(self.blocks), **options)
 
+    @property
+    def connections(self) -> list[nl.placement.Placement]:
+        """That of each block."""
+        plan = self.plan
+        if plan is None:
+            return [nl.placement.Placement()] * len(self.blocks)
+        return [plan.at(i) for i in range(len(self.blocks))]
+
     @nn.compact
     def __call__(self, x: Array, train: bool) -> Array:
         plan, f = self.plan, self.activation
@@ -88,7 +96,7 @@ class ResNet(Network):
         def paper(name: str, x: Array, width: int, strides: int) -> Array:
             y = layer(f"{name}_conv0", x, width, strides, activation=f)(x, train)
             beside = functools.partial(shortcut, strides=strides, width=width)
-            plain, branch = nl.placement.Placement(), Branch(name=name)
+            plain, branch = self.connections[0], Branch(name=name)
             connect = lambda y: branch(plain, lambda _: y, x, train, beside)  # noqa: E731
             return layer(f"{name}_conv1", y, width, activation=f)(y, train, connect=connect)
 
@@ -107,7 +115,7 @@ class ResNet(Network):
                 return layer(f"{name}_conv1", y, width, kernel_init=init["down"])(y, train)
 
             beside = functools.partial(shortcut, strides=strides, width=width)
-            return Branch(name=name)(plan.at(i), branch, x, train, beside)
+            return Branch(name=name)(self.connections[i], branch, x, train, beside)
 
         x = layer("stem", x, self.widths[0], activation=None if plan else f)(x, train)
         x = normed("norm_first", plan and plan.first, x, train)

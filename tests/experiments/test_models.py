@@ -214,6 +214,45 @@ class TestPlacement:
         want = x.mean((1, 2)) @ params["Dense_0"]["kernel"] + params["Dense_0"]["bias"]
         assert gap(got, want) < 1e-5
 
+    def test_with_a_scheme_a_residual_block_is_a_preactivation_one(self):
+        """That of He et al. 2016, by hand; the second block has another shape than its input."""
+        options = {"widths": (4, 6), "n": 1, "scheme": "pre", "where": "stem|.*conv0"}
+        network = make("resnet20", **options)
+        params, state = variables(network)
+
+        def layer(name, x, strides=1):
+            a = nl.Conv(strides=strides)(x, params[name]["kernel"])
+            p = params[name]["norm"]
+            return a + p.b if p.g is None else self.batch(a, p)
+
+        x = layer("stem", array(IMAGES))
+        for name, strides, width in (("stage0_block0", 1, 4), ("stage1_block0", 2, 6)):
+            y = jax.nn.relu(self.batch(x, params[name]["norm"].inner))
+            y = layer(f"{name}_conv1", jax.nn.relu(layer(f"{name}_conv0", y, strides)))
+            x = shortcut(x, strides, width) + y
+        x = jax.nn.relu(self.batch(x, params["norm_last"]["norm"])).mean((1, 2))
+        got, _ = apply(network, params, state, IMAGES, train=True)
+        assert gap(got, x @ params["Dense_0"]["kernel"] + params["Dense_0"]["bias"]) < 1e-5
+
+    @pytest.mark.parametrize("scheme", ["skipinit", "rezero", "fixup", "nfnet", "keel"])
+    def test_a_residual_net_begins_as_its_scheme_says(self, scheme):
+        network = make("resnet20", "none", widths=(4, 6), n=2, scheme=scheme)
+        begin = lambda: network.init(jax.random.key(0), IMAGES, train=False)["params"]  # noqa: E731
+        found = {"scale": [p.scale for p in network.connections]}
+        found["skip"] = [p.skip for p in network.connections]
+        expected = {"scale": [1] * 4, "skip": [4 if scheme == "keel" else 1] * 4}
+        if scheme == "nfnet":  # the variance before each block, with a new start at a new shape
+            scale = [v**-0.5 for v in (1, 1.04, 1.08, 1.04)]
+            expected = {"scale": scale, "skip": [1, 1, scale[2], 1]}
+        assert {name: pytest.approx(v) for name, v in expected.items()} == found
+        params = jax.eval_shape(begin)
+        learned = [params[name]["norm"].branch is not None for name in network.blocks]
+        assert learned == [scheme in ("skipinit", "rezero", "nfnet")] * 4
+        if scheme == "fixup":
+            kernels = jax.jit(begin)()
+            zero = [name for name, p in kernels.items() if not jnp.any(p.get("kernel", 1))]
+            assert zero == ["Dense_0", *(f"{name}_conv1" for name in network.blocks)]
+
     @pytest.mark.parametrize("name", ON_W)
     def test_a_norm_that_looks_at_w_has_no_place_after_the_activation(self, name):
         network = make("mlp", name, placement="after")
@@ -308,6 +347,21 @@ class TestWhere:
 
 
 class TestBuild:
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"mlp": "relu"}, "Lm: got mlp='relu'; expected 'swiglu' or 'gelu'"),
+            ({"heads": 3}, "width=8, heads=3, kv_heads=1; expected heads that divide the width"),
+            ({"heads": 8}, "width=8, heads=8, kv_heads=1; expected heads that divide the width"),
+            ({"kv_heads": 4}, "heads=2, kv_heads=4; expected heads that divide the width"),
+            ({"scheme": "prae"}, "unknown scheme 'prae': did you mean 'pre'"),
+            ({"inside": ("queries",)}, "the place 'queries'"),
+        ],
+    )
+    def test_a_language_model_says_what_does_not_fit(self, options, message):
+        with pytest.raises(ValueError, match=message):
+            make("lm", "rms", **options).init(jax.random.key(0), TOKENS, train=False)
+
     def test_an_unknown_model_or_option_gets_the_nearest_name(self):
         with pytest.raises(ValueError, match="unknown model 'resnet21': did you mean 'resnet"):
             models.build("resnet21", norm("batch"), 10)
@@ -435,6 +489,42 @@ class TestTransformers:
         a, b = run(params, state, tokens)[0]
         assert gap(a[:4], b[:4]) < 1e-6
         assert (jnp.abs(a[4:] - b[4:]).max(-1) > 1e-3).all()
+
+    def test_the_program_does_not_grow_with_the_depth_of_scanned_blocks(self):
+        def size(**options):
+            network = make("lm", "layer", **options)
+            made = jax.eval_shape(lambda: network.init(jax.random.key(0), TOKENS, train=False))
+            loss = lambda *variables: apply(network, *variables, TOKENS, train=True)[0].sum()  # noqa: E731
+            return len(jax.jit(jax.grad(loss)).lower(*models.split(made)).as_text().splitlines())
+
+        scanned = size(scan=True, depth=48)
+        assert scanned == size(scan=True, depth=4) < size(depth=4)
+
+    @pytest.mark.parametrize("scan", [False, True])
+    def test_the_rows_of_a_net_on_the_sphere_are_projected(self, scan):
+        network = make("lm", "none", scheme="ngpt", depth=2, tied=False, scan=scan)
+        params = random(network, TOKENS)
+        projected = network.project(params)
+        for path, w in leaves(projected):
+            if path[-1] in ("kernel", "embedding"):
+                axis = -1 if {*path} & {"embed", "out", "down"} else -2
+                assert gap(jnp.square(w).sum(axis), jnp.ones(w.sum(axis).shape)) < 1e-6
+        assert make("lm", "rms").project(params) is params
+
+    @pytest.mark.parametrize("name", ["rms", "weight"])
+    @pytest.mark.parametrize("where", [None, "block[01]/down"])
+    def test_every_norm_starts_from_the_kernels_that_were_drawn_for_all(self, name, where):
+        """Under `scan` too, where blocks are one only if they are for every norm."""
+        options = {**SIZES["lm"], "depth": 3, "scheme": "mix", "scan": True, "where": where}
+        drawn = jax.eval_shape(lambda: models.draw_kernels("lm", CLASSES, [0], TOKENS, **options))
+        network = make("lm", name, **options)
+        made = jax.eval_shape(
+            lambda drawn: models.complete(network, jax.tree.map(lambda v: v[0], drawn), TOKENS),
+            drawn,
+        )
+        assert jax.tree.map(jnp.shape, made) == jax.tree.map(
+            jnp.shape, jax.eval_shape(lambda: network.init(jax.random.key(0), TOKENS, train=False))
+        )
 
     @pytest.mark.parametrize(
         ("name", "scheme", "runs"),
@@ -624,8 +714,10 @@ class TestRecurrent:
 class TestDevices:
     @pytest.mark.slow
     @pytest.mark.parametrize("form", FORMS)
-    @pytest.mark.parametrize("model", ["lstm", "gru", "resnet20", "vit"])
+    @pytest.mark.parametrize("model", ["lstm", "gru", "resnet20", "vit", "scanned vit"])
     def test_devices_take_the_steps_of_one_with_the_whole_batch(self, model, form):
+        model, more = model.split()[-1], {"scan": True, "remat": True} if " " in model else {}
+        options = {**SIZES[model], **more}
         rng = np.random.default_rng(0)
         images = rng.integers(0, 255, (32, 8, 8, 1)).astype(np.uint8)
         labels = rng.integers(0, CLASSES, 32, dtype=np.int32)
@@ -633,12 +725,12 @@ class TestDevices:
         ends = []
         for devices in (1, 2):
             held = DeviceData(data, devices)
-            drawn = models.draw_kernels(model, CLASSES, [0], held.probe, **SIZES[model])
+            drawn = models.draw_kernels(model, CLASSES, [0], held.probe, **options)
             network = models.build(
                 model,
                 nl.get("batch", axis_name=AXIS if devices > 1 else None),
                 CLASSES,
-                **SIZES[model],
+                **options,
             )
             trainer = Trainer(network, optax.sgd(0.1), held, drawn, synced=True, form=form)
             state, losses = trainer.train(trainer.init(), np.arange(32).reshape(2, 1, 16))
