@@ -511,6 +511,7 @@ CALLS |= {
 
 REQUIRED = {"num_features": 6, "in_features": 6, "out_features": 3, "features": 3}
 REQUIRED |= {"kernel_size": (3, 3), "norm": "layer", "rngs": nnx.Rngs(0), "options": {}}
+REQUIRED["placement"] = PLACED
 FLAX = ("self", "parent", "variable_filter")  # which it judges itself
 for _module in (normlab.linen, normlab.nnx):
     for _name in _module.__all__:

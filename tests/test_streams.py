@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 from jax.test_util import check_grads
 
 import normlab as nl
@@ -17,7 +19,7 @@ from normlab.placement import (
     scheme,
     sinkhorn,
 )
-from tests.helpers import draw, gap
+from tests.helpers import draw, gap, mesh
 
 N, T, S, C = 2, 3, 4, 5
 LAYER, PLAIN = nl.get("layer"), nl.get("rms", use_gain=False, use_bias=False)
@@ -347,7 +349,7 @@ def test_an_example_without_weight_is_left_out_and_states_move(kind):
 
 def test_a_norm_by_stream_is_that_norm_of_each():
     x = jnp.asarray(draw(1, 6, 2, C), jnp.float32)
-    for norm in (LAYER, nl.get("batch"), PLAIN, nl.get("group", groups=1), nl.get("dyt")):
+    for norm in (LAYER, nl.get("batch"), nl.get("dyt")):
         both = scheme("siamese", depth=2, norm=norm).merge
         assert both == scheme("siamese", depth=3, norm=norm).merge
         p, state = both.init(nl.Site(x))
@@ -364,6 +366,23 @@ def test_a_norm_by_stream_is_that_norm_of_each():
         white.apply(p, state, nl.Site(x), train=True)
 
 
+@pytest.mark.parametrize("name", ["siamese", "hyper", "mhc"])
+def test_examples_positions_and_channels_may_be_sharded(name):
+    x, plan = jnp.asarray(draw(1, 4, 4, 8), jnp.float32), scheme(name, depth=2)
+    p, state = init_residual(plan.at(1), plan.enter(x))
+
+    def f(x):
+        return plan.leave(residual(plan.at(1), p, state, jnp.tanh, plan.enter(x), train=True)[0])
+
+    for kind in (AxisType.Auto, AxisType.Explicit):
+        spread = mesh(kind, i=2, j=2)
+        with jax.set_mesh(spread):
+            for spec in (P("i", "j"), P("i", None, "j")):
+                h = jax.jit(f)(jax.device_put(x, NamedSharding(spread, spec)))
+                assert gap(h, f(x)) < 1e-5
+                assert h.sharding.spec[0] == "i"
+
+
 def test_errors_say_what_to_do():
     hyper, x = KINDS["hyper"], jnp.ones((N, T, C))
     with pytest.raises(ValueError, match=r"S = 4.*scheme\.enter"):
@@ -373,6 +392,8 @@ def test_errors_say_what_to_do():
         run("hyper", p, state, xs[:, :, :3])
     with pytest.raises(ValueError, match="params without skip"):
         run("hyper", p._replace(skip=None), state, xs)
+    with pytest.raises(ValueError, match="shortcut beside streams"):
+        run("hyper", p, state, xs, shortcut=jnp.tanh)
     with pytest.raises(ValueError, match="a branch that makes"):
         residual(hyper, p, state, lambda x: x[..., :1], xs, train=True)
     with pytest.raises(ValueError, match="norm of activations"):

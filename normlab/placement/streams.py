@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.sharding import PartitionSpec
 from jax.typing import ArrayLike
 
 from normlab._arguments import array, checked, flag, instance, integer
@@ -236,8 +237,13 @@ class HyperConnection(Connection):
         return _back(total.astype(result_dtype(x)), channel_axis)
 
     def _seen(self, x: Array) -> Array:
-        """What the weights look at."""
-        return x if self.sinkhorn is None else x.reshape(*x.shape[:-2], -1)
+        """What the weights look at: with `sinkhorn` all channels of all streams, on each device."""
+        if self.sinkhorn is None:
+            return x
+        spec = jax.typeof(x).sharding.spec
+        if any(axis is not None for axis in spec[-2:]):  # of explicit axes, which a reshape minds
+            x = jax.sharding.reshard(x, PartitionSpec(*spec[:-2], None, None))
+        return x.reshape(*x.shape[:-2], -1)
 
     def _raw(self, params: Residual, name: str, seen: Array | None) -> Array:
         own = getattr(params, name)
