@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import jax
@@ -24,6 +25,31 @@ def static(cls: Class) -> Class:
     names = [field.name for field in dataclasses.fields(cls)]
     _name(cls, lambda spec: {n: getattr(spec, n) for n in names}, lambda given: cls(**given))
     return cls
+
+
+def leaves(*numbers: str) -> Callable[[Class], Class]:
+    """Makes the `numbers` of a frozen dataclass the leaves of a pytree, and all else static."""
+
+    def decorate(cls: Class) -> Class:
+        settings = [field.name for field in dataclasses.fields(cls) if field.name not in numbers]
+
+        def unflatten(static: tuple[Any, ...], given: Any) -> Any:
+            made = object.__new__(cls)  # the leaves may be anything that jax puts there
+            for name, value in zip((*numbers, *settings), (*given, *static), strict=True):
+                object.__setattr__(made, name, value)
+            return made
+
+        jax.tree_util.register_pytree_with_keys(
+            cls,
+            lambda value: (
+                [(jax.tree_util.GetAttrKey(name), getattr(value, name)) for name in numbers],
+                tuple(getattr(value, name) for name in settings),
+            ),
+            unflatten,
+        )
+        return cls
+
+    return decorate
 
 
 def register(cls: type, *settings: str) -> None:

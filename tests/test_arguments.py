@@ -265,6 +265,16 @@ CALLS = {
         **{"inner": NORM, "outer": NORM, "total": NORM, "skip": 1.0, "branch": LEARNED},
         **{"scale": 0.5, "lerp": True, "delayed": False},
     },
+    nl.placement.HyperConnection: {
+        **{"inner": NORM, "outer": NORM, "total": NORM, "streams": 2, "reads": 1},
+        **{"dynamic": True, "sinkhorn": 5},
+    },
+    nl.placement.Siamese: {
+        **{"inner": NORM, "outer": NORM, "total": NORM, "read": NORM, "branch": 0.5},
+    },
+    nl.placement.enter: {"x": A, "streams": 2, "channel_axis": -1},
+    nl.placement.leave: {"x": A, "channel_axis": -1},
+    nl.placement.sinkhorn: {"logits": SQUARE, "steps": 2},
     nl.placement.init_residual: {
         **{"placement": PLACED, "x": A[0], "shortcut": jnp.tanh, "channel_axis": -1}
     },
@@ -501,6 +511,7 @@ CALLS |= {
 
 REQUIRED = {"num_features": 6, "in_features": 6, "out_features": 3, "features": 3}
 REQUIRED |= {"kernel_size": (3, 3), "norm": "layer", "rngs": nnx.Rngs(0), "options": {}}
+REQUIRED["placement"] = PLACED
 FLAX = ("self", "parent", "variable_filter")  # which it judges itself
 for _module in (normlab.linen, normlab.nnx):
     for _name in _module.__all__:

@@ -40,6 +40,9 @@ BRANCHES = ("attention", "mlp")
 CONNECTION = ("inner", "outer", "total")
 """Where norms stand on the connection of a branch."""
 
+OUTSIDE = ("first", "merge", "last", "logits")
+"""Where norms stand outside the blocks."""
+
 LINEAR = ("q", "k", "v", "out", "gate", "up", "down")
 """The linear layers of a block."""
 
@@ -104,7 +107,7 @@ class Block(nn.Module):
     ) -> Array:
         for name, branch in (("attention", self.attention), ("mlp", self.mlp)):
             x = Branch(name=name)(placements[name], lambda x, f=branch: f(x, train), x, train)
-            self.show(f"after_{name}", x.reshape(-1, self.sizes.length, self.sizes.width))
+            self.show(f"after_{name}", x.reshape(-1, self.sizes.length, *x.shape[1:]))
         return x
 
     def show(self, name: str, value: Any) -> None:
@@ -241,7 +244,8 @@ class Transformer(Network):
     def layers(self) -> tuple[str, ...]:
         """`norm_first`, `block0/attention/inner` and so on."""
         blocks = (f"block{i}/{place}" for i in range(self.depth) for place in self.places)
-        return ("norm_first", *blocks, "norm_last", "norm_logits")
+        merge = () if self.plan.merge is None else ("norm_merge",)
+        return ("norm_first", *blocks, *merge, "norm_last", "norm_logits")
 
     def carriers(self) -> frozenset[str]:
         """The names of the layers that carry a norm."""
@@ -257,7 +261,7 @@ class Transformer(Network):
                 'use scheme="post" for norm(x + f(x)), scheme="pre" for x + f(norm(x))',
             )
         chosen, plan = super().carriers(), self.plan
-        own = {f"norm_{name}": getattr(plan, name) for name in ("first", "last", "logits")}
+        own = {f"norm_{name}": getattr(plan, name) for name in OUTSIDE}
         for i in range(self.depth):
             for branch in BRANCHES:
                 placement = plan.at(i, branch)
@@ -322,12 +326,13 @@ class Transformer(Network):
             f = lambda block, x: block(x, placements, train)  # noqa: E731
             return nn.remat(f, prevent_cse=not self.scan)(block, x) if self.remat else f(block, x)
 
-        x = self.outside("norm_first", x.reshape(-1, self.width), train)
+        x = self.plan.enter(self.outside("norm_first", x.reshape(-1, self.width), train))
         if not self.scan:
             for i in range(self.depth):
                 x = call(make(f"block{i}", i), x, placements(i))
         for name, run in self.runs().items() if self.scan else ():
             x = over_depth(call, make(name, run[0]), x, [placements(i) for i in run])
+        x = self.plan.leave(self.outside("norm_merge", x, train))
         return self.outside("norm_last", x, train)
 
     def outside(self, name: str, x: Array, train: bool) -> Array:

@@ -10,6 +10,7 @@ import numpy as np
 from jax import Array, lax
 from jax.typing import ArrayLike, DTypeLike
 
+from normlab._arguments import either, instance, text
 from normlab._checks import floating, normalize_axes, promote, promote_dtype
 from normlab._flax.calls import Axes, operand, output_dtype
 from normlab._flax.words import read
@@ -19,6 +20,9 @@ from normlab.errors import invalid
 from normlab.family.spectral import init_spectral, measure_spectral, of_u
 from normlab.linear import Conv, Dense, Linear
 from normlab.maps import WeightMap
+from normlab.placement.line import PLACEMENT as placement_kind
+from normlab.placement.line import Connection, Residual
+from normlab.placement.streams import Mixing
 from normlab.registry import get, names, row
 from normlab.site import Norm
 from normlab.weight import weight_norm
@@ -178,14 +182,57 @@ def _made(name: str) -> Any:
         return None
 
 
-def from_registry(name: str, options: Mapping[str, Any]) -> Norm:
+NORM = either(
+    "the name of a norm, or a Norm",
+    "use one of normlab.names(), or get(name, option=...)",
+    text("", ""),
+    instance(Norm, "", arrays=False),
+)
+
+
+def from_registry(norm: str | Norm, options: Mapping[str, Any]) -> Norm:
     """`normlab.get`, of a norm that needs no kernel; raises ValueError for another."""
-    norm = get(name, **options)
-    if "w" in row(name).needs:
+    if isinstance(norm, Norm):
+        if options:
+            change = "pass get(name, **options), and no options"
+            given = f"options={dict(options)} beside {norm!r}"
+            raise invalid("RegistryNorm", given, "the options of a name", change)
+        made, name = norm, None if norm.made is None else norm.made.name
+    else:
+        made, name = get(norm, **options), norm
+    if name is not None and "w" in row(name).needs:
         raise invalid(
             "RegistryNorm",
             f"{name!r}, which looks at the weights",
             "a norm of activations",
             "use RegistryWeights around the layer, or CosineDense or CosineConv in its place",
         )
-    return norm
+    return made
+
+
+PLACEMENT = placement_kind._replace(expected="a placement")
+
+
+def branch_of(where: str, *given: Any, **more: Any) -> Callable[[Array], Any]:
+    """The one that is given of a branch of the module and of the call, with the arguments `more`.
+
+    Raises ValueError unless it is one.
+    """
+    found = [branch for branch in given if branch is not None]
+    if len(found) != 1:
+        change = "pass it to the module, or to each call, Residual(placement)(x, branch)"
+        raise invalid(where, f"{len(found)} branches", "one, as layer_instance", change)
+    (branch,) = found
+    return lambda h: branch(h, **more)
+
+
+def gains_of(placement: Connection, x: Any, shortcut: Any) -> dict[str, Any]:
+    """The initial gains of a placement by their names; those of a `Mixing` are a dict."""
+    made = placement.init(x, -1, lambda *_: None, shortcut)
+    return {n: v._asdict() if isinstance(v, Mixing) else v for n, v in made.items()}
+
+
+def as_gains(given: Mapping[str, Any]) -> Residual:
+    """What `gains_of` made as the params of a connection."""
+    named = {n: Mixing(**v) if isinstance(v, Mapping) else v for n, v in given.items()}
+    return Residual(**named)

@@ -9,6 +9,7 @@ looks at it.
 
 from normlab.linen.norms import BatchNorm, GroupNorm, InstanceNorm, LayerNorm, RMSNorm
 from normlab.linen.replace import RegistryNorm, Swapped, swap
+from normlab.linen.residual import Residual
 from normlab.linen.transactions import commit, settle
 from normlab.linen.weights import (
     CosineConv,
@@ -28,6 +29,7 @@ __all__ = [
     "RMSNorm",
     "RegistryNorm",
     "RegistryWeights",
+    "Residual",
     "SpectralNorm",
     "Swapped",
     "WeightNorm",

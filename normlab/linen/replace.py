@@ -16,14 +16,14 @@ from jax.typing import ArrayLike
 from normlab._arguments import instance
 from normlab._flax.calls import weights
 from normlab._flax.exchange import Choice, Rule, is_norm, replacement
-from normlab._flax.layers import from_registry, learned
+from normlab._flax.layers import NORM, from_registry, learned
 from normlab._flax.words import check_mode, checked, read
 from normlab.errors import invalid
 from normlab.linen.norms import merged_mode, stored
-from normlab.site import Site
+from normlab.site import Norm, Site
 
 
-@checked("RegistryNorm")
+@checked("RegistryNorm", norm=NORM)
 class RegistryNorm(nn.Module):
     """Any norm of the registry that looks at the pre-activation alone, its channels last.
 
@@ -31,8 +31,8 @@ class RegistryNorm(nn.Module):
     is the variable `population` of `batch_stats`.
 
     Attributes:
-      norm: Its name, as in `normlab.get`.
-      options: Its options.
+      norm: Its name, as in `normlab.get`; or the norm itself.
+      options: Its options, beside a name.
       use_running_average: As in `BatchNorm`, for a norm with a state.
 
     >>> layer = RegistryNorm("group", {"groups": 2})
@@ -40,7 +40,7 @@ class RegistryNorm(nn.Module):
     {'params': {'bias': (6,), 'scale': (6,)}}
     """
 
-    norm: str
+    norm: str | Norm
     options: Mapping[str, Any] = dataclasses.field(default_factory=core.FrozenDict)
     use_running_average: bool | None = None
 
@@ -54,13 +54,13 @@ class RegistryNorm(nn.Module):
         segments: Any = None,
     ) -> Array:
         """Normalizes `x`; arguments as those of `BatchNorm`, and the ids of `nl.Site.segments`."""
-        norm = from_registry(self.norm, self.options)
-        x = jnp.asarray(read(self.norm, "x", x))
-        site = Site(x, weights=weights(self.norm, mask, x.shape), segments=segments)
+        norm, where = from_registry(self.norm, self.options), str(self.norm)
+        x = jnp.asarray(read(where, "x", x))
+        site = Site(x, weights=weights(where, mask, x.shape), segments=segments)
         params, fresh = norm.init(site)
-        check_mode(self.norm, use_running_average)
+        check_mode(where, use_running_average)
         stateful = bool(jax.tree.leaves(fresh))
-        train = not (stateful and merged_mode(self, self.norm, use_running_average))
+        train = not (stateful and merged_mode(self, where, use_running_average))
         state, write = stored(self, fresh, train)
         params = learned(params, lambda name, v: self.param(name, lambda key: v))
         # Variables are made with the statistics of inference: any one example will do.

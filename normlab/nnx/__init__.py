@@ -9,6 +9,7 @@ looks at it.
 
 from normlab.nnx.norms import BatchNorm, GroupNorm, InstanceNorm, LayerNorm, RMSNorm
 from normlab.nnx.replace import RegistryNorm, swap
+from normlab.nnx.residual import Residual
 from normlab.nnx.transactions import Transaction, begin, commit, settle
 from normlab.nnx.weights import (
     CosineConv,
@@ -28,6 +29,7 @@ __all__ = [
     "RMSNorm",
     "RegistryNorm",
     "RegistryWeights",
+    "Residual",
     "SpectralNorm",
     "Transaction",
     "WeightNorm",

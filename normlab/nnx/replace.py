@@ -14,12 +14,12 @@ from jax.typing import ArrayLike
 
 from normlab._flax.calls import weights
 from normlab._flax.exchange import Choice, Rule, is_norm, replacement
-from normlab._flax.layers import from_registry, learned
+from normlab._flax.layers import NORM, from_registry, learned
 from normlab._flax.state import is_training
 from normlab._flax.words import checked, read
 from normlab.errors import invalid
 from normlab.nnx.transactions import MODEL, Kept, Stateful
-from normlab.site import Site
+from normlab.site import Norm, Site
 
 
 class RegistryNorm(Stateful):
@@ -32,10 +32,10 @@ class RegistryNorm(Stateful):
     (4, 6)
     """
 
-    @checked("RegistryNorm")
+    @checked("RegistryNorm", norm=NORM)
     def __init__(
         self,
-        norm: str,
+        norm: str | Norm,
         num_features: int,
         options: Mapping[str, Any] | None = None,
         *,
@@ -44,9 +44,9 @@ class RegistryNorm(Stateful):
         """Makes the variables.
 
         Args:
-          norm: Its name, as in `normlab.get`.
+          norm: Its name, as in `normlab.get`; or the norm itself.
           num_features: The number of channels.
-          options: Its options.
+          options: Its options, beside a name.
           use_running_average: As in `BatchNorm`, for a norm with a state.
         """
         self.norm = norm
@@ -77,10 +77,11 @@ class RegistryNorm(Stateful):
         segments: Any = None,
     ) -> Array:
         """Normalizes `x`; arguments as those of `BatchNorm`, and the ids of `nl.Site.segments`."""
-        train = is_training(self.norm, use_running_average, self.use_running_average)
+        where = str(self.norm)
+        train = is_training(where, use_running_average, self.use_running_average)
         norm = from_registry(self.norm, dict(self.options))
-        x = jnp.asarray(read(self.norm, "x", x))
-        site = Site(x, weights=weights(self.norm, mask, x.shape), segments=segments)
+        x = jnp.asarray(read(where, "x", x))
+        site = Site(x, weights=weights(where, mask, x.shape), segments=segments)
         state, write = self._kept(train)
         params = learned(self.learned, lambda _, name: self._value(name))
         h, state = norm.apply(params, state, site, train=train)

@@ -3,7 +3,8 @@
     x' = S(α·x + β·O(F(s·I(x))))
 
 F is the branch, attention or an MLP, say. I, O and S are norms, or nothing; α and β are numbers or
-learned. `Placement` holds them, `residual` applies them.
+learned. `Placement` holds them, `residual` applies them; with several streams in the place of x it
+is a `Connection` of another kind (`streams.py`).
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from normlab._arguments import (
     real,
 )
 from normlab._checks import floating, gain_and_bias, promote, promote_dtype, result_dtype
-from normlab._trees import node, static
+from normlab._trees import leaves, node, static
 from normlab.equation import Affine
 from normlab.errors import invalid
 from normlab.linear import Conv, Dense
@@ -75,6 +76,45 @@ _GAIN = either(
 _NORM = instance(Norm, "make it with get(name), or Norm(init, parts)", arrays=False)
 
 
+class Connection:
+    """A residual connection of any kind, as `init_residual` and `residual` take it.
+
+    Every kind has a norm `inner` of what enters the branch and a norm `outer` of what leaves it, or
+    `None`, and says what `total` is; and it says how many `streams` x has, `None` if it is one
+    itself. What it learns, and its norms' states, are in those fields of `Residual` that it uses.
+    """
+
+    inner: Norm | None
+    outer: Norm | None
+    total: Norm | None
+    streams: Any = None
+
+    def init(
+        self,
+        x: Any,
+        channel_axis: int,
+        norm: Callable[..., None],
+        shortcut: Callable[[Array], Array] | None,
+    ) -> dict[str, Any]:
+        """The initial gains by field of `Residual`, for an x of this shape and type.
+
+        `norm(name, a)` makes the parameters and states of a norm for what will enter it.
+        """
+        raise NotImplementedError
+
+    def apply(
+        self,
+        params: Residual,
+        x: Array,
+        channel_axis: int,
+        norm: Callable[..., Array],
+        branch: Callable[[Array, Array], Array],
+        shortcut: Callable[[Array], Array] | None,
+    ) -> Array:
+        """x', by `norm(name, a)`, what that norm makes of a, and `branch(a, b)`, F(a) as b is."""
+        raise NotImplementedError
+
+
 @checked(
     "Placement",
     **dict.fromkeys(("inner", "outer", "total"), _NORM),
@@ -82,8 +122,9 @@ _NORM = instance(Norm, "make it with get(name), or Norm(init, parts)", arrays=Fa
     scale=array("a number", "pass a float"),
     **dict.fromkeys(("lerp", "delayed"), flag()),
 )
+@leaves("skip", "branch", "scale")
 @dataclass(frozen=True)
-class Placement:
+class Placement(Connection):
     """Where the norms of one residual connection stand: x' = S(α·x + β·O(F(s·I(x)))).
 
     It is a pytree. α, β and s are its leaves where they are numbers, so that the placements of
@@ -127,26 +168,69 @@ class Placement:
             given = f"delayed=True with branch={self.branch!r} and lerp={self.lerp}"
             raise invalid("Placement", given, "a number, and no lerp", "set branch to a number")
 
+    def init(
+        self,
+        x: Any,
+        channel_axis: int,
+        norm: Callable[..., None],
+        shortcut: Callable[[Array], Array] | None,
+    ) -> dict[str, Any]:
+        """The learned gains."""
+        leaving: Any = x if shortcut is None else jax.eval_shape(shortcut, x)
+        for name, a in (("inner", x), ("outer", leaving), ("total", leaving)):
+            norm(name, a)
+        made = {}
+        for name in ("skip", "branch"):
+            gain = getattr(self, name)
+            if isinstance(gain, Learned):
+                size = () if gain.per == "scalar" else (leaving.shape[channel_axis],)
+                made[name] = jnp.full(size, gain.init / gain.factor, promote_dtype(leaving))
+        return made
 
-_NUMBERS = ("skip", "branch", "scale")
-_STATIC = ("inner", "outer", "total", "lerp", "delayed")
+    def apply(
+        self,
+        params: Residual,
+        x: Array,
+        channel_axis: int,
+        norm: Callable[..., Array],
+        branch: Callable[[Array, Array], Array],
+        shortcut: Callable[[Array], Array] | None,
+    ) -> Array:
+        """The line, in its order."""
+        wide = promote_dtype(x)
 
+        def gained(name: str, a: Array) -> Array:
+            """α·a or β·a, in float32 at least."""
+            gain, own, a = getattr(self, name), getattr(params, name), a.astype(wide)
+            if own is None and isinstance(gain, Learned):
+                raise missing(name, gain)
+            if own is None and _is_one(gain):
+                return a
+            if own is not None:
+                gain = promote(own) * (gain.factor if isinstance(gain, Learned) else 1)
+            g, _ = gain_and_bias(f"residual {name}", Affine(floating(gain), None), a, channel_axis)
+            return (jnp.abs(g) if self.lerp else g) * a
 
-def _unflatten(static: tuple[Any, ...], leaves: Any) -> Placement:
-    made = object.__new__(Placement)  # the leaves may be anything that jax puts there
-    for name, value in zip((*_NUMBERS, *_STATIC), (*leaves, *static), strict=True):
-        object.__setattr__(made, name, value)
-    return made
-
-
-jax.tree_util.register_pytree_with_keys(
-    Placement,
-    lambda p: (
-        [(jax.tree_util.GetAttrKey(name), getattr(p, name)) for name in _NUMBERS],
-        tuple(getattr(p, name) for name in _STATIC),
-    ),
-    _unflatten,
-)
+        entering = x
+        if self.delayed:
+            if params.branch is not None:
+                change = "put a gate in a placement without delayed"
+                raise invalid("residual", "params.branch with delayed=True", "none", change)
+            entering = _times_in_tangent(entering, self.branch)
+        entering = norm("inner", entering)
+        if not _is_one(self.scale):
+            scaled = jnp.asarray(self.scale, wide) * entering.astype(wide)
+            entering = scaled.astype(entering.dtype)
+        beside = x if shortcut is None else jnp.asarray(shortcut(x))
+        y = norm("outer", branch(entering, beside)).astype(wide)
+        if self.lerp:
+            beside = beside.astype(wide)
+            total = beside + gained("branch", y - beside)
+        elif self.delayed:
+            total = gained("skip", beside) + _times_in_value(y, self.branch)
+        else:
+            total = gained("skip", beside) + gained("branch", y)
+        return norm("total", total.astype(x.dtype))
 
 
 @node
@@ -159,6 +243,7 @@ class Residual(NamedTuple):
       total: Those of S.
       skip: α, where it is learned.
       branch: β, where it is learned.
+      read: What weighs or normalizes the streams that the branch reads, where there are several.
     """
 
     inner: Any = None
@@ -166,10 +251,11 @@ class Residual(NamedTuple):
     total: Any = None
     skip: Any = None
     branch: Any = None
+    read: Any = None
 
 
 PLACEMENT = instance(
-    Placement, "make one: Placement(inner=norm), or scheme(name).at(block)", arrays=False
+    Connection, "make one: Placement(inner=norm), or scheme(name).at(block)", arrays=False
 )
 
 
@@ -180,7 +266,7 @@ PLACEMENT = instance(
     shortcut=a_function(),
 )
 def init_residual(
-    placement: Placement,
+    placement: Connection,
     x: ArrayLike,
     *,
     shortcut: Callable[[Array], Array] | None = None,
@@ -190,9 +276,10 @@ def init_residual(
 
     Args:
       placement: Where its norms stand.
-      x: `[N, ..., C]`, what flows through it; its shape suffices.
+      x: `[N, ..., C]`, what flows through it; its shape suffices. Several streams stand in front of
+        the channels, `[N, ..., S, C]`.
       shortcut: As in `residual`.
-      channel_axis: -1, or 1 for `[N, C, ...]`.
+      channel_axis: -1, or 1 for `[N, C, ...]` and `[N, S, C, ...]`.
 
     Returns:
       `(params, state)`, each a `Residual`.
@@ -204,27 +291,23 @@ def init_residual(
     >>> params.branch.tolist()
     [0.10000000149011612, 0.10000000149011612]
     """
-    entering: Any = jax.ShapeDtypeStruct(jnp.shape(x), result_dtype(x))
-    leaving: Any = entering if shortcut is None else jax.eval_shape(shortcut, entering)
     params: dict[str, Any] = {}
     states: dict[str, Any] = {}
-    for name in ("inner", "outer", "total"):
-        norm = getattr(placement, name)
-        if norm is None:
-            continue
-        a = entering if name == "inner" else leaving
+
+    def norm(name: str, a: Any, channel_axis: int = channel_axis) -> None:
+        of = getattr(placement, name)
+        if of is None:
+            return
         try:
-            params[name], states[name] = norm.init(Site(a, linear=_linear(channel_axis)))
+            params[name], states[name] = of.init(Site(a, linear=_linear(channel_axis)))
         except ValueError as error:
             change = "take one that looks at activations alone, or that fits the shape"
-            given = f"{name}={norm!r} for an input of shape {a.shape}: {error}"
+            given = f"{name}={of!r} for an input of shape {a.shape}: {error}"
             raise invalid("placement", given, "a norm of activations", change) from error
-    for name in ("skip", "branch"):
-        gain = getattr(placement, name)
-        if isinstance(gain, Learned):
-            size = () if gain.per == "scalar" else (leaving.shape[channel_axis],)
-            params[name] = jnp.full(size, gain.init / gain.factor, promote_dtype(leaving))
-    return Residual(**params), Residual(**states)
+
+    some: Any = jax.ShapeDtypeStruct(jnp.shape(x), result_dtype(x))
+    gains = placement.init(some, channel_axis, norm, shortcut)
+    return Residual(**params, **gains), Residual(**states)
 
 
 RESIDUAL = instance(Residual, "take what init_residual returned", arrays=False)
@@ -241,7 +324,7 @@ RESIDUAL = instance(Residual, "take what init_residual returned", arrays=False)
     has_aux=flag(),
 )
 def residual(
-    placement: Placement,
+    placement: Connection,
     params: Residual,
     state: Residual,
     F: Callable[[Array], Any],
@@ -263,8 +346,8 @@ def residual(
         the call, as in adaLN-Zero, takes the place of a learned one: `params._replace(branch=gate)`
         with `[N, C]`, or as many axes as x; a norm's own goes through `modulate`.
       state: Their states.
-      F: The branch: what it returns has the shape of x, or of its shortcut.
-      x: `[N, ..., C]`.
+      F: The branch: what it returns has the shape of x, or of its shortcut, or of one stream.
+      x: `[N, ..., C]`, or several streams, as in `init_residual`.
       train: As of a norm.
       shortcut: What x goes through beside the branch, where that changes the shape: a ResNet's 1×1
         convolution, or every other position.
@@ -285,57 +368,53 @@ def residual(
     >>> residual(post, params, state, jnp.square, x, train=True)[0].round(3).tolist()
     [[-1.0, 1.0]]
     """
-    x = floating(x)
-    wide, linear, after = promote_dtype(x), _linear(channel_axis), {}
+    after: dict[str, Any] = {}
+    aux = None
 
-    def norm(name: str, a: Array) -> Array:
+    def norm(name: str, a: Array, channel_axis: int = channel_axis) -> Array:
         of = getattr(placement, name)
         if of is None:
             return a
-        site = Site(a, weights=weights, linear=linear)  # pyright: ignore[reportArgumentType]
+        site = Site(a, weights=weights, linear=_linear(channel_axis))  # pyright: ignore[reportArgumentType]
         h, after[name] = of.apply(getattr(params, name), getattr(state, name), site, train=train)
         return h
 
-    def gained(name: str, a: Array) -> Array:
-        """α·a or β·a, in float32 at least."""
-        gain, own, a = getattr(placement, name), getattr(params, name), a.astype(wide)
-        if own is None and isinstance(gain, Learned):
-            change = "take the params of init_residual for this placement"
-            raise invalid("residual", f"params without {name}", f"{gain!r}", change)
-        if own is None and _is_one(gain):
-            return a
-        if own is not None:
-            gain = promote(own) * (gain.factor if isinstance(gain, Learned) else 1)
-        g, _ = gain_and_bias(f"residual {name}", Affine(floating(gain), None), a, channel_axis)
-        return (jnp.abs(g) if placement.lerp else g) * a
+    def branch(a: Array) -> Any:
+        nonlocal aux
+        y, aux = F(a) if has_aux else (F(a), None)
+        return y
 
-    entering = x
-    if placement.delayed:
-        if params.branch is not None:
-            change = "put a gate in a placement without delayed"
-            raise invalid("residual", "params.branch with delayed=True", "none", change)
-        entering = _times_in_tangent(entering, placement.branch)
-    entering = norm("inner", entering)
-    if not _is_one(placement.scale):
-        scaled = jnp.asarray(placement.scale, wide) * entering.astype(wide)
-        entering = scaled.astype(entering.dtype)
-    y, aux = F(entering) if has_aux else (F(entering), None)
-    beside = x if shortcut is None else jnp.asarray(shortcut(x))
-    if jnp.shape(y) != beside.shape:
-        given = f"a branch that makes {jnp.shape(y)} of {x.shape}, and {beside.shape} beside it"
-        change = "project inside the branch, or give x a shortcut"
-        raise invalid("residual", given, "one shape", change)
-    y = norm("outer", jnp.asarray(y)).astype(wide)
-    if placement.lerp:
-        beside = beside.astype(wide)
-        total = beside + gained("branch", y - beside)
-    elif placement.delayed:
-        total = gained("skip", beside) + _times_in_value(y, placement.branch)
-    else:
-        total = gained("skip", beside) + gained("branch", y)
-    h = norm("total", total.astype(x.dtype))
-    done = Residual(**{name: after.get(name) for name in ("inner", "outer", "total")})
+    h = connect(placement, params, x, norm, branch, shortcut, channel_axis)
+    done = Residual(**after)
     return (h, done, aux) if has_aux else (h, done)
+
+
+def connect(
+    connection: Connection,
+    gains: Residual,
+    x: ArrayLike,
+    norm: Callable[..., Array],
+    F: Callable[[Array], Any],
+    shortcut: Callable[[Array], Array] | None,
+    channel_axis: int = -1,
+) -> Array:
+    """Returns x' of a connection whose norms are applied by `norm(name, a)`."""
+
+    def branch(a: Array, beside: Array) -> Array:
+        y = F(a)
+        if jnp.shape(y) != beside.shape:
+            given = f"a branch that makes {jnp.shape(y)} of {a.shape}, and {beside.shape} beside it"
+            change = "project inside the branch, or give x a shortcut"
+            raise invalid("residual", given, "one shape", change)
+        return jnp.asarray(y)
+
+    return connection.apply(gains, floating(x), channel_axis, norm, branch, shortcut)
+
+
+def missing(name: str, gain: Any) -> ValueError:
+    """The error of params that are not those of the placement."""
+    change = "take the params of init_residual for this placement"
+    return invalid("residual", f"params without {name}", f"{gain!r}", change)
 
 
 def _linear(channel_axis: int) -> Any:

@@ -17,6 +17,8 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import Array
+from jax.typing import ArrayLike
 
 from normlab._arguments import (
     Kind,
@@ -38,7 +40,8 @@ from normlab._checks import check_options, gain_and_bias, promote_dtype
 from normlab.equation import Affine, Parts, init_affine
 from normlab.errors import invalid, nearest
 from normlab.making import norm_of
-from normlab.placement.line import FACTOR, Learned, Placement
+from normlab.placement.line import FACTOR, Connection, Learned, Placement
+from normlab.placement.streams import STREAMS, HyperConnection, Siamese, enter, leave
 from normlab.registry import get
 from normlab.site import Norm, Site
 
@@ -95,18 +98,22 @@ class Scheme:
       logits: The norm of the logits: a gain.
       starts: By what initial kernels are multiplied, by place.
       rows: Which axis of a kernel has unit norm after every step, by place, for `project`.
+      streams: How many streams there are between `enter` and `leave`; `None` where x is none.
+      merge: The norm of the streams before `leave`, `[N, ..., S, C]`; `None` for none.
       made: How `scheme` made it; `None` for one of one's own.
     """
 
     name: str
     depth: int
-    places: Callable[[int, Branch], Placement]
+    places: Callable[[int, Branch], Connection]
     within: Mapping[str, Norm] = field(default_factory=dict)
     first: Norm | None = None
     last: Norm | None = None
     logits: Norm | None = None
     starts: Mapping[str, float] = field(default_factory=dict)
     rows: Mapping[str, int] = field(default_factory=dict)
+    streams: int | None = None
+    merge: Norm | None = None
     made: Made | None = field(default=None, init=False)
 
     def __eq__(self, other: object) -> bool:
@@ -116,9 +123,17 @@ class Scheme:
     def __hash__(self) -> int:
         return object.__hash__(self) if self.made is None else hash(self.made)
 
+    def enter(self, x: ArrayLike) -> Array:
+        """What goes through the blocks: x itself, or streams `[N, ..., S, C]`, behind `first`."""
+        return jnp.asarray(x) if self.streams is None else enter(x, self.streams)
+
+    def leave(self, x: ArrayLike) -> Array:
+        """What comes out of the blocks: x itself, or the sum of the streams, before `last`."""
+        return jnp.asarray(x) if self.streams is None else leave(x)
+
     @checked("scheme", block=_BLOCK, branch=one_of(Branch, "'attention' or 'mlp'"))
-    def at(self, block: int, branch: Branch = "mlp") -> Placement:
-        """The placement of one branch of a block.
+    def at(self, block: int, branch: Branch = "mlp") -> Any:
+        """The placement of one branch of a block: with several streams another `Connection`.
 
         Args:
           block: Which block, from 0 on.
@@ -615,6 +630,66 @@ def _ngpt(norm: Norm, depth: int, *, width: int, init: float = 0.05) -> Scheme:
         rows={"embed": -1, "head": -2, **dict.fromkeys(("q", "k", "v", "up", "gate"), -2)}
         | {"out": -1, "down": -1},
     )
+
+
+@_named()
+def _siamese(norm: Norm, depth: int) -> Scheme:
+    """SiameseNorm (Li et al. 2026, https://arxiv.org/abs/2602.08064): see `Siamese`.
+
+    β = 1/√(2ℓ) in block ℓ = 1, 2, …. The two streams are normalized before they leave, each with
+    its own gain, and their sum is normalized again.
+    """
+
+    def at(block: int, branch: Branch) -> Siamese:
+        return Siamese(inner=norm, total=norm, read=norm, branch=(2 * (block + 1)) ** -0.5)
+
+    merge = get("normlab.placement.streams:by_stream", norm=norm)
+    return Scheme("", depth, at, last=norm, streams=2, merge=merge)
+
+
+@_named(streams=STREAMS, dynamic=flag(), **_BRANCHES)
+def _hyper(
+    norm: Norm, depth: int, *, streams: int = 4, dynamic: bool = True, branches: int = 2
+) -> Scheme:
+    """Hyper-connections (Zhu et al. 2024, https://arxiv.org/abs/2409.19606): `HyperConnection`.
+
+    Around pre-norm branches; the weights look at each stream through a layer norm.
+    """
+    return _mixed(norm, depth, streams, dynamic, branches, total=get("layer"))
+
+
+@_named(
+    streams=STREAMS,
+    dynamic=flag(),
+    **_BRANCHES,
+    steps=integer("a number of steps, at least 1", "", 1),
+)
+def _mhc(
+    norm: Norm,
+    depth: int,
+    *,
+    streams: int = 4,
+    dynamic: bool = True,
+    branches: int = 2,
+    steps: int = 20,
+) -> Scheme:
+    """Manifold-constrained hyper-connections (Xie et al. 2025, https://arxiv.org/abs/2512.24880).
+
+    See `HyperConnection`. The weights look at all streams through an RMS norm, whose gain would be
+    one of the kernels' and is left out.
+    """
+    seen = get("rms", use_gain=False, use_bias=False)
+    return _mixed(norm, depth, streams, dynamic, branches, total=seen, sinkhorn=steps)
+
+
+def _mixed(
+    norm: Norm, depth: int, streams: int, dynamic: bool, branches: int, **more: Any
+) -> Scheme:
+    def at(block: int, branch: Branch) -> HyperConnection:
+        reads = branches * block + (branch == "mlp") * (branches - 1)
+        return HyperConnection(inner=norm, streams=streams, reads=reads, dynamic=dynamic, **more)
+
+    return Scheme("", depth, at, last=norm, streams=streams)
 
 
 _PER = {"scalar": (), "channel": (-1,), "head": (-2,), "each": (-2, -1)}

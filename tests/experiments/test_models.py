@@ -530,6 +530,8 @@ class TestTransformers:
         ("name", "scheme", "runs"),
         [
             ("rms", {"name": "lns", "depth": 2}, ["blocks"]),
+            ("rms", {"name": "siamese", "depth": 2}, ["blocks"]),
+            ("rms", {"name": "mhc", "depth": 2, "steps": 3}, ["blocks"]),
             ("batch", {"name": "mix", "depth": 3, "share": 0.4}, ["blocks_from0", "blocks_from1"]),
         ],
     )
