@@ -568,8 +568,9 @@ class TestTransformers:
             assert jnp.abs(a - b).max() < 1e-5 * largest
         assert models.parts_by_layer(own).keys() == models.parts_by_layer(changed).keys()
         [stream], [heads] = (found[models.DEPTH]["block1"][name] for name in ("after_mlp", "heads"))
+        streams = () if scheme.streams is None else (scheme.streams,)
         assert (stream.shape, heads.q.shape, heads.k.shape) == (
-            (4, 6, 8),
+            (4, 6, *streams, 8),
             (4, 6, 2, 4),
             (4, 6, 1, 4),
         )
