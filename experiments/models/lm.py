@@ -226,6 +226,13 @@ class Transformer(Network):
     def plan(self) -> nl.placement.Scheme:
         """The scheme, before `where` chooses among its places."""
         if not isinstance(self.scheme, str):
+            if self.inside:
+                raise invalid(
+                    type(self).__name__,
+                    f"inside={self.inside!r} beside a scheme that is made",
+                    "the name of a scheme, to which the norm is added inside",
+                    "pass inside to nl.placement.scheme",
+                )
             return self.scheme
         inside = dict.fromkeys(self.inside, self.norm)
         more: dict[str, Any] = {"width": self.width} if self.scheme == "ngpt" else {}
@@ -267,7 +274,7 @@ class Transformer(Network):
                 placement = plan.at(i, branch)
                 own |= {f"block{i}/{branch}/{p}": getattr(placement, p) for p in CONNECTION}
             own |= {f"block{i}/norm_{place}": norm for place, norm in plan.inside(i).items()}
-        own = {name: norm for name, norm in own.items() if norm is not None}
+        own = {name: own[name] for name in self.layers if own.get(name) is not None}
         if self.where is not None:
             return {name: own.get(name, self.norm) for name in self.layers if name in chosen}
         if not needs_kernel(self.norm, jnp.zeros((2, self.width))):

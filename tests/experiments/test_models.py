@@ -35,6 +35,7 @@ SIZES = {
 }
 """Of every kind of network, one that is small enough to be compiled with each norm."""
 
+MADE = nl.placement.scheme("pre", depth=1)
 FLAT = ("mlp", "lstm", "gru", "vit", "lm")
 """Those whose activations have no positions, which instance norm needs."""
 
@@ -356,6 +357,7 @@ class TestBuild:
             ({"kv_heads": 4}, "heads=2, kv_heads=4; expected heads that divide the width"),
             ({"scheme": "prae"}, "unknown scheme 'prae': did you mean 'pre'"),
             ({"inside": ("queries",)}, "the place 'queries'"),
+            ({"inside": ("q",), "scheme": MADE}, "pass inside to nl.placement.scheme"),
         ],
     )
     def test_a_language_model_says_what_does_not_fit(self, options, message):
@@ -494,7 +496,7 @@ class TestTransformers:
         def size(**options):
             network = make("lm", "layer", **options)
             made = jax.eval_shape(lambda: network.init(jax.random.key(0), TOKENS, train=False))
-            loss = lambda *variables: apply(network, *variables, TOKENS, train=True)[0].sum()  # noqa: E731
+            loss = lambda p, state: apply(network, p, state, TOKENS, train=True)[0].sum()  # noqa: E731
             return len(jax.jit(jax.grad(loss)).lower(*models.split(made)).as_text().splitlines())
 
         scanned = size(scan=True, depth=48)
