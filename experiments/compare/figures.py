@@ -61,7 +61,7 @@ def rates(last: Records, title: str, task: Task) -> Figure:
 
     Only runs that did not diverge; the others are crosses where one is who knows nothing.
     """
-    figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
+    figure, axes = plt.subplots(figsize=(8, 4.2), layout="constrained")
     for name, style in styles(r["norm"] for r in last).items():
         found: dict[float, list[float]] = {}
         for r in last:
@@ -75,8 +75,9 @@ def rates(last: Records, title: str, task: Task) -> Figure:
         lost = [r["lr"] for r in last if r["norm"] == name and diverged(r, task.uninformed)]
         axes.plot(lost, [task.chance] * len(lost), "x", color=style["color"], alpha=0.7)
     axes.set(xscale="log", xlabel="learning rate", ylabel=task.score.drawn)
-    axes.set_title("median seed, band of all seeds", fontsize=9, loc="left")
-    _chance(axes, task, "; crosses: worse, or not finite")
+    said = "median seed, band of all seeds\ncrosses: worse than the dotted line, or not finite"
+    axes.set_title(said, fontsize=9, loc="left")
+    _chance(axes, task)
     log_scale(axes)
     axes.grid(alpha=0.3, which="both", lw=0.5)
     figure.legend(*axes.get_legend_handles_labels(), loc="outside right center", frameon=False)
@@ -84,11 +85,11 @@ def rates(last: Records, title: str, task: Task) -> Figure:
     return figure
 
 
-def _chance(axes: Axes, task: Task, more: str = "") -> None:
+def _chance(axes: Axes, task: Task) -> None:
     """A dotted line where one is who knows nothing, if that is near."""
     if axes.get_ylim()[1] > 0.5 * task.chance:
         axes.axhline(task.chance, color="grey", lw=0.8, ls=":")
-        axes.set_title(f"dotted: {task.score.chance}{more}", fontsize=9, loc="right")
+        axes.set_title(f"dotted: {task.score.chance}", fontsize=9, loc="right")
 
 
 def parts(records: Records, title: str) -> Figure:
