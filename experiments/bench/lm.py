@@ -105,6 +105,9 @@ def run(config: BenchLm, say: Callable[[str], None] = lambda _: None) -> dict[st
         fused = process.ask("__call__")
     with contextlib.ExitStack() as stack:
         for name, arguments in contestants.items():
+            if name in TORCH and config.scheme != "pre":
+                left_out[name] = f"its model is pre-norm, not {config.scheme}"
+                continue
             say(f"starting {name}")
             process = Process(name, Part, *arguments, variables=variables)
             stack.enter_context(process)
@@ -259,8 +262,9 @@ def build_normlab(config: BenchLm, norm: str) -> Turn:
 def build_floor(config: BenchLm) -> Turn:
     """The matrix products of a step, joined by two sums per block, and the optimizer."""
     drawn = {name: jnp.asarray(w) for name, w in weights(config).items()}
-    drawn["q"] *= 1e-3  # so that what flows keeps its size; so do the kernels, at this rate:
-    config = dataclasses.replace(config, lr=1e-9)
+    drawn["q"] *= 1e-3  # so that what flows keeps its size through all blocks,
+    drawn["up"] *= 1e-3
+    config = dataclasses.replace(config, lr=1e-12)  # and the kernels theirs through all steps
     embed = drawn.pop("embed")
     heads = (config.batch_size, config.length, config.heads, -1)
 

@@ -115,8 +115,8 @@ def moves(compiled: Compiled | str) -> list[Move]:
       larger one.
 
     Sizes are those of the shapes, without padding. XLA's CPU has fusions that look at all of x
-    before they look at it again (`ynn_fusion`): for these the bytes are a lower bound. Nor does it
-    count what a cache spares.
+    before they look at it again (`ynn_fusion`): for these the bytes are a lower bound. What a
+    cache spares is not known.
 
     Args:
       compiled: As in `passes`.
