@@ -1,4 +1,4 @@
-"""The commands `bench step|ops|figure1|conv|sync`: their options, and what they print."""
+"""The commands of `bench`: their options, and what they print."""
 
 from __future__ import annotations
 
@@ -19,7 +19,15 @@ from rich.table import Table
 
 from ..rundir import RunError
 from ..terminal import EXIT_INTERRUPTED, console, errors, print_paths, print_rows, report
-from .config import BenchConv, BenchFigure1, BenchOps, BenchStep, BenchSync
+from .config import (
+    BenchCompile,
+    BenchConv,
+    BenchFigure1,
+    BenchLm,
+    BenchOps,
+    BenchStep,
+    BenchSync,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +39,8 @@ class Bench:
         | Annotated[BenchOps, tyro.conf.subcommand("ops")]
         | Annotated[BenchFigure1, tyro.conf.subcommand("figure1")]
         | Annotated[BenchConv, tyro.conf.subcommand("conv")]
+        | Annotated[BenchLm, tyro.conf.subcommand("lm")]
+        | Annotated[BenchCompile, tyro.conf.subcommand("compile")]
         | Annotated[BenchSync, tyro.conf.subcommand("sync")]
     )
 
@@ -42,6 +52,8 @@ def run(config: Bench) -> int:
         BenchOps: _ops,
         BenchFigure1: _figure1,
         BenchConv: _conv,
+        BenchLm: _lm,
+        BenchCompile: _compile,
         BenchSync: _sync,
     }
     return printers[type(config.bench)](config.bench)
@@ -109,6 +121,83 @@ def _conv(config: BenchConv) -> int:
         + ("reused" if config.reuse_memory else "as the system has it")
     )
     return _print("3×3 convolution, ms per step [range]", headings, rows, caption)
+
+
+def _lm(config: BenchLm) -> int:
+    """Times the language model beside PyTorch, and prints that and what XLA fuses."""
+    from . import lm
+
+    with errors.status("starting") as status:
+        result = lm.run(config, lambda text: status.update(f"{text} …"))
+    floor = result["ms_per_step"]["floor"]
+    rows = [
+        (
+            name,
+            f"{ms:.1f}",
+            f"{low:.1f} – {high:.1f}",
+            f"{result['tokens_per_s'][name]:,.0f}",
+            f"{ms / floor:.2f}",
+            f"{result['start_s'][name]:.1f}",
+        )
+        for (name, ms), (low, high) in _times(result)
+    ]
+    rows += [(name, reason) for name, reason in result["left_out"].items()]
+    share, low, high = result["norm_share"]
+    caption = (
+        f"medians of {config.rounds} turns of {config.steps} steps. Norms: {share:.0%} of a step "
+        f"({low:.0%} – {high:.0%}). Losses agree to {result['loss_gap']:.0e}. Floor: the matrix "
+        f"products and AdamW alone. {_machine(result)}"
+    )
+    title = (
+        f"language model of {config.depth} blocks of {config.width}, {config.batch_size} sequences "
+        f"of {config.length} tokens"
+    )
+    headings = ("ms per step", "range", "tokens/s", "÷ floor", "start s")
+    _print(title, headings, rows, caption)
+    _print(*_fused(result["fused"]))
+    return 0
+
+
+def _fused(found: Any) -> tuple[str, tuple[str, ...], list[tuple[str, ...]], str]:
+    """The table of what the norms of a program are fused with."""
+    large = [row for row in found.rows if row.nbytes > found.nbytes / 1000]
+    rows = [
+        (
+            f"{row.direction}: {', '.join(row.operations)}",
+            ", ".join(row.others) or "–",
+            str(row.times),
+            f"{row.nbytes / 1e6:.1f}",
+        )
+        for row in large
+    ]
+    held, moved = (sum(getattr(row, name) for row in found.rows) for name in ("times", "nbytes"))
+    few = held - sum(row.times for row in large)
+    caption = (
+        f"{held} of the {found.instructions} instructions of a step hold norms, and move "
+        f"{moved / 1e6:.0f} of its {found.nbytes / 1e6:.0f} MB, whether from memory or a cache; "
+        f"{few} move less than a thousandth of it together with their like, and are left out. "
+        f"Without norms a step moves {found.nbytes_without / 1e6:.0f} MB."
+    )
+    headings = ("in one with", "instructions", "MB a step")
+    return "what XLA fuses the norms with", headings, rows, caption
+
+
+def _compile(config: BenchCompile) -> int:
+    """Times compiling the language model, and prints the table."""
+    from . import lm
+
+    with errors.status("starting") as status:
+        results = list(lm.compiling(config, lambda text: status.update(f"{text} …")))
+    rows = []
+    for result in results:
+        seconds, (low, high) = result["seconds"], result["range"]
+        cells = [f"{seconds[phase]:.2f}" for phase in (*lm.PHASES, "all")]
+        rows.append(
+            (f"{result['depth']} blocks, {result['form']}", *cells, f"{low:.1f} – {high:.1f}")
+        )
+    caption = f"medians of {config.rounds} fresh processes each, without a cache of programs"
+    headings = ("trace s", "lower s", "compile s", "all s", "range")
+    return _print("compiling a training step of the language model", headings, rows, caption)
 
 
 def _ops(config: BenchOps) -> int:

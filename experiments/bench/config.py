@@ -114,6 +114,85 @@ class BenchSync:
 
 
 @dataclasses.dataclass(frozen=True)
+class BenchLm:
+    """Time training the small language model beside PyTorch, and what its norms take of it."""
+
+    width: int = 128
+    """Size of the residual stream."""
+
+    depth: int = 4
+    """Blocks."""
+
+    heads: int = 4
+    """Heads of the attention; twice their number divides the width."""
+
+    length: int = 128
+    """Tokens of a sequence."""
+
+    batch_size: int = 16
+    """Sequences per step."""
+
+    vocabulary: int = 256
+    """Different tokens."""
+
+    scheme: str = "pre"
+    """Where the norms stand. PyTorch has pre alone."""
+
+    scan: bool = False
+    """Whether normlab's blocks are a scan; they are written out otherwise, as PyTorch's are."""
+
+    remat: bool = False
+    """Whether normlab computes the activations of a block anew for the gradient."""
+
+    steps: int = 10
+    """Steps per turn."""
+
+    rounds: int = 7
+    """Turns of each; the medians are reported."""
+
+    lr: float = 1e-3
+    """Learning rate of AdamW."""
+
+    reuse_memory: bool = True
+    """Whether the C library keeps memory that was freed, in the processes of all contestants."""
+
+    def __post_init__(self) -> None:
+        """Raises RunError for values that cannot be run."""
+        sizes = ("width", "depth", "heads", "length", "batch_size", "vocabulary")
+        require_positive(self, *sizes, "steps", "rounds", "lr")
+        if self.width % (2 * self.heads):
+            raise RunError(
+                f"--heads: got {self.heads} for --width {self.width}; twice as many must divide it."
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class BenchCompile:
+    """Time compiling a training step of the language model, scanned over its blocks or written out.
+
+    Every time is that of a fresh process without a cache of programs. Nothing runs.
+    """
+
+    depths: tuple[int, ...] = (4, 12, 48)
+    """Numbers of blocks."""
+
+    deepest: int = 12
+    """With more blocks the program is not written out, which takes minutes."""
+
+    scheme: str = "pre"
+    """Where the norms stand."""
+
+    rounds: int = 3
+    """Turns of each; the medians are reported."""
+
+    def __post_init__(self) -> None:
+        """Raises RunError for values that cannot be run."""
+        require_positive(self, "deepest", "rounds")
+        if not self.depths or min(self.depths) < 1:
+            raise RunError(f"--depths: got {self.depths}; name one at least, each at least 1.")
+
+
+@dataclasses.dataclass(frozen=True)
 class BenchOps:
     """Time each norm, forward and forward+backward, beside the same op of other libraries.
 

@@ -62,7 +62,7 @@ GAP = 1e-3
 """How far the losses of a turn may be apart, relatively, for work that is the same."""
 
 Turn = Callable[[], np.ndarray]
-"""Takes the steps of a turn, and returns their losses, `[nets, steps, seeds]`."""
+"""Takes the steps of a turn, and returns their losses: `[nets, steps, seeds]` of figure 1."""
 
 
 def step(config: BenchStep) -> dict[str, Any]:
@@ -161,22 +161,16 @@ def figure1(config: BenchFigure1, say: Callable[[str], None] = lambda _: None) -
 
 
 class Part:
-    """What one process does of a contestant's work: some of the nets.
+    """What one process does of a contestant's work: all of it, or some of the nets.
 
     Args:
-      build: `build_normlab` or `build_torch`.
-      config: What is timed.
-      nets: Which.
+      build: Makes a turn, such as `build_normlab` and `build_torch` do.
+      *arguments: Its own: what is timed, and which of the nets.
     """
 
-    def __init__(
-        self,
-        build: Callable[[BenchFigure1, Iterable[str]], Turn],
-        config: BenchFigure1,
-        nets: Iterable[str],
-    ) -> None:
+    def __init__(self, build: Callable[..., Turn], *arguments: Any) -> None:
         begin = time.perf_counter()
-        self.turn = build(config, nets)
+        self.turn = build(*arguments)
         self._start_s = time.perf_counter() - begin
 
     def start_s(self) -> float:

@@ -14,6 +14,7 @@ from typing import Any, ClassVar, Literal, NamedTuple, get_args
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 import normlab as nl
@@ -434,7 +435,13 @@ def over_depth(
         return call(block, x, jax.tree.unflatten(structure, own)), None
 
     collections: dict[Any, int] = dict.fromkeys(("params", STATE, PARTS, ACTIVATIONS, DEPTH), 0)
-    scan = nn.scan(body, variable_axes=collections, split_rngs={"params": True}, length=len(leaves))
+    scan = nn.scan(
+        body,
+        variable_axes=collections,
+        split_rngs={"params": True},
+        length=len(leaves),
+        check_constancy_invariants=False,  # nothing is broadcast: the body need not be traced twice
+    )
     # What is carried has one type throughout: it varies over the devices if anything read does.
     axes = set().union(*map(varying_axes, jax.tree.leaves((x, block.variables))))
     return scan(block, vary(x, tuple(axes)), stacked)[0]
@@ -469,8 +476,8 @@ def rotate(x: Array, base: float) -> Array:
     [[1.0, 1.0], [-0.30099999904632568, 1.3819999694824219]]
     """
     half, dtype = x.shape[-1] // 2, jnp.promote_types(x.dtype, jnp.float32)
-    rates = base ** (-jnp.arange(half, dtype=dtype) / half)
-    angles = jnp.arange(x.shape[1], dtype=dtype)[:, None, None] * rates
+    # Of numbers, which are compiled into constants: a scan over blocks would keep loops for each.
+    angles = np.arange(x.shape[1])[:, None, None] * base ** (-np.arange(half) / half)
+    cos, sin = (jnp.asarray(f(angles), dtype) for f in (np.cos, np.sin))
     a, b = jnp.split(x.astype(dtype), 2, axis=-1)
-    cos, sin = jnp.cos(angles), jnp.sin(angles)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1).astype(x.dtype)

@@ -218,8 +218,8 @@ def _purpose(name: str, last: bool) -> Purpose:
 # --- The program ------------------------------------------------------------------------------
 
 
-class _Named(nl.Norm):
-    """A norm whose instructions carry `SCOPE` in their names."""
+class Named(nl.Norm):
+    """A norm whose instructions carry `SCOPE` in their names; made of another's two functions."""
 
     def apply(self, *args: Any, **options: Any) -> Any:
         """As `Norm.apply`."""
@@ -293,7 +293,7 @@ def _model(config: Ledger, name: str, sync: str, count: int) -> nn.Module:
         mapped = config.mode != "jit"
         settings["axis_name"] = syncs.parse(sync, config.axes, count, mapped=mapped)
     made = nl.get(name, **settings)
-    norm = _Named(made.init, made.parts)
+    norm = Named(made.init, made.parts)
     return models.build(config.model, norm, CLASSES, **options)
 
 

@@ -9,7 +9,8 @@ compilers are installed: the extras `tpu` and `cuda`.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Sequence
+import re
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -54,23 +55,35 @@ class Passes(NamedTuple):
     writes: int
 
 
+class Move(NamedTuple):
+    """What one instruction moves.
+
+    Attributes:
+      name: Of the instruction.
+      opcode: What it is; "fusion" where it is several operations in one.
+      names: Where the operations in it come from: `jit(f)/layer/mul`.
+      reads: The bytes that it reads of each of its operands.
+      writes: The bytes of each of its results.
+      times: How often it runs.
+    """
+
+    name: str
+    opcode: str
+    names: tuple[str, ...]
+    reads: tuple[int, ...]
+    writes: tuple[int, ...]
+    times: int
+
+    @property
+    def nbytes(self) -> int:
+        """All that is moved, each time that it runs."""
+        return self.times * (sum(self.reads) + sum(self.writes))
+
+
 def passes(compiled: Compiled | str, nbytes: int) -> Passes:
-    """Counts a program's reads and writes of arrays of at least `nbytes`.
+    """Counts a program's reads and writes of arrays of at least `nbytes`, as `moves` has them.
 
-    Every instruction that runs reads its operands and writes its results, once each:
-
-    - A fusion is one instruction, whatever is in it: an operand counts once however often the
-      fused loops look at it, and if all they look at is a slice, it counts as that slice.
-    - Bitcasts, tuples and parameters move nothing. Copies do.
-    - The body of a loop counts as often as the loop runs, or once where that is not known; of a
-      conditional, the branch with the most passes; a call, what it calls.
-    - What a TPU keeps in its vector memory is not read from memory: the copy that brings it there
-      is. It has 128 MiB of it on a v5e, so a smaller x may pass through memory less often than a
-      larger one.
-
-    Sizes are those of the shapes, without padding. Two arrays of half the size count as none, and
-    so does a loop that goes over x slice by slice. XLA's CPU has fusions that look at all of x
-    before they look at it again (`ynn_fusion`): for these the count is a lower bound.
+    Two arrays of half the size count as none, and so does a loop that goes over x slice by slice.
 
     Args:
       compiled: A compiled function, or the text of one (`compiled.as_text()`).
@@ -80,38 +93,86 @@ def passes(compiled: Compiled | str, nbytes: int) -> Passes:
     >>> passes(jax.jit(lambda x: x + 1).lower(x).compile(), 4 * 512 * 512)
     Passes(reads=1, writes=1)
     """
-    program = _Program(compiled, nbytes)
-    return program.passes(program.entry)
+    reads = writes = 0
+    for move in moves(compiled):
+        reads += move.times * sum(n >= nbytes for n in move.reads)
+        writes += move.times * sum(n >= nbytes for n in move.writes)
+    return Passes(reads, writes)
+
+
+def moves(compiled: Compiled | str) -> list[Move]:
+    """What a program reads from memory and writes to it, instruction by instruction.
+
+    Every instruction that runs reads its operands and writes its results, once each:
+
+    - A fusion is one instruction, whatever is in it: an operand counts once however often the
+      fused loops look at it, and if all they look at is a slice, it counts as that slice.
+    - Bitcasts, tuples and parameters move nothing. Copies do.
+    - The body of a loop counts as often as the loop runs, or once where that is not known; of a
+      conditional, the branch that moves the most; a call, what it calls.
+    - What a TPU keeps in its vector memory is not read from memory: the copy that brings it there
+      is. It has 128 MiB of it on a v5e, so a smaller x may pass through memory less often than a
+      larger one.
+
+    Sizes are those of the shapes, without padding. XLA's CPU has fusions that look at all of x
+    before they look at it again (`ynn_fusion`): for these the bytes are a lower bound. What a
+    cache spares is not known.
+
+    Args:
+      compiled: As in `passes`.
+
+    >>> x = jax.ShapeDtypeStruct((512, 512), "float32")
+    >>> (move,) = moves(jax.jit(lambda x: x + 1).lower(x).compile())
+    >>> move.opcode, move.reads, move.writes
+    ('fusion', (1048576,), (1048576,))
+    """
+    program = _Program(compiled)
+    return program.moves(program.entry)
 
 
 class _Program:
     """The computations of a program, and what they read and write."""
 
-    def __init__(self, compiled: Compiled | str, nbytes: int) -> None:
-        self.nbytes = nbytes
-        self.computations, self.entry = parse(compiled, "passes")
+    def __init__(self, compiled: Compiled | str) -> None:
+        self.computations, self.entry = parse(compiled, "moves")
         self.demands: dict[tuple[str, str], int] = {}
 
-    def passes(self, name: str) -> Passes:
+    def moves(self, name: str, times: int = 1) -> list[Move]:
         """Those of one computation."""
-        c = self.computations[name]
-        return _total(self._instruction(c, i) for i in c.instructions.values())
+        c, found = self.computations[name], []
+        for i in c.instructions.values():
+            opcode = i.opcode.removesuffix("-start")
+            if opcode in _FREE or opcode.endswith("-done"):
+                continue
+            if opcode in ("while", "call", "async", "conditional"):
+                runs = times * (i.trips if opcode == "while" else 1)
+                each = [self.moves(called, runs) for called in i.calls]
+                if opcode == "conditional":
+                    each = [max(each, key=lambda branch: sum(move.nbytes for move in branch))]
+                found += itertools.chain.from_iterable(each)
+            else:
+                found.append(Move(i.name, opcode, self._names(i), *self._moved(c, i), times))
+        return found
 
-    def _instruction(self, c: Computation, i: Instruction) -> Passes:
+    def _names(self, i: Instruction) -> tuple[str, ...]:
+        fused = [
+            name
+            for called in (i.calls if i.opcode == "fusion" else ())
+            for inner in self.computations[called].instructions.values()
+            for name in self._names(inner)
+        ]
+        own = [] if fused or i.opcode in _NAMELESS else _OP_NAME.findall(i.text)
+        return tuple(dict.fromkeys(name for found in own + fused for name in found.split(";")))
+
+    def _moved(self, c: Computation, i: Instruction) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """The bytes that an instruction reads and writes."""
         opcode = i.opcode.removesuffix("-start")
-        if opcode in _FREE or opcode.endswith("-done"):
-            return Passes(0, 0)
-        if opcode in ("while", "call", "async", "conditional"):
-            each = [self.passes(name) for name in i.calls]
-            if opcode == "conditional":
-                return max(each, key=sum)
-            return _total(each * (i.trips if opcode == "while" else 1))
         fused = self.computations[i.calls[0]] if opcode == "fusion" else None
         results = _results(c, i)
-        reads = set()
+        reads: dict[str, int] = {}
         for index, operand in enumerate(i.operands):
             source = c.behind(operand)
-            if len(source.arrays) != 1 or not self._counts(source.arrays[0]):
+            if len(source.arrays) != 1 or source.arrays[0].on_chip:
                 continue
             (array,) = source.arrays
             if fused:
@@ -119,20 +180,17 @@ class _Program:
             else:
                 demand = results[0].size if results else array.size
                 needed = _looked_at(opcode, index, array.size, results, demand)
-            if needed * array.nbytes >= self.nbytes * array.size:
-                reads.add(source.name)
+            nbytes = needed * array.nbytes // max(1, array.size)
+            reads[source.name] = max(nbytes, reads.get(source.name, 0))
         # Of what is updated in place, only the update is written.
         where, root = (fused, fused.behind(fused.root)) if fused else (c, i)
         roots = [where.behind(v) for v in root.operands] if root.opcode == "tuple" else [root]
-        writes = 0
+        writes = []
         for one, array in zip(itertools.cycle(roots), results, strict=False):
             if one.opcode == "dynamic-update-slice":
                 array = array._replace(nbytes=where.instructions[one.operands[1]].arrays[0].nbytes)
-            writes += self._counts(array)
-        return Passes(len(reads), writes)
-
-    def _counts(self, array: Array) -> bool:
-        return array.nbytes >= self.nbytes and not array.on_chip
+            writes.append(0 if array.on_chip else array.nbytes)
+        return tuple(reads.values()), tuple(writes)
 
     def _demand(self, c: Computation, name: str) -> int:
         """How many elements of a value within a fusion the fusion needs."""
@@ -175,11 +233,6 @@ def _results(c: Computation, i: Instruction) -> list[Array]:
     return results
 
 
-def _total(each: Iterable[Passes]) -> Passes:
-    each = list(each)
-    return Passes(sum(p.reads for p in each), sum(p.writes for p in each))
-
-
 _FREE = {
     "after-all",
     "bitcast",
@@ -191,4 +244,8 @@ _FREE = {
     "replica-id",
     "tuple",
 }
+_OP_NAME = re.compile(r'op_name="([^"]*)"')
+_NAMELESS = {"bitcast", "broadcast", "constant", "iota", "parameter"}
+"""What the compiler shares among users: it is called after any of them."""
+
 _SLICES = {"slice", "dynamic-slice", "gather"}

@@ -19,7 +19,7 @@ from jax import lax
 import normlab as nl
 from experiments.programs import machines
 from experiments.programs.machines import Missing, missing
-from experiments.programs.passes import Passes, lower, passes, place
+from experiments.programs.passes import Passes, lower, moves, passes, place
 
 ROOT = Path(__file__).resolve().parents[2]
 BARRIER = "optimization_barrier"
@@ -108,6 +108,25 @@ class TestPasses:
         assert passes(compiled, NBYTES) == Passes(2, 1)
         assert passes(compiled, NBYTES + 1) == Passes(0, 0)
         assert passes(compiled, 4 * 1024) == Passes(4, 3)  # the sum and its exponential, too
+
+    def test_instructions_say_where_they_come_from_what_they_move_and_how_often(self):
+        def f(x):
+            def step(x, _):
+                with jax.named_scope("inner"):
+                    return jnp.sin(x) + 1, None
+
+            return lax.scan(step, x, length=3)[0]
+
+        found = moves(lower(f, place("cpu"), X).compile())
+        (loop,) = (move for move in found if any("/inner/" in name for name in move.names))
+        assert {name.split("/")[-1] for name in loop.names} == {"sin", "add"}
+        assert (loop.opcode, loop.reads, loop.writes, loop.times) == (
+            "fusion",
+            (NBYTES,),
+            (NBYTES,),
+            3,
+        )
+        assert loop.nbytes == 6 * NBYTES
 
     def test_a_program_without_a_text_is_refused(self):
         with pytest.raises(ValueError, match="no text"):

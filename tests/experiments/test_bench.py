@@ -1,5 +1,6 @@
 """The benchmarks: that all time the same thing, what they write, and what they refuse."""
 
+import dataclasses
 import importlib
 import json
 import os
@@ -17,11 +18,19 @@ import tyro
 from experiments import console as cli
 from experiments import models
 from experiments.bench import conv as bench_conv
+from experiments.bench import lm as bench_lm
 from experiments.bench import ops as bench_ops
 from experiments.bench import peers_jax as bench_jax
 from experiments.bench import tables as bench_report
 from experiments.bench import training as bench_training
-from experiments.bench.config import BenchConv, BenchFigure1, BenchOps, BenchStep
+from experiments.bench.config import (
+    BenchCompile,
+    BenchConv,
+    BenchFigure1,
+    BenchLm,
+    BenchOps,
+    BenchStep,
+)
 from experiments.bench.turns import Process, Repeated, ask_all, take_turns
 from experiments.bench.worker import (
     BOTH,
@@ -35,6 +44,7 @@ from experiments.bench.worker import (
     Case,
     Server,
 )
+from experiments.programs.passes import Move
 from experiments.rundir import RunError
 from tests import oracles
 from tests.helpers import gap
@@ -470,6 +480,134 @@ class TestConv:
             BenchConv(batch_size=0)
         with pytest.raises(RunError, match=r"--cores: got 999, and there are \d+"):
             BenchConv(cores=999)
+
+
+TINY = BenchLm(width=16, depth=3, heads=2, length=8, batch_size=2, vocabulary=11, steps=3, rounds=2)
+
+
+class TestLm:
+    def test_the_floor_stays_where_it_is(self):
+        turn = bench_lm.build_floor(dataclasses.replace(TINY, depth=6))
+        first = turn()
+        assert (first > 0).all()
+        np.testing.assert_allclose(turn(), first, rtol=1e-5)
+
+    def test_losses_that_differ_or_are_not_finite_are_refused(self):
+        ours = np.array([2.0, 1.0])
+        assert bench_lm.loss_gap({"normlab": ours, "torch, eager": ours * 1.0001}) < 2e-4
+        with pytest.raises(RunError, match=r"are 1\.0e-02 apart.*not do the same work"):
+            bench_lm.loss_gap({"normlab": ours, "torch, eager": ours * [1, 1.01]})
+        with pytest.raises(RunError, match="not finite"):
+            bench_lm.loss_gap({"normlab": ours * np.nan})
+
+    def test_what_is_fused_is_counted_by_operations_and_layers(self):
+        def move(reads, times, *names):
+            return Move("", "fusion", names, (reads,), (10,), times)
+
+        forward = "jit(f)/jvp(Lm)/Lm.through/block{}/mlp/norm/{}"
+        back = "jit(f)/transpose(jvp(Lm))/Lm.through/block{0}/mlp/norm/{1}"
+        found = [
+            move(10, 1, forward.format(0, "mul")),
+            move(10, 2, forward.format(1, "mul")),
+            move(
+                90, 1, back.format(0, "mul"), forward.format(0, "sub"), "jit(f)/jvp(Lm)/embed/add"
+            ),
+            move(50, 1, "jit(f)/jvp(Lm)/Lm.through/Lm.outside/norm_last/add", "x"),
+        ]
+        assert bench_lm.fused(found) == [
+            ("forward and backward", ("mul", "sub"), ("embed",), 1, 100),
+            ("forward", ("mul",), (), 3, 60),
+        ]
+
+    def test_the_tables_name_who_was_left_out(self, monkeypatch, capsys):
+        times = {"normlab": 2.0, "floor": 1.0}
+        rows = [
+            bench_lm.Fused("forward", ("square",), (), 9, 9_000_000),
+            bench_lm.Fused("backward", ("neg",), (), 4, 400),
+        ]
+        result = {
+            "ms_per_step": times,
+            "range_ms": {name: (ms / 2, 3 * ms) for name, ms in times.items()},
+            "tokens_per_s": {name: 1e6 / ms for name, ms in times.items()},
+            "start_s": times,
+            "left_out": {"torch, compiled": "no compiler"},
+            "norm_share": (0.25, 0.1, 0.5),
+            "loss_gap": 1e-6,
+            "fused": bench_lm.Fusions(rows, 20, 90_000_000, 80_000_000),
+            "cores": 2,
+            "variables": {"MALLOC_MMAP_MAX_": "0"},
+        }
+        monkeypatch.setattr(bench_lm, "run", lambda *_: result)
+        assert cli.main(["bench", "lm"]) == 0
+        printed = " ".join(capsys.readouterr().out.split())
+        for text in ("500,000", "no compiler", "25% of a step (10% – 50%)", "MALLOC_MMAP_MAX_=0"):
+            assert text in printed
+        for text in ("13 of the 20", "move 9 of its 90 MB", "4 move less", "moves 80 MB"):
+            assert text in printed
+
+    @pytest.mark.parametrize(
+        ("make", "words"),
+        [
+            (lambda: BenchLm(heads=3), "--heads: got 3 for --width 128"),
+            (lambda: BenchLm(lr=0.0), "--lr: got 0.0"),
+            (lambda: BenchCompile(depths=(4, 0)), r"--depths: got \(4, 0\)"),
+        ],
+    )
+    def test_refuses_with_the_option_and_the_value(self, make, words):
+        with pytest.raises(RunError, match=words):
+            make()
+
+    @pytest.mark.slow
+    def test_scanned_and_written_out_it_is_the_same_work(self):
+        scanned = dataclasses.replace(TINY, scan=True, remat=True)
+        ours, theirs = (bench_lm.build_normlab(c, "rms") for c in (TINY, scanned))
+        first = ours()
+        np.testing.assert_allclose(first, theirs(), rtol=1e-5)
+        assert first.shape == (3,)
+        assert (ours() < first).all()  # the next turn goes on
+
+    @pytest.mark.slow
+    def test_pytorch_does_the_same_work(self):
+        pytest.importorskip("torch")
+        ours, theirs = bench_lm.build_normlab(TINY, "rms"), bench_lm.build_torch(TINY, False)
+        for _ in range(3):
+            np.testing.assert_allclose(ours(), theirs(), rtol=1e-4)
+
+    @pytest.mark.slow
+    def test_norms_are_found_in_the_program_forward_and_backward(self):
+        found = bench_lm.fusions(TINY)
+        words = " ".join(row.direction for row in found.rows)
+        assert "forward" in words
+        assert "backward" in words
+        # At least once forward and once backward for two norms a block and the last one.
+        assert sum(row.times for row in found.rows) >= 2 * (2 * TINY.depth + 1)
+        assert 0 < sum(row.nbytes for row in found.rows) < found.nbytes
+        assert found.nbytes_without < found.nbytes
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize("scheme", ["pre", "post"])
+    def test_all_take_turns_in_one_run(self, scheme):
+        result = bench_lm.run(dataclasses.replace(TINY, scheme=scheme))
+        assert {"normlab", "normlab, no norms", "floor"} <= result["tokens_per_s"].keys()
+        assert result["tokens_per_s"].keys() | result["left_out"].keys() >= {*bench_lm.TORCH}
+        assert result["ms_per_step"].keys() == result["start_s"].keys()
+        tokens = TINY.batch_size * TINY.length
+        for name, speed in result["tokens_per_s"].items():
+            assert speed * result["ms_per_step"][name] == pytest.approx(1e3 * tokens)
+        if scheme == "post":
+            assert result["left_out"]["torch, eager"] == "its model is pre-norm, not post"
+
+    @pytest.mark.slow
+    def test_compiling_is_timed_by_phase(self):
+        config = BenchCompile(depths=(1, 2), deepest=1, rounds=1)
+        found = {(r["depth"], r["form"]): r for r in bench_lm.compiling(config)}
+        forms = [(1, form) for form in bench_lm.FORMS] + [(2, "scan"), (2, "scan, remat")]
+        assert list(found) == forms
+        for result in found.values():
+            *phases, whole = (result["seconds"][p] for p in (*bench_lm.PHASES, "all"))
+            assert min(phases) > 0
+            assert whole == pytest.approx(sum(phases))
+            assert result["range"] == pytest.approx((whole, whole))
 
 
 @pytest.mark.parametrize("bench", ["step", "figure1", "conv"])
