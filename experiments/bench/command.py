@@ -192,11 +192,10 @@ def _compile(config: BenchCompile) -> int:
     for result in results:
         seconds, (low, high) = result["seconds"], result["range"]
         cells = [f"{seconds[phase]:.2f}" for phase in (*lm.PHASES, "all")]
-        rows.append(
-            (f"{result['depth']} blocks, {result['form']}", *cells, f"{low:.1f} – {high:.1f}")
-        )
+        cells += [f"{low:.1f} – {high:.1f}", f"{result['temp_bytes'] / 1e6:.0f}"]
+        rows.append((f"{result['depth']} blocks, {result['form']}", *cells))
     caption = f"medians of {config.rounds} fresh processes each, without a cache of programs"
-    headings = ("trace s", "lower s", "compile s", "all s", "range")
+    headings = ("trace s", "lower s", "compile s", "all s", "range", "temporary MB")
     return _print("compiling a training step of the language model", headings, rows, caption)
 
 

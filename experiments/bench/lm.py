@@ -442,7 +442,8 @@ def compiling(
     """Compiles one training step, again and again, each time in a fresh process.
 
     Yields:
-      For each depth and form, its median `seconds` by phase and of all; and the `range` of all.
+      For each depth and form, its median `seconds` by phase and of all; the `range` of all; and
+      `temp_bytes`, what the program needs beside its arguments and results.
     """
     turns = {
         (depth, form): functools.partial(_fresh, config, depth, form)
@@ -457,13 +458,14 @@ def compiling(
             say(f"{key[0]} blocks, {key[1]}: {i + 1} of {config.rounds}")
             found[key].append(turns[key]())
     for (depth, form), each in found.items():
-        whole = [sum(seconds.values()) for seconds in each]
+        whole = [sum(seconds[p] for p in PHASES) for seconds in each]
         by_phase = {p: statistics.median(seconds[p] for seconds in each) for p in PHASES}
         yield {
             "depth": depth,
             "form": form,
             "seconds": by_phase | {"all": statistics.median(whole)},
             "range": (min(whole), max(whole)),
+            "temp_bytes": each[0]["temp_bytes"],
         }
 
 
@@ -474,7 +476,7 @@ def _fresh(config: BenchCompile, depth: int, form: str) -> Any:
 
 
 def timed(config: BenchCompile, depth: int, form: str) -> dict[str, float]:
-    """The seconds of each phase of compiling a step."""
+    """The seconds of each phase of compiling a step, and the program's temporary memory."""
     sizes = BenchLm(depth=depth, scheme=config.scheme, **FORMS[form])
     model = build_model(sizes, NORMS["normlab"])
     state = jax.eval_shape(lambda: start(sizes, model))
@@ -486,6 +488,7 @@ def timed(config: BenchCompile, depth: int, form: str) -> dict[str, float]:
     marks.append(time.perf_counter())
     lowered = traced.lower()
     marks.append(time.perf_counter())
-    lowered.compile()
+    compiled = lowered.compile()
     marks.append(time.perf_counter())
-    return dict(zip(PHASES, np.diff(marks).tolist(), strict=True))
+    memory = {"temp_bytes": compiled.memory_analysis().temp_size_in_bytes}
+    return dict(zip(PHASES, np.diff(marks).tolist(), strict=True)) | memory

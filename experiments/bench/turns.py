@@ -162,6 +162,7 @@ class Process:
     def close(self) -> None:
         """Ends the process."""
         self._connection.close()
+        self._process.join(1)  # by itself, so that it puts away what it has opened
         self._process.terminate()
         self._process.join(10)
 

@@ -608,6 +608,7 @@ class TestLm:
             assert min(phases) > 0
             assert whole == pytest.approx(sum(phases))
             assert result["range"] == pytest.approx((whole, whole))
+            assert result["temp_bytes"] > 0
 
 
 @pytest.mark.parametrize("bench", ["step", "figure1", "conv"])
