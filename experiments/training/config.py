@@ -6,7 +6,7 @@ import dataclasses
 import inspect
 import math
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import normlab as nl
 
@@ -15,8 +15,12 @@ from ..data import NAMES, TEXTS, Dataset, Reading, Unit
 from ..rundir import RunError
 from . import optimizers
 
-Optimizer = Literal["momentum", "sgd", "rmsprop", "adam", "adamw"]
-"""The names of `optimizers.OPTIMIZERS`."""
+Optimizer = Literal["auto", "momentum", "sgd", "rmsprop", "adam", "adamw"]
+"""The names of `optimizers.OPTIMIZERS`, and "auto", which suits the data."""
+
+IMAGES = {"model": "conv", "batch_size": 128, "optimizer": "momentum", "lr": 0.05}
+TEXT = {"model": "lm", "batch_size": 16, "optimizer": "adamw", "lr": 3e-3}
+"""What suits the data: what options that are "auto" or not given stand for."""
 
 OWN: dict[str, dict[str, Any]] = {
     "layer": {"axes": "all"},
@@ -66,12 +70,19 @@ class Command(Training):
     """What `compare` and `train` have in common beside.
 
     Attributes:
+      model: conv (three 3×3 convolutions, ReLU), mlp (three layers of 100 sigmoids), lm (of text),
+        or another of `python -m experiments list`; auto is conv, of text lm.
+      batch_size: Examples per optimizer step, over all devices; by default 128, of text 16
+        windows.
+      optimizer: Plain SGD, SGD with momentum 0.9, RMSprop, Adam, or AdamW; auto is momentum, of
+        text adamw.
+      lr: Learning rate; by default 0.05, of text 0.003.
       microbatches: Parts, one after the other, into which a device cuts its share of a batch.
       groups: Groups of the norms that have some; must divide the channels of every layer.
       decay: Weight of the old value in batch norm's running statistics; by default 0.9.
       eps: ε, added to the variance under the root.
       schedule: How the rate falls to 0 over the steps after the warm-up, or constant.
-      warmup: Steps in which the rate rises to its value.
+      warmup: Steps in which the rate rises to its value; by default 0, of text a tenth of all.
       clip: The norm to which the gradient of all parameters is cut; 0 leaves it as it is.
       weight_decay: Of adamw.
       context: Of text: the tokens that a model sees at once.
@@ -82,9 +93,17 @@ class Command(Training):
       width: The model's size of the residual stream, if not its own.
     """
 
-    optimizer: Optimizer = "momentum"
+    model: str = "auto"
+    optimizer: Optimizer = "auto"
+    if not TYPE_CHECKING:  # what is not given is set below, by the data
+        batch_size: int | None = None
+        lr: float | None = None
+        warmup: int | None = None
+    else:
+        batch_size: int = 128
+        lr: float = 0.05
+        warmup: int = 0
     schedule: optimizers.Schedule = "constant"
-    warmup: int = 0
     clip: float = 0.0
     weight_decay: float = 0.0
     context: int = 128
@@ -99,7 +118,12 @@ class Command(Training):
     eps: float = 1e-5
 
     def __post_init__(self) -> None:
-        """Raises RunError for values that cannot be run."""
+        """Sets what suits the data; raises RunError for values that cannot be run."""
+        text = self.dataset in TEXTS
+        warmup = {"warmup": self.steps // 10 if text else 0}
+        for name, value in ((TEXT if text else IMAGES) | warmup).items():
+            if getattr(self, name) in ("auto", None):
+                object.__setattr__(self, name, value)
         self.require_counts("batch_size", "steps", "microbatches", "groups", "context")
         for name in ("lr", "eps"):
             value = getattr(self, name)

@@ -605,11 +605,19 @@ def test_training_goes_on_where_it_was_stopped(bigram, adam, tmp_path):
 def test_the_steps_of_a_falling_rate_cannot_change_later(bigram, tmp_path):
     common = {
         "dataset": "markov", "model": "bigram", "norm": "none", "context": 16, "batch_size": 16,
-        "schedule": "cosine", "run_dir": tmp_path / "run",
+        "schedule": "cosine", "run_dir": tmp_path / "run", "optimizer": "momentum",
     }  # fmt: skip
     train(Train(**common, steps=2))
     with pytest.raises(RunError, match=r"--steps 2 and not 3"):
         train(Train(**common, steps=3))
+
+
+def test_options_that_are_not_given_suit_the_data():
+    image, text = Compare(), Compare(dataset="markov", steps=50)
+    assert (image.model, image.optimizer, image.lr, image.warmup) == ("conv", "momentum", 0.05, 0)
+    assert (text.model, text.optimizer, text.lr, text.warmup) == ("lm", "adamw", 0.003, 5)
+    given = Compare(dataset="markov", optimizer="sgd", lr=0.1, warmup=0, batch_size=64)
+    assert (given.optimizer, given.lr, given.warmup, given.batch_size) == ("sgd", 0.1, 0, 64)
 
 
 REFUSED = {
@@ -622,7 +630,10 @@ REFUSED = {
     "rates twice": (["--rates", "0.1", "0.1"], ["--rates", "distinct"]),
     "warmup": (["--warmup", "600"], ["--warmup", "less than --steps 600"]),
     "clip": (["--clip", "-1"], ["--clip", "0 or more"]),
-    "decay": (["--weight-decay", "0.1"], ["--weight-decay", "--optimizer adamw"]),
+    "decay": (
+        ["--optimizer", "adam", "--weight-decay", "0.1"],
+        ["--weight-decay", "--optimizer adamw"],
+    ),
     "option": (["--depth", "3"], ["depth", "width"]),
     "batch": (["--batch-size", "80000"], ["80000", "training examples"]),
 }
