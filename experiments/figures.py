@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import itertools
 import math
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -62,23 +61,22 @@ def styles(names: Iterable[Any]) -> dict[Any, dict[str, Any]]:
     names = list(dict.fromkeys(names))
     registered = [*_FIRST, *(name for name in nl.names() if name not in _FIRST)]
     named = (name for name in names if ":" in str(name) and name not in registered)
-    norms = dict(zip([*registered, *sorted(named)], _norm_looks()))  # noqa: B905
+    norms = dict(zip([*registered, *sorted(named)], _looks(_COLOURS, _MARKERS)))  # noqa: B905
     others = palette(name for name in names if name not in norms)
     return {name: dict(norms.get(name) or others[name]) for name in names}
 
 
 def palette(names: Iterable[Any]) -> dict[Any, dict[str, Any]]:
     """A colour and a marker for each name, for what is not a norm: none that a norm has."""
-    looks = itertools.cycle(map(_look, _OTHER_COLOURS, _OTHER_MARKERS))
-    return dict(zip(names, looks, strict=False))
+    return dict(zip(names, _looks(_OTHER_COLOURS, _OTHER_MARKERS), strict=False))
 
 
-def _norm_looks() -> Iterator[dict[str, Any]]:
+def _looks(colours: Sequence[str], markers: str) -> Iterator[dict[str, Any]]:
     """Every colour with a marker of its own; then dashed, with the next marker, and so on."""
-    for turn in range(len(_MARKERS) * len(_DASHES)):
-        for i, colour in enumerate(_COLOURS):
-            look = _look(colour, _MARKERS[(i + turn) % len(_MARKERS)])
-            yield look | {"ls": _DASHES[turn // len(_MARKERS)]} if turn else look
+    for turn in range(len(markers) * len(_DASHES)):
+        for i, colour in enumerate(colours):
+            look = _look(colour, markers[(i + turn) % len(markers)])
+            yield look | {"ls": _DASHES[turn // len(markers)]} if turn else look
 
 
 def _look(colour: str, marker: str) -> dict[str, Any]:

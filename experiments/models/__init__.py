@@ -34,7 +34,7 @@ from .layers import (
     Where,
     conv,
 )
-from .lm import Lm, unstack
+from .lm import Lm, Transformer, unstack
 from .recurrent import Gru, Lstm
 from .resnet import ResNet
 from .vit import Vit

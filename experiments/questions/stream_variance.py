@@ -124,16 +124,16 @@ def streams(config: StreamVariance, scheme: str) -> Callable[[int], np.ndarray]:
     model = models.build("lm", nl.get(config.norm), 256, scheme=scheme, **sizes)
 
     @jax.jit
-    def look(key: Array, tokens: Array) -> Any:
+    def look(key: Array, tokens: Array) -> Array:
         variables = model.init(key, tokens, train=False)
         _, sown = model.apply(variables, tokens, train=False, mutable=[models.DEPTH])
-        return jax.tree.map(lambda x: jnp.square(x).mean(), model.unstack(sown[models.DEPTH]))
+        found = nl.instruments.by_block(sown[models.DEPTH])
+        after = [found[f"after_{branch}/0/mean_square"].mean(-1) for branch in BRANCHES]
+        return jnp.stack(after, -1).ravel()
 
     def of_seed(seed: int) -> np.ndarray:
         tokens = np.random.default_rng(seed).integers(0, 256, (config.batch_size, config.length))
-        found = look(jax.random.key(seed), tokens)
-        after = [found[f"block{i}"][f"after_{b}"][0] for i in range(config.depth) for b in BRANCHES]
-        return np.array([1.0, *after])
+        return np.array([1.0, *look(jax.random.key(seed), tokens)])
 
     return of_seed
 
