@@ -28,7 +28,7 @@ def picture(records: Sequence[Record], title: str) -> Figure:
     looks = styles(record["net"] for record in records)
     rows, columns = 2, -(-len(INSTRUMENTS) // 2)
     figure, grid = plt.subplots(
-        rows, columns, figsize=(3.1 * columns, 2.9 * rows), layout="constrained", sharex=True
+        rows, columns, figsize=(2.7 * columns, 2.5 * rows), layout="constrained", sharex=True
     )
     for axes, (key, instrument) in zip(grid.flat, INSTRUMENTS.items(), strict=True):
         for record in records:
@@ -36,8 +36,9 @@ def picture(records: Sequence[Record], title: str) -> Figure:
             full = record["step"] == last
             look = looks[record["net"]] | ({} if full else BEFORE)
             axes.plot(np.arange(len(values)), values, **look)
-        axes.set_title(instrument.name, fontsize=10)
-        axes.set_ylabel(instrument.unit, fontsize=9)
+        axes.set_title(instrument.name, fontsize=9)
+        axes.set_ylabel(instrument.unit, fontsize=8)
+        axes.tick_params(labelsize=8)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.3, lw=0.5)
         if instrument.log:
@@ -51,7 +52,7 @@ def picture(records: Sequence[Record], title: str) -> Figure:
     looks |= {when: {"color": "grey", "ls": ls} for when, ls in times.items()}
     key = [Line2D([], [], label=name, **look) for name, look in looks.items()]
     figure.legend(handles=key, loc="outside lower center", ncols=min(8, len(key)), frameon=False)
-    figure.suptitle(title)
+    figure.suptitle(title, fontsize=11)
     return figure
 
 

@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -52,7 +51,7 @@ class Instrument(NamedTuple):
 
 INSTRUMENTS = {
     "variance": Instrument("stream variance", "variance over channels"),
-    "gradient": Instrument("gradient", "‖∂loss/∂w‖ (nats per unit of w)"),
+    "gradient": Instrument("gradient of the block", "‖∂loss/∂w‖ (nats)"),
     "update": Instrument("update beside weights", "‖Δw‖ / ‖w‖"),
     "rate": Instrument("effective rate", "lr / ‖w‖²"),
     "entropy": Instrument("attention entropy", "entropy / ln(keys)", log=False),
@@ -146,7 +145,7 @@ class Depth:
             named[", ".join(words) or scheme] = scheme, norm
         return named
 
-    def build(self, scheme: str, norm: str, data: DeviceData) -> nn.Module:
+    def build(self, scheme: str, norm: str, data: DeviceData) -> models.Network:
         """The net; raises RunError where there is none."""
         try:
             options = self.options(scheme)

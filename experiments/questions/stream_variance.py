@@ -28,7 +28,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -127,9 +126,10 @@ def streams(config: StreamVariance, scheme: str) -> Callable[[int], np.ndarray]:
     def look(key: Array, tokens: Array) -> Array:
         variables = model.init(key, tokens, train=False)
         _, sown = model.apply(variables, tokens, train=False, mutable=[models.DEPTH])
-        found = nl.instruments.by_block(sown[models.DEPTH])
-        after = [found[f"after_{branch}/0/mean_square"].mean(-1) for branch in BRANCHES]
-        return jnp.stack(after, -1).ravel()
+        keys = [f"after_{branch}/0/mean_square" for branch in BRANCHES]
+        return nl.instruments.by_block(
+            sown[models.DEPTH], lambda block: jnp.stack([block[key].mean() for key in keys])
+        ).ravel()
 
     def of_seed(seed: int) -> np.ndarray:
         tokens = np.random.default_rng(seed).integers(0, 256, (config.batch_size, config.length))

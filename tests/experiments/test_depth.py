@@ -59,15 +59,18 @@ def test_scanned_and_recomputed_blocks_are_measured_as_those_that_are_written_ou
 
 
 def test_the_command_measures_before_and_after_training(tmp_path, capsys):
-    arguments = "--dataset markov --steps 2 --optimizer momentum --schemes pre --depth 2 --width 16"
+    arguments = (
+        "--dataset markov --steps 2 --optimizer momentum --schemes peri --depth 12 --width 16"
+    )
     where = ["--context", "8", "--run-dir", str(tmp_path / "run")]
     assert cli.main(["depth", *arguments.split(), *where]) == 0
     records = [
         json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()
     ]
-    assert [(r["net"], r["step"]) for r in records] == [("pre", 0), ("pre", 2)]
+    assert [(r["net"], r["step"]) for r in records] == [("peri", 0), ("peri", 2)]
     for record in records:
-        assert all(len(record[key]) == 2 and None not in record[key] for key in INSTRUMENTS)
+        assert all(len(record[key]) == 12 and None not in record[key] for key in INSTRUMENTS)
+        assert record["variance"] == sorted(record["variance"])  # block10 is behind block9
         assert all(0 < share < 1 for share in record["entropy"])
         assert all(1 < rank <= 8 for rank in record["rank"])
     before, after = records

@@ -522,7 +522,8 @@ class TestTransformers:
         network = make("lm", "none", scheme="ngpt", depth=2, tied=False, scan=scan)
         params = random(network, TOKENS)
         projected = network.project(params)
-        for path, w in leaves(projected):
+        begun, _ = models.split(models.complete(network, params, TOKENS))
+        for path, w in (*leaves(projected), *leaves(begun)):
             if path[-1] in ("kernel", "embedding"):
                 axis = -1 if {*path} & {"embed", "out", "down"} else -2
                 assert gap(jnp.square(w).sum(axis), jnp.ones(w.sum(axis).shape)) < 1e-6
@@ -588,7 +589,8 @@ class TestTransformers:
             assert jnp.abs(a - b).max() < 1e-5 * largest
         assert models.parts_by_layer(own).keys() == models.parts_by_layer(changed).keys()
         [stream], [heads] = (found[models.DEPTH]["block1"][name] for name in ("after_mlp", "heads"))
-        assert stream.variance.shape == stream.massive.largest.shape == (4,)
+        streams = () if scheme.streams is None else (scheme.streams,)
+        assert stream.variance.shape == stream.massive.largest.shape == (4, *streams)
         assert heads.entropy.shape == heads.largest.shape == (4, 2)
 
 
