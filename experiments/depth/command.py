@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from rich.table import Table
@@ -29,7 +29,8 @@ def run(config: Depth) -> int:
     if exit_status:
         errors.print("[yellow]interrupted:[/] what was done follows, and is kept.")
     if records:
-        console.print(table(records))
+        for some in tables(records):
+            console.print(some)
         files = {
             f"depth.{kind}": encode(picture(records, title(config)), kind)
             for kind in ("png", "svg")
@@ -48,6 +49,13 @@ def title(config: Depth) -> str:
         f"{', '.join((config.dataset, config.model, *same))}{places}, {config.depth} blocks of "
         f"width {config.width}{trained}, seed {config.seed}"
     )
+
+
+def tables(records: Sequence[Record], most: int = 5) -> Iterator[Table]:
+    """Tables of so many nets as fit beside each other."""
+    nets = list(dict.fromkeys(record["net"] for record in records))
+    for i in range(0, len(nets), most):
+        yield table([record for record in records if record["net"] in nets[i : i + most]])
 
 
 def table(records: Sequence[Record]) -> Table:
