@@ -33,6 +33,10 @@ COMMANDS = {
         ".numerics.command:Numerics",
         "Measure the error and the cost of each variance algorithm.",
     ),
+    "depth": (
+        ".depth.command:Depth",
+        "Look through the blocks of nets that differ in where their norms stand, or in which.",
+    ),
     "invariances": (
         ".numerics.command:Invariances",
         "Show at which spread of the pre-activation ε breaks each invariance.",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import itertools
 import math
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -18,6 +17,7 @@ from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
+from PIL import Image
 
 import normlab as nl
 
@@ -62,23 +62,22 @@ def styles(names: Iterable[Any]) -> dict[Any, dict[str, Any]]:
     names = list(dict.fromkeys(names))
     registered = [*_FIRST, *(name for name in nl.names() if name not in _FIRST)]
     named = (name for name in names if ":" in str(name) and name not in registered)
-    norms = dict(zip([*registered, *sorted(named)], _norm_looks()))  # noqa: B905
+    norms = dict(zip([*registered, *sorted(named)], _looks(_COLOURS, _MARKERS)))  # noqa: B905
     others = palette(name for name in names if name not in norms)
     return {name: dict(norms.get(name) or others[name]) for name in names}
 
 
 def palette(names: Iterable[Any]) -> dict[Any, dict[str, Any]]:
     """A colour and a marker for each name, for what is not a norm: none that a norm has."""
-    looks = itertools.cycle(map(_look, _OTHER_COLOURS, _OTHER_MARKERS))
-    return dict(zip(names, looks, strict=False))
+    return dict(zip(names, _looks(_OTHER_COLOURS, _OTHER_MARKERS), strict=False))
 
 
-def _norm_looks() -> Iterator[dict[str, Any]]:
+def _looks(colours: Sequence[str], markers: str) -> Iterator[dict[str, Any]]:
     """Every colour with a marker of its own; then dashed, with the next marker, and so on."""
-    for turn in range(len(_MARKERS) * len(_DASHES)):
-        for i, colour in enumerate(_COLOURS):
-            look = _look(colour, _MARKERS[(i + turn) % len(_MARKERS)])
-            yield look | {"ls": _DASHES[turn // len(_MARKERS)]} if turn else look
+    for turn in range(len(markers) * len(_DASHES)):
+        for i, colour in enumerate(colours):
+            look = _look(colour, markers[(i + turn) % len(markers)])
+            yield look | {"ls": _DASHES[turn // len(markers)]} if turn else look
 
 
 def _look(colour: str, marker: str) -> dict[str, Any]:
@@ -88,7 +87,8 @@ def _look(colour: str, marker: str) -> dict[str, Any]:
 def encode(figure: Figure, kind: str) -> bytes:
     """The figure as a file of type `png` or `svg`, which closes it; it can be encoded again.
 
-    An SVG has its text as text, and the same bytes for the same figure.
+    A PNG has a palette of 256 colours, which takes a third of the room. An SVG has its text as
+    text, and the same bytes for the same figure.
     """
     buffer = io.BytesIO()
     options: dict[str, Any] = {"dpi": 150}
@@ -99,6 +99,9 @@ def encode(figure: Figure, kind: str) -> bytes:
             figure.savefig(buffer, format=kind, **options)
     finally:
         plt.close(figure)
+    if kind == "png":
+        picture, buffer = Image.open(buffer).convert("RGB"), io.BytesIO()
+        picture.quantize(256, dither=Image.Dither.NONE).save(buffer, "png", optimize=True)
     if kind != "svg":
         return buffer.getvalue()
     return _COORDINATES.sub(lambda found: _DIGITS.sub(rb"\1", found[0]), buffer.getvalue())

@@ -34,7 +34,7 @@ from .layers import (
     Where,
     conv,
 )
-from .lm import Lm, unstack
+from .lm import Lm, Transformer, unstack
 from .recurrent import Gru, Lstm
 from .resnet import ResNet
 from .vit import Vit
@@ -118,11 +118,14 @@ def draw_kernels(
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *map(draw, seeds))
 
 
-def complete(model: nn.Module, kernels: Any, example: ArrayLike) -> Any:
-    """Returns the model's variables: these kernels, and the norms' initial params and states."""
+def complete(model: Network, kernels: Any, example: ArrayLike) -> Any:
+    """Returns the model's variables: these kernels, and the norms' initial params and states.
+
+    The kernels are projected where a model projects them after every step.
+    """
     rngs = {"params": jax.random.key(0)}  # asked for by Flax; the norms draw nothing
     _, variables = model.apply(
-        {"params": _without_norms(kernels)},
+        {"params": model.project(_without_norms(kernels))},
         example,
         train=False,
         rngs=rngs,

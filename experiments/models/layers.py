@@ -32,7 +32,7 @@ ACTIVATIONS = "activations"
 """The variable collection into which every layer sows what flows through it."""
 
 DEPTH = "depth"
-"""The variable collection into which every block sows its stream, and what its attention sees."""
+"""The variable collection into which every block sows statistics of its stream and attention."""
 
 STATE = "norm_state"
 """The variable collection of the norms' states."""

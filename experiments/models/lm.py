@@ -15,7 +15,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
+from jax import Array, lax
 
 import normlab as nl
 from normlab.devices.merging import vary, varying_axes
@@ -55,18 +55,6 @@ NOTHING = nl.get("none", use_bias=False)
 """What stands in a linear layer without a norm where there are no biases."""
 
 
-class Heads(NamedTuple):
-    """What an attention compares, sown into `DEPTH`.
-
-    Attributes:
-      q: `[N, T, H, D]`, as it enters the attention.
-      k: `[N, T, K, D]`.
-    """
-
-    q: Array
-    k: Array
-
-
 class Sizes(NamedTuple):
     """What a block is beside its norms; see `Transformer` and `Lm`.
 
@@ -94,6 +82,11 @@ class Sizes(NamedTuple):
 class Block(nn.Module):
     """An attention and an MLP, each with its residual connection.
 
+    Into `DEPTH` it sows `nl.instruments.stream_statistics` behind each, `after_attention` and
+    `after_mlp`, of every sequence and, if there are several, stream; and `attention_statistics` of
+    every sequence and head, `heads`. They are taken where somebody asks for that collection, and
+    the streams themselves are not kept.
+
     Attributes:
       norms: The norms of the linear layers, and those inside the branches: `norm_q` and so on.
       sizes: All else.
@@ -108,13 +101,14 @@ class Block(nn.Module):
     ) -> Array:
         for name, branch in (("attention", self.attention), ("mlp", self.mlp)):
             x = Branch(name=name)(placements[name], lambda x, f=branch: f(x, train), x, train)
-            self.show(f"after_{name}", x.reshape(-1, self.sizes.length, *x.shape[1:]))
+            stream = jnp.moveaxis(x.reshape(-1, self.sizes.length, *x.shape[1:]), 1, -2)
+            self.show(f"after_{name}", nl.instruments.stream_statistics, stream)
         return x
 
-    def show(self, name: str, value: Any) -> None:
-        """Sows into `DEPTH`."""
-        if not self.is_initializing():
-            self.sow(DEPTH, name, value)
+    def show(self, name: str, measure: Callable[..., Any], *values: Array) -> None:
+        """Sows into `DEPTH` what is measured of the values."""
+        if self.is_mutable_collection(DEPTH) and not self.is_initializing():
+            self.sow(DEPTH, name, measure(*map(lax.stop_gradient, values)))
 
     def attention(self, x: Array, train: bool) -> Array:
         """Of tokens [N·T, C]; q, k and v are normalized by head, and turned behind it."""
@@ -128,13 +122,19 @@ class Block(nn.Module):
         q, k, v = (a.reshape(-1, s.length, *a.shape[1:]) for a in (q, k, v))
         if s.rope is not None:
             q, k = rotate(q, s.rope), rotate(k, s.rope)
-        self.show("heads", Heads(q, k))
+        self.show("heads", self.attention_statistics, q, k)
         window = None if s.context is None else (s.context - 1, 0)
         h = jax.nn.dot_product_attention(
             q, k, v, is_causal=s.causal, local_window_size=window, implementation=s.implementation
         )
         h = self.norm("heads", h.reshape(-1, s.heads, size), train).reshape(-1, s.width)
         return self.dense("out", self.norm("out", h, train), s.width, train)
+
+    def attention_statistics(self, q: Array, k: Array) -> nl.instruments.AttentionStatistics:
+        """Of queries [N, T, H, D] and keys [N, T, K, D] as they enter the attention."""
+        s, t = self.sizes, jnp.arange(self.sizes.length)
+        near = None if s.context is None else t[:, None] - t < s.context
+        return nl.instruments.attention_statistics(q, k, mask=near, is_causal=s.causal)
 
     def mlp(self, x: Array, train: bool) -> Array:
         """Of tokens [N·T, C]."""

@@ -28,7 +28,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -124,16 +123,17 @@ def streams(config: StreamVariance, scheme: str) -> Callable[[int], np.ndarray]:
     model = models.build("lm", nl.get(config.norm), 256, scheme=scheme, **sizes)
 
     @jax.jit
-    def look(key: Array, tokens: Array) -> Any:
+    def look(key: Array, tokens: Array) -> Array:
         variables = model.init(key, tokens, train=False)
         _, sown = model.apply(variables, tokens, train=False, mutable=[models.DEPTH])
-        return jax.tree.map(lambda x: jnp.square(x).mean(), model.unstack(sown[models.DEPTH]))
+        keys = [f"after_{branch}/0/mean_square" for branch in BRANCHES]
+        return nl.instruments.by_block(
+            sown[models.DEPTH], lambda block: jnp.stack([block[key].mean() for key in keys])
+        ).ravel()
 
     def of_seed(seed: int) -> np.ndarray:
         tokens = np.random.default_rng(seed).integers(0, 256, (config.batch_size, config.length))
-        found = look(jax.random.key(seed), tokens)
-        after = [found[f"block{i}"][f"after_{b}"][0] for i in range(config.depth) for b in BRANCHES]
-        return np.array([1.0, *after])
+        return np.array([1.0, *look(jax.random.key(seed), tokens)])
 
     return of_seed
 

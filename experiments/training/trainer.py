@@ -17,7 +17,6 @@ import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple, get_args
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -76,7 +75,7 @@ class Trainer:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: models.Network,
         optimizer: optax.GradientTransformation,
         data: DeviceData,
         kernels: Any,

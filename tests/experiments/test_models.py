@@ -386,14 +386,21 @@ def turn(x, base=10_000.0):
     return np.concatenate([z.real, z.imag], -1)
 
 
-def attend(q, k, v, seen):
-    """Attention with a head of k and v for several of q, head by head."""
-    share, out = q.shape[2] // k.shape[2], np.empty_like(q)
+def shares(q, k, seen):
+    """What each head gives to every key, [H, N, T, S], with a head of k for several of q."""
+    share, found = q.shape[2] // k.shape[2], []
     for h in range(q.shape[2]):
         logits = q[:, :, h] @ k[:, :, h // share].swapaxes(1, 2) / np.sqrt(q.shape[-1])
         weights = np.exp(np.where(seen, logits, -np.inf) - logits.max(-1, keepdims=True))
-        out[:, :, h] = weights / weights.sum(-1, keepdims=True) @ v[:, :, h // share]
-    return out
+        found.append(weights / weights.sum(-1, keepdims=True))
+    return found
+
+
+def attend(q, k, v, seen):
+    """Attention, head by head."""
+    share = q.shape[2] // k.shape[2]
+    heads = [a @ v[:, :, h // share] for h, a in enumerate(shares(q, k, seen))]
+    return np.stack(heads, 2)
 
 
 class TestTransformers:
@@ -455,10 +462,12 @@ class TestTransformers:
         norm, p = self.norms(network, params), params["block0"]
         back = np.arange(6)[:, None] - np.arange(6)
         seen = (back >= 0) & (back < options.get("context", 6))
+        looks = []
 
         def attention(x):
             q, k, v = (dense(p[name], x).reshape(4, 6, -1, 4) for name in "qkv")
             q, k, v = (norm(f"block0/norm_{n}", a) for n, a in (("q", q), ("k", k), ("v", v)))
+            looks.extend(shares(turn(q), turn(k), seen))
             h = attend(turn(q), turn(k), v, seen).reshape(4, 6, 16)
             return dense(p["out"], norm("block0/norm_out", h))
 
@@ -470,12 +479,18 @@ class TestTransformers:
 
         embedding = np.asarray(params["embed"]["embedding"])
         x = norm("norm_first", 4 * embedding[tokens])
-        x = norm("norm_last", self.block(norm, "block0", x, attention, mlp))
+        stream = self.block(norm, "block0", x, attention, mlp)
+        x = norm("norm_last", stream)
         head = embedding.T if "head" not in params else np.asarray(params["head"]["kernel"])
-        got, _ = jax.jit(functools.partial(apply, network, train=False))(params, state, tokens)
+        look = functools.partial(apply, network, train=False, mutable=[models.DEPTH])
+        got, sown = jax.jit(look)(params, state, tokens)
         assert ("head" in params) == (not options.get("tied", True))
         assert got.dtype == jnp.float32
         assert gap(got, x @ head) < 1e-5
+        [after], [heads] = (sown[models.DEPTH]["block0"][n] for n in ("after_mlp", "heads"))
+        assert gap(after.variance, stream.var(-1).mean(-1)) < 1e-5
+        entropy = [-(a * np.log(np.where(a > 0, a, 1))).sum(-1).mean(-1) for a in looks]
+        assert gap(heads.entropy, np.stack(entropy, -1)) < 1e-5
 
     @pytest.mark.parametrize("name", [n for n in NAMES if n not in ("batch", "instance")])
     def test_no_logit_sees_a_later_token(self, name):
@@ -507,7 +522,8 @@ class TestTransformers:
         network = make("lm", "none", scheme="ngpt", depth=2, tied=False, scan=scan)
         params = random(network, TOKENS)
         projected = network.project(params)
-        for path, w in leaves(projected):
+        begun, _ = models.split(models.complete(network, params, TOKENS))
+        for path, w in (*leaves(projected), *leaves(begun)):
             if path[-1] in ("kernel", "embedding"):
                 axis = -1 if {*path} & {"embed", "out", "down"} else -2
                 assert gap(jnp.square(w).sum(axis), jnp.ones(w.sum(axis).shape)) < 1e-6
@@ -563,19 +579,19 @@ class TestTransformers:
         assert gap(own_y, y) < 1e-5
         found = {of: scanned.unstack(tree) for of, tree in own.items()}
         assert jax.tree.structure(found) == jax.tree.structure(changed)
-        for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(changed), strict=True):
-            assert gap(a, b) < 1e-5
+        pairs = zip(jax.tree.leaves_with_path(found), jax.tree.leaves(changed), strict=True)
+        for (path, a), b in pairs:
+            # Where the largest activation stands, if two are as large, is a matter of rounding.
+            if not jax.tree_util.keystr(path).endswith((".token", ".channel")):
+                assert gap(a, b) < 1e-5
         largest = max(jnp.abs(g).max() for g in jax.tree.leaves(grads))
         for a, b in zip(*map(jax.tree.leaves, (scanned.unstack(own_grads), grads)), strict=True):
             assert jnp.abs(a - b).max() < 1e-5 * largest
         assert models.parts_by_layer(own).keys() == models.parts_by_layer(changed).keys()
         [stream], [heads] = (found[models.DEPTH]["block1"][name] for name in ("after_mlp", "heads"))
         streams = () if scheme.streams is None else (scheme.streams,)
-        assert (stream.shape, heads.q.shape, heads.k.shape) == (
-            (4, 6, *streams, 8),
-            (4, 6, 2, 4),
-            (4, 6, 1, 4),
-        )
+        assert stream.variance.shape == stream.massive.largest.shape == (4, *streams)
+        assert heads.entropy.shape == heads.largest.shape == (4, 2)
 
 
 def sigmoid(v):

@@ -1,0 +1,1 @@
+"""The command `depth`: what happens inside nets, block by block."""
