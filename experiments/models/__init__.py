@@ -34,9 +34,10 @@ from .layers import (
     Where,
     conv,
 )
-from .lm import Lm, Transformer, unstack
+from .lm import Lm
 from .recurrent import Gru, Lstm
 from .resnet import ResNet
+from .transformer import Transformer, unstack
 from .vit import Vit
 
 MODELS: dict[str, Callable[..., Network]] = {

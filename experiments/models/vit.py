@@ -1,4 +1,4 @@
-"""A small vision transformer: the blocks of the language model, over the patches of an image."""
+"""A small vision transformer: blocks of a transformer over the patches of an image."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from jax import Array
 
 from normlab.errors import invalid
 
+from .block import Form
 from .layers import Normed, scaled
-from .lm import Form, Transformer
+from .transformer import Transformer
 
 
 class Vit(Transformer):

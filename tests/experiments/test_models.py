@@ -14,8 +14,8 @@ from flax.traverse_util import flatten_dict
 import normlab as nl
 from experiments import models
 from experiments.data import Dataset
+from experiments.models.block import LINEAR
 from experiments.models.layers import choose, rescaled
-from experiments.models.lm import LINEAR
 from experiments.models.resnet import shortcut
 from experiments.training.trainer import AXIS, FORMS, DeviceData, Trainer
 from tests.cases import NAMES
