@@ -14,6 +14,9 @@ The bounds are ours, and were written before a pilot of L = 2 … 32, which had 
 pre-norm: the embedding's own variance counts as much as that of the first blocks.
 
 Command: python -m experiments run last_gradient
+
+Found: With pre-norm the slope is that of the theory. With post-norm the gradient still rises a
+little from 4 to 16 blocks, and is level from there on.
 """
 
 from __future__ import annotations
@@ -56,7 +59,7 @@ class LastGradient(Config):
 
     dataset: str = ""
     batch_size: int = 8
-    seeds: int = 5
+    seeds: int = 10
     schemes: tuple[str, ...] = ("post", "pre")
     norm: str = "layer"
     depths: tuple[int, ...] = (4, 8, 16, 32, 64)
@@ -132,7 +135,7 @@ def figure(records: Records) -> Figure:
     picture, panels = draw.panels(records.where(kind="gradient"), "block")
     for axes, block, here in panels:
         draw.against(axes, here, "depth", "norm", by="scheme")
-        draw.frame(axes, xlabel="blocks", yscale="log", legend=True, title=f"{block} block")
+        draw.frame(axes, xlabel="blocks", yscale="log", title=f"{block} block")
         axes.set_xscale("log", base=2)
         axes.set_ylabel("‖gradient of the kernel down‖")
     return draw.finish(picture)

@@ -21,6 +21,12 @@ seed, and with these two numbers the whole of every curve is derived. A seed dra
 tokens.
 
 Command: python -m experiments run stream_variance
+
+Found: The derivation holds to a few percent where norms stand behind the branches or where the
+stream grows slowly. With pre-norm, Mix-LN and unit scaling the stream ends 1.8 to 2.3 times as
+large as derived, and pre-norm's grows as the power 1.26 of the depth: an attention averages tokens,
+which become alike from block to block, so that its gain rises. With branches whose kernels alone
+decide the gain the derivation holds (tests/test_placement.py).
 """
 
 from __future__ import annotations
@@ -74,7 +80,7 @@ class StreamVariance(Config):
 
     dataset: str = ""
     batch_size: int = 8
-    seeds: int = 5
+    seeds: int = 10
     schemes: tuple[str, ...] = SCHEMES
     norm: str = "rms"
     depth: int = 24
@@ -177,6 +183,6 @@ def figure(records: Records) -> Figure:
         places, values = draw.along(here.where(scheme=scheme), "branch", "derived")
         look = {"color": style["color"], "lw": 1, "ls": "--"}
         axes.plot(places, [np.median(v) for v in values], **look)
-    draw.frame(axes, xlabel="branch", yscale="log", legend=True, title="dashed: derived")
+    draw.frame(axes, xlabel="branch", yscale="log", title="dashed: derived")
     axes.set_ylabel("mean square of the stream")
     return draw.finish(picture)
