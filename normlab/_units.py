@@ -20,7 +20,7 @@ def units_and_lengths(w: ArrayLike, axes: Sequence[int] | None = None) -> tuple[
     """
     w = promote(w)
     axes = tuple(range(w.ndim - 1) if axes is None else axes)
-    peak = lax.stop_gradient(jnp.max(jnp.abs(w), axes, keepdims=True))
+    peak = lax.stop_gradient(jnp.max(jnp.abs(w), axes, keepdims=True, initial=0))
     peak = jnp.where(peak == 0, 1, peak)
     length = safe_sqrt(jnp.square(w / peak).sum(axes, keepdims=True))
     return w / peak / jnp.where(length == 0, 1, length), length * peak

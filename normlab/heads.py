@@ -305,7 +305,7 @@ def _by_token(weights: Any, a: Array, heads: Heads) -> Array | None:
     like = jnp.broadcast_to(0, a.shape[:-1] if by_head else lead)
     w: Any = align_weights(where, weights, like.astype(a.dtype))
     w = jnp.broadcast_to(w, like.shape)
-    return w.reshape(-1, *w.shape[len(lead) :])
+    return w.reshape(math.prod(lead), *w.shape[len(lead) :])
 
 
 def _apply(
@@ -317,12 +317,13 @@ def _apply(
         return norm.apply(params, state, Site(a, weights=w), train=train)
 
     def all_of(a: Array, params: Any, state: Any, w: Any) -> tuple[Array, Any]:
-        flat = a.reshape(-1, *a.shape[-2:])
+        tokens, (number, channels) = math.prod(a.shape[:-2]), a.shape[-2:]
+        flat = a.reshape(tokens, number, channels)
         if heads == "own":
             by_head = 1 if w is not None and w.ndim == 2 else None
             h, state = jax.vmap(one, (0, 0, 1, by_head), (1, 0))(params, state, flat, w)
         else:
-            flat = flat.reshape(len(flat), -1) if heads == "all" else flat
+            flat = flat.reshape(tokens, number * channels) if heads == "all" else flat
             h, state = one(params, state, flat, w)
         return h.reshape(a.shape), state
 

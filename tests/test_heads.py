@@ -363,6 +363,12 @@ def test_it_is_refused_by_its_shape_traced_or_not():
         apply(QK, norm, paired, after_rope="interleaved")
 
 
+@pytest.mark.parametrize("heads", ["shared", "own", "all"])
+def test_no_tokens_make_none(heads):
+    for shape in ((0, T, H, D), (N, 0, H, D)):
+        assert apply({"q": jnp.ones(shape)}, nl.get("rms"), heads=heads)["q"].shape == shape
+
+
 R = nl.get("rms")
 WRONG = {
     "no tensors": (lambda: apply({}, R), "no tensors"),

@@ -6,6 +6,7 @@ them; logits are `[..., H, T, S]`, in float32 at least: in float16 they end at 6
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal, NamedTuple
 
 import jax.numpy as jnp
@@ -115,7 +116,9 @@ def attention_entropy(
     a = promote(attention)
     seen = _seen("attention entropy", a, mask, logits=of == "logits")
     if of == "logits":
-        peak = lax.stop_gradient(jnp.where(seen, a, -jnp.inf).max(-1, keepdims=True))
+        peak = lax.stop_gradient(
+            jnp.max(jnp.where(seen, a, -jnp.inf), -1, keepdims=True, initial=-jnp.inf)
+        )
         d = jnp.where(seen, a - jnp.where(peak == -jnp.inf, 0, peak), 0)
         rate = jnp.where(seen, jnp.exp(d), 0)
         total = rate.sum(-1)
@@ -166,9 +169,10 @@ def logit_size(logits: ArrayLike, *, mask: ArrayLike | None = None) -> LogitSize
     z = promote(logits)
     seen = _seen("logit size", z, mask, logits=True)
     z = jnp.where(seen, z, 0)
-    share = seen.mean((-2, -1), dtype=z.dtype)
-    length = rms(z, (-2, -1)) / jnp.sqrt(jnp.where(share == 0, 1, share))
-    return LogitSize(jnp.abs(z).max((-2, -1)), length)
+    share = seen.sum((-2, -1)).astype(z.dtype) / max(math.prod(z.shape[-2:]), 1)
+    none = share == 0
+    length = jnp.where(none, 0, rms(z, (-2, -1)) / jnp.sqrt(jnp.where(none, 1, share)))
+    return LogitSize(jnp.abs(z).max((-2, -1), initial=0), length)
 
 
 class AttentionStatistics(NamedTuple):

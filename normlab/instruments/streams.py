@@ -6,6 +6,7 @@ gives a number for each sequence, and stacked streams `[L, N, T, C]` one for eac
 
 from __future__ import annotations
 
+import math
 from typing import Literal, NamedTuple
 
 import jax.numpy as jnp
@@ -165,7 +166,7 @@ def massive_activations(
     (2, 5, 1, 3000.0)
     """
     size = jnp.abs(promote(x))
-    flat = size.reshape(*size.shape[:-2], -1)
+    flat = size.reshape(*size.shape[:-2], math.prod(size.shape[-2:]))
     median, at = jnp.median(flat, -1), jnp.argmax(flat, -1).astype(jnp.int32)
     # Not size ≥ times·median, which may overflow.
     massive = (flat > least) & (flat / max(times, 1e-30) >= median[..., None])
