@@ -106,6 +106,13 @@ def test_nothing_has_no_rank_no_direction_and_no_mass():
     assert sparse.ratio == jnp.inf
 
 
+def test_no_sequences_and_no_keys_are_measured():
+    assert all(leaf.shape == (0,) for leaf in jax.tree.leaves(streams(jnp.zeros((0, T, C)))))
+    for q, k in ((0, 0), (3, 0), (0, 3)):
+        found = attend(jnp.ones((q, H, C)), jnp.ones((k, H, C)))
+        assert all(leaf.shape == (H,) and (leaf == 0).all() for leaf in found)
+
+
 def test_a_massive_activation_is_large_and_far_from_the_median():
     x = np.sign(draw(8, 4, T, C))  # the median of |x| is 1
     x[0, 3, 2] = -1000  # at the threshold of the second condition
@@ -287,6 +294,12 @@ def test_blocks_have_many_names():
         found = instruments.block_norms(other)
         assert gap(found, expected) == 0
         assert set(found.leaves) == set(expected.leaves)
+    for inside in ("attention_layer", "layers_0", "block"):
+        wrapped = {f"block{i}": {inside: tree[f"block{i}"]} for i in range(3)}
+        for other in (wrapped, {"params": wrapped}, {"blocks": {inside: scanned(tree)["blocks"]}}):
+            assert gap(instruments.block_norms(other).block, expected.block) == 0
+    flat = {f"model.layers.{i}.{k}": v for i in range(3) for k, v in tree[f"block{i}"].items()}
+    assert gap(instruments.block_norms(flat), expected) == 0
     named = {f"stage_{i}": {"cell": tree[f"block{i}"]} for i in range(3)}
     found = instruments.block_norms(named, rule=r"stage_(\d+)/cell/")
     assert gap(found, expected) == 0

@@ -23,10 +23,11 @@ from normlab.errors import invalid
 from normlab.instruments.vectors import check_alike, norm
 from normlab.instruments.weights import effective_lr
 
-BLOCKS = r"(?i)(?:.*?/)?(?:\w*(?:block|layer)s?|h)(?:[_/]?(\d+)[/_]|_from(?P<first>\d+)/|/)"
+BLOCKS = r"(?i)(?:.*?[/.])??(?:\w*(?:block|layer)s?|h)(?:[_/.]?(\d+)[/_.]|_from(?P<first>\d+)/|/)"
 """How a path to a leaf begins in the nets people write: `block0/`, `layers_3/`, `encoder/layer/3/`,
-`TransformerBlock_3/`, `h/3/`; where the blocks are scanned, `blocks/`, `decoder/layers/`; where
-several runs of them are, `blocks_from0/`, `blocks_from4/`."""
+`TransformerBlock_3/`, `h/3/`, `model.layers.3.`; where the blocks are scanned, `blocks/`,
+`decoder/layers/`; where several runs of them are, `blocks_from0/`, `blocks_from4/`. Of blocks or
+layers within blocks the outermost count."""
 
 RULE = text("a regular expression", "write one for how the paths into the blocks begin")
 LEAVES = tree("a pytree of arrays", "pass parameters, gradients or updates")
