@@ -76,7 +76,7 @@ def normalize_axes(where: str, axes: int | Sequence[int], ndim: int) -> tuple[in
         raise invalid(
             where,
             f"axes {given!r} for an array of rank {ndim}",
-            f"axes between {-ndim} and {ndim - 1}",
+            f"axes between {-ndim} and {ndim - 1}" if ndim else "an array that has axes",
             "name only axes the array has",
         )
     axes = tuple(sorted(axis % ndim for axis in axes))
@@ -197,7 +197,8 @@ def check_options(
     for option in options:
         if option not in known:
             given = f"the unknown option {option!r}: {nearest(option, known)}"
-            raise invalid(where, given, "one of its options", "use a known one")
+            change = "use a known one" if known else "leave it out"
+            raise invalid(where, given, "one of its options", change)
     for option, parameter in known.items():
         if parameter.default is parameter.empty and option not in options:
             change = f"say {make}({name!r}, {option}=...)"

@@ -98,7 +98,7 @@ def project(params: Tree, rule: Mapping[str, int | Sequence[int]]) -> Tree:
 _KERNELS = frozenset({"kernel", "w", "embedding"})
 _EXEMPT = frozenset(
     {"bias", "b", "offset", "scale", "g", "gain", "gamma", "beta", "d", "s", "alpha", "shift"}
-    | {"skip", "branch"}
+    | {"skip", "branch", "static"}
 )
 _NORM = re.compile(r"norm|(^|_)ln(_|\d|$)", re.IGNORECASE)
 
@@ -108,10 +108,11 @@ def decay_mask(params: Tree, rule: Mapping[str, bool] | None = None) -> Tree:
     """Which params weight decay is for: matrices, and no gains, biases or norm params.
 
     For `optax.adamw(rate, weight_decay=0.1, mask=decay_mask)`, and everything else that takes such
-    a mask. As in nanoGPT, what has two axes or more decays, embeddings too. An array that is
-    stacked for a scan has one more: so gains and biases are known by their names, in linen, nnx,
-    haiku and torch (a `weight` right under a norm), and the params of the library's norms by what
-    they are, such as `Affine`.
+    a mask. As in nanoGPT, what has two axes or more decays, embeddings too, and what is called a
+    kernel. An array that is stacked for a scan has one more: so gains and biases are known by their
+    names, in linen, nnx, haiku and torch (a `weight` right under a norm), and the params of the
+    library's norms by what they are, such as `Affine`. What streams are weighed by (`static` of a
+    `Mixing`) is a gain too: drawn to 0, hyper-connections would lose the streams.
 
     Args:
       params: As in `project`; the shapes suffice.
@@ -158,7 +159,8 @@ def _is_of_norm(value: Any) -> bool:
 def _decays(path: str, leaf: Any) -> bool:
     *parents, last = [name for name in re.split(r"[/.]", path) if not name.isdigit()] or [""]
     named_so = last in _KERNELS or not (parents and _NORM.search(parents[-1]))
-    matrix = all(len(jnp.shape(v)) >= 2 and _is_floating(v) for v in jax.tree.leaves(leaf))
+    axes = 1 if last == "kernel" else 2  # that of one output may be a vector
+    matrix = all(len(jnp.shape(v)) >= axes and _is_floating(v) for v in jax.tree.leaves(leaf))
     return matrix and named_so and last not in _EXEMPT
 
 

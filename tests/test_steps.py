@@ -79,6 +79,7 @@ def test_projection_at_the_edges():
     assert gap(nl.project(stacked, {"w": -2})["w"], np.stack([unit(W, 0)] * 2)) < 1e-6
     whole = nl.project(stacked, {"w": (-2, -1)})["w"]
     assert np.abs(np.square(whole).sum((-2, -1)) - 1).max() < 1e-6
+    assert nl.project({"w": W[:0]}, {"w": 0})["w"].shape == (0, 3)
     once = nl.project({"w": W}, rule)
     assert gap(nl.project(once, rule), once) < 1e-6
     variables = {"params": {"w": W}, "batch_stats": {"w": W}}
@@ -98,8 +99,13 @@ def test_a_scheme_says_what_is_projected_and_its_gains_do_not_decay():
     assert gap(out["block0"]["out"]["kernel"], unit(W, -1)) < 1e-6
     residual, _ = nl.placement.init_residual(scheme.at(0, "mlp"), W)
     params["residuals"] = jax.tree.map(lambda v: jnp.stack([v, v]), residual)
+    streams = nl.placement.HyperConnection()
+    mixing, _ = nl.placement.init_residual(streams, jnp.ones((2, 4, 3)))
+    params["streams"] = jax.tree.map(lambda v: jnp.stack([v, v]), mixing)
     kernels = {f"block0/{name}/kernel" for name in words}
+    kernels |= {f"streams/{name}/kernel" for name in ("read", "skip", "branch")}
     assert decaying(params) == kernels | {"embed/embedding", "head/kernel"}
+    assert decaying(mixing) == {f"{name}/kernel" for name in ("read", "skip", "branch")}
 
 
 @pytest.mark.parametrize(
@@ -109,12 +115,13 @@ def test_a_scheme_says_what_is_projected_and_its_gains_do_not_decay():
         ({"kernels": -1}, "did you mean 'kernel'"),
         ({"kernel": -1, "k.*": 0}, "names 'kernel' twice"),
         ({"kernel": 2}, "axes 2 for an array of rank 2"),
+        ({"rate": -1}, "an array that has axes"),
         ({"step": 0}, "'step' of type int32"),
     ],
 )
 def test_a_projection_of_nothing_is_an_error(rule, words):
     with pytest.raises(ValueError, match="; expected ") as error:
-        nl.project({"kernel": W, "step": jnp.arange(3)}, rule)
+        nl.project({"kernel": W, "step": jnp.arange(3), "rate": 1.0}, rule)
     text = str(error.value)
     assert all(part in text for part in words.split(". "))
 
