@@ -325,7 +325,7 @@ def _array(value: Any, rank: int = 0, most: float = math.inf, *, abstract: bool 
 
 
 def array(
-    expected: str = "an array, a real one",
+    expected: str = "",
     change: str = "",
     *,
     rank: int = 0,
@@ -336,6 +336,8 @@ def array(
 
     If it is `abstract` a `jax.ShapeDtypeStruct` will do.
     """
+    axes = f" of {rank} or more axes" if rank > 1 else ""
+    expected = expected or f"an array, a real one{axes}"
     change = change or "pass a jax or NumPy array: of a list jnp.asarray(...)"
     others = (None, "x", True, 1j, [1.0], {"a": 1.0}, object(), len, Array, np.ones(2, complex))
     if rank:

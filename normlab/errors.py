@@ -14,9 +14,9 @@ def invalid(where: str, given: str, expected: str, change: str) -> ValueError:
     return ValueError(f"{where}: got {given}; expected {expected}. To fix it, {change}.")
 
 
-def nearest(word: str, known: Iterable[str]) -> str:
+def nearest(word: object, known: Iterable[str]) -> str:
     """Returns `did you mean 'x'? Known: ...` for a word that is not among `known`."""
     known = list(known)
-    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    close = difflib.get_close_matches(str(word), known, n=1, cutoff=0.5)
     guess = f"did you mean {close[0]!r}? " if close else ""
-    return f"{guess}Known: {', '.join(known)}"
+    return f"{guess}Known: {', '.join(known) or 'none'}"

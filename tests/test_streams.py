@@ -383,6 +383,12 @@ def test_examples_positions_and_channels_may_be_sharded(name):
                 assert h.sharding.spec[0] == "i"
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_examples_make_none(kind):
+    xs = streams(kind)[:0]
+    assert run(kind, *params_of(kind), xs).shape == xs.shape
+
+
 def test_errors_say_what_to_do():
     hyper, x = KINDS["hyper"], jnp.ones((N, T, C))
     with pytest.raises(ValueError, match=r"S = 4.*scheme\.enter"):

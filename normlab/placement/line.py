@@ -26,11 +26,20 @@ from normlab._arguments import (
     either,
     flag,
     instance,
+    integer,
+    is_array,
     number,
     one_of,
     real,
 )
-from normlab._checks import floating, gain_and_bias, promote, promote_dtype, result_dtype
+from normlab._checks import (
+    floating,
+    gain_and_bias,
+    normalize_axes,
+    promote,
+    promote_dtype,
+    result_dtype,
+)
 from normlab._trees import leaves, node, static
 from normlab.equation import Affine
 from normlab.errors import invalid
@@ -74,6 +83,7 @@ _GAIN = either(
     array(),
 )
 _NORM = instance(Norm, "make it with get(name), or Norm(init, parts)", arrays=False)
+AXIS = integer("-1, or 1 for [N, C, ...]", "move the channels last", among=(-1, 1))
 
 
 class Connection:
@@ -264,6 +274,7 @@ PLACEMENT = instance(
     placement=PLACEMENT,
     x=array(rank=1, abstract=True),
     shortcut=a_function(),
+    channel_axis=AXIS,
 )
 def init_residual(
     placement: Connection,
@@ -291,6 +302,7 @@ def init_residual(
     >>> params.branch.tolist()
     [0.10000000149011612, 0.10000000149011612]
     """
+    normalize_axes("init_residual", channel_axis, jnp.ndim(x))
     params: dict[str, Any] = {}
     states: dict[str, Any] = {}
 
@@ -322,6 +334,7 @@ RESIDUAL = instance(Residual, "take what init_residual returned", arrays=False)
     x=array(rank=1),
     shortcut=a_function(),
     has_aux=flag(),
+    channel_axis=AXIS,
 )
 def residual(
     placement: Connection,
@@ -359,7 +372,8 @@ def residual(
       `(x', state)`; with `has_aux`, `(x', state, aux)`.
 
     Raises:
-      ValueError: If F changes the shape, or parameters do not fit.
+      ValueError: If F changes the shape or does not return what `has_aux` says, or parameters do
+        not fit, or are there for a norm that is not.
 
     >>> from normlab import get
     >>> post = Placement(total=get("layer"))
@@ -368,6 +382,10 @@ def residual(
     >>> residual(post, params, state, jnp.square, x, train=True)[0].round(3).tolist()
     [[-1.0, 1.0]]
     """
+    for name in ("inner", "outer", "total"):
+        if getattr(placement, name) is None and getattr(params, name) is not None:
+            change = "take the params of init_residual for this placement"
+            raise invalid("residual", f"params of {name}, where there is no norm", "none", change)
     after: dict[str, Any] = {}
     aux = None
 
@@ -381,7 +399,15 @@ def residual(
 
     def branch(a: Array) -> Any:
         nonlocal aux
-        y, aux = F(a) if has_aux else (F(a), None)
+        y = F(a)
+        if not has_aux:
+            return y
+        if not (isinstance(y, tuple) and len(y) == 2):
+            given = f"has_aux=True with a branch that returns a {type(y).__name__}"
+            raise invalid(
+                "residual", given, "a tuple (y, aux)", "return both, or leave has_aux out"
+            )
+        y, aux = y
         return y
 
     h = connect(placement, params, x, norm, branch, shortcut, channel_axis)
@@ -402,6 +428,9 @@ def connect(
 
     def branch(a: Array, beside: Array) -> Array:
         y = F(a)
+        if not is_array(y):
+            change = "return that alone; where there is more, (y, aux) with residual(has_aux=True)"
+            raise invalid("residual", f"a branch that returns a {type(y).__name__}", "y", change)
         if jnp.shape(y) != beside.shape:
             given = f"a branch that makes {jnp.shape(y)} of {a.shape}, and {beside.shape} beside it"
             change = "project inside the branch, or give x a shortcut"

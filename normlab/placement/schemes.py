@@ -41,7 +41,7 @@ from normlab.equation import Affine, Parts, init_affine
 from normlab.errors import invalid, nearest
 from normlab.making import norm_of
 from normlab.placement.line import FACTOR, Connection, Learned, Placement
-from normlab.placement.streams import STREAMS, HyperConnection, Siamese, enter, leave
+from normlab.placement.streams import STEPS, STREAMS, HyperConnection, Siamese, enter, leave
 from normlab.registry import get
 from normlab.site import Norm, Site
 
@@ -142,16 +142,21 @@ class Scheme:
         Raises:
           ValueError: If there is no such block or branch.
         """
+        self._check(block)
+        return self.places(block, branch)
+
+    @checked("scheme", block=_BLOCK)
+    def inside(self, block: int) -> Mapping[str, Norm]:
+        """The norms inside the branches of a block, by place."""
+        self._check(block)  # no scheme known changes them with depth
+        return self.within
+
+    def _check(self, block: int) -> None:
+        """Raises ValueError if there is no such block."""
         if not block < self.depth:
             expected = f"a block from 0 to {self.depth - 1}"
             where = f"scheme {self.name}"
             raise invalid(where, f"block={block}", expected, "set depth to the net's")
-        return self.places(block, branch)
-
-    def inside(self, block: int) -> Mapping[str, Norm]:
-        """The norms inside the branches of a block, by place."""
-        del block  # no scheme known changes them with depth
-        return self.within
 
     @property
     def project(self) -> Mapping[str, int] | None:
@@ -662,7 +667,7 @@ def _hyper(
     streams=STREAMS,
     dynamic=flag(),
     **_BRANCHES,
-    steps=integer("a number of steps, at least 1", "", 1),
+    steps=STEPS,
 )
 def _mhc(
     norm: Norm,

@@ -8,6 +8,7 @@ and scanned over as without them, and a stream is as contiguous as x was. `enter
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -23,16 +24,16 @@ from normlab._checks import promote, promote_dtype, result_dtype
 from normlab._trees import leaves, node
 from normlab.equation import Parts
 from normlab.errors import invalid
-from normlab.placement.line import Connection, Residual, missing
+from normlab.placement.line import AXIS, Connection, Residual, missing
 from normlab.site import Norm, Site, State
 
 STREAMS = integer("a number of streams, at least 1", "use 4", 1)
-_AXIS = integer("-1, or 1 for [N, C, ...]", "move the channels last", among=(-1, 1))
+STEPS = integer("a number of steps, at least 1", "use 20", 1)
 _NORM = instance(Norm, "make it with get(name), or Norm(init, parts)", arrays=False)
 _NORMS = dict.fromkeys(("inner", "outer", "total"), _NORM)
 
 
-@checked("enter", x=array(rank=2), streams=STREAMS, channel_axis=_AXIS)
+@checked("enter", x=array(rank=2), streams=STREAMS, channel_axis=AXIS)
 def enter(x: ArrayLike, streams: int, *, channel_axis: int = -1) -> Array:
     """Returns equal streams `[N, ..., S, C]` of x.
 
@@ -49,7 +50,7 @@ def enter(x: ArrayLike, streams: int, *, channel_axis: int = -1) -> Array:
     return jnp.repeat(jnp.expand_dims(x, axis), streams, axis)
 
 
-@checked("leave", x=array(rank=3), channel_axis=_AXIS)
+@checked("leave", x=array(rank=3), channel_axis=AXIS)
 def leave(x: ArrayLike, *, channel_axis: int = -1) -> Array:
     """Returns the sum `[N, ..., C]` of streams.
 
@@ -63,7 +64,7 @@ def leave(x: ArrayLike, *, channel_axis: int = -1) -> Array:
     return promote(x).sum(_stream_axis(channel_axis)).astype(result_dtype(x))
 
 
-@checked("sinkhorn", logits=array(rank=2), steps=integer("a number of steps, at least 1", "", 1))
+@checked("sinkhorn", logits=array(rank=2), steps=STEPS)
 def sinkhorn(logits: ArrayLike, *, steps: int = 20) -> Array:
     """The matrix of Sinkhorn & Knopp, whose rows and columns sum to 1 in the end.
 
@@ -243,7 +244,7 @@ class HyperConnection(Connection):
         spec = jax.typeof(x).sharding.spec
         if any(axis is not None for axis in spec[-2:]):  # of explicit axes, which a reshape minds
             x = jax.sharding.reshard(x, PartitionSpec(*spec[:-2], None, None))
-        return x.reshape(*x.shape[:-2], -1)
+        return x.reshape(*x.shape[:-2], math.prod(x.shape[-2:]))
 
     def _raw(self, params: Residual, name: str, seen: Array | None) -> Array:
         own = getattr(params, name)

@@ -62,6 +62,11 @@ def stream_variance(
     for placement, own in zip(placements, gains, strict=True):
         v = found[-1]
         skip, branch = (_value(g) for g in (placement.skip, placement.branch))
+        if any(jnp.ndim(g) for g in (skip, branch, placement.scale)):
+            change = (
+                "pass the placements of stacked blocks one by one, jax.tree.map(lambda v: v[i])"
+            )
+            raise invalid("stream variance", f"{placement!r}", "gains of one number", change)
         entering = placement.scale**2 * (1 if placement.inner is not None else v)
         out = 1 if placement.outer is not None else own * entering
         skip = 1 - abs(branch) if placement.lerp else skip
