@@ -302,7 +302,7 @@ LIBRARIES = ["linen", "nnx"]
 def test_what_is_wrong_is_said(library):
     x = jnp.ones((N, C))
 
-    def call(placement, *args, layer=branch, mode=False, **more):
+    def call(placement, /, *args, layer=branch, mode=False, **more):
         if library == "linen":
             return nll.Residual(placement, layer, mode).init_with_output(KEY, x, *args, **more)[0]
         return nlx.Residual(placement, C, layer, use_running_average=mode)(x, *args, **more)
@@ -318,7 +318,15 @@ def test_what_is_wrong_is_said(library):
         (lambda: call(PLACEMENTS["hyper"]), "S = 3"),
         (lambda: call(batch, mode=None), "use_running_average"),
         (lambda: call(pre, mask=jnp.ones(3)), "mask of shape"),
+        (lambda: call(pre, placement=batch), "make a module of it"),
     ]
+    if library == "nnx":
+        narrow = lambda h: h[:, :2]  # noqa: E731
+        rezero = nlx.Residual(Placement(branch=Learned(0.0)), C + 1, branch)
+        cases += [
+            (lambda: rezero(x), "set num_features"),
+            (lambda: call(pre, layer=narrow, shortcut=narrow), "set out_features=2"),
+        ]
     for run, said in cases:
         with pytest.raises(ValueError, match=said):
             run()

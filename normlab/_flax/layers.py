@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
@@ -211,6 +212,14 @@ def from_registry(norm: str | Norm, options: Mapping[str, Any]) -> Norm:
 
 
 PLACEMENT = placement_kind._replace(expected="a placement")
+
+
+def same_kind(where: str, made: Connection, given: Connection | None) -> Connection:
+    """The placement of a call, or the module's; ValueError for one of other norms or gains."""
+    if given is None or jax.tree.structure(given) == jax.tree.structure(made):
+        return made if given is None else given
+    change = "make a module of it; only numbers may change from call to call"
+    raise invalid(where, f"{given!r} in the call", f"one as {made!r}", change)
 
 
 def branch_of(where: str, *given: Any, **more: Any) -> Callable[[Array], Any]:

@@ -12,7 +12,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from normlab._checks import result_dtype
-from normlab._flax.layers import PLACEMENT, as_gains, branch_of, gains_of
+from normlab._flax.layers import PLACEMENT, as_gains, branch_of, gains_of, same_kind
 from normlab._flax.words import check_mode, checked, read
 from normlab.linen.norms import layer, merged_mode
 from normlab.linen.replace import RegistryNorm
@@ -73,7 +73,8 @@ class Residual(nn.Module):
             block in a scan over blocks.
           **kwargs: For F.
         """
-        where, of = layer(self), self.placement if placement is None else placement
+        where = layer(self)
+        of = same_kind(where, self.placement, placement)
         x = jnp.asarray(read(where, "x", x))
         F = branch_of(where, self.layer_instance, layer_instance, **kwargs)
         check_mode(where, use_running_average)

@@ -12,8 +12,9 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from normlab._arguments import is_array
-from normlab._flax.layers import PLACEMENT, as_gains, branch_of, gains_of
+from normlab._flax.layers import PLACEMENT, as_gains, branch_of, gains_of, same_kind
 from normlab._flax.words import check_mode, checked, read
+from normlab.errors import invalid
 from normlab.nnx.replace import RegistryNorm
 from normlab.placement.line import Connection, connect
 from normlab.placement.line import Residual as Fields
@@ -63,6 +64,7 @@ class Residual(nnx.Module):
         arrays = any(map(is_array, jax.tree.leaves(placement)))
         self.placement = nnx.data(placement) if arrays else placement
         self.num_features = num_features
+        self.out_features = num_features if out_features is None else out_features
         self.layer_instance = layer_instance
         for name in Fields._fields:
             setattr(self, name, nnx.data(None))
@@ -95,8 +97,11 @@ class Residual(nnx.Module):
     ) -> Array:
         """Returns x'; arguments as those of `normlab.linen.Residual`."""
         where = f"Residual of {self.num_features} features"
-        of = self.placement if placement is None else placement
+        of = same_kind(where, self.placement, placement)
         x = jnp.asarray(read(where, "x", x))
+        if x.shape[-1:] != (self.num_features,):
+            change = "set num_features to the number of channels"
+            raise invalid(where, f"an input of shape {x.shape}", "as many channels", change)
         F = branch_of(where, self.layer_instance, layer_instance, **kwargs)
         check_mode(where, use_running_average)
 
@@ -109,4 +114,18 @@ class Residual(nnx.Module):
         kept = {n: v for n, v in fields.items() if not isinstance(v, RegistryNorm | None)}
         is_one = lambda v: isinstance(v, nnx.Variable)  # noqa: E731
         gains = jax.tree.map(lambda v: v[...], kept, is_leaf=is_one)
-        return connect(of, as_gains(gains), x, norm, F, shortcut)
+        beside = None if shortcut is None else self._beside(where, shortcut)
+        return connect(of, as_gains(gains), x, norm, F, beside)
+
+    def _beside(self, where: str, shortcut: Callable[[Array], Array]) -> Callable[[Array], Array]:
+        """A shortcut that raises ValueError where it makes other channels than were promised."""
+
+        def checked_shortcut(x: Array) -> Array:
+            beside = jnp.asarray(shortcut(x))
+            if beside.shape[-1:] != (self.out_features,):
+                given = f"a shortcut that makes {beside.shape}"
+                change = f"set out_features={beside.shape[-1]}"
+                raise invalid(where, given, f"{self.out_features} channels", change)
+            return beside
+
+        return checked_shortcut
