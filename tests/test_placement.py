@@ -821,6 +821,7 @@ def test_errors_name_what_to_change():
         (lambda: init_residual(learned, x, channel_axis=2), "channel_axis=2"),
         (lambda: init_residual(learned, x[0, 0], channel_axis=1), "an array of rank 1"),
         (lambda: made("pre").inside(BLOCKS), "a block from 0 to"),
+        (lambda: scheme("nfnet", depth=2, stages=(0, 2)), "blocks from 0 to"),
         (lambda: made("pre", inside={1: nl.get("rms")}), "a place inside a branch"),
         (lambda: made("pre", width=3), "leave it out"),
         (lambda: made("mhc", steps=0), "use 20"),

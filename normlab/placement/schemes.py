@@ -576,6 +576,9 @@ def _nfnet(
     gradients are clipped (`optax.adaptive_grad_clip`): theirs.
     """
     del norm
+    if max(stages, default=0) >= depth:
+        expected = f"blocks from 0 to {depth - 1}"
+        raise invalid("nfnet scheme", f"stages={stages}", expected, "set depth to the net's")
     gain = Learned(0.0, factor=alpha)
 
     def at(block: int, branch: Branch) -> Placement:
