@@ -71,7 +71,7 @@ COMMANDS = {
     ),
     "list": (
         ".console:List",
-        "Describe the norms, models, data sets and questions that there are.",
+        "Describe the norms, models, schemes, data sets and questions that there are.",
     ),
 }
 """Where the dataclass of each command is, and its first sentence."""
@@ -124,11 +124,11 @@ def _run(name: str, arguments: list[str], fields: list[str]) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class List:
-    """Describe the norms, models, data sets and questions that there are."""
+    """Describe the norms, models, schemes, data sets and questions that there are."""
 
 
 def run(config: List) -> int:
-    """Prints the norms with what they measure, the models, the data sets and the questions."""
+    """Prints the norms with what they measure, and the names of everything else."""
     import normlab as nl
 
     from . import models, questions
@@ -142,7 +142,8 @@ def run(config: List) -> int:
         row = nl.row(name)
         norms.add_row(name, row.looks_at, row.mu, row.sigma)
     console.print(norms)
-    others: dict[str, Any] = {"models": models.MODELS, "data sets": NAMES}
+    schemes = nl.placement.names()
+    others: dict[str, Any] = {"models": models.MODELS, "schemes": schemes, "data sets": NAMES}
     for what, names in others.items():
         console.print(f"{what}: {', '.join(names)}", highlight=False)
     asked = Table("question", "asks", title="questions, for `run`")

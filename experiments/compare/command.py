@@ -90,8 +90,9 @@ def table(comparison: Comparison) -> Table:
             *more,
         )
     result.caption = (
-        f"mean ± standard deviation over {config.seeds} seeds, or those that did not diverge; "
-        f"medians. Measured every {config.steps / config.evaluations:g} steps. "
+        f"mean ± standard deviation over {config.seeds} seed{'s' * (config.seeds > 1)}, or those "
+        "that did not diverge; medians. "
+        f"Measured every {config.steps / config.evaluations:g} steps. "
     ) + (
         "From the best rate up to the largest stable one no run diverged; at the one in brackets "
         "one did."

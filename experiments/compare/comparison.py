@@ -171,9 +171,7 @@ class Comparison:
         optimizer = at_rates(config.make_optimizer, [row["lr"] for row in config.lanes])
         say("drawing the initial kernels")
         options = config.model_options
-        kernels = models.draw_kernels(
-            config.model, self.data.classes, range(config.seeds), device_data.probe, **options
-        )
+        kernels = config.draw_kernels(self.data.classes, range(config.seeds), device_data.probe)
         seeds = np.array([row["seed"] for row in config.lanes])
         kernels = jax.tree.map(lambda v: np.asarray(v)[seeds], kernels)
         trainers = {}
@@ -187,7 +185,7 @@ class Comparison:
                 synced=config.sync == "global",
                 microbatches=config.microbatches,
             )
-            _check_shapes(name, trainer)  # says no before anything is compiled or written
+            _check_fit(name, trainer)  # says no before anything is compiled or written
         self.run_dir = RunDirectory(config.run_dir, f"compare-{config.dataset}-{config.model}")
         self.run_dir.write_json("config.json", config.as_json())
         told = {**environment(), "dataset": self.data.describe()}
@@ -354,7 +352,7 @@ class Comparison:
         return paths
 
 
-def _check_shapes(name: str, trainer: Trainer) -> None:
+def _check_fit(name: str, trainer: Trainer) -> None:
     try:
         jax.eval_shape(jax.vmap(trainer.init_one), trainer.kernels)
     except ValueError as error:
@@ -362,3 +360,10 @@ def _check_shapes(name: str, trainer: Trainer) -> None:
             f"norm {name!r} does not fit the model: {error} Or leave it out with --norms, or "
             "choose another --model."
         ) from error
+    model = trainer.model
+    placed = not isinstance(model, models.Transformer) or model.norm in model.norms().values()
+    if not placed and name != "none":
+        raise RunError(
+            f"norm {name!r} stands nowhere under --scheme {model.plan.name}, so all such norms "
+            "would be one net. Give --norms none, or norms of weights, or another --scheme."
+        )

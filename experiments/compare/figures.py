@@ -136,7 +136,7 @@ def parts(records: Records, title: str) -> Figure:
             if column == 0:
                 axes.set_ylabel(label)
             if row == 0:
-                axes.set_title(f"layer {numbers[layer]}")
+                axes.set_title(layer if "/" in layer else f"layer {numbers[layer]}")
             if row == 3:
                 axes.set_xlabel("optimizer step")
             axes.grid(alpha=0.3, lw=0.5)

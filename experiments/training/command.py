@@ -86,9 +86,10 @@ def conclude(path: Path, step: int, summary: dict[str, Any] | None) -> None:
         return
     loss, bits = (shown(summary.get(name)) for name in ("test_loss", "bits_per_byte"))
     bits = f", {bits} bits per byte" if "bits_per_byte" in summary else ""
+    devices, processes = summary["devices"], summary["processes"]
     console.print(
-        f"step {step}: test loss {loss}{bits}, accuracy {summary['accuracy']:.2%}, on "
-        f"{summary['devices']} devices in {summary['processes']} processes",
+        f"step {step}: test loss {loss}{bits}, accuracy {summary['accuracy']:.2%}, on {devices} "
+        f"device{'s' * (devices > 1)} in {processes} process{'es' * (processes > 1)}",
         highlight=False,
     )
     print_paths({"summary": path / "summary.json"})

@@ -5,8 +5,11 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import math
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
+
+from jax.typing import ArrayLike
 
 import normlab as nl
 
@@ -18,8 +21,8 @@ from . import optimizers
 Optimizer = Literal["auto", "momentum", "sgd", "rmsprop", "adam", "adamw"]
 """The names of `optimizers.OPTIMIZERS`, and "auto", which suits the data."""
 
-IMAGES = {"model": "conv", "batch_size": 128, "optimizer": "momentum", "lr": 0.05}
-TEXT = {"model": "lm", "batch_size": 16, "optimizer": "adamw", "lr": 3e-3}
+IMAGES = {"model": "conv", "norm": "batch", "batch_size": 128, "optimizer": "momentum", "lr": 0.05}
+TEXT = {"model": "lm", "norm": "rms", "batch_size": 16, "optimizer": "adamw", "lr": 3e-3}
 """What suits the data: what options that are "auto" or not given stand for."""
 
 OWN: dict[str, dict[str, Any]] = {
@@ -122,7 +125,7 @@ class Command(Training):
         text = self.dataset in TEXTS
         warmup = {"warmup": self.steps // 10 if text else 0}
         for name, value in ((TEXT if text else IMAGES) | warmup).items():
-            if getattr(self, name) in ("auto", None):
+            if getattr(self, name, value) in ("auto", None):  # `norm` is of train alone
                 object.__setattr__(self, name, value)
         self.require_counts("batch_size", "steps", "microbatches", "groups", "context")
         for name in ("lr", "eps"):
@@ -173,6 +176,17 @@ class Command(Training):
             clip=self.clip,
             weight_decay=self.weight_decay,
         )
+
+    def draw_kernels(self, classes: int, seeds: Iterable[int], probe: ArrayLike) -> Any:
+        """What the nets start from, of each seed; see `models.draw_kernels`.
+
+        Raises:
+          RunError: For a scheme or sizes that the model cannot have.
+        """
+        try:
+            return models.draw_kernels(self.model, classes, seeds, probe, **self.model_options)
+        except ValueError as error:
+            raise RunError(f"--model {self.model}: {error}") from error
 
     def norm_of(
         self, name: str, axis_name: nl.devices.AxisName | None = None, **more: Any

@@ -59,14 +59,16 @@ class Train(processes.Joining, Command):
     Kubernetes and on TPU pods the processes find each other; `launch` starts them elsewhere.
     """
 
-    norm: str = "batch"
-    """Which norm (`python -m experiments list`, or module:factory for one of your own)."""
+    norm: str = "auto"
+    """Which norm (`python -m experiments list`, or module:factory for one of your own); auto is
+    batch, of text rms."""
 
     sync: str = "all"
     """Over which devices batch norm measures: all, local, groups=2, ring=1, virtual=64, ghost=4."""
 
     steps: int = 200
-    """Optimizer steps; more than before lets a run that is done go on."""
+    """Optimizer steps; more than before lets a run that is done go on, if its rate is constant
+    behind the same --warmup."""
 
     seed: int = 0
     """Draws the kernels and the minibatches."""
@@ -235,15 +237,15 @@ class Program:
 
         @jax.jit
         def draw() -> TrainState:
-            kernels = models.draw_kernels(
-                config.model, self.data.classes, [config.seed], probe, **config.model_options
-            )
+            kernels = config.draw_kernels(self.data.classes, [config.seed], probe)
             kernels = jax.tree.map(lambda v: v[0], kernels)
             params, norm_state = models.split(models.complete(self.model, kernels, probe))
             return TrainState(params, norm_state, self.optimizer.init(params))
 
         try:
             new = draw()
+        except RunError:
+            raise
         except ValueError as error:
             raise RunError(f"norm {config.norm!r} does not fit the model: {error}") from error
         (params, opt_state), norm_state = self.spread((new.params, new.opt_state), new.norm_state)

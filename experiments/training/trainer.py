@@ -154,7 +154,14 @@ class Trainer:
 
         sums, parts = measure(self.data.test)
         validation = self.data.validation and measure(self.data.validation)[0]
-        return self.task.evaluation(sums, parts, validation)
+        return self.task.evaluation(
+            sums, {name: parts[name] for name in self.order(parts)}, validation
+        )
+
+    def order(self, layers: Iterable[str]) -> list[str]:
+        """Names of layers in the order of the model: a compiled program has them sorted."""
+        known = {name: i for i, name in enumerate(self.model.layers)}
+        return sorted(layers, key=lambda name: known.get(name, len(known)))
 
     def loss(
         self, params: Any, norm_state: Any, inputs: Array, labels: Array, chosen: Array

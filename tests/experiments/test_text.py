@@ -616,6 +616,7 @@ def test_options_that_are_not_given_suit_the_data():
     image, text = Compare(), Compare(dataset="markov", steps=50)
     assert (image.model, image.optimizer, image.lr, image.warmup) == ("conv", "momentum", 0.05, 0)
     assert (text.model, text.optimizer, text.lr, text.warmup) == ("lm", "adamw", 0.003, 5)
+    assert (Train().norm, Train(dataset="markov").norm) == ("batch", "rms")
     given = Compare(dataset="markov", optimizer="sgd", lr=0.1, warmup=0, batch_size=64)
     assert (given.optimizer, given.lr, given.warmup, given.batch_size) == ("sgd", 0.1, 0, 64)
 
@@ -636,6 +637,13 @@ REFUSED = {
     ),
     "option": (["--depth", "3"], ["depth", "width"]),
     "batch": (["--batch-size", "80000"], ["80000", "training examples"]),
+    "scheme": (["--model", "lm", "--scheme", "per"], ["did you mean 'peri'", "hybrid"]),
+    "width": (["--model", "lm", "--width", "30"], ["width=30, heads=4"]),
+    "depth": (["--model", "lm", "--depth", "0"], ["depth=0", "at least 1"]),
+    "no place": (
+        ["--model", "lm", "--scheme", "ngpt", "--norms", "rms"],
+        ["'rms'", "--norms none"],
+    ),
 }
 
 
@@ -680,6 +688,7 @@ def test_books_are_compared_under_schemes(adam, tmp_path, scheme):
     more = ["--norms", "rms", "--steps", "30", "--seeds", "2", "--devices", "2", "--measured", "64"]
     rates = ["--rates", "0.003", "0.01", "--optimizer", "adamw", "--evaluations", "2"]
     command = ["compare", "--dataset", "gutenberg", "--model", "lm", "--scheme", scheme]
+    more[1] = "none" if scheme == "ngpt" else "rms"  # nGPT's norms are its own
     try:
         status = cli.main([*command, *size, *more, *rates, "--run-dir", str(out)])
     except data.DataError as error:
