@@ -103,6 +103,7 @@ def parts(records: Records, title: str) -> Figure:
     places = [round(i * (len(layers) - 1) / max(1, count - 1)) for i in range(count)]
     numbers = {layers[place]: place + 1 for place in places}
     layers = [layers[place] for place in places]
+    paths = any("/" in layer for layer in layers)
     labels = dict(zip(nl.Parts._fields, ("shift μ", "scale σ", "gain g", "bias b"), strict=True))
     figure, grid = plt.subplots(
         4,
@@ -136,7 +137,7 @@ def parts(records: Records, title: str) -> Figure:
             if column == 0:
                 axes.set_ylabel(label)
             if row == 0:
-                axes.set_title(layer if "/" in layer else f"layer {numbers[layer]}")
+                axes.set_title(layer if paths else f"layer {numbers[layer]}")
             if row == 3:
                 axes.set_xlabel("optimizer step")
             axes.grid(alpha=0.3, lw=0.5)

@@ -9,6 +9,8 @@ import json
 import math
 import tarfile
 import threading
+import types
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -418,12 +420,14 @@ def test_a_model_is_projected_after_every_step(bigram, tmp_path):
     held = DeviceData(loaded, 1)
     kernels = models.draw_kernels("bigram", 8, [0], held.probe)
     rows = minibatches(0, held.examples, 4, 1)[:, None]
-    states = [
+    trainers = [
         Trainer(models.build(name, nl.get("rms"), 8), optimizer("sgd", 1)(0.1), held, kernels,
                 synced=True)
         for name in ("bigram", "halved")
     ]  # fmt: skip
-    plain, halved = (each.train(each.init(), rows)[0].params for each in states)
+    first, second = (each.init().params["embed"]["embedding"] for each in trainers)
+    np.testing.assert_array_equal(first, 2 * second)  # before the first step, too
+    plain, halved = (each.train(trainers[1].init(), rows)[0].params for each in trainers)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, 2 * b, rtol=1e-6), plain, halved)
     options = {"dataset": "markov", "context": 8, "unit": "characters", "batch_size": 8}
     for name in ("bigram", "halved"):
@@ -664,6 +668,13 @@ def test_refused_with_what_to_change_and_nothing_written(bigram, case, tmp_path,
 
 
 # --- The model of the laboratory ------------------------------------------------------------
+
+
+def test_parts_are_shown_in_the_order_of_the_model():
+    """Block 2 before block 10, and the last norm last."""
+    model = models.build("lm", nl.get("rms"), 8, depth=11, width=8)
+    trainer: Any = types.SimpleNamespace(model=model)
+    assert Trainer.order(trainer, sorted(model.layers)) == list(model.layers)
 
 
 @pytest.mark.slow
