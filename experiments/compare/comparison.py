@@ -70,6 +70,9 @@ class Compare(Command):
     """Which norms (`python -m experiments list`, or module:factory for one of your own); by default
     the eight common ones, without instance norm where the model has no positions; on text four."""
 
+    schemes: tuple[str, ...] = ()
+    """Schemes in the place of --scheme: every norm is trained under each of them."""
+
     rates: tuple[float, ...] = ()
     """Learning rates in the place of --lr, trained side by side: each norm is shown at its best,
     with its largest stable rate. The best is chosen on the validation set of a text, and of images
@@ -104,7 +107,11 @@ class Compare(Command):
         positive = self.target is None or 0 < self.target < math.inf
         require(positive, "target", self.target, "positive and finite")
         require_evaluations(self.evaluations, self.steps)
-        require(len(set(self.norms)) == len(self.norms), "norms", self.norms, "distinct")
+        for name in ("norms", "schemes"):
+            given = getattr(self, name)
+            require(len(set(given)) == len(given), name, given, "distinct")
+        alone = self.scheme is None or not self.schemes
+        require(alone, "scheme", self.scheme, "left out beside --schemes")
         require_division(self.batch_size, self.devices, self.microbatches)
 
     def chosen(self) -> tuple[str, ...]:
@@ -120,6 +127,14 @@ class Compare(Command):
         """What is trained side by side: the rate and the seed of each."""
         rates = self.rates or (self.lr,)
         return [{"lr": lr, "seed": seed} for lr in rates for seed in range(self.seeds)]
+
+    @property
+    def by_scheme(self) -> dict[str, Command]:
+        """The command under each of the schemes, by what is said of a norm there."""
+        if not self.schemes:
+            return {"": self}
+        one = dataclasses.replace(self, schemes=())
+        return {f", {name}": dataclasses.replace(one, scheme=name) for name in self.schemes}
 
     @property
     def axis_name(self) -> str | None:
@@ -170,22 +185,22 @@ class Comparison:
         self.task = device_data.task
         optimizer = at_rates(config.make_optimizer, [row["lr"] for row in config.lanes])
         say("drawing the initial kernels")
-        options = config.model_options
-        kernels = config.draw_kernels(self.data.classes, range(config.seeds), device_data.probe)
         seeds = np.array([row["seed"] for row in config.lanes])
-        kernels = jax.tree.map(lambda v: np.asarray(v)[seeds], kernels)
         trainers = {}
-        for name, norm in norms.items():
-            model = models.build(config.model, norm, self.data.classes, **options)
-            trainers[name] = trainer = Trainer(
-                model,
-                optimizer,
-                device_data,
-                kernels,
-                synced=config.sync == "global",
-                microbatches=config.microbatches,
-            )
-            _check_fit(name, trainer)  # says no before anything is compiled or written
+        for where, one in config.by_scheme.items():
+            kernels = one.draw_kernels(self.data.classes, range(config.seeds), device_data.probe)
+            kernels = jax.tree.map(lambda v: np.asarray(v)[seeds], kernels)
+            for name, norm in norms.items():
+                model = models.build(config.model, norm, self.data.classes, **one.model_options)
+                trainers[name + where] = trainer = Trainer(
+                    model,
+                    optimizer,
+                    device_data,
+                    kernels,
+                    synced=config.sync == "global",
+                    microbatches=config.microbatches,
+                )
+                _check_fit(name, trainer)  # says no before anything is compiled or written
         self.run_dir = RunDirectory(config.run_dir, f"compare-{config.dataset}-{config.model}")
         self.run_dir.write_json("config.json", config.as_json())
         told = {**environment(), "dataset": self.data.describe()}
@@ -270,9 +285,10 @@ class Comparison:
 
     def summary(self) -> list[dict[str, Any]]:
         """One row per norm: its score, the spread, steps to the target, time, share of the norm."""
-        baseline = next((lane for lane in self.lanes if lane.name == "none"), None)
-        score, rows = self.task.score, []
+        score, rows, by_name = self.task.score, [], {lane.name: lane for lane in self.lanes}
         for lane, lr in self.at_best_rates():
+            _, *scheme = lane.name.partition(", ")
+            baseline = by_name.get("".join(("none", *scheme)))
             records, last = lane.records.where(lr=lr), lane.records.last()
             reached = statistics.median(
                 records.steps_to(self.target, score.key, higher=score.higher)

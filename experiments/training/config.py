@@ -27,7 +27,7 @@ TEXT = {"model": "lm", "norm": "rms", "batch_size": 16, "optimizer": "adamw", "l
 
 OWN: dict[str, dict[str, Any]] = {
     "layer": {"axes": "all"},
-    "rms": {"axes": "all"},
+    "rms": {"axes": "all", "groups": 1},
     "weight": {"data_init": True, "axis_name": None},
 }
 """What a norm is told here whatever the options are."""
@@ -92,6 +92,7 @@ class Command(Training):
       unit: Of text: what a token is.
       measured: Of text: windows of the validation and of the test set that are measured; 0 is all.
       scheme: Where the norms stand, of a model that has residual branches: pre, post, ….
+      inside: Where the norm stands inside the branches beside: q k is QK norm.
       depth: The model's number of blocks, if not its own.
       width: The model's size of the residual stream, if not its own.
     """
@@ -113,6 +114,7 @@ class Command(Training):
     unit: Unit = "bytes"
     measured: int = 512
     scheme: str | None = None
+    inside: tuple[str, ...] = ()
     depth: int | None = None
     width: int | None = None
     microbatches: int = 1
@@ -162,8 +164,8 @@ class Command(Training):
     @property
     def model_options(self) -> dict[str, Any]:
         """What the model is told beside the norm: those of the options that are given."""
-        options = {name: getattr(self, name) for name in ("scheme", "depth", "width")}
-        return {name: value for name, value in options.items() if value is not None}
+        options = {name: getattr(self, name) for name in ("scheme", "inside", "depth", "width")}
+        return {name: value for name, value in options.items() if value not in (None, ())}
 
     @property
     def make_optimizer(self) -> optimizers.Make:

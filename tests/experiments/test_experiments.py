@@ -393,6 +393,11 @@ class TestNormsOfOnesOwn:
         assert config.norm_of(mine).init(nl.Site(jnp.ones((2, 3))))[0].g.shape == (3,)
         assert json.loads(json.dumps(config.as_json()))["norm"] == mine
 
+    def test_rms_norm_has_no_groups_there(self):
+        site = nl.Site(jnp.arange(12.0).reshape(1, 12))
+        parts, _ = Train().norm_of("rms").parts(None, (), site, train=True)
+        assert parts.sigma.size == 1
+
     @pytest.mark.parametrize(
         ("norm", "words"),
         [

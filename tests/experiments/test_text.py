@@ -591,6 +591,25 @@ def test_a_rate_alone_and_beside_others_trains_alike(bigram, adam, tmp_path):
     np.testing.assert_allclose(*found, rtol=1e-5)
 
 
+def test_norms_are_compared_under_several_schemes(tmp_path):
+    config = Compare(
+        dataset="markov", context=16, norms=("none", "rms"), schemes=("pre", "deepnorm"), steps=1,
+        evaluations=1, seeds=1, devices=1, batch_size=8, depth=2, width=8, inside=("q", "k"),
+        optimizer="momentum", run_dir=tmp_path / "run",
+    )  # fmt: skip
+    comparison = Comparison(config)
+    lanes = {lane.name: lane for lane in comparison.lanes}
+    assert list(lanes) == ["none, pre", "rms, pre", "none, deepnorm", "rms, deepnorm"]
+    models = [lane.trainer.model for lane in lanes.values()]
+    assert [m.plan.name for m in models] == ["pre", "pre", "deepnorm", "deepnorm"]
+    assert {"block0/norm_q", "block1/norm_k", "norm_last"} <= models[1].carriers()
+    pre, deep = (lanes[f"none, {s}"].trainer.kernels["block0"]["v"] for s in ("pre", "deepnorm"))
+    np.testing.assert_allclose(deep["kernel"], 16**-0.25 * pre["kernel"], rtol=1e-6)
+    list(comparison.run())
+    shares = {row["norm"]: row["norm_share"] for row in comparison.summary()}
+    assert [share is None for share in shares.values()] == [True, False, True, False]
+
+
 def test_training_goes_on_where_it_was_stopped(bigram, adam, tmp_path):
     common = {
         "dataset": "markov", "model": "bigram", "norm": "layer", "context": 16, "batch_size": 16,
@@ -638,6 +657,10 @@ REFUSED = {
     "decay": (
         ["--optimizer", "adam", "--weight-decay", "0.1"],
         ["--weight-decay", "--optimizer adamw"],
+    ),
+    "schemes": (
+        ["--model", "lm", "--schemes", "pre", "post", "--scheme", "pre"],
+        ["--scheme", "--schemes"],
     ),
     "option": (["--depth", "3"], ["depth", "width"]),
     "batch": (["--batch-size", "80000"], ["80000", "training examples"]),
