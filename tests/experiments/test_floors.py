@@ -11,7 +11,7 @@ FLOORS = (
     {"__main__"},
     {"console"},
     {"asking", "bench"},
-    {"questions", "compare", "programs"},
+    {"questions", "compare", "depth", "programs"},
     {"engine", "numerics"},
     {"training"},
     {"data", "figures", "models"},
