@@ -22,7 +22,7 @@ from normlab.family.spectral import init_spectral, measure_spectral, of_u
 from normlab.linear import Conv, Dense, Linear
 from normlab.maps import WeightMap
 from normlab.placement.line import PLACEMENT as placement_kind
-from normlab.placement.line import Connection, Residual
+from normlab.placement.line import Call, Connection, Residual
 from normlab.placement.streams import Mixing
 from normlab.registry import get, names, row
 from normlab.site import Norm
@@ -237,7 +237,7 @@ def branch_of(where: str, *given: Any, **more: Any) -> Callable[[Array], Any]:
 
 def gains_of(placement: Connection, x: Any, shortcut: Any) -> dict[str, Any]:
     """The initial gains of a placement by their names; those of a `Mixing` are a dict."""
-    made = placement.init(x, -1, lambda *_: None, shortcut)
+    made = placement.init(x, Call(lambda *_: None, shortcut=shortcut))
     return {n: v._asdict() if isinstance(v, Mixing) else v for n, v in made.items()}
 
 

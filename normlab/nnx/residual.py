@@ -16,7 +16,7 @@ from normlab._flax.layers import PLACEMENT, as_gains, branch_of, gains_of, same_
 from normlab._flax.words import check_mode, checked, read
 from normlab.errors import invalid
 from normlab.nnx.replace import RegistryNorm
-from normlab.placement.line import Connection, connect
+from normlab.placement.line import Call, Connection, connect
 from normlab.placement.line import Residual as Fields
 
 
@@ -80,7 +80,7 @@ class Residual(nnx.Module):
         wider = None
         if out_features is not None:
             wider = lambda h: jnp.zeros((*h.shape[:-1], out_features), h.dtype)  # noqa: E731
-        placement.init(some, -1, norm, wider)
+        placement.init(some, Call(norm, shortcut=wider))
         for name, gain in gains_of(placement, some, wider).items():
             setattr(self, name, nnx.data(jax.tree.map(nnx.Param, gain)))
 

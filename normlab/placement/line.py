@@ -86,6 +86,22 @@ _NORM = instance(Norm, "make it with get(name), or Norm(init, parts)", arrays=Fa
 AXIS = integer("-1, or 1 for [N, C, ...]", "move the channels last", among=(-1, 1))
 
 
+class Call(NamedTuple):
+    """What a connection is given beside its parameters and x.
+
+    Attributes:
+      norm: `norm(name, a)` makes that norm's h of a; of `init`, its parameters and states.
+      branch: `branch(a, b)` makes F(a), which has the shape of b; `init` has no need of it.
+      shortcut: What x goes through beside the branch; `None` for nothing.
+      channel_axis: -1, or 1.
+    """
+
+    norm: Callable[..., Any]
+    branch: Any = None
+    shortcut: Callable[[Array], Array] | None = None
+    channel_axis: int = -1
+
+
 class Connection:
     """A residual connection of any kind, as `init_residual` and `residual` take it.
 
@@ -99,29 +115,12 @@ class Connection:
     total: Norm | None
     streams: Any = None
 
-    def init(
-        self,
-        x: Any,
-        channel_axis: int,
-        norm: Callable[..., None],
-        shortcut: Callable[[Array], Array] | None,
-    ) -> dict[str, Any]:
-        """The initial gains by field of `Residual`, for an x of this shape and type.
-
-        `norm(name, a)` makes the parameters and states of a norm for what will enter it.
-        """
+    def init(self, x: Any, call: Call) -> dict[str, Any]:
+        """The initial gains by field of `Residual`, for an x of this shape and type."""
         raise NotImplementedError
 
-    def apply(
-        self,
-        params: Residual,
-        x: Array,
-        channel_axis: int,
-        norm: Callable[..., Array],
-        branch: Callable[[Array, Array], Array],
-        shortcut: Callable[[Array], Array] | None,
-    ) -> Array:
-        """x', by `norm(name, a)`, what that norm makes of a, and `branch(a, b)`, F(a) as b is."""
+    def apply(self, params: Residual, x: Array, call: Call) -> Array:
+        """Returns x'."""
         raise NotImplementedError
 
 
@@ -178,34 +177,20 @@ class Placement(Connection):
             given = f"delayed=True with branch={self.branch!r} and lerp={self.lerp}"
             raise invalid("Placement", given, "a number, and no lerp", "set branch to a number")
 
-    def init(
-        self,
-        x: Any,
-        channel_axis: int,
-        norm: Callable[..., None],
-        shortcut: Callable[[Array], Array] | None,
-    ) -> dict[str, Any]:
+    def init(self, x: Any, call: Call) -> dict[str, Any]:
         """The learned gains."""
-        leaving: Any = x if shortcut is None else jax.eval_shape(shortcut, x)
+        leaving: Any = x if call.shortcut is None else jax.eval_shape(call.shortcut, x)
         for name, a in (("inner", x), ("outer", leaving), ("total", leaving)):
-            norm(name, a)
+            call.norm(name, a)
         made = {}
         for name in ("skip", "branch"):
             gain = getattr(self, name)
             if isinstance(gain, Learned):
-                size = () if gain.per == "scalar" else (leaving.shape[channel_axis],)
+                size = () if gain.per == "scalar" else (leaving.shape[call.channel_axis],)
                 made[name] = jnp.full(size, gain.init / gain.factor, promote_dtype(leaving))
         return made
 
-    def apply(
-        self,
-        params: Residual,
-        x: Array,
-        channel_axis: int,
-        norm: Callable[..., Array],
-        branch: Callable[[Array, Array], Array],
-        shortcut: Callable[[Array], Array] | None,
-    ) -> Array:
+    def apply(self, params: Residual, x: Array, call: Call) -> Array:
         """The line, in its order."""
         wide = promote_dtype(x)
 
@@ -218,7 +203,8 @@ class Placement(Connection):
                 return a
             if own is not None:
                 gain = promote(own) * (gain.factor if isinstance(gain, Learned) else 1)
-            g, _ = gain_and_bias(f"residual {name}", Affine(floating(gain), None), a, channel_axis)
+            made = Affine(floating(gain), None)
+            g, _ = gain_and_bias(f"residual {name}", made, a, call.channel_axis)
             return (jnp.abs(g) if self.lerp else g) * a
 
         entering = x
@@ -227,12 +213,12 @@ class Placement(Connection):
                 change = "put a gate in a placement without delayed"
                 raise invalid("residual", "params.branch with delayed=True", "none", change)
             entering = _times_in_tangent(entering, self.branch)
-        entering = norm("inner", entering)
+        entering = call.norm("inner", entering)
         if not _is_one(self.scale):
             scaled = jnp.asarray(self.scale, wide) * entering.astype(wide)
             entering = scaled.astype(entering.dtype)
-        beside = x if shortcut is None else jnp.asarray(shortcut(x))
-        y = norm("outer", branch(entering, beside)).astype(wide)
+        beside = x if call.shortcut is None else jnp.asarray(call.shortcut(x))
+        y = call.norm("outer", call.branch(entering, beside)).astype(wide)
         if self.lerp:
             beside = beside.astype(wide)
             total = beside + gained("branch", y - beside)
@@ -240,7 +226,7 @@ class Placement(Connection):
             total = gained("skip", beside) + _times_in_value(y, self.branch)
         else:
             total = gained("skip", beside) + gained("branch", y)
-        return norm("total", total.astype(x.dtype))
+        return call.norm("total", total.astype(x.dtype))
 
 
 @node
@@ -318,7 +304,7 @@ def init_residual(
             raise invalid("placement", given, "a norm of activations", change) from error
 
     some: Any = jax.ShapeDtypeStruct(jnp.shape(x), result_dtype(x))
-    gains = placement.init(some, channel_axis, norm, shortcut)
+    gains = placement.init(some, Call(norm, shortcut=shortcut, channel_axis=channel_axis))
     return Residual(**params, **gains), Residual(**states)
 
 
@@ -437,7 +423,7 @@ def connect(
             raise invalid("residual", given, "one shape", change)
         return jnp.asarray(y)
 
-    return connection.apply(gains, floating(x), channel_axis, norm, branch, shortcut)
+    return connection.apply(gains, floating(x), Call(norm, branch, shortcut, channel_axis))
 
 
 def missing(name: str, gain: Any) -> ValueError:

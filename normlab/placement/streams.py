@@ -9,7 +9,6 @@ and scanned over as without them, and a stream is as contiguous as x was. `enter
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -24,7 +23,7 @@ from normlab._checks import promote, promote_dtype, result_dtype
 from normlab._trees import leaves, node
 from normlab.equation import Parts
 from normlab.errors import invalid
-from normlab.placement.line import AXIS, Connection, Residual, missing
+from normlab.placement.line import AXIS, Call, Connection, Residual, missing
 from normlab.site import Norm, Site, State
 
 STREAMS = integer("a number of streams, at least 1", "use 4", 1)
@@ -173,19 +172,13 @@ class HyperConnection(Connection):
     dynamic: bool = True
     sinkhorn: int | None = None
 
-    def init(
-        self,
-        x: Any,
-        channel_axis: int,
-        norm: Callable[..., None],
-        shortcut: Callable[[Array], Array] | None,
-    ) -> dict[str, Any]:
+    def init(self, x: Any, call: Call) -> dict[str, Any]:
         """The weights that are pre-norm, and kernels of 0."""
-        _check(self, x, channel_axis, shortcut)
-        one = _one(x, channel_axis)
-        norm("inner", one)
-        norm("outer", one)
-        dtype, size, channels = promote_dtype(x), self.streams, one.shape[channel_axis]
+        _check(self, x, call)
+        one = _one(x, call.channel_axis)
+        call.norm("inner", one)
+        call.norm("outer", one)
+        dtype, size, channels = promote_dtype(x), self.streams, one.shape[call.channel_axis]
         eye, first = (
             jnp.eye(size, dtype=dtype),
             jax.nn.one_hot(self.reads % size, size, dtype=dtype),
@@ -200,7 +193,7 @@ class HyperConnection(Connection):
             }
         if not self.dynamic:
             return static
-        norm("total", jax.eval_shape(lambda x: self._seen(_last(x, channel_axis)), x), -1)
+        call.norm("total", jax.eval_shape(lambda x: self._seen(_last(x, call.channel_axis)), x), -1)
 
         def mixing(v: Array) -> Mixing:
             if self.sinkhorn is None:
@@ -211,31 +204,23 @@ class HyperConnection(Connection):
 
         return {name: mixing(v) for name, v in static.items()}
 
-    def apply(
-        self,
-        params: Residual,
-        x: Array,
-        channel_axis: int,
-        norm: Callable[..., Array],
-        branch: Callable[[Array, Array], Array],
-        shortcut: Callable[[Array], Array] | None,
-    ) -> Array:
+    def apply(self, params: Residual, x: Array, call: Call) -> Array:
         """Reads the streams, and gives each its part."""
-        _check(self, x, channel_axis, shortcut)
-        last = _last(x, channel_axis)
+        _check(self, x, call)
+        last = _last(x, call.channel_axis)
         wide, seen = promote(last), None
         if any(isinstance(own, Mixing) for own in (params.read, params.skip, params.branch)):
-            seen = promote(norm("total", self._seen(last), -1))
+            seen = promote(call.norm("total", self._seen(last), -1))
         read, skip, write = (self._raw(params, name, seen) for name in ("read", "skip", "branch"))
         if self.sinkhorn is not None:
             read, write = jax.nn.sigmoid(read), 2 * jax.nn.sigmoid(write)
             skip = sinkhorn(skip, steps=self.sinkhorn)
         z = _product("...s,...sc->...c", read, wide)
-        entering = jnp.moveaxis(z.astype(result_dtype(x)), -1, channel_axis)
-        y = norm("outer", branch(norm("inner", entering), entering))
-        y = jnp.moveaxis(promote(y), channel_axis, -1)
+        entering = jnp.moveaxis(z.astype(result_dtype(x)), -1, call.channel_axis)
+        y = call.norm("outer", call.branch(call.norm("inner", entering), entering))
+        y = jnp.moveaxis(promote(y), call.channel_axis, -1)
         total = _product("...ts,...sc->...tc", skip, wide) + write[..., None] * y[..., None, :]
-        return _back(total.astype(result_dtype(x)), channel_axis)
+        return _back(total.astype(result_dtype(x)), call.channel_axis)
 
     def _seen(self, x: Array) -> Array:
         """What the weights look at: with `sinkhorn` all channels of all streams, on each device."""
@@ -305,35 +290,21 @@ class Siamese(Connection):
 
     streams = 2
 
-    def init(
-        self,
-        x: Any,
-        channel_axis: int,
-        norm: Callable[..., None],
-        shortcut: Callable[[Array], Array] | None,
-    ) -> dict[str, Any]:
+    def init(self, x: Any, call: Call) -> dict[str, Any]:
         """No gains; the norms see one stream."""
-        _check(self, x, channel_axis, shortcut)
+        _check(self, x, call)
         for name in ("inner", "outer", "total", "read"):
-            norm(name, _one(x, channel_axis))
+            call.norm(name, _one(x, call.channel_axis))
         return {}
 
-    def apply(
-        self,
-        params: Residual,
-        x: Array,
-        channel_axis: int,
-        norm: Callable[..., Array],
-        branch: Callable[[Array, Array], Array],
-        shortcut: Callable[[Array], Array] | None,
-    ) -> Array:
+    def apply(self, params: Residual, x: Array, call: Call) -> Array:
         """The equations, in their order."""
-        _check(self, x, channel_axis, shortcut)
-        axis, dtype = _stream_axis(channel_axis), result_dtype(x)
+        _check(self, x, call)
+        axis, dtype = _stream_axis(call.channel_axis), result_dtype(x)
         post, pre = (lax.index_in_dim(x, i, axis % x.ndim, keepdims=False) for i in (0, 1))
-        post = norm("total", post)
-        entering = (promote(post) + promote(norm("read", pre))).astype(dtype)
-        y = promote(norm("outer", branch(norm("inner", entering), entering)))
+        post = call.norm("total", post)
+        entering = (promote(post) + promote(call.norm("read", pre))).astype(dtype)
+        y = promote(call.norm("outer", call.branch(call.norm("inner", entering), entering)))
         after = jnp.stack([promote(post) + self.branch * y, promote(pre) + y], axis)
         return after.astype(dtype)
 
@@ -391,9 +362,10 @@ def _product(equation: str, *arrays: Array) -> Array:
     return jnp.einsum(equation, *arrays, precision=lax.Precision.HIGHEST)
 
 
-def _check(connection: Connection, x: Any, channel_axis: int, shortcut: Any) -> None:
+def _check(connection: Connection, x: Any, call: Call) -> None:
+    channel_axis = call.channel_axis
     axis, shape = _stream_axis(channel_axis), jnp.shape(x)
-    if shortcut is not None:
+    if call.shortcut is not None:
         change = "leave the streams before it, and enter again behind it"
         raise invalid(type(connection).__name__, "a shortcut beside streams", "none", change)
     if len(shape) < 3 or shape[axis] != connection.streams:
