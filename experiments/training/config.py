@@ -18,8 +18,8 @@ from ..data import NAMES, TEXTS, Dataset, Reading, Unit
 from ..rundir import RunError
 from . import optimizers
 
-Optimizer = Literal["auto", "momentum", "sgd", "rmsprop", "adam", "adamw"]
-"""The names of `optimizers.OPTIMIZERS`, and "auto", which suits the data."""
+Optimizer = Literal["momentum", "sgd", "rmsprop", "adam", "adamw"]
+"""The names of `optimizers.OPTIMIZERS`."""
 
 IMAGES = {"model": "conv", "norm": "batch", "batch_size": 128, "optimizer": "momentum", "lr": 0.05}
 TEXT = {"model": "lm", "norm": "rms", "batch_size": 16, "optimizer": "adamw", "lr": 3e-3}
@@ -27,7 +27,7 @@ TEXT = {"model": "lm", "norm": "rms", "batch_size": 16, "optimizer": "adamw", "l
 
 OWN: dict[str, dict[str, Any]] = {
     "layer": {"axes": "all"},
-    "rms": {"axes": "all", "groups": 1},
+    "rms": {"axes": "all"},
     "weight": {"data_init": True, "axis_name": None},
 }
 """What a norm is told here whatever the options are."""
@@ -83,7 +83,7 @@ class Command(Training):
       microbatches: Parts, one after the other, into which a device cuts its share of a batch.
       groups: Groups of the norms that have some; must divide the channels of every layer.
       decay: Weight of the old value in batch norm's running statistics; by default 0.9.
-      eps: ε, added to the variance under the root.
+      eps: ε, added to the variance under the root; by default each norm's own, mostly 1e-5.
       schedule: How the rate falls to 0 over the steps after the warm-up, or constant.
       warmup: Steps in which the rate rises to its value; by default 0, of text a tenth of all.
       clip: The norm to which the gradient of all parameters is cut; 0 leaves it as it is.
@@ -98,7 +98,7 @@ class Command(Training):
     """
 
     model: str = "auto"
-    optimizer: Optimizer = "auto"
+    optimizer: Optimizer | Literal["auto"] = "auto"
     if not TYPE_CHECKING:  # what is not given is set below, by the data
         batch_size: int | None = None
         lr: float | None = None
@@ -120,7 +120,7 @@ class Command(Training):
     microbatches: int = 1
     groups: int = 4
     decay: float | None = None
-    eps: float = 1e-5
+    eps: float | None = None
 
     def __post_init__(self) -> None:
         """Sets what suits the data; raises RunError for values that cannot be run."""
@@ -132,7 +132,8 @@ class Command(Training):
         self.require_counts("batch_size", "steps", "microbatches", "groups", "context")
         for name in ("lr", "eps"):
             value = getattr(self, name)
-            require(0 < value < math.inf, name, value, "positive and finite")
+            finite = value is None or 0 < value < math.inf
+            require(finite, name, value, "positive and finite")
         for name in ("warmup", "clip", "weight_decay", "measured"):
             value = getattr(self, name)
             require(0 <= value < math.inf, name, value, "0 or more, and finite")
@@ -204,7 +205,9 @@ class Command(Training):
           RunError: For an unknown name, or options that the norm does not take.
         """
         try:
-            given = {"eps": self.eps, "groups": self.groups, "axis_name": axis_name, **more}
+            given = {"groups": self.groups, "axis_name": axis_name, **more}
+            if self.eps is not None:
+                given |= {"eps": self.eps}
             if self.decay is not None:
                 given |= {"decay": self.decay, "batch": {"decay": self.decay}}
             options = {k: v for k, v in given.items() if takes(name, k)}
@@ -217,9 +220,14 @@ class Command(Training):
 
 
 def takes(name: str, option: str) -> bool:
-    """Whether the norm called `name` is told an option of the run."""
+    """Whether the norm called `name` is told an option of the run.
+
+    It is told its number of groups where it has none by itself.
+    """
     known = inspect.signature(nl.row(name).factory).parameters
-    return option in known and option not in OWN.get(name, {})
+    if option not in known or option in OWN.get(name, {}):
+        return False
+    return option != "groups" or known[option].default in (None, inspect.Parameter.empty)
 
 
 def require(holds: bool, option: str, given: Any, expected: str) -> None:

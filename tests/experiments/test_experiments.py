@@ -393,10 +393,14 @@ class TestNormsOfOnesOwn:
         assert config.norm_of(mine).init(nl.Site(jnp.ones((2, 3))))[0].g.shape == (3,)
         assert json.loads(json.dumps(config.as_json()))["norm"] == mine
 
-    def test_rms_norm_has_no_groups_there(self):
-        site = nl.Site(jnp.arange(12.0).reshape(1, 12))
-        parts, _ = Train().norm_of("rms").parts(None, (), site, train=True)
-        assert parts.sigma.size == 1
+    def test_a_norm_keeps_what_it_has_by_itself(self):
+        run, own = Train(groups=4), Train(groups=4, eps=0.1)
+        for name in ("rms", "frn", "whitening", "evo_b0", "weight_standardization"):
+            options = dict(run.norm_of(name).made.options)
+            assert "eps" not in options
+            assert dict(own.norm_of(name).made.options)["eps"] == 0.1
+            assert options.get("groups") == (4 if name == "whitening" else None)
+        assert dict(run.norm_of("group").made.options)["groups"] == 4
 
     @pytest.mark.parametrize(
         ("norm", "words"),
