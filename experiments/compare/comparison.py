@@ -33,6 +33,7 @@ from ..training.config import (
     require_division,
     require_evaluations,
     require_fit,
+    require_place,
 )
 from ..training.driver import Progress, drive
 from ..training.optimizers import at_rates, set_rates
@@ -376,10 +377,4 @@ def _check_fit(name: str, trainer: Trainer) -> None:
             f"norm {name!r} does not fit the model: {error} Or leave it out with --norms, or "
             "choose another --model."
         ) from error
-    model = trainer.model
-    placed = not isinstance(model, models.Transformer) or model.norm in model.norms().values()
-    if not placed and name != "none":
-        raise RunError(
-            f"norm {name!r} stands nowhere under --scheme {model.plan.name}, so all such norms "
-            "would be one net. Give --norms none, or norms of weights, or another --scheme."
-        )
+    require_place(name, trainer.model)

@@ -254,6 +254,16 @@ def require_fit(examples: int, data: Dataset, given: str = "", change: str = "")
         )
 
 
+def require_place(name: str, model: models.Network) -> None:
+    """Raises RunError if the norm called `name` stands nowhere in a model."""
+    placed = not isinstance(model, models.Transformer) or model.norm in model.norms().values()
+    if not placed and name != "none":
+        raise RunError(
+            f"norm {name!r} stands nowhere under --scheme {model.plan.name}, so all such norms "
+            "would be one net. Take norm none (--norms none, --norm none), one of weights, or another --scheme."
+        )
+
+
 def require_division(batch_size: int, devices: int, microbatches: int = 1) -> None:
     """Raises RunError if a batch does not divide over the devices and their microbatches."""
     parts = devices * microbatches

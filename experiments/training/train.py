@@ -33,7 +33,7 @@ from ..data import NAMES, Dataset, load
 from ..rundir import RunDirectory, RunError, default_path, environment
 from . import processes, syncs
 from .checkpoints import Checkpoints
-from .config import Command, require, require_division, require_fit, takes
+from .config import Command, require, require_division, require_fit, require_place, takes
 from .driver import Progress, drive
 from .tasks import Evaluation, Task
 from .trainer import (
@@ -229,27 +229,32 @@ class Program:
         self._evaluate = jax.jit(
             mapped(self._evaluate_shard, in_specs=(states, *[P(AXIS)] * 3), out_specs=P())
         )
+        self._draw = jax.jit(self._drawn)
+        try:  # says no before anything is written
+            jax.eval_shape(self._draw, self._probe())
+        except ValueError as error:
+            if isinstance(error, RunError):
+                raise
+            raise RunError(f"norm {config.norm!r} does not fit the model: {error}") from error
+        require_place(config.norm, self.model)
 
     def init(self) -> TrainState:
         """The initial state: norm states `[devices, ...]`, each on its device, the rest copied."""
-        probe = np.asarray(self.task.preprocess(self.data.train_inputs[: self.task.probe]))
-        config = self.config
-
-        @jax.jit
-        def draw() -> TrainState:
-            kernels = config.draw_kernels(self.data.classes, [config.seed], probe)
-            kernels = jax.tree.map(lambda v: v[0], kernels)
-            params, norm_state = models.split(models.complete(self.model, kernels, probe))
-            return TrainState(params, norm_state, self.optimizer.init(params))
-
-        try:
-            new = draw()
-        except RunError:
-            raise
-        except ValueError as error:
-            raise RunError(f"norm {config.norm!r} does not fit the model: {error}") from error
+        new = self._draw(self._probe())
         (params, opt_state), norm_state = self.spread((new.params, new.opt_state), new.norm_state)
         return TrainState(params, norm_state, opt_state)
+
+    def _probe(self) -> np.ndarray:
+        """The examples that a data-dependent init sees."""
+        return np.asarray(self.task.preprocess(self.data.train_inputs[: self.task.probe]))
+
+    def _drawn(self, probe: Array) -> TrainState:
+        """The initial state of one device."""
+        config = self.config
+        kernels = config.draw_kernels(self.data.classes, [config.seed], probe)
+        kernels = jax.tree.map(lambda v: v[0], kernels)
+        params, norm_state = models.split(models.complete(self.model, kernels, probe))
+        return TrainState(params, norm_state, self.optimizer.init(params))
 
     def spread(self, copied: Any, split: Any) -> tuple[Any, Any]:
         """Puts what one device has on all of them: copied, or stacked with one row for each."""

@@ -733,3 +733,18 @@ def test_books_are_compared_under_schemes(adam, tmp_path, scheme):
     told = json.loads((out / "environment.json").read_text())["dataset"]
     assert told["sha256"] == data.CHECKSUMS["gutenberg"]
     assert json.loads((out / "config.json").read_text())["scheme"] == scheme
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"scheme": "rezero"}, "stands nowhere under --scheme rezero"),
+        ({"norm": "instance"}, "'instance' does not fit the model"),
+        ({"scheme": "pree"}, "did you mean 'pre'"),
+    ],
+)
+def test_training_that_is_refused_leaves_nothing_behind(options, words, tmp_path):
+    sizes = {"dataset": "markov", "depth": 1, "width": 8, "context": 8, "steps": 1}
+    with pytest.raises(RunError, match=words):
+        train(Train(**sizes, **options, run_dir=tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
