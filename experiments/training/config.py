@@ -260,7 +260,8 @@ def require_place(name: str, model: models.Network) -> None:
     if not placed and name != "none":
         raise RunError(
             f"norm {name!r} stands nowhere under --scheme {model.plan.name}, so all such norms "
-            "would be one net. Take norm none (--norms none, --norm none), one of weights, or another --scheme."
+            "would be one net. Take norm none (--norms none, --norm none), one of weights, or "
+            "another --scheme."
         )
 
 
