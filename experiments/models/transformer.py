@@ -59,7 +59,8 @@ class Transformer(Network):
       activation: f of the MLP; `None` for that of `mlp`.
       use_bias: Whether linear layers without a norm have biases.
       scan: Whether the blocks are scanned over.
-      remat: Whether a block's activations are computed anew for the gradient.
+      remat: Whether a block's activations are computed anew for the gradient: under `scan` it
+        compiles faster so, and needs a fraction of the memory (docs/speed.md).
       implementation: That of `jax.nn.dot_product_attention`; "cudnn" is flash attention, on a GPU
         in half precision. Params that are cast to bfloat16 make everything bfloat16, but for
         what the norms, the rotation and the sums of the connections compute in float32.
