@@ -27,7 +27,7 @@ from .. import models
 from ..data import TEXTS, Dataset, Reading, load
 from ..data.text import SPLITS, windows
 from ..rundir import Record, RunDirectory, RunError, environment, number
-from ..training.config import Optimizer, require, require_fit
+from ..training.config import Optimizer, require, require_fit, require_place
 from ..training.optimizers import optimizer
 from ..training.trainer import DeviceData, Trainer, TrainState, minibatches
 
@@ -153,6 +153,8 @@ class Depth:
             jax.eval_shape(lambda: model.init(jax.random.key(0), data.probe, train=False))
         except ValueError as error:
             raise RunError(str(error)) from None
+        if len(self.norms) > 1:
+            require_place(norm, model)
         return model
 
     def options(self, scheme: str) -> dict[str, Any]:

@@ -138,6 +138,7 @@ def test_what_it_refuses(options, said):
         ({"norms": ("rmss",)}, "rms"),
         ({"inside": ("z",)}, "z"),
         ({"width": 30}, "heads"),
+        ({"schemes": ("rezero",), "norms": ("rms", "layer")}, "stands nowhere"),
     ],
 )
 def test_nets_that_there_are_not(options, said, tmp_path):
