@@ -22,7 +22,8 @@ from normlab._arguments import KINDS, checked
 from normlab._checks import check_values, gain_and_bias, promote_dtype
 from normlab._weights import aligned
 from normlab._xla import sharded_as
-from normlab.devices.merging import is_bound, measure, measure_segments, values_per_channel
+from normlab.devices.mapped import is_bound
+from normlab.devices.merging import measure, measure_segments, values_per_channel
 from normlab.devices.topology import AxisName, Sync, as_sync
 from normlab.equation import Affine, Parts, affine
 from normlab.matrix import along
@@ -37,6 +38,7 @@ from normlab.population.optional import (
     measures,
     normalizer,
     observe,
+    pivot,
     updated,
     updated_first,
 )
@@ -156,13 +158,14 @@ def batch_parts(
         change = "use a larger batch, train=False, a norm that does not look across examples, "
         change += 'or, for that output, bad_batch="propagate"'
         check_values(where, f"{a.shape} in training", refused, "channel", change)
-        least = 1 if one or not itself or bad_batch == "propagate" else 2
+        how: Any = {"least": 1 if one or not itself or bad_batch == "propagate" else 2}
+        how |= {"pivot": pivot(state, sync)}
 
         def measured(sync: Sync, w: Array | None) -> tuple[Moments, Moments]:
-            return measure(where, x, axes, sync, weights=w, algorithm=algorithm, least=least)
+            return measure(where, x, axes, sync, weights=w, algorithm=algorithm, **how)
 
         def apart(sync: Sync, ids: Array, number: int) -> tuple[Moments, Moments]:
-            return measure_segments(x, axes, sync, ids, number, weights=w, least=least)
+            return measure_segments(x, axes, sync, ids, number, weights=w, **how)
 
         each = functools.partial(moments, algorithm=algorithm)
         run = by_member(measured, each, x, w, axes, train, apart)

@@ -29,8 +29,8 @@ from normlab._checks import (
 )
 from normlab._units import deviations, safe_sqrt, units_and_lengths
 from normlab._weights import align_weights
-from normlab.devices.merging import all_reduce
 from normlab.devices.topology import AxisName
+from normlab.devices.whole import all_reduce
 from normlab.equation import Affine, Parts, affine
 from normlab.maps import Mapped, mapped_kernel, mapped_parts
 from normlab.measure import moments

@@ -25,7 +25,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import normlab as nl
-from normlab.devices.merging import vary
+from normlab.devices.mapped import vary
 
 from ..programs.collectives import collectives
 from ..programs.machines import Machine, abstract, machine, missing

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jax import Array
 
 import normlab as nl
-from normlab.devices.merging import vary, varying_axes
+from normlab.devices.mapped import vary, varying_axes
 from normlab.errors import invalid
 
 from .layers import NONE, PARTS, STATE, Activation, Network, Normed

@@ -33,7 +33,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import normlab as nl
-from normlab.devices.merging import vary
+from normlab.devices.mapped import vary
 
 from .. import models
 from ..rundir import RunError

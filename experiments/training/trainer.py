@@ -28,7 +28,7 @@ from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 
 import normlab as nl
-from normlab.devices.merging import vary
+from normlab.devices.mapped import vary
 
 from .. import models
 from ..data import Dataset

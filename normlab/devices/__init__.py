@@ -1,12 +1,13 @@
 """Statistics and gradients across devices: which are merged, and how."""
 
 from normlab.devices.gradients import global_gradient, global_mean
-from normlab.devices.merging import all_reduce
-from normlab.devices.topology import AxisName, Gradient, Sync, ring
+from normlab.devices.topology import AxisName, Gradient, Second, Sync, ring
+from normlab.devices.whole import all_reduce
 
 __all__ = [
     "AxisName",
     "Gradient",
+    "Second",
     "Sync",
     "all_reduce",
     "global_gradient",

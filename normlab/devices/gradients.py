@@ -23,7 +23,7 @@ from normlab._arguments import array, checked
 from normlab._checks import promote
 from normlab._weights import align_weights
 from normlab._xla import derivative_of
-from normlab.devices.merging import check_bound, is_typed, varying_axes
+from normlab.devices.mapped import check_bound, is_typed, varying_axes
 from normlab.devices.topology import AxisName, as_sync
 from normlab.errors import invalid
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import math
 from collections.abc import Sequence
@@ -41,6 +42,16 @@ examples and counts by their share n/N of all; in `"forward"` it counts whole.
 """
 
 
+Second = Literal["when_needed", "always", "never"]
+"""Whether the sums over devices are taken a second time, about the mean that they gave.
+
+About a pivot, the running mean or 0, the sums lose log10(1 + (μ − k)²/var) digits of the variance.
+`"when_needed"`: again where more than two are lost, which every device tells from the same numbers.
+`"always"`: two collectives and nothing to decide. `"never"`: one; `normlab.population.digits` keeps
+what is lost.
+"""
+
+
 NAMES = text("the name of an axis", "pass a string")
 NAMES = either(
     "the name of an axis, or a tuple of names", 'name them: "data"', NAMES, sequence(NAMES)
@@ -53,6 +64,7 @@ SHARDS = sequence(sequence(SHARD), "tuples of the numbers of shards", "number th
 @checked(
     "Sync",
     axes=NAMES,
+    together=NAMES,
     groups=either(
         "at least 1 shard, or tuples of their numbers",
         "pass an int or ((0, 1), (2, 3))",
@@ -64,6 +76,7 @@ SHARDS = sequence(sequence(SHARD), "tuples of the numbers of shards", "number th
     virtual_batch=integer("at least 1 example", "pass an int", 1),
     staged=flag(),
     gradient=one_of(Gradient, "what the gradient sees"),
+    second=one_of(Second, "whether to sum a second time"),
     every=integer("at least 0 batches", "pass 0 to ask in every norm", 0),
     mesh=instance((Mesh, AbstractMesh), "make it with jax.make_mesh", arrays=False),
 )
@@ -79,9 +92,15 @@ class Sync:
     order of the devices, are numbered 0, 1, …; `groups` or `members` say which of them are merged.
     The running statistics take in the shards of *all* the named axes, whatever the groups.
 
+    What a device sends does not depend on how many there are: 2C + 1 numbers for all of them or
+    along `together`, and again for the running statistics; ⌈log₂ g⌉ times as many, or twice that,
+    for groups of g devices; as many as it has neighbours for `members` that overlap.
+
     Attributes:
       axes: The named axes of which the devices are meant: of `pmap`, `shard_map`, `vmap`, or of
         the mesh. Empty for the device alone.
+      together: Those of the axes along which devices are merged, where they are groups of a mesh:
+        `Sync(("host", "chip"), together="chip")`. `None` for all axes.
       groups: `None` merges all shards. A number merges blocks of so many consecutive shards (1:
         every shard on its own). Tuples of numbers are the groups: they may be strided or uneven,
         and must hold every shard once.
@@ -94,6 +113,7 @@ class Sync:
       gradient: What the gradient sees, a `Gradient`.
       every: If positive, the statistics of other devices are not asked for in the norm but taken
         from the state, where `exchange` puts them; it refreshes those of at least this age.
+      second: Whether sums over whole axes are taken a second time, a `Second`.
       mesh: In plain `jit`, the mesh that has the axes; by default the one of `jax.set_mesh`.
 
     Raises:
@@ -101,6 +121,7 @@ class Sync:
     """
 
     axes: str | tuple[str, ...] = ()
+    together: str | tuple[str, ...] | None = None
     groups: int | tuple[tuple[int, ...], ...] | None = None
     members: tuple[tuple[int, ...], ...] | None = None
     shards: int = 1
@@ -108,13 +129,14 @@ class Sync:
     staged: bool = False
     gradient: Gradient = "both"
     every: int = 0
+    second: Second = "when_needed"
     mesh: Mesh | AbstractMesh | None = None
 
     def __post_init__(self) -> None:
         """Raises ValueError for a combination that means nothing."""
         cuts = {
             name: getattr(self, name)
-            for name in ("groups", "members", "virtual_batch")
+            for name in ("together", "groups", "members", "virtual_batch")
             if getattr(self, name) is not None
         }
         alone = [name for name in ("staged", "every") if getattr(self, name)]
@@ -131,6 +153,10 @@ class Sync:
             change = 'use gradient="forward", "none" or "both"'
             given = "every and gradient='backward'"
             raise invalid("Sync", given, "a gradient that asks no other device", change)
+        if self.together is not None and not {*self.near} < {*self.names}:
+            given = f"together={self.together!r} of the axes {self.axes!r}"
+            change = 'for example Sync(("host", "chip"), together="chip"); leave it out for all'
+            raise invalid("Sync", given, "some of the axes, not all", change)
         if (self.every or self.staged) and not self.names:
             given = "every" if self.every else "staged"
             raise invalid("Sync", f"{given} without axes", "axes to merge over", "name the axes")
@@ -143,7 +169,25 @@ class Sync:
     @property
     def whole(self) -> bool:
         """Whether all examples along the axes are one batch."""
-        return self.groups is None and self.members is None and self.virtual_batch is None
+        cuts = (self.together, self.groups, self.members, self.virtual_batch)
+        return all(cut is None for cut in cuts)
+
+    @property
+    def near(self) -> tuple[str, ...]:
+        """The axes along which devices are merged, where groups are not given by number."""
+        if self.together is None:
+            return self.names
+        return (self.together,) if isinstance(self.together, str) else tuple(self.together)
+
+    @property
+    def far(self) -> tuple[str, ...]:
+        """The other axes."""
+        return tuple(name for name in self.names if name not in self.near)
+
+    @property
+    def stages(self) -> list[tuple[str, ...]]:
+        """The axes to merge over, one collective after the other."""
+        return [(name,) for name in reversed(self.names)] if self.staged else [self.names]
 
 
 AxisName = str | tuple[str, ...] | Sync
@@ -182,26 +226,33 @@ def ring(count: int, reach: int = 1) -> tuple[tuple[int, ...], ...]:
 
 
 class Plan(NamedTuple):
-    """A `Sync` for a given number of devices and examples.
+    """A `Sync` for given devices and examples.
 
     Attributes:
       shards: Parts of each device's batch.
       block: If positive, consecutive shards of this number are merged, and no block is in two
         devices.
-      members: `[S, S]` bool, else: of shard i, row i says with which it is merged. `None` for all.
+      members: Of each shard, by number, else: with which it is merged. `None` for all.
     """
 
     shards: int
     block: int
-    members: np.ndarray | None
+    members: tuple[tuple[int, ...], ...] | None
 
 
-def plan(where: str, sync: Sync, devices: int, examples: int) -> Plan:
-    """Cuts a batch of `examples` on each of `devices` devices.
+def plan(where: str, sync: Sync, sizes: Sequence[int], examples: int) -> Plan:
+    """Cuts a batch of `examples` on each device of a grid.
+
+    Args:
+      where: The caller, for errors.
+      sync: How.
+      sizes: The number of devices along each of its axes.
+      examples: The number of examples on each.
 
     Raises:
       ValueError: If it cannot be cut so, or groups are not a partition of the shards.
     """
+    devices = math.prod(sizes)
     shards, groups = sync.shards, sync.groups
     if sync.virtual_batch is not None:
         if devices * examples % sync.virtual_batch:
@@ -222,8 +273,10 @@ def plan(where: str, sync: Sync, devices: int, examples: int) -> Plan:
             f"use {_divisor(examples, shards)} shards" if examples else "give the batch examples",
         )
     count = devices * shards
+    if sync.together is not None:
+        return Plan(1, 0, _along(sync, sizes))
     if sync.members is not None:
-        return Plan(shards, 0, _matrix(where, sync.members, count))
+        return Plan(shards, 0, _members(where, sync.members, count))
     if isinstance(groups, int):
         if count % groups:
             raise invalid(
@@ -240,7 +293,17 @@ def plan(where: str, sync: Sync, devices: int, examples: int) -> Plan:
     return Plan(shards, 0, _partition(where, groups, devices, shards))
 
 
-def _matrix(where: str, members: Sequence[Sequence[int]], count: int) -> np.ndarray:
+def _along(sync: Sync, sizes: Sequence[int]) -> tuple[tuple[int, ...], ...]:
+    """Of each device those that differ from it along `together` alone."""
+    grid = np.arange(math.prod(sizes)).reshape(sizes)
+    inner = tuple(i for i, name in enumerate(sync.names) if name in sync.near)
+    rows = np.moveaxis(grid, inner, range(-len(inner), 0))
+    groups = rows.reshape(-1, math.prod(sizes[i] for i in inner))
+    found = {int(i): tuple(map(int, group)) for group in groups for i in group}
+    return tuple(found[i] for i in range(grid.size))
+
+
+def _members(where: str, members: Sequence[Sequence[int]], count: int) -> Any:
     if len(members) != count:
         raise invalid(
             where,
@@ -248,7 +311,6 @@ def _matrix(where: str, members: Sequence[Sequence[int]], count: int) -> np.ndar
             "one tuple for each",
             f"give {count} of them, as ring({count}) does",
         )
-    matrix = np.zeros((count, count), bool)
     for i, row in enumerate(members):
         if not row or any(not 0 <= j < count for j in row):
             raise invalid(
@@ -257,20 +319,21 @@ def _matrix(where: str, members: Sequence[Sequence[int]], count: int) -> np.ndar
                 f"numbers of shards, 0 to {count - 1}, at least one",
                 f"mend members[{i}]; a shard on its own is ({i},)",
             )
-        matrix[i, list(row)] = True
-    return matrix
+    return tuple(map(tuple, members))
 
 
 def _partition(where: str, groups: Sequence[Sequence[int]], devices: int, shards: int) -> Any:
     count = devices * shards
-    listed = [i for group in groups for i in group]
-    wrong = {
-        "empty groups at": [i for i, group in enumerate(groups) if not group],
-        "missing": sorted(set(range(count)) - set(listed)),
-        "not there": sorted({i for i in listed if not 0 <= i < count}),
-        "in more than one place": sorted({i for i in listed if listed.count(i) > 1}),
-    }
-    if any(wrong.values()):
+    of = {i: tuple(group) for group in groups for i in group}
+    number = sum(map(len, groups))
+    if not all(groups) or number != count or of.keys() != {*range(count)}:
+        listed = collections.Counter(i for group in groups for i in group)
+        wrong = {
+            "empty groups at": [i for i, group in enumerate(groups) if not group],
+            "missing": [i for i in range(count) if i not in of],
+            "not there": sorted(i for i in of if not 0 <= i < count),
+            "in more than one place": sorted(i for i, times in listed.items() if times > 1),
+        }
         said = "; ".join(f"{what}: {_some(found)}" for what, found in wrong.items() if found)
         raise invalid(
             where,
@@ -278,10 +341,7 @@ def _partition(where: str, groups: Sequence[Sequence[int]], devices: int, shards
             f"each of 0 to {count - 1} in one group",
             "mend the groups; a shard on its own is a group of one, and members may overlap",
         )
-    matrix = np.zeros((count, count), bool)
-    for group in groups:
-        matrix[np.ix_(group, group)] = True
-    return matrix
+    return tuple(of[i] for i in range(count))
 
 
 def _shards(devices: int, shards: int) -> str:

@@ -18,7 +18,7 @@ from normlab._arguments import checked, instance, integer
 from normlab._checks import expand, inputs, kernel, normalize_axes, promote, promote_dtype
 from normlab._trees import node
 from normlab._weights import align_weights
-from normlab.devices.merging import is_bound, vary, varying_axes
+from normlab.devices.mapped import is_bound, vary, varying_axes
 from normlab.devices.topology import AxisName, as_sync
 from normlab.equation import Parts
 from normlab.errors import invalid

@@ -21,7 +21,7 @@ from normlab._checks import expand, promote
 from normlab._weights import aligned
 from normlab._xla import partitioned
 from normlab.combine import tuple_of
-from normlab.devices.merging import gathered, is_bound
+from normlab.devices.mapped import gather, is_bound
 from normlab.devices.topology import AxisName, Sync, as_sync
 from normlab.equation import Parts
 from normlab.errors import invalid
@@ -107,7 +107,7 @@ def _extreme(site: Site, mu: Array, k: int, sync: Sync) -> Array:
 
     top, n = partitioned(largest, a, mu, w) if not is_bound(sync.names) else largest(a, mu, w)
     if sync.names and is_bound(sync.names):
-        table = gathered(jnp.concatenate([top, n[:, None]], 1), sync.names)
+        table = gather(jnp.concatenate([top, n[:, None]], 1), sync.names)
         n = table[..., -1].sum(0)
         top = jnp.moveaxis(table[..., :-1], 0, 1).reshape(len(n), -1)
         top = lax.top_k(top, min(k, top.shape[1]))[0]

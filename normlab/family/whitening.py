@@ -49,7 +49,14 @@ from normlab.measure import Moments
 from normlab.population._batches import BadBatch, check_batch
 from normlab.population.by_name import init_batch_state
 from normlab.population.cumulative import Estimator
-from normlab.population.optional import check_state, covariance, measures, observe, per_example
+from normlab.population.optional import (
+    check_state,
+    covariance,
+    measures,
+    observe,
+    per_example,
+    pivot,
+)
 from normlab.population.protocol import Population
 from normlab.site import SHAPES, Norm, Site, State
 
@@ -243,7 +250,8 @@ def _batch(
             return in_groups(where, jnp.moveaxis(x, last, -1), axes, w, groups)
 
         def measured(sync: Sync, w: Array | None) -> tuple[Moments, Moments]:
-            return measure(where, x, axes, sync, weights=w, least=least, of=of)
+            how: Any = {"least": least, "of": of, "pivot": pivot(state, sync)}
+            return measure(where, x, axes, sync, weights=w, **how)
 
         run = by_member(measured, of, x, w, axes, train)
         m, population, state = observe(state, run, sync)
@@ -251,8 +259,8 @@ def _batch(
             lambda f: f.reshape(f.shape[0], *f.shape[-3:]), check_batch(where, m, bad_batch)
         )
         if not sync.whole and not per_example(state):
-            devices, examples = layout(where, sync, x.shape[0])
-            block = examples // plan(where, sync, devices, examples).shards
+            sizes, examples = layout(where, sync, x.shape[0])
+            block = examples // plan(where, sync, sizes, examples).shards
     mean, cov = covariance(state, m)
     count = jnp.ones((1, 1, 1), cov.dtype) if m is None else m.count
     mean = mean.reshape(*mean.shape[:-3], -1) if m is not None else mean

@@ -184,7 +184,7 @@ class _Problem(NamedTuple):
     def one(self) -> dict[str, np.ndarray]:
         """Every shard among its members, one after the other."""
         norm, x, weights = self.make(None), self.x, self.weights
-        cut = plan("equivalence", self.sync, self.devices, len(x) // self.devices)
+        cut = plan("equivalence", self.sync, (self.devices,), len(x) // self.devices)
         count = self.devices * cut.shards
         if self.sync.whole:
             groups = [([0], [0])]
@@ -193,7 +193,7 @@ class _Problem(NamedTuple):
             blocks = np.arange(count).reshape(-1, cut.block)
             groups = [(list(block), list(block)) for block in blocks]
         else:
-            groups = [(list(np.flatnonzero(row)), [i]) for i, row in enumerate(cut.members)]
+            groups = [(sorted({*row}), [i]) for i, row in enumerate(cut.members)]
         index = np.arange(len(x)).reshape(count, -1)
 
         def loss(params: Any, w: Array, x: Array) -> tuple[Array, Array]:

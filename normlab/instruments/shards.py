@@ -16,8 +16,9 @@ import jax.numpy as jnp
 from jax import Array
 
 from normlab._arguments import checked, instance
-from normlab.devices.merging import check_bound, gather
+from normlab.devices.mapped import check_bound, gather
 from normlab.devices.topology import AxisName, as_sync
+from normlab.devices.whole import pack, unpack
 from normlab.errors import invalid
 from normlab.measure import Moments, merge_axes
 from normlab.population._batches import arrays
@@ -74,7 +75,8 @@ def drift(stats: Moments | Population, axis_name: AxisName | None = None) -> Dri
     names = as_sync(axis_name).names
     if names:
         check_bound("drift", names)
-        m = gather(m._replace(count=jnp.broadcast_to(m.count, m.mean.shape)), names)
+        m = m._replace(count=jnp.broadcast_to(m.count, m.mean.shape))
+        m = unpack(gather(pack([m]), names), [m])[0][0]
     if m.mean.ndim < 2:
         raise invalid(
             "drift",

@@ -9,8 +9,9 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from normlab.comoments import sample
-from normlab.devices.merging import all_reduce, check_bound
+from normlab.devices.mapped import check_bound
 from normlab.devices.topology import AxisName, as_sync
+from normlab.devices.whole import all_reduce
 from normlab.population._batches import arrays
 
 

@@ -24,7 +24,7 @@ from jax import Array
 from normlab._arguments import checked, tree
 from normlab._trees import node
 from normlab._weights import leave_out
-from normlab.devices.merging import vary, varying_axes
+from normlab.devices.mapped import vary, varying_axes
 from normlab.errors import invalid
 from normlab.population.optional import is_population
 

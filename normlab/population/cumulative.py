@@ -16,8 +16,8 @@ from jax.typing import DTypeLike
 from normlab._arguments import checked, declare, one_of
 from normlab._trees import register
 from normlab.comoments import sample, second_shape, shaped_as
-from normlab.devices.merging import all_reduce
 from normlab.devices.topology import AxisName, as_sync
+from normlab.devices.whole import all_reduce
 from normlab.errors import invalid
 from normlab.measure import Moments, merge
 from normlab.population._batches import BadBatch, arrays, check_batch, statistics_dtype, taken_in

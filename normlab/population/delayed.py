@@ -24,8 +24,11 @@ from jax.typing import DTypeLike
 from normlab._arguments import checked, settled_decay
 from normlab._trees import node
 from normlab.comoments import sample, shaped_as
-from normlab.devices.merging import check_bound, differentiated, gather_members, vary
+from normlab.devices.groups import merge_others
+from normlab.devices.mapped import axis_sizes, check_bound, vary
+from normlab.devices.merging import differentiated
 from normlab.devices.topology import AxisName, Sync, as_sync, plan
+from normlab.devices.whole import merge_whole, without
 from normlab.errors import invalid
 from normlab.measure import Moments, merge
 from normlab.population._batches import arrays, finite
@@ -136,16 +139,18 @@ def exchange(states: Any, axis_name: AxisName) -> Any:
         )
     delayed = [arrays(leaves[i]) for i in at]
     own = _together([s.own for s in delayed])  # by kind
-    devices = lax.axis_size(sync.names)
-    members = plan("exchange", sync, devices, 1).members
-    if sync.whole:
-        members = np.ones((devices, devices), bool)
-    elif members is None:  # each device on its own
-        members = np.eye(devices, dtype=bool)
-    members = members & ~np.eye(devices, dtype=bool)
+    members = plan("exchange", sync, axis_sizes(sync.names), 1).members
 
     def ask(own: list[Moments], old: Any) -> tuple[list[Moments], Array]:
-        return gather_members(own, members, sync.names), old[1] - old[1]
+        return heard(own), old[1] - old[1]
+
+    def heard(own: list[Moments]) -> list[Moments]:
+        if sync.whole or sync.together:
+            merged, _ = merge_whole(own, [sync.near], second=sync.second)
+            return [without(m, o) for m, o in zip(merged, own, strict=True)]
+        if members is None:  # each device on its own
+            return jax.tree.map(jnp.zeros_like, own)
+        return merge_others(own, members, sync.names)
 
     age = delayed[0].age
     due = (age < 0) | (age >= sync.every)

@@ -267,6 +267,16 @@ def settled(state: Any, seen: Any, estimator: str | None) -> Any:
     )
 
 
+def pivot(state: Any, sync: Sync) -> Array | None:
+    """The mean about which devices sum, `[C]`: the one that `state` has; `None` if none is asked.
+
+    Without a gradient, and the same numbers whatever it is.
+    """
+    if not sync.names or not isinstance(state, Population) or per_example(state):
+        return None
+    return lax.stop_gradient(jnp.asarray(state.read()[0]))
+
+
 def observe_inner(self: Any, run: Run, sync: Sync) -> tuple[Moments, Moments, Any]:
     """As `inner` does."""
     m, population, inner = observe(self.inner, run, sync)

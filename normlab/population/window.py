@@ -11,8 +11,8 @@ from jax.typing import DTypeLike
 
 from normlab._arguments import checked, integer
 from normlab._trees import node
-from normlab.devices.merging import all_reduce
 from normlab.devices.topology import AxisName, as_sync
+from normlab.devices.whole import all_reduce
 from normlab.errors import invalid
 from normlab.measure import Moments, merge, merge_axes
 from normlab.population._batches import BadBatch, arrays, check_batch, statistics_dtype, taken_in
