@@ -26,8 +26,8 @@ from jax.sharding import PartitionSpec as P
 
 import normlab as nl
 from normlab.devices.mapped import vary
+from normlab.instruments.collectives import collectives
 
-from ..programs.collectives import collectives
 from ..programs.machines import Machine, abstract, machine, missing
 from ..training.trainer import AXIS, on_devices, set_devices
 from .config import BenchSync

@@ -11,12 +11,17 @@ import normlab as nl
 from experiments.bench import sync as bench_sync
 from experiments.console import main
 from experiments.programs import machines
-from experiments.programs.collectives import algorithm, collectives, groups, shape_of
 from experiments.programs.config import Ledger
 from experiments.programs.ledger import Purpose, compile_all, table
 from experiments.programs.machines import Cluster, Machine, Torus, machine, missing
 from experiments.rundir import RunError
 from experiments.training.syncs import parse
+from normlab.instruments.collectives import (
+    algorithm,
+    collectives,
+    groups,
+    shape_of,
+)
 
 # --- The words of --sync ----------------------------------------------------------------------
 

@@ -9,13 +9,14 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
-from jax.stages import Compiled
 
-from .hlo import Computation, Instruction, parse
+from normlab.instruments.hlo import Computation, Frame, Instruction, Program, parse
 
 KINDS = (
     "all-reduce",
@@ -30,6 +31,22 @@ KINDS = (
 Groups = tuple[tuple[int, ...], ...]
 
 
+class Purpose(NamedTuple):
+    """What a collective is for.
+
+    Attributes:
+      what: Where in the model, or what.
+      direction: `"forward"` or `"backward"` in a gradient, else empty.
+    """
+
+    what: str
+    direction: str = ""
+
+    def __str__(self) -> str:
+        """In words."""
+        return f"{self.what} {self.direction}".strip()
+
+
 class Collective(NamedTuple):
     """One collective.
 
@@ -39,8 +56,11 @@ class Collective(NamedTuple):
       groups: The devices that work together, by number; of a permute, `(source, target)`.
       names: Where it came from, `jit(step)/…/psum`: of itself, or, where the compiler left it
         none or made one of several, of what went into it, the nearest first.
+      line: The line of the user's source, `step.py:12`, if the program tells it.
       algorithm: What the compiler says of how it is done; empty where it says nothing.
       times: How often it runs, if it stands in a loop.
+      when_needed: Whether it runs only then: it stands in a branch of a conditional, or in a loop
+        of which nobody knows how often it runs. What all branches have in common always runs.
       last: Whether no other collective needs its result.
     """
 
@@ -48,27 +68,46 @@ class Collective(NamedTuple):
     nbytes: int
     groups: Groups
     names: tuple[str, ...]
+    line: str
     algorithm: str
     times: int
+    when_needed: bool
     last: bool
 
+    @property
+    def purposes(self) -> tuple[Purpose, ...]:
+        """What it is for, from its names: `Net/BatchNorm_0`, forward; else the line."""
+        found = dict.fromkeys(map(purpose, self.names))
+        named = [p for p in found if p.what]
+        direction = next((p.direction for p in found), "")
+        return tuple(named) or (Purpose(self.line or self.kind, direction),)
 
-def collectives(compiled: Compiled | str, devices: int) -> list[Collective]:
+    @property
+    def shape(self) -> str:
+        """Who works together, in a few words."""
+        return sends(self.groups) if self.kind == "collective-permute" else shape_of(self.groups)
+
+
+def collectives(compiled: Any, devices: int | None = None) -> list[Collective]:
     """Reads the collectives of a program, in the order of its text.
 
-    The start and the end of an asynchronous one count once. A loop's body counts as often as it
-    runs, where that is known; of a conditional, the branch with the most.
+    The start and the end of an asynchronous one count once, a loop's body as often as it runs.
 
     Args:
       compiled: A compiled function, or its text.
-      devices: How many devices it is for.
+      devices: How many devices it is for; `None` for what the text says.
     """
-    computations, entry = parse(compiled, "collectives")
+    program = parse(compiled, "collectives")
+    return of_program(program, program.devices if devices is None else devices)
+
+
+def of_program(program: Program, devices: int) -> list[Collective]:
+    """The collectives of a program that was read."""
     found: dict[str, list[Collective]] = {}
 
     def within(name: str) -> list[Collective]:
         if name not in found:
-            c = computations[name]
+            c = program.computations[name]
             found[name] = [one for i in c.instructions.values() for one in of(c, i)]
         return found[name]
 
@@ -79,21 +118,165 @@ def collectives(compiled: Compiled | str, devices: int) -> list[Collective]:
         kind = i.opcode.removesuffix("-start")
         if kind in KINDS:
             last = not any(within_one(c, user) for user in _needing(c, i))
-            yield _collective(kind, c, i, devices)._replace(last=last)
+            line = users_line(program.stack(i))
+            yield _collective(kind, c, i, devices)._replace(last=last, line=line)
         elif not i.opcode.endswith(("-done", "-update")):
-            inner = [within(name) for name in i.calls]
+            each = [within(name) for name in i.calls]
+            if not any(each):
+                return
+            last = not any(within_one(c, user) for user in _needing(c, i))
             if i.opcode == "conditional":
-                inner = [max(inner, key=len)]
-            inner = [one for each in inner for one in each]
-            last = inner and not any(within_one(c, user) for user in _needing(c, i))
+                inner = _branches(each)
+            elif i.opcode == "while":
+                inner = _loop(*each, program.trips(c, i))
+            else:
+                inner = [one for ones in each for one in ones]
             for one in inner:
                 if i.opcode == "fusion" and "all-reduce-scatter" in i.calls[0]:
                     one = one._replace(kind="reduce-scatter")  # a TPU's way to write it
-                names = one.names or _names(c, i)
-                times = one.times * i.trips
-                yield one._replace(names=names, times=times, last=one.last and bool(last))
+                names, line = one.names or _names(c, i), one.line or users_line(program.stack(i))
+                yield one._replace(names=names, line=line, last=one.last and last)
 
-    return within(entry)
+    return within(program.entry)
+
+
+def _branches(each: Sequence[Sequence[Collective]]) -> Iterator[Collective]:
+    """Of the branches of a conditional, what all have, once; the others' are for when needed."""
+
+    def alike(one: Collective) -> Any:
+        return one.kind, one.nbytes, one.groups, one.times, one.when_needed
+
+    common = Counter(map(alike, each[0]))
+    for branch in each[1:]:
+        common &= Counter(map(alike, branch))
+    for k, branch in enumerate(each):
+        left = common.copy()
+        for one in branch:
+            if left[alike(one)]:
+                left[alike(one)] -= 1
+                if not k:
+                    yield one
+            else:
+                yield one._replace(when_needed=True)
+
+
+def _loop(
+    condition: Sequence[Collective], body: Sequence[Collective], trips: int | None
+) -> Iterator[Collective]:
+    """The condition runs once more than the body, which may not run at all."""
+    if trips is not None:
+        yield from (one._replace(times=one.times * (trips + 1)) for one in condition)
+        yield from (one._replace(times=one.times * trips) for one in body if trips)
+        return
+    yield from condition
+    yield from (one._replace(when_needed=True) for one in (*condition, *body))
+
+
+def purpose(name: str) -> Purpose:
+    """Where in the model a name of an instruction comes from, and in which direction.
+
+    >>> purpose("jit(step)/shard_map/transpose(jvp(Net))/BatchNorm_0/while/body/psum")
+    Purpose(what='Net/BatchNorm_0', direction='backward')
+    """
+    direction = "backward" if "transpose(" in name else "forward" if "jvp(" in name else ""
+    words, depth = [""], 0
+    for c in name:  # no slash within brackets is one between words
+        depth += (c == "(") - (c == ")")
+        if c == "/" and not depth:
+            words.append("")
+        else:
+            words[-1] += c
+    scopes = [_unwrapped(word) for word in words[:-1]]  # the last one is the operation
+    return Purpose("/".join(word for word in scopes if word), direction)
+
+
+def _unwrapped(word: str) -> str:
+    """The name in `transpose(jvp(name))`; nothing of a word of JAX's own."""
+    while wrapped := re.fullmatch(r"(\w+)\((.*)\)", word):
+        if wrapped[1] in ("jit", "pjit", "pmap"):
+            return ""
+        word = wrapped[2]
+    return "" if word in _OWN or re.fullmatch(r"branch_\d+_fun", word) else word
+
+
+_OWN = (
+    "body",
+    "checkpoint",
+    "closed_call",
+    "cond",
+    "custom_jvp_call",
+    "custom_vjp_call",
+    "jit",
+    "pjit",
+    "rematted_computation",
+    "remat",
+    "remat2",
+    "scan",
+    "shard_map",
+    "vmap",
+    "while",
+)
+"""What JAX calls the parts of a program."""
+
+
+def users_line(stack: Iterable[Frame]) -> str:
+    """The innermost line that is none of an installed package, nor of this one's."""
+    own = str(Path(__file__).parents[1])
+    for frame in stack:
+        installed = "/site-packages/" in frame.file or "/dist-packages/" in frame.file
+        if not installed and not frame.file.startswith((own, "<frozen")):
+            return f"{Path(frame.file).name}:{frame.line}"
+    return ""
+
+
+class Entry(NamedTuple):
+    """The collectives of one purpose; of several where the compiler made one of several."""
+
+    purposes: tuple[Purpose, ...]
+    when_needed: bool
+    collectives: tuple[Collective, ...]
+
+    def __str__(self) -> str:
+        """In words."""
+        said = ", ".join(map(str, self.purposes))
+        return f"{said}, when needed" if self.when_needed else said
+
+    @property
+    def nbytes(self) -> int:
+        """What each device puts in, of all of them."""
+        return sum(one.nbytes * one.times for one in self.collectives)
+
+    @property
+    def kinds(self) -> str:
+        """How many of what kind: `2 all-reduce`."""
+        kinds = Counter()
+        for one in self.collectives:
+            kinds[one.kind] += one.times
+        return ", ".join(f"{count} {kind}" for kind, count in kinds.items()) or "none"
+
+    def distinct(self, word: Callable[[Collective], str]) -> str:
+        """What the collectives say, each thing once."""
+        return "; ".join(dict.fromkeys(filter(None, map(word, self.collectives))))
+
+
+def by_purpose(
+    found: Iterable[Collective],
+    purposes: Callable[[Collective], tuple[Purpose, ...]],
+    line: Callable[[Collective], str] = lambda one: "",
+) -> list[Entry]:
+    """The collectives in entries: those that always run first, forward before backward.
+
+    Args:
+      found: The collectives.
+      purposes: What one of them is for.
+      line: What sets those of one purpose apart.
+    """
+    entries: dict[Any, list[Collective]] = {}
+    for one in found:
+        entries.setdefault((purposes(one), one.when_needed, line(one)), []).append(one)
+    order = {"forward": 0, "backward": 1, "": 2}
+    made = [Entry(*key[:2], tuple(each)) for key, each in entries.items()]
+    return sorted(made, key=lambda e: (e.when_needed, order[e.purposes[0].direction]))
 
 
 def _collective(kind: str, c: Computation, i: Instruction, devices: int) -> Collective:
@@ -103,7 +286,8 @@ def _collective(kind: str, c: Computation, i: Instruction, devices: int) -> Coll
     if len(i.operands) > 1:  # several in one: the name is made of all of theirs
         inputs = [_names(c, c.instructions[operand]) for operand in i.operands]
         names = tuple(dict.fromkeys(name for each in inputs for name in each[:1])) or names
-    return Collective(kind, nbytes, groups(i.text, devices), names, algorithm(i.text), 1, True)
+    there = groups(i.text, devices)
+    return Collective(kind, nbytes, there, names, "", algorithm(i.text), 1, False, True)
 
 
 def groups(text: str, devices: int) -> Groups:
@@ -130,7 +314,7 @@ def groups(text: str, devices: int) -> Groups:
     given = re.search(r"replica_groups=\S*", text)
     raise ValueError(
         f"collectives: got {given[0] if given else 'no replica_groups'}; expected {{{{0,1}},…}}, "
-        "[2,2]<=[4], or mesh['a'=2] {'a'}. Teach `programs.collectives.groups` to read it."
+        "[2,2]<=[4], or mesh['a'=2] {'a'}. Teach `instruments.collectives.groups` to read it."
     )
 
 
@@ -244,3 +428,21 @@ def shape_of(groups: Sequence[Sequence[int]]) -> str:
         return f"all {each}"
     first = ",".join(map(str, groups[0][:4])) + (",…" if len(groups[0]) > 4 else "")
     return f"{len(groups)} of {each}: {{{first}}}, …"
+
+
+def sends(pairs: Sequence[Sequence[int]]) -> str:
+    """The sources and targets of a permute in a few words.
+
+    >>> sends(((0, 1), (1, 0), (2, 3), (3, 2)))
+    '2 pairs: 0↔1, …'
+    >>> sends(((0, 1), (1, 2), (2, 3), (3, 0)))
+    '4 sends: 0→1, 1→2, …'
+    """
+    known = {tuple(pair) for pair in pairs}
+    if all((target, source) in known and source != target for source, target in known):
+        said = [f"{source}↔{target}" for source, target in pairs if source < target]
+        word, most = "pair", 1
+    else:
+        said, word, most = [f"{source}→{target}" for source, target in pairs], "send", 2
+    shown = ", ".join(said[:most]) + (", …" if len(said) > most else "")
+    return f"{len(said)} {word}{'s' * (len(said) != 1)}: {shown}"
