@@ -133,6 +133,7 @@ HEADINGS = (
     "what",
     "collectives",
     "bytes",
+    "received",
     "groups",
     "algorithm",
     "µs, modelled",
@@ -168,6 +169,8 @@ def remarks(found: Found) -> Iterator[str]:
     machines = {account.machine.name: account.machine for account in found.accounts}
     said = f"{config.program} of {config.model} in {config.mode}, {config.batch_size} examples a "
     said += f"device, on {', '.join(machines)}. Bytes: what each device puts in."
+    if any(one.received > one.nbytes for a in found.accounts for one in a.program.collectives):
+        said += " Received: where that is another number, of a gather a row from each device."
     if any(there.network for there in machines.values()):
         said += " Times are those of an α-β model (docs/ledger.md). They are not measurements."
     if any(account.program.when_needed for account in found.accounts):
@@ -439,9 +442,7 @@ def _row(there: Machine, entry: Entry, whole: bool) -> tuple[str, ...]:
     times = [modelled(there, one) for one in entry.collectives]
     modelled_all = there.network and None not in times
     return (
-        str(entry),
-        entry.kinds,
-        f"{entry.nbytes:,}",
+        *entry.cells,
         "" if whole else entry.distinct(lambda one: one.shape),
         "" if whole else entry.distinct(lambda one: one.algorithm),
         f"{1e6 * sum(filter(None, times)):.1f}" if modelled_all else "",

@@ -76,11 +76,19 @@ class Collective(NamedTuple):
 
     @property
     def purposes(self) -> tuple[Purpose, ...]:
-        """What it is for, from its names: `Net/BatchNorm_0`, forward; else the line."""
+        """What it is for, from its names: `Net/BatchNorm_0`, forward; else the operation."""
         found = dict.fromkeys(map(purpose, self.names))
-        named = [p for p in found if p.what]
-        direction = next((p.direction for p in found), "")
-        return tuple(named) or (Purpose(self.line or self.kind, direction),)
+        named = tuple(p for p in found if p.what)
+        plain = (Purpose(name.rpartition("/")[2], purpose(name).direction) for name in self.names)
+        return named or (next(plain, Purpose(self.kind)),)
+
+    @property
+    def received(self) -> int:
+        """Bytes of its result on each device: of a gather, what all in the largest group put in."""
+        most = max(map(len, self.groups), default=1)
+        if self.kind == "all-gather":
+            return self.nbytes * most
+        return self.nbytes // most if self.kind == "reduce-scatter" else self.nbytes
 
     @property
     def shape(self) -> str:
@@ -186,8 +194,15 @@ def purpose(name: str) -> Purpose:
             words.append("")
         else:
             words[-1] += c
-    scopes = [_unwrapped(word) for word in words[:-1]]  # the last one is the operation
-    return Purpose("/".join(word for word in scopes if word), direction)
+    scopes: list[str] = []
+    for word in words[:-1]:  # the last one is the operation
+        scope = _unwrapped(word)
+        if scopes and scope.partition(".")[0] == scopes[-1]:
+            continue  # Flax's name for a method of that module
+        if scope != word and scope in scopes:  # a derivative within one begins the path anew
+            del scopes[scopes.index(scope) :]
+        scopes += [scope] if scope else []
+    return Purpose("/".join(scopes), direction)
 
 
 def _unwrapped(word: str) -> str:
@@ -237,14 +252,26 @@ class Entry(NamedTuple):
     collectives: tuple[Collective, ...]
 
     def __str__(self) -> str:
-        """In words."""
-        said = ", ".join(map(str, self.purposes))
+        """In words, of more than three purposes the first two."""
+        names = list(map(str, self.purposes))
+        said = ", ".join(names if len(names) <= 3 else [*names[:2], f"{len(names) - 2} more"])
         return f"{said}, when needed" if self.when_needed else said
 
     @property
     def nbytes(self) -> int:
         """What each device puts in, of all of them."""
         return sum(one.nbytes * one.times for one in self.collectives)
+
+    @property
+    def received(self) -> int:
+        """What each device gets, of all of them."""
+        return sum(one.received * one.times for one in self.collectives)
+
+    @property
+    def cells(self) -> tuple[str, str, str, str]:
+        """What, how many of which kind, bytes put in, and received where that differs."""
+        more = f"{self.received:,}" if self.received != self.nbytes else ""
+        return str(self), self.kinds, f"{self.nbytes:,}", more
 
     @property
     def kinds(self) -> str:

@@ -55,7 +55,7 @@ class Ledger(NamedTuple):
         return by_purpose(self.collectives, lambda one: one.purposes, lambda one: one.line)
 
     def as_dicts(self) -> list[dict[str, Any]]:
-        """A row of the table each: what for, how many of which kind, bytes, who, from which line.
+        """A row of the table each: what for, how many of which kind, bytes, who, which line.
 
         `json.dumps` and `pandas.DataFrame` take it.
         """
@@ -66,6 +66,7 @@ class Ledger(NamedTuple):
                 "collectives": entry.kinds,
                 "count": sum(one.times for one in entry.collectives),
                 "bytes": entry.nbytes,
+                "received": entry.received,
                 "groups": entry.distinct(lambda one: one.shape),
                 "line": entry.distinct(lambda one: one.line),
             }
@@ -74,47 +75,44 @@ class Ledger(NamedTuple):
 
     def __str__(self) -> str:
         """The table, and under it the memory."""
-        entries = self.entries
+        devices = f"{self.devices} device{'s' * (self.devices != 1)}"
+        if not self.collectives:
+            alone = "no device asks another one anything"
+            alone = "there is one device" if self.devices == 1 else alone
+            return f"no collectives: {alone}\n{devices}. {self._each()}"
         totals = [Entry((Purpose("in all"),), False, self.steady)]
         if self.when_needed:
             totals.append(Entry((Purpose("in all"),), True, self.when_needed))
-        rows = [("what", "collectives", "bytes", "groups", "line")]
-        for entry in (*entries, *totals):
-            whole = entry in totals
-            groups = "" if whole else entry.distinct(lambda one: one.shape)
-            line = "" if whole else entry.distinct(lambda one: one.line)
-            rows.append((str(entry), entry.kinds, f"{entry.nbytes:,}", groups, line))
-        said = (
-            _aligned(rows)
-            if entries
-            else "no collectives: "
-            + (
-                "there is one device, or the program was compiled for one"
-                if self.devices == 1
-                else "no device asks another one anything"
-            )
-        )
-        each = [f"{_size(nbytes)} {kind}" for kind, nbytes in self.memory.items() if nbytes]
-        each += [] if self.flops is None else [f"{self.flops:.3g} flops"]
-        devices = f"{self.devices} device{'s' * (self.devices != 1)}"
-        if entries:
-            devices += "; bytes are what each of them puts in"
-        return f"{said}\n{devices}. On each {', '.join(each) or 'nothing is known'}."
+        rows = [("what", "collectives", "bytes", "received", "groups", "line")]
+        for entry in (*self.entries, *totals):
+            groups, line = entry.distinct(lambda c: c.shape), entry.distinct(lambda c: c.line)
+            rows.append((*entry.cells, *(("", "") if entry in totals else (groups, line))))
+        said = f"{devices}; bytes are what each of them puts in. {self._each()}"
+        return f"{_aligned(rows)}\n{said}"
+
+    def _each(self) -> str:
+        known = [f"{_size(nbytes)} {kind}" for kind, nbytes in self.memory.items() if nbytes]
+        known += [] if self.flops is None else [f"{self.flops:.3g} flops"]
+        return f"On each {', '.join(known) or 'nothing is known'}."
 
 
 def _size(nbytes: int) -> str:
-    return f"{nbytes / 2**20:.2f} MiB" if nbytes >= 2**20 else f"{nbytes / 2**10:.2f} KiB"
+    for power, unit in ((2, "MiB"), (1, "KiB")):
+        if nbytes >= 1024**power:
+            return f"{nbytes / 1024**power:.2f} {unit}"
+    return f"{nbytes} B"
 
 
 def _aligned(rows: Sequence[Sequence[str]]) -> str:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join(
-        "  ".join(
-            cell.rjust(width) if k == 2 else cell.ljust(width)
-            for k, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    )
+    """Rows under their headings, numbers to the right, without columns that say nothing."""
+    columns = [column for column in zip(*rows, strict=True) if any(column[1:])]
+    padded = []
+    for heading, *cells in columns:
+        width = max(map(len, (heading, *cells)))
+        right = heading in ("bytes", "received")
+        pad = str.rjust if right else str.ljust
+        padded.append([pad(cell, width) for cell in (heading, *cells)])
+    return "\n".join("  ".join(row).rstrip() for row in zip(*padded, strict=True))
 
 
 def _program(value: Any) -> Any:
@@ -138,7 +136,8 @@ def ledger(f: Callable[..., Any] | Any, *args: Any, **kwargs: Any) -> Ledger:
     The program is compiled for the devices on which the arguments lie, and read; it does not run.
     A device that is not here will do (`jax.experimental.topologies`): docs/ledger.md.
 
-    Bytes are what each device puts in. Where a collective comes from is the path of
+    Bytes are what each device puts in; of a gather each receives as many times that as there are
+    in its group. Where a collective comes from is the path of
     `jax.named_scope`s, of which Flax makes one for each module, and the line of the source that is
     none of an installed package; in the backward pass of a gradient it says so. What stands in a
     branch of a conditional or in a loop of unknown length runs `when_needed`, and is in no sum.
