@@ -35,6 +35,7 @@ from jax.sharding import PartitionSpec as P
 
 import normlab as nl
 from normlab.devices.mapped import vary
+from normlab.devices.topology import as_sync, plan
 from normlab.instruments.collectives import Collective, Entry, Purpose, by_purpose, purpose
 from normlab.instruments.programs import Ledger as Program
 
@@ -223,7 +224,7 @@ def _account(config: Ledger, norm: str, sync: str, there: Machine) -> Account:
 
 def purposes(one: Collective) -> tuple[Purpose, ...]:
     """What a collective is for, from where it came."""
-    found = dict.fromkeys(_purpose(name, one.last) for name in one.names)
+    found = dict.fromkeys(_purpose(name, name in one.ends) for name in one.names)
     named = sorted((p for p in found if p.what != "other"), key=lambda p: not p.direction)
     return tuple(named) or (Purpose("other"),)
 
@@ -272,18 +273,14 @@ def group_size(
     asked: nl.Sync | str | tuple[str, ...] | None, config: Ledger, mesh: Mesh
 ) -> int | None:
     """How many devices normalize together at most; `None` for all along the axes of the mesh."""
-    sync = nl.devices.topology.as_sync(asked)
-    together = getattr(sync, "together", None)
-    names = sync.names if together is None else together
-    names = (names,) if isinstance(names, str) else names
-    count = math.prod(mesh.shape[name] for name in names)
-    if sync.groups is None and sync.members is None and sync.virtual_batch is None:
-        return count if count < mesh.devices.size else None
-    cut = nl.devices.topology.plan("ledger", sync, count, config.batch_size)
+    sync = as_sync(asked)
+    sizes = [mesh.shape[name] for name in sync.names]
+    if sync.whole:
+        return math.prod(sizes) if math.prod(sizes) < mesh.devices.size else None
+    cut = plan("ledger", sync, sizes, config.batch_size)
     if cut.members is None:
         return 1
-    shards = cut.members.reshape(count, cut.shards, count, cut.shards)
-    return int(shards.any((1, 3)).sum(1).max())
+    return max(len({shard // cut.shards for shard in row}) for row in cut.members)
 
 
 def asked_of_others(entries: Sequence[Entry], group: int, channels: Mapping[str, int]) -> str:
@@ -300,11 +297,12 @@ def asked_of_others(entries: Sequence[Entry], group: int, channels: Mapping[str,
     """
     found = []
     for entry in entries:
-        layers = [p for p in entry.purposes if p.direction]
-        enough = 4 * sum(3 * channels.get(p.what, 2**31) + 1 for p in layers)
-        for one in entry.collectives if layers else ():
+        if not all(p.direction for p in entry.purposes):
+            continue  # sent with what all devices are to know
+        enough = 4 * sum(3 * channels.get(p.what, 2**31) + 8 for p in entry.purposes)
+        for one in entry.collectives:
             wide = one.kind != "collective-permute" and max(map(len, one.groups)) > group
-            backward = all(p.direction == "backward" for p in layers)
+            backward = all(p.direction == "backward" for p in entry.purposes)
             if wide and (backward or one.kind == "all-gather" or one.nbytes > enough):
                 found.append((entry, max(map(len, one.groups))))
     if not found:
@@ -412,8 +410,8 @@ def _steps(
 def _model(config: Ledger, name: str, sync: str, count: int) -> nn.Module:
     mapped, classes = config.mode != "jit", CLASSES.get(config.model, 10)
     if name in PEERS:
-        axes: Any = syncs.parse(sync, config.axes, count) if mapped else None
-        peer = PEERS[name](axes)
+        along = {"all": config.axes, "inner": config.axes[-1]}
+        peer = PEERS[name](along.get(sync) if mapped else None)
         norm = dataclasses.replace(peer, call=jax.named_scope(SCOPE)(peer.call))
     else:
         options: dict[str, Any] = {"group": {"groups": 4}}.get(name, {})

@@ -12,6 +12,7 @@ from jax import Array
 import normlab as nl
 
 Axes = str | tuple[str, ...] | None
+"""Mapped axes: one, several or none."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
@@ -41,7 +42,8 @@ def flax_batch_norm(axis_name: Axes) -> Peer:
       axis_name: The mapped axes over which it averages its statistics.
     """
     own = nl.get("batch")
-    layer = nn.BatchNorm(axis_name=axis_name, parent=None)  # of no model that is being called
+    several: Any = axis_name  # which Flax takes, though it does not say so
+    layer = nn.BatchNorm(axis_name=several, parent=None)  # of no model that is being called
 
     def call(params: Any, state: Any, site: nl.Site, *, train: bool) -> tuple[Array, Any]:
         variables = {

@@ -62,6 +62,7 @@ class Collective(NamedTuple):
       when_needed: Whether it runs only then: it stands in a branch of a conditional, or in a loop
         of which nobody knows how often it runs. What all branches have in common always runs.
       last: Whether no other collective needs its result.
+      ends: Those of `names` of whose results that is true.
     """
 
     kind: str
@@ -73,6 +74,7 @@ class Collective(NamedTuple):
     times: int
     when_needed: bool
     last: bool
+    ends: tuple[str, ...]
 
     @property
     def purposes(self) -> tuple[Purpose, ...]:
@@ -122,28 +124,32 @@ def of_program(program: Program, devices: int) -> list[Collective]:
     def within_one(c: Computation, i: Instruction) -> bool:
         return i.opcode.removesuffix("-start") in KINDS or any(map(within, i.calls))
 
+    def is_needed(c: Computation, i: Instruction) -> bool:
+        return any(within_one(c, user) for user in _needing(c, i))
+
     def of(c: Computation, i: Instruction) -> Iterator[Collective]:
         kind = i.opcode.removesuffix("-start")
         if kind in KINDS:
-            last = not any(within_one(c, user) for user in _needing(c, i))
-            line = users_line(program.stack(i))
-            yield _collective(kind, c, i, devices)._replace(last=last, line=line)
+            one = _collective(kind, c, i, devices, lambda v: is_needed(c, v))
+            yield one._replace(line=users_line(program.stack(i)))
         elif not i.opcode.endswith(("-done", "-update")):
             each = [within(name) for name in i.calls]
             if not any(each):
                 return
-            last = not any(within_one(c, user) for user in _needing(c, i))
+            last = not is_needed(c, i)
             if i.opcode == "conditional":
                 inner = _branches(each)
             elif i.opcode == "while":
-                inner = _loop(*each, program.trips(c, i))
+                condition, body = each
+                inner = _loop(condition, body, program.trips(c, i))
             else:
                 inner = [one for ones in each for one in ones]
             for one in inner:
                 if i.opcode == "fusion" and "all-reduce-scatter" in i.calls[0]:
                     one = one._replace(kind="reduce-scatter")  # a TPU's way to write it
                 names, line = one.names or _names(c, i), one.line or users_line(program.stack(i))
-                yield one._replace(names=names, line=line, last=one.last and last)
+                ends = names if last and not one.names else one.ends if last else ()
+                yield one._replace(names=names, line=line, last=one.last and last, ends=ends)
 
     return within(program.entry)
 
@@ -252,9 +258,17 @@ class Entry(NamedTuple):
     collectives: tuple[Collective, ...]
 
     def __str__(self) -> str:
-        """In words, of more than three purposes the first two."""
+        """In words; of more than three purposes the first in each direction."""
         names = list(map(str, self.purposes))
-        said = ", ".join(names if len(names) <= 3 else [*names[:2], f"{len(names) - 2} more"])
+        if len(names) > 3:
+            names = []
+            for direction in dict.fromkeys(p.direction for p in self.purposes):
+                first, *more = (p.what for p in self.purposes if p.direction == direction)
+                if len(more) > 1:
+                    more = [f"{len(more)} more"]
+                first = (" and " if direction else ", ").join([first, *more])
+                names.append(f"{first} {direction}".strip())
+        said = ", ".join(names)
         return f"{said}, when needed" if self.when_needed else said
 
     @property
@@ -298,23 +312,57 @@ def by_purpose(
       purposes: What one of them is for.
       line: What sets those of one purpose apart.
     """
-    entries: dict[Any, list[Collective]] = {}
+    entries: dict[tuple[tuple[Purpose, ...], bool, str], list[Collective]] = {}
     for one in found:
         entries.setdefault((purposes(one), one.when_needed, line(one)), []).append(one)
     order = {"forward": 0, "backward": 1, "": 2}
-    made = [Entry(*key[:2], tuple(each)) for key, each in entries.items()]
+    made = [Entry(of, rare, tuple(each)) for (of, rare, _), each in entries.items()]
     return sorted(made, key=lambda e: (e.when_needed, order[e.purposes[0].direction]))
 
 
-def _collective(kind: str, c: Computation, i: Instruction, devices: int) -> Collective:
+def _collective(
+    kind: str, c: Computation, i: Instruction, devices: int, needed: Callable[[Instruction], bool]
+) -> Collective:
+    """One collective; `needed` says whether another one needs what an instruction makes."""
     arrays = [a for operand in i.operands for a in c.instructions[operand].arrays]
-    nbytes = sum(a.nbytes for a in arrays)
-    names = _names(c, i)
-    if len(i.operands) > 1:  # several in one: the name is made of all of theirs
-        inputs = [_names(c, c.instructions[operand]) for operand in i.operands]
-        names = tuple(dict.fromkeys(name for each in inputs for name in each[:1])) or names
-    there = groups(i.text, devices)
-    return Collective(kind, nbytes, there, names, "", algorithm(i.text), 1, False, True)
+    several = len(i.operands) > 1  # in one: the name is made of all of theirs
+    sources = [c.instructions[operand] for operand in i.operands] if several else [i]
+    asked: dict[str, bool] = {}
+    last = True
+    for source, results in zip(sources, _results(c, i), strict=True):
+        more = any(map(needed, results))
+        last = last and not more
+        for name in _names(c, source)[: 1 if several else None]:
+            asked[name] = more or asked.get(name, False)
+    asked = asked or dict.fromkeys(_names(c, i), not last)
+    return Collective(
+        kind=kind,
+        nbytes=sum(a.nbytes for a in arrays),
+        groups=groups(i.text, devices),
+        names=tuple(asked),
+        line="",
+        algorithm=algorithm(i.text),
+        times=1,
+        when_needed=False,
+        last=last,
+        ends=tuple(name for name, more in asked.items() if not more),
+    )
+
+
+def _results(c: Computation, i: Instruction) -> list[list[Instruction]]:
+    """Of each array that a collective sends, the instructions that are its result."""
+    if len(i.operands) == 1:
+        return [[i]]
+    found: list[list[Instruction]] = [[] for _ in i.operands]
+    users = list(c.users.get(i.name, ()))
+    users += [v for done in users if done.opcode.endswith("-done") for v in c.users[done.name]]
+    for user in users:
+        index = re.search(r"\bindex=(\d+)", user.text)
+        if user.opcode == "get-tuple-element" and index and int(index[1]) < len(found):
+            found[int(index[1])].append(user)
+        elif not user.opcode.endswith("-done"):
+            return [[i]] * len(i.operands)  # all of them at once
+    return found
 
 
 def groups(text: str, devices: int) -> Groups:

@@ -83,10 +83,10 @@ class Ledger(NamedTuple):
         totals = [Entry((Purpose("in all"),), False, self.steady)]
         if self.when_needed:
             totals.append(Entry((Purpose("in all"),), True, self.when_needed))
-        rows = [("what", "collectives", "bytes", "received", "groups", "line")]
+        rows = [["what", "collectives", "bytes", "received", "groups", "line"]]
         for entry in (*self.entries, *totals):
-            groups, line = entry.distinct(lambda c: c.shape), entry.distinct(lambda c: c.line)
-            rows.append((*entry.cells, *(("", "") if entry in totals else (groups, line))))
+            words = entry.distinct(lambda one: one.shape), entry.distinct(lambda one: one.line)
+            rows.append([*entry.cells, *(("", "") if entry in totals else words)])
         said = f"{devices}; bytes are what each of them puts in. {self._each()}"
         return f"{_aligned(rows)}\n{said}"
 
@@ -190,10 +190,11 @@ def _compiled(f: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
                 "pass the whole step, with its shard_map, pmap or mesh; what is no array goes "
                 "through jax.jit(f, static_argnames=...)",
             ) from error
-    if not hasattr(f, "compile"):
+    compile_it = getattr(f, "compile", None)
+    if compile_it is None:
         return f
     with _own_names():
-        return f.compile()
+        return compile_it()
 
 
 def _first(error: Exception) -> str:

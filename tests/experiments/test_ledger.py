@@ -97,14 +97,20 @@ def account(sync, **options):
     return found
 
 
-def per_layer(account, direction):
-    """How many collectives each norm layer has in a direction, and of how many bytes."""
+def per_layer(account, direction, *kinds):
+    """How many steady collectives each norm layer has in a direction, and of how many bytes."""
     found = {}
     for entry in account.entries:
         for purpose in entry.purposes:
             if purpose.direction == direction and not entry.when_needed:
                 count, nbytes = found.get(purpose.what, (0, 0))
-                each = [(one.times, one.nbytes) for one in entry.collectives]
+                each = [
+                    (one.times, one.nbytes)
+                    for one in entry.collectives
+                    if not kinds or one.kind in kinds
+                ]
+                if not each:
+                    continue
                 found[purpose.what] = (
                     count + sum(times for times, _ in each),
                     nbytes + sum(nbytes for _, nbytes in each),
@@ -123,16 +129,21 @@ MODES = ("shard_map", "pmap", "jit")
 @pytest.mark.parametrize("mode", MODES)
 def test_all_together_costs_one_small_collective_per_layer_and_direction(mode):
     found = account("all", mode=mode)
+    more = 4 if mode == "pmap" else 0  # of the running means, whether all devices have the same
     assert per_layer(found, "forward") == {
-        f"Normed_{i}": (1, 4 * (2 * c + 1)) for i, c in enumerate(WIDTHS)
+        f"Normed_{i}": (1, 4 * (2 * c + 1 + more)) for i, c in enumerate(WIDTHS)
     }
     assert counts(found, "backward") == ONE
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_groups_cost_one_collective_per_layer_and_direction(mode):
+def test_pairs_exchange_their_moments_and_all_sum_the_running_statistics(mode):
     found = account("groups=2", mode=mode)
-    assert counts(found, "forward") == counts(found, "backward") == ONE
+    exchange = {f"Normed_{i}": (1, 4 * (2 * c + 1)) for i, c in enumerate(WIDTHS)}
+    assert per_layer(found, "forward", "collective-permute") == exchange
+    assert per_layer(found, "backward") == exchange
+    assert set(per_layer(found, "forward", "all-reduce")) == set(ONE)  # with one another or alone
+    assert found.asked == ""
 
 
 def test_on_their_own_devices_share_nothing_but_the_parameters_gradients():
@@ -152,10 +163,17 @@ def test_on_their_own_in_plain_jit_they_share_the_running_statistics():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("sync", ["ring=1", "virtual=8", "groups=0,2,4,6|1,3,5,7", "ghost=2+all"])
-def test_other_topologies_cost_one_collective_per_layer_and_direction(sync, mode):
+@pytest.mark.parametrize(
+    ("sync", "rounds"),
+    [("ring=1", 2), ("virtual=8", 1), ("groups=0,2,4,6|1,3,5,7", 2), ("ghost=2+groups=4", 1)],
+)
+def test_other_topologies_exchange_in_few_rounds(sync, rounds, mode):
     found = account(sync, mode=mode)
-    assert counts(found, "forward") == counts(found, "backward") == ONE
+    expected = dict.fromkeys(ONE, rounds)
+    permutes = per_layer(found, "forward", "collective-permute")
+    assert {layer: count for layer, (count, _) in permutes.items()} == expected
+    assert counts(found, "backward") == expected
+    assert found.asked == ""
 
 
 def test_without_a_gradient_of_others_there_is_no_collective_backward():
@@ -164,18 +182,20 @@ def test_without_a_gradient_of_others_there_is_no_collective_backward():
     assert counts(found, "backward") == {}
 
 
-def test_delayed_statistics_cost_one_collective_per_step():
+def test_delayed_statistics_cost_one_collective_every_so_many_steps():
     found = account("all+every=2")
-    entries = {entry.purposes: entry.collectives for entry in found.entries}
-    assert set(entries) == {(Purpose("exchange"),), (Purpose("gradients"), Purpose("loss"))}
-    (one,) = entries[Purpose("exchange"),]
-    assert one.nbytes == 4 * sum(3 * c for c in WIDTHS)
+    always, exchange = found.entries
+    assert always.purposes == (Purpose("gradients"), Purpose("loss"))
+    assert (exchange.purposes, exchange.when_needed) == ((Purpose("exchange"),), True)
+    first, again = exchange.collectives  # and that where digits were lost
+    assert first.nbytes == again.nbytes <= 4 * sum(3 * c for c in WIDTHS)
 
 
 def test_the_forward_pass_alone_has_the_forward_collectives_of_the_step():
     alone, step = (account("all", program=program) for program in ("forward", "step"))
     assert per_layer(alone, "forward") == per_layer(step, "forward")
-    assert [e.purposes[0].direction for e in alone.entries] == ["forward"] * len(WIDTHS)
+    assert {p.direction for e in alone.entries for p in e.purposes} == {"forward"}
+    assert len(alone.program.steady) == len(WIDTHS)
 
 
 def rows(account, by="layer", **options):
@@ -205,10 +225,11 @@ def test_what_a_peer_has_not_is_left_out_and_said():
 def test_all_layers_of_a_direction_are_one_row_or_the_step_alone():
     found = account("all")
     assert [what for what, *_ in rows(found, "direction")] == [
-        *("norms forward", "norms backward", "gradients, loss", "whole step")
+        *("norms forward", "norms backward", "gradients, loss", "norms forward, when needed"),
+        *("whole step", "whole step, when needed"),
     ]
     assert rows(found, "direction")[0][1] == rows(found)[0][1].replace("1", "2")
-    assert rows(found, "step") == [rows(found)[-1]]
+    assert rows(found, "step") == rows(found)[-2:]
 
 
 def rare(axis_name=None, decay=0.9):
@@ -254,7 +275,7 @@ def test_of_text_the_model_reads_tokens():
 
 def made(kind, nbytes, devices, direction, when_needed=False):
     groups = (tuple(range(devices)),)
-    one = Collective(kind, nbytes, groups, (), "", "", 1, when_needed, False)
+    one = Collective(kind, nbytes, groups, (), "", "", 1, when_needed, False, ())
     return Entry((Purpose("layer", direction),), when_needed, (one,))
 
 
@@ -442,13 +463,13 @@ def test_the_command_prints_the_table_and_writes_the_json(tmp_path, capsys):
     words = ["ledger", "--model", "mlp", "--widths", "6", "--sync", "all", "--json", str(path)]
     assert main([*words, "--markdown"]) == 0
     said = capsys.readouterr().out
-    assert "| batch, all | Normed_0 forward | 1 all-gather | 52 | 416 | all 8 |" in said
+    assert "| batch, all | Normed_0 forward | 1 all-reduce | 52 | all 8 |" in said
     (content,) = json.loads(path.read_text())
     assert content["config"]["sync"] == "all"
     first = content["collectives"][0]
     assert (first["purposes"], first["kind"], first["nbytes"]) == (
         ["Normed_0 forward"],
-        "all-gather",
+        "all-reduce",
         52,
     )
     with pytest.raises(RunError, match="there is such a file"):
