@@ -397,6 +397,7 @@ CALLS = {
     instruments.by_block: {"tree": BLOCKS, "measure": lambda block: block},
     instruments.depth_slope: {"values": jnp.arange(1.0, 4.0), "depths": jnp.arange(1.0, 4.0)},
     instruments.effective_rank: {"x": X},
+    instruments.ledger: {"f": jax.jit(lambda x: x).lower(X)},
     instruments.logit_size: {"logits": X, "mask": X > 0},
     instruments.massive_activations: {"x": X},
     instruments.rank_residual: {"x": X},

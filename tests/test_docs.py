@@ -92,7 +92,10 @@ def test_the_docs_examples_run():
 
 @pytest.mark.parametrize(
     "document",
-    [f"docs/{n}.md" for n in ("family", "heads", "instruments", "placement", "population")],
+    [
+        f"docs/{n}.md"
+        for n in ("family", "heads", "instruments", "ledger", "placement", "population")
+    ],
 )
 def test_the_examples_of_a_document_run(document):
     names: dict = {"nl": nl, "jnp": jnp}

@@ -325,14 +325,18 @@ def _collective(
 ) -> Collective:
     """One collective; `needed` says whether another one needs what an instruction makes."""
     arrays = [a for operand in i.operands for a in c.instructions[operand].arrays]
-    several = len(i.operands) > 1  # in one: the name is made of all of theirs
+    # Of several in one the name is that of one of them; the others' are of what went in, where the
+    # direction may be that of what was kept for the backward pass.
+    several = len(i.operands) > 1
     sources = [c.instructions[operand] for operand in i.operands] if several else [i]
+    own = {purpose(name).what: name for name in _names(c, i)[:1]}
     asked: dict[str, bool] = {}
     last = True
     for source, results in zip(sources, _results(c, i), strict=True):
         more = any(map(needed, results))
         last = last and not more
         for name in _names(c, source)[: 1 if several else None]:
+            name = own.get(purpose(name).what, name)
             asked[name] = more or asked.get(name, False)
     asked = asked or dict.fromkeys(_names(c, i), not last)
     return Collective(
