@@ -94,14 +94,14 @@ def merge_whole(
         for m, rank in zip(each, ranks, strict=True)
     ]
     for names in filter(None, stages):
-        known = [_known(k, m, names) for k, m in zip(pivots, ms, strict=True)]
+        known = [known_pivot(k, m, names) for k, m in zip(pivots, ms, strict=True)]
         constant, extra = lax.stop_gradient((ms, extra))
         values, extra = _merge(constant, names, known, extra, second)
         ms = _merged(ms, values, names, is_typed(names))
     return ms, extra
 
 
-def _known(k: Array | None, m: Moments, names: tuple[str, ...]) -> Array | None:
+def known_pivot(k: Array | None, m: Moments, names: tuple[str, ...]) -> Array | None:
     """A pivot in the form of the mean, unless its type says that devices have others."""
     if k is None or (is_typed(names) and varying_axes(k) & {*names}):
         return None
@@ -132,17 +132,17 @@ def _merge(
     seen = None
     if given and not is_typed(names):
         # Nothing says that all devices have the same pivots: they compare.
-        if second == "when_needed":
-            seen = _fingerprint(given, device_count(names))
-        else:
+        if second == "always":
             pivots = [None] * len(ms)
+        else:
+            seen = _fingerprint(given, device_count(names))
     sums, found = _about(pivots, ms, names, [extra, seen])
     extra = found[0]
-    if second == "never":
-        return sums.merged, extra
     if second == "always":
         return _about([m.mean for m in sums.merged], ms, names, [])[0].merged, extra
     alike = jnp.bool_(True) if seen is None else _alike(found[1], device_count(names))
+    if second == "never":
+        return jax.tree.map(lambda v: jnp.where(alike, v, jnp.nan), sums.merged), extra
 
     def go_on(carry: Any) -> Array:
         times, _, sums = carry
@@ -179,11 +179,21 @@ def _about(
         m2 = m.m2 - m.count * m.product(delta, delta)
         one = m._replace(mean=mean, m2=jnp.maximum(m2, 0) if type(m) is Moments else m2)
         merged.append(one)
-        # Not where δ is a rounding of μ: there Mᵢ has no digit more.
-        root = math.sqrt(jnp.finfo(delta.dtype).eps)
-        far = jnp.isfinite(delta) & (jnp.abs(delta) > root * jnp.abs(mean))
-        lost.append((far & ~(m.count * jnp.square(delta) <= LOST * one.squares)).any())
+        lost.append((~(cancelled(one, delta) <= LOST)).any())
     return _Sums(merged, functools.reduce(jnp.logical_or, lost)), found
+
+
+def cancelled(m: Moments, delta: Array) -> Array:
+    """(μ − k)²/var, of δ = μ − k: log10 of 1 + this is how many digits sums about k lose.
+
+    0 where δ is a rounding of μ, for there var has no digit more, and where δ is not finite;
+    infinite, or NaN, where of the variance nothing is left.
+    """
+    root = math.sqrt(jnp.finfo(delta.dtype).eps)
+    far = jnp.isfinite(delta) & (jnp.abs(delta) > root * jnp.abs(m.mean))
+    squares = m.squares
+    ratio = m.count * jnp.square(delta) / jnp.where(squares == 0, 1, squares)
+    return jnp.where(far, jnp.where(squares == 0, jnp.inf, ratio), 0)
 
 
 def _fingerprint(pivots: list[Array], devices: int) -> Array:

@@ -146,7 +146,7 @@ def whitening_norm(
     keeps Σ. Newton's iteration is in its coupled form: the published one diverges from about 10
     steps and a condition number of 100 on.
 
-    Devices gather C·D + C + 1 numbers. What a step costs: docs/family.md. On a CPU many factors of
+    Devices send C·D + C + 1 numbers. What a step costs: docs/family.md. On a CPU many factors of
     matrices are faster with one thread in BLAS, `OPENBLAS_NUM_THREADS=1`.
 
     Other arguments as those of `batch_norm`, which see.
