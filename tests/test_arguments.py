@@ -207,6 +207,7 @@ CALLS = {
         "inner": "cumulative",
         "dtype": jnp.float32,
     },
+    nl.population.init_digits: {"channels": 3, "inner": "debiased", "dtype": jnp.float32},
     nl.population.init_rms: {"channels": 3, "inner": "debiased", "dtype": jnp.float32},
     nl.population.init_window: {"channels": 3, "size": 2, "dtype": jnp.float32},
     nl.population.init_power: {
@@ -332,6 +333,7 @@ CALLS = {
     instruments.whitening: {"x": SQUARE, "method": "zca", "eps": 0.1},
     nl.Sync: {
         "axes": "d",
+        "together": None,
         "groups": 2,
         "members": None,
         "shards": 1,
@@ -339,6 +341,7 @@ CALLS = {
         "staged": False,
         "gradient": "both",
         "every": 0,
+        "second": "when_needed",
         "mesh": None,
     },
     nl.Conv: {

@@ -26,7 +26,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from normlab._arguments import checked, tree
+from normlab._arguments import KINDS, Kind, checked
 from normlab.devices.mapped import check_bound, device_count, is_typed, vary, varying_axes
 from normlab.devices.topology import AxisName, Second, as_sync
 from normlab.errors import invalid
@@ -41,8 +41,19 @@ MOST = 8
 """How often they are taken again: each time leaves an ulp of what the pivot was off by."""
 
 
+def _moments(value: Any) -> Any:
+    for leaf in jax.tree.leaves(value, is_leaf=_is_moments):
+        KINDS["p"].read(leaf)
+    return value
+
+
+def _is_moments(leaf: Any) -> bool:
+    return isinstance(leaf, Moments)
+
+
 @checked(
-    "all_reduce", m=tree("moments, or a pytree of them", "pass what moments(x, axes) returned")
+    "all_reduce",
+    m=Kind("moments, or a pytree of them", KINDS["p"].change, _moments, KINDS["p"].wrong),
 )
 def all_reduce(m: Tree, axis_name: AxisName | None) -> Tree:
     """Merges the samples of all devices along named axes, each weighted by its count.
@@ -64,7 +75,7 @@ def all_reduce(m: Tree, axis_name: AxisName | None) -> Tree:
             "all_reduce", "a Sync with groups", "one that merges all", "name the axes alone"
         )
     check_bound("all_reduce", sync.names)
-    each, structure = jax.tree.flatten(m, is_leaf=lambda v: isinstance(v, Moments))
+    each, structure = jax.tree.flatten(m, is_leaf=_is_moments)
     merged, _ = merge_whole(each, sync.stages, second=sync.second)
     return jax.tree.unflatten(structure, merged)
 
