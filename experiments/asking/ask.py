@@ -7,13 +7,12 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from .. import figures
+from .. import figures, questions
 from ..data import Dataset
 from ..engine.learn import dataset
 from ..engine.question import Condition, Config, Question, Record
 from ..engine.records import Records
 from ..engine.verdict import Verdict
-from ..questions import require
 from ..rundir import RunError
 from . import kept, pool
 from .fields import replaced
@@ -218,7 +217,7 @@ def answer(
       ...
     experiments.rundir.RunError: identity has no field 'spread': did you mean 'spreads'? Known: ...
     """
-    question = require(name)
+    question = questions.require(name)
     config = replaced(name, question.QUICK if profile == "quick" else question.FULL, fields)
     pinned = profile == "quick"
     (found,) = ask([(name, question, config)], root=root, jobs=jobs, pinned=pinned)

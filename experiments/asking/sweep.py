@@ -108,9 +108,10 @@ def announce(command: Ask, asking: Asking, points: Sequence[Point]) -> None:
     }
     seconds = sum(about(asking._replace(config=point.config)) for point in points)
     cost = f"about {duration(seconds)} of one core" if command.profile == "quick" else "no estimate"
-    text = f"{len(points):,} points ({' × '.join(f'{n} {field}' for field, n in counts.items())})"
+    count = f"{len(points):,} point{'s' * (len(points) > 1)}"
+    sizes = " × ".join(f"{number} {field}" for field, number in counts.items())
     errors.print(
-        f"{asking.name}: {text}, {cost}; what was measured before is kept.",
+        f"{asking.name}: {count} ({sizes}), {cost}; what was measured before is kept.",
         highlight=False,
         soft_wrap=True,
     )
@@ -125,7 +126,7 @@ def claims(rows: Sequence[Row]) -> dict[str, Verdict]:
     """Every claim of any of the points, with its first verdict."""
     found: dict[str, Verdict] = {}
     for one in rows:
-        found = {**one.verdicts, **found}
+        found |= {claim: v for claim, v in one.verdicts.items() if claim not in found}
     return found
 
 
