@@ -590,6 +590,16 @@ class TestConfig:
         with pytest.raises(RunError, match="--evaluations: got 7, but --steps is 6"):
             dataclasses.replace(TINY, evaluations=7)
 
+    @pytest.mark.parametrize("rate", [0.0, -0.1, math.inf, math.nan])
+    def test_a_rate_that_trains_nothing_is_refused(self, rate):
+        with pytest.raises(RunError, match=f"--lr: got {rate}; it must be positive and finite"):
+            dataclasses.replace(TINY, lr=rate)
+
+    @pytest.mark.parametrize(("field", "near"), [("dataset", "digits"), ("optimizer", "adam")])
+    def test_an_unknown_name_is_refused_with_the_nearest(self, field, near):
+        with pytest.raises(RunError, match=f"--{field}: got '{near}s'.*did you mean '{near}'"):
+            dataclasses.replace(TINY, **{field: f"{near}s"})
+
     def test_a_batch_larger_than_the_data_is_refused(self):
         images = np.zeros((15, 8, 8, 1), np.uint8)
         data = types.SimpleNamespace(name="digits", train_inputs=images)
