@@ -416,7 +416,7 @@ def mean_square(
     channel_axis: int = -1,
     spread: bool = True,
 ) -> tuple[Array, Array]:
-    """The mean of a² and the count of each sample, which broadcast to `a`; `spread`: see `merged`."""
+    """The mean of a² and the count of each sample; `spread` is as in `merged`."""
     a, channel, w = aligned(where, a, weights, channel_axis)
     axes = _example_axes(where, axes, a.ndim, channel)
     over = _sharing(where, axis_name, axes, channel)

@@ -426,9 +426,9 @@ def _try_rotations(
     elif heads == "own":
         params = jax.tree.map(lambda v: jnp.broadcast_to(v, (number, *v.shape)), params)
 
-    def apply(a: Array) -> Array:
-        return _apply("", norm, params, state, a, None, heads, True)[0]
-
+    apply: Callable[[Array], Array] = lambda a: _apply(  # noqa: E731
+        "", norm, params, state, a, None, heads, True
+    )[0]
     for name in names_of(dict(norm.made.options).get("axis_name") if norm.made else None):
         apply = _alone_on(name, apply)
 
