@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -24,16 +23,11 @@ from normlab._arguments import checked, either, instance
 from normlab._checks import check_groups
 from normlab._trees import static
 from normlab._xla import partitioned
-from normlab.devices.merging import (
-    all_reduce,
-    is_bound,
-    measure,
-    pack,
-    unpack,
-    values_per_channel,
-    vary,
-)
-from normlab.devices.topology import NAMES, AxisName, Sync, as_sync
+from normlab.devices.groups import merge_groups
+from normlab.devices.mapped import axis_sizes, device_count, is_bound, vary
+from normlab.devices.merging import differentiated, values_per_channel
+from normlab.devices.topology import NAMES, AxisName, Sync, as_sync, plan
+from normlab.devices.whole import merge_whole, pack, unpack
 from normlab.errors import invalid
 from normlab.measure import Moments
 
@@ -140,11 +134,11 @@ def in_groups(
         axis_name = Sharded(channels=sync.names)
     of_channels = _names(axis_name.channels)
     rest = _names(axis_name.positions) if positions else ()
-    devices = _size(of_channels)
+    devices = device_count(of_channels)
     if groups >= 1 and groups % devices == 0 and channels % (groups // devices) == 0:
         return groups // devices, Sync(rest)
     if groups >= 1 and devices % groups == 0:
-        block = devices // groups * _size(rest)
+        block = devices // groups * device_count(rest)
         return 1, Sync((*of_channels, *rest), groups=None if groups == 1 else block)
     total = devices * channels
     fit = [g for g in range(1, total + 1) if devices % g == 0]
@@ -172,17 +166,18 @@ def merged(where: str, m: Moments, sync: Sync, *, spread: bool = False) -> Momen
     if not sync.names:
         return m
 
-    def of(x: Array, axes: Any, weights: Any = None) -> Moments:
-        del axes, weights
-        return jax.tree.map(lambda f: jnp.expand_dims(f, range(x.ndim)), m)
-
-    def run(mean: Array, m: Moments) -> Moments:
-        if sync.whole and sync.gradient == "both":
-            found = all_reduce(m, sync)
-        else:  # measured already: one example, of which a part is here
-            one, _ = measure(where, jnp.zeros(1, mean.dtype), (0,), sync, of=of)
+    def run(_: Array, m: Moments) -> Moments:
+        if _is_whole(sync):
+            (found,), _ = merge_whole([m], _stages(sync), second=sync.second)
+        else:
+            cut = plan(where, sync, axis_sizes(sync.names), 1)
+            rank = m.mean.ndim - m.count.ndim
+            one = m._replace(count=m.count.reshape((1,) * rank + m.count.shape))
+            one = jax.tree.map(lambda f: f[None], one)
+            one = one if cut.members is None else merge_groups(one, cut.members, sync.names)
             found = jax.tree.map(lambda f: f[0], one)
-        return unpack(vary(pack(found), sync.names), found)[0] if spread else found
+        found: Any = differentiated(sync, m, found)
+        return unpack(vary(pack([found]), sync.names), [found])[0][0] if spread else found
 
     return partitioned(run, m.mean, m)
 
@@ -198,8 +193,9 @@ def summed(where: str, sync: Sync, *values: Array, spread: bool = True) -> tuple
     def run(first: Array, *rest: Array) -> tuple[Array, ...]:
         each = (first, *rest)
         v = _packed(each)
-        if sync.whole and sync.gradient == "both":
-            v = lax.psum(vary(v, sync.names), sync.names)
+        if _is_whole(sync) and sync.gradient == "both":
+            for names in _stages(sync):
+                v = lax.psum(vary(v, names), names)
             v = vary(v, sync.names) if spread else v
         else:
             m = Moments(jnp.ones(1, v.dtype), v, jnp.zeros_like(v))
@@ -226,9 +222,9 @@ def averaged(
     """
     if not sync.names:
         return mean, count, *more
-    if sync.whole and not weighted:
+    if _is_whole(sync) and not weighted:
         total, *sums = summed(where, sync, mean, *more, spread=spread)
-        devices = lax.axis_size(sync.names)
+        devices = device_count(sync.near)
         return total / devices, count * devices, *sums
     total, n, *sums = summed(where, sync, mean * count, count, *more, spread=spread)
     return total / jnp.where(n > 0, n, 1), n, *sums
@@ -250,7 +246,7 @@ def channels_in_all(axis_name: ExampleAxes | None, channels: int) -> int:
     """How many channels there are on all devices; where no axis is bound all are here."""
     axis_name = where_bound(axis_name)
     names = axis_name.channels if isinstance(axis_name, Sharded) else as_sync(axis_name).names
-    return channels * _size(_names(names))
+    return channels * device_count(_names(names))
 
 
 def where_bound(axis_name: ExampleAxes | None) -> ExampleAxes | None:
@@ -268,6 +264,15 @@ def names_of(axis_name: ExampleAxes | None) -> tuple[str, ...]:
     return as_sync(axis_name).names
 
 
+def _is_whole(sync: Sync) -> bool:
+    """Whether all devices along some axes are merged, and no groups by number."""
+    return sync.whole or sync.together is not None
+
+
+def _stages(sync: Sync) -> list[tuple[str, ...]]:
+    return Sync(sync.near, staged=sync.staged).stages
+
+
 def _packed(values: Sequence[Array]) -> Array:
     return jnp.concatenate([v.ravel() for v in values])
 
@@ -280,10 +285,6 @@ def _unpacked(v: Array, like: Sequence[Array]) -> tuple[Array, ...]:
 
 def _names(names: str | tuple[str, ...]) -> tuple[str, ...]:
     return (names,) if isinstance(names, str) else tuple(names)
-
-
-def _size(names: tuple[str, ...]) -> int:
-    return math.prod(lax.axis_size(name) for name in names)
 
 
 def _check_bound(where: str, given: Any, names: tuple[str, ...]) -> None:
