@@ -182,7 +182,7 @@ def check_features(call: Call, name: str, given: int) -> None:
     A module that was made before the map counts the features of all devices.
     """
     size = int(np.prod(call.shape))
-    if given != size and not (name == "num_features" and given == all_features(call)):
+    if given != size and not (name == "num_features" and given == channels_in_all(call.over, size)):
         raise invalid(
             call.where,
             f"{name} of {given} for an input of shape {call.x.shape}",
