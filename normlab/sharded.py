@@ -166,7 +166,8 @@ def merged(where: str, m: Moments, sync: Sync, *, spread: bool = False) -> Momen
     if not sync.names:
         return m
 
-    def run(_: Array, m: Moments) -> Moments:
+    def run(mean: Array, m: Moments) -> Moments:
+        del mean
         if _is_whole(sync):
             (found,), _ = merge_whole([m], _stages(sync), second=sync.second)
         else:
@@ -176,7 +177,7 @@ def merged(where: str, m: Moments, sync: Sync, *, spread: bool = False) -> Momen
             one = jax.tree.map(lambda f: f[None], one)
             one = one if cut.members is None else merge_groups(one, cut.members, sync.names)
             found = jax.tree.map(lambda f: f[0], one)
-        found: Any = differentiated(sync, m, found)
+        found = differentiated(sync, m, found)
         return unpack(vary(pack([found]), sync.names), [found])[0][0] if spread else found
 
     return partitioned(run, m.mean, m)
