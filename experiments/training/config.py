@@ -222,10 +222,14 @@ class Command(Training):
 def takes(name: str, option: str) -> bool:
     """Whether the norm called `name` is told an option of the run.
 
-    It is told its number of groups where it has none by itself.
+    It is told its number of groups where it has none by itself, and the axis of the data where it
+    measures the batch.
     """
-    known = inspect.signature(nl.row(name).factory).parameters
+    row = nl.row(name)
+    known = inspect.signature(row.factory).parameters
     if option not in known or option in OWN.get(name, {}):
+        return False
+    if option == "axis_name" and row.axis_of != "batch":  # those of a run share its examples
         return False
     return option != "groups" or known[option].default in (None, inspect.Parameter.empty)
 

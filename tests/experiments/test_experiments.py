@@ -31,6 +31,7 @@ from experiments.engine import Records
 from experiments.numerics import family
 from experiments.rundir import RunDirectory, RunError
 from experiments.terminal import console
+from experiments.training.config import takes
 from experiments.training.tasks import Classification
 from experiments.training.train import Train
 from experiments.training.trainer import (
@@ -401,6 +402,13 @@ class TestNormsOfOnesOwn:
             assert dict(own.norm_of(name).made.options)["eps"] == 0.1
             assert options.get("groups") == (4 if name == "whitening" else None)
         assert dict(run.norm_of("group").made.options)["groups"] == 4
+
+    def test_the_axis_of_the_data_is_told_to_what_measures_the_batch_alone(self):
+        for name in nl.names():
+            measures = nl.row(name).axis_of == "batch" and name != "weight"
+            assert takes(name, "axis_name") == measures, name
+        assert Train().norm_of("layer", "data") == Train().norm_of("layer")
+        assert dict(Train().norm_of("batch", "data").made.options)["axis_name"] == "data"
 
     @pytest.mark.parametrize(
         ("norm", "words"),
