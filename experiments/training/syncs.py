@@ -19,7 +19,7 @@ devices, but for `local`, and `ghost` by itself, where every device keeps its ow
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, get_args
 
 import normlab as nl
 from normlab.errors import nearest
@@ -28,10 +28,7 @@ from ..rundir import RunError
 
 TOPOLOGIES = ("local", "all", "inner", "together", "groups", "ring", "virtual")
 WORDS = (*TOPOLOGIES, "ghost", "staged", "every", "gradient", "second")
-CHOICES = {
-    "gradient": ("both", "forward", "backward", "none"),
-    "second": ("when_needed", "always", "never"),
-}
+CHOICES = {"gradient": get_args(nl.devices.Gradient), "second": get_args(nl.devices.Second)}
 _ALONE = ("local", "all", "inner", "staged")
 
 
