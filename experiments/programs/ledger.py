@@ -15,7 +15,6 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import json
-import math
 import re
 import time
 from collections.abc import Callable, Iterator

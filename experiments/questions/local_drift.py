@@ -13,11 +13,11 @@ at rate 0.05 on 8 devices, 4 examples per device, every device normalized on its
 those along its last axis together, as the chips of a host are, and hosts drift), gradients
 averaged. "shuffled": minibatches of all data; "sorted": the data sorted by class and cut into one
 piece for each device. `instruments.drift` splits the variance into that within and that between
-devices, for the moments of the last batch and for the running statistics. Of D devices (or hosts) with b
-examples each, sampling alone puts (D − 1)/(bD − 1) of the variance between devices (the mean of a
-beta distribution, for normal values), and less behind a layer that was normalized locally, which
-makes the devices' means alike. At the end the same nets are evaluated with merged and with averaged
-statistics.
+devices, for the moments of the last batch and for the running statistics. Of D devices (or hosts)
+with b examples each, sampling alone puts (D − 1)/(bD − 1) of the variance between devices (the mean
+of a beta distribution, for normal values), and less behind a layer that was normalized locally,
+which makes the devices' means alike. At the end the same nets are evaluated with merged and with
+averaged statistics.
 
 Command: python -m experiments run local_drift
 """

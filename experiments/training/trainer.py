@@ -188,7 +188,9 @@ class Trainer:
         whole = loss
         if self.data.devices > 1:
             flat, unravel = ravel_pytree((loss, grads))
-            whole, grads = unravel(lax.pmean(flat, self.data.axes))  # packed: one collective for everything
+            whole, grads = unravel(
+                lax.pmean(flat, self.data.axes)
+            )  # packed: one collective for everything
         norm_state = committed(norm_state, jnp.isfinite(whole))
         updates, opt_state = self.optimizer.update(grads, opt_state, params)
         params = self.model.project(optax.apply_updates(params, updates))
@@ -370,7 +372,7 @@ def axes_of(sizes: Sequence[int]) -> str | tuple[str, ...]:
     return tuple(f"axis{i}" for i in range(len(sizes))) if len(sizes) > 1 else AXIS
 
 
-def mesh_of(devices: Sequence[jax.Device], sizes: Sequence[int] = ()) -> Mesh:
+def mesh_of(devices: Sequence[Any], sizes: Sequence[int] = ()) -> Mesh:
     """The devices along one axis, or along several of these sizes: neighbours along the last."""
     if len(sizes) < 2:
         return Mesh(np.array(devices), (AXIS,), axis_types=(AxisType.Auto,))
@@ -378,7 +380,7 @@ def mesh_of(devices: Sequence[jax.Device], sizes: Sequence[int] = ()) -> Mesh:
     return jax.make_mesh(tuple(sizes), tuple(axes_of(sizes)), auto, devices=devices)
 
 
-def require_form(form: Form, sizes: Sequence[int], option: str = "form") -> None:
+def require_form(form: str, sizes: Sequence[int], option: str = "form") -> None:
     """Raises RunError for `pmap` over a mesh of several axes: it has one."""
     if form == "pmap" and len(sizes) > 1:
         raise RunError(

@@ -452,7 +452,9 @@ def test_groups_that_change_when_a_run_goes_on_are_refused_and_nothing_is_lost(
     before = files(meshed), files(by_number)
     with pytest.raises(RunError, match="of another run: --mesh 4 2 and not 2 4"):
         train(tiny(meshed, sync="inner", mesh=(2, 4)))
-    with pytest.raises(RunError, match=r"--sync inner and not groups=2, --mesh 4 2 and not nothing"):
+    with pytest.raises(
+        RunError, match=r"--sync inner and not groups=2, --mesh 4 2 and not nothing"
+    ):
         train(tiny(meshed, sync="groups=2"))
     with pytest.raises(RunError, match="--mesh nothing and not 8"):
         train(tiny(by_number, sync="groups=0,1,2,3|4,5,6,7", mesh=(8,)))

@@ -17,7 +17,6 @@ from experiments.programs.ledger import Purpose, compile_all, table
 from experiments.programs.machines import Cluster, Machine, Torus, machine, missing
 from experiments.rundir import RunError
 from experiments.training.syncs import parse
-from experiments.training.trainer import axes_of
 
 # --- The words of --sync ----------------------------------------------------------------------
 
@@ -35,40 +34,11 @@ WORDS = {
     "groups=4+gradient=forward": nl.Sync("data", groups=4, gradient="forward"),
     "all+second=always": nl.Sync("data", second="always"),
 }
-MESH = ("axis0", "axis1")
-OF_A_MESH = {
-    "local": None,
-    "all": MESH,
-    "inner": nl.Sync(MESH, together="axis1"),
-    "together=axis0": nl.Sync(MESH, together="axis0"),
-    "inner+every=2": nl.Sync(MESH, together="axis1", every=2),
-    "inner+gradient=none+second=never": nl.Sync(
-        MESH, together="axis1", gradient="none", second="never"
-    ),
-    "ghost=2+inner": nl.Sync(MESH, together="axis1", shards=2),
-    "groups=2": nl.Sync(MESH, groups=2),
-    "all+staged": nl.Sync(MESH, staged=True),
-}
 
 
 @pytest.mark.parametrize("text", WORDS)
 def test_words_are_a_sync(text):
     assert parse(text, "data", 8) == WORDS[text]
-
-
-@pytest.mark.parametrize("mapped", [True, False])
-@pytest.mark.parametrize("text", OF_A_MESH)
-def test_words_are_a_sync_over_a_mesh(text, mapped):
-    expected = OF_A_MESH[text]
-    if not mapped and text == "local":
-        expected = nl.Sync(MESH, groups=1)
-    assert parse(text, MESH, 8, mapped=mapped) == expected
-
-
-def test_of_three_axes_some_are_together():
-    axes = axes_of((2, 2, 2))
-    assert parse("inner", axes) == nl.Sync(axes, together="axis2")
-    assert parse("together=axis0,axis2", axes) == nl.Sync(axes, together=("axis0", "axis2"))
 
 
 def test_in_plain_jit_local_names_the_axes_of_the_mesh_or_counts_the_devices():
@@ -100,27 +70,6 @@ def test_in_plain_jit_local_names_the_axes_of_the_mesh_or_counts_the_devices():
 def test_words_that_cannot_be_meant_are_refused(text, said):
     with pytest.raises(RunError, match=r"--sync") as error:
         parse(text)
-    assert said in str(error.value)
-
-
-@pytest.mark.parametrize(
-    ("text", "said"),
-    [
-        ("inner=2", "'inner=2' is to be written as inner"),
-        ("inner+groups=2", "inner and groups exclude each other"),
-        ("inner+together=axis0", "inner and together exclude each other"),
-        ("inner+staged", "one way to cut the batch"),
-        ("together", "together=VALUE"),
-        ("together=axis2", "the mesh has no axis 'axis2': did you mean 'axis1'"),
-        ("together=host", "the mesh has no axis 'host': Known: axis0, axis1"),
-        ("together=axis1,", "the mesh has no axis ''"),
-        ("together=axis1,axis1", "axis1 stands there twice"),
-        ("together=axis0,axis1", "some of the axes, not all"),
-    ],
-)
-def test_words_that_cannot_be_meant_of_a_mesh_are_refused(text, said):
-    with pytest.raises(RunError, match=r"--sync") as error:
-        parse(text, MESH)
     assert said in str(error.value)
 
 
