@@ -17,31 +17,36 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import numpy as np
+
+import normlab as nl
 
 from .. import models
 from ..data import load
 from ..engine.records import Records
 from ..figures import encode
 from ..rundir import Record, RunDirectory, RunError, environment, number
+from ..training import syncs
 from ..training.config import (
     Command,
     require,
     require_division,
     require_evaluations,
     require_fit,
+    require_mesh,
     require_place,
+    takes,
 )
 from ..training.driver import Progress, drive
 from ..training.optimizers import at_rates, set_rates
 from ..training.trainer import (
-    AXIS,
     QUANTILES,
     DeviceData,
     Trainer,
+    axes_of,
     lengths,
     minibatches,
     set_devices,
@@ -79,11 +84,17 @@ class Compare(Command):
     with its largest stable rate. The best is chosen on the validation set of a text, and of images
     on the test set, of all norms alike."""
 
-    sync: Literal["global", "local"] = "global"
-    """Batch statistics over all devices, or over each device's own share of the batch."""
+    sync: str = "all"
+    """Over which devices batch norm measures: all, local, groups=2, ring=1, virtual=64, ghost=4;
+    of a --mesh inner (its last axis) or together=axis0; joined by + with every=2,
+    gradient=forward, second=always and the like."""
 
     devices: int = 8
     """Devices that share each batch. On a CPU that many are made."""
+
+    mesh: tuple[int, ...] = ()
+    """Sizes of the axes along which they lie, as in 4 2: axis0 and axis1, neighbours along the
+    last; by default one axis of all. A step over several axes is a shard_map, over one a pmap."""
 
     seeds: int = 3
     """Seeds 0, 1, …, trained side by side."""
@@ -114,6 +125,8 @@ class Compare(Command):
         alone = self.scheme is None or not self.schemes
         require(alone, "scheme", self.scheme, "left out beside --schemes")
         require_division(self.batch_size, self.devices, self.microbatches)
+        require_mesh(self.mesh, self.devices)
+        syncs.parse(self.sync, axes_of(self.mesh), self.devices)
 
     def chosen(self) -> tuple[str, ...]:
         """The norms to compare: those asked for, or the default ones that fit the model."""
@@ -138,9 +151,10 @@ class Compare(Command):
         return {f", {name}": dataclasses.replace(one, scheme=name) for name in self.schemes}
 
     @property
-    def axis_name(self) -> str | None:
+    def axis_name(self) -> nl.devices.AxisName | None:
         """The devices over which a norm measures."""
-        return AXIS if self.sync == "global" and self.devices > 1 else None
+        sync = syncs.parse(self.sync, axes_of(self.mesh), self.devices)
+        return sync if self.devices > 1 or isinstance(sync, nl.Sync) else None
 
 
 @dataclasses.dataclass
@@ -182,11 +196,13 @@ class Comparison:
         set_devices(config.devices)
         self.data = load(config.dataset, config.data_dir, reading=config.reading, on_progress=say)
         require_fit(config.batch_size, self.data)
-        device_data = DeviceData(self.data, config.devices)
+        device_data = DeviceData(self.data, config.devices, mesh=config.mesh)
         self.task = device_data.task
         optimizer = at_rates(config.make_optimizer, [row["lr"] for row in config.lanes])
         say("drawing the initial kernels")
         seeds = np.array([row["seed"] for row in config.lanes])
+        synced = syncs.alike(config.axis_name, device_data.axes)
+        delayed = syncs.delayed(config.axis_name)
         trainers = {}
         for where, one in config.by_scheme.items():
             kernels = one.draw_kernels(self.data.classes, range(config.seeds), device_data.probe)
@@ -198,7 +214,9 @@ class Comparison:
                     optimizer,
                     device_data,
                     kernels,
-                    synced=config.sync == "global",
+                    synced=synced,
+                    form="pmap" if len(device_data.axes) == 1 else "shard_map",
+                    delayed=delayed if takes(name, "axis_name") else None,
                     microbatches=config.microbatches,
                 )
                 _check_fit(name, trainer)  # says no before anything is compiled or written
@@ -266,7 +284,10 @@ class Comparison:
             rates = [row["lr"] for row in config.lanes]
             opt_state = set_rates(state.opt_state, rates, data.devices, data.mapped)
             state = state._replace(opt_state=opt_state)
-            trainer.compile(state, steps, config.batch_size)
+            try:
+                trainer.compile(state, steps, config.batch_size)
+            except ValueError as error:  # groups that do not fit the devices, found in tracing
+                raise RunError(f"--norms {name} --sync {config.sync}: {error}") from error
             self.say(f"compiled {name}")
             at = Progress.start(state, len(rates))
             return Lane(name, trainer, at, time.perf_counter() - begin)
@@ -344,7 +365,7 @@ class Comparison:
         config = self.config
         title = (
             f"{config.dataset}, {config.model}, batch {config.batch_size} over "
-            f"{config.devices} device{'s' * (config.devices > 1)}, {config.sync} statistics, "
+            f"{config.devices} device{'s' * (config.devices > 1)}, sync {config.sync}, "
             f"{config.optimizer}, {config.seeds} seed{'s' * (config.seeds > 1)}"
         )
         rate = "each at its best rate" if config.rates else f"lr {config.lr:g}"

@@ -15,7 +15,6 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import json
-import math
 import re
 import time
 from collections.abc import Callable, Iterator
@@ -38,6 +37,7 @@ from normlab.devices.mapped import vary
 from .. import models
 from ..rundir import RunError
 from ..training import syncs
+from ..training.config import require_mesh
 from ..training.trainer import on_devices, set_devices
 from .collectives import Collective, collectives, shape_of
 from .config import Ledger
@@ -161,11 +161,7 @@ def remarks(found: Found) -> Iterator[str]:
 def _account(config: Ledger, norm: str, sync: str, there: Machine) -> Account:
     count = len(there.devices)
     sizes = config.mesh or (count,)
-    if math.prod(sizes) != count:
-        raise RunError(
-            f"--mesh {' '.join(map(str, sizes))}: that is {math.prod(sizes)} devices, and there "
-            f"are {count}."
-        )
+    require_mesh(sizes, count)
     names = (config.axes,) if isinstance(config.axes, str) else config.axes
     mesh = Mesh(np.array(there.devices).reshape(sizes), names, (AxisType.Auto,) * len(names))
     backend = {"cuda": "gpu"}.get(there.target, there.target)  # who asks JAX for its own hears this

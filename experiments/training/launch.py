@@ -26,7 +26,7 @@ from typing import Annotated, Any
 import tyro
 
 from ..rundir import CHECKOUT, RunError, shown
-from .config import require, require_division
+from .config import require, require_division, require_mesh
 from .processes import gist, read_diaries
 from .train import Result, Train, check_directory, train
 
@@ -101,6 +101,7 @@ def launch(
     check_directory(run)
     if not config.gpus:
         devices = config.workers * max(run.devices, 1)
+        require_mesh(run.mesh, devices)
         require_division(run.batch_size, devices, run.microbatches)
     os.environ.update(QUIET)  # Ray reads them when it is imported
     try:

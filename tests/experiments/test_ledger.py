@@ -32,6 +32,7 @@ WORDS = {
     "all+staged": nl.Sync("data", staged=True),
     "all+every=2": nl.Sync("data", every=2),
     "groups=4+gradient=forward": nl.Sync("data", groups=4, gradient="forward"),
+    "all+second=always": nl.Sync("data", second="always"),
 }
 
 
@@ -61,6 +62,9 @@ def test_in_plain_jit_local_names_the_axes_of_the_mesh_or_counts_the_devices():
         ("groups=a|b", "a partition"),
         ("groups=2+staged", "one way to cut the batch"),
         ("", "unknown word ''"),
+        ("all+second=alwys", "did you mean 'always'"),
+        ("inner", "inner needs a mesh of several axes; give one, as --mesh 4 2"),
+        ("together=data", "together needs a mesh of several axes"),
     ],
 )
 def test_words_that_cannot_be_meant_are_refused(text, said):
