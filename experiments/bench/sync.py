@@ -26,8 +26,8 @@ from jax.sharding import PartitionSpec as P
 
 import normlab as nl
 from normlab.devices.mapped import vary
+from normlab.instruments.collectives import collectives
 
-from ..programs.collectives import collectives
 from ..programs.machines import Machine, abstract, machine, missing
 from ..training.trainer import AXIS, on_devices, set_devices
 from .config import BenchSync
@@ -180,6 +180,7 @@ def counted(name: str, m: Machine, shape: tuple[int, ...]) -> str:
     for direction in DIRECTIONS:
         f, shapes = build(name, direction, m, shape)
         found = collectives(f.lower(*shapes).compile(), len(m.devices))
+        found = [c for c in found if not c.when_needed]
         totals.append((sum(c.times for c in found), sum(c.times * c.nbytes for c in found)))
     (count, nbytes), (all_count, all_nbytes) = totals
     return f"{count} ({nbytes:,} B) + {all_count - count} ({all_nbytes - nbytes:,} B)"

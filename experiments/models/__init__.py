@@ -49,6 +49,9 @@ MODELS: dict[str, Callable[..., Network]] = {
     "resnet32": functools.partial(ResNet, n=5),
     "resnet56": functools.partial(ResNet, n=9),
     "resnet110": functools.partial(ResNet, n=18),
+    "resnet50": functools.partial(
+        ResNet, n=(3, 4, 6, 3), widths=(64, 128, 256, 512), bottleneck=True
+    ),
     "lstm": Lstm,
     "gru": Gru,
     "vit": Vit,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from ..rundir import RunError, require_positive
 
@@ -18,13 +18,26 @@ class Ledger:
     """
 
     model: str = "conv"
-    """conv, mlp, or another of `python -m experiments list`."""
+    """conv, mlp, resnet50, lm, or another of `python -m experiments list`."""
 
     widths: tuple[int, ...] = ()
     """Channels of the layers; by default the model's own."""
 
+    width: int | None = None
+    """Of lm and vit: the size of the residual stream; by default 768, in heads of 64."""
+
+    depth: int | None = None
+    """Of lm and vit: the number of blocks; by default 12."""
+
+    context: int = 1024
+    """Of lm: the tokens of an example, bytes."""
+
+    image: tuple[int, int, int] | None = None
+    """Height, width and channels of an image; by default 28 28 1, of resnet50 224 224 3."""
+
     norms: tuple[str, ...] = ("batch",)
-    """Norms by name; `python -m experiments list` describes them."""
+    """Norms by name; `python -m experiments list` describes them. flax is flax.linen.BatchNorm,
+    with --sync all, inner or local."""
 
     sync: tuple[str, ...] = ("all", "local")
     """Over which devices batch statistics are measured: local, all, groups=4, groups=0,2|1,3,
@@ -34,9 +47,9 @@ class Ledger:
     devices: int = 8
     """Devices of this host, without a topology."""
 
-    topology: str | None = None
-    """A machine to compile for: v4:4x4x8, v5e:16x16, v5p:16x16x24, v6e:16x16 or tpu7x:4x4x8, in
-    chips; h100:1x128x8, in slices x hosts x GPUs."""
+    topology: tuple[str, ...] = ()
+    """Machines to compile for, one after the other: v4:4x4x8, v5e:16x16, v5p:16x16x24, v6e:16x16 or
+    tpu7x:4x4x8, in chips; h100:1x128x8, in slices x hosts x GPUs."""
 
     mesh: tuple[int, ...] = ()
     """Sizes of the mesh's axes, as in 16 8; by default one axis of all devices."""
@@ -48,7 +61,11 @@ class Ledger:
     """The forward pass alone, with the backward pass, or the whole step."""
 
     batch_size: int = 32
-    """Examples on each device, of 28 x 28 pixels."""
+    """Examples on each device."""
+
+    by: Literal["auto", "layer", "direction", "step"] = "auto"
+    """A row for each layer and direction, one for all layers in a direction, or the whole step
+    alone; auto: by layer where there are no more than eight."""
 
     json: Path | None = None
     """A file for every collective, the memory and the model's times; must not exist."""
@@ -63,13 +80,17 @@ class Ledger:
         from ..training.config import require_mesh
         from ..training.trainer import require_form
 
-        require_positive(self, "devices", "batch_size")
-        if any(width < 1 for width in self.widths):
-            raise RunError(f"--widths: got {self.widths}; they must be at least 1.")
+        require_positive(self, "devices", "batch_size", "context")
+        for name in ("widths", "image"):
+            if any(size < 1 for size in getattr(self, name) or ()):
+                raise RunError(f"--{name}: got {getattr(self, name)}; they must be at least 1.")
+        for name in ("width", "depth"):
+            if getattr(self, name) is not None:
+                require_positive(self, name)
         if self.json and self.json.exists():
             raise RunError(f"--json {self.json}: there is such a file. Choose another name.")
         try:
-            models.require(self.model)
+            models.require(self.model, **self.model_options)
         except ValueError as error:
             raise RunError(f"--model: {error}.") from None
         require_mesh(self.mesh)
@@ -83,3 +104,16 @@ class Ledger:
         from ..training.trainer import axes_of
 
         return axes_of(self.mesh)
+
+    @property
+    def model_options(self) -> dict[str, Any]:
+        """What the model is told beside the norm."""
+        options = {"widths": self.widths or None, "width": self.width, "depth": self.depth}
+        if self.model in REAL:
+            options = {**REAL[self.model], **{k: v for k, v in options.items() if v}}
+            options.setdefault("heads", max(1, options["width"] // 64))
+        return {name: value for name, value in options.items() if value}
+
+
+REAL = {"lm": {"width": 768, "depth": 12}, "vit": {"width": 768, "depth": 12}}
+"""Widths at which such a model is of use: those of GPT-2 small (Radford et al. 2019) and ViT-B."""

@@ -1,6 +1,7 @@
 """What synchronization costs: the collectives of one training step, read from its program.
 
     python -m experiments ledger --norms batch layer --sync all local groups=2
+    python -m experiments ledger --model resnet50 --norms batch flax
     python -m experiments ledger --topology v5p:16x16x24    # needs libtpu: pip install -e '.[tpu]'
     python -m experiments ledger --topology h100:1x128x8    # needs CUDA: pip install -e '.[cuda]'
 
@@ -17,7 +18,7 @@ import inspect
 import json
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -33,60 +34,51 @@ from jax.sharding import PartitionSpec as P
 
 import normlab as nl
 from normlab.devices.mapped import vary
+from normlab.devices.topology import as_sync, plan
+from normlab.instruments.collectives import Collective, Entry, Purpose, by_purpose, purpose
+from normlab.instruments.programs import Ledger as Program
 
 from .. import models
 from ..rundir import RunError
 from ..training import syncs
 from ..training.config import require_mesh
 from ..training.trainer import on_devices, set_devices
-from .collectives import Collective, collectives, shape_of
 from .config import Ledger
 from .machines import Machine, abstract, machine
+from .peers import PEERS
 
-CLASSES = 10
+CLASSES = {"resnet50": 1000, "lm": 256}
+"""Of ImageNet, and of bytes; else 10."""
+
+IMAGE = {"resnet50": (224, 224, 3)}
+"""Of ImageNet; else 28 x 28 pixels of one channel."""
+
+PEERS_SYNC = ("all", "inner", "local")
+"""The words of --sync that are an `axis_name`, which is all that peers take."""
+
 SCOPE = "norm"
 """What the compiler calls everything a norm does."""
 
 
-class Purpose(NamedTuple):
-    """What a collective is for.
-
-    Attributes:
-      what: A norm layer by name, `"gradients"` (of the parameters), `"exchange"` (of delayed
-        statistics), `"loss"` or `"other"`.
-      direction: Of a norm layer, `"forward"` or `"backward"`.
-    """
-
-    what: str
-    direction: str = ""
-
-    def __str__(self) -> str:
-        """In words."""
-        return f"{self.what} {self.direction}".strip()
-
-
-class Entry(NamedTuple):
-    """The collectives of one purpose; of several where the compiler made one of several."""
-
-    purposes: tuple[Purpose, ...]
-    collectives: tuple[Collective, ...]
-
-
 class Account(NamedTuple):
-    """What the program of one norm and topology says.
+    """What the program of one norm, topology and machine says.
 
     Attributes:
       norm, sync: As given.
-      entries: Layer by layer.
-      memory: Bytes a device holds: of arguments, results, temporaries and code.
+      machine: What it was compiled for.
+      program: What is read of it.
+      entries: Its collectives, layer by layer.
       seconds: Time the compiler took.
+      asked: Where it asks more devices than there are in a group, in words.
     """
 
     norm: str
     sync: str
+    machine: Machine
+    program: Program
     entries: list[Entry]
-    memory: dict[str, int]
     seconds: float
+    asked: str
 
     def __str__(self) -> str:
         """The norm, and the topology if it has one."""
@@ -94,15 +86,15 @@ class Account(NamedTuple):
 
 
 class Found(NamedTuple):
-    """What was asked for, the machine, and what its programs say."""
+    """What was asked for, what its programs say, and what was left out, in words."""
 
     config: Ledger
-    machine: Machine
     accounts: list[Account]
+    left_out: list[str]
 
 
 def compile_all(config: Ledger, say: Callable[[str], None] = lambda _: None) -> Found:
-    """Compiles for each norm and topology in turn, and writes the JSON that was asked for.
+    """Compiles for each machine, norm and topology in turn, and writes the JSON that was asked for.
 
     Args:
       config: What to compile.
@@ -112,17 +104,23 @@ def compile_all(config: Ledger, say: Callable[[str], None] = lambda _: None) -> 
       RunError: For a model, norm, topology or machine that there is not, or that do not fit.
     """
     jax.config.update("jax_platforms", "cpu")
-    if config.topology is None:
+    if not config.topology:
         set_devices(config.devices)
-    there = machine(config.topology, config.devices)
-    found = Found(config, there, [])
-    for norm in config.norms:
-        synced = _synced(norm)
-        for sync in config.sync if synced else ("",):
-            say(f"compiling {norm} {sync}")
-            found.accounts.append(_account(config, norm, sync, there))
+    found = Found(config, [], [])
+    for topology in config.topology or (None,):
+        there = machine(topology, config.devices)
+        for norm in config.norms:
+            for sync in config.sync if _synced(norm) else ("",):
+                if norm in PEERS and sync not in PEERS_SYNC:
+                    known = ", ".join(PEERS_SYNC)
+                    found.left_out.append(f"{norm}, {sync}: left out; {norm} is there for {known}.")
+                    continue
+                say(f"compiling {norm} {sync} for {there.name}")
+                found.accounts.append(_account(config, norm, sync, there))
+    if not found.accounts:
+        raise RunError("--norms: nothing is left to compile. " + " ".join(found.left_out))
     if config.json:
-        content = [_as_json(config, account, there) for account in found.accounts]
+        content = [_as_json(config, account) for account in found.accounts]
         try:
             config.json.write_text(json.dumps(content, indent=2) + "\n")
         except OSError as error:
@@ -130,32 +128,64 @@ def compile_all(config: Ledger, say: Callable[[str], None] = lambda _: None) -> 
     return found
 
 
+HEADINGS = (
+    "norm, sync",
+    "machine",
+    "what",
+    "collectives",
+    "bytes",
+    "received",
+    "groups",
+    "algorithm",
+    "µs, modelled",
+    "MiB, temporary",
+)
+ALWAYS = ("norm, sync", "what", "collectives", "bytes")
+
+
 def table(found: Found) -> Iterator[tuple[str, ...]]:
-    """Headings, then the rows; the algorithm and the model only where there are any."""
-    headings = ("norm, sync", "what", "collectives", "bytes", "groups", "algorithm", "µs, modelled")
+    """Headings, then the rows; of the columns that say nothing none but those of `ALWAYS`."""
+    several = len({account.machine.name for account in found.accounts}) > 1
     rows = []
     for account in found.accounts:
-        whole = [one for entry in account.entries for one in entry.collectives]
-        total = Entry((Purpose(f"whole {found.config.program}"),), tuple(whole))
-        entries = [*account.entries, total]
-        for i, entry in enumerate(entries):
-            rows.append(("" if i else str(account), *_row(found.machine, entry)))
-    used = [k for k in range(len(headings)) if k < 5 or any(row[k] for row in rows)]
-    for row in (headings, *rows):
-        yield tuple(row[k] for k in used)
+        whole, entries = account.program, _shown(found.config, account.entries)
+        what = (Purpose(f"whole {found.config.program}"),)
+        totals = [Entry(what, False, whole.steady)]
+        totals += [Entry(what, True, whole.when_needed)] if whole.when_needed else []
+        used = account.program.memory["temporary"]
+        for i, entry in enumerate((*entries, *totals)):
+            there = account.machine if several and not i else None
+            name = there and f"{there.name} ({len(there.devices)})"
+            temporary = f"{used / 2**20:.2f}" if entry is totals[0] else ""
+            row = _row(account.machine, entry, entry in totals)
+            rows.append(("" if i else str(account), name or "", *row, temporary))
+    kept = [k for k, h in enumerate(HEADINGS) if h in ALWAYS or any(row[k] for row in rows)]
+    for row in (HEADINGS, *rows):
+        yield tuple(row[k] for k in kept)
 
 
 def remarks(found: Found) -> Iterator[str]:
     """What the table does not say of itself."""
     config = found.config
+    machines = {account.machine.name: account.machine for account in found.accounts}
     said = f"{config.program} of {config.model} in {config.mode}, {config.batch_size} examples a "
-    said += f"device, on {found.machine.name}. Bytes: what each device puts in."
-    if found.machine.network:
+    said += f"device, on {', '.join(machines)}. Bytes: what each device puts in."
+    if any(one.received > one.nbytes for a in found.accounts for one in a.program.collectives):
+        said += " Received: where that is another number, of a gather a row from each device."
+    if any(there.network for there in machines.values()):
         said += " Times are those of an α-β model (docs/ledger.md). They are not measurements."
+    if any(account.program.when_needed for account in found.accounts):
+        said += " What runs when needed (in a conditional) is in no sum of what always runs."
     yield said
+    yield from found.left_out
     for account in found.accounts:
-        parts = [f"{nbytes / 2**20:.2f} MiB {kind}" for kind, nbytes in account.memory.items()]
-        yield f"{account}: on each device {', '.join(parts)}; compiled in {account.seconds:.1f} s"
+        memory = {kind: n for kind, n in account.program.memory.items() if kind != "aliased"}
+        parts = [f"{nbytes / 2**20:.2f} MiB {kind}" for kind, nbytes in memory.items()]
+        name = f"{account} on {account.machine.name}" if len(machines) > 1 else str(account)
+        yield f"{name}: on each device {', '.join(parts)}; compiled in {account.seconds:.1f} s"
+    for account in found.accounts:
+        if account.asked:
+            yield f"Warning: {account}: {account.asked}"
 
 
 def _account(config: Ledger, norm: str, sync: str, there: Machine) -> Account:
@@ -172,43 +202,124 @@ def _account(config: Ledger, norm: str, sync: str, there: Machine) -> Account:
     except ValueError as error:
         raise RunError(f"--norms {norm} --sync {sync}: {error}") from None
     begin = time.perf_counter()
-    compiled = lowered.compile()
+    try:
+        found = nl.instruments.ledger(lowered)
+    except jax.errors.JaxRuntimeError as error:  # the compiler's own, of memory above all
+        said = str(error).splitlines()[0]
+        raise RunError(
+            f"--norms {norm} --sync {sync}: {there.name} cannot have this step: {said} "
+            "Try a smaller --batch-size, or another machine."
+        ) from None
     seconds = time.perf_counter() - begin
-    found: dict[tuple[Purpose, ...], list[Collective]] = {}
-    for one in collectives(compiled, count):
-        found.setdefault(purposes(one), []).append(one)
-    order = {"forward": 0, "backward": 1, "": 2}
-    entries = [Entry(key, tuple(found[key])) for key in found]
-    entries.sort(key=lambda entry: order[entry.purposes[0].direction])
-    used = compiled.memory_analysis()
-    memory = {
-        "arguments": used.argument_size_in_bytes,
-        "results": used.output_size_in_bytes,
-        "temporary": used.temp_size_in_bytes,
-        "code": used.generated_code_size_in_bytes,
-    }
-    return Account(norm, sync, entries, memory, seconds)
+    entries = by_purpose(found.collectives, purposes)
+    size = group_size(syncs.parse(sync, config.axes, count), config, mesh) if sync else None
+    channels = _channels(arguments[1], 1 if config.mode == "jit" else count)
+    asked = "" if size is None else asked_of_others(entries, size, channels)
+    return Account(norm, sync, there, found, entries, seconds, asked)
 
 
 def purposes(one: Collective) -> tuple[Purpose, ...]:
     """What a collective is for, from where it came."""
-    found = dict.fromkeys(_purpose(name, one.last) for name in one.names)
+    found = dict.fromkeys(_purpose(name, name in one.ends) for name in one.names)
     named = sorted((p for p in found if p.what != "other"), key=lambda p: not p.direction)
     return tuple(named) or (Purpose("other"),)
 
 
 def _purpose(name: str, last: bool) -> Purpose:
+    """A norm layer by name, forward or backward; or another purpose, one of `OTHERS`."""
     backward = "transpose(" in name
-    if layer := re.search(rf"(\w+)\)*/{SCOPE}\b", name):
+    path = purpose(name).what.split("/")
+    if SCOPE in path:
         # In plain jit the compiler sums the gradients of g and b, too. What nothing is made of
         # that is summed later, as a kernel's gradient is of the statistics', is such a sum.
-        mapped = "shard_map" in name[: layer.start()]
+        mapped = "shard_map" in name[: name.rindex(f"/{SCOPE}")]
         if mapped or not backward or not last:
-            return Purpose(layer[1], "backward" if backward else "forward")
-    for what in ("exchange", "gradients", "loss"):
+            layer = "/".join(path[: path.index(SCOPE)][1:])  # but for the model
+            return Purpose(layer, "backward" if backward else "forward")
+    for what in OTHERS:
         if re.search(rf"\b{what}\b", name):
             return Purpose(what)
     return Purpose("gradients" if backward else "other")
+
+
+OTHERS = ("exchange", "gradients", "loss")
+"""What else is asked: delayed statistics, the parameters' gradients, the loss."""
+
+
+def _shown(config: Ledger, entries: Sequence[Entry]) -> list[Entry]:
+    """The entries as rows: all, those of all layers together, or none."""
+    layers = {p.what for entry in entries for p in entry.purposes if p.direction}
+    by = config.by if config.by != "auto" else "layer" if len(layers) <= 8 else "direction"
+    if by == "layer":
+        return list(entries)
+    if by == "step":
+        return []
+    merged: dict[tuple[tuple[Purpose, ...], bool], list[Collective]] = {}
+    for entry in entries:
+        alike = (Purpose("norms", p.direction) if p.direction else p for p in entry.purposes)
+        key = tuple(dict.fromkeys(alike)), entry.when_needed
+        merged.setdefault(key, []).extend(entry.collectives)
+    return [Entry(*key, tuple(each)) for key, each in merged.items()]
+
+
+# --- Who is asked -----------------------------------------------------------------------------
+
+
+def group_size(
+    asked: nl.Sync | str | tuple[str, ...] | None, config: Ledger, mesh: Mesh
+) -> int | None:
+    """How many devices normalize together at most; `None` for all along the axes of the mesh."""
+    sync = as_sync(asked)
+    sizes = [mesh.shape[name] for name in sync.names]
+    if sync.whole:
+        return math.prod(sizes) if math.prod(sizes) < mesh.devices.size else None
+    cut = plan("ledger", sync, sizes, config.batch_size)
+    if cut.members is None:
+        return 1
+    return max(len({shard // cut.shards for shard in row}) for row in cut.members)
+
+
+def asked_of_others(entries: Sequence[Entry], group: int, channels: Mapping[str, int]) -> str:
+    """Which norms ask more devices than those of a group, for the group's sake; empty if none.
+
+    The running statistics are those of all devices, so one sum over all is right forward: of a
+    count, a mean and a variance for each channel at most. A gather, whose result has a row of each
+    device, a larger sum, and any backward are not.
+
+    Args:
+      entries: The collectives.
+      group: How many devices normalize together.
+      channels: Of each layer.
+    """
+    found = []
+    for entry in entries:
+        if not all(p.direction for p in entry.purposes):
+            continue  # sent with what all devices are to know
+        enough = 4 * sum(3 * channels.get(p.what, 2**31) + 8 for p in entry.purposes)
+        for one in entry.collectives:
+            wide = one.kind != "collective-permute" and max(map(len, one.groups)) > group
+            backward = all(p.direction == "backward" for p in entry.purposes)
+            if wide and (backward or one.kind == "all-gather" or one.nbytes > enough):
+                found.append((entry, max(map(len, one.groups))))
+    if not found:
+        return ""
+    said = ", ".join(dict.fromkeys(str(entry) for entry, _ in found[:3]))
+    more = f" and {len(found) - 3} more" if len(found) > 3 else ""
+    return (
+        f"{said}{more} ask {max(n for _, n in found)} devices, and what normalizes is of {group}; "
+        "their bytes or results grow with the number of devices. Groups that are an axis of the "
+        "mesh (--mesh, --sync inner) ask each other alone."
+    )
+
+
+def _channels(states: Any, devices: int) -> dict[str, int]:
+    """The channels of each layer, from the states of the norms."""
+    found: dict[str, int] = {}
+    for path, leaf in jax.tree.leaves_with_path(states):
+        names = [entry.key for entry in path if isinstance(entry, jax.tree_util.DictKey)]
+        layer = "/".join(name for name in names if name != "norm")
+        found[layer] = max(found.get(layer, 0), math.prod(leaf.shape) // devices)
+    return found
 
 
 # --- The program ------------------------------------------------------------------------------
@@ -226,19 +337,19 @@ class Named(nl.Norm):
 def program(config: Ledger, norm: str, sync: str, mesh: Mesh) -> tuple[Any, tuple[Any, ...]]:
     """The program to compile, and its abstract arguments.
 
-    `program(params, norm_state, images, labels)`: parameters are alike on all devices; the norms'
+    `program(params, norm_state, inputs, labels)`: parameters are alike on all devices; the norms'
     states are `[devices, ...]`, since the devices' may differ, but in plain jit.
     """
     count = mesh.devices.size
     model = _model(config, norm, sync, count)
-    images = jax.ShapeDtypeStruct((config.batch_size, 28, 28, 1), jnp.float32)
-    variables = jax.eval_shape(lambda x: model.init(jax.random.key(0), x, train=False), images)
+    inputs, labels = _example(config)
+    variables = jax.eval_shape(lambda x: model.init(jax.random.key(0), x, train=False), inputs)
     params, state = models.split(variables)
     axes = config.axes
     asked = syncs.parse(sync, axes, count) if sync else None
     step = _steps(model, () if config.mode == "jit" else axes, asked)[config.program]
     alike, split = (NamedSharding(mesh, spec) for spec in (P(), P(axes)))
-    shapes = (images, jax.ShapeDtypeStruct((config.batch_size,), jnp.int32))
+    shapes = (inputs, labels)
     if config.mode == "jit":
         batch = jax.tree.map(lambda v: v.update(shape=(count * v.shape[0], *v.shape[1:])), shapes)
         arguments = (abstract(params, alike), abstract(state, alike), *abstract(batch, split))
@@ -252,22 +363,32 @@ def program(config: Ledger, norm: str, sync: str, mesh: Mesh) -> tuple[Any, tupl
     return mapped, (abstract(params, alike), *abstract((state, *shapes), split, count))
 
 
+def _example(config: Ledger) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
+    """A batch of one device: images or tokens, and their labels."""
+    if config.model in models.TEXT:
+        tokens = jax.ShapeDtypeStruct((config.batch_size, config.context), jnp.int32)
+        return tokens, tokens
+    size = config.image or IMAGE.get(config.model, (28, 28, 1))
+    images = jax.ShapeDtypeStruct((config.batch_size, *size), jnp.float32)
+    return images, jax.ShapeDtypeStruct((config.batch_size,), jnp.int32)
+
+
 def _steps(
     model: nn.Module, axis: str | tuple[str, ...], sync: nl.Sync | str | tuple[str, ...] | None
 ) -> dict[str, Callable[..., Any]]:
-    def loss(params: Any, state: Any, images: Array, labels: Array) -> tuple[Array, Any]:
+    def loss(params: Any, state: Any, inputs: Array, labels: Array) -> tuple[Array, Any]:
         logits, changed = model.apply(
-            {"params": params, models.STATE: state}, images, train=True, mutable=[models.STATE]
+            {"params": params, models.STATE: state}, inputs, train=True, mutable=[models.STATE]
         )
         with jax.named_scope("loss"):
             losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
             return losses.mean(), changed.get(models.STATE, state)
 
-    def both(params: Any, state: Any, images: Array, labels: Array) -> Any:
-        return jax.value_and_grad(loss, has_aux=True)(params, state, images, labels)
+    def both(params: Any, state: Any, inputs: Array, labels: Array) -> Any:
+        return jax.value_and_grad(loss, has_aux=True)(params, state, inputs, labels)
 
-    def step(params: Any, state: Any, images: Array, labels: Array) -> Any:
-        (value, state), grads = both(params, state, images, labels)
+    def step(params: Any, state: Any, inputs: Array, labels: Array) -> Any:
+        (value, state), grads = both(params, state, inputs, labels)
         if axis:
             with jax.named_scope("gradients"):
                 flat, unravel = ravel_pytree(grads)
@@ -283,18 +404,24 @@ def _steps(
 
 
 def _model(config: Ledger, name: str, sync: str, count: int) -> nn.Module:
-    options: dict[str, Any] = {"widths": config.widths} if config.widths else {}
-    settings: dict[str, Any] = {"group": {"groups": 4}}.get(name, {})
-    if _synced(name):
-        mapped = config.mode != "jit"
-        settings["axis_name"] = syncs.parse(sync, config.axes, count, mapped=mapped)
-    made = nl.get(name, **settings)
-    norm = Named(made.init, made.parts)
-    return models.build(config.model, norm, CLASSES, **options)
+    mapped, classes = config.mode != "jit", CLASSES.get(config.model, 10)
+    if name in PEERS:
+        along = {"all": config.axes, "inner": config.axes[-1]}
+        peer = PEERS[name](along.get(sync) if mapped else None)
+        norm = dataclasses.replace(peer, call=jax.named_scope(SCOPE)(peer.call))
+    else:
+        options: dict[str, Any] = {"group": {"groups": 4}}.get(name, {})
+        if _synced(name):
+            options["axis_name"] = syncs.parse(sync, config.axes, count, mapped=mapped)
+        made = nl.get(name, **options)
+        norm = Named(made.init, made.parts)
+    return models.build(config.model, norm, classes, **config.model_options)
 
 
 def _synced(norm: str) -> bool:
     """Whether a norm merges its statistics over devices in every step."""
+    if norm in PEERS:
+        return True
     try:
         options = inspect.signature(nl.row(norm).factory).parameters
     except ValueError as error:
@@ -305,20 +432,13 @@ def _synced(norm: str) -> bool:
 # --- What is printed --------------------------------------------------------------------------
 
 
-def _row(there: Machine, entry: Entry) -> tuple[str, ...]:
-    kinds: dict[str, int] = {}
-    for one in entry.collectives:
-        kinds[one.kind] = kinds.get(one.kind, 0) + one.times
-    nbytes = sum(one.nbytes * one.times for one in entry.collectives)
+def _row(there: Machine, entry: Entry, whole: bool) -> tuple[str, ...]:
     times = [modelled(there, one) for one in entry.collectives]
     modelled_all = there.network and None not in times
-    whole = entry.purposes[0].what.startswith("whole ")
     return (
-        ", ".join(map(str, entry.purposes)),
-        ", ".join(f"{count} {kind}" for kind, count in kinds.items()) or "none",
-        f"{nbytes:,}",
-        "" if whole else _distinct(shape_of(one.groups) for one in entry.collectives),
-        "" if whole else _distinct(one.algorithm for one in entry.collectives),
+        *entry.cells,
+        "" if whole else entry.distinct(lambda one: one.shape),
+        "" if whole else entry.distinct(lambda one: one.algorithm),
         f"{1e6 * sum(filter(None, times)):.1f}" if modelled_all else "",
     )
 
@@ -329,24 +449,23 @@ def modelled(there: Machine, one: Collective) -> float | None:
     return None if seconds is None else seconds * one.times
 
 
-def _distinct(texts: Iterator[str]) -> str:
-    return "; ".join(dict.fromkeys(text for text in texts if text))
-
-
-def _as_json(config: Ledger, account: Account, there: Machine) -> dict[str, Any]:
+def _as_json(config: Ledger, account: Account) -> dict[str, Any]:
     settings = {
         k: v for k, v in dataclasses.asdict(config).items() if k not in ("json", "markdown")
     }
+    asked = {"norms": account.norm, "sync": account.sync, "topology": account.machine.name}
     return {
-        "config": {**settings, "norms": account.norm, "sync": account.sync},
-        "devices": len(there.devices),
-        "memory_bytes": account.memory,
+        "config": {**settings, **asked},
+        "devices": len(account.machine.devices),
+        "memory_bytes": account.program.memory,
+        "flops": account.program.flops,
         "compile_seconds": account.seconds,
+        "asked_of_others": account.asked,
         "collectives": [
             {
                 "purposes": list(map(str, entry.purposes)),
                 **one._asdict(),
-                "modelled_seconds": modelled(there, one),
+                "modelled_seconds": modelled(account.machine, one),
             }
             for entry in account.entries
             for one in entry.collectives

@@ -196,6 +196,8 @@ _ROUNDS = {
 
 def _moved(kind: str, nbytes: int, count: int) -> float:
     """What passes a device in one round, of the whole array in question."""
+    if kind == "collective-permute":
+        return nbytes
     whole = nbytes * count if kind == "all-gather" else nbytes
     return whole * (count - 1) / count
 
@@ -205,9 +207,16 @@ def _torus_time(
 ) -> float:
     """Dimension by dimension, in both directions of every ring, all dimensions' links in use.
 
-    Or in one ring of all, as if the next were always a neighbour.
+    Or in one ring of all, as if the next were always a neighbour. A permute's messages go the
+    shorter way round, and a link passes on as many of them as that way is long.
     """
     assert isinstance(m.network, Torus)
+    if kind == "collective-permute":
+        hops = 0
+        for axis, whole in zip(zip(*there, strict=True), zip(*m.places, strict=True), strict=True):
+            far, length = max(axis) - min(axis), max(whole) + 1
+            hops += min(far, length - far) if m.network.ring(length, length) else far
+        return hops * (m.network.hop + nbytes / m.network.link)
     hops, links = 0, 0
     for axis, whole in zip(zip(*there, strict=True), zip(*m.places, strict=True), strict=True):
         extent = max(axis) - min(axis) + 1
@@ -281,6 +290,10 @@ def compile_for(target: str, topology: str) -> Sequence[Any]:
 
 def machine(topology: str | None, devices: int) -> Machine:
     """The machine of a topology; of `None`, the first `devices` devices of this host.
+
+    Args:
+      topology: As in `TPUS` and `GPUS`, `v5p:16x16x24`.
+      devices: How many there are here.
 
     Raises:
       RunError: For a topology that there is not, or whose compiler is not installed.

@@ -17,7 +17,8 @@ import jax
 from jax.sharding import SingleDeviceSharding
 from jax.stages import Compiled, Lowered
 
-from .hlo import Array, Computation, Instruction, parse
+from normlab.instruments.hlo import Array, Computation, Instruction, parse
+
 from .machines import abstract, compile_for
 
 
@@ -134,7 +135,8 @@ class _Program:
     """The computations of a program, and what they read and write."""
 
     def __init__(self, compiled: Compiled | str) -> None:
-        self.computations, self.entry = parse(compiled, "moves")
+        self.program = parse(compiled, "moves")
+        self.computations, self.entry = self.program.computations, self.program.entry
         self.demands: dict[tuple[str, str], int] = {}
 
     def moves(self, name: str, times: int = 1) -> list[Move]:
@@ -145,7 +147,8 @@ class _Program:
             if opcode in _FREE or opcode.endswith("-done"):
                 continue
             if opcode in ("while", "call", "async", "conditional"):
-                runs = times * (i.trips if opcode == "while" else 1)
+                trips = self.program.trips(c, i) if opcode == "while" else 1
+                runs = times * (1 if trips is None else trips)
                 each = [self.moves(called, runs) for called in i.calls]
                 if opcode == "conditional":
                     each = [max(each, key=lambda branch: sum(move.nbytes for move in branch))]

@@ -1,8 +1,8 @@
 """Instruments: what can be measured in a training loop, as pure functions.
 
 Each takes arrays or pytrees and returns arrays or NamedTuples of them, so that it runs under `jit`
-and, over seeds, under `vmap`; `equivalence` alone makes and runs programs of its own. Activations
-have their channels last, `[N, ..., C]`.
+and, over seeds, under `vmap`; `equivalence` makes and runs programs of its own, and `ledger` reads
+one. Activations have their channels last, `[N, ..., C]`.
 """
 
 from normlab.instruments.activations import (
@@ -22,6 +22,7 @@ from normlab.instruments.attention import (
     attention_statistics,
     logit_size,
 )
+from normlab.instruments.collectives import Collective
 from normlab.instruments.curvature import AlongStep, HessianMax, along_step, hessian_max
 from normlab.instruments.depth import (
     ByBlock,
@@ -40,6 +41,7 @@ from normlab.instruments.gradients import (
     tap,
     tapped,
 )
+from normlab.instruments.programs import Ledger, ledger
 from normlab.instruments.shards import Drift, drift
 from normlab.instruments.streams import (
     MassiveActivations,
@@ -67,12 +69,14 @@ __all__ = [
     "AttentionStatistics",
     "Backward",
     "ByBlock",
+    "Collective",
     "CovariateShift",
     "DepthSlope",
     "Drift",
     "Equivalence",
     "Gaussianity",
     "HessianMax",
+    "Ledger",
     "LogitSize",
     "MassiveActivations",
     "StreamStatistics",
@@ -100,6 +104,7 @@ __all__ = [
     "gaussianity",
     "gradient_norms",
     "hessian_max",
+    "ledger",
     "logit_size",
     "massive_activations",
     "percentiles",

@@ -5,18 +5,35 @@ For a TPU and a GPU where their compilers are installed; no hardware is looked f
 
 import json
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
+from jax import lax
+from jax.sharding import Mesh
 
 import normlab as nl
 from experiments.bench import sync as bench_sync
 from experiments.console import main
 from experiments.programs import machines
-from experiments.programs.collectives import algorithm, collectives, groups, shape_of
 from experiments.programs.config import Ledger
-from experiments.programs.ledger import Purpose, compile_all, table
+from experiments.programs.ledger import (
+    Found,
+    asked_of_others,
+    compile_all,
+    group_size,
+    remarks,
+    table,
+)
 from experiments.programs.machines import Cluster, Machine, Torus, machine, missing
 from experiments.rundir import RunError
 from experiments.training.syncs import parse
+from normlab.instruments.collectives import (
+    Collective,
+    Entry,
+    Purpose,
+    shape_of,
+)
 
 # --- The words of --sync ----------------------------------------------------------------------
 
@@ -73,131 +90,6 @@ def test_words_that_cannot_be_meant_are_refused(text, said):
     assert said in str(error.value)
 
 
-# --- Reading programs -------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("replica_groups={}, to_apply=%add", ((0, 1, 2, 3, 4, 5, 6, 7),)),
-        ("replica_groups={{0,1},{2,3}}, dimensions={0}", ((0, 1), (2, 3))),
-        ("replica_groups={{0,1,2},{3}}", ((0, 1, 2), (3,))),
-        ("replica_groups=[4,2]<=[8], x=1", ((0, 1), (2, 3), (4, 5), (6, 7))),
-        ("replica_groups=[4,2]<=[2,4]T(1,0), x=1", ((0, 4), (1, 5), (2, 6), (3, 7))),
-        ("replica_groups=mesh['axis_0'=8] {'axis_0'}, x=1", ((0, 1, 2, 3, 4, 5, 6, 7),)),
-        ("replica_groups=mesh['a'=2,'b'=4] {'a'}", ((0, 4), (1, 5), (2, 6), (3, 7))),
-        ("replica_groups=mesh['a'=2,'b'=4] {'b':(1)2}", ((0, 2), (1, 3), (4, 6), (5, 7))),
-        ("replica_groups=mesh['a'=2,'b'=4] {'b':(2)2}", ((0, 1), (2, 3), (4, 5), (6, 7))),
-        ("source_target_pairs={{0,1},{1,0}}, x=1", ((0, 1), (1, 0))),
-    ],
-)
-def test_groups_are_read_in_every_form(text, expected):
-    assert groups(f"channel_id=1, {text}", 8) == expected
-
-
-def test_a_form_that_is_not_known_is_an_error_that_shows_it():
-    with pytest.raises(ValueError, match="replica_groups=@new"):
-        groups("replica_groups=@new<8>", 8)
-
-
-PROGRAM = """
-HloModule jit_step
-
-%add (a: f32[], b: f32[]) -> f32[] {
-  %a = f32[] parameter(0)
-  %b = f32[] parameter(1)
-  ROOT %s = f32[] add(%a, %b)
-}
-
-%wrapped (w: f32[5]) -> f32[20] {
-  %w = f32[5]{0} parameter(0)
-  ROOT %g = f32[20]{0} all-gather(%w), replica_groups=[1,4]<=[4], dimensions={0}
-}
-
-%all-reduce-scatter (r: f32[8]) -> f32[2] {
-  %r = f32[8]{0} parameter(0)
-  %ar = f32[8]{0} all-reduce(%r), replica_groups={}, to_apply=%add
-  ROOT %d = f32[2]{0} slice(%ar), slice={[0:2]}
-}
-
-%body (t: (f32[4])) -> (f32[4]) {
-  %t = (f32[4]{0}) parameter(0)
-  %v = f32[4]{0} get-tuple-element(%t), index=0
-  %p = f32[4]{0} collective-permute(%v), source_target_pairs={{0,1},{1,0}}
-  ROOT %u = (f32[4]{0}) tuple(%p)
-}
-
-%condition (t.1: (f32[4])) -> pred[] {
-  %t.1 = (f32[4]{0}) parameter(0)
-  ROOT %true = pred[] constant(true)
-}
-
-%none (n: f32[4]) -> f32[4] {
-  ROOT %n = f32[4]{0} parameter(0)
-}
-
-%some (m: f32[4]) -> f32[4] {
-  %m = f32[4]{0} parameter(0)
-  ROOT %x = f32[4]{0} all-reduce(%m), replica_groups={{0,1},{2,3}}, to_apply=%add
-}
-
-ENTRY %main (x.1: f32[4], y: bf16[6], z: f32[5], i: s32[], q: f32[8]) -> f32[4] {
-  %x.1 = f32[4]{0} parameter(0)
-  %y = bf16[6]{0} parameter(1), metadata={op_name="y"}
-  %z = f32[5]{0} parameter(2), metadata={op_name="jit(step)/norm/z"}
-  %i = s32[] parameter(3), metadata={op_name="i"}
-  %q = f32[8]{0} parameter(4)
-  %start = (f32[4]{0}, bf16[6]{0}) all-reduce-start(%x.1, %y), replica_groups={}, to_apply=%add
-  %done = (f32[4]{0}, bf16[6]{0}) all-reduce-done(%start)
-  %first = f32[4]{0} get-tuple-element(%done), index=0
-  %async = ((f32[5]{0}), f32[20]{0}) async-start(%z), calls=%wrapped
-  %gathered = f32[20]{0} async-done(%async), calls=%wrapped
-  %scattered = f32[2]{0} fusion(%q), kind=kCustom, calls=%all-reduce-scatter
-  %init = (f32[4]{0}) tuple(%first)
-  %loop = (f32[4]{0}) while(%init), condition=%condition, body=%body, TRIPS
-  %looped = f32[4]{0} get-tuple-element(%loop), index=0
-  ROOT %either = f32[4]{0} conditional(%i, %looped, %looped), branch_computations={%none, %some}
-}
-""".replace("TRIPS", 'backend_config={"known_trip_count":{"n":"3"}}')
-
-
-def test_every_collective_counts_once_with_its_bytes_groups_and_times():
-    found = [(c.kind, c.nbytes, shape_of(c.groups), c.times) for c in collectives(PROGRAM, 4)]
-    assert found == [
-        ("all-reduce", 16 + 12, "all 4", 1),  # two arrays, one start and one end
-        ("all-gather", 20, "all 4", 1),
-        ("reduce-scatter", 32, "all 4", 1),  # as a TPU writes it
-        ("collective-permute", 16, "2 of 2: {0,1}, …", 3),  # in a loop of 3
-        ("all-reduce", 16, "2 of 2: {0,1}, …", 1),  # of the longer branch
-    ]
-
-
-def test_names_come_from_what_went_in_where_there_are_none():
-    reduced, gathered, *_ = collectives(PROGRAM, 4)
-    assert reduced.names == ("y",)
-    assert gathered.names == ("jit(step)/norm/z",)
-
-
-def test_it_is_known_which_collectives_others_need():
-    last = {c.kind: c.last for c in collectives(PROGRAM, 4)}
-    assert last == {
-        "all-reduce": True,  # the second one; the dictionary keeps the last
-        "all-gather": True,
-        "reduce-scatter": True,
-        "collective-permute": False,
-    }
-    assert not collectives(PROGRAM, 4)[0].last
-
-
-def test_a_tpus_algorithm_is_read_and_others_have_none():
-    text = (
-        'backend_config={"flags":[],"collective_algorithm_config":{"emitter":"RotatedPincerEmitter",'
-        '"strategy":"StrategyND","debug":"StrategyND{colors:2 phases:3 cores:{4 4}}"},"x":{}}'
-    )
-    assert algorithm(text) == "RotatedPincer, ND, phases: 3"
-    assert algorithm('backend_config={"collective_backend_config":{}}') == ""
-
-
 # --- Compiled programs ------------------------------------------------------------------------
 
 WIDTHS = (6, 5)
@@ -209,14 +101,20 @@ def account(sync, **options):
     return found
 
 
-def per_layer(account, direction):
-    """How many collectives each norm layer has in a direction, and of how many bytes."""
+def per_layer(account, direction, *kinds):
+    """How many steady collectives each norm layer has in a direction, and of how many bytes."""
     found = {}
     for entry in account.entries:
         for purpose in entry.purposes:
-            if purpose.direction == direction:
+            if purpose.direction == direction and not entry.when_needed:
                 count, nbytes = found.get(purpose.what, (0, 0))
-                each = [(one.times, one.nbytes) for one in entry.collectives]
+                each = [
+                    (one.times, one.nbytes)
+                    for one in entry.collectives
+                    if not kinds or one.kind in kinds
+                ]
+                if not each:
+                    continue
                 found[purpose.what] = (
                     count + sum(times for times, _ in each),
                     nbytes + sum(nbytes for _, nbytes in each),
@@ -235,16 +133,21 @@ MODES = ("shard_map", "pmap", "jit")
 @pytest.mark.parametrize("mode", MODES)
 def test_all_together_costs_one_small_collective_per_layer_and_direction(mode):
     found = account("all", mode=mode)
+    more = 4 if mode == "pmap" else 0  # of the running means, whether all devices have the same
     assert per_layer(found, "forward") == {
-        f"Normed_{i}": (1, 4 * (2 * c + 1)) for i, c in enumerate(WIDTHS)
+        f"Normed_{i}": (1, 4 * (2 * c + 1 + more)) for i, c in enumerate(WIDTHS)
     }
     assert counts(found, "backward") == ONE
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_groups_cost_one_collective_per_layer_and_direction(mode):
+def test_pairs_exchange_their_moments_and_all_sum_the_running_statistics(mode):
     found = account("groups=2", mode=mode)
-    assert counts(found, "forward") == counts(found, "backward") == ONE
+    exchange = {f"Normed_{i}": (1, 4 * (2 * c + 1)) for i, c in enumerate(WIDTHS)}
+    assert per_layer(found, "forward", "collective-permute") == exchange
+    assert per_layer(found, "backward") == exchange
+    assert set(per_layer(found, "forward", "all-reduce")) == set(ONE)  # with one another or alone
+    assert found.asked == ""
 
 
 def test_on_their_own_devices_share_nothing_but_the_parameters_gradients():
@@ -264,10 +167,17 @@ def test_on_their_own_in_plain_jit_they_share_the_running_statistics():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("sync", ["ring=1", "virtual=8", "groups=0,2,4,6|1,3,5,7", "ghost=2+all"])
-def test_other_topologies_cost_one_collective_per_layer_and_direction(sync, mode):
+@pytest.mark.parametrize(
+    ("sync", "rounds"),
+    [("ring=1", 2), ("virtual=8", 1), ("groups=0,2,4,6|1,3,5,7", 2), ("ghost=2+groups=4", 1)],
+)
+def test_other_topologies_exchange_in_few_rounds(sync, rounds, mode):
     found = account(sync, mode=mode)
-    assert counts(found, "forward") == counts(found, "backward") == ONE
+    expected = dict.fromkeys(ONE, rounds)
+    permutes = per_layer(found, "forward", "collective-permute")
+    assert {layer: count for layer, (count, _) in permutes.items()} == expected
+    assert counts(found, "backward") == expected
+    assert found.asked == ""
 
 
 def test_without_a_gradient_of_others_there_is_no_collective_backward():
@@ -276,18 +186,145 @@ def test_without_a_gradient_of_others_there_is_no_collective_backward():
     assert counts(found, "backward") == {}
 
 
-def test_delayed_statistics_cost_one_collective_per_step():
+def test_delayed_statistics_cost_one_collective_every_so_many_steps():
     found = account("all+every=2")
-    entries = {entry.purposes: entry.collectives for entry in found.entries}
-    assert set(entries) == {(Purpose("exchange"),), (Purpose("gradients"), Purpose("loss"))}
-    (one,) = entries[Purpose("exchange"),]
-    assert one.nbytes == 4 * sum(3 * c for c in WIDTHS)
+    always, exchange = found.entries
+    assert always.purposes == (Purpose("gradients"), Purpose("loss"))
+    assert (exchange.purposes, exchange.when_needed) == ((Purpose("exchange"),), True)
+    first, again = exchange.collectives  # and that where digits were lost
+    assert first.nbytes == again.nbytes <= 4 * sum(3 * c for c in WIDTHS)
 
 
 def test_the_forward_pass_alone_has_the_forward_collectives_of_the_step():
     alone, step = (account("all", program=program) for program in ("forward", "step"))
     assert per_layer(alone, "forward") == per_layer(step, "forward")
-    assert [e.purposes[0].direction for e in alone.entries] == ["forward"] * len(WIDTHS)
+    assert {p.direction for e in alone.entries for p in e.purposes} == {"forward"}
+    assert len(alone.program.steady) == len(WIDTHS)
+
+
+def rows(account, by="layer", **options):
+    """What the table says of an account: purpose, collectives, bytes."""
+    config = Ledger(model="mlp", by=by, **options)
+    headings, *found = table(Found(config, [account], []))
+    return [row[headings.index("what") :][:3] for row in found]
+
+
+def test_flaxs_norm_is_a_row_of_the_same_table():
+    found = account("all", norms=("flax",))
+    assert per_layer(found, "forward") == {f"Normed_{i}": (1, 8 * c) for i, c in enumerate(WIDTHS)}
+    assert counts(found, "backward") == ONE
+    assert counts(account("all", norms=("flax",), mode="jit"), "forward").keys() == ONE.keys()
+    assert counts(account("local", norms=("flax",)), "forward") == {}
+
+
+def test_what_a_peer_has_not_is_left_out_and_said():
+    config = Ledger(model="mlp", widths=(6,), norms=("batch", "flax"), sync=("groups=2",))
+    found = compile_all(config)
+    assert list(map(str, found.accounts)) == ["batch, groups=2"]
+    assert "flax, groups=2: left out; flax is there for all, inner, local." in list(remarks(found))
+    with pytest.raises(RunError, match="nothing is left to compile"):
+        compile_all(Ledger(norms=("flax",), sync=("ring=1",)))
+
+
+def test_all_layers_of_a_direction_are_one_row_or_the_step_alone():
+    found = account("all")
+    assert [what for what, *_ in rows(found, "direction")] == [
+        *("norms forward", "norms backward", "gradients, loss", "norms forward, when needed"),
+        *("whole step", "whole step, when needed"),
+    ]
+    assert rows(found, "direction")[0][1] == rows(found)[0][1].replace("1", "2")
+    assert rows(found, "step") == rows(found)[-2:]
+
+
+def rare(axis_name=None, decay=0.9):
+    """Centred over neighbours, and over all where the mean is large."""
+
+    def parts(params, state, site, *, train):
+        mean = site.a.mean(0)
+        if not train:
+            return nl.Parts(mean, jnp.ones(()), jnp.ones(()), jnp.zeros(())), state
+        pairs = [(i, i ^ 1) for i in range(8)]
+        mean = (mean + lax.ppermute(mean, axis_name, pairs)) / 2
+        large = lax.pmax(jnp.abs(mean).max(), axis_name) > 9
+        mean = lax.cond(large, lambda m: lax.pmean(m, axis_name), lambda m: m, mean)
+        return nl.Parts(mean, jnp.ones(()), jnp.ones(()), jnp.zeros(())), state
+
+    return nl.Norm(lambda site: ((), ()), parts)
+
+
+def test_what_is_sent_when_needed_has_rows_of_its_own_and_is_in_no_sum():
+    name = f"{__name__}:rare"
+    found = account("all", norms=(name,), mode="pmap", widths=(6,), program="forward")
+    assert rows(found, program="forward") == [
+        ("Normed_0 forward", "1 collective-permute, 1 all-reduce", "28"),
+        ("Normed_0 forward, when needed", "1 all-reduce", "24"),
+        ("whole forward", "1 collective-permute, 1 all-reduce", "28"),
+        ("whole forward, when needed", "1 all-reduce", "24"),
+    ]
+    said = " ".join(remarks(Found(Ledger(), [found], [])))
+    assert "What runs when needed (in a conditional) is in no sum" in said
+    (permute, *_) = found.program.collectives
+    assert permute.shape == "4 pairs: 0↔1, …"
+
+
+def test_of_text_the_model_reads_tokens():
+    options = {"model": "lm", "widths": (), "width": 8, "depth": 2, "context": 4}
+    config = Ledger(norms=("rms", "batch"), batch_size=1, sync=("all",), **options)
+    rms, batch = compile_all(config).accounts
+    assert [what for what, *_ in rows(rms)] == ["gradients, loss", "whole step"]
+    places = [f"block{i}/{branch}" for i in (0, 1) for branch in ("attention", "mlp")]
+    assert counts(batch, "forward") == dict.fromkeys([*places, "norm_last"], 1)
+    assert Ledger(model="lm").model_options == {"width": 768, "depth": 12, "heads": 12}
+
+
+def made(kind, nbytes, devices, direction, when_needed=False):
+    groups = (tuple(range(devices)),)
+    one = Collective(kind, nbytes, groups, (), "", "", 1, when_needed, False, ())
+    return Entry((Purpose("layer", direction),), when_needed, (one,))
+
+
+@pytest.mark.parametrize(
+    ("kind", "nbytes", "devices", "direction", "asked"),
+    [
+        ("all-gather", 4 * 13, 8, "forward", True),
+        ("all-reduce", 4 * 13 * 8, 8, "forward", True),  # a row of each device
+        ("all-reduce", 4 * 13, 8, "forward", False),  # the population
+        ("all-reduce", 4 * 12, 8, "backward", True),
+        ("all-reduce", 4 * 12, 2, "backward", False),
+        ("all-gather", 4 * 13, 2, "forward", False),
+        ("collective-permute", 4 * 13, 8, "forward", False),
+    ],
+)
+def test_who_asks_all_devices_for_the_sake_of_a_group_is_told(
+    kind, nbytes, devices, direction, asked
+):
+    said = asked_of_others([made(kind, nbytes, devices, direction)], 2, {"layer": 6})
+    assert bool(said) == asked
+    if asked:
+        assert f"layer {direction} ask 8 devices, and what normalizes is of 2" in said
+
+
+@pytest.mark.parametrize(
+    ("text", "mesh", "size"),
+    [
+        ("all", (), None),
+        ("all", (4, 2), None),
+        ("inner", (4, 2), 2),
+        ("local", (), 1),
+        ("groups=4", (), 4),
+        ("groups=0,1,2|3,4,5,6,7", (), 5),
+        ("ring=1", (), 3),
+        ("virtual=64", (), 2),
+        ("virtual=8", (), 1),
+        ("ghost=4", (), 1),
+        ("ghost=4+groups=8", (), 2),
+    ],
+)
+def test_how_many_devices_normalize_together(text, mesh, size):
+    config = Ledger(mesh=mesh, batch_size=32)
+    axes = config.axes if isinstance(config.axes, tuple) else (config.axes,)
+    there = Mesh(np.array(jax.devices()).reshape(mesh or (8,)), axes)
+    assert group_size(parse(text, config.axes, 8), config, there) == size
 
 
 # --- The model --------------------------------------------------------------------------------
@@ -355,6 +392,23 @@ def test_a_tree_climbs_by_the_logarithm_of_the_hosts_and_a_ring_by_their_number(
     assert seconds("all-gather", 16) == pytest.approx(ring, rel=1e-3)
 
 
+def test_a_permute_goes_the_shorter_way_round_and_shares_its_links():
+    m = torus(8, 4, network=NETWORK)
+    pair = lambda *ends: m.seconds("collective-permute", 1000, [ends])  # noqa: E731
+    assert pair(0, 1) == pair(0, 7) == pytest.approx(1e-6 + 1e-6)
+    assert pair(0, 2) == pytest.approx(2 * pair(0, 1))
+    assert m.seconds("collective-permute", 1000, [(0, 1), (0, 2)]) == pair(0, 2)
+    assert pair(3, 3) == 0
+    network = machines.GPUS["h100"]
+    places = [(host, gpu) for host in range(2) for gpu in range(8)]
+    cluster = Machine("", "cuda", places, places, network)
+    within, between = (
+        cluster.seconds("collective-permute", 10**9, [ends]) for ends in ((0, 1), (0, 8))
+    )
+    assert within == pytest.approx(1e9 / network.within, rel=0.01)
+    assert between == pytest.approx(1e9 / network.between, rel=0.01)
+
+
 def test_this_host_and_collectives_that_are_not_known_have_no_model():
     assert machine(None, 2).seconds("all-reduce", 8, [(0, 1)]) is None
     assert torus(4, 1, network=NETWORK).seconds("ragged-all-to-all", 8, [range(4)]) is None
@@ -369,7 +423,7 @@ def test_this_host_and_collectives_that_are_not_known_have_no_model():
 def test_compiled_ahead_of_time_a_layer_costs_one_collective_each_way(topology, target):
     if command := missing(target):
         pytest.skip(f"no compiler for {target}; to install it: {command}")
-    found = account("all", topology=topology)
+    found = account("all", topology=(topology,))
     assert counts(found, "forward") == counts(found, "backward") == ONE
     there = machine(topology, 0)
     for entry in found.entries:
@@ -413,13 +467,13 @@ def test_the_command_prints_the_table_and_writes_the_json(tmp_path, capsys):
     words = ["ledger", "--model", "mlp", "--widths", "6", "--sync", "all", "--json", str(path)]
     assert main([*words, "--markdown"]) == 0
     said = capsys.readouterr().out
-    assert "| batch, all | Normed_0 forward | 1 all-gather | 52 | all 8 |" in said
+    assert "| batch, all | Normed_0 forward | 1 all-reduce | 52 | all 8 |" in said
     (content,) = json.loads(path.read_text())
     assert content["config"]["sync"] == "all"
     first = content["collectives"][0]
     assert (first["purposes"], first["kind"], first["nbytes"]) == (
         ["Normed_0 forward"],
-        "all-gather",
+        "all-reduce",
         52,
     )
     with pytest.raises(RunError, match="there is such a file"):
@@ -436,7 +490,8 @@ def test_a_norm_that_there_is_not_and_groups_that_do_not_divide_are_refused(caps
 def test_columns_that_say_nothing_are_left_out():
     found = compile_all(Ledger(model="mlp", widths=(6,), sync=("local",), batch_size=4))
     headings, *rows = table(found)
-    assert headings == ("norm, sync", "what", "collectives", "bytes", "groups")
+    assert headings[:5] == ("norm, sync", "what", "collectives", "bytes", "groups")
+    assert headings[5:] == ("MiB, temporary",)
     assert rows[-1][1:3] == ("whole step", "1 all-reduce")
 
 

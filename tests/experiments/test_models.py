@@ -4,6 +4,7 @@ import functools
 import re
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -162,6 +163,13 @@ class TestEveryModel:
             network = models.build(f"resnet{depth}", norm("batch"), 10)
             assert len(network.layers) + 1 == depth
 
+    def test_resnet50_has_53_norms_and_the_papers_weights(self):
+        network = models.build("resnet50", norm("batch"), 1000)
+        assert len(network.carriers()) == 53
+        image = np.zeros((1, 224, 224, 3), np.float32)
+        params = jax.eval_shape(lambda: network.init(jax.random.key(0), image, train=False))
+        assert sum(v.size for v in jax.tree.leaves(params["params"])) == 25_557_032
+
     def test_a_shortcut_takes_every_other_position_and_pads_channels_with_zeros(self):
         x = array(draw(0, 2, 4, 5, 3))
         y = shortcut(x, 2, 5)
@@ -214,6 +222,36 @@ class TestPlacement:
         got, _ = apply(network, params, state, IMAGES, train=True)
         want = x.mean((1, 2)) @ params["Dense_0"]["kernel"] + params["Dense_0"]["bias"]
         assert gap(got, want) < 1e-5
+
+    def test_a_bottleneck_is_that_of_the_paper(self):
+        """The second block of the first stage has the identity beside it, the others a 1×1."""
+        options = {"widths": (2, 3), "n": (2, 1)}
+        network = make("resnet50", **options)
+        params, state = variables(network)
+
+        def layer(name, x, strides=1):
+            p = params[name]
+            return self.batch(nl.Conv(strides=strides)(x, p["kernel"]), p["norm"])
+
+        x = jax.nn.relu(layer("stem", array(IMAGES), 2))
+        x = nn.max_pool(x, (3, 3), (2, 2), "SAME")
+        for name, strides in (("stage0_block0", 1), ("stage0_block1", 1), ("stage1_block0", 2)):
+            y = jax.nn.relu(layer(f"{name}_conv0", x))
+            y = jax.nn.relu(layer(f"{name}_conv1", y, strides))
+            beside = x if name == "stage0_block1" else layer(f"{name}_shortcut", x, strides)
+            x = jax.nn.relu(layer(f"{name}_conv2", y) + beside)
+        assert x.shape == (4, 1, 1, 12)
+        got, _ = apply(network, params, state, IMAGES, train=True)
+        want = x.mean((1, 2)) @ params["Dense_0"]["kernel"] + params["Dense_0"]["bias"]
+        assert gap(got, want) < 1e-5
+
+    @pytest.mark.parametrize("scheme", ["pre", "fixup", "nfnet"])
+    def test_bottlenecks_stand_on_a_schemes_connections_too(self, scheme):
+        network = make("resnet50", "none", widths=(2, 3), n=(2, 1), scheme=scheme)
+        params, state = variables(network)
+        got, _ = apply(network, params, state, IMAGES, train=True)
+        assert got.shape == (4, CLASSES)
+        assert jnp.isfinite(got).all()
 
     def test_with_a_scheme_a_residual_block_is_a_preactivation_one(self):
         """That of He et al. 2016, by hand; the second block has another shape than its input."""
