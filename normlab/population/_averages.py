@@ -135,7 +135,7 @@ def _merged(states: list[Any], sync: Sync) -> list[Any]:
         zip(states, means, sums, variances, strict=True)
     ):
         var = finish(square)
-        fresh = jnp.zeros_like(s.fresh).at[-1].set(mark_of(mean, var).astype(s.fresh.dtype))
+        fresh = jnp.zeros(4, mass.dtype).at[-1].set(mark_of(mean, var).astype(mass.dtype))
         found.append(
             s._replace(
                 mean=mean,
@@ -222,7 +222,7 @@ def largest(
     found = lax.pmax(vary(jnp.stack([*rows, *more]), names), names)
     found, more = found[: len(rows)], found[len(rows) :]
     apart = more if len(names) > 1 else more.sum(0, keepdims=True)  # the highest − the lowest
-    copies = jnp.ones_like(marks)
+    copies = jnp.ones(marks.shape, jnp.int32)
     for name, differ in zip(names, apart, strict=True):
         copies *= jnp.where(differ != 0, 1, lax.axis_size(name))
     return list(found), copies
