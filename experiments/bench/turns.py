@@ -61,6 +61,18 @@ def medians(taken: Mapping[Key, list[float]]) -> dict[str, dict[Key, Any]]:
     }
 
 
+def paired(taken: Mapping[Key, list[float]], key: Key, base: Key) -> tuple[float, float, float]:
+    """A contestant's time over another's in the same round: the median and the middle half.
+
+    What else the machine does meets both.
+    """
+    ratios = [ours / theirs for ours, theirs in zip(taken[key], taken[base], strict=True)]
+    if len(ratios) == 1:
+        return ratios[0], ratios[0], ratios[0]
+    low, median, high = statistics.quantiles(ratios, n=4, method="inclusive")
+    return median, low, high
+
+
 class Repeated:
     """A turn that repeats a call to last long enough, and returns milliseconds per call.
 
