@@ -7,7 +7,8 @@ that which goes into the running statistics.
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import flax.linen
@@ -21,7 +22,7 @@ from jax.sharding import PartitionSpec as P
 import normlab as nl
 from normlab.devices.mapped import vary
 
-from ..programs.collectives import collectives
+from ..programs.collectives import Collective, collectives
 from ..programs.machines import Machine, abstract, machine, missing
 from ..training.processes import Joining, form
 from ..training.trainer import AXIS, on_devices, set_devices
@@ -142,14 +143,31 @@ def error(name: str, here: Machine, shape: tuple[int, ...]) -> float:
 
 
 def counted(name: str, m: Machine, shape: tuple[int, ...]) -> str:
-    """A contestant's collectives, forward and backward: how many, and what a device puts in."""
-    totals = []
+    """A contestant's collectives, forward and backward: how many, and what a device puts in.
+
+    Those of a loop that does not always run are counted by themselves.
+    """
+    found = []
     for direction in DIRECTIONS:
         f, shapes = build(name, direction, m, shape)
-        found = collectives(f.lower(*shapes).compile(), len(m.devices))
-        totals.append((sum(c.times for c in found), sum(c.times * c.nbytes for c in found)))
-    (count, nbytes), (all_count, all_nbytes) = totals
-    return f"{count} ({nbytes:,} B) + {all_count - count} ({all_nbytes - nbytes:,} B)"
+        found.append(collectives(f.lower(*shapes).compile(), len(m.devices)))
+    forward, both = (Counter(_total(c for c in each if not _rare(c))) for each in found)
+    rare = _total(c for c in found[0] if _rare(c))
+    both.subtract(forward)
+    said = " + ".join(f"{v['count']} ({v['nbytes']:,} B)" for v in (forward, both))
+    return said + (f"; when needed {rare['count']} ({rare['nbytes']:,} B)" if rare["count"] else "")
+
+
+def _total(found: Iterable[Collective]) -> dict[str, int]:
+    found = list(found)
+    return {
+        "count": sum(c.times for c in found),
+        "nbytes": sum(c.times * c.nbytes for c in found),
+    }
+
+
+def _rare(c: Collective) -> bool:
+    return any("/while/body/" in name for name in c.names)
 
 
 class Part:
