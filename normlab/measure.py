@@ -23,7 +23,15 @@ from jax.typing import ArrayLike, DTypeLike
 
 from normlab._arguments import checked, declare, instance, integer, one_of, sequence
 from normlab._checks import floating, normalize_axes
-from normlab._sums import count_values, pivot_of, power_sums, standard_deviation, weighted_sums
+from normlab._sums import (
+    count_values,
+    near_zero,
+    pivot_of,
+    power_sums,
+    standard_deviation,
+    sums_near_zero,
+    weighted_sums,
+)
 from normlab._trees import node
 from normlab._weights import align_weights
 from normlab._weights import effective_sample_size as effective_sample_size
@@ -167,8 +175,12 @@ def _moments(axes: tuple[int, ...], algorithm: Algorithm, x: Array, w: Array | N
     n = jnp.where(count > 0, count, 1)
     if w is not None:
         x = jnp.where(w > 0, x, jnp.zeros((), x.dtype))
-    pivot = lax.stop_gradient(pivot_of(x, axes, w, algorithm))
-    first, second = power_sums(x, pivot, axes) if w is None else weighted_sums(x, pivot, axes, w)
+    if near_zero(x, axes, w, algorithm):
+        pivot, first, second = sums_near_zero(x, axes)
+    else:
+        pivot = lax.stop_gradient(pivot_of(x, axes, w, algorithm))
+        about = x, pivot, axes
+        first, second = power_sums(*about) if w is None else weighted_sums(*about, w)
     offset = first / n
     mean = pivot + offset
     if algorithm == "one_pass":
