@@ -171,11 +171,13 @@ def run(config: BenchSync, say: Callable[[str], None] = lambda _: None) -> Resul
             for taken in take_turns(turns, config.rounds):
                 say(f"{_times(shape)}: {len(taken[alone.over, COPY, FORWARD])} of {config.rounds}")
                 result.taken[shape] = taken
-        say("reading the programs")
-        for shape in SHAPES:
-            result.counts += [(_times(shape), *row) for row in alone.ask("counts", shape)[0]]
         for side in sides:
             side.ask("leave")
+    say("reading the programs")
+    here = {"JAX_PLATFORMS": "cpu"}  # or JAX would look for the machines it is to compile for
+    with Process("programs", Part, config.devices, variables=here) as process:
+        for shape in SHAPES:
+            result.counts += [(_times(shape), *row) for row in process.ask("counts", shape)]
     return result
 
 

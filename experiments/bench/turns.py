@@ -190,6 +190,7 @@ def ask_all(processes: Iterable[Process], method: str, *arguments: Any) -> list[
 def _serve(connection: Any, make: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
     """Answers requests until the other side closes the connection."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the coordinator
+    os.dup2(2, 1)  # what libraries print, gloo for one, is no part of a table
     made = None
     while True:
         try:
