@@ -16,6 +16,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import json
+import math
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence

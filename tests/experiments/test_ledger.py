@@ -13,7 +13,7 @@ from jax import lax
 from jax.sharding import Mesh
 
 import normlab as nl
-from experiments.bench import sync as bench_sync
+from experiments.bench import sync_jax as bench_sync
 from experiments.console import main
 from experiments.programs import machines
 from experiments.programs.config import Ledger
@@ -497,11 +497,13 @@ def test_columns_that_say_nothing_are_left_out():
 
 @pytest.mark.parametrize("name", bench_sync.CONTESTANTS)
 def test_at_a_mean_of_1000_our_variance_is_right_where_flaxs_default_is_not(name):
-    error = bench_sync.error(name, machine(None, 8), (32, 16))
-    assert error > 0.05 if name == "flax" else error < 1e-4
+    with jax.numpy_dtype_promotion("standard"):  # as haiku pleases
+        error = bench_sync.error(name, machine(None, 8), (32, 16))
+    assert error > 0.05 if name in ("flax", "haiku") else error < 1e-4
 
 
 def test_the_bench_counts_one_collective_each_way(capsys):
     here = machine(None, 8)
-    assert bench_sync.counted("normlab", here, (4, 16)) == "1 (132 B) + 1 (128 B)"
+    said = "1 (132 B) + 1 (128 B); when needed 1 (132 B)"
+    assert bench_sync.counted("normlab", here, (4, 16)) == said
     assert bench_sync.counted("flax", here, (4, 16)).startswith("1 (")
