@@ -17,10 +17,12 @@ import importlib
 import importlib.metadata
 import importlib.util
 import itertools
+import json
 import logging
 import os
 import platform
 import shutil
+import signal
 import site
 import socket
 import subprocess
@@ -147,6 +149,56 @@ def connect(address: str | None, option: str, env: dict[str, Any], **local: Any)
         raise _silent(address, option, gist(error)) from error
 
 
+HOLD = """
+import json, logging, sys, ray
+quiet = {"log_to_driver": False, "logging_level": logging.ERROR, "include_dashboard": False}
+ray.init("local", **quiet, **json.loads(sys.argv[1]))
+print(ray.get_runtime_context().gcs_address, flush=True)
+sys.stdin.read()
+"""
+"""A program that has a Ray of its own until nobody listens. It forks, as JAX's processes must not,
+and is not interrupted with the others."""
+
+
+@contextlib.contextmanager
+def started(**options: Any) -> Iterator[str]:
+    """A Ray on this machine, by its address, for as long as the `with` statement lasts.
+
+    Args:
+      **options: What `ray.init` is told.
+    """
+    imported("ray")
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLD, json.dumps(options)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    ) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        assert process.stderr is not None
+        try:
+            address = process.stdout.readline().strip()
+            if not address:
+                raise _silent(LOCAL, "", _last(process.stderr.read()))
+            yield address
+        finally:
+            process.stdin.close()
+            try:
+                process.wait(20)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+
+
+def _last(text: str) -> str:
+    """The line of what a program said that names its error."""
+    lines = [line.strip().rstrip(".") for line in text.splitlines() if line.strip()]
+    named = [line for line in lines if "mismatch" in line]
+    return next(iter([*named, *lines[-1:]]), "it failed")[:300]
+
+
 def _silent(address: str | None, option: str, why: str) -> RunError:
     if address in (None, LOCAL):
         return RunError(f"Ray on this machine does not start: {why}.")
@@ -180,9 +232,7 @@ def _reach(address: str, option: str) -> None:
     except subprocess.TimeoutExpired:
         raise _silent(address, option, f"nothing came within {PATIENCE:g} s") from None
     except subprocess.CalledProcessError as error:
-        lines = [line for line in error.stderr.splitlines() if line.strip()] or ["it failed"]
-        last = next((line for line in lines if "mismatch" in line), lines[-1])
-        raise _silent(address, option, last.strip().rstrip(".")[:300]) from None
+        raise _silent(address, option, _last(error.stderr)) from None
     except (OSError, ValueError) as error:
         raise _silent(address, option, gist(error)) from None
 
@@ -280,7 +330,7 @@ class Cluster:
         self.devices = 0
         """GPUs of the node that has most of them; 0 where conditions are measured on cores."""
         self._running: dict[Any, int] = {}
-        self._folder = Path()
+        self._folder, self._own = Path(), contextlib.ExitStack()
         self._ray: Any = None
 
     def __enter__(self) -> Cluster:
@@ -291,13 +341,12 @@ class Cluster:
         try:
             code = self._folder / "code"
             _copy(code)
-            connect(
-                self.address,
-                "--ray",
-                {"working_dir": str(code)},
-                num_cpus=self.jobs or len(cores),
-                _temp_dir=str(self._folder / "ray"),
-            )
+            address = self.address
+            if address == LOCAL:
+                options = {"num_cpus": self.jobs or len(cores)}
+                place = {"_temp_dir": str(self._folder / "ray")}
+                address = self._own.enter_context(started(**options, **place))
+            connect(address, "--ray", {"working_dir": str(code)})
             self._ray = imported("ray")
         except OSError as error:
             self.__exit__()
@@ -314,6 +363,7 @@ class Cluster:
         """Leaves the cluster, which ends what it still does for this process."""
         if self._ray is not None:
             self._ray.shutdown()
+        self._own.close()
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def share(self, value: Any) -> Any:
@@ -437,6 +487,8 @@ class Cluster:
                     found = _differences(here, ray.get(answer))
                 except ray.exceptions.RayTaskError as error:
                     found = f"fails: {_said(error.cause)}"
+                except (ray.exceptions.NodeDiedError, ray.exceptions.TaskUnschedulableError):
+                    continue  # it is gone
                 except ray.exceptions.RayError as error:
                     found = f"cannot work: {_lines(error)}"
             if found:
@@ -577,4 +629,6 @@ def _run(variables: dict[str, str], alone: bool, function: str, *arguments: Any)
     yield Place(platform.node(), os.getpid())
     _begin(variables, alone)
     module, _, name = function.partition(":")
-    yield from getattr(importlib.import_module(module), name)(*arguments)
+    # `yield from` would hand on what Ray sends, which not every iterator takes.
+    for made in getattr(importlib.import_module(module), name)(*arguments):  # noqa: UP028
+        yield made
