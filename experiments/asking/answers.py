@@ -15,6 +15,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from rich.table import Table
 
 from .. import questions
+from ..cluster import require_address
 from ..engine.devices import forms_gap
 from ..engine.question import Config, Question
 from ..engine.verdict import Verdict
@@ -39,6 +40,10 @@ class Ask:
     """Worker processes: by default one for each core, or one in the full profile. 0 works in this
     process."""
 
+    ray: str | None = None
+    """A Ray cluster to measure on, as ray.init(address=...) takes it, or auto; without an address
+    one is started on this machine. Each of its cores, or of its GPUs, is a worker."""
+
     again: bool = False
     """Measure again what is finished. Without it a question is measured once for a config, a
     version of the code and a checksum of the data."""
@@ -56,6 +61,9 @@ class Ask:
                 questions.require(name)
         if self.jobs is not None and self.jobs < 0:
             raise RunError(f"--jobs: got {self.jobs}; it must be 0 or more.")
+        require_address(self.ray)
+        if self.ray is not None and self.jobs == 0:
+            raise RunError("--jobs: got 0; beside --ray it must be 1 or more, or left out.")
 
 
 def answers(command: Ask, names: Sequence[str], rest: Sequence[str] = ()) -> Iterator[Answer]:
@@ -99,7 +107,7 @@ def answered(
         TimeRemainingColumn(compact=True),
     )
     jobs = command.jobs
-    if jobs is None and command.profile == "full":
+    if jobs is None and command.profile == "full" and command.ray is None:
         jobs = 1
     with Progress(
         *columns, console=errors, speed_estimate_period=600, refresh_per_second=2
@@ -123,8 +131,10 @@ def answered(
             root=command.run_dir,
             jobs=jobs,
             pinned=command.profile == "quick",
+            ray=command.ray,
             again=command.again,
             say=lambda text: progress.update(whole, description=text),
+            warn=lambda text: errors.print(f"[yellow]{escape(text)}[/]", soft_wrap=True),
             tell=tell,
         )
         try:

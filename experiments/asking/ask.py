@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -14,7 +15,7 @@ from ..engine.question import Condition, Config, Question, Record
 from ..engine.records import Records
 from ..engine.verdict import Verdict
 from ..rundir import RunError
-from . import kept, pool
+from . import kept, pool, remote
 from .fields import replaced
 from .kept import Kept, verdict_json
 from .sources import HERE, version
@@ -144,8 +145,10 @@ def ask(
     root: Path | None = None,
     jobs: int | None = None,
     pinned: bool = True,
+    ray: str | None = None,
     again: bool = False,
     say: Say = lambda text: None,
+    warn: Say = lambda text: None,
     tell: Callable[[str, float], None] = lambda name, share: None,
 ) -> Iterator[Answer]:
     """Runs questions and yields an answer for each, as they come to their ends.
@@ -158,16 +161,23 @@ def ask(
       root: Where their directories lie; by default `kept.ROOT`.
       jobs: Worker processes, by default one for each core; 0 works in this process.
       pinned: Whether a worker has one core to itself.
+      ray: The Ray cluster that works in the place of this machine's processes, by its address; with
+        `jobs` of its workers at most.
       again: Whether what is finished is measured again.
       say: Receives short messages.
+      warn: Receives what went wrong on the way and was mended.
       tell: Hears which share of a question is done, by its `Asking.title`.
 
     Raises:
-      RunError: If a worker was killed.
+      RunError: If a worker of this machine was killed, or the cluster does not answer.
     """
-    if jobs is None:
+    work: pool.Work
+    if ray is not None:
+        work = functools.partial(remote.work, address=ray, jobs=jobs, say=say, warn=warn)
+    else:
         cores = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))(0)
-        jobs = len(cores)
+        number = len(cores) if jobs is None else jobs
+        work = functools.partial(pool.work, jobs=number, pinned=pinned)
     askings = [q if isinstance(q, Asking) else Asking(*q) for q in questions]
     for first in range(0, len(askings), TOGETHER):
         asked: dict[str, Asked] = {}
@@ -181,7 +191,7 @@ def ask(
                 except Exception as error:  # the other questions go on
                     why = pool.explain(error, f"in {name}")
                     yield Answer(name, config, None, failed=why, point=point)
-            yield from _answer(asked, jobs, pinned, say, tell)
+            yield from _answer(asked, work, say, tell)
         finally:
             for one in asked.values():
                 one.kept.release()
@@ -194,6 +204,7 @@ def answer(
     profile: Literal["quick", "full"] = "quick",
     root: Path | None = None,
     jobs: int | None = None,
+    ray: str | None = None,
     **fields: Any,
 ) -> Answer:
     """What became of one question with some fields of its config changed.
@@ -206,6 +217,7 @@ def answer(
       profile: Which of its configs is changed.
       root: As in `ask`.
       jobs: As in `ask`; a script with worker processes starts under `if __name__ == "__main__":`.
+      ray: As in `ask`.
       **fields: Fields of the config, `lr=0.1`.
 
     Raises:
@@ -220,7 +232,7 @@ def answer(
     question = questions.require(name)
     config = replaced(name, question.QUICK if profile == "quick" else question.FULL, fields)
     pinned = profile == "quick"
-    (found,) = ask([(name, question, config)], root=root, jobs=jobs, pinned=pinned)
+    (found,) = ask([(name, question, config)], root=root, jobs=jobs, pinned=pinned, ray=ray)
     if found.failed:
         raise RunError(found.failed)
     return found
@@ -263,8 +275,7 @@ def _prepare(asked: Asked, data: Sequence[Dataset], again: bool) -> None:
 
 def _answer(
     asked: dict[str, Asked],
-    jobs: int,
-    pinned: bool,
+    work: pool.Work,
     say: Say,
     tell: Callable[[str, float], None],
 ) -> Iterator[Answer]:
@@ -294,7 +305,7 @@ def _answer(
     say("starting")
     waiting = {title: len(indices) for title, indices in left.items() if indices}
     failures: dict[str, str] = {}
-    for ended in pool.work(tasks, min(jobs, len(tasks)), hear, pinned=pinned):
+    for ended in work(tasks, hear):
         title = at[ended.task.kept.path]
         waiting[title] -= 1
         if ended.error:
