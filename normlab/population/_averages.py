@@ -112,11 +112,14 @@ def _merged(states: list[Any], sync: Sync) -> list[Any]:
     copies = copies.astype(mass.dtype)
     n_all, different = total / copies, jnp.maximum(many / copies, 1)
     steps = jnp.maximum(_ratio(all_batches, many), 1)
-    of_batch = _ratio(total, all_batches) / (1 - (1 - 1 / different) / steps)
-    first = batches >= updates.astype(mass.dtype)
-    counts = jnp.where(first, (1 - each) * of_batch, count - each * _ratio(n, batches))
+    gain = 1 / (1 - (1 - 1 / different) / steps)
+    of_batch = gain * _ratio(total, all_batches)
+    counts = share * (count - each * _ratio(n, batches))
+    ever_new = gain * _ratio(jnp.where(new, count, 0), many) - share * each * of_batch
+    counts = jnp.where(batches < updates.astype(mass.dtype), counts, ever_new)
     means = [_weighed(w, s.mean) for w, s in zip(share, states, strict=True)]
-    *means, rows = _sum_all([*means, share * jnp.stack([mass, weight, counts])], sync)
+    rows = jnp.stack([share * mass, share * weight, counts])
+    *means, rows = _sum_all([*means, rows], sync)
     mass_, weight_, counts = rows
     rho = jnp.where(since & (weight_ > 0), jnp.minimum(_ratio(weight_, mass_), 1), 1)
     counts = jnp.where(since, counts + rho * of_batch, ever)
@@ -145,7 +148,7 @@ def _merged(states: list[Any], sync: Sync) -> list[Any]:
                 updates=updates_[i],
                 skipped=skipped[i],
                 fresh=fresh,
-                before=None if s.before is None else jax.tree.map(jnp.copy, (mean, var)),
+                before=None if s.before is None else _joined(mean, var),
             )
         )
     return found
@@ -159,7 +162,8 @@ def _variance(state: Any, mean: Array, at: Weights) -> tuple[Array, Callable[[Ar
     if state.before is None or (all_ and eps is not None):
         gain = 1 if all_ else 1 / at.rho
         return _weighed(at.share, state.var) + gain * between, lambda v: v
-    old_mean, old_var = state.before
+    old_mean, old_var = jnp.split(state.before, [state.mean.size])
+    old_var = old_var.reshape(state.var.shape)
     kept = 1 - at.own
     if eps is None:
         part = state.var - kept * old_var
@@ -191,9 +195,11 @@ def never_merged(state: Any) -> Any:
 def remembering(state: Any) -> Any:
     """With the statistics that were alike, where a merge of its convention asks for them."""
     needed = state.ddof > 0 or state.sigma_eps is not None
-    return state._replace(
-        before=jax.tree.map(jnp.copy, (state.mean, state.var)) if needed else None
-    )
+    return state._replace(before=_joined(state.mean, state.var) if needed else None)
+
+
+def _joined(mean: Array, var: Array) -> Array:
+    return jnp.concatenate([mean, var.reshape(*mean.shape[:-1], -1)], -1)
 
 
 def mark_of(*fields: Array) -> Array:

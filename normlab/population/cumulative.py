@@ -214,4 +214,4 @@ def init_cumulative(
     counters = (jnp.zeros((), jnp.int32) for _ in range(2))
     rest = jnp.zeros(2, dtype)
     among = jnp.ones((), jnp.int32)
-    return Cumulative(*sums, *counters, rest, among, ddof=ddof, estimator=estimator)
+    return Cumulative(*sums, *counters, rest=rest, among=among, ddof=ddof, estimator=estimator)

@@ -112,7 +112,7 @@ def _begin(state: Any) -> Pending:
     counters = (zeros_of(mean).any(-1).astype(jnp.int32) for _ in range(2))
     rest = zeros_of(jnp.stack([mean.sum(-1)] * 2, -1))
     among = zeros_of(mean).any(-1).astype(jnp.int32) + 1
-    seen = Cumulative(*sums, *counters, rest, among)
+    seen = Cumulative(*sums, *counters, rest=rest, among=among)
     return Pending(state, seen, zeros_of(mean).any(-1))
 
 
