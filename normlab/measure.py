@@ -45,12 +45,12 @@ Algorithm = Literal["auto", "shifted", "two_pass", "one_pass"]
 their distance from the mean is part of the variance, so at most log10(17) digits are lost at any
 mean. `"one_pass"`: 0, that is E[x²] − E[x]², which loses log10(1 + mean²/var) digits. `"auto"`:
 `"shifted"`; over the innermost axis, where XLA makes one loop of it, the mean as XLA sums it; on a
-CPU, over many examples, 0 where all means are within 4σ, which loses log10(17) digits, too.
+CPU, over up to 131,072 values, 0 where all means are within 4σ: log10(17) digits, too.
 Weighted moments know no sixteenth: there `"shifted"` is two passes.
 
 With all of them the mean is corrected by Σ (x − k), or taken about the first value, or within 4σ of
-0: it is right to two units in its last place, three there, and the mean of a constant is that
-constant, so that h is b.
+0: it is right to two units in its last place, and the mean of a constant is that constant, so that
+h is b.
 """
 
 declare(algorithm=one_of(Algorithm, "the name of an algorithm"))

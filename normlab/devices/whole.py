@@ -151,7 +151,8 @@ def _merge(
     extra = found[0]
     if second == "always":
         return _about([m.mean for m in sums.merged], ms, names, [])[0].merged, extra
-    alike = jnp.bool_(True) if seen is None else _alike(found[1], device_count(names))
+    told = found[1]
+    alike = jnp.bool_(True) if told is None else _alike(told, device_count(names))
     if second == "never":
         return jax.tree.map(lambda v: jnp.where(alike, v, jnp.nan), sums.merged), extra
 
