@@ -15,6 +15,7 @@ from typing import Any
 import tyro
 from rich.table import Column, Table
 
+from .cluster import spelled
 from .terminal import EXIT_INTERRUPTED, EXIT_USAGE, PROGRAM, console, errors, report
 
 __all__ = ["COMMANDS", "EXIT_INTERRUPTED", "EXIT_USAGE", "main"]
@@ -85,7 +86,7 @@ def main(arguments: list[str] | None = None) -> int:
     if name == "run" and "--" in rest:
         rest, fields = rest[: rest.index("--")], rest[rest.index("--") + 1 :]
     try:
-        return _run(name, rest, fields)
+        return _run(name, spelled(rest), fields)
     except KeyboardInterrupt:
         errors.print("[yellow]interrupted[/] before there was anything to keep.")
         return EXIT_INTERRUPTED

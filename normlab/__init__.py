@@ -40,6 +40,7 @@ from normlab.measure import Moments, moments
 from normlab.population.protocol import Population
 from normlab.population.running import Running, init_running
 from normlab.registry import INVARIANCES, Row, get, names, register, row, unregister
+from normlab.sharded import Sharded
 from normlab.site import Norm, Site, shapes
 from normlab.steps import decay_mask, project
 from normlab.weight import (
@@ -73,6 +74,7 @@ __all__ = [
     "Population",
     "Row",
     "Running",
+    "Sharded",
     "Site",
     "Sync",
     "WeightMap",

@@ -13,6 +13,9 @@ Each comes in three steps: `layer_moments` measures, of one value too, and stays
 `a`; `layer_parts` makes μ, σ, g and b of it, and `layer_norm` applies them. Statistics are taken in
 float32 at least. Where all weights are zero nothing is measured: σ is the largest number and h is
 b, without a gradient to `a`. Where a square overflows, beyond 1e19 in float32, h is NaN.
+
+An example may lie on several devices, its channels or its positions: `axis_name` says along which
+axes (`normlab.sharded`).
 """
 
 from __future__ import annotations
@@ -26,14 +29,24 @@ from jax import Array, lax
 from jax.typing import ArrayLike
 
 from normlab._arguments import checked, declare, norm_axes, number
-from normlab._checks import check_groups, check_values, gain_and_bias, normalize_axes, promote
+from normlab._checks import check_values, gain_and_bias, normalize_axes, promote
 from normlab._sums import average, standard_deviation
 from normlab._weights import aligned
 from normlab._xla import partitioned
+from normlab.devices.topology import Sync
 from normlab.equation import Affine, Parts
 from normlab.errors import invalid
 from normlab.making import applied
 from normlab.measure import Algorithm, Moments, merge_axes, moments
+from normlab.sharded import (
+    OVER,
+    ExampleAxes,
+    averaged,
+    in_groups,
+    merged,
+    shared,
+    sharers,
+)
 
 Axes = int | Sequence[int] | Literal["channels", "all"]
 """What layer and RMS norm measure over."""
@@ -41,11 +54,12 @@ Axes = int | Sequence[int] | Literal["channels", "all"]
 declare(part=number("a number in (0, 1]", "pass 1.0 for all channels", lambda v: 0 < v <= 1))
 
 
-@checked("layer norm", axes=norm_axes)
+@checked("layer norm", axes=norm_axes, axis_name=OVER)
 def layer_moments(
     a: ArrayLike,
     *,
     axes: Axes = "channels",
+    axis_name: ExampleAxes | None = None,
     weights: ArrayLike | None = None,
     channel_axis: int = -1,
     algorithm: Algorithm = "auto",
@@ -53,28 +67,61 @@ def layer_moments(
     """The moments that `layer_norm`, which see, normalizes with."""
     a, channel, weights = aligned("layer norm", a, weights, channel_axis)
     axes = _example_axes("layer norm", axes, a.ndim, channel)
-    return moments(a, axes, weights=weights, algorithm=algorithm)
+    over = _sharing("layer norm", axis_name, axes, channel)
+    return moments_over("layer norm", a, axes, over, weights=weights, algorithm=algorithm)
 
 
-@checked("layer norm", axes=norm_axes)
+@checked("layer norm", axes=norm_axes, axis_name=OVER)
 def layer_parts(
     a: ArrayLike,
     params: Affine | None = None,
     *,
     axes: Axes = "channels",
     eps: float = 1e-5,
+    axis_name: ExampleAxes | None = None,
     weights: ArrayLike | None = None,
     channel_axis: int = -1,
     feature_axes: Sequence[int] | None = None,
     algorithm: Algorithm = "auto",
 ) -> Parts:
     """The parts of `layer_norm`, which see."""
-    m = layer_moments(a, axes=axes, weights=weights, channel_axis=channel_axis, algorithm=algorithm)
-    g, b = gain_and_bias("layer norm", params, a, channel_axis, feature_axes)
+    where = "layer norm"
+    a, channel, weights = aligned(where, a, weights, channel_axis)
+    axes = _example_axes(where, axes, a.ndim, channel)
+    over = _sharing(where, axis_name, axes, channel)
+    how: Any = {"weights": weights, "algorithm": algorithm}
+    m = moments_over(where, a, axes, over, spread=True, **how)
+    g, b = gain_and_bias(where, params, a, channel_axis, feature_axes)
     change = "use RMS norm, which has no mean, or measure over more axes"
-    one = m.mean.shape == jnp.shape(a) and 0 not in m.mean.shape
-    check_values("layer norm", jnp.shape(a), one, "statistic", change)
+    one = _alone(where, m, a.shape, over)
+    check_values(where, a.shape, one, "statistic", change)
     return Parts(m.mean, m.sigma(eps), g, b)
+
+
+def moments_over(
+    where: str,
+    a: Array,
+    axes: Sequence[int],
+    over: Sync,
+    *,
+    weights: Array | None = None,
+    algorithm: Algorithm = "auto",
+    spread: bool = False,
+) -> Moments:
+    """The moments over axes of the array and axes of devices; `spread` as in `merged`."""
+    m = moments(a, axes, weights=weights, algorithm=algorithm)
+    return merged(where, m, over, spread=spread)
+
+
+def _sharing(where: str, axis_name: ExampleAxes | None, axes: Sequence[int], channel: int) -> Sync:
+    """Over which devices a sample is merged that is measured over these axes of the array."""
+    rest = any(i != channel for i in axes)
+    return shared(where, axis_name, channels=channel in axes, positions=rest)
+
+
+def _alone(where: str, m: Moments, shape: tuple[int, ...], over: Sync) -> bool:
+    """Whether every sample has one value."""
+    return m.mean.shape == shape and 0 not in shape and sharers(where, over) == 1
 
 
 @applied(layer_parts)
@@ -92,6 +139,10 @@ def layer_norm() -> None:
         axes but the first (the paper's layer; in a conv net positions and channels); or axes by
         number.
       eps: ε > 0, in squared units of `a`.
+      axis_name: Mapped axes along which each example lies, as the channels do in tensor parallel
+        nets: what is measured over is merged over them. A name, several, or a `Sharded`; not the
+        axis of the batch. `a`, and g and b, are then those of the device, `[N, ..., C/D]` and
+        `[C/D]`. In plain `jit` it is `None`, however `a` is sharded.
       weights: Importance of positions, aligned with the leading axes of `a` other than the
         channels'. Zero leaves out.
       channel_axis: The axis of `params`.
@@ -103,29 +154,41 @@ def layer_norm() -> None:
       h, in the shape and floating type of `a`.
 
     Raises:
-      ValueError: For parameters that do not fit `a`, axes out of range or repeated, or ε ≤ 0.
+      ValueError: For parameters that do not fit `a`, axes out of range or repeated, ε ≤ 0, or an
+        axis of devices that is not mapped.
 
     >>> layer_norm(jnp.array([[1.0, 3.0], [10.0, 30.0]])).round(3).tolist()
     [[-1.0, 1.0], [-1.0, 1.0]]
     """
 
 
-@checked("RMS norm", axes=norm_axes)
+@checked("RMS norm", axes=norm_axes, axis_name=OVER)
 def rms_moments(
     a: ArrayLike,
     *,
     axes: Axes = "channels",
     groups: int = 1,
     part: float = 1.0,
+    axis_name: ExampleAxes | None = None,
     weights: ArrayLike | None = None,
     channel_axis: int = -1,
 ) -> Moments:
     """The moments about zero that `rms_norm`, which see, normalizes with: m2 = Σ w·a²."""
-    square, count = _mean_square(a, axes, groups, part, weights, channel_axis)
+    square, count = mean_square(
+        "RMS norm",
+        a,
+        axes,
+        groups=groups,
+        part=part,
+        axis_name=axis_name,
+        weights=weights,
+        channel_axis=channel_axis,
+        spread=False,
+    )
     return Moments(count, jnp.zeros_like(square), square * count)
 
 
-@checked("RMS norm", axes=norm_axes)
+@checked("RMS norm", axes=norm_axes, axis_name=OVER)
 def rms_parts(
     a: ArrayLike,
     params: Affine | None = None,
@@ -134,12 +197,14 @@ def rms_parts(
     groups: int = 1,
     part: float = 1.0,
     eps: float = 1e-5,
+    axis_name: ExampleAxes | None = None,
     weights: ArrayLike | None = None,
     channel_axis: int = -1,
     feature_axes: Sequence[int] | None = None,
 ) -> Parts:
     """The parts of `rms_norm`, which see."""
-    square, count = _mean_square(a, axes, groups, part, weights, channel_axis)
+    how: Any = {"groups": groups, "part": part, "axis_name": axis_name, "weights": weights}
+    square, count = mean_square("RMS norm", a, axes, channel_axis=channel_axis, **how)
     g, b = gain_and_bias("RMS norm", params, a, channel_axis, feature_axes)
     return Parts(jnp.zeros((), square.dtype), standard_deviation(square, count, eps), g, b)
 
@@ -153,42 +218,59 @@ def rms_norm() -> None:
     The other arguments are those of `layer_norm`, which see. The paper has no bias: `Affine(g,
     None)`; a gain about 1, as in Gemma, is an `Offset`, and a gate is `modulate(params, gate=z)`.
 
+    Over devices there is no mean to merge: they add up one number for each sample.
+
     Args:
       groups: Into how many groups of neighbouring channels each sample is cut, as in Mamba-2; they
-        divide `C`.
+        divide `C`. Over devices as in `group_norm`.
       part: Which part of the channels, the first of them, the mean square is taken from (the
-        paper's partial RMS norm, section 3.2).
+        paper's partial RMS norm, section 3.2); 1 where the channels lie on several devices.
 
     >>> rms_norm(jnp.array([[1.0, -1.0], [10.0, 10.0]])).round(3).tolist()
     [[1.0, -1.0], [1.0, 1.0]]
     """
 
 
-@checked("group norm")
+@checked("group norm", axis_name=OVER)
 def group_moments(
     a: ArrayLike,
     *,
     groups: int,
     centred: bool = True,
+    axis_name: ExampleAxes | None = None,
     weights: ArrayLike | None = None,
     channel_axis: int = -1,
     algorithm: Algorithm = "auto",
 ) -> Moments:
     """The moments that `group_norm`, which see, normalizes with; not `centred`, those about 0."""
-    if not centred:
-        axes = [i for i in range(1, jnp.ndim(a)) if i != channel_axis % jnp.ndim(a)]
-        return rms_moments(
-            a,
-            axes=(*axes, channel_axis),
-            groups=groups,
-            weights=weights,
-            channel_axis=channel_axis,
-        )
-    a, channel, weights = aligned("group norm", a, weights, channel_axis, by_example=True)
-    channels = a.shape[channel]
-    check_groups("group norm", groups, channels)
-    split = (*a.shape[:channel], groups, channels // groups, *a.shape[channel + 1 :])
+    how: Any = {"axis_name": axis_name, "weights": weights, "channel_axis": channel_axis}
+    how |= {"centred": centred, "algorithm": algorithm}
+    return spread_group_moments("group norm", a, groups, spread=False, **how)
+
+
+def spread_group_moments(
+    where: str,
+    a: ArrayLike,
+    groups: int,
+    *,
+    centred: bool = True,
+    axis_name: ExampleAxes | None = None,
+    weights: ArrayLike | None = None,
+    channel_axis: int = -1,
+    algorithm: Algorithm = "auto",
+    spread: bool = True,
+) -> Moments:
+    """`group_moments`; `spread` as in `merged`."""
+    a, channel, weights = aligned(where, a, weights, channel_axis, by_example=True)
     axes = [i for i in range(1, a.ndim) if i != channel]
+    if not centred:
+        how: Any = {"groups": groups, "axis_name": axis_name, "weights": weights}
+        how |= {"channel_axis": channel, "spread": spread}
+        square, count = mean_square(where, a, (*axes, channel), **how)
+        return Moments(count, jnp.zeros_like(square), square * count)
+    channels = a.shape[channel]
+    groups, over = in_groups(where, axis_name, groups, channels)
+    split = (*a.shape[:channel], groups, channels // groups, *a.shape[channel + 1 :])
 
     def measure(a: Array, weights: Array | None) -> Moments:
         # Per channel over the positions, then merged into groups: a long, contiguous sum and a
@@ -196,14 +278,14 @@ def group_moments(
         m = moments(a, axes, weights=weights, algorithm=algorithm)
         each = [n if i in (0, channel, channel + 1) else 1 for i, n in enumerate(split)]
         m = Moments(*(jnp.broadcast_to(v, m.mean.shape).reshape(each) for v in m))
-        m = merge_axes(m, channel + 1)
+        m = merged(where, merge_axes(m, channel + 1), over, spread=spread)
         return Moments(*(jnp.broadcast_to(v, each).reshape(whole) for v in m))
 
     whole = [n if i in (0, channel) else 1 for i, n in enumerate(a.shape)]
     return partitioned(measure, a, weights)
 
 
-@checked("group norm")
+@checked("group norm", axis_name=OVER)
 def group_parts(
     a: ArrayLike,
     params: Affine | None = None,
@@ -211,18 +293,27 @@ def group_parts(
     groups: int,
     centred: bool = True,
     eps: float = 1e-5,
+    axis_name: ExampleAxes | None = None,
     weights: ArrayLike | None = None,
     channel_axis: int = -1,
     algorithm: Algorithm = "auto",
 ) -> Parts:
     """The parts of `group_norm`, which see."""
-    how: Any = {"weights": weights, "channel_axis": channel_axis, "algorithm": algorithm}
-    m = group_moments(a, groups=groups, centred=centred, **how)
+    how: Any = {"axis_name": axis_name, "weights": weights, "channel_axis": channel_axis}
+    how |= {"centred": centred, "algorithm": algorithm}
+    m = spread_group_moments("group norm", a, groups, **how)
     g, b = gain_and_bias("group norm", params, a, channel_axis)
-    one = centred and math.prod(jnp.shape(a)[1:]) == groups
+    one = centred and one_in_each("group norm", jnp.shape(a), groups, axis_name)
     change = "use fewer groups, or centred=False, which has no mean"
     check_values("group norm", jnp.shape(a), one, "example and group", change)
     return Parts(m.mean, m.sigma(eps), g, b)
+
+
+def one_in_each(
+    where: str, shape: tuple[int, ...], groups: int, axis_name: ExampleAxes | None
+) -> bool:
+    """Whether each group of an example, on all its devices, has one value."""
+    return math.prod(shape[1:]) * sharers(where, axis_name) == groups
 
 
 @applied(group_parts)
@@ -234,24 +325,31 @@ def group_norm() -> None:
 
     The other arguments are those of `layer_norm`, which see.
 
+    Where the channels lie on D devices, `axis_name=Sharded(channels="model")`, a device has several
+    groups whole, of which it asks nobody, or one that it shares with its neighbours. With positions
+    on several devices, `Sharded(positions="seq")`, these merge all groups.
+
     Args:
       groups: The number of groups; divides `C`. 1 is layer norm over all axes but the first, `C`
-        is instance norm.
+        is instance norm. Of channels on D devices it is the number of all, and divides D or is a
+        multiple of it.
       centred: Whether to subtract the mean. Without, μ = 0 and σ² is the mean square: RMS norm of
         each group.
 
     Raises:
-      ValueError: If `groups` does not divide `C`, or as `layer_norm`.
+      ValueError: If `groups` does not divide `C`, or would be cut by the end of a device; if it is
+        not said what lies along an axis; or as `layer_norm`.
 
     >>> group_norm(jnp.array([[1.0, 3.0, 10.0, 30.0]]), groups=2).round(3).tolist()
     [[-1.0, 1.0, -1.0, 1.0]]
     """
 
 
-@checked("instance norm")
+@checked("instance norm", axis_name=OVER)
 def instance_moments(
     a: ArrayLike,
     *,
+    axis_name: ExampleAxes | None = None,
     weights: ArrayLike | None = None,
     channel_axis: int = -1,
     algorithm: Algorithm = "auto",
@@ -259,25 +357,32 @@ def instance_moments(
     """The moments that `instance_norm`, which see, normalizes with."""
     a, channel, weights = aligned("instance norm", a, weights, channel_axis, by_example=True)
     axes = [i for i in range(1, a.ndim) if i != channel]
-    return moments(a, axes, weights=weights, algorithm=algorithm)
+    over = shared("instance norm", axis_name, channels=False, positions=True)
+    return moments_over("instance norm", a, axes, over, weights=weights, algorithm=algorithm)
 
 
-@checked("instance norm")
+@checked("instance norm", axis_name=OVER)
 def instance_parts(
     a: ArrayLike,
     params: Affine | None = None,
     *,
     eps: float = 1e-5,
+    axis_name: ExampleAxes | None = None,
     weights: ArrayLike | None = None,
     channel_axis: int = -1,
     algorithm: Algorithm = "auto",
 ) -> Parts:
     """The parts of `instance_norm`, which see."""
-    m = instance_moments(a, weights=weights, channel_axis=channel_axis, algorithm=algorithm)
+    where = "instance norm"
+    a, channel, weights = aligned(where, a, weights, channel_axis, by_example=True)
+    axes = [i for i in range(1, a.ndim) if i != channel]
+    over = shared(where, axis_name, channels=False, positions=True)
+    how: Any = {"weights": weights, "algorithm": algorithm}
+    m = moments_over(where, a, axes, over, spread=True, **how)
     positions = "an input [N, ..., C] with positions between examples and channels, "
     change = "use layer norm or RMS norm in a dense layer"
-    one = m.mean.shape == jnp.shape(a) and 0 not in m.mean.shape
-    check_values("instance norm", jnp.shape(a), one, "example and channel", change, positions)
+    one = _alone(where, m, a.shape, over)
+    check_values(where, a.shape, one, "example and channel", change, positions)
     g, b = gain_and_bias("instance norm", params, a, channel_axis)
     return Parts(m.mean, m.sigma(eps), g, b)
 
@@ -287,7 +392,7 @@ def instance_norm() -> None:
     """Instance normalization (Ulyanov, Vedaldi & Lempitsky 2016, https://arxiv.org/abs/1607.08022).
 
     h = g · (a − μ) / √(var + ε) + b: μ and var are the mean and the variance of each channel of
-    each example over its positions.
+    each example over its positions, which may lie along an `axis_name`.
 
     The arguments are those of `layer_norm`, which see.
 
@@ -299,24 +404,34 @@ def instance_norm() -> None:
     """
 
 
-def _mean_square(
+def mean_square(
+    where: str,
     a: ArrayLike,
     axes: Axes,
-    groups: int,
-    part: float,
-    weights: ArrayLike | None,
-    channel_axis: int,
+    *,
+    groups: int = 1,
+    part: float = 1.0,
+    axis_name: ExampleAxes | None = None,
+    weights: ArrayLike | None = None,
+    channel_axis: int = -1,
+    spread: bool = True,
 ) -> tuple[Array, Array]:
-    """The mean of a² and the count of each sample, broadcastable to `a`."""
-    where = "RMS norm"
+    """The mean of a² and the count of each sample; `spread` is as in `merged`."""
     a, channel, w = aligned(where, a, weights, channel_axis)
     axes = _example_axes(where, axes, a.ndim, channel)
+    over = _sharing(where, axis_name, axes, channel)
+    if part != 1 and over.names:
+        given = f"part={part} with axis_name={axis_name!r}"
+        change = "use part=1.0, or gather the channels"
+        raise invalid(where, given, "channels on one device: the first are not on all", change)
+    how: Any = {"weighted": w is not None, "spread": spread}
     if groups == 1 and part == 1:
-        return _square(a, w, axes)
+        return _pair(averaged(where, over, *_square(a, w, axes), **how))
     if channel not in axes:
         given = f"groups={groups}, part={part} and axes {axes} without the channels' {channel}"
         raise invalid(where, given, "axes with the channels among them", 'use axes="channels"')
-    check_groups(where, groups, a.shape[channel])
+    rest = any(i != channel for i in axes)
+    groups, over = in_groups(where, axis_name, groups, a.shape[channel], positions=rest)
 
     def measure(a: Array, w: Array | None) -> tuple[Array, Array]:
         size = a.shape[channel] // groups
@@ -327,15 +442,21 @@ def _mean_square(
             each = groups if w.shape[channel] > 1 else 1
             w = w.reshape(*w.shape[:channel], each, -1, *w.shape[channel + 1 :])
             w = lax.slice_in_dim(w, 0, min(used, w.shape[channel + 1]), axis=channel + 1)
-        square, count = _square(a, w, [i if i < channel else i + 1 for i in axes])
-        return spread(square), spread(count)
+        found = _square(a, w, [i if i < channel else i + 1 for i in axes])
+        square, count = _pair(averaged(where, over, *found, **how))
+        return repeated(square), repeated(count)
 
-    def spread(v: Array) -> Array:
+    def repeated(v: Array) -> Array:
         """Each group's value at all of its channels."""
         v = jnp.squeeze(v, channel + 1)
         return v if v.shape[channel] == 1 else jnp.repeat(v, a.shape[channel] // groups, channel)
 
     return partitioned(measure, a, w)
+
+
+def _pair(values: tuple[Array, ...]) -> tuple[Array, Array]:
+    square, count = values
+    return square, count
 
 
 def _square(a: Array, w: Array | None, axes: Sequence[int]) -> tuple[Array, Array]:

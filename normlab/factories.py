@@ -25,6 +25,7 @@ from normlab.measure import Algorithm
 from normlab.population._batches import BadBatch
 from normlab.population.by_name import init_batch_state
 from normlab.population.cumulative import Estimator
+from normlab.sharded import OVER, ExampleAxes, channels_in_all, where_bound
 from normlab.site import Norm, Site, State
 from normlab.weight import (
     FORM_EPS,
@@ -196,40 +197,57 @@ def centred_weight(
     return weight_map(measure, functools.partial(initial_affine, **how), name="centred weights")
 
 
-@checked("cosine norm", g=real)
+@checked("cosine norm", g=real, axis_name=OVER)
 def cosine(
     *,
     g: float | None = None,
+    axis_name: ExampleAxes | None = None,
     use_gain: bool = True,
     use_bias: bool = True,
     gain: Gain = "plain",
 ) -> Norm:
-    """`cosine_norm`; the gain starts at `g`, by default √K for K inputs to a unit.
+    """`cosine_norm`; the gain starts at `g`, by default √K for K inputs to a unit, on all devices.
 
     With √K the h of random w and x has variance 1 at initialization, as in the other norms. The
     paper's own form, bounded by 1, is `use_gain=False`.
     """
-    return _cosine(False, g, use_gain, use_bias, gain)
+    return _cosine(False, g, axis_name, use_gain, use_bias, gain)
 
 
-@checked("centred cosine norm", g=real)
+@checked("centred cosine norm", g=real, axis_name=OVER)
 def centred_cosine(
     *,
     g: float | None = None,
+    axis_name: ExampleAxes | None = None,
     use_gain: bool = True,
     use_bias: bool = True,
     gain: Gain = "plain",
 ) -> Norm:
     """`cosine_norm(centred=True)`, Pearson's correlation; `g` as in `cosine`."""
-    return _cosine(True, g, use_gain, use_bias, gain)
+    return _cosine(True, g, axis_name, use_gain, use_bias, gain)
 
 
-def _cosine(centred: bool, g: float | None, use_gain: bool, use_bias: bool, gain: Gain) -> Norm:
+def _cosine(
+    centred: bool,
+    g: float | None,
+    axis_name: ExampleAxes | None,
+    use_gain: bool,
+    use_bias: bool,
+    gain: Gain,
+) -> Norm:
     def params(site: Site) -> Any:
         assert site.w is not None  # measured before
-        size = math.sqrt(math.prod(site.w.shape[:-1])) if g is None else g
+        inputs = channels_in_all(axis_name, math.prod(site.w.shape[:-1]))
+        size = math.sqrt(inputs) if g is None else g
         how: dict[str, Any] = {"use_gain": use_gain, "use_bias": use_bias, "gain": gain}
         return init_gain(site.channels, g=size, dtype=promote_dtype(site.a), **how)
 
     where = "centred cosine norm" if centred else "cosine norm"
-    return norm_of(where, functools.partial(cosine_parts, centred=centred), params)
+
+    def measure(site: Site, params: Any) -> Parts:
+        return cosine_parts(site, params, centred=centred, axis_name=axis_name)
+
+    def first(site: Site, params: Any) -> Parts:
+        return cosine_parts(site, params, centred=centred, axis_name=where_bound(axis_name))
+
+    return norm_of(where, measure, params, first)

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal, NamedTuple
 
@@ -47,6 +47,7 @@ from normlab._xla import partitioned
 from normlab.equation import Affine
 from normlab.errors import invalid
 from normlab.gains import Log, Offset
+from normlab.sharded import names_of
 from normlab.site import Norm, Site
 
 Heads = Literal["shared", "own", "all"]
@@ -425,9 +426,14 @@ def _try_rotations(
     elif heads == "own":
         params = jax.tree.map(lambda v: jnp.broadcast_to(v, (number, *v.shape)), params)
 
+    apply: Callable[[Array], Array] = lambda a: _apply(  # noqa: E731
+        "", norm, params, state, a, None, heads, True
+    )[0]
+    for name in names_of(dict(norm.made.options).get("axis_name") if norm.made else None):
+        apply = _alone_on(name, apply)
+
     def h(a: np.ndarray) -> np.ndarray:
-        a_h, _ = _apply("", norm, params, state, jnp.asarray(a, jnp.float32), None, heads, True)
-        return np.asarray(a_h, np.float64)
+        return np.asarray(apply(jnp.asarray(a, jnp.float32)), np.float64)
 
     def turn(a: np.ndarray) -> np.ndarray:
         return np.where(odd, a @ first, a @ second)
@@ -436,6 +442,11 @@ def _try_rotations(
     first, second = _rotation(rope, channels, draw), _rotation(rope, channels, draw)
     turned, expected = h(turn(a)), turn(h(a))
     return bool(np.abs(turned - expected).max() <= 1e-4 * np.abs(expected).max())
+
+
+def _alone_on(name: str, f: Callable[[Array], Array]) -> Callable[[Array], Array]:
+    """The function on an axis of one device."""
+    return lambda a: jax.vmap(f, axis_name=name)(a[None])[0]
 
 
 def _rotation(rope: bool | Pairing, channels: int, draw: np.random.Generator) -> np.ndarray:

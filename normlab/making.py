@@ -16,6 +16,7 @@ from normlab._checks import normalize_axes, promote_dtype
 from normlab.equation import Parts, affine
 from normlab.errors import invalid
 from normlab.gains import Gain, init_gain
+from normlab.sharded import OVER, where_bound
 from normlab.site import SHAPES, Norm, Site, State
 
 P = ParamSpec("P")
@@ -77,8 +78,8 @@ def stateless(
     kinds = getattr(start, "kinds", {}) | getattr(parts, "kinds", {})
 
     def make(**options: Any) -> Norm:
-        def measure(site: Site, given: Any) -> Parts:
-            said = {option: v for option, v in options.items() if option in of_parts}
+        def measure(site: Site, given: Any, **other: Any) -> Parts:
+            said = {option: v for option, v in options.items() if option in of_parts} | other
             if not of_a:
                 return parts(site, given, **said)
             of_site = {"weights": site.weights, "channel_axis": site.linear.channel_axis}
@@ -94,8 +95,12 @@ def stateless(
                 del of_site[option]
             return parts(site.a, given, **of_site, **said)
 
+        def first(site: Site, given: Any) -> Parts:
+            return measure(site, given, axis_name=where_bound(options["axis_name"]))
+
         begin = {option: v for option, v in options.items() if option in of_params}
-        return norm_of(where, measure, functools.partial(start, **begin))
+        alone = kinds.get("axis_name") is OVER and options.get("axis_name") is not None
+        return norm_of(where, measure, functools.partial(start, **begin), first if alone else None)
 
     make.__name__ = make.__qualname__ = name
     make.__doc__ = f"The norm of `{name}_parts`; its options are arguments of that."
@@ -135,12 +140,19 @@ def initial_affine(
 
 
 def norm_of(
-    where: str, measure: Callable[[Site, Any], Parts], params: Callable[[Site], Any]
+    where: str,
+    measure: Callable[[Site, Any], Parts],
+    params: Callable[[Site], Any],
+    first: Callable[[Site, Any], Parts] | None = None,
 ) -> Norm:
-    """Returns a norm without state; `where` is its name for errors, `params` the initial ones."""
+    """Returns a norm without state; `where` is its name for errors, `params` the initial ones.
+
+    `first` measures at `init`, where the axes may not be mapped that `measure` asks for.
+    """
+    tried = first or measure
 
     def init(site: Site) -> tuple[Any, State]:
-        jax.eval_shape(lambda site: measure(site, None), site)  # say no before training starts
+        jax.eval_shape(lambda site: tried(site, None), site)  # say no before training starts
         return params(site), ()
 
     def parts(params: Any, state: State, site: Site, *, train: bool) -> tuple[Parts, State]:

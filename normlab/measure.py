@@ -23,7 +23,15 @@ from jax.typing import ArrayLike, DTypeLike
 
 from normlab._arguments import checked, declare, instance, integer, one_of, sequence
 from normlab._checks import floating, normalize_axes
-from normlab._sums import count_values, pivot_of, power_sums, standard_deviation, weighted_sums
+from normlab._sums import (
+    count_values,
+    near_zero,
+    pivot_of,
+    power_sums,
+    standard_deviation,
+    sums_near_zero,
+    weighted_sums,
+)
 from normlab._trees import node
 from normlab._weights import align_weights
 from normlab._weights import effective_sample_size as effective_sample_size
@@ -36,11 +44,13 @@ Algorithm = Literal["auto", "shifted", "two_pass", "one_pass"]
 `"two_pass"`: the mean, from a pass of its own. `"shifted"`: the mean of a sixteenth of the values;
 their distance from the mean is part of the variance, so at most log10(17) digits are lost at any
 mean. `"one_pass"`: 0, that is E[x²] − E[x]², which loses log10(1 + mean²/var) digits. `"auto"`:
-`"shifted"`; over the innermost axis, where XLA makes one loop of it, the mean as XLA sums it.
+`"shifted"`; over the innermost axis, where XLA makes one loop of it, the mean as XLA sums it; on a
+CPU, over up to 131,072 values, 0 where all means are within 4σ: log10(17) digits, too.
 Weighted moments know no sixteenth: there `"shifted"` is two passes.
 
-With all of them the mean is corrected by Σ (x − k), or taken about the first value: it is right to
-two units in its last place, and the mean of a constant is that constant, so that h is b.
+With all of them the mean is corrected by Σ (x − k), or taken about the first value, or within 4σ of
+0: it is right to two units in its last place, and the mean of a constant is that constant, so that
+h is b.
 """
 
 declare(algorithm=one_of(Algorithm, "the name of an algorithm"))
@@ -167,8 +177,12 @@ def _moments(axes: tuple[int, ...], algorithm: Algorithm, x: Array, w: Array | N
     n = jnp.where(count > 0, count, 1)
     if w is not None:
         x = jnp.where(w > 0, x, jnp.zeros((), x.dtype))
-    pivot = lax.stop_gradient(pivot_of(x, axes, w, algorithm))
-    first, second = power_sums(x, pivot, axes) if w is None else weighted_sums(x, pivot, axes, w)
+    if near_zero(x, axes, w, algorithm):
+        pivot, first, second = sums_near_zero(x, axes)
+    else:
+        pivot = lax.stop_gradient(pivot_of(x, axes, w, algorithm))
+        about = x, pivot, axes
+        first, second = power_sums(*about) if w is None else weighted_sums(*about, w)
     offset = first / n
     mean = pivot + offset
     if algorithm == "one_pass":

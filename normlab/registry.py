@@ -16,7 +16,7 @@ import dataclasses
 import functools
 import inspect
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from jax.core import Tracer
 
@@ -25,6 +25,7 @@ from normlab._checks import check_options, imported
 from normlab.errors import invalid, nearest
 from normlab.making import factory_of
 from normlab.maps import WeightMap
+from normlab.sharded import OVER
 from normlab.site import Made, Norm
 
 INVARIANCES = (
@@ -70,6 +71,17 @@ class Row(NamedTuple):
     paper: str = "–"
     with_positions: frozenset[str] | None = None
     fused: bool = False
+
+    @property
+    def axis_of(self) -> Literal["batch", "example"] | None:
+        """What lies along the axes of devices of its option `axis_name`; `None` without the option.
+
+        `"batch"`, the examples, is what the data axis of a training step is for, as in batch norm;
+        each `"example"`, its channels or its positions, what layer norm and its like mean.
+        """
+        if "axis_name" not in inspect.signature(self.factory).parameters:
+            return None
+        return "example" if getattr(self.factory, "kinds", {}).get("axis_name") is OVER else "batch"
 
 
 _ROWS: dict[str, Row] = {}

@@ -38,6 +38,7 @@ BATCH = {"a": A, "params": PARAMS, "state": STATE, "train": True, "decay": 0.9, 
 BATCH |= {"axis_name": None, "weights": jnp.ones(2), "channel_axis": -1, "algorithm": "auto"}
 BATCH |= {"bad_batch": "skip", "state_gradient": False}
 EXAMPLE = {"a": A, "params": PARAMS, "eps": 1e-5, "weights": jnp.ones(2), "channel_axis": -1}
+EXAMPLE |= {"axis_name": None}
 SQUARE = jnp.eye(6)
 LEARNED = nl.placement.Learned(0.5, "channel")
 PLACED = nl.placement.Placement(inner=NORM, branch=LEARNED)
@@ -46,7 +47,7 @@ SCHEME = nl.placement.scheme("deepnorm", depth=2)
 BLOCKS = {"blocks": {"kernel": jnp.ones((2, 3, 4))}}
 
 # A right call of every function, with all its arguments.
-MEASURED = {"a": A, "weights": None, "channel_axis": -1}
+MEASURED = {"a": A, "weights": None, "channel_axis": -1, "axis_name": None}
 FORM = {"form": "timm", "eps": 1e-5}
 CALLS = {
     nl.affine: {"parts": PARTS, "a": A, "weights": None, "channel_axis": -1},
@@ -66,8 +67,14 @@ CALLS = {
         "params": nl.init_affine(4),
         "linear": nl.Dense(),
         "centred": False,
+        "axis_name": None,
     },
-    nl.cosine_parts: {"params": nl.init_affine(4), "site": SITE, "centred": False},
+    nl.cosine_parts: {
+        "params": nl.init_affine(4),
+        "site": SITE,
+        "centred": False,
+        "axis_name": None,
+    },
     instruments.drift: {"stats": STACKED, "axis_name": None},
     nl.measure.effective_sample_size: {"weights": jnp.ones(3), "axes": 0},
     nl.measure.empty: {"shape": (3,), "dtype": jnp.float32},
@@ -207,6 +214,7 @@ CALLS = {
         "inner": "cumulative",
         "dtype": jnp.float32,
     },
+    nl.population.init_digits: {"channels": 3, "inner": "debiased", "dtype": jnp.float32},
     nl.population.init_rms: {"channels": 3, "inner": "debiased", "dtype": jnp.float32},
     nl.population.init_window: {"channels": 3, "size": 2, "dtype": jnp.float32},
     nl.population.init_power: {
@@ -258,7 +266,7 @@ CALLS = {
     nl.rms_moments: MEASURED | {"axes": -1},
     nl.group_moments: MEASURED | {"groups": 2, "algorithm": "auto"},
     nl.instance_moments: MEASURED | {"a": jnp.ones((2, 3, 4)), "algorithm": "auto"},
-    nl.batch_moments: MEASURED | {"axis_name": None, "algorithm": "auto"},
+    nl.batch_moments: MEASURED | {"algorithm": "auto"},
     nl.learned: {"a": A, "params": None, "channel_axis": -1, "feature_axes": None},
     nl.placement.Learned: {"init": 0.5, "per": "channel", "factor": 2.0},
     nl.placement.Placement: {
@@ -332,6 +340,7 @@ CALLS = {
     instruments.whitening: {"x": SQUARE, "method": "zca", "eps": 0.1},
     nl.Sync: {
         "axes": "d",
+        "together": None,
         "groups": 2,
         "members": None,
         "shards": 1,
@@ -339,8 +348,10 @@ CALLS = {
         "staged": False,
         "gradient": "both",
         "every": 0,
+        "second": "when_needed",
         "mesh": None,
     },
+    nl.Sharded: {"channels": "d", "positions": ("e",)},
     nl.Conv: {
         "strides": 1,
         "padding": "SAME",

@@ -1,7 +1,5 @@
 """`equivalence`: every norm, every topology and every form is one device with the whole batch."""
 
-import inspect
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -23,7 +21,7 @@ def maker(name):
 
     def make(axis_name):
         options = dict(OPTIONS.get(name, {}))
-        if "axis_name" in inspect.signature(nl.row(name).factory).parameters:
+        if nl.row(name).axis_of == "batch":
             options["axis_name"] = axis_name
         return nl.get(name, **options)
 

@@ -83,6 +83,54 @@ def test_a_pivot_of_a_sixteenth_is_safe_against_any_outlier(count, outlier, mean
     assert np.abs(m.var()[0] - var).max() <= 5e-6 * var.max() + 1e-6 * (mean != 0)
 
 
+@pytest.mark.parametrize("mean", [0.0, 1.0, 3.9, 4.1, 1e3, -1e6])
+def test_many_examples_lose_no_more_than_a_pivot_of_a_sixteenth_would(mean):
+    """Below 4σ the sums are about 0 on a CPU, from there on about a pivot."""
+    x = draw(0, *SHAPE, mean=mean).astype(np.float32)
+    m = optimized(lambda x: nl.moments(x, (0, 1, 2)))(x)
+    x64 = x.astype(np.float64)
+    assert gap(m.var()[0, 0, 0], x64.var((0, 1, 2))) < 17 * 5e-7
+    unit = np.spacing(np.abs(x64.mean((0, 1, 2))).astype(np.float32))
+    error = np.abs(m.mean[0, 0, 0] - x64.mean((0, 1, 2)))
+    assert (error <= np.maximum(2 * unit, 2e-7)).all()
+
+
+@pytest.mark.parametrize("value", [0.0, 1e-30, 1e-20, 0.1, -1 / 3, 1e4 + 0.3, 1e19, 3e38])
+def test_among_many_examples_a_constant_channel_has_its_value_for_a_mean(value):
+    """Also where its square over- or underflows, and beside a channel that is none."""
+    x = draw(0, *SHAPE).astype(np.float32)
+    x[..., ::2] = value
+    m = optimized(lambda x: nl.moments(x, (0, 1, 2)))(x)
+    assert (m.mean[..., ::2] == np.float32(value)).all()
+    assert (m.m2[..., ::2] == 0).all()
+    assert gap(m.var()[0, 0, 0, 1::2], x.astype(np.float64).var((0, 1, 2))[1::2]) < 1e-6
+
+
+def test_lanes_of_many_examples_are_measured_as_each_alone():
+    x = np.stack([draw(i, *SHAPE, mean=mean) for i, mean in enumerate((0, 1e4, 2))])
+    x[2, ..., 0] = 7.0
+    lanes = jax.vmap(lambda x: nl.moments(x, (0, 1, 2)))(array(x))
+    each = [nl.moments(array(lane), (0, 1, 2)) for lane in x]
+    assert gap(lanes, jax.tree.map(lambda *f: jnp.stack(f), *each)) < 1e-6
+    assert (lanes.m2[2, ..., 0] == 0).all()
+
+
+@pytest.mark.parametrize("mean", [0.0, 3.0, 30.0])
+def test_derivatives_of_many_examples_are_those_about_any_pivot(mean, x64):
+    """First and second ones, forward over reverse and reverse over reverse."""
+    x, v = draw(0, *SHAPE, mean=mean), draw(1, *SHAPE)
+
+    def found(algorithm):
+        def f(x):
+            return (nl.batch_norm(x, train=True, algorithm=algorithm)[0] ** 3).sum()
+
+        g = jax.grad(f)
+        twice = jax.grad(lambda x: (g(x) * v).sum())
+        return g(x), jax.jvp(g, (x,), (v,))[1], twice(x)
+
+    assert gap(found("auto"), found("two_pass")) < 1e-9
+
+
 @pytest.mark.parametrize(
     ("norm", "algorithm"),
     [(n, a) for n in NORMS for a in SAFE if a != "auto" or not n.startswith("layer")],

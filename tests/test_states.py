@@ -171,6 +171,43 @@ def test_every_state_comes_back_from_msgpack_and_from_orbax_without_a_target(kin
 
 
 @pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("running", {}),
+        ("running", {"ddof": 1}),
+        ("renorm", {"ddof": 1}),
+        ("domains", {}),
+        ("cumulative", {"ddof": 1}),
+        ("streaming", {}),
+    ],
+)
+def test_a_checkpoint_from_before_states_told_how_to_merge_them(kind, options):
+    """It is restored as what never was merged."""
+    start = getattr(nl.population, f"init_{kind}", nl.init_running)(C, **options)
+    states = {"norms": [trained(trained(start))]}
+
+    def earlier(tree):
+        if not isinstance(tree, dict):
+            return tree
+        later = ("fresh", "before", "among")
+        return {k: earlier(v) for k, v in tree.items() if k not in later}
+
+    saved = earlier(serialization.msgpack_restore(serialization.to_bytes(states)))
+    assert saved != serialization.msgpack_restore(serialization.to_bytes(states))
+    (back,) = nl.population.restore_states(states, saved)["norms"]
+    (state,) = states["norms"]
+    assert jax.tree.structure(back) == jax.tree.structure(state)
+    assert gap(back.read(), state.read()) == 0
+    other = trained(start, A + 3)
+    stack = [jax.tree.map(lambda *v: jnp.stack(v), s, other) for s in (back, state)]
+    merged = [nl.population.merge_running(s).read() for s in stack]
+    assert gap(*merged) < 1e-6
+    # msgpack into states: by name.
+    with pytest.raises(ValueError, match=r"fresh|among"):
+        serialization.from_bytes(states, serialization.msgpack_serialize(saved))
+
+
+@pytest.mark.parametrize(
     ("old", "new", "says"),
     [
         ({"decay": 0.9}, {"decay": 0.99}, r"decay=0.9, ddof=0\).*decay=0.99, ddof=0\)"),

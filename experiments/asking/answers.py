@@ -15,12 +15,14 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from rich.table import Table
 
 from .. import questions
+from ..cluster import require_address
 from ..engine.devices import forms_gap
 from ..engine.question import Config, Question
 from ..engine.verdict import Verdict
 from ..rundir import RunError
-from ..terminal import EXIT_INTERRUPTED, EXIT_MISSING, PROGRAM, console, errors, print_paths
-from .ask import Answer, ask
+from ..terminal import EXIT_INTERRUPTED, EXIT_MISSING, console, errors, print_paths
+from .ask import Answer, Asking, ask
+from .fields import parsed
 from .pool import explain
 
 
@@ -37,6 +39,10 @@ class Ask:
     jobs: int | None = None
     """Worker processes: by default one for each core, or one in the full profile. 0 works in this
     process."""
+
+    ray: str | None = None
+    """A Ray cluster to measure on, as ray.init(address=...) takes it, or auto; without an address
+    one is started on this machine. Each of its cores, or of its GPUs, is a worker."""
 
     again: bool = False
     """Measure again what is finished. Without it a question is measured once for a config, a
@@ -55,11 +61,27 @@ class Ask:
                 questions.require(name)
         if self.jobs is not None and self.jobs < 0:
             raise RunError(f"--jobs: got {self.jobs}; it must be 0 or more.")
+        require_address(self.ray)
+        if self.ray is not None and self.jobs == 0:
+            raise RunError("--jobs: got 0; beside --ray it must be 1 or more, or left out.")
 
 
 def answers(command: Ask, names: Sequence[str], rest: Sequence[str] = ()) -> Iterator[Answer]:
-    """Asks with a progress bar for each question and one for all."""
-    chosen, broken = [], []
+    """Asks with a progress bar for each question and one for all.
+
+    Args:
+      command: How to ask.
+      names: Which questions.
+      rest: Options of their configs.
+    """
+    return answered(command, *chosen(command, names, rest))
+
+
+def chosen(
+    command: Ask, names: Sequence[str], rest: Sequence[str]
+) -> tuple[list[Asking], list[Answer]]:
+    """The questions with their configs, and an answer for each that cannot be imported."""
+    found, broken = [], []
     for name in dict.fromkeys(names):
         try:
             question = questions.require(name)
@@ -67,8 +89,16 @@ def answers(command: Ask, names: Sequence[str], rest: Sequence[str] = ()) -> Ite
             why = explain(error, f"in the import of {name}")
             broken.append(Answer(name, Config(dataset=""), None, failed=why))
         else:
-            chosen.append((name, question, _config(command, question, name, rest)))
-    seconds = {name: question.SECONDS for name, question, _ in chosen}
+            found.append(Asking(name, question, _config(command, question, name, rest)))
+    return found, broken
+
+
+def answered(
+    command: Ask, chosen: Sequence[Asking], broken: Sequence[Answer] = ()
+) -> Iterator[Answer]:
+    """Asks what was chosen; bars of the points of a grid are there while they are measured."""
+    seconds = {asking.title: about(asking) for asking in chosen}
+    points = {asking.title for asking in chosen if asking.point}
     columns = (
         TextColumn("{task.description:>24}"),
         BarColumn(),
@@ -77,17 +107,22 @@ def answers(command: Ask, names: Sequence[str], rest: Sequence[str] = ()) -> Ite
         TimeRemainingColumn(compact=True),
     )
     jobs = command.jobs
-    if jobs is None and command.profile == "full":
+    if jobs is None and command.profile == "full" and command.ray is None:
         jobs = 1
     with Progress(
         *columns, console=errors, speed_estimate_period=600, refresh_per_second=2
     ) as progress:
         whole = progress.add_task("all questions", total=sum(seconds.values()))
-        bars = {n: progress.add_task(n, total=total, start=False) for n, total in seconds.items()}
+        bars = {
+            title: progress.add_task(escape(title), start=False, total=total, visible=not points)
+            for title, total in seconds.items()
+        }
 
-        def tell(name: str, share: float) -> None:
-            progress.start_task(bars[name])
-            progress.update(bars[name], completed=share * seconds[name])
+        def tell(title: str, share: float) -> None:
+            progress.start_task(bars[title])
+            progress.update(bars[title], completed=share * seconds[title])
+            if points:
+                progress.update(bars[title], visible=0 < share < 1)
             done = sum(progress.tasks[bar].completed for bar in bars.values())
             progress.update(whole, completed=done)
 
@@ -96,17 +131,20 @@ def answers(command: Ask, names: Sequence[str], rest: Sequence[str] = ()) -> Ite
             root=command.run_dir,
             jobs=jobs,
             pinned=command.profile == "quick",
+            ray=command.ray,
             again=command.again,
             say=lambda text: progress.update(whole, description=text),
+            warn=lambda text: errors.print(f"[yellow]{escape(text)}[/]", soft_wrap=True),
             tell=tell,
         )
         try:
             for answer in itertools.chain(broken, measured):
-                if answer.name in bars:
-                    tell(answer.name, 1.0)
-                    progress.update(bars[answer.name], visible=False)
+                if answer.title in bars:
+                    tell(answer.title, 1.0)
+                    progress.update(bars[answer.title], visible=False)
                 if answer.failed:
-                    text = f"[bold red]{answer.name} has no answer:[/] {escape(answer.failed)}"
+                    title = escape(answer.title)
+                    text = f"[bold red]{title} has no answer:[/] {escape(answer.failed)}"
                     errors.print(text, highlight=False, soft_wrap=True)
                 yield answer
         except KeyboardInterrupt:
@@ -119,15 +157,14 @@ def answers(command: Ask, names: Sequence[str], rest: Sequence[str] = ()) -> Ite
 def _config(command: Ask, question: Question, name: str, rest: Sequence[str]) -> Config:
     config = question.QUICK if command.profile == "quick" else question.FULL
     config = dataclasses.replace(config, data_dir=command.data_dir)
-    if not rest:
-        return config
-    return tyro.cli(
-        type(config),
-        default=config,
-        args=list(rest),
-        prog=f"{PROGRAM} run {name} --",
-        config=(tyro.conf.OmitArgPrefixes,),
-    )
+    return parsed(name, config, rest) if rest else config
+
+
+def about(asking: Asking) -> float:
+    """What a question costs on one core, in seconds, if its quick config costs `SECONDS`."""
+    quick, config = asking.question.QUICK, asking.config
+    more = config.steps / quick.steps * config.seeds / quick.seeds
+    return asking.question.SECONDS * more
 
 
 def print_answer(answer: Answer) -> None:

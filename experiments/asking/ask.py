@@ -2,21 +2,51 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple
 
-from .. import figures
+from .. import figures, questions
 from ..data import Dataset
 from ..engine.learn import dataset
 from ..engine.question import Condition, Config, Question, Record
 from ..engine.records import Records
 from ..engine.verdict import Verdict
 from ..rundir import RunError
-from . import kept, pool
+from . import kept, pool, remote
+from .fields import replaced
 from .kept import Kept, verdict_json
 from .sources import HERE, version
+
+TOGETHER = 500
+"""Questions that are begun at a time: each holds a file open."""
+
+
+class Asking(NamedTuple):
+    """What is asked.
+
+    Attributes:
+      name: The question.
+      question: The module.
+      config: Its config.
+      point: What sets it apart, in words, where one question is asked with several configs.
+    """
+
+    name: str
+    question: Question
+    config: Config
+    point: str = ""
+
+    @property
+    def title(self) -> str:
+        """What it is called among all that are asked."""
+        return _title(self.name, self.point)
+
+
+def _title(name: str, point: str) -> str:
+    return f"{name}, {point}" if point else name
 
 
 class Asked(NamedTuple):
@@ -30,6 +60,7 @@ class Asked(NamedTuple):
       kept: Its directory.
       files: The conditions' files.
       version: That of the code.
+      point: That of `Asking`.
     """
 
     name: str
@@ -39,6 +70,7 @@ class Asked(NamedTuple):
     kept: Kept
     files: list[str]
     version: str
+    point: str = ""
 
     def left(self) -> list[int]:
         """The conditions that are not finished."""
@@ -60,6 +92,7 @@ class Answer(NamedTuple):
       verdicts: One for each claim.
       records: Everything that was measured.
       failed: Why it has no verdict, if it has none.
+      point: That of `Asking`.
     """
 
     name: str
@@ -68,6 +101,17 @@ class Answer(NamedTuple):
     verdicts: tuple[Verdict, ...] = ()
     records: tuple[Record, ...] = ()
     failed: str = ""
+    point: str = ""
+
+    @property
+    def title(self) -> str:
+        """What it is called among all that were asked."""
+        return _title(self.name, self.point)
+
+    @property
+    def measured(self) -> Records:
+        """The records without what they cost."""
+        return Records(record for record in self.records if record["kind"] != "cost")
 
     @property
     def seconds(self) -> float:
@@ -96,13 +140,15 @@ Say = Callable[[str], None]
 
 
 def ask(
-    questions: Sequence[tuple[str, Question, Config]],
+    questions: Sequence[tuple[str, Question, Config] | Asking],
     *,
     root: Path | None = None,
     jobs: int | None = None,
     pinned: bool = True,
+    ray: str | None = None,
     again: bool = False,
     say: Say = lambda text: None,
+    warn: Say = lambda text: None,
     tell: Callable[[str, float], None] = lambda name, share: None,
 ) -> Iterator[Answer]:
     """Runs questions and yields an answer for each, as they come to their ends.
@@ -111,43 +157,89 @@ def ask(
     that cannot be run is answered with the reason, and the others go on.
 
     Args:
-      questions: Names, modules and configs.
+      questions: Names, modules and configs; with what sets them apart, where names are alike.
       root: Where their directories lie; by default `kept.ROOT`.
       jobs: Worker processes, by default one for each core; 0 works in this process.
       pinned: Whether a worker has one core to itself.
+      ray: The Ray cluster that works in the place of this machine's processes, by its address; with
+        `jobs` of its workers at most.
       again: Whether what is finished is measured again.
       say: Receives short messages.
-      tell: Hears which share of a question is done.
+      warn: Receives what went wrong on the way and was mended.
+      tell: Hears which share of a question is done, by its `Asking.title`.
 
     Raises:
-      RunError: If a worker was killed.
+      RunError: If a worker of this machine was killed, or the cluster does not answer.
     """
-    if jobs is None:
+    work: pool.Work
+    if ray is not None:
+        work = functools.partial(remote.work, address=ray, jobs=jobs, say=say, warn=warn)
+    else:
         cores = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))(0)
-        jobs = len(cores)
-    asked: dict[str, Asked] = {}
-    try:
-        for name, question, config in questions:
-            say(f"reading the data of {name}")
-            try:
-                data = [dataset(d, config.data_dir) for d in config.datasets]
-                asked[name] = _begin(name, question, config, data, root or kept.ROOT, again)
-            except Exception as error:  # the other questions go on
-                yield Answer(name, config, None, failed=pool.explain(error, f"in {name}"))
-        yield from _answer(asked, jobs, pinned, say, tell)
-    finally:
-        for one in asked.values():
-            one.kept.release()
+        number = len(cores) if jobs is None else jobs
+        work = functools.partial(pool.work, jobs=number, pinned=pinned)
+    askings = [q if isinstance(q, Asking) else Asking(*q) for q in questions]
+    for first in range(0, len(askings), TOGETHER):
+        asked: dict[str, Asked] = {}
+        try:
+            for asking in askings[first : first + TOGETHER]:
+                name, _, config, point = asking
+                say(f"reading the data of {asking.title}")
+                try:
+                    data = [dataset(d, config.data_dir) for d in config.datasets]
+                    asked[asking.title] = _begin(asking, data, root or kept.ROOT, again)
+                except Exception as error:  # the other questions go on
+                    why = pool.explain(error, f"in {name}")
+                    yield Answer(name, config, None, failed=why, point=point)
+            yield from _answer(asked, work, say, tell)
+        finally:
+            for one in asked.values():
+                one.kept.release()
 
 
-def _begin(
+def answer(
     name: str,
-    question: Question,
-    config: Config,
-    data: Sequence[Dataset],
-    root: Path,
-    again: bool,
-) -> Asked:
+    /,
+    *,
+    profile: Literal["quick", "full"] = "quick",
+    root: Path | None = None,
+    jobs: int | None = None,
+    ray: str | None = None,
+    **fields: Any,
+) -> Answer:
+    """What became of one question with some fields of its config changed.
+
+    For a notebook, or for what searches: what `run NAME -- --lr 0.1` does, without its words. What
+    was measured is kept, and for the same fields it is not measured again.
+
+    Args:
+      name: The question.
+      profile: Which of its configs is changed.
+      root: As in `ask`.
+      jobs: As in `ask`; a script with worker processes starts under `if __name__ == "__main__":`.
+      ray: As in `ask`.
+      **fields: Fields of the config, `lr=0.1`.
+
+    Raises:
+      RunError: For an unknown question or field, with the nearest; for a config that is refused; if
+        there is no answer, with the reason.
+
+    >>> answer("identity", spread=1.0)
+    Traceback (most recent call last):
+      ...
+    experiments.rundir.RunError: identity has no field 'spread': did you mean 'spreads'? Known: ...
+    """
+    question = questions.require(name)
+    config = replaced(name, question.QUICK if profile == "quick" else question.FULL, fields)
+    pinned = profile == "quick"
+    (found,) = ask([(name, question, config)], root=root, jobs=jobs, pinned=pinned, ray=ray)
+    if found.failed:
+        raise RunError(found.failed)
+    return found
+
+
+def _begin(asking: Asking, data: Sequence[Dataset], root: Path, again: bool) -> Asked:
+    name, question, config, point = asking
     code = version(f"{HERE}.questions.{name}")
     conditions = list(question.run(config))
     if len({c.name for c in conditions}) < len(conditions):
@@ -156,7 +248,7 @@ def _begin(
         root.expanduser().resolve(), name, kept.key(config, code, [d.checksum for d in data])
     )
     files = [directory.file(i, condition) for i, condition in enumerate(conditions)]
-    asked = Asked(name, question, config, conditions, directory, files, code)
+    asked = Asked(name, question, config, conditions, directory, files, code, point)
     directory.lock()
     try:
         _prepare(asked, data, again)
@@ -183,40 +275,43 @@ def _prepare(asked: Asked, data: Sequence[Dataset], again: bool) -> None:
 
 def _answer(
     asked: dict[str, Asked],
-    jobs: int,
-    pinned: bool,
+    work: pool.Work,
     say: Say,
     tell: Callable[[str, float], None],
 ) -> Iterator[Answer]:
-    left = {name: one.left() for name, one in asked.items()}
-    for name, one in asked.items():
-        if not left[name]:
+    left = {title: one.left() for title, one in asked.items()}
+    for title, one in asked.items():
+        if not left[title]:
             yield finish(one)
     tasks = []
-    for name in sorted(left, key=lambda name: -asked[name].question.SECONDS):  # the longest first
-        one = asked[name]
+    at = {one.kept.path: title for title, one in asked.items()}
+    for title in sorted(left, key=lambda title: -asked[title].question.SECONDS):  # longest first
+        one = asked[title]
         share = 1 / len(one.files)
-        tasks += [pool.Task(name, one.config, i, one.kept, share, one.version) for i in left[name]]
-        tell(name, 1 - len(left[name]) * share)
-    done: dict[str, dict[int, float]] = {name: {} for name in left}
+        tasks += [
+            pool.Task(one.name, one.config, i, one.kept, share, one.version) for i in left[title]
+        ]
+        tell(title, 1 - len(left[title]) * share)
+    done: dict[str, dict[int, float]] = {title: {} for title in left}
 
     def hear(task: pool.Task, share: float) -> None:
-        done[task.question][task.index] = share
-        rest = len(left[task.question]) - sum(done[task.question].values())
-        tell(task.question, 1 - rest * task.weight)
+        title = at[task.kept.path]
+        done[title][task.index] = share
+        rest = len(left[title]) - sum(done[title].values())
+        tell(title, 1 - rest * task.weight)
 
     if not tasks:
         return
     say("starting")
-    waiting = {name: len(indices) for name, indices in left.items() if indices}
+    waiting = {title: len(indices) for title, indices in left.items() if indices}
     failures: dict[str, str] = {}
-    for ended in pool.work(tasks, min(jobs, len(tasks)), hear, pinned=pinned):
-        name = ended.task.question
-        waiting[name] -= 1
+    for ended in work(tasks, hear):
+        title = at[ended.task.kept.path]
+        waiting[title] -= 1
         if ended.error:
-            failures.setdefault(name, ended.error)
-        if not waiting[name]:
-            yield finish(asked[name], failures.get(name, ""))
+            failures.setdefault(title, ended.error)
+        if not waiting[title]:
+            yield finish(asked[title], failures.get(title, ""))
 
 
 def finish(one: Asked, failed: str = "") -> Answer:
@@ -226,14 +321,14 @@ def finish(one: Asked, failed: str = "") -> Answer:
       one: The question.
       failed: Why not all of it was measured, if so: then there is no verdict.
     """
-    answer = Answer(one.name, one.config, one.kept.path, failed=failed)
+    answer = Answer(one.name, one.config, one.kept.path, failed=failed, point=one.point)
     try:
         answer = answer._replace(records=tuple(one.records()))
         if failed:
             return answer
         if left := one.left():
             raise RunError(f"{one.kept.path / one.files[left[0]]} is gone; run {one.name} again.")
-        measured = Records(record for record in answer.records if record["kind"] != "cost")
+        measured = answer.measured
         verdicts = tuple(one.question.verdict(measured))
         one.kept.write_json("verdict.json", [verdict_json(v) for v in verdicts])
         picture = one.question.figure(measured)

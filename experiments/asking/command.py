@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import os
 from pathlib import Path
@@ -18,6 +19,7 @@ from .answers import Ask, answers, print_answer, status
 from .ask import Answer
 from .kept import as_json, verdict_json
 from .page import Section, page
+from .sweep import sweep
 from .verify import Verify, verify
 
 
@@ -27,6 +29,12 @@ class Run(Ask):
 
     What was measured is kept: the same command goes on where a run was stopped, and shows again
     what is finished. After `--` follow fields of the config: run NAME -- --model vgg --seeds 5.
+    """
+
+    sweep: Annotated[tuple[tuple[str, ...], ...], tyro.conf.UseAppendAction] = ()
+    """A grid over fields of the config, --sweep lr=0.01,0.1 seeds=3: the question is asked at every
+    point, and one table says what they came to, here and as CSV and JSON beside the runs. Values
+    are read as the options after -- are; several words of one are quoted, "norms=none,none batch".
     """
 
     config: Annotated[tuple[str, ...], tyro.conf.Suppress] = ()
@@ -63,6 +71,8 @@ def show(command: Run) -> int:
     """Runs the questions and prints what each came to."""
     if not command.names:
         raise RunError(f"name a question: {', '.join(questions.NAMES)}.")
+    if command.sweep:
+        return sweep(command, command.config, [*itertools.chain(*command.sweep)])
     found = []
     for answer in answers(command, command.names, command.config):
         found.append(answer)

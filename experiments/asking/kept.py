@@ -16,9 +16,9 @@ import hashlib
 import json
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -113,47 +113,85 @@ class Kept(RunDirectory):
         except FileNotFoundError:
             return None
 
-    def measure(
-        self, file: str, condition: Condition, tell: Callable[[float], None] = lambda step: None
-    ) -> None:
-        """Measures a condition, from its last checkpoint if it has one, and keeps its records.
+    def partial(self, file: str) -> bytes | None:
+        """What is kept of a condition that is on its way."""
+        try:
+            return self._on_its_way(file).read_bytes()
+        except FileNotFoundError:
+            return None
 
-        Args:
-          file: Its file.
-          condition: The condition.
-          tell: Hears of each step that a record names.
-        """
-        partial = Path(file).with_suffix(".partial").as_posix()
-        records, spent, resume = self._partial(partial)
-        begin = saved = time.perf_counter()
-        for found in condition.measure(resume):
-            if not isinstance(found, Checkpoint):
-                records.append({**condition.labels, **found})
-                tell(found.get("step", 0))
-            elif time.perf_counter() - saved > PAUSE:
-                seconds = spent + time.perf_counter() - begin
-                self.write_bytes(partial, _pack(records, seconds, found))
-                saved = time.perf_counter()
-        seconds = spent + time.perf_counter() - begin
-        records.append({"kind": "cost", **condition.labels, "seconds": round(seconds, 3)})
-        lines = "".join(json.dumps(record) + "\n" for record in records)
-        self.write_json("environment.json", environment())
-        self.write_bytes(file, lines.encode())
-        (self.path / partial).unlink(missing_ok=True)
+    def keep(self, file: str, made: Partial | Whole) -> None:
+        """Keeps what was made of a condition."""
+        partial = self._on_its_way(file)
+        if isinstance(made, Partial):
+            self.write_bytes(partial.relative_to(self.path).as_posix(), made.content)
+            return
+        self.write_json("environment.json", made.machine)
+        self.write_bytes(file, made.content)
+        partial.unlink(missing_ok=True)
 
-    def _partial(self, file: str) -> tuple[list[Record], float, Checkpoint | None]:
-        path = self.path / file
-        if not path.exists():
-            return [], 0.0, None
-        stored: Any = serialization.msgpack_restore(path.read_bytes())
-        leaves = [stored["leaves"][str(i)] for i in range(len(stored["leaves"]))]
-        return json.loads(stored["records"]), stored["seconds"], Checkpoint(stored["step"], leaves)
+    def _on_its_way(self, file: str) -> Path:
+        return (self.path / file).with_suffix(".partial")
+
+
+class Partial(NamedTuple):
+    """A condition on its way.
+
+    Attributes:
+      content: Its records, what they cost and its last checkpoint.
+    """
+
+    content: bytes
+
+
+class Whole(NamedTuple):
+    """A condition that is finished.
+
+    Attributes:
+      content: Its records; the last says what it cost.
+      machine: Where it was measured.
+    """
+
+    content: bytes
+    machine: dict[str, Any]
+
+
+def measure(
+    condition: Condition, partial: bytes | None = None, pause: float | None = None
+) -> Iterator[float | Partial | Whole]:
+    """Measures a condition; yields each step that a record names, and what is to be kept.
+
+    Args:
+      condition: The condition.
+      partial: Where it goes on, if not at the beginning.
+      pause: Seconds between two checkpoints, if not `PAUSE`.
+    """
+    records, spent, resume = ([], 0.0, None) if partial is None else _unpack(partial)
+    pause = PAUSE if pause is None else pause
+    begin = saved = time.perf_counter()
+    for found in condition.measure(resume):
+        if not isinstance(found, Checkpoint):
+            records.append({**condition.labels, **found})
+            yield found.get("step", 0)
+        elif time.perf_counter() - saved > pause:
+            yield Partial(_pack(records, spent + time.perf_counter() - begin, found))
+            saved = time.perf_counter()
+    seconds = spent + time.perf_counter() - begin
+    records.append({"kind": "cost", **condition.labels, "seconds": round(seconds, 3)})
+    lines = "".join(json.dumps(record) + "\n" for record in records)
+    yield Whole(lines.encode(), environment())
 
 
 def verdict_json(verdict: Verdict) -> dict[str, Any]:
     """A verdict as JSON values; what is not finite is null."""
     values = verdict._asdict()
     return {k: number(v) if isinstance(v, float) else v for k, v in values.items()}
+
+
+def _unpack(partial: bytes) -> tuple[list[Record], float, Checkpoint]:
+    stored: Any = serialization.msgpack_restore(partial)
+    leaves = [stored["leaves"][str(i)] for i in range(len(stored["leaves"]))]
+    return json.loads(stored["records"]), stored["seconds"], Checkpoint(stored["step"], leaves)
 
 
 def _pack(records: list[Record], seconds: float, checkpoint: Checkpoint) -> bytes:

@@ -1,7 +1,8 @@
 """The workers: conditions are measured in processes of their own, one for each core.
 
 A worker of the quick profile has one core to itself. So the two cores of a laptop train two
-conditions side by side, and the numbers do not depend on how many cores there are.
+conditions side by side, and the numbers do not depend on how many cores there are. The workers of a
+cluster (`remote`) are others that do the same work.
 """
 
 from __future__ import annotations
@@ -17,19 +18,17 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.queues import SimpleQueue
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import jax
 
+from ..cluster import ALLOCATION, ALONE, pin
 from ..data import DataError
-from ..engine.question import Config
+from ..engine.question import Condition, Config
 from ..rundir import RunError
 from ..training.trainer import set_devices
-from .kept import Kept
+from .kept import Kept, Partial, Whole, measure
 from .sources import HERE, version
-
-ALLOCATION = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "100000000000"}
-"""Environment of the workers: memory that was freed is used again, and not given back first."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,6 +56,18 @@ class Task:
         """How many devices its process needs."""
         return getattr(self.config, "devices", 1)
 
+    @property
+    def condition(self) -> Condition:
+        """The condition."""
+        from ..questions import require
+
+        return list(require(self.question).run(self.config))[self.index]
+
+    @property
+    def file(self) -> str:
+        """Where its records are kept."""
+        return self.kept.file(self.index, self.condition)
+
 
 @dataclasses.dataclass
 class Done:
@@ -76,16 +87,43 @@ Tell = Callable[[Task, float], None]
 """Hears which share of a task is done."""
 
 
-def work(tasks: Sequence[Task], jobs: int, tell: Tell, *, pinned: bool) -> Iterator[Done]:
-    """Measures tasks and yields each that ends.
+class Work(Protocol):
+    """What measures tasks, here or elsewhere, keeps what was measured, and yields each that ends.
+
+    Some that are left over when the caller stops are on their way: what they kept stays.
+    """
+
+    def __call__(self, tasks: Sequence[Task], tell: Tell) -> Iterator[Done]:
+        """Measures tasks; tells which share of each is done."""
+        ...
+
+
+class Failure(NamedTuple):
+    """What went wrong.
+
+    Attributes:
+      text: In words.
+      trace: Where, if the words do not say it.
+    """
+
+    text: str
+    trace: str = ""
+
+
+Made = float | Partial | Whole | Failure
+"""What comes of a task: the share that is done, what is to be kept, what went wrong."""
+
+
+def work(tasks: Sequence[Task], tell: Tell, *, jobs: int, pinned: bool) -> Iterator[Done]:
+    """Measures tasks on this machine and yields each that ends.
 
     Those that need as many devices are measured together, in this order: a process with eight
     devices on its core takes twice as long for what one device does.
 
     Args:
       tasks: The tasks.
-      jobs: How many processes; 0 works in this one.
       tell: Hears of progress.
+      jobs: How many processes; 0 works in this one.
       pinned: Whether each process has a core of its own.
 
     Raises:
@@ -95,7 +133,7 @@ def work(tasks: Sequence[Task], jobs: int, tell: Tell, *, pinned: bool) -> Itera
         with contextlib.suppress(RunError, RuntimeError):  # a task that lacks some will say so
             set_devices(max(task.devices for task in tasks))
         for task in tasks:
-            yield Done(task, _attempt(task, lambda share, task=task: tell(task, share)))
+            yield Done(task, attempt(task, lambda share, task=task: tell(task, share)))
         return
     for devices in sorted({task.devices for task in tasks}):
         alike = [task for task in tasks if task.devices == devices]
@@ -103,15 +141,12 @@ def work(tasks: Sequence[Task], jobs: int, tell: Tell, *, pinned: bool) -> Itera
 
 
 def _side_by_side(tasks: Sequence[Task], jobs: int, tell: Tell, pinned: bool) -> Iterator[Done]:
-    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
     context = multiprocessing.get_context("spawn")
-    places, heard = context.SimpleQueue(), context.SimpleQueue()
-    for i in range(os.getpid(), os.getpid() + jobs):  # two runs with one job each meet seldom
-        places.put(cores[i % len(cores)] if cores and pinned else None)
-    for name, value in ALLOCATION.items():
+    heard = context.SimpleQueue()
+    for name, value in (ALLOCATION | (ALONE if pinned else {})).items():
         os.environ.setdefault(name, value)
     pool = concurrent.futures.ProcessPoolExecutor(
-        jobs, mp_context=context, initializer=_begin, initargs=(places, heard)
+        jobs, mp_context=context, initializer=_begin, initargs=(pinned, heard)
     )
     threading.Thread(target=_listen, args=(heard, tasks, tell), daemon=True).start()
     futures = {
@@ -138,13 +173,12 @@ def _side_by_side(tasks: Sequence[Task], jobs: int, tell: Tell, pinned: bool) ->
 _heard: Any = None
 
 
-def _begin(places: SimpleQueue[int | None], heard: SimpleQueue[Any]) -> None:
+def _begin(pinned: bool, heard: SimpleQueue[Any]) -> None:
     """What a worker does first."""
     global _heard
     _heard = heard
-    core = places.get()
-    if core is not None:
-        os.sched_setaffinity(0, {core})
+    if pinned:
+        pin()
     parent = multiprocessing.parent_process()
     assert parent is not None
 
@@ -160,31 +194,54 @@ def _measure(number: int, question: str, packed: bytes) -> str:
         task = pickle.loads(packed)  # imports the question
     except Exception as error:
         return explain(error, f"in {question}")
-    return _attempt(task, lambda share: _heard.put((number, share)))
+    return attempt(task, lambda share: _heard.put((number, share)))
 
 
-def _attempt(task: Task, tell: Callable[[float], None]) -> str:
-    """Measures a task; returns what went wrong, or nothing."""
-    from ..questions import require
+def attempt(task: Task, tell: Callable[[float], None]) -> str:
+    """Measures a task and keeps what comes of it; returns what went wrong, or nothing."""
+    made = measured(task, lambda: task.kept.partial(task.file))
+    return next(filter(None, (keep(task, one, tell) for one in made)), "")
 
+
+def measured(
+    task: Task, partial: Callable[[], bytes | None], pause: float | None = None
+) -> Iterator[Made]:
+    """Measures a task; what is to be kept is for others to keep.
+
+    Args:
+      task: The task.
+      partial: Returns what is kept of it.
+      pause: As in `kept.measure`.
+    """
     where = f"in {task.question}"
     try:
         _have(task.devices, task.question)
-        condition = list(require(task.question).run(task.config))[task.index]
+        condition = task.condition
         where += f", {condition.name}"
         if version(f"{HERE}.questions.{task.question}") != task.version:
             raise RunError(f"the sources of {task.question} changed while it ran; run it again.")
-        file = task.kept.file(task.index, condition)
-        task.kept.measure(file, condition, lambda step: tell(step / max(1, task.config.steps)))
+        for made in measure(condition, partial(), pause):
+            yield made if isinstance(made, Partial | Whole) else made / max(1, task.config.steps)
+        yield 1.0
     except Exception as error:
-        if not isinstance(error, RunError | DataError):
-            with contextlib.suppress(RunError):  # a full disk: the reason is told all the same
-                task.kept.write_bytes("error.txt", traceback.format_exc().encode())
-        return explain(error, where)
+        known = isinstance(error, RunError | DataError)
+        yield Failure(explain(error, where), "" if known else traceback.format_exc())
     finally:
         jax.clear_caches()
-    tell(1.0)
-    return ""
+
+
+def keep(task: Task, made: Made, tell: Callable[[float], None]) -> str:
+    """Keeps what came of a task; returns what went wrong, there or here, or nothing."""
+    try:
+        if isinstance(made, Partial | Whole):
+            task.kept.keep(task.file, made)
+        elif not isinstance(made, Failure):
+            tell(made)
+        elif made.trace:
+            task.kept.write_bytes("error.txt", made.trace.encode())
+    except RunError as error:  # a full disk; what went wrong there is told all the same
+        return made.text if isinstance(made, Failure) else str(error)
+    return made.text if isinstance(made, Failure) else ""
 
 
 def _have(devices: int, question: str) -> None:

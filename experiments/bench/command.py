@@ -234,11 +234,15 @@ def _ops(config: BenchOps) -> int:
 
 
 def _sync(config: BenchSync) -> int:
-    """Times synced batch norm beside flax's and prints the table."""
+    """Times synced batch norm beside others' and prints the tables."""
     from . import sync
 
-    print_rows(sync.HEADINGS, sync.rows(config), config.markdown)
-    console.print(sync.remarks(config), highlight=False, markup=False)
+    with errors.status("starting") as status:
+        result = sync.run(config, lambda text: status.update(f"{text} …"))
+    print_rows(sync.TIMES, sync.times(result), config.markdown)
+    print_rows(sync.COUNTS, result.counts, config.markdown)
+    for remark in sync.remarks(config, result):
+        console.print(remark, highlight=False, markup=False, soft_wrap=True)
     return 0
 
 

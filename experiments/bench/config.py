@@ -94,23 +94,29 @@ class BenchConv:
 
 @dataclasses.dataclass(frozen=True)
 class BenchSync:
-    """Time synced batch norm beside flax's, with the error of its variance at a mean of 1000."""
+    """Time synced batch norm beside flax's, haiku's and PyTorch's, and count its collectives."""
 
-    devices: int = 8
-    """Devices of this host."""
+    devices: int = 2
+    """Devices of the one process that has several."""
 
-    rounds: int = 15
+    processes: int = 2
+    """Processes of one device each, joined by gloo on 127.0.0.1; 1 leaves them out."""
+
+    rounds: int = 31
     """Turns of each; the medians count."""
 
     turn_ms: float = 50.0
     """How long a turn lasts: the op is repeated to fill it."""
 
+    reuse_memory: bool = True
+    """Whether the C library keeps memory that was freed, in the processes of all contestants."""
+
     markdown: bool = False
-    """Print the table as Markdown."""
+    """Print the tables as Markdown."""
 
     def __post_init__(self) -> None:
         """Raises RunError for values that cannot be run."""
-        require_positive(self, "devices", "rounds", "turn_ms")
+        require_positive(self, "devices", "processes", "rounds", "turn_ms")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -61,6 +61,18 @@ def medians(taken: Mapping[Key, list[float]]) -> dict[str, dict[Key, Any]]:
     }
 
 
+def paired(taken: Mapping[Key, list[float]], key: Key, base: Key) -> tuple[float, float, float]:
+    """A contestant's time over another's in the same round: the median and the middle half.
+
+    What else the machine does meets both.
+    """
+    ratios = [ours / theirs for ours, theirs in zip(taken[key], taken[base], strict=True)]
+    if len(ratios) == 1:
+        return ratios[0], ratios[0], ratios[0]
+    low, median, high = statistics.quantiles(ratios, n=4, method="inclusive")
+    return median, low, high
+
+
 class Repeated:
     """A turn that repeats a call to last long enough, and returns milliseconds per call.
 
@@ -178,6 +190,7 @@ def ask_all(processes: Iterable[Process], method: str, *arguments: Any) -> list[
 def _serve(connection: Any, make: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
     """Answers requests until the other side closes the connection."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the coordinator
+    os.dup2(2, 1)  # what libraries print, gloo for one, is no part of a table
     made = None
     while True:
         try:

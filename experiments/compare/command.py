@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from rich.markup import escape
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -13,7 +14,7 @@ from rich.progress import (
 from rich.table import Table
 
 from ..rundir import RunError
-from ..terminal import EXIT_INTERRUPTED, console, errors, print_paths, report
+from ..terminal import EXIT_INTERRUPTED, EXIT_MISSING, console, errors, print_paths, report
 from .comparison import Compare, Comparison
 from .rates import Stable
 
@@ -42,6 +43,8 @@ def run(config: Compare) -> int:
                 lane.name: progress.add_task(lane.name, total=config.steps, result="")
                 for lane in comparison.lanes
             }
+            comparison.say = lambda text: progress.update(whole, description=text)
+            comparison.warn = lambda text: errors.print(f"[yellow]{escape(text)}[/]")
             for turn in comparison.run():
                 score = comparison.task.score
                 shown = "–" if turn.score is None else f"{score.factor * turn.score:.2f}"
@@ -58,7 +61,11 @@ def run(config: Compare) -> int:
     for remark in remarks(comparison):
         console.print(remark, highlight=False)
     print_paths(comparison.finish())
-    return exit_status
+    failed = [lane for lane in comparison.lanes if lane.failed]
+    for lane in failed:
+        text = f"[bold red]{lane.name} was not trained to its end:[/] {escape(lane.failed)}"
+        errors.print(text, highlight=False, soft_wrap=True)
+    return exit_status or (EXIT_MISSING if failed else 0)
 
 
 def table(comparison: Comparison) -> Table:

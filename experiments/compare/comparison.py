@@ -11,44 +11,50 @@ from __future__ import annotations
 
 import concurrent.futures
 import dataclasses
+import itertools
 import math
 import shutil
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
+import normlab as nl
+
 from .. import models
-from ..data import load
+from ..cluster import require_address
+from ..data import Dataset, hand, load
 from ..engine.records import Records
 from ..figures import encode
 from ..rundir import Record, RunDirectory, RunError, environment, number
+from ..training import syncs
 from ..training.config import (
     Command,
     require,
     require_division,
     require_evaluations,
     require_fit,
+    require_mesh,
     require_place,
+    takes,
 )
 from ..training.driver import Progress, drive
 from ..training.optimizers import at_rates, set_rates
 from ..training.trainer import (
-    AXIS,
     QUANTILES,
     DeviceData,
     Trainer,
+    axes_of,
     lengths,
     minibatches,
     set_devices,
-    stretches,
     turns,
 )
-from . import figures
+from . import figures, remote
 from .rates import best, diverged, largest_stable
 
 COMMON = ("none", "batch", "layer", "rms", "group", "instance", "weight", "cosine")
@@ -79,11 +85,17 @@ class Compare(Command):
     with its largest stable rate. The best is chosen on the validation set of a text, and of images
     on the test set, of all norms alike."""
 
-    sync: Literal["global", "local"] = "global"
-    """Batch statistics over all devices, or over each device's own share of the batch."""
+    sync: str = "all"
+    """Over which devices batch norm measures: all, local, groups=2, ring=1, virtual=64, ghost=4;
+    of a --mesh inner (its last axis) or together=axis0; joined by + with every=2,
+    gradient=forward, second=always and the like."""
 
     devices: int = 8
     """Devices that share each batch. On a CPU that many are made."""
+
+    mesh: tuple[int, ...] = ()
+    """Sizes of the axes along which they lie, as in 4 2: axis0 and axis1, neighbours along the
+    last; by default one axis of all. A step over several axes is a shard_map, over one a pmap."""
 
     seeds: int = 3
     """Seeds 0, 1, …, trained side by side."""
@@ -97,6 +109,10 @@ class Compare(Command):
 
     run_dir: Path | None = None
     """Where the results go; must not exist. By default runs/compare-DATASET-MODEL-TIME."""
+
+    ray: str | None = None
+    """A Ray cluster to train on, each norm in a worker of its own, as ray.init(address=...) takes
+    it, or auto; without an address one is started on this machine."""
 
     def __post_init__(self) -> None:
         """Raises RunError for values that cannot be run."""
@@ -114,6 +130,9 @@ class Compare(Command):
         alone = self.scheme is None or not self.schemes
         require(alone, "scheme", self.scheme, "left out beside --schemes")
         require_division(self.batch_size, self.devices, self.microbatches)
+        require_mesh(self.mesh, self.devices)
+        syncs.parse(self.sync, axes_of(self.mesh), self.devices)
+        require_address(self.ray)
 
     def chosen(self) -> tuple[str, ...]:
         """The norms to compare: those asked for, or the default ones that fit the model."""
@@ -130,7 +149,7 @@ class Compare(Command):
         return [{"lr": lr, "seed": seed} for lr in rates for seed in range(self.seeds)]
 
     @property
-    def by_scheme(self) -> dict[str, Command]:
+    def by_scheme(self) -> dict[str, Compare]:
         """The command under each of the schemes, by what is said of a norm there."""
         if not self.schemes:
             return {"": self}
@@ -138,22 +157,53 @@ class Compare(Command):
         return {f", {name}": dataclasses.replace(one, scheme=name) for name in self.schemes}
 
     @property
-    def axis_name(self) -> str | None:
+    def axis_name(self) -> nl.devices.AxisName | None:
         """The devices over which a norm measures."""
-        return AXIS if self.sync == "global" and self.devices > 1 else None
+        sync = syncs.parse(self.sync, axes_of(self.mesh), self.devices)
+        return sync if self.devices > 1 or isinstance(sync, nl.Sync) else None
+
+
+class Measured(NamedTuple):
+    """What was measured of a norm at the beginning, or in a turn.
+
+    Attributes:
+      step: Steps done.
+      loss: The training loss of the last step, the mean over all.
+      diverged: For each rate and seed the first step whose loss was not finite, or −1.
+      step_ms: Milliseconds for a step; `None` at the beginning.
+      compile_seconds: What compiling took.
+      records: A record of each rate and seed.
+      parts: The percentiles of the four parts in every layer.
+    """
+
+    step: int
+    loss: float
+    diverged: np.ndarray
+    step_ms: float | None
+    compile_seconds: float
+    records: list[Record]
+    parts: list[Record]
 
 
 @dataclasses.dataclass
 class Lane:
-    """One norm on its way: where it stands and what was measured."""
+    """One norm: how it is trained, where it stands and what was measured."""
 
     name: str
+    config: Compare
     trainer: Trainer
-    at: Progress
+    step: int = -1
+    diverged: np.ndarray = dataclasses.field(default_factory=lambda: np.array([-1]))
     compile_seconds: float = 0.0
     step_ms: list[float] = dataclasses.field(default_factory=list)
     records: Records = dataclasses.field(default_factory=Records)
     parts: list[Record] = dataclasses.field(default_factory=list)
+    failed: str = ""
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether there is a run that did not diverge and has steps to do."""
+        return self.step < self.config.steps and bool((self.diverged < 0).any())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -176,103 +226,48 @@ class Comparison:
 
     def __init__(self, config: Compare, say: Callable[[str], None] = lambda _: None) -> None:
         self.config, self.say = config, say
-        self.lanes: list[Lane] = []
-        self.stopped_at: int | None = None
-        norms = {name: config.norm_of(name, config.axis_name) for name in config.chosen()}
-        set_devices(config.devices)
-        self.data = load(config.dataset, config.data_dir, reading=config.reading, on_progress=say)
-        require_fit(config.batch_size, self.data)
-        device_data = DeviceData(self.data, config.devices)
-        self.task = device_data.task
-        optimizer = at_rates(config.make_optimizer, [row["lr"] for row in config.lanes])
-        say("drawing the initial kernels")
-        seeds = np.array([row["seed"] for row in config.lanes])
-        trainers = {}
-        for where, one in config.by_scheme.items():
-            kernels = one.draw_kernels(self.data.classes, range(config.seeds), device_data.probe)
-            kernels = jax.tree.map(lambda v: np.asarray(v)[seeds], kernels)
-            for name, norm in norms.items():
-                model = models.build(config.model, norm, self.data.classes, **one.model_options)
-                trainers[name + where] = trainer = Trainer(
-                    model,
-                    optimizer,
-                    device_data,
-                    kernels,
-                    synced=config.sync == "global",
-                    microbatches=config.microbatches,
-                )
-                _check_fit(name, trainer)  # says no before anything is compiled or written
+        self.warn: Callable[[str], None] = lambda text: None
+        # On a cluster the devices are elsewhere; here one is enough to see what fits.
+        self.lanes, self.data = lanes(config, 1 if config.ray else config.devices, say)
+        self.task = self.lanes[0].trainer.data.task
         self.run_dir = RunDirectory(config.run_dir, f"compare-{config.dataset}-{config.model}")
         self.run_dir.write_json("config.json", config.as_json())
         told = {**environment(), "dataset": self.data.describe()}
         self.run_dir.write_json("environment.json", told)
         try:
-            self._compile(trainers)
+            if config.ray is None:
+                self._turns = in_turns(self.lanes, self.data, say)
+            else:
+                self._turns = remote.turns(
+                    self.lanes,
+                    self.data,
+                    address=config.ray,
+                    say=lambda text: self.say(text),
+                    warn=lambda text: self.warn(text),
+                )
         except BaseException:  # Ctrl-C above all: nothing was measured, so nothing is left
             shutil.rmtree(self.run_dir.path)
             raise
 
     def run(self) -> Iterator[Turn]:
-        """Trains all norms in turns; yields after each turn. Stopping between yields is safe."""
-        config = self.config
-        examples = len(self.data.train_inputs)
-        drawn = [
-            minibatches(row["seed"], examples, config.batch_size, config.steps)
-            for row in config.lanes
-        ]
-        each = []
-        for lane in self.lanes:
-            lane.at = lane.at.evaluated(lane.trainer)
-            self._record(lane)
-            each.append(drive(lane.trainer, lane.at, turns(drawn, config.evaluations)))
-        for _, stop in stretches(config.steps, config.evaluations):
-            for lane, progress in zip(self.lanes, each, strict=True):
-                if (lane.at.diverged < 0).any():
-                    lane.at = next(progress)
-                    yield self._record(lane)
-            self.stopped_at = stop
+        """Trains all norms; yields after each turn of one. Stopping between yields is safe."""
+        for lane, found in self._turns:
+            turn = self._record(lane, found)
+            if found.step:
+                yield turn
 
-    def _record(self, lane: Lane) -> Turn:
+    def _record(self, lane: Lane, found: Measured) -> Turn:
         """Keeps what was measured; returns what a listener hears."""
-        at = lane.at
-        assert at.evaluation is not None
-        if at.step_ms is not None:
-            lane.step_ms.append(at.step_ms)
-        rows = [{"norm": lane.name, **row} for row in self.config.lanes]
-        records = [record | {"step_ms": at.step_ms} for record in at.records(rows)]
-        parts = [
-            {"kind": "part", **row, "step": at.step, "layer": layer, "part": part}
-            | {f"p{round(100 * q)}": number(v) for q, v in zip(QUANTILES, values[i], strict=True)}
-            for i, row in enumerate(rows)
-            for layer, four in at.evaluation.parts.items()
-            for part, values in four._asdict().items()
-        ]
-        lane.records += records
-        lane.parts += parts
-        self.run_dir.append("metrics.jsonl", records + parts)
+        lane.step, lane.diverged = found.step, found.diverged
+        lane.compile_seconds = found.compile_seconds
+        if found.step_ms is not None:
+            lane.step_ms.append(found.step_ms)
+        lane.records += found.records
+        lane.parts += found.parts
+        self.run_dir.append("metrics.jsonl", found.records + found.parts)
         score = self.task.score
-        alive = [r[score.key] for r in records if r["test_loss"] is not None]
-        return Turn(lane.name, at.step, at.loss, score.best(alive, default=None))
-
-    def _compile(self, trainers: dict[str, Trainer]) -> None:
-        """Compiles for every length of stretch, two norms at a time."""
-        config = self.config
-        steps = lengths(config.steps, config.evaluations)
-
-        def one(name: str) -> Lane:
-            begin = time.perf_counter()
-            trainer = trainers[name]
-            state, data = trainer.init(), trainer.data
-            rates = [row["lr"] for row in config.lanes]
-            opt_state = set_rates(state.opt_state, rates, data.devices, data.mapped)
-            state = state._replace(opt_state=opt_state)
-            trainer.compile(state, steps, config.batch_size)
-            self.say(f"compiled {name}")
-            at = Progress.start(state, len(rates))
-            return Lane(name, trainer, at, time.perf_counter() - begin)
-
-        with concurrent.futures.ThreadPoolExecutor(2) as pool:
-            self.lanes = list(pool.map(one, trainers))
+        alive = [r[score.key] for r in found.records if r["test_loss"] is not None]
+        return Turn(lane.name, found.step, found.loss, score.best(alive, default=None))
 
     @property
     def target(self) -> float:
@@ -294,14 +289,15 @@ class Comparison:
             reached = statistics.median(
                 records.steps_to(self.target, score.key, higher=score.higher)
             )
-            share = None
-            if baseline is not None and baseline is not lane and baseline.step_ms and lane.step_ms:
+            share = None  # nor is there one where the two were not measured side by side
+            others = baseline is not None and baseline is not lane and self.config.ray is None
+            if baseline is not None and others and baseline.step_ms and lane.step_ms:
                 pairs = zip(lane.step_ms, baseline.step_ms, strict=False)
                 share = statistics.median(1 - base / mine for mine, base in pairs)
             row = {
                 "norm": lane.name,
                 "lr": lr,
-                "step": lane.at.step,
+                "step": lane.step,
                 **self._spread(records.last()),
                 "steps_to_target": number(reached),
                 "step_ms": statistics.median(lane.step_ms) if lane.step_ms else None,
@@ -309,7 +305,7 @@ class Comparison:
                 "compile_seconds": lane.compile_seconds,
                 "diverged": {
                     str(at["seed"]): int(step)
-                    for at, step in zip(self.config.lanes, lane.at.diverged, strict=True)
+                    for at, step in zip(self.config.lanes, lane.diverged, strict=True)
                     if step > -1 and at["lr"] == lr
                 },
                 "above_chance": self._diverged(records.last()),
@@ -344,11 +340,12 @@ class Comparison:
         config = self.config
         title = (
             f"{config.dataset}, {config.model}, batch {config.batch_size} over "
-            f"{config.devices} device{'s' * (config.devices > 1)}, {config.sync} statistics, "
+            f"{config.devices} device{'s' * (config.devices > 1)}, sync {config.sync}, "
             f"{config.optimizer}, {config.seeds} seed{'s' * (config.seeds > 1)}"
         )
         rate = "each at its best rate" if config.rates else f"lr {config.lr:g}"
-        done = {"complete": self.stopped_at == config.steps, "norms": self.summary()}
+        complete = not any(lane.goes_on for lane in self.lanes)
+        done = {"complete": complete, "norms": self.summary()}
         paths = {"summary": self.run_dir.write_json("summary.json", done)}
         at_best = self.at_best_rates()
         if not at_best:
@@ -367,6 +364,144 @@ class Comparison:
                 file = f"{name}.{kind}"
                 paths[file] = self.run_dir.write_bytes(file, encode(figure, kind))
         return paths
+
+
+def lanes(
+    config: Compare, devices: int, say: Callable[[str], None] = lambda _: None
+) -> tuple[list[Lane], Dataset]:
+    """The norms to compare, none of which has begun, and the data.
+
+    Args:
+      config: What to compare.
+      devices: On how many devices.
+      say: Receives short messages about what is going on.
+
+    Raises:
+      RunError: For what does not fit, before anything is compiled or written.
+    """
+    norms = {name: config.norm_of(name, config.axis_name) for name in config.chosen()}
+    set_devices(devices)
+    data = load(config.dataset, config.data_dir, reading=config.reading, on_progress=say)
+    require_fit(config.batch_size, data)
+    device_data = DeviceData(data, devices, mesh=config.mesh if devices == config.devices else ())
+    optimizer = at_rates(config.make_optimizer, [row["lr"] for row in config.lanes])
+    say("drawing the initial kernels")
+    seeds = np.array([row["seed"] for row in config.lanes])
+    synced = syncs.alike(config.axis_name, device_data.axes)
+    delayed = syncs.delayed(config.axis_name)
+    found = []
+    for where, one in config.by_scheme.items():
+        kernels = one.draw_kernels(data.classes, range(config.seeds), device_data.probe)
+        kernels = jax.tree.map(lambda v: np.asarray(v)[seeds], kernels)
+        for name, norm in norms.items():
+            model = models.build(config.model, norm, data.classes, **one.model_options)
+            trainer = Trainer(
+                model,
+                optimizer,
+                device_data,
+                kernels,
+                synced=synced,
+                form="pmap" if len(device_data.axes) == 1 else "shard_map",
+                delayed=delayed if takes(name, "axis_name") else None,
+                microbatches=config.microbatches,
+            )
+            _check_fit(name, trainer)
+            alone = dataclasses.replace(one, norms=(name,), ray=None)
+            found.append(Lane(name + where, alone, trainer))
+    return found, data
+
+
+def minibatches_of(config: Compare, data: Dataset) -> list[np.ndarray]:
+    """The examples of every step, for each rate and seed."""
+    examples = len(data.train_inputs)
+    return [
+        minibatches(row["seed"], examples, config.batch_size, config.steps) for row in config.lanes
+    ]
+
+
+def compiled(
+    lane: Lane, drawn: Sequence[np.ndarray], say: Callable[[str], None] = lambda _: None
+) -> Iterator[Measured]:
+    """Compiles for every length of stretch; returns what trains the norm.
+
+    It yields what was measured at the beginning and after each turn, until all diverged.
+
+    Args:
+      lane: The norm.
+      drawn: The examples of every step, for each rate and seed.
+      say: Hears that it is compiled.
+    """
+    config, trainer = lane.config, lane.trainer
+    begin = time.perf_counter()
+    state, data = trainer.init(), trainer.data
+    rates = [row["lr"] for row in config.lanes]
+    opt_state = set_rates(state.opt_state, rates, data.devices, data.mapped)
+    start = Progress.start(state._replace(opt_state=opt_state), len(rates))
+    steps = lengths(config.steps, config.evaluations)
+    try:
+        trainer.compile(start.state, steps, config.batch_size)
+    except ValueError as error:  # groups that do not fit the devices, found in tracing
+        raise RunError(f"--norms {lane.name} --sync {config.sync}: {error}") from error
+    say(f"compiled {lane.name}")
+    seconds = time.perf_counter() - begin
+
+    def train() -> Iterator[Measured]:
+        first = start.evaluated(trainer)
+        after = drive(trainer, first, turns(drawn, config.evaluations))
+        for at in itertools.chain([first], after):
+            yield _measured(lane, at, seconds)
+            if (at.diverged >= 0).all():
+                return
+
+    return train()
+
+
+def _measured(lane: Lane, at: Progress, seconds: float) -> Measured:
+    assert at.evaluation is not None
+    rows = [{"norm": lane.name, **row} for row in lane.config.lanes]
+    records = [record | {"step_ms": at.step_ms} for record in at.records(rows)]
+    parts = [
+        {"kind": "part", **row, "step": at.step, "layer": layer, "part": part}
+        | {f"p{round(100 * q)}": number(v) for q, v in zip(QUANTILES, values[i], strict=True)}
+        for i, row in enumerate(rows)
+        for layer, four in at.evaluation.parts.items()
+        for part, values in four._asdict().items()
+    ]
+    return Measured(at.step, at.loss, at.diverged, at.step_ms, seconds, records, parts)
+
+
+def in_turns(
+    lanes: Sequence[Lane], data: Dataset, say: Callable[[str], None] = lambda _: None
+) -> Iterator[tuple[Lane, Measured]]:
+    """Compiles, two norms at a time; returns what trains them in this process, in turns."""
+    drawn = minibatches_of(lanes[0].config, data)
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        trainings = list(pool.map(lambda lane: compiled(lane, drawn, say), lanes))
+
+    def train() -> Iterator[tuple[Lane, Measured]]:
+        going = list(zip(lanes, trainings, strict=True))
+        while going:
+            for pair in list(going):
+                if (found := next(pair[1], None)) is None:
+                    going.remove(pair)
+                else:
+                    yield pair[0], found
+
+    return train()
+
+
+def measure(config: Compare, name: str, data: Dataset) -> Iterator[Measured]:
+    """What a worker of a cluster does: trains one norm.
+
+    Args:
+      config: What to train, of one norm.
+      name: What it is called among the others.
+      data: The data set.
+    """
+    hand(data)
+    (lane,), _ = lanes(config, config.devices)
+    lane.name = name
+    yield from compiled(lane, minibatches_of(config, data))
 
 
 def _check_fit(name: str, trainer: Trainer) -> None:

@@ -68,6 +68,15 @@ class Dataset(NamedTuple):
         return told
 
 
+_HANDED: dict[str, Dataset] = {}
+"""What `load` has without reading anything."""
+
+
+def hand(*sets: Dataset) -> None:
+    """Gives `load` these sets in the place of a directory, which another machine may not have."""
+    _HANDED.update((data.name, data) for data in sets)
+
+
 ARRAYS = Dataset._fields[1:5]
 Arrays = dict[str, np.ndarray]
 
@@ -98,6 +107,9 @@ def load(
         near = difflib.get_close_matches(name.lower().replace("-", "_"), NAMES, 1, 0.4)
         hint = f"; did you mean {near[0]!r}?" if near else "."
         raise DataError(f"There is no data set {name!r}{hint} There are: {', '.join(NAMES)}.")
+    data = _HANDED.get(name)
+    if data is not None and (data.text is None or data.text.reading == (reading or Reading())):
+        return data
     if name == "digits":
         return _digits()
     if name == "markov":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import dataclasses
+import math
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -16,7 +17,8 @@ import normlab as nl
 
 from .. import models
 from ..rundir import Record, number
-from ..training.config import require_fit
+from ..training import syncs
+from ..training.config import require_fit, require_mesh
 from ..training.driver import Checkpoint, Progress, drive
 from ..training.trainer import (
     FORMS,
@@ -24,7 +26,9 @@ from ..training.trainer import (
     Form,
     Trainer,
     TrainState,
+    axes_of,
     minibatches,
+    require_form,
     set_devices,
     turns,
 )
@@ -46,6 +50,8 @@ class Config(question.Config):
       optimizer: SGD with momentum 0.9.
       decay: Weight of the old value in the running statistics.
       form: How the step runs on the devices; the other form is compared with it.
+      mesh: The sizes of the axes along which they lie, as in 4 2, neighbours along the last; by
+        default one axis of all. `pmap` has no more than one, so nothing is compared then.
     """
 
     dataset: str = "fashion_mnist"
@@ -56,6 +62,25 @@ class Config(question.Config):
     per_device: int = 4
     decay: float = 0.9
     form: Form = "pmap"
+    mesh: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Raises RunError for devices that cannot lie so."""
+        super().__post_init__()
+        require_mesh(self.mesh, self.devices)
+        require_form(self.form, self.mesh)
+
+    @property
+    def axes(self) -> str | tuple[str, ...]:
+        """The names of the axes."""
+        return axes_of(self.mesh)
+
+    def grouped(self, size: int) -> nl.Sync:
+        """Groups of `size` neighbours: the last axes of the mesh where those make up one."""
+        for i in range(1, len(self.mesh)):
+            if math.prod(self.mesh[i:]) == size:
+                return nl.Sync(self.axes, together=tuple(self.axes[i:]))
+        return nl.Sync(self.axes, groups=size)
 
 
 class Lab:
@@ -77,7 +102,8 @@ class Lab:
         given = f"--devices {config.devices} with --per-device {config.per_device}"
         require_fit(batch, data, f"{given}: a batch of {batch} examples", "Give fewer.")
         self.classes, self.labels = data.classes, data.train_labels
-        self.data = DeviceData(data, devices or config.devices, dtype)
+        mesh = () if devices else config.mesh
+        self.data = DeviceData(data, devices or config.devices, dtype, mesh)
         with jax.enable_x64(False):  # the same numbers in every type
             kernels = models.draw_kernels(
                 config.model,
@@ -98,9 +124,9 @@ class Lab:
         made = optimizer(self.config)(self.config.lr)
         return Trainer(model, made, self.data, self.kernels, synced=synced, form=form, **options)
 
-    def batch_norm(self, sync: nl.Sync) -> nl.Norm:
+    def batch_norm(self, sync: nl.Sync, **options: Any) -> nl.Norm:
         """Batch norm over these devices and parts of their batches."""
-        return nl.get("batch", axis_name=sync, decay=self.config.decay)
+        return nl.get("batch", axis_name=sync, decay=self.config.decay, **options)
 
     def start(self, trainer: Trainer) -> TrainState:
         """The initial state, in the laboratory's type."""
@@ -117,34 +143,35 @@ class Lab:
         sync: nl.Sync,
         resume: Checkpoint | None = None,
         *,
-        exchanged: bool = True,
         indices: np.ndarray | None = None,
         measure: Callable[[Trainer, TrainState], Iterable[Record]] = lambda *_: (),
+        **options: Any,
     ) -> Iterator[Record | Checkpoint]:
         """Trains batch norm under a `Sync`; yields evaluations, and how far the forms differ.
 
         Args:
           sync: Which examples are one batch.
           resume: Where to go on.
-          exchanged: Whether delayed statistics are exchanged after each step.
           indices: The minibatches, if not the laboratory's.
           measure: Yields further records at each evaluation.
+          **options: Further ones of batch norm.
         """
         config = self.config
         indices = self.indices if indices is None else indices
-        norm = self.batch_norm(sync)
-        options: dict[str, Any] = {"synced": bool(sync.names) and not sync.every}
-        if sync.every and exchanged:
-            options["delayed"] = sync
-        trainer = self.trainer(norm, config.form, **options)
+        norm = self.batch_norm(sync, **options)
+        how: dict[str, Any] = {
+            "synced": syncs.alike(sync, self.data.axes),
+            "delayed": syncs.delayed(sync),
+        }
+        trainer = self.trainer(norm, config.form, **how)
         state = self.start(trainer)
         cut = list(turns([*indices.swapaxes(0, 1)], config.evaluations))
         rows = [{"seed": seed} for seed in range(config.seeds)]
         begin = Progress.start(state, config.seeds, resume)
         there = None
-        if resume is None:
+        if resume is None and len(self.data.axes) == 1:
             (form,) = set(FORMS) - {config.form}
-            other = self.trainer(norm, form, **options)
+            other = self.trainer(norm, form, **how)
             with concurrent.futures.ThreadPoolExecutor(1) as pool:  # both compile at once
                 there = pool.submit(lambda: other.train(self.start(other), cut[0][1])[1])
                 trainer.compile(state, {len(each) for _, each in cut}, indices.shape[-1])

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple, Protocol
 
 from matplotlib.figure import Figure
 
+from normlab.errors import nearest
+
+from ..data import NAMES
 from ..rundir import Record
-from ..training.config import Training, require_evaluations
+from ..training.config import Training, require, require_evaluations
 from ..training.driver import Checkpoint
-from ..training.optimizers import Schedule
+from ..training.optimizers import OPTIMIZERS, Schedule
 from .records import Records
 from .verdict import Verdict
 
@@ -38,10 +42,15 @@ class Config(Training):
     seeds: int = 3
 
     def __post_init__(self) -> None:
-        """Raises RunError for a number that nothing could be measured with."""
+        """Raises RunError for a number that nothing could be measured with, or an unknown name."""
         counts = ("steps", "evaluations", "seeds", "batch_size")
         self.require_counts(*counts, expected="1 or more")
         require_evaluations(self.evaluations, self.steps)
+        require(0 < self.lr < math.inf, "lr", self.lr, "positive and finite")
+        for option, known in (("dataset", NAMES), ("optimizer", OPTIMIZERS)):
+            given = getattr(self, option)
+            there = given in known or (option == "dataset" and not given)
+            require(there, option, repr(given), f"a known name; {nearest(given, known)}")
 
     @property
     def datasets(self) -> tuple[str, ...]:

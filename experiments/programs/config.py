@@ -40,9 +40,9 @@ class Ledger:
     with --sync all, inner or local."""
 
     sync: tuple[str, ...] = ("all", "local")
-    """Over which devices batch statistics are measured: local, all, inner (the last axis of
-    --mesh), groups=4, groups=0,2|1,3, ring=1, virtual=64, ghost=4; joined by + with staged,
-    every=2, gradient=forward and the like."""
+    """Over which devices batch statistics are measured: local, all, groups=4, groups=0,2|1,3,
+    ring=1, virtual=64, ghost=4; of a --mesh inner (its last axis) or together=axis0; joined by +
+    with staged, every=2, gradient=forward, second=always and the like."""
 
     devices: int = 8
     """Devices of this host, without a topology."""
@@ -77,6 +77,8 @@ class Ledger:
         """Raises RunError for values that cannot be compiled."""
         from .. import models  # which, as the words of --sync, need jax
         from ..training import syncs
+        from ..training.config import require_mesh
+        from ..training.trainer import require_form
 
         require_positive(self, "devices", "batch_size", "context")
         for name in ("widths", "image"):
@@ -91,20 +93,17 @@ class Ledger:
             models.require(self.model, **self.model_options)
         except ValueError as error:
             raise RunError(f"--model: {error}.") from None
-        if len(self.mesh) > 1 and self.mode == "pmap":
-            raise RunError("--mesh: pmap has one axis. Choose another --mode.")
+        require_mesh(self.mesh)
+        require_form(self.mode, self.mesh, "mode")
         for text in self.sync:
             syncs.parse(text, self.axes)
-            if self.mode == "jit" and "inner" in text.split("+"):
-                raise RunError(
-                    f"--sync {text}: in plain jit the batch lies along the axes that are named, "
-                    "and here it lies along all of them. Use groups=K, or another --mode."
-                )
 
     @property
     def axes(self) -> str | tuple[str, ...]:
         """The names of the mesh's axes."""
-        return tuple(f"axis{i}" for i in range(len(self.mesh))) if len(self.mesh) > 1 else "data"
+        from ..training.trainer import axes_of
+
+        return axes_of(self.mesh)
 
     @property
     def model_options(self) -> dict[str, Any]:

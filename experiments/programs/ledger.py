@@ -42,6 +42,7 @@ from normlab.instruments.programs import Ledger as Program
 from .. import models
 from ..rundir import RunError
 from ..training import syncs
+from ..training.config import require_mesh
 from ..training.trainer import on_devices, set_devices
 from .config import Ledger
 from .machines import Machine, abstract, machine
@@ -191,11 +192,7 @@ def remarks(found: Found) -> Iterator[str]:
 def _account(config: Ledger, norm: str, sync: str, there: Machine) -> Account:
     count = len(there.devices)
     sizes = config.mesh or (count,)
-    if math.prod(sizes) != count:
-        raise RunError(
-            f"--mesh {' '.join(map(str, sizes))}: that is {math.prod(sizes)} devices, and there "
-            f"are {count} in {there.name}."
-        )
+    require_mesh(sizes, count)
     names = (config.axes,) if isinstance(config.axes, str) else config.axes
     mesh = Mesh(np.array(there.devices).reshape(sizes), names, (AxisType.Auto,) * len(names))
     backend = {"cuda": "gpu"}.get(there.target, there.target)  # who asks JAX for its own hears this

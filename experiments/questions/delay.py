@@ -29,7 +29,6 @@ import normlab as nl
 
 from ..engine import Condition, Records, Verdict, decide, draw
 from ..engine.devices import Config, learn
-from ..training.trainer import AXIS
 
 LOSS = 0.5
 """Points of test accuracy that old statistics may cost."""
@@ -62,13 +61,13 @@ FULL = Delay(
 
 def run(config: Delay) -> Iterator[Condition]:
     """Trains with fresh statistics, with each delay, and with none of the others'."""
-    syncs = {"fresh": nl.Sync(AXIS), "local": nl.Sync(AXIS, groups=1)}
+    syncs = {"fresh": nl.Sync(config.axes), "local": nl.Sync(config.axes, groups=1)}
     if config.references:
-        syncs["fresh, forward"] = nl.Sync(AXIS, gradient="forward")
-        syncs["fresh, constant"] = nl.Sync(AXIS, gradient="none")
+        syncs["fresh, forward"] = nl.Sync(config.axes, gradient="forward")
+        syncs["fresh, constant"] = nl.Sync(config.axes, gradient="none")
     for every in config.every:
-        syncs[f"every {every}"] = nl.Sync(AXIS, every=every)
-        syncs[f"every {every}, forward"] = nl.Sync(AXIS, every=every, gradient="forward")
+        syncs[f"every {every}"] = nl.Sync(config.axes, every=every)
+        syncs[f"every {every}, forward"] = nl.Sync(config.axes, every=every, gradient="forward")
     for name, sync in syncs.items():
         yield Condition({"condition": name}, learn(config, sync))
 

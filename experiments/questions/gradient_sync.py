@@ -25,7 +25,6 @@ import normlab as nl
 
 from ..engine import Condition, Records, Verdict, decide, draw
 from ..engine.devices import Config, learn
-from ..training.trainer import AXIS
 
 LOSS = 0.5
 """Points of test accuracy that a gradient of one pass may cost."""
@@ -52,8 +51,8 @@ FULL = GradientSync(dataset="cifar10", model="conv", steps=20_000, evaluations=2
 
 def run(config: GradientSync) -> Iterator[Condition]:
     """Trains with each gradient, and each device alone."""
-    syncs = {"both": nl.Sync(AXIS), "local": nl.Sync(AXIS, groups=1)}
-    syncs |= {gradient: nl.Sync(AXIS, gradient=gradient) for gradient in config.gradients}
+    syncs = {"both": nl.Sync(config.axes), "local": nl.Sync(config.axes, groups=1)}
+    syncs |= {gradient: nl.Sync(config.axes, gradient=gradient) for gradient in config.gradients}
     for name, sync in syncs.items():
         yield Condition({"condition": name}, learn(config, sync))
 

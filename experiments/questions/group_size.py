@@ -28,7 +28,6 @@ import normlab as nl
 
 from ..engine import Condition, Records, Verdict, decide, draw
 from ..engine.devices import Config, learn
-from ..training.trainer import AXIS
 
 GAIN = 0.5
 """Points of test accuracy that all devices together must be better than each alone, and each
@@ -70,13 +69,13 @@ def run(config: GroupSize) -> Iterator[Condition]:
         here = dataclasses.replace(config, per_device=per_device)
         for part in config.ghost:
             if part < per_device:
-                sync = nl.Sync(AXIS, shards=per_device // part, groups=1)
+                sync = nl.Sync(config.axes, shards=per_device // part, groups=1)
                 labels = {"per_device": per_device, "together": part, "group": 0}
                 yield Condition(labels, learn(here, sync))
         for group in config.groups:
             together = group * per_device
             labels = {"per_device": per_device, "together": together, "group": group}
-            yield Condition(labels, learn(here, nl.Sync(AXIS, groups=group)))
+            yield Condition(labels, learn(here, here.grouped(group)))
 
 
 def verdict(records: Records) -> Iterator[Verdict]:

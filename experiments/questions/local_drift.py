@@ -9,14 +9,15 @@ an average of variances, which leaves out the variance between devices, costs ac
 Source: Hsieh et al. 2020, https://arxiv.org/abs/1910.00189
 
 Protocol: Fashion-MNIST, an MLP (three layers of 100 sigmoids), 1,000 steps of SGD with momentum 0.9
-at rate 0.05 on 8 devices, 4 examples per device, every device normalized on its own, gradients
+at rate 0.05 on 8 devices, 4 examples per device, every device normalized on its own (with `mesh`
+those along its last axis together, as the chips of a host are, and hosts drift), gradients
 averaged. "shuffled": minibatches of all data; "sorted": the data sorted by class and cut into one
 piece for each device. `instruments.drift` splits the variance into that within and that between
-devices, for the moments of the last batch and for the running statistics. Of D devices with b
-examples each, sampling alone puts (D − 1)/(bD − 1) of the variance between devices (the mean of a
-beta distribution, for normal values), and less behind a layer that was normalized locally, which
-makes the devices' means alike. At the end the same nets are evaluated with merged and with averaged
-statistics.
+devices, for the moments of the last batch and for the running statistics. Of D devices (or hosts)
+with b examples each, sampling alone puts (D − 1)/(bD − 1) of the variance between devices (the mean
+of a beta distribution, for normal values), and less behind a layer that was normalized locally,
+which makes the devices' means alike. At the end the same nets are evaluated with merged and with
+averaged statistics.
 
 Command: python -m experiments run local_drift
 """
@@ -25,9 +26,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax import Array
+from jax.typing import DTypeLike
 from matplotlib.figure import Figure
 
 import normlab as nl
@@ -35,7 +40,7 @@ from normlab import instruments
 
 from ..engine import Checkpoint, Condition, Record, Records, Verdict, decide, draw, number
 from ..engine.devices import Config, Lab
-from ..training.trainer import AXIS, Trainer, TrainState
+from ..training.trainer import Trainer, TrainState
 
 SAMPLING = 1.25
 """The share between devices over what sampling makes of it, at most, if there is no drift."""
@@ -64,12 +69,13 @@ def train(
 ) -> Iterator[Record | Checkpoint]:
     """Trains each device on its own, and measures how far they drift apart."""
     lab = Lab(config)
-    expected = (config.devices - 1) / (config.devices * config.per_device - 1)
+    apart = config.devices // (config.mesh[-1] if len(config.mesh) > 1 else 1)
+    expected = (apart - 1) / (config.devices * config.per_device - 1)
 
     def measure(trainer: Trainer, state: TrainState) -> Iterator[Record]:
         for layer, norm in state.norm_state.items():
-            delayed: nl.population.Delayed = norm["norm"]  # [devices, seeds, C]
-            batch, running = shares(delayed.own), shares(delayed.inner)
+            kept: Remembered = norm["norm"]  # [devices, seeds, C]
+            batch, running = shares(kept.last), shares(kept.inner)
             for seed in range(config.seeds):
                 yield {
                     "kind": "drift",
@@ -80,15 +86,41 @@ def train(
                     "sampling": expected,
                 }
         merged = trainer.evaluate(state).accuracy
-        apart = trainer.evaluate(averaged(state)).accuracy
+        mean = trainer.evaluate(averaged(state)).accuracy
         for seed in range(config.seeds):
-            lost = 100 * (merged[seed] - apart[seed])
+            lost = 100 * (merged[seed] - mean[seed])
             yield {"kind": "averaging", "seed": seed, "lost": number(lost)}
 
-    # Delayed statistics that are never exchanged are local, and remember the last batch.
-    own = nl.Sync(AXIS, every=1)
+    own = nl.Sync(config.axes[-1]) if len(config.mesh) > 1 else nl.Sync()
     pieces = sort_by_class(lab, config) if by_class else None
-    yield from lab.learn(own, resume, exchanged=False, measure=measure, indices=pieces)
+    yield from lab.learn(own, resume, measure=measure, indices=pieces, population=remembered)
+
+
+class Remembered(NamedTuple):
+    """Running statistics, and the moments of the last batch: a `Population`."""
+
+    inner: nl.Running
+    last: nl.Moments
+
+    def update(self, m: nl.Moments, **options: Any) -> Remembered:
+        """Takes one batch in."""
+        last = nl.Moments(*(jnp.broadcast_to(v, m.mean.shape).ravel() for v in m))
+        return Remembered(self.inner.update(m, **options), last)
+
+    def read(self) -> tuple[Array, Array]:
+        """Those of the running statistics."""
+        return self.inner.read()
+
+    def pool(self, axis_name: nl.devices.AxisName) -> Remembered:
+        """Merges the running statistics."""
+        return self._replace(inner=nl.population.pool_running(self.inner, axis_name))
+
+
+def remembered(channels: int, *, decay: float, dtype: DTypeLike) -> Remembered:
+    """The state before the first batch."""
+    zeros = jnp.zeros(channels, dtype)
+    inner = nl.init_running(channels, decay=decay, dtype=dtype)
+    return Remembered(inner, nl.Moments(zeros, zeros, zeros))
 
 
 def shares(stats: nl.Moments | nl.Running) -> np.ndarray:

@@ -57,7 +57,7 @@ def norm(name: str, axis_name: nl.devices.AxisName | None) -> nl.Norm:
     inner = nl.get("batch", axis_name=axis_name if name == "synced" else None)
     if name == "synced" or axis_name is None:
         return inner
-    axis = nl.Sync(axis_name).names if isinstance(axis_name, str) else ()
+    axis = nl.Sync(axis_name).names if isinstance(axis_name, str | tuple) else ()
 
     def parts(
         params: Params, state: State, site: nl.Site, *, train: bool
@@ -129,9 +129,10 @@ def training(config: Config, dtype: str) -> Iterator[Record]:
     lab = Lab(config, dtype)
     for name in NORMS:
         losses = {}
-        forms: tuple[Form, ...] = FORMS if name == "synced" else (config.form,)
+        both = name == "synced" and len(lab.data.axes) == 1
+        forms: tuple[Form, ...] = FORMS if both else (config.form,)
         for form in forms:
-            trainer = lab.trainer(norm(name, AXIS), form)
+            trainer = lab.trainer(norm(name, config.axes), form)
             _, losses[form] = trainer.train(lab.start(trainer), lab.indices)
         base = {"condition": name, "dtype": dtype}
         if len(losses) == len(FORMS):

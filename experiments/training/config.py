@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -222,10 +222,14 @@ class Command(Training):
 def takes(name: str, option: str) -> bool:
     """Whether the norm called `name` is told an option of the run.
 
-    It is told its number of groups where it has none by itself.
+    It is told its number of groups where it has none by itself, and the axis of the data where it
+    measures the batch.
     """
-    known = inspect.signature(nl.row(name).factory).parameters
+    row = nl.row(name)
+    known = inspect.signature(row.factory).parameters
     if option not in known or option in OWN.get(name, {}):
+        return False
+    if option == "axis_name" and row.axis_of != "batch":  # those of a run share its examples
         return False
     return option != "groups" or known[option].default in (None, inspect.Parameter.empty)
 
@@ -234,6 +238,17 @@ def require(holds: bool, option: str, given: Any, expected: str) -> None:
     """Raises RunError about an option unless something holds."""
     if not holds:
         raise RunError(f"--{option.replace('_', '-')}: got {given}; it must be {expected}.")
+
+
+def require_mesh(sizes: Sequence[int], devices: int | None = None) -> None:
+    """Raises RunError for sizes of a mesh that are none, or not those of so many `devices`."""
+    said = " ".join(map(str, sizes))
+    require(all(size >= 1 for size in sizes), "mesh", said, "sizes of at least 1")
+    if sizes and devices not in (None, math.prod(sizes)):
+        raise RunError(
+            f"--mesh {said}: that is {math.prod(sizes)} devices, and there are {devices}. Give "
+            "sizes whose product is their number, or that number of devices."
+        )
 
 
 def require_evaluations(evaluations: int, steps: int) -> None:

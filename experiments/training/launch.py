@@ -11,7 +11,6 @@ import contextlib
 import dataclasses
 import itertools
 import json
-import logging
 import os
 import shutil
 import signal
@@ -25,22 +24,11 @@ from typing import Annotated, Any
 
 import tyro
 
+from ..cluster import connect, imported
 from ..rundir import CHECKOUT, RunError, shown
-from .config import require, require_division
+from .config import require, require_division, require_mesh
 from .processes import gist, read_diaries
 from .train import Result, Train, check_directory, train
-
-QUIET = {
-    "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_DEDUP_LOGS_SKIP_REGEX": ".",  # every line: the end says what there is to say
-    "RAY_TRAIN_METRICS_ENABLED": "0",
-    "RAY_CHDIR_TO_TRIAL_DIR": "0",
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-    "RAY_TRAIN_ENABLE_WORKER_STRUCTURED_LOGGING": "0",
-    "RAY_TRAIN_ENABLE_CONTROLLER_STRUCTURED_LOGGING": "0",
-    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
-}
-"""Ray without telemetry and logs of its own, and with an eye on its workers."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,16 +89,10 @@ def launch(
     check_directory(run)
     if not config.gpus:
         devices = config.workers * max(run.devices, 1)
+        require_mesh(run.mesh, devices)
         require_division(run.batch_size, devices, run.microbatches)
-    os.environ.update(QUIET)  # Ray reads them when it is imported
-    try:
-        import ray  # pyright: ignore[reportMissingImports]
-        import ray.train  # pyright: ignore[reportMissingImports]
-    except ImportError as error:
-        raise RunError(
-            f"launch needs Ray, which is not installed ({error}). To install it: "
-            "pip install -c constraints.txt -e '.[launch]'"
-        ) from None
+    ray = imported("ray")
+    imported("ray.train")
     temporary = Path(tempfile.mkdtemp(prefix="normlab-ray-"))
     story = Story(path, run.steps, say, tell)
     stop = path / "stop"
@@ -211,29 +193,18 @@ def failure(records: list[dict[str, Any]]) -> str:
 
 
 def _start_ray(config: Launch, temporary: Path) -> None:
-    import ray  # pyright: ignore[reportMissingImports]
-
     here = (str(CHECKOUT), os.getcwd(), os.environ.get("PYTHONPATH", ""))  # a norm of one's own
     variables = {"PYTHONPATH": os.pathsep.join(filter(None, here))} | (
         {} if config.gpus else {"JAX_PLATFORMS": "cpu"}
     )
-    local: dict[str, Any] = {
-        "num_cpus": max(config.workers, os.cpu_count() or 1),
-        "include_dashboard": False,
-        "object_store_memory": 100 * 2**20,  # nothing is passed through it
-        "_temp_dir": str(temporary),
-    }
-    try:
-        ray.init(
-            address=config.address or "local",
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-            runtime_env={"env_vars": variables},
-            **({} if config.address else local),
-        )
-    except Exception as error:  # Ray raises what it likes
-        where = f"of --address {config.address}" if config.address else "on this machine"
-        raise RunError(f"Ray {where} does not answer: {gist(error)}.") from error
+    connect(
+        config.address,
+        "--address",
+        {"env_vars": variables},
+        num_cpus=max(config.workers, os.cpu_count() or 1),
+        object_store_memory=100 * 2**20,  # nothing is passed through it
+        _temp_dir=str(temporary),
+    )
 
 
 def _trainer(config: Launch, run: Train, temporary: Path) -> Any:

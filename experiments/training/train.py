@@ -23,24 +23,34 @@ import numpy as np
 import optax
 from jax import Array, lax
 from jax.flatten_util import ravel_pytree
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import normlab as nl
 
 from .. import models
 from ..data import NAMES, Dataset, load
+from ..programs.machines import abstract
 from ..rundir import RunDirectory, RunError, default_path, environment
 from . import processes, syncs
 from .checkpoints import Checkpoints
-from .config import Command, require, require_division, require_fit, require_place, takes
+from .config import (
+    Command,
+    require,
+    require_division,
+    require_fit,
+    require_mesh,
+    require_place,
+    takes,
+)
 from .driver import Progress, drive
 from .tasks import Evaluation, Task
 from .trainer import (
-    AXIS,
     TrainState,
     accumulate,
+    axes_of,
     committed,
+    mesh_of,
     minibatches,
 )
 
@@ -64,7 +74,13 @@ class Train(processes.Joining, Command):
     batch, of text rms."""
 
     sync: str = "all"
-    """Over which devices batch norm measures: all, local, groups=2, ring=1, virtual=64, ghost=4."""
+    """Over which devices batch norm measures: all, local, groups=2, ring=1, virtual=64, ghost=4;
+    of a --mesh inner (its last axis) or together=axis0; joined by + with every=2,
+    gradient=forward, second=always and the like."""
+
+    mesh: tuple[int, ...] = ()
+    """Sizes of the axes along which the devices of all processes lie, as in 4 2: axis0 and axis1,
+    neighbours along the last; by default one axis of all."""
 
     steps: int = 200
     """Optimizer steps; more than before lets a run that is done go on, if its rate is constant
@@ -110,7 +126,8 @@ class Train(processes.Joining, Command):
         require(self.dataset in NAMES, "dataset", self.dataset, f"one of {', '.join(NAMES)}")
         for name in ("batch", self.norm):  # no array is made: JAX must not start yet
             self.norm_of(name, population=self.population)
-        syncs.parse(self.sync, AXIS)
+        require_mesh(self.mesh)
+        syncs.parse(self.sync, axes_of(self.mesh))
 
     @property
     def path(self) -> Path:
@@ -189,7 +206,7 @@ def check_directory(config: Train) -> None:
         raise RunError(f"cannot read {path / 'config.json'}: {error}.") from None
     here = json.loads(json.dumps(config.as_json()))
     differ = [
-        f"--{name.replace('_', '-')} {there.get(name, '?')} and not {value}"
+        f"--{name.replace('_', '-')} {_words(there.get(name, '?'))} and not {_words(value)}"
         for name, value in here.items()
         if there.get(name, "?") != value
     ]
@@ -199,6 +216,11 @@ def check_directory(config: Train) -> None:
             f"{', '.join(differ) or 'of another command'}. Choose another --run-dir, or give the "
             "same options to go on with that run."
         )
+
+
+def _words(value: Any) -> Any:
+    """An option's value as it is given: the words of several beside one another."""
+    return " ".join(map(str, value)) or "nothing" if isinstance(value, list) else value
 
 
 class Program:
@@ -211,32 +233,47 @@ class Program:
 
     def __init__(self, config: Train, data: Dataset) -> None:
         self.config, self.data, self.devices = config, data, jax.device_count()
+        require_mesh(config.mesh, self.devices)
         require_division(config.batch_size, self.devices, config.microbatches)
         require_fit(config.batch_size, data)
-        mesh = Mesh(np.array(jax.devices()), (AXIS,), axis_types=(AxisType.Auto,))
-        self.copied, self.split = NamedSharding(mesh, P()), NamedSharding(mesh, P(AXIS))
-        sync = syncs.parse(config.sync, AXIS, self.devices)
+        mesh = mesh_of(jax.devices(), config.mesh)
+        self.axes, each = mesh.axis_names, P(mesh.axis_names)
+        self.copied, self.split = NamedSharding(mesh, P()), NamedSharding(mesh, each)
+        sync = syncs.parse(config.sync, axes_of(config.mesh), self.devices)
         self.sync = sync if takes(config.norm, "axis_name") else None
         norm = config.norm_of(config.norm, self.sync, population=config.population)
         self.model = models.build(config.model, norm, data.classes, **config.model_options)
         self.task = Task.of(data)
         self.optimizer = config.make_optimizer(config.lr)
         mapped = functools.partial(jax.shard_map, mesh=mesh)
-        states = TrainState(P(), P(AXIS), P())  # type: ignore[arg-type]
+        states = TrainState(P(), each, P())  # type: ignore[arg-type]
         self._step = jax.jit(
-            mapped(self._step_shard, in_specs=(states, P(AXIS), P(AXIS)), out_specs=(states, P()))
+            mapped(self._step_shard, in_specs=(states, each, each), out_specs=(states, P()))
         )
         self._evaluate = jax.jit(
-            mapped(self._evaluate_shard, in_specs=(states, *[P(AXIS)] * 3), out_specs=P())
+            mapped(self._evaluate_shard, in_specs=(states, *[each] * 3), out_specs=P())
         )
         self._draw = jax.jit(self._drawn)
-        try:  # says no before anything is written
-            jax.eval_shape(self._draw, self._probe())
+        self._check()
+
+    def _check(self) -> None:
+        """Says no before anything is written: to a norm, to groups that do not fit the devices."""
+        config = self.config
+        try:
+            drawn = jax.eval_shape(self._draw, self._probe())
         except ValueError as error:
             if isinstance(error, RunError):
                 raise
             raise RunError(f"norm {config.norm!r} does not fit the model: {error}") from error
         require_place(config.norm, self.model)
+        params, opt_state = abstract((drawn.params, drawn.opt_state), self.copied)
+        norm_state = abstract(drawn.norm_state, self.split, self.devices)
+        example = (self.data.train_inputs[0], self.data.train_labels[0])
+        batch = abstract(example, self.split, config.batch_size)
+        try:  # the first step is not traced again
+            jax.eval_shape(self._step, TrainState(params, norm_state, opt_state), *batch)
+        except ValueError as error:
+            raise RunError(f"--norm {config.norm} --sync {config.sync}: {error}") from error
 
     def init(self) -> TrainState:
         """The initial state: norm states `[devices, ...]`, each on its device, the rest copied."""
@@ -276,11 +313,7 @@ class Program:
 
     def train(self, state: TrainState, batch: tuple[Array, Array]) -> tuple[TrainState, np.ndarray]:
         """Takes one step; the loss is `[1, 1]`."""
-        try:
-            state, loss = self._step(state, *batch)
-        except ValueError as error:  # groups that do not fit the devices, found in tracing
-            config = self.config
-            raise RunError(f"--norm {config.norm} --sync {config.sync}: {error}") from error
+        state, loss = self._step(state, *batch)
         return state, np.asarray(loss)[None, None]
 
     def evaluate(self, state: TrainState) -> Evaluation:
@@ -305,16 +338,16 @@ class Program:
 
         def loss(flat: Array, own: Any, inputs: Array, labels: Array) -> tuple[Array, Any]:
             losses, after = self.task.losses(self.model, unravel(flat), own, inputs, labels)
-            return nl.devices.global_mean(losses, AXIS), after
+            return nl.devices.global_mean(losses, self.axes), after
 
         parts = self.config.microbatches
-        value, after, grads = accumulate(loss, flat, own, (inputs, labels), parts)
+        value, after, grads = accumulate(loss, flat, own, (inputs, labels), parts, self.axes)
         if parts > 1:  # typed as if it varied over the devices
-            value = lax.pmean(value, AXIS)
-        grads = unravel(nl.devices.global_gradient(grads, AXIS))
+            value = lax.pmean(value, self.axes)
+        grads = unravel(nl.devices.global_gradient(grads, self.axes))
         after = committed(after, jnp.isfinite(value))
-        if isinstance(self.sync, nl.Sync) and self.sync.every:
-            after = nl.population.exchange(after, self.sync)
+        if (sync := syncs.delayed(self.sync)) is not None:
+            after = nl.population.exchange(after, sync)
         updates, opt_state = self.optimizer.update(grads, state.opt_state, state.params)
         params = self.model.project(optax.apply_updates(state.params, updates))
         return TrainState(params, jax.tree.map(lambda v: v[None], after), opt_state), value
@@ -322,10 +355,11 @@ class Program:
     def _evaluate_shard(
         self, state: TrainState, inputs: Array, labels: Array, weights: Array
     ) -> Array:
-        merged = nl.population.pool_running(jax.tree.map(lambda v: v[0], state.norm_state), AXIS)
+        own = jax.tree.map(lambda v: v[0], state.norm_state)
+        merged = nl.population.pool_running(own, self.axes)
         variables = {"params": state.params, models.STATE: merged}
         sums = self.task.sums(self.model, variables, inputs, labels, weights)
-        return lax.psum(sums, AXIS)
+        return lax.psum(sums, self.axes)
 
 
 def train(config: Train, say: Callable[[str], None] = lambda _: None) -> Result:

@@ -23,7 +23,7 @@ import numpy as np
 import optax
 from jax import Array, lax
 from jax.flatten_util import ravel_pytree
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 
@@ -36,7 +36,8 @@ from ..rundir import RunError
 from .tasks import Evaluation, Task
 
 AXIS = "data"
-"""The name of the mapped axis: devices that each hold a part of the batch."""
+"""The name of the mapped axis: devices that each hold a part of the batch. A mesh of several axes
+has others, which are those of `axes_of`."""
 
 QUANTILES = (0.15, 0.5, 0.85)
 """The percentiles of figure 1 in Ioffe & Szegedy (2015), used for the four parts."""
@@ -182,12 +183,14 @@ class Trainer:
         params, norm_state, opt_state = state
         batch = (inputs, labels, chosen)
         loss, norm_state, grads = accumulate(
-            self.loss, params, norm_state, batch, self.microbatches
+            self.loss, params, norm_state, batch, self.microbatches, self.data.axes
         )
         whole = loss
         if self.data.devices > 1:
             flat, unravel = ravel_pytree((loss, grads))
-            whole, grads = unravel(lax.pmean(flat, AXIS))  # packed: one collective for everything
+            whole, grads = unravel(
+                lax.pmean(flat, self.data.axes)
+            )  # packed: one collective for everything
         norm_state = committed(norm_state, jnp.isfinite(whole))
         updates, opt_state = self.optimizer.update(grads, opt_state, params)
         params = self.model.project(optax.apply_updates(params, updates))
@@ -204,12 +207,12 @@ class Trainer:
                 each = [jax.tree.map(lambda v, i=i: v[i], state.norm_state) for i in seeds]
                 each = nl.population.exchange(each, self.delayed)
                 state = state._replace(norm_state=jax.tree.map(lambda *v: jnp.stack(v), *each))
-            return vary(state, (AXIS,)), losses
+            return vary(state, self.data.axes), losses
 
         # On one device two steps in a row save a copy of the carried parameters.
         unroll = 2 if self.data.devices == 1 else 1
         state, losses = lax.scan(step, state, indices, unroll=unroll)
-        return state, lax.pmean(losses, AXIS)
+        return state, lax.pmean(losses, self.data.axes)
 
     def _evaluate_device(
         self, state: TrainState, inputs: Array, labels: Array, weights: Array, probe: Array
@@ -219,7 +222,7 @@ class Trainer:
         def one(state: TrainState) -> tuple[Array, Any]:
             norm_state = state.norm_state
             if not self.synced:
-                norm_state = nl.population.pool_running(norm_state, AXIS)
+                norm_state = nl.population.pool_running(norm_state, self.data.axes)
             variables = {"params": state.params, models.STATE: norm_state}
 
             shards = (inputs, labels, weights)
@@ -227,7 +230,7 @@ class Trainer:
             sums = lax.map(lambda shard: measure(*shard), shards).sum(axis=0)
             _, sown = self.model.apply(variables, probe, train=False, mutable=[models.PARTS])
             parts = jax.tree.map(quantiles, models.parts_by_layer(sown))
-            return lax.psum(sums, AXIS), parts
+            return lax.psum(sums, self.data.axes), parts
 
         return side_by_side(one)(state)
 
@@ -239,8 +242,10 @@ class DeviceData:
       data: The data set.
       devices: How many hold it.
       dtype: The type of what a model sees of images.
+      mesh: The sizes of the axes along which they lie, if more than one.
 
     Attributes:
+      mesh, axes: The devices as a mesh, and the names of its axes.
       task: What is asked of a model.
       inputs, labels: The training set, a copy on each device.
       test: Inputs, labels and weights of the test set, `[devices, batches, b, ...]`; the last
@@ -251,11 +256,18 @@ class DeviceData:
       preprocess: What is done to inputs first.
     """
 
-    def __init__(self, data: Dataset, devices: int, dtype: DTypeLike = jnp.float32) -> None:
+    def __init__(
+        self,
+        data: Dataset,
+        devices: int,
+        dtype: DTypeLike = jnp.float32,
+        mesh: Sequence[int] = (),
+    ) -> None:
         self.devices = devices
-        self.mesh = Mesh(jax.devices()[:devices], (AXIS,))
+        self.mesh = mesh_of(jax.devices()[:devices], mesh)
+        self.axes = self.mesh.axis_names
         self.copied = NamedSharding(self.mesh, P())
-        self.mapped = NamedSharding(self.mesh, P(AXIS))
+        self.mapped = NamedSharding(self.mesh, P(self.axes))
         self.examples = len(data.train_inputs)
         self.task = Task.of(data, dtype)
         self.preprocess = self.task.preprocess
@@ -299,7 +311,11 @@ def on_devices(
       f: Takes and returns what one device holds.
       in_axes: For each argument 0, if it is `[devices, ...]`, or `None`, if all devices see all.
       donate: The arguments whose buffers are reused.
+
+    Raises:
+      RunError: For `pmap` over a mesh of several axes.
     """
+    require_form(form, mesh.devices.shape)
     if form == "pmap":
         devices = mesh.devices.ravel().tolist()
         [axis] = mesh.axis_names
@@ -347,6 +363,31 @@ def turns(drawn: Sequence[np.ndarray], count: int) -> Iterator[tuple[int, np.nda
         yield stop, np.stack([each[start:stop] for each in drawn], axis=1)
 
 
+def axes_of(sizes: Sequence[int]) -> str | tuple[str, ...]:
+    """The names of the axes of a mesh of these sizes.
+
+    >>> axes_of((4, 2)), axes_of((8,))
+    (('axis0', 'axis1'), 'data')
+    """
+    return tuple(f"axis{i}" for i in range(len(sizes))) if len(sizes) > 1 else AXIS
+
+
+def mesh_of(devices: Sequence[Any], sizes: Sequence[int] = ()) -> Mesh:
+    """The devices along one axis, or along several of these sizes: neighbours along the last."""
+    if len(sizes) < 2:
+        return Mesh(np.array(devices), (AXIS,), axis_types=(AxisType.Auto,))
+    auto = (AxisType.Auto,) * len(sizes)
+    return jax.make_mesh(tuple(sizes), tuple(axes_of(sizes)), auto, devices=devices)
+
+
+def require_form(form: str, sizes: Sequence[int], option: str = "form") -> None:
+    """Raises RunError for `pmap` over a mesh of several axes: it has one."""
+    if form == "pmap" and len(sizes) > 1:
+        raise RunError(
+            f"--mesh {' '.join(map(str, sizes))}: pmap has one axis. Use --{option} shard_map."
+        )
+
+
 def set_devices(count: int) -> None:
     """Makes `count` devices on a CPU; raises RunError where there are fewer."""
     with contextlib.suppress(RuntimeError):  # raised when the devices are there already
@@ -364,6 +405,7 @@ def accumulate(
     norm_state: Any,
     batch: tuple[Array, ...],
     microbatches: int,
+    axes: tuple[str, ...],
 ) -> tuple[Array, Any, Any]:
     """The mean loss and its gradient over the microbatches of one step.
 
@@ -373,6 +415,7 @@ def accumulate(
       norm_state: The norms' states.
       batch: Arrays `[examples, ...]`.
       microbatches: Their number, which divides the examples.
+      axes: The mapped axes, along which the devices lie.
 
     Returns:
       The loss, the states in a transaction that saw all microbatches, to be committed, and the
@@ -383,16 +426,16 @@ def accumulate(
     if microbatches == 1:
         (value, state), grads = run(params, state, *batch)
         return value, state, grads
-    params = vary(params, (AXIS,))  # so that the gradient is the device's own
+    params = vary(params, axes)  # so that the gradient is the device's own
     parts = jax.tree.map(lambda v: v.reshape(microbatches, -1, *v.shape[1:]), batch)
 
     def add(total: Any, part: Any) -> tuple[Any, None]:
         sums, state = total
         (value, state), grads = run(params, state, *part)
-        return vary((jax.tree.map(jnp.add, sums, (value, grads)), state), (AXIS,)), None
+        return vary((jax.tree.map(jnp.add, sums, (value, grads)), state), axes), None
 
     zeros = jax.tree.map(jnp.zeros_like, (jax.eval_shape(loss, params, state, *batch)[0], params))
-    (sums, state), _ = lax.scan(add, vary((zeros, state), (AXIS,)), parts)
+    (sums, state), _ = lax.scan(add, vary((zeros, state), axes), parts)
     value, grads = jax.tree.map(lambda v: v / microbatches, sums)
     return value, state, grads
 

@@ -14,10 +14,11 @@ from jax.typing import ArrayLike, DTypeLike
 from normlab._arguments import check_added
 from normlab._checks import normalize_axes, promote, promote_dtype, result_dtype
 from normlab._flax.words import read
-from normlab.devices.topology import AxisName, Sync
+from normlab.devices.topology import Sync
 from normlab.equation import Parts, affine
 from normlab.errors import invalid
 from normlab.measure import Algorithm
+from normlab.sharded import ExampleAxes, Sharded, channels_in_all
 
 Axes = int | Sequence[int]
 
@@ -32,7 +33,7 @@ class Call(NamedTuple):
       weights: Of the rank of `x`, or `None`.
       dtype: The type of the result.
       eps: ε > 0.
-      over: The named axes along which the batch, or each example, is split.
+      over: The named axes along which the batch lies, or each example.
       algorithm: How a variance is taken.
     """
 
@@ -42,7 +43,7 @@ class Call(NamedTuple):
     weights: Array | None
     dtype: Any
     eps: float
-    over: AxisName | None
+    over: ExampleAxes | None
     algorithm: Algorithm
 
     @property
@@ -143,14 +144,14 @@ def weights(where: str, mask: Any, shape: tuple[int, ...]) -> Array | None:
     return mask.reshape(mask.shape + (1,) * (len(shape) - mask.ndim))
 
 
-def sync(where: str, axis_name: AxisName | None, groups: Any) -> AxisName | None:
+def sync(where: str, axis_name: ExampleAxes | None, groups: Any) -> ExampleAxes | None:
     """Returns what `axis_name` and `axis_index_groups` mean together.
 
     Raises ValueError for groups without a name, or with a `Sync`, which says its own.
     """
     if groups is None:
         return axis_name
-    if axis_name is None or isinstance(axis_name, Sync):
+    if axis_name is None or isinstance(axis_name, Sync | Sharded):
         raise invalid(
             where,
             f"axis_index_groups with axis_name={axis_name!r}",
@@ -176,12 +177,21 @@ def apply(call: Call, parts: Parts, scale: Array | None, bias: Array | None) -> 
 
 
 def check_features(call: Call, name: str, given: int) -> None:
-    """Raises ValueError unless there are as many features as `given`."""
+    """Raises ValueError unless there are as many features as `given`.
+
+    A module that was made before the map counts the features of all devices.
+    """
     size = int(np.prod(call.shape))
-    if given != size:
+    if given != size and not (name == "num_features" and given == channels_in_all(call.over, size)):
         raise invalid(
             call.where,
             f"{name} of {given} for an input of shape {call.x.shape}",
             f"{size}, its features on axes {call.features}",
             "make the module for the features of its input, or change the axes",
         )
+
+
+def all_features(call: Call) -> int:
+    """The features of `call` on all devices, where it is said that they lie along an axis."""
+    size = int(np.prod(call.shape))
+    return channels_in_all(call.over, size) if isinstance(call.over, Sharded) else size

@@ -10,6 +10,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from normlab.errors import invalid, nearest
+from normlab.registry import row
 
 Rule = Mapping[str, Any] | Callable[[str, Any], Any]
 """Patterns of paths with what is to stand there, or a function of path and module.
@@ -93,13 +94,15 @@ _OWN = {"self", "rngs", "num_features", "parent", "name"}  # what a module does 
 _OPTIONS = {"use_scale": "use_gain"}  # of a norm in the registry, where they have another name
 
 
-def check_taken(old: Any, taken: Iterable[str], *, synced: bool = True) -> None:
+def check_taken(old: Any, taken: Iterable[str], axis_of: str | None) -> None:
     """Raises ValueError if an argument of the old norm, which says something, is lost.
 
-    `taken` are the arguments, or the options of a norm of the registry, that its replacement has;
-    if that is not `synced`, that is, measures no batch, an `axis_name` means nothing.
+    `taken` are the arguments, or the options of a norm of the registry, that its replacement takes
+    over or is given; `axis_of` what lies along its axes of devices, as in `Row.axis_of`. The axes
+    of a batch mean nothing to what measures none.
     """
     taken = set(taken)
+    synced = axis_of == "batch" or not _measures_batch(old)
     lost = [
         f"{name}={getattr(old, name)!r}"
         for name, default in _ARGUMENTS.items()
@@ -114,6 +117,10 @@ def check_taken(old: Any, taken: Iterable[str], *, synced: bool = True) -> None:
             "arguments that its replacement has too",
             "name a class that has them, a module, or functools.partial(SomeNorm, ...)",
         )
+
+
+def _measures_batch(old: Any) -> bool:
+    return hasattr(old, "use_running_average")
 
 
 def replacement(
@@ -133,14 +140,18 @@ def replacement(
         new = (new, {})
     if isinstance(new, tuple) and len(new) == 2 and isinstance(new[0], str):
         name, options = new
-        check_taken(old, options, synced=name == "batch")
+        check_taken(old, options, row(name).axis_of)
         return registry_norm(old, name, options)
     function = getattr(new, "func", new)
     if isinstance(function, type) and issubclass(function, kind):
         names = sorted(set(inspect.signature(function.__init__).parameters) - _OWN)
-        check_taken(old, names, synced="use_running_average" in names)
+        given = getattr(new, "keywords", {})
+        axis_of = "batch" if "use_running_average" in names else "example"
+        if _measures_batch(old) != (axis_of == "batch"):  # other axes than those of the old norm
+            names = [name for name in names if not name.startswith("axis_")]
+        check_taken(old, {*names, *given}, axis_of)
         taken = {n: getattr(old, n) for n in names if hasattr(old, n) and not hasattr(kind, n)}
-        return converted(old, function, taken, getattr(new, "keywords", {}))
+        return converted(old, function, taken, given)
     if isinstance(new, kind):
         return new
     raise invalid(

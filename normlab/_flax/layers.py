@@ -25,6 +25,7 @@ from normlab.placement.line import PLACEMENT as placement_kind
 from normlab.placement.line import Call, Connection, Residual
 from normlab.placement.streams import Mixing
 from normlab.registry import get, names, row
+from normlab.sharded import where_bound
 from normlab.site import Norm
 from normlab.weight import weight_norm
 
@@ -209,6 +210,15 @@ def from_registry(norm: str | Norm, options: Mapping[str, Any]) -> Norm:
             "use RegistryWeights around the layer, or CosineDense or CosineConv in its place",
         )
     return made
+
+
+def before_the_map(norm: Norm) -> Norm:
+    """The same norm of examples, which are whole where its axes of devices are not mapped."""
+    options = dict(norm.made.options) if norm.made is not None else {}
+    named = options.get("axis_name")
+    if norm.made is None or row(norm.made.name).axis_of != "example" or where_bound(named) == named:
+        return norm
+    return get(norm.made.name, **{**options, "axis_name": None})
 
 
 PLACEMENT = placement_kind._replace(expected="a placement")

@@ -13,16 +13,18 @@ import numpy as np
 from jax import Array
 from jax.sharding import PartitionSpec
 
-from normlab._checks import normalize_axes, promote_dtype
+from normlab._checks import normalize_axes
 from normlab._flax.calls import Axes, Call
+from normlab._sums import standard_deviation
 from normlab.batch import batch_parts
-from normlab.devices.merging import measure, values_per_channel
+from normlab.devices.merging import values_per_channel
 from normlab.devices.topology import Sync, as_sync
 from normlab.equation import Parts
 from normlab.errors import invalid
-from normlab.example import group_moments, layer_moments, rms_parts
+from normlab.example import group_moments, mean_square, moments_over
 from normlab.measure import Moments
 from normlab.population.optional import alone, measures
+from normlab.sharded import Sharded, in_groups, shared
 
 
 def batch(
@@ -38,9 +40,10 @@ def batch(
     With `quiet`, one value per channel is nothing to warn of.
     """
     x, weights, channel, back = _one_feature_axis(call)
+    over: Any = call.over  # never a Sharded: see the modules
     if measures(state, train) and alone(state, train) and not quiet:
         axes = [i for i in range(x.ndim) if i != channel]
-        values = values_per_channel(call.where, as_sync(call.over), x.shape, axes)
+        values = values_per_channel(call.where, as_sync(over), x.shape, axes)
         _warn_of_one(call, values, "a larger batch, use_running_average=True")
     parts, state = batch_parts(
         x,
@@ -48,7 +51,7 @@ def batch(
         state,
         train=train,
         eps=call.eps,
-        axis_name=call.over,
+        axis_name=over,
         weights=weights,
         channel_axis=channel,
         algorithm=call.algorithm,
@@ -101,14 +104,13 @@ def example(call: Call, axes: Axes, *, centre: bool = True) -> Parts:
     Without `centre` no mean is subtracted, and this is RMS norm.
     """
     axes = normalize_axes(call.where, axes, call.x.ndim)
-    if call.over is None and not centre:
-        return rms_parts(call.x, None, axes=axes, eps=call.eps, weights=call.weights)
-    m = _over(call, axes)
+    over = _sharing(call, axes)
     if centre:
-        _warn_of_one(call, _values(call, axes), "more than one value of each example")
-        return _parts(m, call.eps)
-    about_zero = m._replace(m2=m.m2 + m.count * jnp.square(m.mean))
-    return _parts(about_zero, call.eps)._replace(mu=jnp.zeros((), m.mean.dtype))
+        _warn_of_one(call, _values(call, axes, over), "more than one value of each example")
+        return _parts(_over(call, axes, over), call.eps)
+    square, count = mean_square(call.where, call.x, axes, axis_name=over, weights=call.weights)
+    mu, one = jnp.zeros((), square.dtype), jnp.ones((), square.dtype)
+    return Parts(mu, standard_deviation(square, count, call.eps), one, mu)
 
 
 def _parts(m: Moments, eps: float) -> Parts:
@@ -116,42 +118,27 @@ def _parts(m: Moments, eps: float) -> Parts:
     return Parts(m.mean, m.sigma(eps), jnp.ones((), dtype), jnp.zeros((), dtype))
 
 
-def _values(call: Call, axes: Sequence[int]) -> Any:
+def _sharing(call: Call, axes: Sequence[int]) -> Sync:
+    """Over which devices a sample is merged that is measured over these axes."""
+    channels = bool({*axes} & {*call.features})
+    positions = bool({*axes} - {*call.features})
+    return shared(call.where, call.over, channels=channels, positions=positions)
+
+
+def _values(call: Call, axes: Sequence[int], over: Sync) -> Any:
     """How many values a statistic over `axes` and devices is of."""
     values = math.prod(call.x.shape[i] for i in axes)
-    return values_per_channel(call.where, as_sync(call.over), (values,), (0,))
+    return values_per_channel(call.where, over, (values,), (0,))
 
 
-def _over(call: Call, axes: tuple[int, ...]) -> Moments:
+def _over(call: Call, axes: Sequence[int], over: Sync) -> Moments:
     """The moments over any axes and devices."""
-    if call.over is None:
-        return layer_moments(call.x, axes=axes, weights=call.weights, algorithm=call.algorithm)
-    return _merged(call, axes, as_sync(call.over))
-
-
-def _merged(call: Call, axes: tuple[int, ...], over: Sync) -> Moments:
-    """The moments over `axes` and devices: what is reduced stands where a batch has examples."""
-    if over.shards > 1 or over.virtual_batch or over.every:
-        raise invalid(
-            call.where,
-            f"{over}",
-            "devices that hold parts of the same examples",
-            "name the axes, and groups of devices, alone",
-        )
-    kept = [i for i in range(call.x.ndim) if i not in axes]
-    lead = [call.x.shape[i] for i in kept]
-
-    def rows(v: Array) -> Array:
-        return jnp.broadcast_to(v, call.x.shape).transpose(*axes, *kept).reshape(-1, *lead)
-
-    w = None if call.weights is None else rows(call.weights).astype(promote_dtype(call.x))
-    m, _ = measure(call.where, rows(call.x), (0,), over, weights=w, algorithm=call.algorithm)
-    shape = [1 if i in axes else n for i, n in enumerate(call.x.shape)]
-    return Moments(*(jnp.broadcast_to(f[:1], (1, *lead)).reshape(shape) for f in m))
+    how: Any = {"weights": call.weights, "algorithm": call.algorithm}
+    return moments_over(call.where, call.x, axes, over, spread=True, **how)
 
 
 def groups_of(where: str, channels: int, num_groups: int | None, group_size: int | None) -> int:
-    """The number of groups that `num_groups` or `group_size` means.
+    """The number of groups of so many channels that `num_groups` or `group_size` means.
 
     Raises ValueError unless one of them is given, and divides the channels.
     """
@@ -178,7 +165,8 @@ def groups_of(where: str, channels: int, num_groups: int | None, group_size: int
 def group(call: Call, groups: int, axes: Axes | None) -> Parts:
     """The parts of group norm over any axes, the last, the channels', among them.
 
-    `None` stands for all axes but the first.
+    `None` stands for all axes but the first. With the plain name of an axis each group is merged
+    with the same one of the other devices, as Flax does: it is positions that lie along it.
     """
     x, weights = call.x, call.weights
     plain = axes is None and call.over is None and x.ndim > 1
@@ -191,7 +179,12 @@ def group(call: Call, groups: int, axes: Axes | None) -> Parts:
             "the last axis, the channels', among them",
             f"add {x.ndim - 1}, or -1",
         )
-    _warn_of_one(call, _values(call, axes) // groups, "fewer groups, more positions")
+    rest = any(i != x.ndim - 1 for i in axes)
+    if isinstance(call.over, Sharded):
+        groups, over = in_groups(call.where, call.over, groups, x.shape[-1], positions=rest)
+    else:
+        over = _sharing(call, axes)
+    _warn_of_one(call, _values(call, axes, over) // groups, "fewer groups, more positions")
     if plain:
         m = group_moments(x, groups=groups, weights=weights, algorithm=call.algorithm)
         return _parts(m, call.eps)
@@ -200,7 +193,7 @@ def group(call: Call, groups: int, axes: Axes | None) -> Parts:
         weights = jnp.broadcast_to(weights, (*weights.shape[:-1], x.shape[-1]))
         weights = weights.reshape(*weights.shape[:-1], *split[-2:])
     grouped = call._replace(x=x.reshape(split), weights=weights)
-    parts = _parts(_over(grouped, (*axes[:-1], x.ndim)), call.eps)
+    parts = _parts(_over(grouped, (*axes[:-1], x.ndim), over), call.eps)
 
     def join(part: Array) -> Array:
         if not part.ndim:
@@ -223,5 +216,6 @@ def instance(call: Call) -> Parts:
             "move the examples first, or add an axis for the one example",
         )
     axes = tuple(i for i in call.others if i)
-    _warn_of_one(call, _values(call, axes), "LayerNorm or RMSNorm")
-    return _parts(_over(call, axes), call.eps)
+    over = _sharing(call, axes)
+    _warn_of_one(call, _values(call, axes, over), "LayerNorm or RMSNorm")
+    return _parts(_over(call, axes, over), call.eps)

@@ -16,6 +16,7 @@ from jax.typing import ArrayLike
 from normlab._arguments import read
 from normlab.convert.value import Converted
 from normlab.errors import invalid
+from normlab.population._averages import never_merged
 from normlab.population.by_name import init_population
 from normlab.population.optional import options
 from normlab.population.protocol import Population
@@ -42,12 +43,13 @@ def average(
     mean, var = mean_and_var_of(where, found)
     decay = read(where, "decay", decay)
     empty = init_population("ema", mean.size, decay=decay, ddof=ddof, dtype=mean.dtype)
-    return empty._replace(
+    found = empty._replace(
         mean=mean,
         var=var,
         mass=jnp.asarray(mass, mean.dtype),
         updates=jnp.asarray(updates, jnp.int32),
     )
+    return never_merged(found)
 
 
 def mean_and_var_of(where: str, found: Mapping[str, Array]) -> tuple[Array, Array]:

@@ -8,16 +8,17 @@ comes back by the same ways.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
+from jax.flatten_util import ravel_pytree
 
-from normlab.devices.mapped import permute
-from normlab.devices.routes import Circles, Matchings, Members, of_devices, route
-from normlab.devices.whole import pack, unpack
+from normlab.devices.mapped import device_count, permute
+from normlab.devices.routes import Circles, Matchings, Members, Pairs, of_devices, route
 from normlab.measure import Moments, merge, merge_axes
 
 
@@ -50,13 +51,47 @@ def merge_others(
     return [jax.tree.map(lambda f: f[0], m) for m in found]
 
 
+def merge_everyone(
+    v: Array, join: Callable[[Array, Array], Array], names: tuple[str, ...]
+) -> Array:
+    """`v` of all devices joined by any associative rule, the same on all of them.
+
+    For what is no sum: ⌈log₂ D⌉ exchanges of `v`, or of twice that, and one sum by which all have
+    what the first has.
+    """
+    count = device_count(names)
+    way = route((tuple(range(count)),) * count, 1)
+    assert isinstance(way, Circles)
+
+    def joined(earlier: Array | None, later: Array) -> Array:
+        return later if earlier is None else join(earlier, later)
+
+    (v,) = _in_circles([v], way, names, joined, [None])
+    return lax.psum(jnp.where(lax.axis_index(names) == 0, v, 0), names)
+
+
 def _go(ms: list[Moments], way: Circles | Matchings, names: tuple[str, ...]) -> list[Moments]:
-    return (_in_circles if isinstance(way, Circles) else _one_by_one)(ms, way, names)  # pyright: ignore[reportArgumentType]
+    if isinstance(way, Matchings):
+        return _one_by_one(ms, way, names)
+    return _in_circles(ms, way, names, merge, jax.tree.map(jnp.zeros_like, ms))
 
 
-def _in_circles(ms: list[Moments], way: Circles, names: tuple[str, ...]) -> list[Moments]:
-    """`held` are the 2ʲ members that end here; `done` those of the lower bits of the length."""
-    held, done = ms, [jax.tree.map(jnp.zeros_like, m) for m in ms]
+def _in_circles(
+    held: list[Any],
+    way: Circles,
+    names: tuple[str, ...],
+    join: Callable[[Any, Any], Any],
+    done: list[Any],
+) -> list[Any]:
+    """What those in a row have, joined in their order.
+
+    Args:
+      held: This device's; from then on, of the 2ʲ members that end here.
+      way: Who is in a row.
+      names: The mapped axes.
+      join: Joins two.
+      done: Of nobody; from then on, of as many members as the lower bits of the length say.
+    """
     last = max(way.lengths).bit_length()
     for j in range(last):
         step = 2**j
@@ -70,13 +105,13 @@ def _in_circles(ms: list[Moments], way: Circles, names: tuple[str, ...]) -> list
         heard = sent
         if sent:
             heard = _hear(sent, way.shift(step, moves), names)
-        longer = heard[: len(ms)] if any(more) else None
-        before = heard[-len(ms) :] if any(joined) else done
+        longer = heard[: len(held)] if any(more) else None
+        before = heard[-len(held) :] if any(joined) else done
         if any(taken):
-            new = [merge(b, h) for b, h in zip(before, held, strict=True)]
+            new = [join(b, h) for b, h in zip(before, held, strict=True)]
             done = _where(way, taken, new, done, names)
         if longer is not None:
-            held = [merge(b, h) for b, h in zip(longer, held, strict=True)]
+            held = [join(b, h) for b, h in zip(longer, held, strict=True)]
     if way.ends and last:
         done = _hear(done, way.shift(-way.ends, [True] * len(way.circles)), names)
     return done
@@ -108,11 +143,10 @@ def _one_by_one(ms: list[Moments], way: Matchings, names: tuple[str, ...]) -> li
     return found
 
 
-def _hear(
-    ms: list[Moments], pairs: tuple[tuple[int, int], ...], names: tuple[str, ...]
-) -> list[Moments]:
-    """What was sent to this device; empty moments where nothing was."""
-    return unpack(permute(pack(ms), names, pairs), ms)[0]
+def _hear(sent: list[Any], pairs: Pairs, names: tuple[str, ...]) -> list[Any]:
+    """What was sent to this device; zeros, which are empty moments, where nothing was."""
+    flat, back = ravel_pytree(sent)
+    return back(permute(flat, names, pairs))
 
 
 def _merge_members(m: Moments, members: Array) -> Moments:

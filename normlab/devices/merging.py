@@ -180,6 +180,9 @@ def _measure_parts(
     else:
         own = merge_axes(local, 0)
         merged = merge_groups(local, cut.members, sync.names)
+    # Where the channels have one count it is sent once.
+    each = tuple(slice(None if n > 1 else 1) for n in local.count.shape[1:])
+    own = own._replace(count=own.count[:, *each])
     population, values = _reduce(own, Sync(sync.names, second=sync.second), values, pivot)
     chosen = differentiated(sync, local, merged)
     m = jax.tree.map(lambda f: jnp.repeat(f, examples // cut.shards, axis=0), chosen)

@@ -45,10 +45,10 @@ examples and counts by their share n/N of all; in `"forward"` it counts whole.
 Second = Literal["when_needed", "always", "never"]
 """Whether the sums over devices are taken a second time, about the mean that they gave.
 
-About a pivot, the running mean or 0, the sums lose log10(1 + (μ − k)²/var) digits of the variance.
+About a pivot k, the running mean or 0, the sums lose log10(1 + (μ − k)²/var) digits of var.
 `"when_needed"`: again where more than two are lost, which every device tells from the same numbers.
-`"always"`: two collectives and nothing to decide. `"never"`: one; `normlab.population.digits` keeps
-what is lost.
+`"always"`: two collectives, and nothing to decide. `"never"`: one, and NaN where the running means
+of the devices differ; `normlab.population.Digits` keeps what is lost.
 """
 
 

@@ -26,7 +26,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from normlab._arguments import checked, tree
+from normlab._arguments import KINDS, Kind, checked
 from normlab.devices.mapped import check_bound, device_count, is_typed, vary, varying_axes
 from normlab.devices.topology import AxisName, Second, as_sync
 from normlab.errors import invalid
@@ -41,8 +41,19 @@ MOST = 8
 """How often they are taken again: each time leaves an ulp of what the pivot was off by."""
 
 
+def _moments(value: Any) -> Any:
+    for leaf in jax.tree.leaves(value, is_leaf=_is_moments):
+        KINDS["p"].read(leaf)
+    return value
+
+
+def _is_moments(leaf: Any) -> bool:
+    return isinstance(leaf, Moments)
+
+
 @checked(
-    "all_reduce", m=tree("moments, or a pytree of them", "pass what moments(x, axes) returned")
+    "all_reduce",
+    m=Kind("moments, or a pytree of them", KINDS["p"].change, _moments, KINDS["p"].wrong),
 )
 def all_reduce(m: Tree, axis_name: AxisName | None) -> Tree:
     """Merges the samples of all devices along named axes, each weighted by its count.
@@ -64,7 +75,7 @@ def all_reduce(m: Tree, axis_name: AxisName | None) -> Tree:
             "all_reduce", "a Sync with groups", "one that merges all", "name the axes alone"
         )
     check_bound("all_reduce", sync.names)
-    each, structure = jax.tree.flatten(m, is_leaf=lambda v: isinstance(v, Moments))
+    each, structure = jax.tree.flatten(m, is_leaf=_is_moments)
     merged, _ = merge_whole(each, sync.stages, second=sync.second)
     return jax.tree.unflatten(structure, merged)
 
@@ -94,14 +105,14 @@ def merge_whole(
         for m, rank in zip(each, ranks, strict=True)
     ]
     for names in filter(None, stages):
-        known = [_known(k, m, names) for k, m in zip(pivots, ms, strict=True)]
+        known = [known_pivot(k, m, names) for k, m in zip(pivots, ms, strict=True)]
         constant, extra = lax.stop_gradient((ms, extra))
         values, extra = _merge(constant, names, known, extra, second)
         ms = _merged(ms, values, names, is_typed(names))
     return ms, extra
 
 
-def _known(k: Array | None, m: Moments, names: tuple[str, ...]) -> Array | None:
+def known_pivot(k: Array | None, m: Moments, names: tuple[str, ...]) -> Array | None:
     """A pivot in the form of the mean, unless its type says that devices have others."""
     if k is None or (is_typed(names) and varying_axes(k) & {*names}):
         return None
@@ -132,17 +143,18 @@ def _merge(
     seen = None
     if given and not is_typed(names):
         # Nothing says that all devices have the same pivots: they compare.
-        if second == "when_needed":
-            seen = _fingerprint(given, device_count(names))
-        else:
+        if second == "always":
             pivots = [None] * len(ms)
+        else:
+            seen = _fingerprint(given, device_count(names))
     sums, found = _about(pivots, ms, names, [extra, seen])
     extra = found[0]
-    if second == "never":
-        return sums.merged, extra
     if second == "always":
         return _about([m.mean for m in sums.merged], ms, names, [])[0].merged, extra
-    alike = jnp.bool_(True) if seen is None else _alike(found[1], device_count(names))
+    told = found[1]
+    alike = jnp.bool_(True) if told is None else _alike(told, device_count(names))
+    if second == "never":
+        return jax.tree.map(lambda v: jnp.where(alike, v, jnp.nan), sums.merged), extra
 
     def go_on(carry: Any) -> Array:
         times, _, sums = carry
@@ -179,11 +191,21 @@ def _about(
         m2 = m.m2 - m.count * m.product(delta, delta)
         one = m._replace(mean=mean, m2=jnp.maximum(m2, 0) if type(m) is Moments else m2)
         merged.append(one)
-        # Not where δ is a rounding of μ: there Mᵢ has no digit more.
-        root = math.sqrt(jnp.finfo(delta.dtype).eps)
-        far = jnp.isfinite(delta) & (jnp.abs(delta) > root * jnp.abs(mean))
-        lost.append((far & ~(m.count * jnp.square(delta) <= LOST * one.squares)).any())
+        lost.append((~(cancelled(one, delta) <= LOST)).any())
     return _Sums(merged, functools.reduce(jnp.logical_or, lost)), found
+
+
+def cancelled(m: Moments, delta: Array) -> Array:
+    """(μ − k)²/var, of δ = μ − k: log10 of 1 + this is how many digits sums about k lose.
+
+    0 where δ is a rounding of μ, for there var has no digit more, and where δ is not finite;
+    infinite, or NaN, where of the variance nothing is left.
+    """
+    root = math.sqrt(jnp.finfo(delta.dtype).eps)
+    far = jnp.isfinite(delta) & (jnp.abs(delta) > root * jnp.abs(m.mean))
+    squares = m.squares
+    ratio = m.count * jnp.square(delta) / jnp.where(squares == 0, 1, squares)
+    return jnp.where(far, jnp.where(squares == 0, jnp.inf, ratio), 0)
 
 
 def _fingerprint(pivots: list[Array], devices: int) -> Array:

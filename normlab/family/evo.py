@@ -11,7 +11,6 @@ follows them.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -29,10 +28,11 @@ from normlab.batch import S, batch_parts
 from normlab.devices.topology import AxisName
 from normlab.equation import Affine, Parts, affine, init_affine
 from normlab.errors import invalid
-from normlab.example import group_moments, instance_moments
+from normlab.example import instance_moments, one_in_each, spread_group_moments
 from normlab.family.mixtures import batch_of
 from normlab.making import applied, made_of
 from normlab.measure import Algorithm, Moments
+from normlab.sharded import OVER, ExampleAxes
 from normlab.site import SHAPES, Norm, Site, State
 
 
@@ -191,32 +191,38 @@ def evo_b0(
 
 
 def _grouped(
-    where: str, a: ArrayLike, groups: int, weights: Any, channel_axis: int, algorithm: Any
+    where: str,
+    a: ArrayLike,
+    groups: int,
+    axis_name: ExampleAxes | None,
+    weights: Any,
+    channel_axis: int,
+    algorithm: Any,
 ) -> tuple[Array, int, Array, Moments]:
     """`a`, its channels' axis, sigmoid's argument before v, and the moments of the groups."""
-    m = group_moments(
-        a, groups=groups, weights=weights, channel_axis=channel_axis, algorithm=algorithm
-    )
+    how: Any = {"axis_name": axis_name, "weights": weights, "algorithm": algorithm}
+    m = spread_group_moments(where, a, groups, channel_axis=channel_axis, **how)
     a, channel, weights = aligned(where, a, weights, channel_axis)
-    one = math.prod(a.shape[1:]) == groups
+    one = one_in_each(where, a.shape, groups, axis_name)
     check_values(where, a.shape, one, "example and group", "use fewer groups, or batch norm")
     return a, channel, promote(leave_out(a, weights)), m
 
 
-@checked("EvoNorm S0")
+@checked("EvoNorm S0", axis_name=OVER)
 def evo_s0_parts(
     a: ArrayLike,
     params: Any = None,
     *,
     groups: int,
     eps: float = 1e-5,
+    axis_name: ExampleAxes | None = None,
     weights: ArrayLike | None = None,
     channel_axis: int = -1,
     algorithm: Algorithm = "auto",
 ) -> Parts:
     """The parts of `evo_s0_norm`, which see."""
     where = "EvoNorm S0"
-    a, channel, x, m = _grouped(where, a, groups, weights, channel_axis, algorithm)
+    a, channel, x, m = _grouped(where, a, groups, axis_name, weights, channel_axis, algorithm)
     g, b = gain_and_bias(where, params, a, channel)
     gate = jax.nn.sigmoid(_steepness(where, params, a, channel) * x)
     return Parts(jnp.zeros((), g.dtype), m.sigma(eps), g * gate, b)
@@ -240,20 +246,22 @@ def evo_s0_norm() -> None:
     """
 
 
-@checked("EvoNorm S1")
+@checked("EvoNorm S1", axis_name=OVER)
 def evo_s1_parts(
     a: ArrayLike,
     params: Affine | None = None,
     *,
     groups: int,
     eps: float = 1e-5,
+    axis_name: ExampleAxes | None = None,
     weights: ArrayLike | None = None,
     channel_axis: int = -1,
     algorithm: Algorithm = "auto",
 ) -> Parts:
     """The parts of `evo_s1_norm`, which see."""
-    a, channel, x, m = _grouped("EvoNorm S1", a, groups, weights, channel_axis, algorithm)
-    g, b = gain_and_bias("EvoNorm S1", params, a, channel)
+    where = "EvoNorm S1"
+    a, channel, x, m = _grouped(where, a, groups, axis_name, weights, channel_axis, algorithm)
+    g, b = gain_and_bias(where, params, a, channel)
     return Parts(jnp.zeros((), g.dtype), m.sigma(eps), g * jax.nn.sigmoid(x), b)
 
 
@@ -268,20 +276,22 @@ def evo_s1_norm() -> None:
     """
 
 
-@checked("EvoNorm S2")
+@checked("EvoNorm S2", axis_name=OVER)
 def evo_s2_parts(
     a: ArrayLike,
     params: Affine | None = None,
     *,
     groups: int,
     eps: float = 1e-5,
+    axis_name: ExampleAxes | None = None,
     weights: ArrayLike | None = None,
     channel_axis: int = -1,
     algorithm: Algorithm = "auto",
 ) -> Parts:
     """The parts of `evo_s2_norm`, which see."""
-    a, channel, x, m = _grouped("EvoNorm S2", a, groups, weights, channel_axis, algorithm)
-    g, b = gain_and_bias("EvoNorm S2", params, a, channel)
+    where = "EvoNorm S2"
+    a, channel, x, m = _grouped(where, a, groups, axis_name, weights, channel_axis, algorithm)
+    g, b = gain_and_bias(where, params, a, channel)
     sigma = standard_deviation(m.var() + jnp.square(m.mean), m.count, eps)
     return Parts(jnp.zeros((), g.dtype), sigma, g * jax.nn.sigmoid(x), b)
 

@@ -18,15 +18,17 @@ from normlab._weights import aligned, leave_out
 from normlab.equation import Parts
 from normlab.gains import Gain, init_gain
 from normlab.making import applied
+from normlab.sharded import OVER, ExampleAxes, channels_in_all, shared, summed
 from normlab.site import SHAPES, Site
 
 
-@checked("scale norm")
+@checked("scale norm", axis_name=OVER)
 def scale_parts(
     a: ArrayLike,
     params: Any = None,
     *,
     eps: float = 1e-5,
+    axis_name: ExampleAxes | None = None,
     weights: ArrayLike | None = None,
     channel_axis: int = -1,
 ) -> Parts:
@@ -34,6 +36,8 @@ def scale_parts(
     a, channel, weights = aligned("scale norm", a, weights, channel_axis)
     g, b = gain_and_bias("scale norm", params, a, channel_axis)
     square = jnp.square(promote(leave_out(a, weights))).sum(channel, keepdims=True)
+    over = shared("scale norm", axis_name, channels=True, positions=False)
+    (square,) = summed("scale norm", over, square)
     return Parts(jnp.zeros((), g.dtype), jnp.maximum(safe_sqrt(square), eps), g, b)
 
 
@@ -48,6 +52,7 @@ def scale_norm() -> None:
       a: `[N, ..., C]`.
       params: `Affine(g [] or [C], None)`, or `None`.
       eps: The least length, in units of `a`.
+      axis_name: As in `layer_norm`.
       weights: Changes nothing but what is not finite and weighs nothing.
       channel_axis: The axis of the channels.
 
@@ -62,10 +67,16 @@ def scale_norm() -> None:
     """
 
 
-@checked("scale norm", site=SHAPES)
+@checked("scale norm", site=SHAPES, axis_name=OVER)
 def scale_params(
-    site: Site, *, use_gain: bool = True, use_bias: bool = False, gain: Gain = "scalar"
+    site: Site,
+    *,
+    axis_name: ExampleAxes | None = None,
+    use_gain: bool = True,
+    use_bias: bool = False,
+    gain: Gain = "scalar",
 ) -> Any:
-    """One gain of √C, and no bias, by default."""
+    """One gain of √C, and no bias, by default; the channels of all devices count."""
     how: Any = {"use_gain": use_gain, "use_bias": use_bias, "gain": gain}
-    return init_gain(site.channels, g=math.sqrt(site.channels), dtype=promote_dtype(site.a), **how)
+    g = math.sqrt(channels_in_all(axis_name, site.channels))
+    return init_gain(site.channels, g=g, dtype=promote_dtype(site.a), **how)

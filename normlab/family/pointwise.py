@@ -24,6 +24,7 @@ from normlab._weights import aligned, leave_out
 from normlab.equation import Affine, Parts, init_affine
 from normlab.errors import invalid
 from normlab.making import applied, stateless
+from normlab.sharded import OVER, ExampleAxes, channels_in_all, shared
 from normlab.site import SHAPES, Norm, Site
 
 Phi = Literal["tanh", "erf", "isru", "hardtanh", "softsign"]
@@ -213,17 +214,20 @@ def derf_norm() -> None:
     """
 
 
-@checked("DyISRU")
+@checked("DyISRU", axis_name=OVER)
 def dyisru_parts(
     a: ArrayLike,
     params: Any = None,
     *,
+    axis_name: ExampleAxes | None = None,
     weights: ArrayLike | None = None,
     channel_axis: int = -1,
 ) -> Parts:
     """The parts of `dyisru_norm`, which see."""
     parts = pointwise_parts(a, params, phi="isru", weights=weights, channel_axis=channel_axis)
-    return parts._replace(g=parts.g * math.sqrt(jnp.shape(a)[channel_axis]))
+    shared("DyISRU", axis_name, channels=True, positions=False)  # says no where it is not mapped
+    channels = channels_in_all(axis_name, jnp.shape(a)[channel_axis])
+    return parts._replace(g=parts.g * math.sqrt(channels))
 
 
 @applied(dyisru_parts)
@@ -233,7 +237,10 @@ def dyisru_norm() -> None:
     h = g · √C · a / √(β + a²) + b: RMS norm with a learned β for the energy of the other channels.
     Kept is α with β = 1/α², so that β stays positive: √C · αa/√(1 + (αa)²).
 
-    The arguments are those of `pointwise_norm`, which see.
+    The other arguments are those of `pointwise_norm`, which see.
+
+    Args:
+      axis_name: As in `layer_norm`: nothing is measured, but C counts the channels of all devices.
 
     >>> h = dyisru_norm(jnp.array([[3.0, 0.0]]), Dynamic(None, None, jnp.float32(0.25)))
     >>> (100 * h).round().tolist()
@@ -276,12 +283,19 @@ def derf(
     return pointwise(phi="erf", alpha=alpha, shift=shift, **how)
 
 
-@checked("DyISRU", beta=_POSITIVE)
-def dyisru(*, beta: float | None = None, use_gain: bool = True, use_bias: bool = True) -> Norm:
+@checked("DyISRU", beta=_POSITIVE, axis_name=OVER)
+def dyisru(
+    *,
+    beta: float | None = None,
+    axis_name: ExampleAxes | None = None,
+    use_gain: bool = True,
+    use_bias: bool = True,
+) -> Norm:
     """`dyisru_norm`; `beta` is where β starts, by default at C: that of channels of variance 1."""
 
     def params(site: Site) -> Dynamic:
-        alpha = 1 / math.sqrt(site.channels if beta is None else beta)
+        channels = channels_in_all(axis_name, site.channels)
+        alpha = 1 / math.sqrt(channels if beta is None else beta)
         return dynamic_params(site, alpha=alpha, use_gain=use_gain, use_bias=use_bias)
 
-    return stateless(dyisru_parts, params)()
+    return stateless(dyisru_parts, params)(axis_name=axis_name)

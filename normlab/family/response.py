@@ -22,8 +22,18 @@ from normlab._units import safe_sqrt
 from normlab._weights import aligned, leave_out
 from normlab.equation import Affine, Parts, init_affine
 from normlab.errors import invalid
-from normlab.example import rms_moments, rms_parts
+from normlab.example import mean_square, rms_parts
 from normlab.making import applied, norm_of
+from normlab.sharded import (
+    OVER,
+    ExampleAxes,
+    Sharded,
+    averaged,
+    shared,
+    sharers,
+    summed,
+    where_bound,
+)
 from normlab.site import SHAPES, Norm, Site
 
 declare(learned_eps=flag())
@@ -72,12 +82,13 @@ def tlu(h: ArrayLike, tau: ArrayLike, *, channel_axis: int = -1) -> Array:
     return jnp.maximum(promote(h), tau).astype(result_dtype(h))
 
 
-@checked("FRN")
+@checked("FRN", axis_name=OVER)
 def frn_parts(
     a: ArrayLike,
     params: Any = None,
     *,
     eps: float = 1e-6,
+    axis_name: ExampleAxes | None = None,
     weights: ArrayLike | None = None,
     channel_axis: int = -1,
 ) -> Parts:
@@ -87,16 +98,18 @@ def frn_parts(
     g, b = gain_and_bias(where, params, a, channel)
     learned, tau = (getattr(params, name, None) for name in ("eps", "tau"))
     positions = [i for i in range(1, a.ndim) if i != channel]
+    over = shared(where, axis_name, channels=False, positions=True)
     one = learned is None and all(a.shape[i] == 1 for i in positions)
+    one = one and sharers(where, over) == 1
     change = "use learned_eps=True, as the paper does there, or RMS norm in a dense layer"
     if one:
         given = f"an input of shape {a.shape}, one value per example and channel"
         raise invalid(where, given, "several positions: of one value h is ±g + b", change)
-    m = rms_moments(a, axes=positions, weights=weights, channel_axis=channel)
-    square = m.var()
+    how: dict[str, Any] = {"axis_name": over, "weights": weights, "channel_axis": channel}
+    square, count = mean_square(where, a, positions, **how)
     if learned is not None:
         square = square + jnp.abs(gain_and_bias(where, Affine(learned, None), a, channel)[0])
-    sigma = standard_deviation(square, m.count, eps)
+    sigma = standard_deviation(square, count, eps)
     if tau is not None:
         tau, _ = gain_and_bias(where, Affine(tau, None), a, channel)
         above = g * (promote(leave_out(a, weights)) / sigma) + b > tau
@@ -120,6 +133,7 @@ def frn_norm() -> None:
       params: `Response(g [C], b [C], tau [C], eps [])`, or `None`. Without `tau` there is no TLU;
         without `eps` no ε_l.
       eps: ε > 0, in squared units of `a`.
+      axis_name: Mapped axes along which the positions lie, as in `layer_norm`.
       weights: Importance of examples or positions, aligned with the leading axes of `a` other than
         the channels'. Zero leaves out.
       channel_axis: The axis of the channels.
@@ -148,12 +162,13 @@ def frn_params(
     return Response(made.g, made.b, jnp.zeros(channels, dtype), eps)
 
 
-@checked("GRN")
+@checked("GRN", axis_name=OVER)
 def grn_parts(
     a: ArrayLike,
     params: Any = None,
     *,
     eps: float = 1e-6,
+    axis_name: ExampleAxes | None = None,
     weights: ArrayLike | None = None,
     channel_axis: int = -1,
 ) -> Parts:
@@ -163,8 +178,20 @@ def grn_parts(
     g, b = gain_and_bias(where, params, a, channel)
     x = promote(a) if weights is None else jnp.where(weights > 0, promote(a), 0)
     square = jnp.square(x) if weights is None else weights * jnp.square(x)
-    length = safe_sqrt(square.sum([i for i in range(1, a.ndim) if i != channel], keepdims=True))
-    ratio = length / (length.mean(channel, keepdims=True) + eps)
+    square = square.sum([i for i in range(1, a.ndim) if i != channel], keepdims=True)
+    if axis_name is not None and not isinstance(axis_name, Sharded):
+        expected = "whether channels or positions lie along it"
+        change = "pass axis_name=Sharded(channels=...) or axis_name=Sharded(positions=...)"
+        raise invalid(where, f"axis_name={axis_name!r}", expected, change)
+    by_position, by_channel = (
+        shared(where, axis_name, channels=not of_positions, positions=of_positions)
+        for of_positions in (True, False)
+    )
+    (square,) = summed(where, by_position, square)
+    length = safe_sqrt(square)
+    mean, number = length.mean(channel, keepdims=True), jnp.ones((), length.dtype)
+    mean, *_ = averaged(where, by_channel, mean, number, weighted=False)
+    ratio = length / (mean + eps)
     zero = jnp.zeros((), g.dtype)
     return Parts(zero, zero + 1, 1 + g * ratio, b)
 
@@ -184,6 +211,8 @@ def grn_norm() -> None:
       a: `[N, ..., C]`.
       params: `Affine(g [C], b [C])`, or `None`: 1 and 0.
       eps: ε > 0, in units of `a`.
+      axis_name: A `Sharded`, that says along which mapped axes channels and positions lie. Lengths
+        are added up over those of the positions, their mean is taken over those of the channels.
       weights: Importance of positions, aligned with the leading axes of `a` other than the
         channels'. Zero leaves out.
       channel_axis: The axis of the channels.
@@ -223,21 +252,21 @@ class Rescaled(NamedTuple):
     beta: Array
 
 
-@checked("SeeDNorm")
+@checked("SeeDNorm", axis_name=OVER)
 def seed_parts(
     a: ArrayLike,
     params: Any = None,
     *,
     eps: float = 1e-5,
+    axis_name: ExampleAxes | None = None,
     weights: ArrayLike | None = None,
     channel_axis: int = -1,
 ) -> Parts:
     """The parts of `seed_norm`, which see."""
     where = "SeeDNorm"
-    how: dict[str, Any] = {"weights": weights, "channel_axis": channel_axis}
-    parts = rms_parts(a, params, eps=eps, **how)
     if params is None:
-        return parts
+        how: dict[str, Any] = {"weights": weights, "channel_axis": channel_axis}
+        return rms_parts(a, None, eps=eps, axis_name=axis_name, **how)
     if not (hasattr(params, "alpha") and hasattr(params, "beta")):
         given = f"params of type {type(params).__name__}"
         change = "take those of norm.init, or wrap yours: Rescaled(g, b, alpha, beta)"
@@ -245,8 +274,14 @@ def seed_parts(
     a, channel, weights = aligned(where, a, weights, channel_axis)
     alpha, _ = gain_and_bias(where, Affine(params.alpha, None), a, channel)
     beta, _ = gain_and_bias(where, Affine(params.beta, None), a, channel)
+    g, b = gain_and_bias(where, params, a, channel)
+    over = shared(where, axis_name, channels=True, positions=False)
     seen = (promote(leave_out(a, weights)) * beta).sum(channel, keepdims=True)
-    return parts._replace(g=parts.g + jnp.tanh(seen) * alpha)
+    square = mean_square(where, a, (channel,), weights=weights, channel_axis=channel)
+    more: dict[str, Any] = {"weighted": weights is not None}
+    square, count, seen = averaged(where, over, *square, seen, **more)
+    sigma = standard_deviation(square, count, eps)
+    return Parts(jnp.zeros((), g.dtype), sigma, g + jnp.tanh(seen) * alpha, b)
 
 
 @applied(seed_parts)
@@ -260,6 +295,7 @@ def seed_norm() -> None:
       a: `[N, ..., C]`.
       params: `Rescaled(g [C], b, alpha [C], beta [C])`, or `None`: RMS norm.
       eps: ε > 0, in squared units of `a`.
+      axis_name: As in `layer_norm`.
       weights: As in `rms_norm`.
       channel_axis: The axis of the channels.
 
@@ -286,10 +322,11 @@ def seed_params(
     return Rescaled(made.g, made.b, jnp.full(channels, alpha, dtype), jnp.zeros(channels, dtype))
 
 
-@checked("FRN")
+@checked("FRN", axis_name=OVER)
 def frn(
     *,
     eps: float = 1e-6,
+    axis_name: ExampleAxes | None = None,
     learned_eps: bool = False,
     use_gain: bool = True,
     use_bias: bool = True,
@@ -298,9 +335,12 @@ def frn(
     how: dict[str, Any] = {"use_gain": use_gain, "use_bias": use_bias}
     made = functools.partial(frn_params, learned_eps=learned_eps, **how)
 
-    def measure(site: Site, params: Any) -> Parts:
+    def measure(site: Site, params: Any, over: ExampleAxes | None = axis_name) -> Parts:
         params = made(site) if params is None else params
         layout = {"weights": site.weights, "channel_axis": site.linear.channel_axis}
-        return frn_parts(site.a, params, eps=eps, **layout)
+        return frn_parts(site.a, params, eps=eps, axis_name=over, **layout)
 
-    return norm_of("FRN", measure, made)
+    def first(site: Site, params: Any) -> Parts:
+        return measure(site, params, where_bound(axis_name))
+
+    return norm_of("FRN", measure, made, first)

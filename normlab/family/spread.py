@@ -21,7 +21,8 @@ from normlab._checks import expand, promote
 from normlab._weights import aligned
 from normlab._xla import partitioned
 from normlab.combine import tuple_of
-from normlab.devices.mapped import gather, is_bound
+from normlab.devices.groups import merge_everyone
+from normlab.devices.mapped import device_count, is_bound, vary
 from normlab.devices.topology import AxisName, Sync, as_sync
 from normlab.equation import Parts
 from normlab.errors import invalid
@@ -55,8 +56,8 @@ def lp_batch(
     are averages over the batches. The paper's code averages 1/s; its c(n), made for the maximum, is
     too large for the top 10 of 4,096 values by a quarter.
 
-    Over devices L1 takes two collectives, as |a − μ| wants μ first; so does top k. L∞ takes two
-    that do not wait for each other. The last two want a `Sync` of whole axes.
+    Over D devices L1 takes two collectives, as |a − μ| wants μ first. L∞ and top k take, beside
+    that of μ, ⌈log₂ D⌉ exchanges of what was found and one sum; they want a `Sync` of whole axes.
     """
     sync = as_sync(axis_name)
     if spread != "l1" and not (sync.whole and sync.gradient == "both" and not sync.every):
@@ -107,10 +108,14 @@ def _extreme(site: Site, mu: Array, k: int, sync: Sync) -> Array:
 
     top, n = partitioned(largest, a, mu, w) if not is_bound(sync.names) else largest(a, mu, w)
     if sync.names and is_bound(sync.names):
-        table = gather(jnp.concatenate([top, n[:, None]], 1), sync.names)
-        n = table[..., -1].sum(0)
-        top = jnp.moveaxis(table[..., :-1], 0, 1).reshape(len(n), -1)
-        top = lax.top_k(top, min(k, top.shape[1]))[0]
+        n = lax.psum(vary(n, sync.names), sync.names)
+        wider = min(k, top.shape[1] * device_count(sync.names)) - top.shape[1]
+        top = jnp.pad(top, ((0, 0), (0, wider)), constant_values=-1)
+
+        def join(u: Array, v: Array) -> Array:
+            return lax.top_k(jnp.concatenate([u, v], 1), top.shape[1])[0]
+
+        top = merge_everyone(top, join, sync.names)
     there = top >= 0
     mean = jnp.where(there, top, 0).sum(1) / jnp.maximum(there.sum(1), 1).astype(top.dtype)
     c = (1 + math.sqrt(math.pi * math.log(4))) / 2 / jnp.sqrt(2 * jnp.log(jnp.maximum(n, 2)))

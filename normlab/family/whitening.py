@@ -58,6 +58,7 @@ from normlab.population.optional import (
     pivot,
 )
 from normlab.population.protocol import Population
+from normlab.sharded import OVER, ExampleAxes, Sharded, merged, names_of, shared, sharers
 from normlab.site import SHAPES, Norm, Site, State
 
 Whitener = Literal["cholesky", "zca", "pca", "newton"]
@@ -77,13 +78,20 @@ _WHITENER: dict[str, Any] = {
     "steps": integer("a number of steps, at least 1", "use 5, as the paper", 1),
     "relative": flag(),
 }
+_BATCH_AXES: dict[str, Any] = {
+    "axis_name": KINDS["axis_name"]._replace(
+        expected="the axes along which the batch lies: a group has its channels on one device",
+        change="whiten the channels of each device, in groups of those, and name the axis of the "
+        "batch alone, or none",
+    )
+}
 _GROUPS: dict[str, Any] = {
     "groups": KINDS["groups"]._replace(expected="a number of groups, or None for group_size"),
     "group_size": integer("a number of channels, at least 1", "use 16 or 64", 1),
 }
 
 
-@checked("whitening", group_size=_GROUPS["group_size"], **_WHITENER)
+@checked("whitening", group_size=_GROUPS["group_size"], **_WHITENER, **_BATCH_AXES)
 def whitening_parts(
     a: ArrayLike,
     params: Any = None,
@@ -117,7 +125,7 @@ def whitening_parts(
     return MatrixParts(mu, sigma, matrix, g, b, channel), found.state
 
 
-@checked("whitening", group_size=_GROUPS["group_size"], **_WHITENER)
+@checked("whitening", group_size=_GROUPS["group_size"], **_WHITENER, **_BATCH_AXES)
 def whitening_norm(
     a: ArrayLike,
     params: Any = None,
@@ -146,7 +154,7 @@ def whitening_norm(
     keeps Σ. Newton's iteration is in its coupled form: the published one diverges from about 10
     steps and a condition number of 100 on.
 
-    Devices gather C·D + C + 1 numbers. What a step costs: docs/family.md. On a CPU many factors of
+    Devices send C·D + C + 1 numbers. What a step costs: docs/family.md. On a CPU many factors of
     matrices are faster with one thread in BLAS, `OPENBLAS_NUM_THREADS=1`.
 
     Other arguments as those of `batch_norm`, which see.
@@ -164,7 +172,8 @@ def whitening_norm(
       eps: ε, added to the variances, in squared units of `a`.
       relative: Whether ε is in units of the mean variance of a group instead.
       decay: As in `batch_norm`.
-      axis_name: As in `batch_norm`.
+      axis_name: As in `batch_norm`. Channels that lie on several devices need no name: a group has
+        its channels on one, and `groups` are those of the device.
       weights: As in `batch_norm`, the same for all channels of a value.
       channel_axis: The axis of the channels.
       bad_batch: As in `batch_norm`.
@@ -300,7 +309,7 @@ def number_of_groups(where: str, channels: int, groups: int | None, group_size: 
     return channels // size
 
 
-@checked("group whitening", **_WHITENER)
+@checked("group whitening", axis_name=OVER, **_WHITENER)
 def group_whitening_parts(
     a: ArrayLike,
     params: Any = None,
@@ -310,6 +319,7 @@ def group_whitening_parts(
     steps: int = 5,
     eps: float = 1e-5,
     relative: bool = False,
+    axis_name: ExampleAxes | None = None,
     weights: ArrayLike | None = None,
     channel_axis: int = -1,
 ) -> Any:
@@ -319,7 +329,14 @@ def group_whitening_parts(
     channels = a.shape[channel]
     check_groups(where, groups, channels)
     g, b = gain_and_bias(where, params, a, channel)
-    values = math.prod(a.shape[1:]) // groups
+    over = shared(where, axis_name, channels=False, positions=True)
+    if len(over.names) < len(names_of(axis_name)) or (
+        over.names and groups > 1 and not isinstance(axis_name, Sharded)
+    ):
+        expected = "positions along it: the covariances of groups want all channels on each device"
+        change = "pass axis_name=Sharded(positions=...), gather the channels, or use group norm"
+        raise invalid(where, f"groups={groups} with axis_name={axis_name!r}", expected, change)
+    values = math.prod(a.shape[1:]) * sharers(where, over) // groups
     if isinstance(values, int) and 0 < values <= groups:
         given = f"an input of shape {a.shape}, {values} values in each of {groups} groups"
         change = "use fewer groups, or group norm, which does not decorrelate them"
@@ -331,6 +348,7 @@ def group_whitening_parts(
         w = alike(where, w if w is None else jnp.moveaxis(w, channel, -1), 3)
         columns = a.reshape(*a.shape[:-1], groups, -1).mT[..., None, :, None]
         m = CoMoments.measured(columns, range(1, a.ndim), weights=w)
+        m = merged(where, m, over, spread=True)
         sigma = standard_deviation(m.squares / jnp.where(m.count > 0, m.count, 1), m.count, eps)
         return m.mean, sigma, whitening_matrix(m.var(), m.count, **how)
 
@@ -360,6 +378,8 @@ def group_whitening_norm() -> None:
       steps: Those of `"newton"`.
       eps: ε, added to the variances, in squared units of `a`.
       relative: Whether ε is in units of the mean variance instead.
+      axis_name: `Sharded(positions=...)`, mapped axes along which the positions lie. Channels on
+        several devices are refused: Σ has covariances between all groups.
       weights: Importance of positions, as in `group_norm`, the same for all channels.
       channel_axis: The axis of the channels.
 
@@ -400,7 +420,13 @@ class Switch(NamedTuple):
 _OF = sequence(one_of(Statistic, ""), "some of 'bw', 'iw', 'bn', 'in', 'ln'", "use these names")
 
 
-@checked("switchable whitening", of=_OF, group_size=_GROUPS["group_size"], **_WHITENER)
+@checked(
+    "switchable whitening",
+    of=_OF,
+    group_size=_GROUPS["group_size"],
+    **_WHITENER,
+    **_BATCH_AXES,
+)
 def switchable_whitening_parts(
     a: ArrayLike,
     params: Any = None,
@@ -476,7 +502,13 @@ def switchable_whitening_parts(
     return MatrixParts(mu, sigma, matrix, g, b, channel), state
 
 
-@checked("switchable whitening", of=_OF, group_size=_GROUPS["group_size"], **_WHITENER)
+@checked(
+    "switchable whitening",
+    of=_OF,
+    group_size=_GROUPS["group_size"],
+    **_WHITENER,
+    **_BATCH_AXES,
+)
 def switchable_whitening_norm(
     a: ArrayLike,
     params: Any = None,
@@ -678,6 +710,7 @@ def _dot(x: Array, y: Array) -> Array:
 
 
 _BATCH: dict[str, Any] = {"decay": settled_decay, "eps": settled_eps, **_GROUPS, **_WHITENER}
+_BATCH |= _BATCH_AXES
 
 
 @checked("whitening", **_BATCH)

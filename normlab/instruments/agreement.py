@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import inspect
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -262,7 +261,7 @@ class _Problem(NamedTuple):
 def _maker(norm: str | Callable[[AxisName | None], Norm]) -> Callable[[AxisName | None], Norm]:
     if not isinstance(norm, str):
         return norm
-    if "axis_name" in inspect.signature(row(norm).factory).parameters:
+    if row(norm).axis_of == "batch":
         return lambda axis_name: get(norm, axis_name=axis_name)
     return lambda _: get(norm)
 

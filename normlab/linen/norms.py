@@ -13,7 +13,15 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
-from normlab._flax.calls import Axes, Call, apply, feature_shape, make_call, together
+from normlab._flax.calls import (
+    Axes,
+    Call,
+    all_features,
+    apply,
+    feature_shape,
+    make_call,
+    together,
+)
 from normlab._flax.measure import batch, example, group, groups_of, instance
 from normlab._flax.state import average, check_whole, initial
 from normlab._flax.words import check_mode, checked, read
@@ -21,6 +29,7 @@ from normlab.devices.topology import AxisName
 from normlab.equation import Parts
 from normlab.errors import invalid
 from normlab.population.transaction import begin
+from normlab.sharded import OVER, ExampleAxes, where_bound
 
 Init = Callable[..., Any]
 zeros, ones = nn.initializers.zeros, nn.initializers.ones
@@ -117,6 +126,8 @@ class _ExampleNorm(nn.Module):
         features = getattr(norm, "feature_axes", -1)
         scale, bias = scale_and_bias(norm, feature_shape(where, x, features))
         call = make_call(norm, where, x, features, mask, norm.dtype, scale, bias)
+        if self.is_initializing():  # before the map, where the example is whole
+            call = call._replace(over=where_bound(call.over))
         return apply(call, self._measure(call), scale, bias)
 
     @nn.nowrap
@@ -125,7 +136,7 @@ class _ExampleNorm(nn.Module):
         raise NotImplementedError
 
 
-@checked("LayerNorm")
+@checked("LayerNorm", axis_name=OVER)
 class LayerNorm(_ExampleNorm):
     """Layer normalization, `normlab.layer_norm`, with the interface of `flax.linen.LayerNorm`.
 
@@ -134,7 +145,8 @@ class LayerNorm(_ExampleNorm):
     Attributes:
       reduction_axes: What is measured over.
       feature_axes: Along which gain and bias vary.
-      axis_name: The axes of devices along which the reduction axes are split.
+      axis_name: The axes of devices along which each example lies: what is reduced is merged over
+        them. Or a `normlab.Sharded`, of which those count that are reduced over.
       force_float32_reductions: Without effect: reductions are in float32 at least.
     """
 
@@ -147,7 +159,7 @@ class LayerNorm(_ExampleNorm):
     scale_init: Init = ones
     reduction_axes: Axes = -1
     feature_axes: Axes = -1
-    axis_name: AxisName | None = None
+    axis_name: ExampleAxes | None = None
     axis_index_groups: Any = None
     use_fast_variance: bool = True
     force_float32_reductions: bool = True
@@ -157,7 +169,7 @@ class LayerNorm(_ExampleNorm):
         return example(call, self.reduction_axes)
 
 
-@checked("RMSNorm")
+@checked("RMSNorm", axis_name=OVER)
 class RMSNorm(_ExampleNorm):
     """Root mean square normalization, `normlab.rms_norm`, as `flax.linen.RMSNorm`.
 
@@ -172,7 +184,7 @@ class RMSNorm(_ExampleNorm):
     scale_init: Init = ones
     reduction_axes: Axes = -1
     feature_axes: Axes = -1
-    axis_name: AxisName | None = None
+    axis_name: ExampleAxes | None = None
     axis_index_groups: Any = None
     use_fast_variance: bool = True
     force_float32_reductions: bool = True
@@ -182,7 +194,7 @@ class RMSNorm(_ExampleNorm):
         return example(call, self.reduction_axes, centre=False)
 
 
-@checked("GroupNorm")
+@checked("GroupNorm", axis_name=OVER)
 class GroupNorm(_ExampleNorm):
     """Group normalization, `normlab.group_norm`, with the interface of `flax.linen.GroupNorm`.
 
@@ -191,6 +203,9 @@ class GroupNorm(_ExampleNorm):
     Attributes:
       num_groups: The number of groups of neighbouring channels; or `None`, with
       group_size: the number of channels in a group.
+      axis_name: As in `LayerNorm`; a plain name merges each group with the same one of other
+        devices, as Flax does: the positions lie along it. Where the channels do, say
+        `Sharded(channels=...)`, and in `num_groups` the number of all.
       reduction_axes: What is measured over, the last axis included; `None` for all but the first.
     """
 
@@ -204,18 +219,19 @@ class GroupNorm(_ExampleNorm):
     bias_init: Init = zeros
     scale_init: Init = ones
     reduction_axes: Axes | None = None
-    axis_name: AxisName | None = None
+    axis_name: ExampleAxes | None = None
     axis_index_groups: Any = None
     use_fast_variance: bool = True
     force_float32_reductions: bool = True
 
     @nn.nowrap
     def _measure(self, call: Call) -> Parts:
-        groups = groups_of(call.where, call.shape[0], self.num_groups, self.group_size)
+        channels = all_features(call)
+        groups = groups_of(call.where, channels, self.num_groups, self.group_size)
         return group(call, groups, self.reduction_axes)
 
 
-@checked("InstanceNorm")
+@checked("InstanceNorm", axis_name=OVER)
 class InstanceNorm(_ExampleNorm):
     """Instance normalization, `normlab.instance_norm`, as `flax.linen.InstanceNorm`.
 
@@ -231,7 +247,7 @@ class InstanceNorm(_ExampleNorm):
     bias_init: Init = zeros
     scale_init: Init = ones
     feature_axes: Axes = -1
-    axis_name: AxisName | None = None
+    axis_name: ExampleAxes | None = None
     axis_index_groups: Any = None
     use_fast_variance: bool = True
     force_float32_reductions: bool = True

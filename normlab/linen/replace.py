@@ -16,7 +16,7 @@ from jax.typing import ArrayLike
 from normlab._arguments import instance
 from normlab._flax.calls import weights
 from normlab._flax.exchange import Choice, Rule, is_norm, replacement
-from normlab._flax.layers import NORM, from_registry, learned
+from normlab._flax.layers import NORM, before_the_map, from_registry, learned
 from normlab._flax.words import check_mode, checked, read
 from normlab.errors import invalid
 from normlab.linen.norms import merged_mode, stored
@@ -65,6 +65,7 @@ class RegistryNorm(nn.Module):
         params = learned(params, lambda name, v: self.param(name, lambda key: v))
         # Variables are made with the statistics of inference: any one example will do.
         train = train and not self.is_initializing()
+        norm = before_the_map(norm) if self.is_initializing() else norm
         h, state = norm.apply(params, state, site, train=train)
         if train:
             write(state)

@@ -21,6 +21,7 @@ from normlab._flax.words import check_mode, checked, read
 from normlab.devices.topology import AxisName
 from normlab.equation import Parts
 from normlab.nnx.transactions import Stateful
+from normlab.sharded import OVER, ExampleAxes
 
 Init = Callable[..., Any]
 Metadata = Mapping[str, Any]
@@ -38,7 +39,7 @@ class _Norm(nnx.Module):
     param_dtype: DTypeLike
     use_bias: bool
     use_scale: bool
-    axis_name: AxisName | None
+    axis_name: ExampleAxes | None
     axis_index_groups: Any
     use_fast_variance: bool
     promote_dtype: Any
@@ -192,7 +193,7 @@ class LayerNorm(_ExampleNorm):
     reduction_axes: Axes
     feature_axes: Axes
 
-    @checked("LayerNorm")
+    @checked("LayerNorm", axis_name=OVER)
     def __init__(
         self,
         num_features: int,
@@ -206,7 +207,7 @@ class LayerNorm(_ExampleNorm):
         scale_init: Init = ones,
         reduction_axes: Axes = -1,
         feature_axes: Axes = -1,
-        axis_name: AxisName | None = None,
+        axis_name: ExampleAxes | None = None,
         axis_index_groups: Any = None,
         use_fast_variance: bool = True,
         promote_dtype: Any = promote,
@@ -232,7 +233,7 @@ class RMSNorm(_Norm):
     reduction_axes: Axes
     feature_axes: Axes
 
-    @checked("RMSNorm")
+    @checked("RMSNorm", axis_name=OVER)
     def __init__(
         self,
         num_features: int,
@@ -244,7 +245,7 @@ class RMSNorm(_Norm):
         scale_init: Init = ones,
         reduction_axes: Axes = -1,
         feature_axes: Axes = -1,
-        axis_name: AxisName | None = None,
+        axis_name: ExampleAxes | None = None,
         axis_index_groups: Any = None,
         use_fast_variance: bool = True,
         promote_dtype: Any = promote,
@@ -274,7 +275,7 @@ class GroupNorm(_ExampleNorm):
     group_size: int
     reduction_axes: Axes | None
 
-    @checked("GroupNorm")
+    @checked("GroupNorm", axis_name=OVER)
     def __init__(
         self,
         num_features: int,
@@ -289,7 +290,7 @@ class GroupNorm(_ExampleNorm):
         bias_init: Init = zeros,
         scale_init: Init = ones,
         reduction_axes: Axes | None = None,
-        axis_name: AxisName | None = None,
+        axis_name: ExampleAxes | None = None,
         axis_index_groups: Any = None,
         use_fast_variance: bool = True,
         promote_dtype: Any = promote,
@@ -317,7 +318,7 @@ class InstanceNorm(_ExampleNorm):
 
     feature_axes: Axes
 
-    @checked("InstanceNorm")
+    @checked("InstanceNorm", axis_name=OVER)
     def __init__(
         self,
         num_features: int,
@@ -330,7 +331,7 @@ class InstanceNorm(_ExampleNorm):
         bias_init: Init = zeros,
         scale_init: Init = ones,
         feature_axes: Axes = -1,
-        axis_name: AxisName | None = None,
+        axis_name: ExampleAxes | None = None,
         axis_index_groups: Any = None,
         use_fast_variance: bool = True,
         promote_dtype: Any = promote,

@@ -3,6 +3,7 @@
 from normlab.population._batches import BadBatch
 from normlab.population.backward import Tap, take_back, tapped, taps
 from normlab.population.by_name import (
+    init_digits,
     init_domains,
     init_population,
     init_prior,
@@ -17,6 +18,7 @@ from normlab.population.checkpoint import (
 )
 from normlab.population.cumulative import Cumulative, Estimator, init_cumulative
 from normlab.population.delayed import Delayed, exchange, init_delayed
+from normlab.population.digits import Digits
 from normlab.population.domains import Domains, select_domain, select_step
 from normlab.population.frozen import Frozen, freeze, thaw
 from normlab.population.mabn import Mabn, init_mabn
@@ -40,6 +42,7 @@ __all__ = [
     "BadBatch",
     "Cumulative",
     "Delayed",
+    "Digits",
     "Domains",
     "Estimator",
     "Frozen",
@@ -65,6 +68,7 @@ __all__ = [
     "freeze",
     "init_cumulative",
     "init_delayed",
+    "init_digits",
     "init_domains",
     "init_mabn",
     "init_population",

@@ -18,6 +18,7 @@ from normlab.errors import invalid, nearest
 from normlab.population._batches import statistics_dtype
 from normlab.population.cumulative import Cumulative, Estimator, init_cumulative
 from normlab.population.delayed import delay
+from normlab.population.digits import Digits
 from normlab.population.domains import Domains
 from normlab.population.frozen import Frozen
 from normlab.population.mabn import init_mabn
@@ -180,6 +181,33 @@ def init_rms(
     return Rms(init_population(inner, channels, dtype=dtype, **options))
 
 
+@checked("digits", inner=KINDS["population"])
+def init_digits(
+    channels: int,
+    *,
+    inner: str | Callable[..., Any] = "debiased",
+    dtype: DTypeLike | None = None,
+    **options: Any,
+) -> Digits:
+    """Returns statistics that keep how many digits their merging over devices lost.
+
+    Args:
+      channels: `C`.
+      inner: What is kept: a population, as in `init_population`.
+      dtype: As in `init_running`.
+      **options: The options of `inner`.
+
+    >>> from normlab import Sync, batch_norm
+    >>> a = 100 + jnp.array([[[-1.0], [1.0]], [[-1.0], [1.0]]])             # two devices
+    >>> def f(a):
+    ...     return batch_norm(a, None, init_digits(1), train=True, axis_name=Sync("d"))[1]
+    >>> jax.vmap(f, axis_name="d")(a).last.round(2)[0].tolist()            # log10(1 + 100²/1)
+    [4.0]
+    """
+    nothing = (jnp.zeros(channels, statistics_dtype(dtype)) for _ in range(2))
+    return Digits(init_population(inner, channels, dtype=dtype, **options), *nothing)
+
+
 @checked("frozen statistics", inner=KINDS["population"])
 def _frozen(
     channels: int, *, inner: str | Callable[..., Any] = "debiased", **options: Any
@@ -207,6 +235,7 @@ POPULATIONS: dict[str, Callable[..., Any]] = {
     "rms": init_rms,
     "power": init_power,
     "mabn": init_mabn,
+    "digits": init_digits,
     "frozen": _frozen,
     "batch": _batch,
 }
@@ -222,8 +251,8 @@ def init_population(population: str | Callable[..., Any], channels: int, **optio
         1), `"cumulative"` (`init_cumulative`), `"renorm"` (`init_renorm`), `"domains"`
         (`init_domains`), `"prior"` (`init_prior`), `"streaming"` (`init_streaming`), `"window"`
         (`init_window`), `"rms"` (`init_rms`), `"power"` (`init_power`), `"mabn"` (`init_mabn`),
-        `"frozen"` (`Frozen`), `"batch"` (nothing is kept:
-        inference normalizes with its own batch); or a function of the channels (and of the options
+        `"digits"` (`init_digits`), `"frozen"` (`Frozen`), `"batch"` (nothing is kept: inference
+        normalizes with its own batch); or a function of the channels (and of the options
         that are given, and of `dtype` if it has one).
       channels: `C`.
       **options: Those of the function it stands for.

@@ -28,6 +28,7 @@ from normlab._arguments import (
     text,
 )
 from normlab.errors import invalid, nearest
+from normlab.population._averages import never_merged
 from normlab.population._batches import arrays
 from normlab.population.optional import is_population
 from normlab.population.running import Running
@@ -100,7 +101,9 @@ def restore_states(states: Any, saved: Any) -> Any:
 
     Args:
       states: States, or any pytree, of the structure that was saved; the values do not matter.
-      saved: The same as nested dicts by the names of fields, keys and numbers.
+      saved: The same as nested dicts by the names of fields, keys and numbers. What tells how to
+        merge with other devices (`Running.fresh`, `Cumulative.among`) may be missing, as in
+        checkpoints from before there was such: then nothing was ever merged.
 
     Raises:
       ValueError: If something is missing or has another shape, or a setting is saved and differs.
@@ -118,7 +121,8 @@ def restore_states(states: Any, saved: Any) -> Any:
     }
     check_conventions(there, states)
     leaves, structure = jax.tree_util.tree_flatten_with_path(states)
-    found = [_found(path, saved) for path, _ in leaves]
+    later = _later(states, saved)
+    found = [later[path] if path in later else _found(path, saved) for path, _ in leaves]
     for (path, leaf), value in zip(leaves, found, strict=True):
         known = is_array(value) or is_number(value)
         if not known or jnp.shape(value) != jnp.shape(leaf):
@@ -165,7 +169,12 @@ def change_ddof(state: Running, ddof: int, *, count: float | None = None) -> Run
             "more than 1: the variances differ by the factor n / (n - 1)",
             "pass count=, the examples of a batch times the positions of each",
         )
-    return state._replace(var=state.var * (n - state.ddof) / (n - ddof), ddof=ddof)
+    var = state.var * (n - state.ddof) / (n - ddof)
+    new = state._replace(var=var, ddof=ddof)
+    return new if ddof == state.ddof else never_merged(new)
+
+
+SETTING = int | float | str | None
 
 
 def _describe(state: Any, saved: Any = None) -> str:
@@ -176,11 +185,27 @@ def _describe(state: Any, saved: Any = None) -> str:
         inner = saved.get(name) if isinstance(saved, Mapping) else getattr(saved, name, None)
         if is_population(value):
             said.append(f"{name}={_describe(value, inner)}")
-        elif isinstance(value, int | float | str | None) and not isinstance(value, np.generic):
-            kept = isinstance(saved, Mapping) and name in saved
+        elif isinstance(value, SETTING) and not isinstance(value, np.generic):
+            kept = isinstance(saved, Mapping) and isinstance(saved.get(name, ()), SETTING)
             value = inner if kept else value
             said += [] if value is None else [f"{name}={value!r}"]
     return f"{type(state).__name__}({', '.join(said)})"
+
+
+def _later(states: Any, saved: Any) -> dict[Any, Any]:
+    """By path, what an earlier version did not save, as it follows from the rest."""
+    grown = lambda leaf: hasattr(leaf, "lacking")  # noqa: E731
+    found = {}
+    for path, state in jax.tree_util.tree_flatten_with_path(states, is_leaf=grown)[0]:
+        if not grown(state):
+            continue
+        there = _found(path, saved)
+        there = there if isinstance(there, Mapping) else getattr(there, "_asdict", dict)()
+        for name, value in state.lacking(dict(there)).items():
+            key = jax.tree_util.GetAttrKey(name)
+            leaves, _ = jax.tree_util.tree_flatten_with_path(value)
+            found |= {(*path, key, *more): leaf for more, leaf in leaves}
+    return found
 
 
 def _found(path: Any, saved: Any) -> Any:

@@ -10,16 +10,19 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 from jax.typing import DTypeLike
 
 from normlab._arguments import checked, declare, one_of
 from normlab._trees import register
 from normlab.comoments import sample, second_shape, shaped_as
+from normlab.devices.mapped import check_bound, device_count
 from normlab.devices.topology import AxisName, as_sync
 from normlab.devices.whole import all_reduce
 from normlab.errors import invalid
 from normlab.measure import Moments, merge
+from normlab.population._averages import largest, mark_of
 from normlab.population._batches import BadBatch, arrays, check_batch, statistics_dtype, taken_in
 
 Estimator = Literal["pooled", "within"]
@@ -48,6 +51,9 @@ class Cumulative(NamedTuple):
       skipped: `[]` int32, the number of batches left out: empty, or not finite.
       rest: `[2]`, what is to be added to `updates` and `skipped` where they are a device's share of
         a pooled state (`share_running`), which need not be whole; else 0.
+      among: `[]` int32, on how many devices the same state lies since it was pooled. The next
+        update is to a device's share of it, so that what was alike counts once in the next pool; 1
+        from then on, and where it never was pooled.
       ddof: 0 for the variance of the values seen, 1 for the unbiased one; not a leaf.
       estimator: The `Estimator` of the variance; not a leaf.
     """
@@ -59,6 +65,7 @@ class Cumulative(NamedTuple):
     updates: Array
     skipped: Array
     rest: Array
+    among: Array = np.ones((), np.int32)  # pyright: ignore[reportAssignmentType]
     ddof: int = 0
     estimator: Estimator = "pooled"
 
@@ -77,7 +84,7 @@ class Cumulative(NamedTuple):
                 "no decay: every value weighs the same",
                 "leave it out, or keep an average that forgets, from init_running",
             )
-        self = arrays(self)
+        self = self._divided(jnp.asarray(self.among))
         m = check_batch("cumulative statistics", m, bad_batch)
         means = sample(self.count, self.mean, self.between)
         one = shaped_as(means, jax.tree.map(lambda f: f.astype(self.mean.dtype), m))
@@ -112,13 +119,21 @@ class Cumulative(NamedTuple):
     def pool(self, axis_name: AxisName) -> Cumulative:
         """Merges with those of the other devices, each weighted by its count.
 
-        Of what is counted the result has the sum: pool what devices kept apart, once.
+        Of what is counted the result has the sum. What was alike since it was pooled counts once.
+        A batch is a device's: by `"within"`, what lies between the devices is left out.
         """
         self = arrays(self)
         if self.updates.ndim:  # stacked
             return jax.vmap(lambda state: state.pool(axis_name))(self)
-        means = all_reduce(sample(self.count, self.mean, self.between), axis_name)
         names = as_sync(axis_name).names
+        check_bound("pool", names)
+        mark = mark_of(self.count, self.mean, self.within, self.between)[None]
+        gone_on = (self.among == 1).astype(jnp.int32)
+        (gone_on, among), (copies,) = largest([gone_on[None], self.among[None]], mark, names)
+        gone_on, among = gone_on[0] > 0, among[0]
+        devices = device_count(names)
+        self = self._divided(jnp.where(gone_on, self.among, copies))
+        means = all_reduce(sample(self.count, self.mean, self.between), axis_name)
         counters = jnp.stack([self.updates, self.skipped])
         within, counters, rest = lax.psum((self.within, counters, self.rest), names)
         counters += jnp.round(rest).astype(counters.dtype)
@@ -130,18 +145,25 @@ class Cumulative(NamedTuple):
             updates=counters[0],
             skipped=counters[1],
             rest=rest - jnp.round(rest),
+            among=jnp.where(gone_on, devices, among * devices // copies),
         )
 
     def share(self, devices: int) -> Cumulative:
         """A device's share of what is counted."""
+        return self._divided(jnp.int32(devices))
+
+    def _divided(self, devices: Array) -> Cumulative:
+        """A share of the state among so many devices, `[]`; or, stacked, of each."""
         self = arrays(self)
-        parts = {name: getattr(self, name) / devices for name in ("count", "within", "between")}
+        per = lambda v: jnp.expand_dims(devices, range(devices.ndim, v.ndim)).astype(v.dtype)  # noqa: E731
+        parts = {n: v / per(v) for n, v in self._asdict().items() if n in SUMS}
         counters = jnp.stack([self.updates, self.skipped], -1)
-        whole = -(-counters // devices)
-        exact = (counters.astype(self.rest.dtype) + self.rest) / devices
-        rest = exact - whole.astype(exact.dtype)
-        parts |= {"updates": whole[..., 0], "skipped": whole[..., 1], "rest": rest}
-        return self._replace(**parts)
+        whole = -(-counters // per(counters))
+        exact = (counters.astype(self.rest.dtype) + self.rest) / per(self.rest)
+        parts |= {"rest": exact - whole.astype(exact.dtype)}
+        parts |= {"updates": whole[..., 0], "skipped": whole[..., 1]}
+        kept = {n: jnp.where(per(v) > 1, v, getattr(self, n)) for n, v in parts.items()}
+        return self._replace(**kept, among=jnp.ones_like(self.among))
 
     def settled(self, seen: Any, estimator: str | None) -> Cumulative:
         """What a transaction saw, with the settings of this."""
@@ -154,8 +176,15 @@ class Cumulative(NamedTuple):
             )
         return seen._replace(ddof=self.ddof, estimator=self.estimator)
 
+    def lacking(self, saved: dict[str, Any]) -> dict[str, Any]:
+        """The fields that a checkpoint from before there were such does not have."""
+        return {} if "among" in saved else {"among": jnp.ones_like(self.among)}
+
 
 register(Cumulative, "ddof", "estimator")
+
+SUMS = ("count", "within", "between")
+"""The fields that add up."""
 
 
 @checked("cumulative statistics")
@@ -184,4 +213,5 @@ def init_cumulative(
     sums = (jnp.zeros(shape, dtype) for shape in (channels, channels, second, second))
     counters = (jnp.zeros((), jnp.int32) for _ in range(2))
     rest = jnp.zeros(2, dtype)
-    return Cumulative(*sums, *counters, rest=rest, ddof=ddof, estimator=estimator)
+    among = jnp.ones((), jnp.int32)
+    return Cumulative(*sums, *counters, rest=rest, among=among, ddof=ddof, estimator=estimator)

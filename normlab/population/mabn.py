@@ -10,6 +10,8 @@ from jax.typing import ArrayLike, DTypeLike
 
 from normlab._arguments import checked, integer, number, settled_decay
 from normlab._trees import register
+from normlab.devices.mapped import device_count
+from normlab.devices.topology import AxisName, as_sync
 from normlab.measure import Moments
 from normlab.population._batches import (
     BadBatch,
@@ -19,6 +21,7 @@ from normlab.population._batches import (
     taken_in,
 )
 from normlab.population.backward import Tap, no_tap
+from normlab.population.optional import averaged
 from normlab.population.rms import about_zero, observe_about_zero
 from normlab.population.window import merged, put
 
@@ -136,6 +139,20 @@ class Mabn(NamedTuple):
         self = arrays(self)
         gz = self.gz.at[self.taken % self.size].set(seen.gz.astype(self.gz.dtype))
         return self._replace(gz=gz, taken=self.taken + 1)
+
+    def pool(self, axis_name: AxisName) -> Mabn:
+        """Averages over the devices, χ²_EMA by the number of values in their windows.
+
+        A device that left a batch out still has the one before in its place.
+        """
+        self, names = arrays(self), as_sync(axis_name).names
+        values = self.count.sum(-2)
+        whole = lax.psum(values, names)
+        devices = device_count(names)
+        share = jnp.where(whole > 0, values / jnp.where(whole > 0, whole, 1), 1 / devices)
+        weighed = jnp.where(share > 0, share * self.var, 0), share.mean(-1) * self.mass
+        var, mass = lax.psum(weighed, names)
+        return averaged(self, axis_name)._replace(var=var, mass=mass)
 
     def options(self) -> dict[str, Any]:
         """The name and the decay."""

@@ -232,13 +232,7 @@ def options_of(name: str, inner: Any) -> dict[str, Any]:
 @_asks(inner=False)
 def pool(state: Any, axis_name: AxisName) -> Any:
     """Merges with the states of other devices: averages, and of whole numbers the largest."""
-    names = as_sync(axis_name).names
-
-    def one(v: Any) -> Array:
-        v = jnp.asarray(v)
-        return (lax.pmean if jnp.issubdtype(v.dtype, jnp.inexact) else lax.pmax)(v, names)
-
-    return jax.tree.map(one, arrays(state))
+    return averaged(state, axis_name)
 
 
 @_asks(inner=False)
@@ -291,6 +285,17 @@ def update_inner(self: Any, m: Moments, *, decay: Any = None, bad_batch: BadBatc
 def read_inner(self: Any) -> tuple[Array, Array]:
     """Returns those of `inner`."""
     return self.inner.read()
+
+
+def averaged(tree: Any, axis_name: AxisName) -> Any:
+    """The averages of floating arrays over the devices, and the largest of whole numbers."""
+    names = as_sync(axis_name).names
+
+    def one(v: Any) -> Array:
+        v = jnp.asarray(v)
+        return (lax.pmean if jnp.issubdtype(v.dtype, jnp.inexact) else lax.pmax)(v, names)
+
+    return jax.tree.map(one, arrays(tree))
 
 
 def pool_inner(self: Any, axis_name: AxisName) -> Any:

@@ -12,8 +12,10 @@ from jax.typing import ArrayLike
 from normlab._arguments import KINDS, checked, number
 from normlab.devices.topology import AxisName
 from normlab.errors import invalid
+from normlab.population._averages import pooled
 from normlab.population.checkpoint import check_conventions
-from normlab.population.optional import is_population, pool, share
+from normlab.population.optional import is_population, pool, pool_inner, share
+from normlab.population.running import Running
 
 
 @checked("pool running")
@@ -28,7 +30,16 @@ def pool_running(states: Any, axis_name: AxisName) -> Any:
     Raises:
       ValueError: If an axis name is not bound where this is called.
     """
-    return map_populations(lambda state: pool(state, axis_name), states)
+    leaves, structure = jax.tree.flatten(states, is_leaf=is_population)
+    held = {i: _average(leaf) for i, leaf in enumerate(leaves)}
+    held = {i: average for i, average in held.items() if average is not None}
+    new = dict(zip(held, pooled([*held.values()], axis_name), strict=True)) if held else {}
+    for i, leaf in enumerate(leaves):
+        if i in new:
+            leaves[i] = _around(leaf, new[i])
+        elif is_population(leaf):
+            leaves[i] = pool(leaf, axis_name)
+    return jax.tree.unflatten(structure, leaves)
 
 
 @checked("merge running")
@@ -63,8 +74,13 @@ def merge_running(states: Any) -> Any:
             "a leading axis of the devices, of one length, in every array",
             "stack the devices' statistics along a new first axis",
         )
-    pooled = jax.vmap(lambda s: pool_running(s, "_"), axis_name="_")(states)
-    return jax.tree.map(lambda v: v[0], pooled)
+    return _in_one_place(states)
+
+
+@jax.jit
+def _in_one_place(states: Any) -> Any:
+    merged = jax.vmap(lambda s: pool_running(s, "_"), axis_name="_")(states)
+    return share_running(jax.tree.map(lambda v: v[0], merged), 1)
 
 
 @checked("share running")
@@ -114,6 +130,20 @@ def average_running(states: Any, average: Any, step_size: ArrayLike) -> Any:
         return old + jnp.asarray(step_size, old.dtype) * (new.astype(old.dtype) - old)
 
     return jax.tree.map(one, states, average)
+
+
+def _average(state: Any) -> Running | None:
+    """The average that a population is, or of which alone it merges: all of a net go together."""
+    while getattr(type(state), "pool", None) is pool_inner:
+        state = state.inner
+    return state if isinstance(state, Running) else None
+
+
+def _around(state: Any, average: Running) -> Any:
+    """The population with that average in place of its own."""
+    if isinstance(state, Running):
+        return average
+    return state._replace(inner=_around(state.inner, average))
 
 
 def map_populations(f: Any, states: Any) -> Any:

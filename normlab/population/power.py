@@ -10,10 +10,11 @@ from jax.typing import DTypeLike
 
 from normlab._arguments import checked, integer, settled_decay
 from normlab._trees import register
+from normlab.devices.topology import AxisName
 from normlab.measure import Moments
 from normlab.population._batches import BadBatch, arrays
 from normlab.population.backward import Tap, no_tap
-from normlab.population.optional import options_of, pool_inner, read_inner, updated
+from normlab.population.optional import averaged, options_of, pool, read_inner, updated
 from normlab.population.rms import about_zero, observe_about_zero
 from normlab.population.running import init_running
 
@@ -43,12 +44,16 @@ class Power(NamedTuple):
     begin: Array
     decay: float = 0.9
 
-    observe, read, pool = observe_about_zero, read_inner, pool_inner
+    observe, read = observe_about_zero, read_inner
 
     def update(self, m: Moments, *, decay: Any = None, bad_batch: BadBatch = "skip") -> Power:
         """Takes the mean of squares in."""
         new = updated(self.inner, about_zero(m), decay=decay, bad_batch=bad_batch)
         return self._replace(inner=new)
+
+    def pool(self, axis_name: AxisName) -> Power:
+        """Merges `inner`, and averages ν."""
+        return self._replace(inner=pool(self.inner, axis_name), nu=averaged(self.nu, axis_name))
 
     def alone(self, train: bool) -> bool:
         """No: one value is normalized by what was seen."""

@@ -12,6 +12,7 @@ from normlab._arguments import checked, integer, number, settled_decay, settled_
 from normlab._trees import node
 from normlab.errors import invalid
 from normlab.measure import Moments
+from normlab.population._averages import remembering
 from normlab.population._batches import arrays
 from normlab.population.optional import normalizer, pool_inner, read_inner, settled, update_inner
 from normlab.population.running import init_running
@@ -133,6 +134,6 @@ def init_renorm(
             "let the limits grow after begin",
         )
     running = init_running(channels, decay=decay, ddof=ddof, debias=debias, dtype=dtype)
-    running = running._replace(sigma_eps=eps)
+    running = remembering(running._replace(sigma_eps=eps))
     limits = (jnp.array(v, running.mean.dtype) for v in (r_max, d_max))
     return Renorm(running, *limits, *(jnp.int32(v) for v in (begin, r_end, d_end)))

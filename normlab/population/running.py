@@ -15,6 +15,7 @@ from __future__ import annotations
 from typing import Any, Literal, NamedTuple
 
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jax.core import Tracer
 from jax.typing import DTypeLike
@@ -22,8 +23,9 @@ from jax.typing import DTypeLike
 from normlab._arguments import checked, one_of, settled_decay
 from normlab._trees import register
 from normlab.comoments import sample, second_shape
+from normlab.devices.topology import AxisName
 from normlab.measure import Moments
-from normlab.population._averages import pooled
+from normlab.population._averages import never_merged, pooled, product, remembering
 from normlab.population._batches import BadBatch, arrays, check_batch, statistics_dtype, taken_in
 
 
@@ -39,6 +41,11 @@ class Running(NamedTuple):
         is, from the first update on; 0 if it is not known.
       updates: `[]` int32, the number of batches taken in.
       skipped: `[]` int32, the number of batches left out: empty, or not finite.
+      fresh: `[4]`, of the batches since the states of devices were last merged, of all if they
+        never were: their weight out of `mass`, the number of their values, their own number; and a
+        mark of what the merge came to, 0 before the first.
+      before: Mean and variance as they were merged last, one after the other, where a merge asks for
+        them: with ddof 1 or `sigma_eps`; else `None`.
       decay: The weight of the old value in an update that names no other; not a leaf.
       ddof: 0 for the variance that normalized the batch, 1 for the unbiased one; not a leaf.
       sigma_eps: `None` averages the variances. A number ε averages σ = √(var + ε), as batch
@@ -54,6 +61,8 @@ class Running(NamedTuple):
     count: Array  # pyright: ignore[reportIncompatibleMethodOverride]
     updates: Array
     skipped: Array
+    fresh: Array = np.zeros(4, np.float32)  # pyright: ignore[reportAssignmentType]
+    before: Array | None = None
     decay: float = 0.9
     ddof: int = 0
     sigma_eps: float | None = None
@@ -79,9 +88,13 @@ class Running(NamedTuple):
         rate = (1 - decay) / jnp.where(mass > 0, mass, 1)
         count = m.count.mean().astype(self.count.dtype)
         known = jnp.where(self.count > 0, rate, 1)
+        weight, values, batches, mark = self.fresh.astype(self.mass.dtype)
+        # Those before of an average that did not know their count had as many values each.
+        values += count * jnp.where(values > 0, 1, batches + 1)
+        fresh = jnp.stack([decay * weight + (1 - decay), values, batches + 1, mark])
         new = self._averaged(rate, var)
         if self.estimator == "pooled":
-            new += rate * (1 - rate) * jnp.square(mean - self.mean)
+            new += rate * (1 - rate) * product(self, mean - self.mean)
         return taken_in(
             self,
             m,
@@ -91,6 +104,7 @@ class Running(NamedTuple):
             var=new,
             mass=mass,
             count=self.count + known * (count - self.count),
+            fresh=fresh,
         )
 
     def _averaged(self, rate: Array, var: Array) -> Array:
@@ -104,7 +118,9 @@ class Running(NamedTuple):
         """Returns `(mean, var)`, `[C]`."""
         return arrays((self.mean, self.var))
 
-    pool = pooled
+    def pool(self, axis_name: AxisName) -> Running:
+        """Merges with those of the other devices, each weighted by the values that it saw."""
+        return pooled([self], axis_name)[0]
 
     def moments(self) -> Moments:
         """Moments that weigh as much as the state's mass."""
@@ -125,7 +141,7 @@ class Running(NamedTuple):
         """The same, with the statistics that a transaction saw."""
         mean, var = seen._replace(ddof=self.ddof, estimator=estimator or "pooled").read()
         batches = jnp.maximum(seen.updates, 1).astype(mean.dtype)
-        return self._replace(
+        new = self._replace(
             mean=mean,
             var=var,
             mass=jnp.ones_like(self.mass),
@@ -133,9 +149,20 @@ class Running(NamedTuple):
             updates=seen.updates,
             skipped=seen.skipped,
         )
+        return never_merged(new)
+
+    def lacking(self, saved: dict[str, Any]) -> dict[str, Any]:
+        """The fields that a checkpoint from before there were such does not have."""
+        if "fresh" in saved:
+            return {}
+        new = never_merged(self._replace(**{n: saved[n] for n in KEPT if n in saved}))
+        return {"fresh": new.fresh, "before": new.before}
 
 
 register(Running, "decay", "ddof", "sigma_eps", "estimator")
+
+KEPT = ("mean", "var", "mass", "count", "updates")
+"""The fields from which those follow that came later."""
 
 
 POOLED = one_of(Literal["pooled"], "None or 'pooled'")
@@ -172,14 +199,16 @@ def init_running(
     dtype = statistics_dtype(dtype)
     shape = second_shape("running statistics", channels, groups)
     one = jnp.ones(shape, dtype) if groups is None else jnp.eye(shape[-1], dtype=dtype)
-    return Running(
+    new = Running(
         mean=jnp.zeros(channels, dtype),
         var=jnp.broadcast_to(one, shape),
         mass=jnp.full((), 0 if debias else 1, dtype),
         count=jnp.zeros((), dtype),
         updates=jnp.zeros((), jnp.int32),
         skipped=jnp.zeros((), jnp.int32),
+        fresh=jnp.zeros(4, dtype),
         decay=decay,
         ddof=ddof,
         estimator=estimator,
     )
+    return remembering(new)

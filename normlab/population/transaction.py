@@ -26,7 +26,7 @@ from jax.typing import ArrayLike
 from normlab._arguments import Kind, checked, is_array, only, read, tree
 from normlab._trees import node
 from normlab._xla import zeros_of
-from normlab.devices.topology import AxisName
+from normlab.devices.topology import AxisName, as_sync
 from normlab.errors import invalid
 from normlab.measure import Moments
 from normlab.population._batches import BadBatch, arrays, finite
@@ -84,7 +84,7 @@ class Pending(NamedTuple):
     def pool(self, axis_name: AxisName) -> Pending:
         """Merges what the devices saw, and `inner`."""
         self = arrays(self)
-        broken = lax.pmax(self.broken.astype(jnp.int32), axis_name) > 0
+        broken = lax.pmax(self.broken.astype(jnp.int32), as_sync(axis_name).names) > 0
         return Pending(pool(self.inner, axis_name), pool(self.seen, axis_name), broken)
 
 
@@ -110,7 +110,9 @@ def _begin(state: Any) -> Pending:
     # An array for each field, which may be donated.
     sums = (zeros_of(v) for v in (mean, mean, var, var))
     counters = (zeros_of(mean).any(-1).astype(jnp.int32) for _ in range(2))
-    seen = Cumulative(*sums, *counters, rest=zeros_of(jnp.stack([mean.sum(-1)] * 2, -1)))
+    rest = zeros_of(jnp.stack([mean.sum(-1)] * 2, -1))
+    among = zeros_of(mean).any(-1).astype(jnp.int32) + 1
+    seen = Cumulative(*sums, *counters, rest=rest, among=among)
     return Pending(state, seen, zeros_of(mean).any(-1))
 
 

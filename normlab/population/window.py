@@ -6,11 +6,12 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 from jax.typing import DTypeLike
 
 from normlab._arguments import checked, integer
 from normlab._trees import node
+from normlab.devices.mapped import device_count
 from normlab.devices.topology import AxisName, as_sync
 from normlab.devices.whole import all_reduce
 from normlab.errors import invalid
@@ -110,19 +111,19 @@ class Window(NamedTuple):
         return {"population": "window"}
 
     def pool(self, axis_name: AxisName) -> Window:
-        """Merges with those of the other devices, batch by batch."""
+        """Merges with those of the other devices, batch by batch.
+
+        Each has the mean count of the devices' batches, so that those still to come weigh as much.
+        A device that left a batch out still has the one before in its place.
+        """
         self = arrays(self)
         if self.updates.ndim:  # stacked
             return jax.vmap(lambda state: state.pool(axis_name))(self)
         m = all_reduce(self.ring(), axis_name)
         names = as_sync(axis_name).names
-        counters = (jax.lax.pmax(v, names) for v in (self.updates, self.skipped))
-        return Window(*m, *counters)
-
-    def share(self, devices: int) -> Window:
-        """A device's share of what is counted."""
-        self = arrays(self)
-        return self._replace(count=self.count / devices, m2=self.m2 / devices)
+        devices = device_count(names)
+        counters = (lax.pmax(v, names) for v in (self.updates, self.skipped))
+        return Window(m.count / devices, m.mean, m.m2 / devices, *counters)
 
 
 @checked("window", size=integer("a number of batches, at least 1", "pass for example 8", 1))

@@ -21,6 +21,7 @@ from experiments.bench import conv as bench_conv
 from experiments.bench import lm as bench_lm
 from experiments.bench import ops as bench_ops
 from experiments.bench import peers_jax as bench_jax
+from experiments.bench import sync as bench_sync
 from experiments.bench import tables as bench_report
 from experiments.bench import training as bench_training
 from experiments.bench.config import (
@@ -30,8 +31,9 @@ from experiments.bench.config import (
     BenchLm,
     BenchOps,
     BenchStep,
+    BenchSync,
 )
-from experiments.bench.turns import Process, Repeated, ask_all, take_turns
+from experiments.bench.turns import Process, Repeated, ask_all, paired, take_turns
 from experiments.bench.worker import (
     BOTH,
     COPY,
@@ -148,6 +150,11 @@ class TestTurns:
         assert len(calls) - before == 1 + turn.repetitions
         assert waited[-2:] == [before + 1, len(calls)]
         assert Repeated(call, 1e-3).repetitions == 1
+
+    def test_a_ratio_is_that_of_the_same_round(self):
+        taken = {"a": [1.0, 10.0, 4.0, 9.0, 5.0], "b": [2.0, 10.0, 2.0, 3.0, 10.0]}
+        assert paired(taken, "a", "b") == (1.0, 0.5, 2.0)
+        assert paired({"a": [1.0], "b": [4.0]}, "a", "b") == (0.25, 0.25, 0.25)
 
 
 class TestProcess:
@@ -662,3 +669,60 @@ def test_every_peer_takes_turns_in_one_run(tmp_path):
     for case in result["cases"]:
         assert {row["peer"] for row in case["contestants"]} == {"normlab", *PEERS}
         assert [row["reason"] for row in case["contestants"]] == [None] * len(case["contestants"])
+
+
+class TestSync:
+    def test_the_table_is_over_the_floor_and_over_flax_in_the_same_round(self):
+        turns = {
+            ("copy", "forward"): [2.0, 2.0, 2.0],
+            ("normlab", "forward"): [3.0, 4.0, 50.0],
+            ("normlab", "forward+backward"): [5.0, 10.0, 20.0],
+            ("flax", "forward"): [3.0, 4.0, 100.0],
+            ("flax", "forward+backward"): [10.0, 20.0, 20.0],
+        }
+        taken = {("2 devices", *key): ms for key, ms in turns.items()}
+        floor, ours, flax = bench_sync.times(bench_sync.Result({(4, 16): taken}, []))
+        assert floor == ("4×16", "2 devices", "floor", "2.000", "1.0", "–", "5.000", "1.0", "–")
+        cells = ("4.000", "2.0", "1.00 (0.75–1.00)", "10.000", "2.0", "0.50 (0.50–0.75)")
+        assert ours == ("4×16", "2 devices", "normlab", *cells)
+        assert flax[2:] == ("flax", "4.000", "2.0", "1", "20.000", "4.0", "1")
+
+    def test_contestants_that_do_other_work_are_refused(self):
+        ours = [np.array([1.0, -2.0]), np.array([3.0])]
+        close = [ours[0] * (1 + 1e-6), ours[1]]
+        assert 0 < bench_sync.gap({"normlab": ours, "flax": close}) < 2e-6
+        for wrong in (1.01, np.nan):
+            with pytest.raises(RunError, match=r"haiku and normlab are .* same work"):
+                bench_sync.gap({"normlab": ours, "haiku": [ours[0], ours[1] * wrong]})
+
+    def test_what_was_left_out_is_said_with_the_reason(self, monkeypatch):
+        refused = bench_sync.Result({}, [], 2e-7, ("2.15", "ValueError: wants a GPU"))
+        first, *rest = bench_sync.remarks(BenchSync(), refused)
+        assert "medians of 31 turns" in first
+        assert "MALLOC_MMAP_MAX_=0" in first
+        assert "2e-07" in first
+        assert any("SyncBatchNorm is not timed (torch 2.15): ValueError: wants" in s for s in rest)
+        for module in ("haiku", "torch"):
+            monkeypatch.setitem(sys.modules, module, None)
+        said = list(bench_sync.remarks(BenchSync(reuse_memory=False), bench_sync.Result({}, [])))
+        assert "memory as the system has it" in said[0]
+        assert any("left out: haiku, torch" in s and "pip install" in s for s in said)
+        alone = bench_sync.remarks(BenchSync(processes=1), bench_sync.Result({}, []))
+        assert not any("torch" in s for s in alone)
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize("processes", [1, 2])
+    def test_all_take_turns_and_do_the_same(self, processes, monkeypatch, capsys):
+        monkeypatch.setattr(bench_sync, "SHAPES", ((4, 16), (2, 3, 3, 8)))
+        few = ("--rounds", "2", "--turn-ms", "0.1", "--processes", str(processes))
+        assert cli.main(["bench", "sync", "--markdown", *few]) == 0
+        printed = capsys.readouterr().out
+        for shape in ("4×16", "2×3×3×8"):
+            for over in ("2 devices", "2 processes"):
+                for name in ("floor", "normlab", "flax", "flax, two-pass"):
+                    row = f"| {shape} | {over} | {name} |"
+                    assert (row in printed) == (over == "2 devices" or processes == 2)
+        with_torch = importlib.util.find_spec("torch") is not None and processes == 2
+        assert ("| 2 processes | torch" in printed) == with_torch
+        assert "| 4×16 | normlab |" in printed
+        assert "agree to" in printed

@@ -230,8 +230,8 @@ class TestLearn:
         at = [i for i, r in enumerate(trained) if isinstance(r, Checkpoint)]
         # As the directory keeps it, and brings it back.
         directory = Kept(tmp_path, "test", "key")
-        directory.write_bytes("conditions/00.partial", kept._pack([], 0.0, trained[at[0]]))
-        _, _, checkpoint = directory._partial("conditions/00.partial")
+        directory.keep("conditions/00.jsonl", kept.Partial(kept._pack([], 0.0, trained[at[0]])))
+        _, _, checkpoint = kept._unpack(directory.partial("conditions/00.jsonl"))
         again = list(map(keep, two_rates()(checkpoint)))
         expected = trained[at[0] + 1 :]
         assert [r for r in again if not isinstance(r, Checkpoint)] == [
@@ -474,7 +474,7 @@ class TestFaults:
         code = sources.version(f"experiments.questions.{name}")
         at = Kept(tmp_path, name, "key")
         tasks = [pool.Task(name, wrong, 0, at, 0.5, version) for version in (code, "another")]
-        ended = pool.work(tasks, 1, lambda task, share: None, pinned=False)
+        ended = pool.work(tasks, lambda task, share: None, jobs=1, pinned=False)
         said = {done.task.version: done.error for done in ended}
         assert said["another"] == "the sources of figure1 changed while it ran; run it again."
         assert "(in figure1, " in said[code]
@@ -589,6 +589,16 @@ class TestConfig:
     def test_more_evaluations_than_steps_are_refused(self):
         with pytest.raises(RunError, match="--evaluations: got 7, but --steps is 6"):
             dataclasses.replace(TINY, evaluations=7)
+
+    @pytest.mark.parametrize("rate", [0.0, -0.1, math.inf, math.nan])
+    def test_a_rate_that_trains_nothing_is_refused(self, rate):
+        with pytest.raises(RunError, match=f"--lr: got {rate}; it must be positive and finite"):
+            dataclasses.replace(TINY, lr=rate)
+
+    @pytest.mark.parametrize(("field", "near"), [("dataset", "digits"), ("optimizer", "adam")])
+    def test_an_unknown_name_is_refused_with_the_nearest(self, field, near):
+        with pytest.raises(RunError, match=f"--{field}: got '{near}s'.*did you mean '{near}'"):
+            dataclasses.replace(TINY, **{field: f"{near}s"})
 
     def test_a_batch_larger_than_the_data_is_refused(self):
         images = np.zeros((15, 8, 8, 1), np.uint8)

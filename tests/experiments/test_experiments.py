@@ -31,6 +31,7 @@ from experiments.engine import Records
 from experiments.numerics import family
 from experiments.rundir import RunDirectory, RunError
 from experiments.terminal import console
+from experiments.training.config import takes
 from experiments.training.tasks import Classification
 from experiments.training.train import Train
 from experiments.training.trainer import (
@@ -285,6 +286,34 @@ class TestCompare:
             assert (out / f"{name}.png").read_bytes().startswith(b"\x89PNG")
             assert b"<svg" in (out / f"{name}.svg").read_bytes()
 
+    @pytest.mark.parametrize(
+        ("axes", "numbers", "norms"),
+        [
+            ("inner", "groups=2", ("batch",)),
+            *slow(
+                [
+                    ("inner+every=2", "groups=2+every=2", ("batch", "weight")),
+                    ("local", "local", ("batch",)),
+                ]
+            ),
+        ],
+    )
+    def test_groups_of_a_mesh_are_groups_by_number(self, tmp_path, axes, numbers, norms):
+        """A shard_map over two axes beside a pmap over one."""
+        ends = []
+        for name, sync, mesh in (("mesh", axes, (4, 2)), ("flat", numbers, ())):
+            config = Compare(
+                dataset="digits", model="mlp", norms=norms, sync=sync, mesh=mesh, batch_size=32,
+                steps=4, evaluations=1, seeds=2, run_dir=tmp_path / name,
+            )  # fmt: skip
+            comparison = Comparison(config)
+            list(comparison.run())
+            ends.append([r for lane in comparison.lanes for r in lane.records])
+            assert json.loads((tmp_path / name / "config.json").read_text())["mesh"] == [*mesh]
+        losses = [[(r["test_loss"], r["train_loss"] or 0) for r in end] for end in ends]
+        np.testing.assert_allclose(*losses, rtol=1e-5)
+        assert {r["step"] for r in ends[0]} == {0, 4}
+
     def test_a_norm_that_diverges_is_a_result_and_the_others_go_on(self, tmp_path):
         config = Compare(
             dataset="digits", model="mlp", norms=("none", "batch"), optimizer="sgd", lr=1e38,
@@ -402,6 +431,13 @@ class TestNormsOfOnesOwn:
             assert options.get("groups") == (4 if name == "whitening" else None)
         assert dict(run.norm_of("group").made.options)["groups"] == 4
 
+    def test_the_axis_of_the_data_is_told_to_what_measures_the_batch_alone(self):
+        for name in nl.names():
+            measures = nl.row(name).axis_of == "batch" and name != "weight"
+            assert takes(name, "axis_name") == measures, name
+        assert Train().norm_of("layer", "data") == Train().norm_of("layer")
+        assert dict(Train().norm_of("batch", "data").made.options)["axis_name"] == "data"
+
     @pytest.mark.parametrize(
         ("norm", "words"),
         [
@@ -450,7 +486,16 @@ REFUSED = {
     "data set": (["--dataset", "mnits"], ["did you mean 'mnist'", "cifar10"]),
     "model": (["--model", "cnov"], ["did you mean 'conv'", "mlp"]),
     "option": (["--stepz", "3"], ["--stepz", "--steps"]),
-    "choice": (["--sync", "globl"], ["globl", "global"]),
+    "choice": (["--optimizer", "adm"], ["adm", "adam"]),
+    "sync": (["--sync", "locale"], ["--sync locale", "did you mean 'local'"]),
+    "inner": (["--sync", "inner"], ["inner needs a mesh of several axes", "--mesh 4 2"]),
+    "axis": (["--mesh", "4", "2", "--sync", "together=chip"], ["no axis 'chip'", "axis0, axis1"]),
+    "mesh": (["--mesh", "4", "4"], ["--mesh 4 4", "16 devices", "there are 8"]),
+    "no mesh": (["--mesh", "8", "0"], ["--mesh: got 8 0", "at least 1"]),
+    "sync of devices": (
+        ["--dataset", "digits", "--norms", "batch", "--sync", "groups=3"],
+        ["--norms batch --sync groups=3", "groups of 3 for 8 devices", "groups of 2"],
+    ),
     "batch": (["--batch-size", "100"], ["100", "8", "96", "104"]),
     "large batch": (["--dataset", "digits", "--batch-size", "8000"], ["8000", "1437"]),
     "groups": (["--dataset", "digits", "--groups", "5"], ["groups=5", "8 channels", "1, 2, 4, 8"]),

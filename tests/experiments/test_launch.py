@@ -320,11 +320,20 @@ def slow(*values: str) -> list:
     return [pytest.param(value, marks=pytest.mark.slow) for value in values]
 
 
-@pytest.mark.parametrize("sync", ["every=2", *slow("all", "local", "groups=2", "ghost=2")])
-def test_a_run_that_goes_on_is_the_run_in_one_piece(tmp_path, sync):
-    train(tiny(tmp_path / "pieces", sync=sync, steps=2))
-    pieces = train(tiny(tmp_path / "pieces", sync=sync)).summary
-    whole = train(tiny(tmp_path / "whole", sync=sync)).summary
+@pytest.mark.parametrize(
+    ("sync", "mesh"),
+    [
+        ("every=2", ()),
+        ("inner+every=2", (4, 2)),
+        *(pytest.param(sync, (), marks=pytest.mark.slow) for sync in ("all", "local", "ghost=2")),
+        pytest.param("inner", (4, 2), marks=pytest.mark.slow),
+        pytest.param("groups=2", (), marks=pytest.mark.slow),
+    ],
+)
+def test_a_run_that_goes_on_is_the_run_in_one_piece(tmp_path, sync, mesh):
+    train(tiny(tmp_path / "pieces", sync=sync, mesh=mesh, steps=2))
+    pieces = train(tiny(tmp_path / "pieces", sync=sync, mesh=mesh)).summary
+    whole = train(tiny(tmp_path / "whole", sync=sync, mesh=mesh)).summary
     assert pieces is not None
     assert whole is not None
     assert all(pieces[name] == whole[name] for name in ("test_loss", "accuracy"))
@@ -345,9 +354,7 @@ def test_running_statistics_of_other_devices_are_merged(tmp_path, sync, monkeypa
     config = tiny(tmp_path / "run", sync=sync)
     train(config)
     eight = restored(config)
-    devices = jax.devices()[:4]
-    monkeypatch.setattr(jax, "devices", lambda: devices)
-    monkeypatch.setattr(jax, "device_count", lambda: 4)
+    on_devices(4, monkeypatch)
     four = restored(config)
     for before, after in zip(running(eight), running(four), strict=True):
         assert np.ptp(before.mean, axis=0).max() > 1e-3  # the devices had their own
@@ -356,6 +363,107 @@ def test_running_statistics_of_other_devices_are_merged(tmp_path, sync, monkeypa
         for mean, var in zip(after.mean, after.var, strict=True):
             np.testing.assert_allclose(mean, before.mean.mean(0), rtol=1e-5, atol=1e-6)
             np.testing.assert_allclose(var, variance, rtol=1e-5)
+
+
+def on_devices(count: int, monkeypatch) -> None:
+    """As if this process had no more than the first `count` devices."""
+    devices = jax.devices()[:count]
+    monkeypatch.setattr(jax, "devices", lambda: devices)
+    monkeypatch.setattr(jax, "device_count", lambda: count)
+
+
+def test_groups_of_a_mesh_keep_the_population_of_all_devices(tmp_path, monkeypatch):
+    """Beside one device, which normalizes quarters of its batch and counts all of it."""
+    config = tiny(tmp_path / "mesh", sync="inner", mesh=(4, 2), steps=1)
+    train(config)
+    program, mesh = Program(config, load("digits")), restored(config)
+    on_devices(1, monkeypatch)
+    alone = tiny(tmp_path / "one", sync="ghost=4", steps=1)
+    train(alone)
+    one = restored(alone)
+    for many, expected in zip(running(mesh), running(one), strict=True):
+        assert many.mean.shape[0] == 8  # a row for each device, all alike
+        for row in range(8):
+            np.testing.assert_allclose(many.mean[row], expected.mean[0], rtol=1e-5, atol=1e-6)
+            np.testing.assert_allclose(many.var[row], expected.var[0], rtol=1e-5)
+    for leaf, expected in zip(*map(jax.tree.leaves, (mesh.params, one.params)), strict=True):
+        np.testing.assert_allclose(leaf, expected, rtol=1e-4, atol=1e-6)
+    # The first layer's input does not depend on how anything was normalized.
+    start = Program(alone, program.data)
+    kernel = np.asarray(jax.tree.leaves(start.init().params["Normed_0"]["kernel"])[0], np.float64)
+    (_, (inputs, _)) = next(iter(start.batches(0)))
+    a = np.asarray(start.task.preprocess(np.asarray(inputs)), np.float64).reshape(32, -1) @ kernel
+    first = running(mesh)[0]
+    np.testing.assert_allclose(first.mean[0], a.mean(0), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(first.var[0], a.var(0), rtol=1e-4)
+    groups = a.reshape(4, 8, -1).var(1).mean(0)  # what a group knows by itself
+    assert np.abs(first.var[0] / groups - 1).max() > 0.05
+
+
+@pytest.mark.parametrize(
+    ("axes", "numbers", "more"),
+    [
+        ("inner", "groups=2", {}),
+        ("together=axis0", "groups=0,2,4,6|1,3,5,7", {"microbatches": 2}),
+        *(
+            pytest.param(f"inner+{word}", f"groups=2+{word}", {}, marks=pytest.mark.slow)
+            for word in ("every=2", "gradient=forward", "gradient=none", "second=always")
+        ),
+        pytest.param("inner", "groups=2", {"population": "renorm"}, marks=pytest.mark.slow),
+        pytest.param("all+staged", "all", {}, marks=pytest.mark.slow),
+    ],
+)
+def test_groups_of_a_mesh_are_groups_by_number(tmp_path, axes, numbers, more):
+    mesh = train(tiny(tmp_path / "mesh", sync=axes, mesh=(4, 2), **more)).summary
+    flat = train(tiny(tmp_path / "flat", sync=numbers, **more)).summary
+    assert mesh is not None
+    assert flat is not None
+    assert mesh["test_loss"] == pytest.approx(flat["test_loss"], rel=1e-5)
+    assert mesh["accuracy"] == flat["accuracy"]
+    losses = [[r["train_loss"] for r in metrics(tmp_path / name)] for name in ("mesh", "flat")]
+    np.testing.assert_allclose(*losses, rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_two_processes_with_a_mesh_are_one(tmp_path, monkeypatch):
+    """The axes go over the devices of all processes, the last over those of one."""
+    options = ["--dataset", "digits", "--model", "mlp", "--batch-size", "32", "--steps", "4"]
+    options += ["--log-every", "1", "--sync", "inner", "--mesh", "2", "2", "--devices", "2"]
+    with Gang(2, [*options, "--run-dir", str(tmp_path / "two")]) as gang:
+        ends = gang.end()
+    assert [status for status, _ in ends] == [0, 0], ends
+    on_devices(4, monkeypatch)
+    train(tiny(tmp_path / "one", sync="inner", mesh=(2, 2)))
+    two, one = ([r["train_loss"] for r in metrics(tmp_path / name)] for name in ("two", "one"))
+    np.testing.assert_allclose(two, one, rtol=1e-6)  # four are added in another order
+    assert len(one) == 4
+
+
+def files(path: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(path)): p.read_bytes() for p in path.rglob("*") if p.is_file()}
+
+
+def test_groups_that_change_when_a_run_goes_on_are_refused_and_nothing_is_lost(
+    tmp_path, monkeypatch
+):
+    meshed, by_number = tmp_path / "mesh", tmp_path / "numbers"
+    train(tiny(meshed, sync="inner", mesh=(4, 2), steps=2))
+    train(tiny(by_number, sync="groups=0,1,2,3|4,5,6,7", steps=2))
+    before = files(meshed), files(by_number)
+    with pytest.raises(RunError, match="of another run: --mesh 4 2 and not 2 4"):
+        train(tiny(meshed, sync="inner", mesh=(2, 4)))
+    with pytest.raises(
+        RunError, match=r"--sync inner and not groups=2, --mesh 4 2 and not nothing"
+    ):
+        train(tiny(meshed, sync="groups=2"))
+    with pytest.raises(RunError, match="--mesh nothing and not 8"):
+        train(tiny(by_number, sync="groups=0,1,2,3|4,5,6,7", mesh=(8,)))
+    on_devices(4, monkeypatch)
+    with pytest.raises(RunError, match="--mesh 4 2: that is 8 devices, and there are 4"):
+        train(tiny(meshed, sync="inner", mesh=(4, 2)))
+    with pytest.raises(RunError, match=r"--sync groups=0,1,2,3\|4,5,6,7: .* 4 devices"):
+        train(tiny(by_number, sync="groups=0,1,2,3|4,5,6,7"))
+    assert (files(meshed), files(by_number)) == before
 
 
 def restored(config: Train):
@@ -413,6 +521,21 @@ def said(capsys, *arguments: str) -> str:
         (["train", "--devices", "3"], "--devices 3: "),
         (["train", "--dataset", "digits", "--batch-size", "12"], "does not divide over 8 devices"),
         (["train", "--dataset", "digits", "--microbatches", "3"], "8 devices times --microbatch"),
+        (["train", "--sync", "inner"], "inner needs a mesh of several axes; give one, as --mesh 4"),
+        (["train", "--sync", "inner", "--mesh", "8"], "inner needs a mesh of several axes"),
+        (
+            ["train", "--mesh", "4", "2", "--sync", "together=chip"],
+            "the mesh has no axis 'chip': Known: axis0, axis1",
+        ),
+        (["train", "--mesh", "0", "8"], "--mesh: got 0 8; it must be sizes of at least 1"),
+        (
+            ["train", "--dataset", "digits", "--mesh", "4", "4", "--sync", "inner"],
+            "--mesh 4 4: that is 16 devices, and there are 8. Give sizes whose product",
+        ),
+        (
+            ["launch", "--workers", "4", "--", "train", "--mesh", "4", "2"],
+            "--mesh 4 2: that is 8 devices, and there are 4",
+        ),
         (["train", "--population", "renrm"], "unknown population 'renrm': did you mean 'renorm'"),
         (
             ["train", "--dataset", "digits", "--sync", "groups=3", "--model", "mlp"],

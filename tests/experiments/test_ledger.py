@@ -13,7 +13,7 @@ from jax import lax
 from jax.sharding import Mesh
 
 import normlab as nl
-from experiments.bench import sync as bench_sync
+from experiments.bench import sync_jax as bench_sync
 from experiments.console import main
 from experiments.programs import machines
 from experiments.programs.config import Ledger
@@ -49,6 +49,7 @@ WORDS = {
     "all+staged": nl.Sync("data", staged=True),
     "all+every=2": nl.Sync("data", every=2),
     "groups=4+gradient=forward": nl.Sync("data", groups=4, gradient="forward"),
+    "all+second=always": nl.Sync("data", second="always"),
 }
 
 
@@ -78,6 +79,9 @@ def test_in_plain_jit_local_names_the_axes_of_the_mesh_or_counts_the_devices():
         ("groups=a|b", "a partition"),
         ("groups=2+staged", "one way to cut the batch"),
         ("", "unknown word ''"),
+        ("all+second=alwys", "did you mean 'always'"),
+        ("inner", "inner needs a mesh of several axes; give one, as --mesh 4 2"),
+        ("together=data", "together needs a mesh of several axes"),
     ],
 )
 def test_words_that_cannot_be_meant_are_refused(text, said):
@@ -493,11 +497,13 @@ def test_columns_that_say_nothing_are_left_out():
 
 @pytest.mark.parametrize("name", bench_sync.CONTESTANTS)
 def test_at_a_mean_of_1000_our_variance_is_right_where_flaxs_default_is_not(name):
-    error = bench_sync.error(name, machine(None, 8), (32, 16))
-    assert error > 0.05 if name == "flax" else error < 1e-4
+    with jax.numpy_dtype_promotion("standard"):  # as haiku pleases
+        error = bench_sync.error(name, machine(None, 8), (32, 16))
+    assert error > 0.05 if name in ("flax", "haiku") else error < 1e-4
 
 
 def test_the_bench_counts_one_collective_each_way(capsys):
     here = machine(None, 8)
-    assert bench_sync.counted("normlab", here, (4, 16)) == "1 (132 B) + 1 (128 B)"
+    said = "1 (132 B) + 1 (128 B); when needed 1 (132 B)"
+    assert bench_sync.counted("normlab", here, (4, 16)) == said
     assert bench_sync.counted("flax", here, (4, 16)).startswith("1 (")

@@ -19,10 +19,10 @@ import normlab as nl
 from experiments import models, questions
 from experiments.asking.ask import Answer, ask
 from experiments.data import load
-from experiments.engine import Config, Record
-from experiments.engine.devices import forms_gap, relative
+from experiments.engine import Checkpoint, Config, Record
+from experiments.engine.devices import Lab, forms_gap, relative
 from experiments.questions import delay, gradient_sync, group_size, local_drift, synced_is_global
-from experiments.rundir import CHECKOUT
+from experiments.rundir import CHECKOUT, RunError
 from experiments.training.trainer import FORMS, DeviceData, Trainer, TrainState, minibatches
 from tests.helpers import judged
 
@@ -211,6 +211,61 @@ def test_the_forms_take_the_same_steps(sync):
     if sync.every:
         (norm,) = jax.tree.leaves(found[0][0].norm_state, is_leaf=lambda s: hasattr(s, "age"))
         assert (np.asarray(norm.others.count) == 12).all()  # three other devices of four examples
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("group_size", {"per_devices": (4,), "groups": (2,), "ghost": ()}),
+        pytest.param("delay", {}, marks=pytest.mark.slow),
+        pytest.param("gradient_sync", {}, marks=pytest.mark.slow),
+        pytest.param("synced_is_global", {}, marks=pytest.mark.slow),
+    ],
+)
+def test_a_question_comes_to_the_same_on_a_mesh(name, options):
+    config = dataclasses.replace(tiny(name), form="shard_map", **options)
+    found = []
+    for mesh in ((), (2, 2)):
+        here = dataclasses.replace(config, mesh=mesh)
+        conditions = list(questions.require(name).run(here))
+        records = [r for one in conditions for r in one.measure(None) if isinstance(r, dict)]
+        found.append([r for r in records if r["kind"] != "forms"])
+        assert ("forms" in {r["kind"] for r in records}) == (not mesh)
+    assert found[0]
+    for flat, mesh in zip(*found, strict=True):
+        assert flat.keys() == mesh.keys()
+        for key, value in flat.items():
+            close = pytest.approx(value, rel=1e-4, abs=1e-6) if isinstance(value, float) else value
+            assert mesh[key] == close
+
+
+def test_on_a_mesh_hosts_drift_and_not_their_chips():
+    config = dataclasses.replace(tiny("local_drift"), form="shard_map", mesh=(2, 2))
+    lab = Lab(config)
+    _, by_class = local_drift.run(config)
+    found = [r for r in by_class.measure(None) if not isinstance(r, Checkpoint)]
+    drifts = [r for r in found if r["kind"] == "drift"]
+    assert {r["sampling"] for r in drifts} == {1 / 15}  # two hosts of eight examples
+    assert all(0 < r["running"] < 1 for r in drifts)
+    ends = [r for r in lab.learn(nl.Sync("axis1"), population=local_drift.remembered)][-1]
+    own = [v for v in ends.leaves if v.shape == (4, 2, 10)]  # [devices, seeds, C]
+    assert len(own) > 4
+    for v in own:
+        np.testing.assert_allclose(v[0::2], v[1::2], rtol=1e-5, atol=1e-6)
+    assert any(np.abs(v[0] - v[2]).max() > 1e-3 for v in own)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"mesh": (2, 2)}, "--mesh 2 2: pmap has one axis. Use --form shard_map"),
+        ({"mesh": (3, 2), "form": "shard_map"}, "that is 6 devices, and there are 4"),
+        ({"mesh": (-2, -2), "form": "shard_map"}, "sizes of at least 1"),
+    ],
+)
+def test_a_mesh_that_cannot_be_is_refused(options, said):
+    with pytest.raises(RunError, match=said):
+        dataclasses.replace(tiny("local_drift"), **options)
 
 
 def test_averaging_the_running_statistics_leaves_out_what_lies_between():

@@ -1,0 +1,175 @@
+"""The fields of a question's config: given after `--`, swept over a grid, or changed in Python."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import itertools
+import math
+import shlex
+import typing
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import tyro
+
+from normlab.errors import nearest
+
+from .. import models
+from ..engine.question import Config
+from ..rundir import RunError
+from ..terminal import PROGRAM
+
+LARGEST = 100_000
+"""Points of a grid: a directory each."""
+
+ASIDE = ("data_dir",)
+"""What is no part of the question: runs that differ in it alone are one run."""
+
+
+class Point(NamedTuple):
+    """A point of a grid.
+
+    Attributes:
+      values: The swept fields.
+      config: The config with them.
+    """
+
+    values: dict[str, Any]
+    config: Config
+
+    @property
+    def name(self) -> str:
+        """The swept fields in words: `lr 0.1, seeds 3`."""
+        return ", ".join(f"{field} {words(value)}" for field, value in self.values.items())
+
+
+def parsed(name: str, config: Config, options: Sequence[str]) -> Config:
+    """The config with options of the terminal, `--lr 0.1 --norms none batch`."""
+    return tyro.cli(
+        type(config),
+        default=config,
+        args=list(options),
+        prog=f"{PROGRAM} run {name} --",
+        config=(tyro.conf.OmitArgPrefixes,),
+    )
+
+
+def replaced(name: str, config: Config, values: Mapping[str, Any]) -> Config:
+    """The config with other values.
+
+    Args:
+      name: The question, for the error.
+      config: Its config.
+      values: Fields and what they shall be.
+
+    Raises:
+      RunError: For a field that the question does not have, with the nearest, or a value that its
+        config refuses.
+    """
+    _require_fields(name, config, values)
+    return dataclasses.replace(config, **values)
+
+
+def grid(name: str, config: Config, sweep: Iterable[str]) -> list[Point]:
+    """The points of a grid over fields of a config, of which the last varies fastest.
+
+    >>> from experiments.engine import Config
+    >>> [point.name for point in grid("figure1", Config(), ["lr=0.01,0.1", "seeds=3"])]
+    ['lr 0.01, seeds 3', 'lr 0.1, seeds 3']
+
+    Args:
+      name: The question, for the errors.
+      config: What the points have in common.
+      sweep: Fields with their values, `lr=0.01,0.1`, read as the option `--lr` would be; several
+        words of one value as in a shell, `norms=none batch,none layer`.
+
+    Raises:
+      RunError: If a field is not there, or given twice; if values are missing, or given twice; if a
+        config refuses them together; if there are more points than `LARGEST`.
+      SystemExit: For a value that is none of its field's type; what was expected is printed.
+    """
+    values: dict[str, list[Any]] = {}
+    for word in sweep:
+        field, texts = _split(word)
+        if field in values:
+            raise RunError(f"--sweep: {field} is given twice. Give all its values at once.")
+        _require_fields(name, config, (field,), "--sweep: ")
+        if field in ASIDE:
+            raise RunError(
+                f"--sweep: the answer does not depend on {field}. Give it once, as "
+                f"--{field.replace('_', '-')}."
+            )
+        values[field] = [_value(name, config, field, text) for text in texts]
+        often = collections.Counter(map(words, values[field])).most_common(1)
+        if often[0][1] > 1:
+            raise RunError(f"--sweep: {field} is {often[0][0]} twice. Give each value once.")
+    count = math.prod(map(len, values.values()))
+    if not values or count > LARGEST:
+        given = f"{count:,} points" if values else "no field"
+        raise RunError(
+            f"--sweep: got {given}; it must be FIELD=VALUE,VALUE,… for each field that varies, of "
+            f"at most {LARGEST:,} points together."
+        )
+    rows = itertools.product(*values.values())
+    return [_point(name, config, dict(zip(values, row, strict=True))) for row in rows]
+
+
+def words(value: Any) -> str:
+    """A value as the terminal takes it: `0.1`, `none batch`.
+
+    >>> words((("sgd", 0.1), ("adam", 0.001)))
+    'sgd 0.1 adam 0.001'
+    """
+    return shlex.join(_words(value)) if isinstance(value, tuple) else str(value)
+
+
+def _words(value: Any) -> list[str]:
+    if not isinstance(value, tuple):
+        return [str(value)]
+    return [word for part in value for word in _words(part)]
+
+
+def _split(word: str) -> tuple[str, list[list[str]]]:
+    field, equals, text = word.partition("=")
+    try:
+        texts = [shlex.split(part) for part in text.split(",")]
+    except ValueError as error:  # a quotation mark that is not closed
+        raise RunError(f"--sweep {word}: {error}.") from None
+    if not equals or not field or not all(texts):
+        raise RunError(
+            f"--sweep: got {word!r}; it must be FIELD=VALUE,VALUE,…, as in lr=0.01,0.1. Names of "
+            "questions stand before it."
+        )
+    return field.removeprefix("--").replace("-", "_"), texts
+
+
+def _value(name: str, config: Config, field: str, text: Sequence[str]) -> Any:
+    """A value as the option of the field's name reads it, whatever the other fields are."""
+    hints = typing.get_type_hints(type(config), include_extras=True)
+    alone: Any = dataclasses.make_dataclass(field, [(field, hints[field])], frozen=True)
+    found = tyro.cli(
+        alone,
+        default=alone(getattr(config, field)),
+        args=[f"--{field.replace('_', '-')}", *text],
+        prog=f"{PROGRAM} run {name} --",
+        config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagConversionOff),
+    )
+    return getattr(found, field)
+
+
+def _point(name: str, config: Config, values: dict[str, Any]) -> Point:
+    try:
+        point = Point(values, dataclasses.replace(config, **values))
+        models.require(point.config.model)
+        return point
+    except ValueError as error:
+        at = Point(values, config).name
+        raise RunError(f"--sweep: {name} cannot be asked at {at}. {error}") from None
+
+
+def _require_fields(name: str, config: Config, given: Iterable[str], where: str = "") -> None:
+    known = [field.name for field in dataclasses.fields(config)]
+    for field in given:
+        if field not in known:
+            raise RunError(f"{where}{name} has no field {field!r}: {nearest(field, known)}.")

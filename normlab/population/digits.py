@@ -1,0 +1,67 @@
+"""Which digits of the variance sums over devices lost: what a sum about a pivot costs, kept.
+
+About a pivot k, the running mean, the sums of all devices tell var with log10(1 + (μ − k)²/var)
+digits fewer than they have.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from jax import Array, lax
+
+from normlab._trees import node
+from normlab.devices.topology import AxisName, Sync, as_sync
+from normlab.devices.whole import cancelled, known_pivot
+from normlab.measure import Moments
+from normlab.population.optional import (
+    Run,
+    observe,
+    options_of,
+    pivot,
+    pool,
+    read_inner,
+    update_inner,
+)
+
+
+@node
+class Digits(NamedTuple):
+    """Statistics in `inner`, and how many digits their merging over devices lost.
+
+    That is what the first sum lost: `Sync(second="when_needed")` takes a second one where it is
+    more than 2, `"never"` leaves it at that. A float32 has 7.
+
+    Attributes:
+      inner: The statistics.
+      last: `[C]`, the digits of the variance that the last batch lost; 0 on one device.
+      most: `[C]`, the most that any batch has lost.
+    """
+
+    inner: Any
+    last: Array
+    most: Array
+
+    update, read = update_inner, read_inner
+
+    def observe(self, run: Run, sync: Sync) -> tuple[Moments, Moments, Digits]:
+        """As `inner` does, and keeps what was lost."""
+        m, population, inner = observe(self.inner, run, sync)
+        if not sync.names:
+            return m, population, self._replace(inner=inner)
+        merged = lax.stop_gradient(population)
+        k = known_pivot(pivot(self.inner, sync), merged, sync.names)
+        ratio = cancelled(merged, merged.mean if k is None else merged.mean - k)
+        lost = jnp.log10(1 + ratio).reshape(self.last.shape).astype(self.last.dtype)
+        return m, population, Digits(inner, lost, jnp.fmax(lost, self.most))
+
+    def pool(self, axis_name: AxisName) -> Digits:
+        """Merges `inner`; of the digits the most of any device."""
+        names = as_sync(axis_name).names
+        lost = (lax.pmax(v, names) for v in (self.last, self.most))
+        return Digits(pool(self.inner, axis_name), *lost)
+
+    def options(self) -> dict[str, Any]:
+        """Those of `inner`, with the name of this."""
+        return options_of("digits", self.inner)
