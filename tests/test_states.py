@@ -203,7 +203,7 @@ def test_a_checkpoint_from_before_states_told_how_to_merge_them(kind, options):
     merged = [nl.population.merge_running(s).read() for s in stack]
     assert gap(*merged) < 1e-6
     # msgpack into states: by name.
-    with pytest.raises(ValueError, match="fresh|among"):
+    with pytest.raises(ValueError, match=r"fresh|among"):
         serialization.from_bytes(states, serialization.msgpack_serialize(saved))
 
 
