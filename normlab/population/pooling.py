@@ -23,9 +23,9 @@ def pool_running(states: Any, axis_name: AxisName) -> Any:
     """Merges the running statistics of devices that kept their own, along a named axis.
 
     After every step, every few, or once: what was alike since the last time counts once, and what
-    lies between the devices counts as much as if one device had seen the batches of all as one.
-    With statistics over `"chip"` in the norms and this over `"host"` after the step, the population
-    is that of all chips. After several steps in a row it is
+    lies between the devices counts as if one device had seen the batches of all as one. With norms
+    over `"chip"`, and this over `"host"` after the step, the population is that of all chips. After
+    several steps in a row it is
 
         var = Σ ωᵢ·varᵢ + ρ·Σ ωᵢ·(mᵢ − m)²
 
