@@ -87,7 +87,8 @@ def spelled(arguments: Sequence[str]) -> list[str]:
     found: list[str] = []
     for this, after in itertools.zip_longest(arguments, arguments[1:], fillvalue=""):
         found.append(this)
-        if this == "--ray" and after not in ("auto", LOCAL) and ":" not in after:
+        named = not after.startswith("-") and {":", "."} & {*after}  # as a question is not
+        if this == "--ray" and after not in ("auto", LOCAL) and not named:
             found.append(LOCAL)
     return found
 

@@ -76,6 +76,8 @@ def all_reduce(m: Tree, axis_name: AxisName | None) -> Tree:
         )
     check_bound("all_reduce", sync.names)
     each, structure = jax.tree.flatten(m, is_leaf=_is_moments)
+    if not each:
+        return m
     merged, _ = merge_whole(each, sync.stages, second=sync.second)
     return jax.tree.unflatten(structure, merged)
 
