@@ -117,10 +117,11 @@ def test_the_lost_digits_are_kept():
         assert (after.most > least).all()
         assert (after.most < most).all()
     constant = a.at[..., 0].set(7.3)  # which has no digit to lose
-    for second, most in (("when_needed", 0), ("never", np.inf)):
+    for second, least, most in (("when_needed", 0, 0), ("never", 6, math.inf)):
         sync = nl.Sync("d", second=second)
         after = jax.vmap(functools.partial(f, sync), axis_name="d")(constant)
-        assert (after.most[:, 0] == most).all()
+        assert (after.most[:, 0] >= least).all()
+        assert (after.most[:, 0] <= most).all()
     far = jax.vmap(functools.partial(f, nl.Sync("d")), axis_name="d")(a * 1e17 + 1e20)
     assert np.isfinite(far.most).all()
     assert (far.most > 4).all()

@@ -157,7 +157,8 @@ class Sync:
             given = "every and gradient='backward'"
             raise invalid("Sync", given, "a gradient that asks no other device", change)
         distinct = len({*self.near}) == len(self.near)
-        if self.together is not None and not (self.near and distinct and self.far):
+        some = self.near and {*self.near} < {*self.names}
+        if self.together is not None and not (some and distinct):
             given = f"together={self.together!r} of the axes {self.axes!r}"
             change = 'for example Sync(("host", "chip"), together="chip"); leave it out for all'
             raise invalid("Sync", given, "some of the axes, not all", change)
