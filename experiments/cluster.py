@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import hashlib
 import importlib
 import importlib.metadata
@@ -30,7 +29,7 @@ import sysconfig
 import tempfile
 import warnings
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -451,7 +450,10 @@ class Cluster:
             )
             asked[one.remote(self._variables(), not self.devices, modules)] = node
         answered, _ = ray.wait(list(asked), num_returns=len(asked), timeout=ROLL_CALL)
-        here, wrong = _versions(), []
+        assert self._folder is not None
+        code = self._folder / "code"  # what was sent, whatever is edited meanwhile
+        here = _versions({name: code.joinpath(*name.split(".")) for name in _roots()})
+        wrong = []
         for answer, node in asked.items():
             if answer not in answered:
                 found = f"did not answer within {ROLL_CALL:g} s"
@@ -540,15 +542,14 @@ def _roots() -> dict[str, Path]:
     return {"normlab": Path(spec.origin).parent, HERE: Path(__file__).parent}
 
 
-@functools.cache
-def _versions() -> dict[str, str | None]:
-    """What must be the same here and on the nodes; of the sources a checksum."""
+def _versions(roots: Mapping[str, Path]) -> dict[str, str | None]:
+    """What must be the same here and on the nodes; of the sources at these places a checksum."""
     found: dict[str, str | None] = {"Python": ".".join(platform.python_version_tuple()[:2])}
     for name in PACKAGES:
         found[name] = None
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[name] = importlib.metadata.version(name)
-    for name, root in _roots().items():
+    for name, root in roots.items():
         total = hashlib.sha256()
         for path in sorted(root.rglob("*.py")):
             total.update(f"{path.relative_to(root)}\n".encode() + path.read_bytes())
@@ -579,7 +580,7 @@ def _present(
     _begin(variables, alone)
     for module in modules:
         importlib.import_module(module)
-    return _versions()
+    return _versions(_roots())
 
 
 def _begin(variables: dict[str, str], alone: bool) -> None:

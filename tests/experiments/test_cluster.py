@@ -270,7 +270,7 @@ class TestQuestions:
 
     @pytest.mark.slow
     def test_interrupted_it_goes_on_where_it_stood(self, ray, tmp_path):
-        fields = ("--dataset", "digits", "--steps", "4000", "--evaluations", "40", "--seeds", "2")
+        fields = ("--dataset", "digits", "--steps", "1000", "--evaluations", "20", "--seeds", "2")
 
         def start(where, *options):
             command = [sys.executable, "-m", "experiments", "run", "figure1"]
