@@ -574,7 +574,9 @@ def test_the_state_keeps_its_types_whatever_the_input(dtype, state_dtype, x64):
 
     after, h = jax.jit(lambda state, a: lax.scan(body, state, a))(state, batches)
     assert h.dtype == ("float32" if dtype == "int8" else dtype)
-    assert [v.dtype for v in jax.tree.leaves(after)] == [state_dtype] * 4 + ["int32"] * 2
+    assert [v.dtype for v in jax.tree.leaves(after)] == [state_dtype] * 4 + ["int32"] * 2 + [
+        state_dtype
+    ]
     expected = np.asarray(batches, np.float64)
     weights = np.array([1, 2, 4]) / 7
     statistics = (

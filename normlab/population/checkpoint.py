@@ -200,7 +200,8 @@ def _later(states: Any, saved: Any) -> dict[Any, Any]:
         if not grown(state):
             continue
         there = _found(path, saved)
-        there = there if isinstance(there, Mapping) else getattr(there, "_asdict", dict)()
+        if not isinstance(there, Mapping):  # what was saved itself, or nothing of the kind
+            continue
         for name, value in state.lacking(dict(there)).items():
             key = jax.tree_util.GetAttrKey(name)
             leaves, _ = jax.tree_util.tree_flatten_with_path(value)

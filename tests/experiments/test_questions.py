@@ -273,6 +273,7 @@ def test_averaging_the_running_statistics_leaves_out_what_lies_between():
         jnp.array([[[0.0]], [[4.0]]]),
         jnp.array([[[1.0]], [[3.0]]]),
         *(jnp.ones((2, 1), dtype) for dtype in ("float32", "float32", "int32", "int32")),
+        fresh=jnp.zeros((2, 1, 4)),
     )
     state = local_drift.averaged(TrainState((), {"layer": running}, ()))
     after = state.norm_state["layer"]
