@@ -11,27 +11,25 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import hashlib
 import importlib
 import importlib.metadata
 import importlib.util
 import itertools
-import json
 import logging
 import os
 import platform
+import re
 import shutil
-import signal
 import site
 import socket
 import subprocess
 import sys
 import sysconfig
 import tempfile
-import time
+import warnings
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -52,8 +50,8 @@ QUIET = {
 }
 """Ray without telemetry and logs of its own, and with an eye on its workers."""
 
-PATIENCE = 10.0
-"""Seconds within which a cluster that is there answers."""
+PATIENCE = 8.0
+"""Seconds within which a cluster that is there answers; loading Ray takes another."""
 
 ROLL_CALL = 120.0
 """Seconds within which each of its nodes unpacks the code and says what it has."""
@@ -66,6 +64,9 @@ ALLOCATION = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "100000000000"}
 
 ALONE = {name: "1" for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")}
 """Environment of a worker with one core: the libraries under NumPy and SciPy count all of them."""
+
+PREFIX = "normlab-cluster-"
+"""Of the folders that are there while a command runs."""
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "scipy")
 """Those whose versions must be alike."""
@@ -85,7 +86,8 @@ def spelled(arguments: Sequence[str]) -> list[str]:
     found: list[str] = []
     for this, after in itertools.zip_longest(arguments, arguments[1:], fillvalue=""):
         found.append(this)
-        if this == "--ray" and after not in ("auto", LOCAL) and ":" not in after:
+        named = not after.startswith("-") and {":", "."} & {*after}  # as a question is not
+        if this == "--ray" and after not in ("auto", LOCAL) and not named:
             found.append(LOCAL)
     return found
 
@@ -138,58 +140,17 @@ def connect(address: str | None, option: str, env: dict[str, Any], **local: Any)
     if not start:
         _reach(str(address), option)
     try:
-        ray.init(
-            address=address or LOCAL,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-            runtime_env=env,
-            **({"include_dashboard": False, **local} if start else {}),
-        )
+        with warnings.catch_warnings():  # JAX's, of a fork: what Ray forks is another program
+            warnings.filterwarnings("ignore", "os.fork", RuntimeWarning)
+            ray.init(
+                address=address or LOCAL,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                runtime_env=env,
+                **({"include_dashboard": False, **local} if start else {}),
+            )
     except Exception as error:  # Ray raises what it likes
         raise _silent(address, option, gist(error)) from error
-
-
-HOLD = """
-import json, logging, sys, ray
-quiet = {"log_to_driver": False, "logging_level": logging.ERROR, "include_dashboard": False}
-ray.init("local", **quiet, **json.loads(sys.argv[1]))
-print(ray.get_runtime_context().gcs_address, flush=True)
-sys.stdin.read()
-"""
-"""A program that has a Ray of its own until nobody listens. It forks, as JAX's processes must not,
-and is not interrupted with the others."""
-
-
-@contextlib.contextmanager
-def started(**options: Any) -> Iterator[str]:
-    """A Ray on this machine, by its address, for as long as the `with` statement lasts.
-
-    Args:
-      **options: What `ray.init` is told.
-    """
-    imported("ray")
-    with subprocess.Popen(
-        [sys.executable, "-c", HOLD, json.dumps(options)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    ) as process:
-        assert process.stdin is not None
-        assert process.stdout is not None
-        assert process.stderr is not None
-        try:
-            address = process.stdout.readline().strip()
-            if not address:
-                raise _silent(LOCAL, "", _last(process.stderr.read()))
-            yield address
-        finally:
-            process.stdin.close()
-            try:
-                process.wait(20)
-            except subprocess.TimeoutExpired:
-                os.killpg(process.pid, signal.SIGKILL)
 
 
 def _last(text: str) -> str:
@@ -211,30 +172,42 @@ def _silent(address: str | None, option: str, why: str) -> RunError:
     )
 
 
+PROBE = """
+import logging, sys, ray
+print(flush=True)
+ray.init(sys.argv[1], log_to_driver=False, logging_level=logging.ERROR)
+"""
+"""A program that joins a cluster and leaves; it says when it begins."""
+
+
 def _reach(address: str, option: str) -> None:
     """Raises RunError if nobody answers: Ray itself would try for minutes, and end the process."""
-    end = time.monotonic() + PATIENCE
     try:
         if address != "auto":
             host, _, port = address.rpartition(":")
-            socket.create_connection((host.strip("[]"), int(port)), PATIENCE / 2).close()
-        probe = (
-            "import logging, sys, ray; "
-            "ray.init(sys.argv[1], log_to_driver=False, logging_level=logging.ERROR)"
-        )
-        subprocess.run(
-            [sys.executable, "-c", probe, address],
-            timeout=end - time.monotonic(),
-            check=True,
-            capture_output=True,
-            text=True,
-        )
-    except subprocess.TimeoutExpired:
-        raise _silent(address, option, f"nothing came within {PATIENCE:g} s") from None
-    except subprocess.CalledProcessError as error:
-        raise _silent(address, option, _last(error.stderr)) from None
+            socket.create_connection((host.strip("[]"), int(port)), PATIENCE).close()
     except (OSError, ValueError) as error:
         raise _silent(address, option, gist(error)) from None
+    with subprocess.Popen(
+        [sys.executable, "-c", PROBE, address],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    ) as process:
+        assert process.stdout is not None
+        try:
+            process.stdout.readline()  # loading Ray takes what it takes
+            _, said = process.communicate(timeout=PATIENCE)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            words = re.findall(r"^\[.*?\] \S+: (.*)", process.communicate()[1], re.MULTILINE)
+            why = "; ".join([f"nothing came within {PATIENCE:g} s", *words[-1:]])
+            raise _silent(address, option, why[:300].rstrip(".")) from None
+        finally:
+            process.kill()
+    if process.returncode:
+        raise _silent(address, option, _last(said))
 
 
 def gist(error: BaseException) -> str:
@@ -330,29 +303,28 @@ class Cluster:
         self.devices = 0
         """GPUs of the node that has most of them; 0 where conditions are measured on cores."""
         self._running: dict[Any, int] = {}
-        self._folder, self._own = Path(), contextlib.ExitStack()
+        self._folder: Path | None = None
+        self._own: Path | None = None
         self._ray: Any = None
 
     def __enter__(self) -> Cluster:
         """Connects and sends the code."""
         self.say("starting Ray" if self.address == LOCAL else f"connecting to {self.address}")
-        self._folder = Path(tempfile.mkdtemp(prefix="normlab-ray-"))
         cores = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))(0)
         try:
-            code = self._folder / "code"
-            _copy(code)
-            address = self.address
-            if address == LOCAL:
-                options = {"num_cpus": self.jobs or len(cores)}
-                place = {"_temp_dir": str(self._folder / "ray")}
-                address = self._own.enter_context(started(**options, **place))
-            connect(address, "--ray", {"working_dir": str(code)})
+            self._folder = Path(tempfile.mkdtemp(prefix=PREFIX))
+            _copy(self._folder / "code")
+            local: dict[str, Any] = {"num_cpus": self.jobs or len(cores)}
+            if self.address == LOCAL:  # sockets have short names, which not every TMPDIR leaves
+                self._own = Path(tempfile.mkdtemp(prefix=PREFIX, dir="/tmp"))
+                local["_temp_dir"] = str(self._own)
+            connect(self.address, "--ray", {"working_dir": str(self._folder / "code")}, **local)
             self._ray = imported("ray")
         except OSError as error:
             self.__exit__()
             raise RunError(
                 f"cannot send the code to the nodes: {error.strerror or error}. It goes by way of "
-                f"{self._folder.parent}; TMPDIR names another directory."
+                f"{tempfile.gettempdir()}; TMPDIR names another directory."
             ) from error
         except BaseException:
             self.__exit__()
@@ -363,8 +335,8 @@ class Cluster:
         """Leaves the cluster, which ends what it still does for this process."""
         if self._ray is not None:
             self._ray.shutdown()
-        self._own.close()
-        shutil.rmtree(self._folder, ignore_errors=True)
+        for folder in filter(None, (self._folder, self._own)):
+            shutil.rmtree(folder, ignore_errors=True)
 
     def share(self, value: Any) -> Any:
         """Puts a value where each node fetches it once, for all of its workers."""
@@ -478,7 +450,10 @@ class Cluster:
             )
             asked[one.remote(self._variables(), not self.devices, modules)] = node
         answered, _ = ray.wait(list(asked), num_returns=len(asked), timeout=ROLL_CALL)
-        here, wrong = _versions(), []
+        assert self._folder is not None
+        code = self._folder / "code"  # what was sent, whatever is edited meanwhile
+        here = _versions({name: code.joinpath(*name.split(".")) for name in _roots()})
+        wrong = []
         for answer, node in asked.items():
             if answer not in answered:
                 found = f"did not answer within {ROLL_CALL:g} s"
@@ -567,15 +542,14 @@ def _roots() -> dict[str, Path]:
     return {"normlab": Path(spec.origin).parent, HERE: Path(__file__).parent}
 
 
-@functools.cache
-def _versions() -> dict[str, str | None]:
-    """What must be the same here and on the nodes; of the sources a checksum."""
+def _versions(roots: Mapping[str, Path]) -> dict[str, str | None]:
+    """What must be the same here and on the nodes; of the sources at these places a checksum."""
     found: dict[str, str | None] = {"Python": ".".join(platform.python_version_tuple()[:2])}
     for name in PACKAGES:
         found[name] = None
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[name] = importlib.metadata.version(name)
-    for name, root in _roots().items():
+    for name, root in roots.items():
         total = hashlib.sha256()
         for path in sorted(root.rglob("*.py")):
             total.update(f"{path.relative_to(root)}\n".encode() + path.read_bytes())
@@ -606,7 +580,7 @@ def _present(
     _begin(variables, alone)
     for module in modules:
         importlib.import_module(module)
-    return _versions()
+    return _versions(_roots())
 
 
 def _begin(variables: dict[str, str], alone: bool) -> None:

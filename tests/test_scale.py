@@ -116,6 +116,15 @@ def test_the_lost_digits_are_kept():
         assert (after.last < 0.5).all()  # the running mean is the pivot by then
         assert (after.most > least).all()
         assert (after.most < most).all()
+    constant = a.at[..., 0].set(7.3)  # which has no digit to lose
+    for second, least, most in (("when_needed", 0, 0), ("never", 6, math.inf)):
+        sync = nl.Sync("d", second=second)
+        after = jax.vmap(functools.partial(f, sync), axis_name="d")(constant)
+        assert (after.most[:, 0] >= least).all()
+        assert (after.most[:, 0] <= most).all()
+    far = jax.vmap(functools.partial(f, nl.Sync("d")), axis_name="d")(a * 1e17 + 1e20)
+    assert np.isfinite(far.most).all()
+    assert (far.most > 4).all()
     alone = nl.batch_norm(a[0], None, nl.population.init_digits(C), train=True)[1]
     assert not alone.most.any()
 
@@ -140,6 +149,9 @@ def test_many_moments_are_merged_at_once():
     assert collectives(run, (), (a, b)) == ["all-reduce"]
     assert gap(merged["a"].mean[0], nl.moments(a.reshape(-1, 2), 0).mean) < 1e-6
     assert gap(merged["b"].m2[0], nl.moments(b.reshape(-1, 5, 3), (0, 1)).m2) < 1e-6
+    assert (
+        jax.vmap(lambda a: nl.devices.all_reduce({}, "d") or a, axis_name="d")(a).shape == a.shape
+    )
 
 
 # --- Groups by number --------------------------------------------------------------------------
@@ -359,6 +371,9 @@ def test_delayed_statistics_are_exchanged_along_an_axis(form):
     [
         ({"together": "rack"}, r"together='rack' of the axes \('host', 'chip'\).*some of the axes"),
         ({"together": ("host", "chip")}, "not all"),
+        ({"together": ()}, "not all"),
+        ({"together": ("chip", "chip")}, "not all"),
+        ({"together": "chip", "shards": 2}, "together and shards"),
         ({"together": "chip", "groups": 2}, "together and groups"),
         ({"together": "chip", "staged": True}, "together and staged"),
         ({"second": "sometimes"}, "'sometimes'"),

@@ -10,6 +10,7 @@ them equally far.
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import itertools
 import math
@@ -26,7 +27,7 @@ import numpy as np
 import normlab as nl
 
 from .. import models
-from ..cluster import require_address
+from ..cluster import Cluster, require_address
 from ..data import Dataset, hand, load
 from ..engine.records import Records
 from ..figures import encode
@@ -192,8 +193,8 @@ class Lane:
     name: str
     config: Compare
     trainer: Trainer
+    diverged: np.ndarray
     step: int = -1
-    diverged: np.ndarray = dataclasses.field(default_factory=lambda: np.array([-1]))
     compile_seconds: float = 0.0
     step_ms: list[float] = dataclasses.field(default_factory=list)
     records: Records = dataclasses.field(default_factory=Records)
@@ -227,34 +228,38 @@ class Comparison:
     def __init__(self, config: Compare, say: Callable[[str], None] = lambda _: None) -> None:
         self.config, self.say = config, say
         self.warn: Callable[[str], None] = lambda text: None
-        # On a cluster the devices are elsewhere; here one is enough to see what fits.
-        self.lanes, self.data = lanes(config, 1 if config.ray else config.devices, say)
-        self.task = self.lanes[0].trainer.data.task
-        self.run_dir = RunDirectory(config.run_dir, f"compare-{config.dataset}-{config.model}")
-        self.run_dir.write_json("config.json", config.as_json())
-        told = {**environment(), "dataset": self.data.describe()}
-        self.run_dir.write_json("environment.json", told)
-        try:
-            if config.ray is None:
-                self._turns = in_turns(self.lanes, self.data, say)
-            else:
-                self._turns = remote.turns(
-                    self.lanes,
-                    self.data,
-                    address=config.ray,
-                    say=lambda text: self.say(text),
-                    warn=lambda text: self.warn(text),
-                )
-        except BaseException:  # Ctrl-C above all: nothing was measured, so nothing is left
-            shutil.rmtree(self.run_dir.path)
-            raise
+        with contextlib.ExitStack() as leaving:
+            cluster = None
+            if config.ray is not None:  # before JAX starts, which does not like what Ray does then
+                cluster = Cluster(config.ray, say=self._says, warn=lambda text: self.warn(text))
+                leaving.enter_context(cluster)
+            # On a cluster the devices are elsewhere; here one is enough to see what fits.
+            self.lanes, self.data = lanes(config, 1 if cluster else config.devices, say)
+            self.task = self.lanes[0].trainer.data.task
+            self.run_dir = RunDirectory(config.run_dir, f"compare-{config.dataset}-{config.model}")
+            self.run_dir.write_json("config.json", config.as_json())
+            told = {**environment(), "dataset": self.data.describe()}
+            self.run_dir.write_json("environment.json", told)
+            try:
+                if cluster:
+                    self._turns = remote.turns(cluster, self.lanes, self.data)
+                else:
+                    self._turns = in_turns(self.lanes, self.data, say)
+            except BaseException:  # Ctrl-C above all: nothing was measured, so nothing is left
+                shutil.rmtree(self.run_dir.path)
+                raise
+            self._leaving = leaving.pop_all()
 
     def run(self) -> Iterator[Turn]:
         """Trains all norms; yields after each turn of one. Stopping between yields is safe."""
-        for lane, found in self._turns:
-            turn = self._record(lane, found)
-            if found.step:
-                yield turn
+        with self._leaving:
+            for lane, found in self._turns:
+                turn = self._record(lane, found)
+                if found.step:
+                    yield turn
+
+    def _says(self, text: str) -> None:
+        self.say(text)
 
     def _record(self, lane: Lane, found: Measured) -> Turn:
         """Keeps what was measured; returns what a listener hears."""
@@ -407,7 +412,7 @@ def lanes(
             )
             _check_fit(name, trainer)
             alone = dataclasses.replace(one, norms=(name,), ray=None)
-            found.append(Lane(name + where, alone, trainer))
+            found.append(Lane(name + where, alone, trainer, np.full(len(config.lanes), -1)))
     return found, data
 
 

@@ -66,6 +66,7 @@ class Move(NamedTuple):
       reads: The bytes that it reads of each of its operands.
       writes: The bytes of each of its results.
       times: How often it runs.
+      when_needed: Whether it stands in a loop of which nobody knows how often it runs.
     """
 
     name: str
@@ -74,6 +75,7 @@ class Move(NamedTuple):
     reads: tuple[int, ...]
     writes: tuple[int, ...]
     times: int
+    when_needed: bool
 
     @property
     def nbytes(self) -> int:
@@ -85,6 +87,7 @@ def passes(compiled: Compiled | str, nbytes: int) -> Passes:
     """Counts a program's reads and writes of arrays of at least `nbytes`, as `moves` has them.
 
     Two arrays of half the size count as none, and so does a loop that goes over x slice by slice.
+    Nor is what runs only when needed, as where a norm measures again because digits were lost.
 
     Args:
       compiled: A compiled function, or the text of one (`compiled.as_text()`).
@@ -96,6 +99,8 @@ def passes(compiled: Compiled | str, nbytes: int) -> Passes:
     """
     reads = writes = 0
     for move in moves(compiled):
+        if move.when_needed:
+            continue
         reads += move.times * sum(n >= nbytes for n in move.reads)
         writes += move.times * sum(n >= nbytes for n in move.writes)
     return Passes(reads, writes)
@@ -139,7 +144,7 @@ class _Program:
         self.computations, self.entry = self.program.computations, self.program.entry
         self.demands: dict[tuple[str, str], int] = {}
 
-    def moves(self, name: str, times: int = 1) -> list[Move]:
+    def moves(self, name: str, times: int = 1, when_needed: bool = False) -> list[Move]:
         """Those of one computation."""
         c, found = self.computations[name], []
         for i in c.instructions.values():
@@ -149,12 +154,14 @@ class _Program:
             if opcode in ("while", "call", "async", "conditional"):
                 trips = self.program.trips(c, i) if opcode == "while" else 1
                 runs = times * (1 if trips is None else trips)
-                each = [self.moves(called, runs) for called in i.calls]
+                rare = when_needed or trips is None
+                each = [self.moves(called, runs, rare) for called in i.calls]
                 if opcode == "conditional":
                     each = [max(each, key=lambda branch: sum(move.nbytes for move in branch))]
                 found += itertools.chain.from_iterable(each)
             else:
-                found.append(Move(i.name, opcode, self._names(i), *self._moved(c, i), times))
+                moved = self._moved(c, i)
+                found.append(Move(i.name, opcode, self._names(i), *moved, times, when_needed))
         return found
 
     def _names(self, i: Instruction) -> tuple[str, ...]:

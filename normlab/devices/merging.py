@@ -66,8 +66,8 @@ def measure(
     def body(a: Array, w: Array | None, k: Array | None) -> tuple[Moments, Moments]:
         m, population = partitioned(run, a, w, k)
         if not same:
+            m = vary(m, sync.names)  # first, or a row for each example is summed backward
             m = jax.tree.map(lambda f: jnp.broadcast_to(f, (a.shape[0], *f.shape[1:])), m)
-            m = vary(m, sync.names)
         return m, population
 
     given = jax.sharding.get_abstract_mesh() if sync.mesh is None else sync.mesh

@@ -143,6 +143,9 @@ class Sync:
         if len(cuts) > 1 or (cuts and self.staged) or len(alone) > 1:
             given = " and ".join([*cuts, *alone])
             raise invalid("Sync", given, "one way to cut the batch", "leave all but one out")
+        if self.together is not None and self.shards > 1:
+            change = "leave shards out: devices along an axis are merged whole"
+            raise invalid("Sync", "together and shards", "one of them", change)
         if self.virtual_batch is not None and self.shards > 1:
             change = "leave shards out: the virtual batch says how the batch is cut"
             raise invalid("Sync", "virtual_batch and shards", "one of them", change)
@@ -153,7 +156,9 @@ class Sync:
             change = 'use gradient="forward", "none" or "both"'
             given = "every and gradient='backward'"
             raise invalid("Sync", given, "a gradient that asks no other device", change)
-        if self.together is not None and not {*self.near} < {*self.names}:
+        distinct = len({*self.near}) == len(self.near)
+        some = self.near and {*self.near} < {*self.names}
+        if self.together is not None and not (some and distinct):
             given = f"together={self.together!r} of the axes {self.axes!r}"
             change = 'for example Sync(("host", "chip"), together="chip"); leave it out for all'
             raise invalid("Sync", given, "some of the axes, not all", change)

@@ -34,8 +34,8 @@ from normlab.measure import Moments
 
 Tree = TypeVar("Tree")
 
-LOST = 100.0
-"""How often var may go into (μ − k)² before the sums are taken again: two digits are lost."""
+LOST = 10.0
+"""How many σ μ may be from k before the sums are taken again: two digits are lost."""
 
 MOST = 8
 """How often they are taken again: each time leaves an ulp of what the pivot was off by."""
@@ -76,6 +76,8 @@ def all_reduce(m: Tree, axis_name: AxisName | None) -> Tree:
         )
     check_bound("all_reduce", sync.names)
     each, structure = jax.tree.flatten(m, is_leaf=_is_moments)
+    if not each:
+        return m
     merged, _ = merge_whole(each, sync.stages, second=sync.second)
     return jax.tree.unflatten(structure, merged)
 
@@ -191,21 +193,21 @@ def _about(
         m2 = m.m2 - m.count * m.product(delta, delta)
         one = m._replace(mean=mean, m2=jnp.maximum(m2, 0) if type(m) is Moments else m2)
         merged.append(one)
-        lost.append((~(cancelled(one, delta) <= LOST)).any())
+        lost.append((~(away(one, delta) <= LOST)).any())
     return _Sums(merged, functools.reduce(jnp.logical_or, lost)), found
 
 
-def cancelled(m: Moments, delta: Array) -> Array:
-    """(μ − k)²/var, of δ = μ − k: log10 of 1 + this is how many digits sums about k lose.
+def away(m: Moments, delta: Array) -> Array:
+    """|δ|/σ of δ = μ − k: log10 of 1 + its square is how many digits sums about k lose.
 
     0 where δ is a rounding of μ, for there var has no digit more, and where δ is not finite;
     infinite, or NaN, where of the variance nothing is left.
     """
     root = math.sqrt(jnp.finfo(delta.dtype).eps)
     far = jnp.isfinite(delta) & (jnp.abs(delta) > root * jnp.abs(m.mean))
-    squares = m.squares
-    ratio = m.count * jnp.square(delta) / jnp.where(squares == 0, 1, squares)
-    return jnp.where(far, jnp.where(squares == 0, jnp.inf, ratio), 0)
+    sigma = jnp.sqrt(m.squares / jnp.where(m.count > 0, m.count, 1))
+    ratio = jnp.abs(delta) / jnp.where(sigma == 0, 1, sigma)
+    return jnp.where(far, jnp.where(sigma == 0, jnp.inf, ratio), 0)
 
 
 def _fingerprint(pivots: list[Array], devices: int) -> Array:

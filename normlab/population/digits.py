@@ -13,7 +13,7 @@ from jax import Array, lax
 
 from normlab._trees import node
 from normlab.devices.topology import AxisName, Sync, as_sync
-from normlab.devices.whole import cancelled, known_pivot
+from normlab.devices.whole import away, known_pivot
 from normlab.measure import Moments
 from normlab.population.optional import (
     Run,
@@ -52,8 +52,13 @@ class Digits(NamedTuple):
             return m, population, self._replace(inner=inner)
         merged = lax.stop_gradient(population)
         k = known_pivot(pivot(self.inner, sync), merged, sync.names)
-        ratio = cancelled(merged, merged.mean if k is None else merged.mean - k)
-        lost = jnp.log10(1 + ratio).reshape(self.last.shape).astype(self.last.dtype)
+        far = away(merged, merged.mean if k is None else merged.mean - k)
+        lost = jnp.where(far > 1e6, 2 * jnp.log10(far), jnp.log10(1 + jnp.square(far)))
+        # A constant has no digit to lose; but for a sum alone what lost all of them looks so.
+        nothing = jnp.inf if sync.second == "never" else 0
+        lost = jnp.where(jnp.isinf(far) & (merged.squares == 0), nothing, lost)
+        lost = jnp.where(jnp.isnan(lost) & jnp.isfinite(merged.mean), jnp.inf, lost)
+        lost = lost.reshape(self.last.shape).astype(self.last.dtype)
         return m, population, Digits(inner, lost, jnp.fmax(lost, self.most))
 
     def pool(self, axis_name: AxisName) -> Digits:

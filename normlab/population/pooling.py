@@ -22,13 +22,37 @@ from normlab.population.running import Running
 def pool_running(states: Any, axis_name: AxisName) -> Any:
     """Merges the running statistics of devices that kept their own, along a named axis.
 
+    After every step, every few, or once: what was alike since the last time counts once, and what
+    lies between the devices counts as if one device had seen the batches of all as one. With norms
+    over `"chip"`, and this over `"host"` after the step, the population is that of all chips. After
+    several steps in a row it is
+
+        var = Σ ωᵢ·varᵢ + ρ·Σ ωᵢ·(mᵢ − m)²
+
+    with the share ωᵢ of a device in the values since, its average mᵢ of them, and their weight ρ:
+    what lies between the batches of different steps is left out, as by the average itself (not by
+    `estimator="pooled"`, nor by sums). The averages of a net take four small collectives together.
+
     Args:
       states: A state, or a pytree of states: each `Population` in it is merged by its `pool`,
         whatever else it holds is returned as it is.
-      axis_name: One mapped axis or several.
+      axis_name: One mapped axis or several: all those over which averages are kept apart, at once.
+        Where they were not alike after the last pool, as hosts whose chips alone were merged, what
+        lies between them counts as it stands, and so as too little.
 
     Raises:
       ValueError: If an axis name is not bound where this is called.
+
+    >>> from normlab import batch_norm, init_running
+    >>> def step(state, a):
+    ...     _, state = batch_norm(a, None, state, train=True)    # of this device's batch
+    ...     return pool_running(state, "data")
+    >>> step = jax.vmap(step, axis_name="data")
+    >>> state = jax.tree.map(lambda v: jnp.stack([v, v]), init_running(1))
+    >>> for _ in range(3):
+    ...     state = step(state, jnp.array([[[0.0], [2.0]], [[4.0], [6.0]]]))
+    >>> state.mean[0].tolist(), state.var[0].round(5).tolist()
+    ([3.0], [5.0])
     """
     leaves, structure = jax.tree.flatten(states, is_leaf=is_population)
     held = {i: _average(leaf) for i, leaf in enumerate(leaves)}
@@ -87,13 +111,15 @@ def _in_one_place(states: Any) -> Any:
 def share_running(states: Any, devices: int) -> Any:
     """What each of some devices keeps of merged statistics, so that pooling gives them back.
 
-    An average is the same on all; of what is counted, each device takes its share.
+    An average is the same on all; of what is counted, each device takes its share. States that were
+    pooled inside the map take theirs by themselves, as long as the number of devices is the same.
 
     Args:
       states: A state, or a pytree of states, as `merge_running` returned it.
       devices: Their number.
     """
-    return map_populations(lambda state: share(state, devices), states)
+    one = lambda leaf: share(leaf, devices) if is_population(leaf) else leaf  # noqa: E731
+    return jax.tree.map(one, states, is_leaf=is_population)
 
 
 @checked(
@@ -144,9 +170,3 @@ def _around(state: Any, average: Running) -> Any:
     if isinstance(state, Running):
         return average
     return state._replace(inner=_around(state.inner, average))
-
-
-def map_populations(f: Any, states: Any) -> Any:
-    """Applies `f` to every outermost `Population` of a pytree."""
-    one = lambda leaf: f(leaf) if is_population(leaf) else leaf  # noqa: E731
-    return jax.tree.map(one, states, is_leaf=is_population)

@@ -44,7 +44,7 @@ class Running(NamedTuple):
       fresh: `[4]`, of the batches since the states of devices were last merged, of all if they
         never were: their weight out of `mass`, the number of their values, their own number; and a
         mark of what the merge came to, 0 before the first.
-      before: Mean and variance as they were merged last, one after the other, where a merge asks for
+      before: `[2C]`, mean and variance as they were merged last, where the next merge asks for
         them: with ddof 1 or `sigma_eps`; else `None`.
       decay: The weight of the old value in an update that names no other; not a leaf.
       ddof: 0 for the variance that normalized the batch, 1 for the unbiased one; not a leaf.

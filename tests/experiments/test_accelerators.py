@@ -129,7 +129,7 @@ class TestPasses:
         assert loop.nbytes == 6 * NBYTES
 
     def test_a_program_without_a_text_is_refused(self):
-        with pytest.raises(ValueError, match="no text"):
+        with pytest.raises(ValueError, match="without a text"):
             passes("", 1)
 
 
