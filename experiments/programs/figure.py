@@ -47,11 +47,13 @@ class Cost(NamedTuple):
 
     Attributes:
       nbytes: What its norms put in or get, whichever is more.
+      gathered: What they would get if every device had a row from each.
       norms: Modelled microseconds in the collectives of the norms.
       others: And in those of the gradients and the loss.
     """
 
     nbytes: int
+    gathered: int
     norms: float
     others: float
 
@@ -61,12 +63,14 @@ def cost(account: Account) -> Cost:
     steady = [entry for entry in account.entries if not entry.when_needed]
     ours = [entry for entry in steady if entry.purposes[0].direction]
     nbytes = sum(max(entry.nbytes, entry.received) for entry in ours)
+    forward = sum(e.nbytes for e in ours if e.purposes[0].direction == "forward")
+    gathered = nbytes + (len(account.machine.devices) - 1) * forward
 
     def micros(entries: list[Entry]) -> float:
         each = (modelled(account.machine, one) for e in entries for one in e.collectives)
         return 1e6 * sum(seconds or 0.0 for seconds in each)
 
-    return Cost(nbytes, micros(ours), micros(steady) - micros(ours))
+    return Cost(nbytes, gathered, micros(ours), micros(steady) - micros(ours))
 
 
 def larger_machines(kind: str, model: str) -> Iterator[tuple[int, dict[str, Cost]]]:
@@ -103,6 +107,9 @@ def main(path: Path, model: str) -> None:
             each = [of[norm] for of in costs]
             sent.plot(counts, [c.nbytes for c in each], color=colour, label=label, **style)
             time.plot(counts, [c.norms for c in each], color=colour, **style)
+        rows = [of["flax"].gathered for of in costs]
+        told = {} if kind == "h100" else {"label": "a row from each device, for comparison"}
+        sent.plot(counts, rows, color="#7F7F7F", ls=":", **told)
         label = f"{NAMES[kind]}: gradients of the parameters"
         others = [of["batch"].others for of in costs]
         time.plot(counts, others, color=colour, ls=":", label=label)
