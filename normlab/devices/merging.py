@@ -140,9 +140,12 @@ def _measure(
     if sync.whole or sync.together:
         local = of(a, axes, weights=w)
         near = Sync(sync.near, staged=sync.staged, second=sync.second)
-        merged, values = _reduce(local, near, values, pivot)
-        m = differentiated(sync, local, merged)
-        population, values = _reduce(merged, Sync(sync.far, second=sync.second), values, pivot)
+        merged, told = _reduce(local, near, values, pivot)
+        m, population = differentiated(sync, local, merged), merged
+        if sync.far:  # over all axes: along the far ones alone a torus takes many steps more
+            everyone = Sync(sync.names, second=sync.second)
+            population, told = _reduce(local, everyone, values, pivot)
+        values = told
     else:
         m, population, values = _measure_parts(where, axes, sync, of, a, w, values, pivot)
     if values is not None:
