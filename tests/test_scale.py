@@ -373,7 +373,6 @@ def test_delayed_statistics_are_exchanged_along_an_axis(form):
         ({"together": ("host", "chip")}, "not all"),
         ({"together": ()}, "not all"),
         ({"together": ("chip", "chip")}, "not all"),
-        ({"together": "chip", "shards": 2}, "together and shards"),
         ({"together": "chip", "groups": 2}, "together and groups"),
         ({"together": "chip", "staged": True}, "together and staged"),
         ({"second": "sometimes"}, "'sometimes'"),

@@ -4,26 +4,21 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..cluster import Call, Cluster, Ended
 from ..data import Dataset
 
-if TYPE_CHECKING:
-    from .comparison import Lane, Measured
 
-
-def turns(
-    cluster: Cluster, lanes: Sequence[Lane], data: Dataset
-) -> Iterator[tuple[Lane, Measured]]:
-    """Asks the nodes; returns what trains norms there, and what was measured, as it comes.
+def turns(cluster: Cluster, lanes: Sequence[Any], data: Dataset) -> Iterator[tuple[Any, Any]]:
+    """Asks the nodes; returns what trains norms there, and each `comparison.Measured` as it comes.
 
     One whose worker was killed begins again elsewhere: to the same numbers, of which those that
     came before do not come twice. One that fails says so in its lane.
 
     Args:
       cluster: Where.
-      lanes: The norms.
+      lanes: The norms, each a `comparison.Lane`.
       data: The data set.
 
     Raises:

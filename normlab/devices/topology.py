@@ -143,9 +143,6 @@ class Sync:
         if len(cuts) > 1 or (cuts and self.staged) or len(alone) > 1:
             given = " and ".join([*cuts, *alone])
             raise invalid("Sync", given, "one way to cut the batch", "leave all but one out")
-        if self.together is not None and self.shards > 1:
-            change = "leave shards out: devices along an axis are merged whole"
-            raise invalid("Sync", "together and shards", "one of them", change)
         if self.virtual_batch is not None and self.shards > 1:
             change = "leave shards out: the virtual batch says how the batch is cut"
             raise invalid("Sync", "virtual_batch and shards", "one of them", change)

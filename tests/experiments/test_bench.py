@@ -509,7 +509,7 @@ class TestLm:
 
     def test_what_is_fused_is_counted_by_operations_and_layers(self):
         def move(reads, times, *names):
-            return Move("", "fusion", names, (reads,), (10,), times)
+            return Move("", "fusion", names, (reads,), (10,), times, False)
 
         forward = "jit(f)/jvp(Lm)/Lm.through/block{}/mlp/norm/{}"
         back = "jit(f)/transpose(jvp(Lm))/Lm.through/block{0}/mlp/norm/{1}"
