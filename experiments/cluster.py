@@ -27,6 +27,7 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
+import time
 import warnings
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -50,8 +51,11 @@ QUIET = {
 }
 """Ray without telemetry and logs of its own, and with an eye on its workers."""
 
-PATIENCE = 8.0
+PATIENCE = 7.0
 """Seconds within which a cluster that is there answers; loading Ray takes another."""
+
+AWAY = 20.0
+"""Seconds within which the head of a cluster that was started again answers."""
 
 ROLL_CALL = 120.0
 """Seconds within which each of its nodes unpacks the code and says what it has."""
@@ -305,6 +309,7 @@ class Cluster:
         self._running: dict[Any, int] = {}
         self._folder: Path | None = None
         self._own: Path | None = None
+        self._head = ""
         self._ray: Any = None
 
     def __enter__(self) -> Cluster:
@@ -320,6 +325,7 @@ class Cluster:
                 local["_temp_dir"] = str(self._own)
             connect(self.address, "--ray", {"working_dir": str(self._folder / "code")}, **local)
             self._ray = imported("ray")
+            self._head = self._ray.get_runtime_context().gcs_address
         except OSError as error:
             self.__exit__()
             raise RunError(
@@ -370,6 +376,8 @@ class Cluster:
                 places.pop(number, None)
                 self._running[self._start(calls[number])] = number
             ready, _ = ray.wait(list(self._running), num_returns=1, timeout=1.0)
+            if not ready:
+                self._require_head()
             for generator in ready:
                 number, end = self._running[generator], None
                 try:
@@ -379,6 +387,7 @@ class Cluster:
                 except ray.exceptions.RayTaskError as error:  # what it does not catch itself
                     end = Ended(_said(error.cause))
                 except ray.exceptions.RayError as error:
+                    self._require_head()
                     why = _lost(error, places.get(number))
                     losses[number] += 1
                     if losses[number] > RETRIES:
@@ -395,6 +404,23 @@ class Cluster:
                 if end is not None:
                     self._running.pop(generator, None)
                     yield number, end
+
+    def _require_head(self) -> None:
+        """Raises RunError if the head is gone: after a minute without it Ray ends the process."""
+        host, _, port = self._head.rpartition(":")
+        end, why = time.monotonic() + AWAY, ""
+        while time.monotonic() < end:
+            try:
+                socket.create_connection((host.strip("[]"), int(port)), PATIENCE).close()
+            except OSError as error:
+                why = gist(error)
+                time.sleep(1)
+            else:
+                return
+        raise RunError(
+            f"the head of the Ray cluster is gone ({self._head}: {why}). What was measured is "
+            "kept, and the same command goes on from there, once it is back."
+        )
 
     def drop(self, number: int) -> None:
         """Stops a call; nothing more is heard of it, not even its end."""

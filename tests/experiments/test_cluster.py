@@ -110,6 +110,31 @@ class TestFaults:
         assert len(told) == 1
         assert re.match(r"A node is gone \(.*\)\. Begun again\.", told[0])
 
+    @pytest.mark.slow
+    def test_without_its_head_it_ends_and_says_so(self, tmp_path):
+        os.environ.update(clusters.QUIET)
+        from ray.cluster_utils import Cluster as Nodes
+
+        head = {"num_cpus": 1, "include_dashboard": False}
+        nodes = Nodes(initialize_head=True, head_node_args=head)
+        program = f"""
+from experiments.cluster import Call, Cluster
+from tests.experiments import calls
+with Cluster({nodes.address!r}) as cluster:
+    list(cluster.run([Call(calls.__name__ + ":waits", lambda: ({str(tmp_path)!r}, 0))]))
+"""
+        with subprocess.Popen(
+            [sys.executable, "-c", program],
+            cwd=CHECKOUT,
+            env=environment(),
+            stderr=subprocess.PIPE,
+            text=True,
+        ) as driver:
+            wait_for(lambda: list(tmp_path.glob("begun-*")))
+            nodes.head_node.kill_all_processes(check_alive=False, allow_graceful=False, wait=True)
+            _, errors = driver.communicate(timeout=55)  # Ray itself ends it after a minute
+        assert "the head of the Ray cluster is gone" in errors.splitlines()[-1]
+
     def test_nodes_with_other_versions_are_refused_by_name(self, ray, tmp_path):
         for package, version in (("jax", "0.9.9"), ("flax", "0.1.0")):
             info = tmp_path / f"{package}-{version}.dist-info"
