@@ -39,8 +39,8 @@ def turns(cluster: Cluster, lanes: Sequence[Any], data: Dataset) -> Iterator[tup
 
 
 def _followed(
-    lanes: Sequence[Lane], running: Iterator[tuple[int, Any]]
-) -> Iterator[tuple[Lane, Measured]]:
+    lanes: Sequence[Any], running: Iterator[tuple[int, Any]]
+) -> Iterator[tuple[Any, Any]]:
     for number, found in running:
         lane = lanes[number]
         if isinstance(found, Ended):

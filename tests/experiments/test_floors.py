@@ -14,7 +14,7 @@ FLOORS = (
     {"questions", "compare", "depth", "programs"},
     {"engine", "numerics"},
     {"training"},
-    {"data", "figures", "models"},
+    {"cluster", "data", "figures", "models"},
     {"rundir", "terminal"},
 )
 EXPERIMENTS = Path(experiments.__file__).parent
