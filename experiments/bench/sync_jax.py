@@ -23,9 +23,9 @@ import normlab as nl
 from normlab.devices.mapped import vary
 from normlab.instruments.collectives import Collective, collectives
 
-from ..programs.machines import Machine, abstract, machine, missing
+from ..programs.machines import Machine, machine, missing
 from ..training.processes import Joining, form
-from ..training.trainer import AXIS, on_devices, set_devices
+from ..training.trainer import AXIS, abstract, on_devices, set_devices
 from .turns import Repeated
 from .worker import BOTH, COPY, DIRECTIONS, EPS, FORWARD
 

@@ -43,9 +43,9 @@ from .. import models
 from ..rundir import RunError
 from ..training import syncs
 from ..training.config import require_mesh
-from ..training.trainer import on_devices, set_devices
+from ..training.trainer import abstract, on_devices, set_devices
 from .config import Ledger
-from .machines import Machine, abstract, machine
+from .machines import Machine, machine
 from .peers import PEERS
 
 CLASSES = {"resnet50": 1000, "lm": 256}

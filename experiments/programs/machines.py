@@ -18,7 +18,6 @@ from typing import Any, NamedTuple
 
 import jax
 from jax.experimental import topologies
-from jax.sharding import Sharding
 
 from normlab.errors import nearest
 
@@ -253,13 +252,6 @@ def _cluster_time(m: Machine, kind: str, nbytes: int, there: Sequence[tuple[int,
             climb = 2 * ((each - 1) * inner + math.ceil(math.log2(hosts)) * outer)
             times.append(start + climb + 2 * nbytes / (beta * protocol.share))
     return min(times)
-
-
-def abstract(tree: Any, where: Sharding, *lead: int) -> Any:
-    """The arrays of a tree as shapes and types to compile for, with leading axes `lead`."""
-    return jax.tree.map(
-        lambda v: jax.ShapeDtypeStruct((*lead, *v.shape), v.dtype, sharding=where), tree
-    )
 
 
 def compile_for(target: str, topology: str) -> Sequence[Any]:

@@ -19,7 +19,8 @@ from jax.stages import Compiled, Lowered
 
 from normlab.instruments.hlo import Array, Computation, Instruction, parse
 
-from .machines import abstract, compile_for
+from ..training.trainer import abstract
+from .machines import compile_for
 
 
 def place(target: str) -> SingleDeviceSharding:

@@ -30,7 +30,6 @@ import normlab as nl
 
 from .. import models
 from ..data import NAMES, Dataset, load
-from ..programs.machines import abstract
 from ..rundir import RunDirectory, RunError, default_path, environment
 from . import processes, syncs
 from .checkpoints import Checkpoints
@@ -47,6 +46,7 @@ from .driver import Progress, drive
 from .tasks import Evaluation, Task
 from .trainer import (
     TrainState,
+    abstract,
     accumulate,
     axes_of,
     committed,

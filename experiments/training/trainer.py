@@ -23,7 +23,7 @@ import numpy as np
 import optax
 from jax import Array, lax
 from jax.flatten_util import ravel_pytree
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AxisType, Mesh, NamedSharding, Sharding
 from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 
@@ -370,6 +370,13 @@ def axes_of(sizes: Sequence[int]) -> str | tuple[str, ...]:
     (('axis0', 'axis1'), 'data')
     """
     return tuple(f"axis{i}" for i in range(len(sizes))) if len(sizes) > 1 else AXIS
+
+
+def abstract(tree: Any, where: Sharding, *lead: int) -> Any:
+    """The arrays of a tree as shapes and types to compile for, with leading axes `lead`."""
+    return jax.tree.map(
+        lambda v: jax.ShapeDtypeStruct((*lead, *v.shape), v.dtype, sharding=where), tree
+    )
 
 
 def mesh_of(devices: Sequence[Any], sizes: Sequence[int] = ()) -> Mesh:
