@@ -1,7 +1,7 @@
 """The figure of docs/ledger.md: what synchronization costs on large machines, ours and flax's.
 
-    python -m experiments.programs.figure docs/ledger.png             # needs .[tpu,cuda]; an hour
-    python -m experiments.programs.figure FILE.png resnet20           # of another model: minutes
+    python -m experiments.programs.figure docs/ledger.png mlp         # needs .[tpu,cuda]; minutes
+    python -m experiments.programs.figure FILE.png                    # of ResNet-50: an hour
 
 Every point is a training step that is compiled ahead of time for its machine, of which the
 collectives are read; only their times are those of the model in `experiments.programs.machines`.
@@ -115,8 +115,8 @@ def main(path: Path, model: str) -> None:
         time.plot(counts, others, color=colour, ls=":", label=label)
         sizes, each = zip(*larger_groups(kind), strict=True)
         grouped.plot(sizes, [c.norms for c in each], color=colour, **STYLES["batch"])
-    decorate(sent, "devices, all synchronized", "bytes on each device for its norms, a step")
-    decorate(time, "devices, all synchronized", "time in the norms' collectives, modelled (µs)")
+    decorate(sent, "devices, all synchronized", "bytes a device puts in for norms")
+    decorate(time, "devices, all synchronized", "its norms' collectives, modelled (µs)")
     decorate(grouped, "devices in a group, of 512: four norms", "the same (µs)")
     handles = [axes.get_legend_handles_labels() for axes in (sent, time)]
     figure.legend(
