@@ -172,7 +172,7 @@ def test_no_file_outside_population_names_a_kind_of_it():
         if isinstance(value, type) and hasattr(value, "update") and name != "Population"
     }
     known = {"Running", "Renorm", "Frozen", "Domains", "Delayed", "Cumulative", "Pending"}
-    assert known | {"Prior", "Streaming", "Window", "Rms", "Power", "Mabn"} == kinds
+    assert known | {"Digits", "Prior", "Streaming", "Window", "Rms", "Power", "Mabn"} == kinds
     for file in root.rglob("*.py"):
         if file.is_relative_to(root / "population") or file == root / "__init__.py":
             continue

@@ -53,7 +53,9 @@ def _is_moments(leaf: Any) -> bool:
 
 @checked(
     "all_reduce",
-    m=Kind("moments, or a pytree of them", KINDS["p"].change, _moments, KINDS["p"].wrong),
+    m=Kind(
+        "moments, or a pytree of them", KINDS["p"].change, _moments, ("x", 3, [print], {"a": 1})
+    ),
 )
 def all_reduce(m: Tree, axis_name: AxisName | None) -> Tree:
     """Merges the samples of all devices along named axes, each weighted by its count.
