@@ -168,8 +168,8 @@ def merged(where: str, m: Moments, sync: Sync, *, spread: bool = False) -> Momen
 
     def run(mean: Array, m: Moments) -> Moments:
         del mean
-        if _is_whole(sync):
-            (found,), _ = merge_whole([m], _stages(sync), second=sync.second)
+        if sync.along:
+            (found,), _ = merge_whole([m], sync.stages, second=sync.second)
         else:
             cut = plan(where, sync, axis_sizes(sync.names), 1)
             rank = m.mean.ndim - m.count.ndim
@@ -194,8 +194,8 @@ def summed(where: str, sync: Sync, *values: Array, spread: bool = True) -> tuple
     def run(first: Array, *rest: Array) -> tuple[Array, ...]:
         each = (first, *rest)
         v = _packed(each)
-        if _is_whole(sync) and sync.gradient == "both":
-            for names in _stages(sync):
+        if sync.along and sync.gradient == "both":
+            for names in sync.stages:
                 v = lax.psum(vary(v, names), names)
             v = vary(v, sync.names) if spread else v
         else:
@@ -223,7 +223,7 @@ def averaged(
     """
     if not sync.names:
         return mean, count, *more
-    if _is_whole(sync) and not weighted:
+    if sync.along and not weighted:
         total, *sums = summed(where, sync, mean, *more, spread=spread)
         devices = device_count(sync.near)
         return total / devices, count * devices, *sums
@@ -263,15 +263,6 @@ def names_of(axis_name: ExampleAxes | None) -> tuple[str, ...]:
     if isinstance(axis_name, Sharded):
         return (*_names(axis_name.channels), *_names(axis_name.positions))
     return as_sync(axis_name).names
-
-
-def _is_whole(sync: Sync) -> bool:
-    """Whether all devices along some axes are merged, and no groups by number."""
-    return sync.whole or sync.together is not None
-
-
-def _stages(sync: Sync) -> list[tuple[str, ...]]:
-    return Sync(sync.near, staged=sync.staged).stages
 
 
 def _packed(values: Sequence[Array]) -> Array:

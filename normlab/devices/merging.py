@@ -137,12 +137,11 @@ def _measure(
     values = None  # those with a weight; without weights their number is known
     if w is not None and least > 1:
         values = count_values(a, axes, (w > 0).astype(w.dtype))
-    if sync.whole or sync.together:
+    if sync.along:
         local = of(a, axes, weights=w)
-        near = Sync(sync.near, staged=sync.staged, second=sync.second)
-        merged, told = _reduce(local, near, values, pivot)
+        merged, told = _reduce(local, sync, values, pivot)
         m, population = differentiated(sync, local, merged), merged
-        if sync.far:  # over all axes: along the far ones alone a torus takes many steps more
+        if not sync.whole:  # over all axes: along the others alone a torus takes many steps more
             everyone = Sync(sync.names, second=sync.second)
             population, told = _reduce(local, everyone, values, pivot)
         values = told
@@ -195,7 +194,7 @@ def _measure_parts(
 def _reduce(
     m: Moments, sync: Sync, values: Array | None, pivot: Array | None
 ) -> tuple[Moments, Array | None]:
-    """Those of all devices, and the sum of `values`."""
+    """Those of the devices along axes, and the sum of `values`."""
     (merged,), values = merge_whole(
         [m], sync.stages, extra=values, pivots=[pivot], second=sync.second
     )

@@ -182,14 +182,14 @@ class Sync:
         return (self.together,) if isinstance(self.together, str) else tuple(self.together)
 
     @property
-    def far(self) -> tuple[str, ...]:
-        """The other axes."""
-        return tuple(name for name in self.names if name not in self.near)
+    def along(self) -> bool:
+        """Whether all devices along some axes are merged, and no groups by number."""
+        return self.whole or self.together is not None
 
     @property
     def stages(self) -> list[tuple[str, ...]]:
-        """The axes to merge over, one collective after the other."""
-        return [(name,) for name in reversed(self.names)] if self.staged else [self.names]
+        """The axes to merge over, where that is so: one collective after the other."""
+        return [(name,) for name in reversed(self.near)] if self.staged else [self.near]
 
 
 AxisName = str | tuple[str, ...] | Sync

@@ -101,13 +101,7 @@ class Program(NamedTuple):
 
     def _compare(self, condition: Computation) -> tuple[int, int | tuple[int], str] | None:
         """`counter < end`: the counter's place in what the loop carries, the end or its place."""
-        root, where = condition.behind(condition.root), condition
-        names = list(root.operands)
-        if root.opcode == "fusion":
-            where = self.computations[root.calls[0]]
-            root = where.behind(where.root)
-            outer = {where.parameters[k]: v for k, v in enumerate(names)}
-            names = [outer.get(name, name) for name in root.operands]
+        root, where, names = self._unfused(condition, condition.behind(condition.root))
         direction = re.search(r"\bdirection=(\w+)", root.text)
         if root.opcode != "compare" or not direction or len(names) != 2:
             return None
@@ -130,13 +124,7 @@ class Program(NamedTuple):
         root = body.behind(body.root)
         if root.opcode != "tuple":
             return None
-        i, where = body.behind(root.operands[place]), body
-        names = list(i.operands)
-        if i.opcode == "fusion":
-            where = self.computations[i.calls[0]]
-            i = where.behind(where.root)
-            outer = {where.parameters[k]: v for k, v in enumerate(names)}
-            names = [outer.get(name, name) for name in i.operands]
+        i, where, names = self._unfused(body, body.behind(root.operands[place]))
         if i.opcode != "add":
             return None
         steps = []
@@ -145,6 +133,18 @@ class Program(NamedTuple):
             if _place(within, name) != place:
                 steps.append(_constant(within, name))
         return steps[0] if len(steps) == 1 else None
+
+    def _unfused(
+        self, c: Computation, i: Instruction
+    ) -> tuple[Instruction, Computation, list[str]]:
+        """What an instruction comes to, within a fusion, if it is one: where, and of what."""
+        names = list(i.operands)
+        if i.opcode != "fusion":
+            return i, c, names
+        where = self.computations[i.calls[0]]
+        outer = {where.parameters[k]: v for k, v in enumerate(names)}
+        i = where.behind(where.root)
+        return i, where, [outer.get(name, name) for name in i.operands]
 
     def _kept(self, c: Computation, start: Instruction, body: Computation, at: int) -> int | None:
         """The constant at a place of what the loop carries, if the body leaves it alone."""

@@ -145,8 +145,8 @@ def exchange(states: Any, axis_name: AxisName) -> Any:
         return heard(own), old[1] - old[1]
 
     def heard(own: list[Moments]) -> list[Moments]:
-        if sync.whole or sync.together:
-            merged, _ = merge_whole(own, [sync.near], second=sync.second)
+        if sync.along:
+            merged, _ = merge_whole(own, sync.stages, second=sync.second)
             return [without(m, o) for m, o in zip(merged, own, strict=True)]
         if members is None:  # each device on its own
             return jax.tree.map(jnp.zeros_like, own)
