@@ -213,21 +213,21 @@ def away(m: Moments, delta: Array) -> Array:
 
 
 def _fingerprint(pivots: list[Array], devices: int) -> Array:
-    """Four whole numbers made of the pivots' bits, whose sums over the devices are exact."""
+    """Small whole numbers made of the pivots' bits, and their squares: their sums are exact."""
     bits = [lax.bitcast_convert_type(k, jnp.uint32).ravel() for k in pivots]
     v = jnp.concatenate(bits)
     odd = 2 * jnp.arange(v.size, dtype=jnp.uint32) + 1
     v = (v * odd * jnp.uint32(0x9E3779B1)).sum(dtype=jnp.uint32)
     v = (v ^ (v >> 15)) * jnp.uint32(0x2C1B3C6D)
-    limit = _limit(devices)
     v = v ^ (v >> 12)
-    parts = jnp.stack([v % limit, v // limit % limit]).astype(pivots[0].dtype)
+    limit = max(2, math.isqrt(2**24 // devices))  # the sum of squares is exact in float32
+    number = math.ceil(_BITS / math.log2(limit))
+    parts = jnp.stack([v // limit**k % limit for k in range(number)]).astype(pivots[0].dtype)
     return jnp.concatenate([parts, jnp.square(parts)])
 
 
-def _limit(devices: int) -> int:
-    """Below which the sum of squares of whole numbers is exact in float32."""
-    return max(2, math.isqrt(2**24 // devices))
+_BITS = 20
+"""Of a fingerprint: of a million different pivots one is taken for the same."""
 
 
 def _alike(sums: Array, devices: int) -> Array:
