@@ -9,10 +9,11 @@ from typing import Any, NamedTuple, Protocol
 
 from matplotlib.figure import Figure
 
+import normlab as nl
 from normlab.errors import nearest
 
 from ..data import NAMES
-from ..rundir import Record
+from ..rundir import Record, RunError
 from ..training.config import Training, require, require_evaluations
 from ..training.driver import Checkpoint
 from ..training.optimizers import OPTIMIZERS, Schedule
@@ -51,6 +52,11 @@ class Config(Training):
             given = getattr(self, option)
             there = given in known or (option == "dataset" and not given)
             require(there, option, repr(given), f"a known name; {nearest(given, known)}")
+        for name in getattr(self, "norms", ()):
+            try:
+                nl.row(name)
+            except ValueError as error:
+                raise RunError(f"--norms: {error}") from None
 
     @property
     def datasets(self) -> tuple[str, ...]:

@@ -167,6 +167,12 @@ class TestGrid:
         with pytest.raises(RunError, match=f"^--sweep.*{said}"):
             grid("has", TINY, given)
 
+    def test_a_norm_that_there_is_not_is_refused_before_anything_runs(self):
+        config = questions.require("initialization").QUICK
+        said = r"at norms \('none', 'bach'\)|at norms none bach"
+        with pytest.raises(RunError, match=rf"({said}).*--norms: .*did you mean 'batch'"):
+            grid("initialization", config, ["norms=none batch,none bach"])
+
     @pytest.mark.parametrize(
         ("given", "said"),
         [
