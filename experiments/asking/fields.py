@@ -146,6 +146,8 @@ def _split(word: str) -> tuple[str, list[list[str]]]:
 
 def _value(name: str, config: Config, field: str, text: Sequence[str]) -> Any:
     """A value as the option of the field's name reads it, whatever the other fields are."""
+    if list(text) == [""] and isinstance(getattr(config, field), tuple):
+        text = ()  # the empty word of a shell is an empty list
     hints = typing.get_type_hints(type(config), include_extras=True)
     alone: Any = dataclasses.make_dataclass(field, [(field, hints[field])], frozen=True)
     found = tyro.cli(
