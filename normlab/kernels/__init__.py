@@ -1,0 +1,1 @@
+"""Norms as Pallas kernels for TPU and GPU."""
