@@ -250,6 +250,7 @@ def _over_tiles(
     n, channels = arrays[0].shape
     tiles = _tiles(platform, n, channels, bool(terms))
     grid = math.ceil(n / tiles.rows), math.ceil(channels / tiles.columns)
+    steps = tiles.rows // tiles.step
 
     def kernel(*refs: Any) -> None:
         inputs, outputs = refs[: len(arrays) + len(vectors)], refs[len(arrays) + len(vectors) :]
@@ -261,8 +262,8 @@ def _over_tiles(
         values = [_read(platform, ref, slice(None), inside) for ref in inputs[len(arrays) :]]
 
         def step(i: Any, totals: Sequence[Array]) -> Sequence[Array]:
-            start = i * tiles.step
-            here = pl.ds(pl.multiple_of(start, tiles.step), tiles.step)
+            start = pl.multiple_of(i * tiles.step, tiles.step) if steps > 1 else 0
+            here = pl.ds(start, tiles.step)
             mask = inside
             if n % tiles.rows:
                 down = lax.broadcasted_iota(jnp.int32, (tiles.step, 1), 0)
@@ -279,7 +280,6 @@ def _over_tiles(
             return [total + part for total, part in zip(totals, parts, strict=True)]
 
         zeros = [jnp.zeros((tiles.step, tiles.columns), jnp.float32)] * terms
-        steps = tiles.rows // tiles.step
         totals = step(0, zeros) if steps == 1 else lax.fori_loop(0, steps, step, zeros)
         for ref, total in zip(outputs[len(dtypes) :], totals, strict=True):
             _write(platform, ref, slice(None), total.sum(0, keepdims=True), inside)
