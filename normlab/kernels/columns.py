@@ -16,8 +16,8 @@ columns beyond x are masked. A kernel has no rule of derivative.
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -160,18 +160,61 @@ def apply_dx(
     return dx
 
 
-def problem(platform: str, shape: Sequence[int], dtype: DTypeLike) -> str | None:
-    """Says why there are no kernels for x, and what would do; `None` if there are."""
-    other = "use implementation='xla'"
+def problem(
+    platform: str, shape: Sequence[int], dtype: DTypeLike, activation: Activation | None = None
+) -> str | None:
+    """Says why there are no kernels for x, and what would do; `None` if there are.
+
+    Args:
+      platform: What the kernels would be for.
+      shape: `[N, C]`.
+      dtype: That of x.
+      activation: What would be applied.
+    """
+    rows, channels = shape
     if platform not in ("tpu", "cuda"):
-        return f"there is no kernel for {platform}, but for tpu and cuda; {other}"
-    if jnp.dtype(dtype) not in (jnp.float32, jnp.bfloat16):
-        return f"kernels are for float32 and bfloat16, not for {jnp.dtype(dtype)}; {other}"
-    if not all(isinstance(n, int) for n in shape):
-        return f"a kernel's tiles need sizes that are known, not {tuple(shape)}; {other}"
-    if 0 in shape:
-        return f"an array of shape {tuple(shape)} has no values; {other}"
-    return None
+        found = f"there is no kernel for {platform!r}, but for 'tpu' and 'cuda'"
+    elif jnp.dtype(dtype) not in (jnp.float32, jnp.bfloat16):
+        found = f"kernels are for float32 and bfloat16, not for {jnp.dtype(dtype)}"
+    elif not (isinstance(rows, int) and isinstance(channels, int)):
+        found = f"a kernel's tiles need sizes that are known, not {tuple(shape)}"
+    elif 0 in shape:
+        found = f"an array of shape {tuple(shape)} has no values"
+    elif max(shape) > 2**30:
+        found = f"a kernel counts rows and channels up to 2**30, not {max(shape)}"
+    elif platform == "tpu" and 2 * channels <= _LANES and rows * _LANES > 2**29:
+        found = f"a TPU keeps rows of {_LANES} values: {rows} of {channels} would not fit"
+    elif activation is not None and (why := _unknown(platform, activation)):
+        found = f"no kernel can have this activation ({why})"
+    else:
+        return None
+    return f"{found}; use implementation='xla'"
+
+
+@functools.lru_cache
+def _unknown(platform: Platform, activation: Activation) -> str | None:
+    """Why an activation cannot be in a kernel, as JAX says it when it lowers one."""
+    x, v, one = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((16, 128), (128,), ()))
+
+    def kernels(x: Array, v: Array) -> tuple[Any, Any]:
+        forward = functools.partial(apply, platform, False)
+        backward = functools.partial(apply_sums, platform, False)
+        return (
+            forward(x, v, v, v, activation=activation),
+            backward(x, x, v, v, v, activation=activation),
+        )
+
+    def lower() -> str | None:
+        try:
+            jax.eval_shape(lambda z: activation(z).reshape(()), one)
+            jax.jit(kernels).trace(x, v).lower(lowering_platforms=(platform,))
+        except Exception as error:
+            return str(error).split(". ")[0]
+        return None
+
+    # A thread of its own has no mesh, over which a kernel would have to be mapped.
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(lower).result()
 
 
 def _linear(x: Array, k: Array, r: Array, c: Array, residual: Sequence[Array]) -> Array:
@@ -200,27 +243,26 @@ class _Tiles(NamedTuple):
 
 
 def _tiles(platform: Platform, n: int, channels: int, summed: bool) -> _Tiles:
-    """Steps are what registers hold. The larger a tile, the fewer partial sums are written."""
+    """A step is what registers hold; of sums, the larger a tile the fewer are written.
+
+    A TPU's tile has up to 1 MiB in float32, so that several fit its vector memory twice. On a GPU
+    all sizes are powers of two, and there are about eight tiles for each multiprocessor.
+    """
     if platform == "tpu":
-        columns = channels if channels <= 1024 else 1024
-        lanes = 128 * math.ceil(columns / 128)
+        columns = min(channels, 8 * _LANES)
+        lanes = _LANES * pl.cdiv(columns, _LANES)
         step, rows = max(16, 2**13 // lanes), 2**18 // lanes
     else:
-        columns = min(_power(channels), 128)
-        step = 2**12 // columns
-        # So many that there are about eight tiles for each of the multiprocessors of a GPU.
-        tiles = n * math.ceil(channels / columns) // _MANY
-        rows = min(max(step, _power(tiles)), 2**11) if summed else step
-        rows = max(rows, step)
-    return _Tiles(min(rows, step * math.ceil(n / step)), step, columns)
+        columns = min(pl.next_power_of_2(channels), 128)
+        step = rows = 2**12 // columns
+        if summed:
+            share = pl.next_power_of_2(max(1, n * pl.cdiv(channels, columns) // 2**10))
+            rows = max(step, min(share, 2**11))
+    return _Tiles(min(rows, step * pl.cdiv(n, step)), step, columns)
 
 
-_MANY = 1024
-
-
-def _power(n: int) -> int:
-    """The least power of two that is not less."""
-    return 1 << max(n - 1, 0).bit_length()
+_LANES = 128
+"""How many neighbours a TPU keeps together; an array of fewer columns takes as much memory."""
 
 
 def _over_tiles(
@@ -249,7 +291,7 @@ def _over_tiles(
     """
     n, channels = arrays[0].shape
     tiles = _tiles(platform, n, channels, bool(terms))
-    grid = math.ceil(n / tiles.rows), math.ceil(channels / tiles.columns)
+    grid = pl.cdiv(n, tiles.rows), pl.cdiv(channels, tiles.columns)
     steps = tiles.rows // tiles.step
 
     def kernel(*refs: Any) -> None:
@@ -288,7 +330,7 @@ def _over_tiles(
     vector = pl.BlockSpec((1, tiles.columns), lambda i, j: (0, j))
     partial = pl.BlockSpec((None, 1, tiles.columns), lambda i, j: (i, 0, j))
     shape = functools.partial(jax.ShapeDtypeStruct, manual_axis_type=_varying(arrays, vectors))
-    found = pl.pallas_call(
+    run = pl.pallas_call(
         kernel,
         grid=grid,
         in_specs=[whole] * len(arrays) + [vector] * len(vectors),
@@ -300,7 +342,9 @@ def _over_tiles(
         interpret=interpret,
         compiler_params=_parameters(platform),
         name="batch_norm",
-    )(*arrays, *(v.reshape(1, channels) for v in vectors))
+    )
+    with jax.enable_x64(False):  # A TPU has no indices of 64 bits.
+        found = run(*arrays, *(v.reshape(1, channels) for v in vectors))
     return [*found[: len(dtypes)], *(v.sum((0, 1)) for v in found[len(dtypes) :])]
 
 
