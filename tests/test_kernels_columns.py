@@ -1,4 +1,7 @@
-"""Batch norm's kernels in JAX's interpreter: against sums in float64, and as a norm."""
+"""Batch norm's kernels in JAX's interpreter, against float64, and as a norm; what they lower for.
+
+Compiled for the hardware they are in `tests.experiments.test_kernels_ahead_columns`.
+"""
 
 import functools
 
@@ -6,114 +9,243 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax import lax
-from jax.custom_derivatives import linear_call
-from jax.sharding import PartitionSpec
+from jax.sharding import PartitionSpec as P
 
 import normlab as nl
-from normlab._apply import _reciprocal, _shift
-from normlab._sums import pivot_of
 from normlab.kernels import columns
+from tests import batch_norm_kernels
+from tests.helpers import array, draw, gap, mesh
 
-PLATFORMS = ["tpu", "cuda"]
-# One value; fewer than a tile has; primes, that no tile divides; several tiles of columns.
-SHAPES = [(1, 1), (7, 3), (4099, 1), (131, 1031)]
-
-
-# --- As a norm ----------------------------------------------------------------------------------
+PLATFORMS = ("tpu", "cuda")
+relu, silu = jax.nn.relu, jax.nn.silu
 
 
-def batch_norm(platform, interpret, x, g, b, residual=None, activation=None, eps=1e-5):
-    """f(g·(x − μ)/σ + b + residual) of x [N, C], by the kernels."""
-    k = lax.stop_gradient(pivot_of(x, (0,), None, "auto"))[0]
-    first, second = _sums(platform, interpret, x, k)
-    n = x.shape[0]
-    mean, var = k + first / n, second / n - jnp.square(first / n)
-    r = _reciprocal(jnp.sqrt(var + eps), False) * g
-    c = _shift(mean, r) + b
-    static = platform, interpret, activation
-    return _apply(static, x, lax.stop_gradient(mean), r, c, residual)
+def _relu(z):
+    return np.maximum(z, 0), z > 0
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
-def _sums(platform, interpret, x, k):
-    return columns.sums(platform, interpret, x, k)
+def _silu(z):
+    s = 1 / (1 + np.exp(-z))
+    return z * s, s * (1 + z * (1 - s))
 
 
-@_sums.defjvp
-def _(platform, interpret, primals, tangents):
-    (x, k), (dx, dk) = primals, tangents
-    d, dd = x.astype(jnp.float32) - k, dx.astype(jnp.float32) - dk
-    return _sums(platform, interpret, x, k), (dd.sum(0), 2 * (d * dd).sum(0))
+def _none(z):
+    return z, np.ones_like(z)
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _apply(static, x, k, r, c, residual):
-    platform, interpret, activation = static
-    return columns.apply(platform, interpret, x, k, r, c, residual, activation)
+ORACLES = {relu: _relu, silu: _silu, None: _none}
 
 
-@_apply.defjvp
-def _(static, primals, tangents):
-    """The derivative by all is that by an array that is added to z, and by r and c."""
-    x, _, r, *_ = primals
-    dx, dk, dr, dc, dresidual = tangents
-    added = (dx.astype(jnp.float32) - dk) * r
-    if dresidual is not None:
-        added += dresidual.astype(jnp.float32)
-    tangent = linear_call(
-        functools.partial(_push, static),
-        functools.partial(_pull, static),
-        primals,
-        (added, dr, dc),
+def _given(n, c, dtype=jnp.float32):
+    """X, dh and a residual; k, r, c, p and q."""
+    arrays = [array(draw(i, n, c), dtype) for i in range(3)]
+    return arrays, [array(draw(i, c)) for i in range(3, 8)]
+
+
+def _passes(platform, arrays, vectors, added, activation, interpret=True):
+    """All that the four kernels return."""
+    x, dh, residual = arrays
+    k, r, c, p, q = vectors
+    more = residual if added else None
+    how = platform, interpret
+    of_c, of_r, u = columns.apply_sums(*how, x, dh, k, r, c, more, activation)
+    left = None if added else activation
+    return {
+        "sums": columns.sums(*how, x, k),
+        "h": columns.apply(*how, x, k, r, c, more, activation),
+        "apply_sums": (of_c, of_r),
+        "u": u,
+        "dx": columns.apply_dx(*how, x, u, k, r, c, p, q, left),
+    }
+
+
+def _expected(arrays, vectors, added, activation):
+    """The same in float64."""
+    x, dh, residual = (np.asarray(v, np.float64) for v in arrays)
+    k, r, c, p, q = (np.asarray(v, np.float64) for v in vectors)
+    d = x - k
+    h, slope = ORACLES[activation](d * r + c + residual * added)
+    u = dh * slope
+    return {
+        "sums": (d.sum(0), np.square(d).sum(0)),
+        "h": h,
+        "apply_sums": (u.sum(0), (u * d).sum(0)),
+        "u": u if added else dh,
+        "dx": u * r + p * d + q,
+    }
+
+
+@pytest.mark.parametrize("platform", PLATFORMS)
+class TestPasses:
+    # One value; less than a tile; several tiles of rows and of columns, which divide neither.
+    @pytest.mark.parametrize(
+        ("shape", "added", "activation"),
+        [
+            ((1, 1), True, relu),
+            ((7, 3), False, None),
+            ((4099, 1), False, relu),
+            ((131, 1031), True, silu),
+            ((1500, 257), False, silu),
+            ((2048, 128), True, None),
+        ],
     )
-    return _apply(static, *primals), tangent.astype(x.dtype)
+    def test_against_float64(self, platform, shape, added, activation):
+        arrays, vectors = _given(*shape)
+        f = jax.jit(lambda *v: _passes(platform, *v, added, activation))
+        found, expected = f(arrays, vectors), _expected(arrays, vectors, added, activation)
+        for name, value in expected.items():
+            assert gap(found[name], value) < 2e-6, name
+
+    @pytest.mark.parametrize(("added", "activation"), [(False, silu), (True, relu)])
+    def test_of_bfloat16_only_what_is_written_is_rounded(self, platform, added, activation):
+        arrays, vectors = _given(131, 259, jnp.bfloat16)
+        f = jax.jit(lambda *v: _passes(platform, *v, added, activation))
+        found, expected = f(arrays, vectors), _expected(arrays, vectors, added, activation)
+        for name, value in expected.items():
+            bound = 2e-6 if "sums" in name else 2**-8
+            assert gap(found[name], value) < bound, name
+        assert {found[name].dtype for name in ("h", "u", "dx")} == {jnp.dtype(jnp.bfloat16)}
+
+    def test_a_value_that_is_not_finite_stays_in_its_column(self, platform):
+        (x, *others), vectors = _given(1031, 131)
+        x = x.at[1030, 7].set(jnp.nan).at[5, 130].set(jnp.inf)
+        found = jax.jit(lambda *v: _passes(platform, *v, True, relu))([x, *others], vectors)
+        found = [*found["sums"], *found["apply_sums"]]
+        bad = {int(i) for v in found for i in np.flatnonzero(~np.isfinite(v))}
+        assert bad == {7, 130}
+
+    def test_a_million_rows_are_summed_to_the_last_digits(self, platform):
+        """As well as XLA does: a running sum in float32 would have lost three digits."""
+        n = 1_000_003
+        x = 1 + 0.1 * np.random.default_rng(0).normal(size=(n, 2)).astype(np.float32)
+        expected = x.sum(0, dtype=np.float64), np.square(x, dtype=np.float64).sum(0)
+        run = jax.jit(functools.partial(columns.sums, platform, True))
+        error = gap(run(jnp.asarray(x), jnp.zeros(2)), expected)
+        by_xla = jax.jit(lambda x: (x.sum(0), jnp.square(x).sum(0)))(jnp.asarray(x))
+        assert error < 2**-22
+        assert error < max(gap(by_xla, expected), 2**-23)
+
+    def test_with_x64_on(self, platform, x64):
+        arrays, vectors = _given(300, 130)
+        found = jax.jit(lambda *v: _passes(platform, *v, True, relu))(arrays, vectors)
+        assert gap(found, _expected(arrays, vectors, True, relu)) < 2e-6
+        assert {v.dtype for v in jax.tree.leaves(found)} == {jnp.dtype(jnp.float32)}
+
+    def test_each_device_has_its_own(self, platform):
+        """JAX's interpreter knows no types that vary: these are in `TestLowering`."""
+        arrays, vectors = _given(2 * 37, 5)
+        found = jax.jit(_per_device(platform, check_vma=False))(arrays, vectors)
+        for device in range(2):
+            own = [v[37 * device : 37 * (device + 1)] for v in arrays]
+            mine = jax.tree.map(lambda v, device=device: v[device], found)
+            assert gap(mine, _expected(own, vectors, True, relu)) < 2e-6
 
 
-def _push(static, primals, tangents):
-    x, k, r, c, residual = primals
-    added, dr, dc = tangents
-    d = x.astype(jnp.float32) - k
-    dz = added + d * dr + dc
-    if static[-1] is None:
-        return dz
-    z = d * r + c + (0 if residual is None else residual.astype(jnp.float32))
-    return jax.jvp(static[-1], (z,), (dz,))[1]
+def _per_device(platform, check_vma):
+    """All passes on two devices: x varies over them, k and c do not; returned as `[2, ...]`."""
+
+    def each(*v):
+        found = _passes(platform, *v, True, relu, interpret=not check_vma)
+        return jax.tree.map(lambda v: v[None], found)
+
+    specs = {"in_specs": (P("d"), P()), "out_specs": P("d")}
+    return jax.shard_map(each, mesh=mesh(d=2), check_vma=check_vma, **specs)
 
 
-def _pull(static, primals, dh):
-    """One pass of sums; u is what it wrote, or elementwise, for what needs it to read it in."""
-    x, k, r, c, residual = primals
-    platform, interpret, activation = static
-    vectors = k, r, c
-    dh = dh.astype(x.dtype)
-    of_c, of_r, u = columns.apply_sums(
-        platform, interpret, x, dh, *vectors, residual, activation
+@pytest.mark.parametrize("platform", PLATFORMS)
+class TestNorm:
+    @pytest.mark.parametrize("added", [False, True])
+    @pytest.mark.parametrize("activation", [None, silu])
+    def test_is_batch_norm_with_all_its_derivatives(self, platform, added, activation):
+        (x, dh, residual), (g, b, *_) = _given(263, 19)
+        x = 3 + 2 * x
+        primals = (x, g, b, residual) if added else (x, g, b)
+
+        def expected(x, g, b, residual=None):
+            h = nl.batch_norm(x, nl.Affine(g, b), train=True)[0]
+            h = h if residual is None else h + residual
+            return h if activation is None else activation(h)
+
+        def kernels(x, g, b, residual=None):
+            given = x, g, b, residual, activation
+            return batch_norm_kernels.batch_norm(platform, True, *given)
+
+        def by_one_rule(*primals):
+            more = () if added else (None,)
+            h, pull = batch_norm_kernels.batch_norm_and_pull(
+                platform, True, *primals, *more, activation
+            )
+            return h, pull(dh)
+
+        def reverse(f):
+            def run(*primals):
+                h, pull = jax.vjp(f, *primals)
+                return h, pull(dh)
+
+            return jax.jit(run)(*primals)
+
+        wanted = reverse(expected)
+        assert gap(reverse(kernels), wanted) < 1e-5
+        assert gap(jax.jit(by_one_rule)(*primals), wanted) < 1e-5
+        tangents = tuple(v[::-1] for v in primals)
+        forward = jax.jit(lambda *v: jax.jvp(kernels, v, tangents))(*primals)
+        assert gap(forward, jax.jvp(expected, primals, tangents)) < 1e-5
+
+
+# A convolution's, a prime number of channels, one, and more than a tile has.
+CALLS = {"tpu": "@tpu_custom_call", "cuda": "@__gpu$xla.gpu.triton"}
+LOWERED = [((6272, 512), jnp.bfloat16), ((4099, 257), jnp.float32), ((5, 1), jnp.float32)]
+
+
+@pytest.mark.parametrize("platform", PLATFORMS)
+class TestLowering:
+    """Pallas lowers here, too; what it makes of a kernel is compiled elsewhere."""
+
+    @pytest.mark.parametrize(("shape", "dtype"), LOWERED)
+    @pytest.mark.parametrize("wide", [False, True])
+    def test_lowers(self, platform, shape, dtype, wide):
+        assert columns.problem(platform, shape, dtype, silu) is None
+        x, v = jax.ShapeDtypeStruct(shape, dtype), jax.ShapeDtypeStruct(shape[1:], jnp.float32)
+        with jax.enable_x64(wide):
+            run = jax.jit(lambda *v: _passes(platform, *v, True, silu, interpret=False))
+            text = run.trace([x] * 3, [v] * 5).lower(lowering_platforms=(platform,)).as_text()
+        assert (
+            text.count({"tpu": "@tpu_custom_call", "cuda": "@__gpu$xla.gpu.triton"}[platform]) == 4
+        )
+
+    @pytest.mark.parametrize(
+        ("shape", "dtype", "activation", "word"),
+        [
+            ((0, 3), jnp.float32, None, "no values"),
+            ((3, 3), jnp.float64, None, "float64"),
+            ((3, 3), jnp.int32, None, "int32"),
+            ((2**31, 1), jnp.float32, None, "2147483648"),
+            ((3, 3), jnp.float32, jax.nn.softmax, "axis"),
+            ((3, 3), jnp.float32, functools.partial(jax.nn.gelu, approximate=False), "erfc"),
+        ],
     )
-    u = u.astype(jnp.float32)
-    if residual is None and activation is not None:
-        u = jax.vjp(activation, (x.astype(jnp.float32) - k) * r + c)[1](u)[0]
-    return u, of_r, of_c
+    def test_what_has_no_kernel_is_told_what_would_do(
+        self, platform, shape, dtype, activation, word
+    ):
+        found = columns.problem(platform, shape, dtype, activation)
+        assert found is not None
+        assert word in found
+        assert found.endswith("use implementation='xla'")
+
+    def test_a_mesh_does_not_matter_to_what_an_activation_needs(self, platform):
+        def activation(z):
+            return jax.nn.relu(z) * 2
+
+        with jax.set_mesh(mesh(d=2)):
+            assert columns.problem(platform, (3, 3), jnp.float32, activation) is None
 
 
-def batch_norm_and_derivatives(platform, interpret, x, g, b, dh, residual=None, activation=None):
-    """H, and the derivatives by x, g, b and the residual, with `apply_dx` for the last pass."""
-    n = x.shape[0]
-    k = pivot_of(x, (0,), None, "auto")[0]
+def test_there_is_no_kernel_for_other_platforms():
+    for platform in ("cpu", "rocm"):
+        assert repr(platform) in str(columns.problem(platform, (3, 3), jnp.float32))
 
-    def statistics(first, second, g, b):
-        mean, var = k + first / n, second / n - jnp.square(first / n)
-        r = _reciprocal(jnp.sqrt(var + 1e-5), False) * g
-        return lax.stop_gradient(mean), r, _shift(mean, r) + b
 
-    of_x = columns.sums(platform, interpret, x, k)
-    vectors, pull, = jax.vjp(statistics, *of_x, g, b)
-    h = columns.apply(platform, interpret, x, *vectors, residual, activation)
-    of_c, of_r, u = columns.apply_sums(platform, interpret, x, dh, *vectors, residual, activation)
-    of_first, of_second, dg, db = pull((jnp.zeros_like(k), of_r, of_c))
-    # The sums are about k, d is about the mean.
-    p = 2 * of_second
-    q = of_first + p * (vectors[0] - k)
-    left = None if residual is not None else activation
-    dx = columns.apply_dx(platform, interpret, x, u, *vectors, p, q, left)
-    return h, dx, dg, db, u
+def test_a_tpu_would_not_hold_few_channels_of_many_rows():
+    assert "2 would not fit" in str(columns.problem("tpu", (2**23, 2), jnp.float32))
+    assert columns.problem("tpu", (2**23, 128), jnp.float32) is None
+    assert columns.problem("cuda", (2**23, 2), jnp.float32) is None

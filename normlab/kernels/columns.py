@@ -251,7 +251,8 @@ def _tiles(platform: Platform, n: int, channels: int, summed: bool) -> _Tiles:
     if platform == "tpu":
         columns = min(channels, 8 * _LANES)
         lanes = _LANES * pl.cdiv(columns, _LANES)
-        step, rows = max(16, 2**13 // lanes), 2**18 // lanes
+        step = max(16, 2**13 // lanes // 16 * 16)
+        rows = 2**18 // lanes // step * step
     else:
         columns = min(pl.next_power_of_2(channels), 128)
         step = rows = 2**12 // columns
