@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -14,8 +15,14 @@ from normlab._weights import leave_out
 from normlab._xla import apart, derivative_of, widen, zeros_of
 
 
-def apply_parts(a: Array, parts: tuple[Array, ...], weights: Array | None) -> Array:
-    """H = g · (a − μ)/σ + b for four arrays that broadcast to `a`."""
+def apply_parts(
+    a: Array,
+    parts: tuple[Array, ...],
+    weights: Array | None,
+    residual: Array | None = None,
+    activation: Callable[[Array], Array] | None = None,
+) -> Array:
+    """H = f(g · (a − μ)/σ + b + residual) for four arrays that broadcast to `a`."""
     mu, sigma, g, b = parts
     a = floating(leave_out(a, weights))
     # (a − μ)/σ about a pivot, the value of μ: (a − k)·r + c with r = 1/σ and c = (k − μ)/σ. c is
@@ -33,10 +40,20 @@ def apply_parts(a: Array, parts: tuple[Array, ...], weights: Array | None) -> Ar
         if wide:
             shape = a.shape
             pivot, r, c = (wide.statistic(jnp.broadcast_to(v, small)) for v in (pivot, r, c))
-            return _apply(wide.array(a), pivot, r, c, g, b).astype(a.dtype).reshape(shape)
+            h = _apply(wide.array(a), pivot, r, c, g, b).reshape(shape)
+            return finished(h, residual, activation).astype(a.dtype)
     else:
         c = _shift(mu, r)
-    return _apply(a, pivot, r, c, g, b).astype(a.dtype)
+    h = _apply(a, pivot, r, c, g, b)
+    return finished(h, residual, activation).astype(a.dtype)
+
+
+def finished(
+    h: Array, residual: Array | None, activation: Callable[[Array], Array] | None
+) -> Array:
+    """f(h + residual), in the type of the statistics."""
+    h = h if residual is None else h + promote(residual)
+    return h if activation is None else activation(h)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
