@@ -19,6 +19,7 @@ from normlab._arguments import SIZES, checked, declare, instance, real
 from normlab._checks import (
     check_parts,
     gain_and_bias,
+    is_zero,
     normalize_axes,
     promote,
     promote_dtype,
@@ -36,7 +37,7 @@ class Parts(NamedTuple):
     `mu, sigma, g, b = parts`.
 
     Attributes:
-      mu: μ, the shift, in the units of `a`.
+      mu: μ, the shift, in the units of `a`; NumPy's zero where a norm has none.
       sigma: σ > 0, the scale, in the units of `a`; the largest number of its type where nothing
         was measured.
       g: The gain, learned.
@@ -177,9 +178,10 @@ def affine(
         (channel_axis,) = normalize_axes("affine", channel_axis, jnp.ndim(a))
     if not isinstance(parts, Parts):
         return parts.apply(jnp.asarray(a), align_weights("affine", weights, a, channel_axis))
-    parts = check_parts(parts, jnp.shape(a), promote_dtype(a))
+    mu, *others = check_parts(parts, jnp.shape(a), promote_dtype(a))
+    mu = None if is_zero(mu) else mu
     a, weights = jnp.asarray(a), align_weights("affine", weights, a, channel_axis)
-    return partitioned(apply_parts, a, parts, weights)
+    return partitioned(apply_parts, a, mu, tuple(others), weights)
 
 
 @checked("invert", parts=ANY_PARTS)

@@ -29,7 +29,7 @@ from jax import Array, lax
 from jax.typing import ArrayLike
 
 from normlab._arguments import checked, declare, norm_axes, number
-from normlab._checks import check_values, gain_and_bias, normalize_axes, promote
+from normlab._checks import check_values, gain_and_bias, no_mean, normalize_axes, promote
 from normlab._sums import average, standard_deviation
 from normlab._weights import aligned
 from normlab._xla import partitioned
@@ -206,7 +206,7 @@ def rms_parts(
     how: Any = {"groups": groups, "part": part, "axis_name": axis_name, "weights": weights}
     square, count = mean_square("RMS norm", a, axes, channel_axis=channel_axis, **how)
     g, b = gain_and_bias("RMS norm", params, a, channel_axis, feature_axes)
-    return Parts(jnp.zeros((), square.dtype), standard_deviation(square, count, eps), g, b)
+    return Parts(no_mean(square.dtype), standard_deviation(square, count, eps), g, b)
 
 
 @applied(rms_parts)
@@ -306,7 +306,7 @@ def group_parts(
     one = centred and one_in_each("group norm", jnp.shape(a), groups, axis_name)
     change = "use fewer groups, or centred=False, which has no mean"
     check_values("group norm", jnp.shape(a), one, "example and group", change)
-    return Parts(m.mean, m.sigma(eps), g, b)
+    return Parts(m.mean if centred else no_mean(m.mean.dtype), m.sigma(eps), g, b)
 
 
 def one_in_each(
