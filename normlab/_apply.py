@@ -17,33 +17,39 @@ from normlab._xla import apart, derivative_of, widen, zeros_of
 
 def apply_parts(
     a: Array,
-    parts: tuple[Array, ...],
+    mu: Array | None,
+    others: tuple[Array, Array, Array],
     weights: Array | None,
     residual: Array | None = None,
     activation: Callable[[Array], Array] | None = None,
 ) -> Array:
-    """H = f(g · (a − μ)/σ + b + residual) for four arrays that broadcast to `a`."""
-    mu, sigma, g, b = parts
+    """H = f(g · (a − μ)/σ + b + residual) for arrays that broadcast to `a`.
+
+    μ, or `None` for 0; then σ, g and b.
+    """
+    sigma, g, b = others
     a = floating(leave_out(a, weights))
     # (a − μ)/σ about a pivot, the value of μ: (a − k)·r + c with r = 1/σ and c = (k − μ)/σ. c is
     # zero, and carries the derivative of μ: so that the gradient of μ is that of c, a small array,
-    # and needs no sum over a of its own.
-    pivot = lax.stop_gradient(mu)
+    # and needs no sum over a of its own. Where μ is 0 there is neither.
+    pivot = None if mu is None else lax.stop_gradient(mu)
     r = _reciprocal(sigma, weights is not None)
     small = jnp.broadcast_shapes(r.shape, g.shape, b.shape, (1,) * a.ndim)
     if small != a.shape:
         r = r * g
-        c, g, b = _shift(mu, r) + b, jnp.ones((), r.dtype), jnp.zeros((), r.dtype)
+        c = b if mu is None else _shift(mu, r) + b
+        g, b = jnp.ones((), r.dtype), jnp.zeros((), r.dtype)
         small = jnp.broadcast_shapes(r.shape, c.shape, (1,) * a.ndim)
         axes = [i for i, n in enumerate(a.shape) if n != small[i]]
         wide = widen(a.shape, axes)
         if wide:
             shape = a.shape
-            pivot, r, c = (wide.statistic(jnp.broadcast_to(v, small)) for v in (pivot, r, c))
+            statistics = jax.tree.map(lambda v: jnp.broadcast_to(v, small), (pivot, r, c))
+            pivot, r, c = jax.tree.map(wide.statistic, statistics)
             h = _apply(wide.array(a), pivot, r, c, g, b).reshape(shape)
             return finished(h, residual, activation).astype(a.dtype)
     else:
-        c = _shift(mu, r)
+        c = jnp.zeros((), r.dtype) if mu is None else _shift(mu, r)
     h = _apply(a, pivot, r, c, g, b)
     return finished(h, residual, activation).astype(a.dtype)
 
@@ -85,17 +91,23 @@ def _(primals: Any, tangents: Any) -> Any:
 
 
 @jax.custom_jvp
-def _apply(a: Array, pivot: Array, r: Array, c: Array, g: Array, b: Array) -> Array:
+def _apply(a: Array, pivot: Array | None, r: Array, c: Array, g: Array, b: Array) -> Array:
     """((a − k)·r + c)·g + b, with a derivative that reads `a` once for each of its sums."""
-    return ((promote(a) - pivot) * r + c) * g + b
+    return (_from(a, pivot) * r + c) * g + b
+
+
+def _from(a: Array, pivot: Array | None = None) -> Array:
+    """Returns a − k in the statistics' type; of no pivot, a."""
+    return promote(a) if pivot is None else promote(a) - pivot
 
 
 @_apply.defjvp
 def _(primals: Any, tangents: Any) -> Any:
     (a, pivot, r, c, g, b), (da, dk, dr, dc, dg, db) = primals, tangents
-    a1, k1, r1, g1 = apart(a, pivot, r, g)
-    a2, k2, r2, g2 = apart(a1, k1, r1, g1)
-    by_a = (promote(da) - dk) * r * g
-    by_r = (promote(a1) - k1) * g1 * dr
-    by_g = ((promote(a2) - k2) * r2 + c) * dg
+    pivots = () if pivot is None else (pivot,)
+    a1, r1, g1, *k1 = apart(a, r, g, *pivots)
+    a2, r2, g2, *k2 = apart(a1, r1, g1, *k1)
+    by_a = _from(da, dk) * r * g
+    by_r = _from(a1, *k1) * g1 * dr
+    by_g = (_from(a2, *k2) * r2 + c) * dg
     return _apply(a, pivot, r, c, g, b), by_a + by_r + dc * g2 + by_g + db

@@ -20,6 +20,7 @@ from normlab._arguments import SIZES, a_function, array, checked, declare, insta
 from normlab._checks import (
     check_parts,
     gain_and_bias,
+    is_zero,
     normalize_axes,
     promote,
     promote_dtype,
@@ -38,7 +39,7 @@ class Parts(NamedTuple):
     `mu, sigma, g, b = parts`.
 
     Attributes:
-      mu: μ, the shift, in the units of `a`.
+      mu: μ, the shift, in the units of `a`; NumPy's zero where a norm has none.
       sigma: σ > 0, the scale, in the units of `a`; the largest number of its type where nothing
         was measured.
       g: The gain, learned.
@@ -200,9 +201,10 @@ def affine(
     if isinstance(parts, Applied):
         after: Any = {"residual": residual, "activation": activation}
         return parts.apply(a, weights, **{k: v for k, v in after.items() if v is not None})
-    parts = check_parts(parts, a.shape, promote_dtype(a))
+    mu, *others = check_parts(parts, a.shape, promote_dtype(a))
+    mu = None if is_zero(mu) else mu
     apply = functools.partial(apply_parts, activation=activation)
-    return partitioned(apply, a, parts, weights, residual)
+    return partitioned(apply, a, mu, tuple(others), weights, residual)
 
 
 @checked("invert", parts=ANY_PARTS)

@@ -29,7 +29,7 @@ from jax import Array, lax
 from jax.typing import ArrayLike
 
 from normlab._arguments import checked, declare, norm_axes, number
-from normlab._checks import check_values, gain_and_bias, normalize_axes, promote
+from normlab._checks import check_values, gain_and_bias, no_mean, normalize_axes, promote
 from normlab._sums import average, standard_deviation
 from normlab._weights import aligned
 from normlab._xla import partitioned
@@ -225,7 +225,7 @@ def rms_parts(
     how: Any = {"groups": groups, "part": part, "axis_name": axis_name, "weights": weights}
     square, count = mean_square(where, a, axes, channel_axis=channel_axis, **how)
     g, b = gain_and_bias(where, params, a, channel_axis, feature_axes)
-    parts = Parts(jnp.zeros((), square.dtype), standard_deviation(square, count, eps), g, b)
+    parts = Parts(no_mean(square.dtype), standard_deviation(square, count, eps), g, b)
     last = -1 if groups == 1 else channel_axis % jnp.ndim(a) - jnp.ndim(a)
     without = f"part={part}" if part != 1 else no_kernel(weights, axis_name, channel=last)
     axes = _example_axes(where, axes, jnp.ndim(a), channel_axis % jnp.ndim(a))
@@ -332,7 +332,8 @@ def group_parts(
     one = centred and one_in_each(where, jnp.shape(a), groups, axis_name)
     change = "use fewer groups, or centred=False, which has no mean"
     check_values(where, jnp.shape(a), one, "example and group", change)
-    parts, ndim = Parts(m.mean, m.sigma(eps), g, b), jnp.ndim(a)
+    parts = Parts(m.mean if centred else no_mean(m.mean.dtype), m.sigma(eps), g, b)
+    ndim = jnp.ndim(a)
     without = no_kernel(weights, axis_name, algorithm, channel_axis % ndim - ndim)
     how = {"eps": eps, "groups": groups, "centred": centred, "without": without}
     return by_kernel(where, implementation, parts, jnp.asarray(a), range(1, ndim), **how)

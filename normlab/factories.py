@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from normlab._arguments import checked, flag, real, settled_decay
-from normlab._checks import gain_and_bias, promote_dtype
+from normlab._checks import gain_and_bias, no_mean, promote_dtype
 from normlab.batch import batch_parts
 from normlab.cosine import cosine_parts
 from normlab.devices.topology import AxisName, as_sync
@@ -45,8 +45,8 @@ def none(*, use_bias: bool = True) -> Norm:
 
     def measure(site: Site, params: Any) -> Parts:
         _, b = gain_and_bias("no norm", params, site.a, site.linear.channel_axis)
-        zero = jnp.zeros((), b.dtype)
-        return Parts(zero, zero + 1, zero + 1, b)
+        one = jnp.ones((), b.dtype)
+        return Parts(no_mean(b.dtype), one, one, b)
 
     return norm_of(
         "no norm", measure, functools.partial(initial_affine, use_gain=False, use_bias=use_bias)

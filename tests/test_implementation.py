@@ -200,9 +200,7 @@ def test_residual_and_activation_come_after_the_norm(name):
     norm = nl.get(name, **({"groups": 2} if name == "group" else {}))
     params, state = norm.init(nl.Site(x))
     h, _ = norm.apply(params, state, nl.Site(x), train=True)
-    found, _ = norm.apply(
-        params, state, nl.Site(x), train=True, residual=x, activation=jax.nn.relu
-    )
+    found, _ = norm.apply(params, state, nl.Site(x), train=True, residual=x, activation=jax.nn.relu)
     assert gap(found, jax.nn.relu(h + x)) < 1e-6
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from jax import Array
 from jax.sharding import PartitionSpec
 
-from normlab._checks import normalize_axes
+from normlab._checks import no_mean, normalize_axes
 from normlab._flax.calls import Axes, Call
 from normlab._sums import standard_deviation
 from normlab.batch import batch_parts
@@ -110,8 +110,9 @@ def example(call: Call, axes: Axes, *, centre: bool = True) -> Parts:
         _warn_of_one(call, _values(call, axes, over), "more than one value of each example")
         return _computed(call, _parts(_over(call, axes, over), call.eps), axes, over)
     square, count = mean_square(call.where, call.x, axes, axis_name=over, weights=call.weights)
-    mu, one = jnp.zeros((), square.dtype), jnp.ones((), square.dtype)
-    parts = Parts(mu, standard_deviation(square, count, call.eps), one, mu)
+    zero, one = jnp.zeros((), square.dtype), jnp.ones((), square.dtype)
+    mu, sigma = no_mean(square.dtype), standard_deviation(square, count, call.eps)
+    parts = Parts(mu, sigma, one, zero)
     return _computed(call, parts, axes, over, centred=False)
 
 

@@ -38,5 +38,6 @@ def normalized(
     def spread(v: Array) -> Array:
         return v[:, None] if groups in (1, c) else jnp.repeat(v, c // groups, 1)[:, None]
 
-    h = apply_parts(x, (spread(mean), spread(sigma), g, b), None, activation=activation)
+    mu, others = spread(mean) if centred else None, (spread(sigma), g, b)
+    h = apply_parts(x, mu, others, None, activation=activation)
     return h, mean, 1 / sigma
