@@ -33,11 +33,11 @@ def apply_parts(
     # zero, and carries the derivative of μ: so that the gradient of μ is that of c, a small array,
     # and needs no sum over a of its own. Where μ is 0 there is neither.
     pivot = None if mu is None else lax.stop_gradient(mu)
-    r = _reciprocal(sigma, weights is not None)
+    r = reciprocal(sigma, weights is not None)
     small = jnp.broadcast_shapes(r.shape, g.shape, b.shape, (1,) * a.ndim)
     if small != a.shape:
         r = r * g
-        c = b if mu is None else _shift(mu, r) + b
+        c = b if mu is None else shift(mu, r) + b
         g, b = jnp.ones((), r.dtype), jnp.zeros((), r.dtype)
         small = jnp.broadcast_shapes(r.shape, c.shape, (1,) * a.ndim)
         axes = [i for i, n in enumerate(a.shape) if n != small[i]]
@@ -49,7 +49,7 @@ def apply_parts(
             h = _apply(wide.array(a), pivot, r, c, g, b).reshape(shape)
             return finished(h, residual, activation).astype(a.dtype)
     else:
-        c = jnp.zeros((), r.dtype) if mu is None else _shift(mu, r)
+        c = jnp.zeros((), r.dtype) if mu is None else shift(mu, r)
     h = _apply(a, pivot, r, c, g, b)
     return finished(h, residual, activation).astype(a.dtype)
 
@@ -63,7 +63,7 @@ def finished(
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
-def _reciprocal(sigma: Array, weighted: bool) -> Array:
+def reciprocal(sigma: Array, weighted: bool) -> Array:
     """1/σ, with the derivative −(dσ/σ)/σ: 1/σ² would overflow from 1e-19 on.
 
     Where there are weights, the largest σ there is stands for none that was measured: 0.
@@ -72,22 +72,22 @@ def _reciprocal(sigma: Array, weighted: bool) -> Array:
     return jnp.where(sigma >= jnp.finfo(sigma.dtype).max, 0, r) if weighted else r
 
 
-@_reciprocal.defjvp
+@reciprocal.defjvp
 def _(weighted: bool, primals: Any, tangents: Any) -> Any:
-    r = _reciprocal(*primals, weighted)
+    r = reciprocal(*primals, weighted)
     return r, -(tangents[0] * r) * r
 
 
 @jax.custom_jvp
-def _shift(mu: Array, r: Array) -> Array:
+def shift(mu: Array, r: Array) -> Array:
     """(k − μ)·r where k is the value of μ: zero, with all the derivatives."""
     return zeros_of(mu * r)
 
 
-@_shift.defjvp
+@shift.defjvp
 def _(primals: Any, tangents: Any) -> Any:
     (mu, r), (dmu, dr) = primals, tangents
-    return _shift(mu, r), -dmu * r - derivative_of(mu) * dr
+    return shift(mu, r), -dmu * r - derivative_of(mu) * dr
 
 
 @jax.custom_jvp

@@ -16,21 +16,23 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 from jax.core import Tracer
 from jax.typing import ArrayLike
 
-from normlab._apply import finished
+from normlab._apply import finished, reciprocal, shift
 from normlab._arguments import KINDS, anything, checked, declare, instance, one_of
-from normlab._checks import promote
+from normlab._checks import is_zero, promote
+from normlab._sums import count_values, pivot_of
 from normlab._trees import node
 from normlab.devices.mapped import vary, varying_axes
 from normlab.equation import Parts, affine, invert
 from normlab.errors import invalid
+from normlab.measure import Moments, from_sums
 from normlab.site import Norm, Site, State
 
 Implementation = Literal["auto", "xla", "pallas", "interpret"]
@@ -68,10 +70,7 @@ class KernelParts(Parts):
         if self.kernel is None or a is not self.measured:
             more: Any = {"residual": residual, "activation": activation}
             return affine(Parts(*self), a, weights=weights, **more)
-        if residual is None:
-            return self.kernel(self.g, self.b, activation)[0]
-        h = self.kernel(self.g, self.b)[0]
-        return finished(promote(h), residual, activation).astype(h.dtype)
+        return self.kernel(self.g, self.b, activation, residual=residual)[0]
 
     def invert(self, h: Array) -> Array:
         """`invert(parts, h)`, which see."""
@@ -114,6 +113,17 @@ def by_kernel(
     first = axes[0] if axes else last
     if axes not in (tuple(range(first, last)), tuple(range(first, a.ndim))):
         without = without or f"axes {axes}, which are not the last: positions, channels"
+    if groups is None:
+        groups = 1 if last in axes else a.shape[-1]
+    lacks = _lacks(where, implementation, a, eps, without)
+    if lacks or (implementation == "auto" and not faster(a, a.shape[first:], groups, centred)):
+        return parts
+    kernel = functools.partial(_run, where, implementation, a, first, groups, centred, float(eps))
+    return _with(KernelParts(*parts), a, kernel)
+
+
+def _lacks(where: str, implementation: Implementation, a: Array, eps: Any, without: str) -> bool:
+    """Whether there is no kernel for arrays like `a`; an error unless `"auto"` was asked."""
     if isinstance(eps, Tracer):
         without = without or "an ε that is traced"
     if not jnp.issubdtype(a.dtype, jnp.floating) or jnp.finfo(a.dtype).bits > 32:
@@ -126,12 +136,7 @@ def by_kernel(
         given = f"implementation={implementation!r} with {without}"
         change = "use implementation='auto', or 'xla'"
         raise invalid(where, given, "what there is a kernel for", change)
-    if groups is None:
-        groups = 1 if last in axes else a.shape[-1]
-    if without or (implementation == "auto" and not faster(a, a.shape[first:], groups, centred)):
-        return parts
-    kernel = functools.partial(_run, where, implementation, a, first, groups, centred, float(eps))
-    return _with(KernelParts(*parts), a, kernel)
+    return bool(without)
 
 
 def faster(a: Array, shape: Sequence[int], groups: int, centred: bool) -> bool:
@@ -155,10 +160,14 @@ def _run(
     g: Array,
     b: Array,
     activation: Activation | None = None,
+    *,
+    residual: Array | None = None,
     added: tuple[Array, Array] | None = None,
 ) -> tuple[Array, Array]:
     """(h, a): of `a`, or of the sum of the two that are `added` and a is."""
     from normlab.kernels import examples
+
+    after, activation = activation, activation if residual is None else None
 
     n, p, c = math.prod(a.shape[:first]), math.prod(a.shape[first:-1]), a.shape[-1]
     g, b = (v.reshape((1,) * (a.ndim - v.ndim) + v.shape) for v in (g, b))
@@ -176,12 +185,84 @@ def _run(
     x, *y = (v.reshape(n, p, c) for v in added or (a,))
     spec = examples.Rows(groups, centred, eps, activation, bool(y))
     strict, interpret = implementation != "auto", implementation == "interpret"
-    arrays = (x, laid_out(g), laid_out(b), *y)
+    arrays = alike(x, laid_out(g), laid_out(b), *y)
+    h, _, _, *total = examples.call(examples.Forward(spec, where, strict, interpret), *arrays)
+    h = h.reshape(a.shape)
+    if residual is not None:
+        h = finished(promote(h), residual, after).astype(h.dtype)
+    return h, total[0].reshape(a.shape) if total else a
+
+
+def alike(*arrays: Array) -> list[Array]:
+    """The arrays, of types that vary over the same mapped axes."""
     names = tuple(frozenset().union(*map(varying_axes, arrays)))
-    h, _, _, *total = examples.call(
-        examples.Forward(spec, where, strict, interpret), *(vary(v, names) for v in arrays)
-    )
-    return h.reshape(a.shape), total[0].reshape(a.shape) if total else a
+    return [vary(v, names) for v in arrays]
+
+
+class Columns(NamedTuple):
+    """Batch norm by kernels: one that sums over the examples, and one that applies."""
+
+    where: str
+    implementation: Implementation
+
+    def _like(self, kind: Any, activation: Activation | None = None) -> Any:
+        strict, interpret = self.implementation != "auto", self.implementation == "interpret"
+        return kind(self.where, strict, interpret, activation)
+
+    def moments(self, x: Array, axes: Sequence[int], *, weights: Any = None) -> Moments:
+        """`moments` over all axes but the last."""
+        from normlab.kernels import channels
+
+        assert weights is None
+        pivot = lax.stop_gradient(pivot_of(x, tuple(axes), None, "auto"))
+        given = alike(x.reshape(-1, x.shape[-1]), pivot.reshape(-1))
+        first, second = channels.call(self._like(channels.Sums), *given)
+        sums = (v.reshape(pivot.shape) for v in (first, second))
+        return from_sums(count_values(x, axes, None), pivot, *sums)
+
+    def parts(self, parts: Parts, a: Array) -> Parts:
+        """The parts, with a kernel that applies them; g and b are one number for each channel."""
+        return _with(KernelParts(*parts), a, functools.partial(self._apply, parts, a))
+
+    def _apply(
+        self,
+        parts: Parts,
+        a: Array,
+        g: Array,
+        b: Array,
+        activation: Activation | None = None,
+        *,
+        residual: Array | None = None,
+        added: Any = None,
+    ) -> tuple[Array, Array]:
+        from normlab.kernels import channels
+
+        del added  # who sums reads it again
+        mu, sigma, shape = parts.mu, parts.sigma, (1,) * (a.ndim - 1) + a.shape[-1:]
+        r = reciprocal(sigma, False) * g
+        c = (0 if is_zero(mu) else shift(mu, r)) + b
+        if jnp.broadcast_shapes(jnp.shape(mu), r.shape, c.shape, shape) != shape:
+            given = f"implementation={self.implementation!r} with statistics or gains by example"
+            change = "use implementation='auto', or 'xla'"
+            raise invalid(self.where, given, "what there is a kernel for", change)
+        columns = (jnp.broadcast_to(v, shape).reshape(-1) for v in (lax.stop_gradient(mu), r, c))
+        more = () if residual is None else (residual.reshape(-1, a.shape[-1]),)
+        given = alike(a.reshape(-1, a.shape[-1]), *columns, *more)
+        (h,) = channels.call(self._like(channels.Apply, activation), *given)
+        return h.reshape(a.shape), a
+
+
+def by_columns(
+    where: str, implementation: Implementation, a: Array, channel: int, without: str
+) -> Columns | None:
+    """Batch norm's kernels, if they are to be had: as `by_kernel`."""
+    if implementation == "xla":
+        return None
+    if channel != a.ndim - 1 or a.ndim < 2:
+        without = without or "channels that are not last, behind examples"
+    if _lacks(where, implementation, a, 0.0, without) or implementation == "auto":
+        return None
+    return Columns(where, implementation)
 
 
 _NORM = instance(Norm, "make it with get(name), or Norm(init, parts)", arrays=False)

@@ -13,6 +13,7 @@ from normlab import implementation
 from tests.helpers import array, draw, gap, mesh
 
 X = array(draw(0, 8, 3, 6, mean=1.0))
+STATE = nl.init_running(6)
 G, B = array(draw(1, 6)), array(draw(2, 6))
 
 
@@ -65,6 +66,23 @@ NORMS = {
     "by name": lambda i, x, g, b: nl.get("rms", implementation=i).apply(
         nl.Affine(g, b), (), nl.Site(x), train=True, activation=jnp.tanh
     )[0],
+    "batch": lambda i, x, g, b: nl.batch_norm(x, nl.Affine(g, b), train=True, implementation=i)[0],
+    "batch, its statistics": lambda i, x, g, b: nl.batch_norm(
+        x, nl.Affine(g, b), STATE, train=True, state_gradient=True, implementation=i
+    )[1].mean,
+    "batch with all": lambda i, x, g, b: nl.get("batch", implementation=i).apply(
+        nl.Affine(g, b),
+        STATE,
+        nl.Site(x),
+        train=True,
+        residual=jnp.cos(x),
+        activation=jax.nn.silu,
+    )[0],
+    "batch in inference": lambda i, x, g, b: nl.affine(
+        nl.batch_parts(x, nl.Affine(g, b), STATE, train=False, implementation=i)[0],
+        x,
+        activation=jax.nn.gelu,
+    ),
     "linen": lambda i, x, g, b: nll.LayerNorm(implementation=i).apply(
         {"params": {"scale": g, "bias": b}}, x
     ),
@@ -114,7 +132,7 @@ def test_a_kernel_is_the_norm_through_every_transformation(name, change):
     assert gap(ours, xla) < tolerance * scale
 
 
-@pytest.mark.parametrize("name", ["layer", "group", "of a sum"])
+@pytest.mark.parametrize("name", ["layer", "group", "of a sum", "batch with all"])
 @pytest.mark.parametrize("typed", [True, False])
 def test_over_devices_in_shard_map(name, typed):
 
@@ -166,6 +184,12 @@ ASKED = {
     "traced": lambda how: jax.jit(lambda eps: nl.rms_norm(X, eps=eps, **how))(1e-5),
     "int32": lambda how: nl.layer_norm(jnp.ones((2, 3), jnp.int32), **how),
     "groups of channels": lambda how: nl.group_norm(X, groups=3, channel_axis=1, **how),
+    "parts of batches": lambda how: nl.batch_norm(
+        X, train=True, axis_name=nl.Sync((), parts=2), **how
+    )[0],
+    "channels that are not last": lambda how: nl.batch_norm(
+        X, train=True, channel_axis=1, **how
+    )[0],
     "shape": lambda how: nl.layer_norm(jnp.ones((0, 3)), **how),
 }
 

@@ -41,6 +41,11 @@ def batch(
     With `quiet`, one value per channel is nothing to warn of.
     """
     x, weights, channel, back = _one_feature_axis(call)
+    moved = x is not call.x
+    if moved and call.implementation not in ("auto", "xla"):
+        given = f"implementation={call.implementation!r} with features on axes {call.features}"
+        change = "move the channels last, or use implementation='auto'"
+        raise invalid(call.where, given, "channels that are one axis, the last", change)
     over: Any = call.over  # never a Sharded: see the modules
     if measures(state, train) and alone(state, train) and not quiet:
         axes = [i for i in range(x.ndim) if i != channel]
@@ -57,9 +62,10 @@ def batch(
         channel_axis=channel,
         algorithm=call.algorithm,
         state_gradient=state_gradient,
+        implementation="xla" if moved else call.implementation,
         _one_value=True,
     )
-    return Parts(*map(back, parts)), state
+    return Parts(*map(back, parts)) if moved else parts, state
 
 
 def _one_feature_axis(

@@ -51,7 +51,7 @@ class Kernel(Protocol):
 
     @property
     def problem(self) -> Callable[..., str | None]:
-        """`(platform, *arrays)`: why there is no kernel for arrays like these, and what would do."""
+        """`(platform, *arrays)`: why there is no kernel for such arrays, and what would do."""
         ...
 
     @property

@@ -14,7 +14,6 @@ variance overflows, r = 1/σ is NaN.
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from typing import Any
 
