@@ -198,7 +198,9 @@ class VectorTile(_Tile):
             "scratch_shapes": [pltpu.VMEM((self.rows, self.together), jnp.float32)] * len(columns),
         }
 
-    def run(self, kinds: Mapping[str, Kind], results: Collection[str], refs: Any, body: Any) -> None:
+    def run(
+        self, kinds: Mapping[str, Kind], results: Collection[str], refs: Any, body: Any
+    ) -> None:
         """Runs `body`, which is given the first step, on the arrays of a program."""
         arrays, program = dict(zip(kinds, refs, strict=False)), (pl.program_id(0), pl.program_id(1))
         if not self.flat:
@@ -402,7 +404,9 @@ class ThreadTile(_Tile):
         params = plgpu.CompilerParams(num_warps=warps, num_stages=1)
         return {"grid": (self.programs, pl.cdiv(self.groups, g)), "compiler_params": params}
 
-    def run(self, kinds: Mapping[str, Kind], results: Collection[str], refs: Any, body: Any) -> None:
+    def run(
+        self, kinds: Mapping[str, Kind], results: Collection[str], refs: Any, body: Any
+    ) -> None:
         """Runs `body`, which is given the first step, on the arrays of a program."""
         program = pl.program_id(0), pl.program_id(1)
         body(ThreadStep(self, dict(zip(kinds, refs, strict=True)), kinds, program))
