@@ -14,7 +14,6 @@ variance overflows, r = 1/σ is NaN.
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -68,7 +67,6 @@ def forward(
     Returns:
       h, in the shape and type of `x`; the mean and 1/σ, `[N, G]` in float32; and x + y, or `None`.
     """
-    n, groups = x.shape[0], spec.groups
     arrays = {"x": x, "y": y} if spec.add else {"x": x}
     arrays |= {"g": _by_channel(g, x), "b": _by_channel(b, x)}
     types: dict[str, tuple[Kind, Any]] = {"h": ("every", x.dtype)}
@@ -76,10 +74,8 @@ def forward(
     types |= {"r": ("statistic", jnp.float32)}
     types |= {"total": ("every", x.dtype)} if spec.add else {}
     out = _call(_forward, spec, platform, interpret, arrays, types)
-    r = out["r"].reshape(n, groups)
-    mean = out["mean"].reshape(n, groups) if spec.centred else jnp.zeros_like(r)
-    total = out["total"].reshape(x.shape) if spec.add else None
-    return out["h"].reshape(x.shape), mean, r, total
+    mean = out["mean"] if spec.centred else jnp.zeros_like(out["r"])
+    return out["h"], mean, out["r"], out["total"] if spec.add else None
 
 
 def backward(
@@ -123,11 +119,11 @@ def backward(
 
     def gradient(v: Array, like: Array) -> Array:
         if like.ndim == 3:
-            return v.reshape(like.shape)
-        v = v.reshape(-1, x.shape[2]).sum(0)
+            return v
+        v = v.sum(0)
         return v if like.shape == v.shape else v.sum(keepdims=True)
 
-    return out["dx"].reshape(x.shape), gradient(out["dg"], g), gradient(out["db"], b)
+    return out["dx"], gradient(out["dg"], g), gradient(out["db"], b)
 
 
 def _by_channel(v: Array, x: Array) -> Array:
@@ -157,7 +153,9 @@ def _call(
     tile = _tile(spec, platform, x, bool(sums))
 
     def kernel(*refs: Any) -> None:
-        step = tile.step(dict(zip(kinds, refs, strict=True)), kinds)
+        tile.run(kinds, types, refs, program)
+
+    def program(step: Any) -> None:
         total = {name: jnp.zeros(tile.partial, jnp.float32) for name in sums}
 
         def run(i: Any, total: Any) -> Any:
@@ -172,16 +170,16 @@ def _call(
     out = pl.pallas_call(
         kernel,
         in_specs=[tile.spec(kinds[name]) for name in arrays],
-        out_specs=[tile.spec(kinds[name]) for name in types],
+        out_specs=[tile.spec(kind) for kind, _ in types.values()],
         out_shape=[
             jax.ShapeDtypeStruct(tile.whole(kind), dtype, manual_axis_type=varying)
             for kind, dtype in types.values()
         ],
         interpret=interpret,
         name=f"normlab{body.__name__}",
-        **tile.options,
-    )(*(v.reshape(tile.whole(kinds[name])) for name, v in arrays.items()))
-    return dict(zip(types, out, strict=True))
+        **tile.options(kinds),
+    )(*(tile.view(kinds[name], v) for name, v in arrays.items()))
+    return {name: tile.back(types[name][0], v) for name, v in zip(types, out, strict=True)}
 
 
 def _kind(v: Array) -> Kind:

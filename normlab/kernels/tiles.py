@@ -23,8 +23,8 @@ The words of a step, all in float32:
 from __future__ import annotations
 
 import dataclasses
-import functools
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, Literal
 
 import jax
@@ -70,67 +70,151 @@ class _Step:
       tile: How the work is cut.
       refs: The program's arrays.
       kinds: What they are.
+      program: Which program it is: along the examples, and along the channels.
       index: Which step it is.
     """
 
     tile: Any
     refs: Mapping[str, Any]
     kinds: Mapping[str, Kind]
+    program: tuple[Any, Any]
     index: Any = 0
 
     @property
     def start(self) -> Any:
         """The first example of the step."""
-        return (pl.program_id(0) * self.tile.steps + self.index) * self.tile.examples
+        return (self.program[0] * self.tile.steps + self.index) * self.tile.examples
 
     def once(self, f: Callable[[Any], Any]) -> Callable[[Any], Any]:
         """Computes a chunk whenever it is asked for, or once where there is no other."""
-        return functools.cache(f) if self.tile.positions >= self.tile.shape[1] else f
+        if self.tile.positions < self.tile.shape[1]:
+            return f
+        found: list[Any] = []
+
+        def known(chunk: Any) -> Any:
+            if not found:
+                found.append(f(chunk))
+            return found[0]
+
+        return known
 
 
 # --- TPU ----------------------------------------------------------------------------------------
 
 
+@dataclasses.dataclass(frozen=True)
 class VectorTile(_Tile):
-    """Of a TPU: [examples, C] where there is one position, else [examples, P, C]."""
+    """Of a TPU: [examples, span] where there is one position, else [examples, P, span].
+
+    Attributes:
+      shape: N, P, C of x.
+      groups: G.
+      programs: How many there are along the examples.
+      steps: How many a program takes.
+      examples: Of one step.
+      positions: Of one chunk.
+      span: The channels of a program, whole groups in whole rows of lanes.
+    """
+
+    span: int
 
     @property
     def flat(self) -> bool:
         """Whether examples lie along the sublanes, and not positions."""
         return self.shape[1] == 1
 
-    def whole(self, kind: Kind) -> tuple[int, ...]:
-        """The shape of an array as the kernel sees it."""
-        n, p, c = self.shape
-        if kind == "sum":
-            return self.programs, 1, c
-        if self.flat:
-            return {"every": (n, c), "gain": (1, c), "statistic": (n, self.groups)}[kind]
-        return {"every": (n, p, c), "gain": (1, 1, c), "statistic": (n, 1, self.groups)}[kind]
+    @property
+    def together(self) -> int:
+        """The groups of a program."""
+        return self.span * self.groups // self.shape[2]
+
+    @property
+    def rows(self) -> int:
+        """The examples of a program."""
+        return self.steps * self.examples
+
+    @property
+    def spans(self) -> int:
+        """The programs along the channels."""
+        return pl.cdiv(self.shape[2], self.span)
 
     @property
     def partial(self) -> tuple[int, ...]:
         """The shape of what `by_channel` returns."""
-        rows, c = self.examples, self.shape[2]
-        return (rows, c) if self.flat else (rows, 1, c)
+        return (self.examples, self.span) if self.flat else (self.examples, 1, self.span)
+
+    def whole(self, kind: Kind) -> tuple[int, ...]:
+        """The shape of an array as the kernel sees it.
+
+        Statistics of rows lie along the lanes: in memory, one number in a row takes 512 bytes.
+        """
+        n, p, c = self.shape
+        one = () if self.flat else (1,)
+        statistic = (self.programs, self.rows) if self.flat else (n, 1)
+        return {
+            "every": (n, c) if self.flat else (n, p, c),
+            "gain": (*one, 1, c),
+            "statistic": (self.spans, statistic[0], self.together, statistic[1]),
+            "sum": (self.programs, 1, c),
+        }[kind]
 
     def spec(self, kind: Kind) -> pl.BlockSpec:
         """The part of an array that a program has."""
-        whole = self.whole(kind)
+        *_, along = whole = self.whole(kind)
+        if kind == "statistic":
+            block = (1, 1 if self.flat else self.rows, self.together, along)
+            return pl.BlockSpec(block, lambda i, j: (j, i, 0, 0))
+        middle = (0,) * (len(whole) - 2)
         if kind == "gain":
-            return pl.BlockSpec(whole, lambda i: (0,) * len(whole))
-        rows = 1 if kind == "sum" else self.steps * self.examples
-        return pl.BlockSpec((rows, *whole[1:]), lambda i: (i, *(0,) * (len(whole) - 1)))
+            return pl.BlockSpec((*whole[:-1], self.span), lambda i, j: (0, *middle, j))
+        rows = 1 if kind == "sum" else self.rows
+        return pl.BlockSpec((rows, *whole[1:-1], self.span), lambda i, j: (i, *middle, j))
 
-    @property
-    def options(self) -> dict[str, Any]:
-        """Those of `pallas_call`."""
-        params = pltpu.CompilerParams(dimension_semantics=("parallel",), vmem_limit_bytes=VMEM)
-        return {"grid": (self.programs,), "compiler_params": params}
+    def view(self, kind: Kind, v: Array) -> Array:
+        """An array as the kernel sees it."""
+        if kind != "statistic":
+            return v.reshape(self.whole(kind))
+        spans, first, together, rows = self.whole(kind)
+        more = [(0, first * rows - v.shape[0]), (0, spans * together - v.shape[1])]
+        return jnp.pad(v, more).reshape(first, rows, spans, together).transpose(2, 0, 3, 1)
 
-    def step(self, refs: Mapping[str, Any], kinds: Mapping[str, Kind]) -> VectorStep:
-        """The first step of the program that is running."""
-        return VectorStep(self, refs, kinds)
+    def back(self, kind: Kind, v: Array) -> Array:
+        """An array from what the kernel sees: [N, P, C], [N, G], or for sums [programs, C]."""
+        n, p, c = self.shape
+        if kind != "statistic":
+            return v.reshape((n, p, c) if kind == "every" else (-1, c))
+        spans, first, together, rows = v.shape
+        v = v.transpose(1, 3, 0, 2).reshape(first * rows, spans * together)
+        return v[:n, : self.groups]
+
+    def options(self, kinds: Mapping[str, Kind]) -> dict[str, Any]:
+        """Those of `pallas_call`; in flat kernels there is room for statistics in columns."""
+        columns = [kind for kind in kinds.values() if kind == "statistic" and self.flat]
+        return {
+            "grid": (self.programs, self.spans),
+            "compiler_params": pltpu.CompilerParams(
+                dimension_semantics=("parallel", "parallel"), vmem_limit_bytes=VMEM
+            ),
+            "scratch_shapes": [pltpu.VMEM((self.rows, self.together), jnp.float32)] * len(columns),
+        }
+
+    def run(
+        self, kinds: Mapping[str, Kind], results: Collection[str], refs: Any, body: Any
+    ) -> None:
+        """Runs `body`, which is given the first step, on the arrays of a program."""
+        arrays, program = dict(zip(kinds, refs, strict=False)), (pl.program_id(0), pl.program_id(1))
+        if not self.flat:
+            return body(VectorStep(self, arrays, kinds, program))
+        lying = {name: arrays[name] for name in kinds if kinds[name] == "statistic"}
+        columns = dict(zip(lying, refs[len(kinds) :], strict=True))
+        for name, ref in lying.items():
+            if name not in results:
+                columns[name][...] = ref[0, 0].T
+        body(VectorStep(self, arrays | columns, kinds, program))
+        for name, ref in lying.items():
+            if name in results:
+                ref[0, 0] = columns[name][...].T
+        return None
 
 
 class VectorStep(_Step):
@@ -144,22 +228,28 @@ class VectorStep(_Step):
         if tile.flat:
             row = row if isinstance(row, int) else pl.multiple_of(row, tile.examples)
             return pl.ds(row, tile.examples), slice(None)
-        middle = chunk if kind == "every" else slice(None)
-        return pl.ds(row, tile.examples), middle, slice(None)
+        if kind == "statistic":
+            return 0, pl.ds(row, tile.examples), slice(None), slice(None)
+        return pl.ds(row, tile.examples), chunk, slice(None)
 
     def load(self, name: str, chunk: Any = None) -> Array:
-        return self.refs[name][self._at(name, chunk)].astype(jnp.float32)
+        value = self.refs[name][self._at(name, chunk)].astype(jnp.float32)
+        if self.kinds[name] == "statistic" and not self.tile.flat:
+            value = value.reshape(self.tile.examples, 1, self.tile.together)
+        return value
 
     def store(self, name: str, value: Array, chunk: Any = None) -> None:
-        ref = self.refs[name]
-        if self.kinds[name] == "sum":
+        ref, kind = self.refs[name], self.kinds[name]
+        if kind == "sum":
             value = value.reshape(ref.shape)
+        if kind == "statistic" and not self.tile.flat:
+            value = value.reshape(self.tile.examples, self.tile.together, 1)
         ref[self._at(name, chunk)] = value.astype(ref.dtype)
 
     def keep(self, value: Array, chunk: Any) -> Array:
         # Blocks end where the array does, but for the last one along the examples.
         n, tile = self.tile.shape[0], self.tile
-        if n == tile.programs * tile.steps * tile.examples:
+        if n == tile.programs * tile.rows:
             return value
         example = lax.broadcasted_iota(jnp.int32, value.shape, 0) + self.start
         return jnp.where(example < n, value, 0)
@@ -183,25 +273,25 @@ class VectorStep(_Step):
 
     def sum(self, value: Array) -> Array:
         value = self.by_channel(value)
-        return value.sum(-1, keepdims=True) if self.tile.groups == 1 else value
+        return value.sum(-1, keepdims=True) if self.tile.together == 1 else value
 
     def average(self, total: Array) -> Array:
-        _, p, c = self.tile.shape
-        if 1 < self.tile.groups < c:
+        tile = self.tile
+        if 1 < tile.together < tile.span:
             total = _product(total, self._members(), 0)
-        return total / (p * c // self.tile.groups)
+        return total / (tile.shape[1] * tile.span // tile.together)
 
     def spread(self, statistic: Array) -> Array:
-        if 1 < self.tile.groups < self.tile.shape[2]:
+        if 1 < self.tile.together < self.tile.span:
             return _product(statistic, self._members(), 1)
         return statistic
 
     def _members(self) -> Array:
-        """[C, G]: 1 for the channels of a group."""
-        c, groups = self.tile.shape[2], self.tile.groups
-        channel = lax.broadcasted_iota(jnp.int32, (c, groups), 0)
-        begin = lax.broadcasted_iota(jnp.int32, (c, groups), 1) * (c // groups)
-        return jnp.where((channel >= begin) & (channel < begin + c // groups), 1.0, 0.0)
+        """[span, groups of the program]: 1 for the channels of a group."""
+        span, together = self.tile.span, self.tile.together
+        channel = lax.broadcasted_iota(jnp.int32, (span, together), 0)
+        begin = lax.broadcasted_iota(jnp.int32, (span, together), 1) * (span // together)
+        return jnp.where((channel >= begin) & (channel < begin + span // together), 1.0, 0.0)
 
 
 def _add(total: Any, more: Any) -> Any:
@@ -231,19 +321,25 @@ def _product(v: Array, members: Array, axis: int) -> Array:
 def vector_tile(shape: tuple[int, int, int], groups: int, itemsize: int) -> VectorTile:
     """The cut on a TPU: blocks of 2 MiB in float32 or of one example, in chunks of 128 KiB.
 
-    A step of single positions has as many rows as a tile of the type has sublanes, or, before a
-    product, as the matrix unit has.
+    A program has the fewest channels that are whole groups and whole rows of 128 lanes. A step of
+    single positions has as many rows as a tile of the type has sublanes or, before a product, up
+    to those of the matrix unit.
     """
     n, p, c = shape
-    sublanes, lanes = 32 // itemsize, _multiple(c, 128)
+    each = c // groups
+    span = c if groups == 1 else min(math.lcm(each, 128), c)
+    sublanes, lanes = 32 // itemsize, _multiple(span, 128)
     if p == 1:
-        examples = min(128 if 1 < groups < c else sublanes, _multiple(n, sublanes))
+        examples = sublanes
+        if each < span:
+            examples = min(_clip(2**15 // lanes, sublanes, 128), _multiple(n, sublanes))
         steps = _clip(2**19 // (lanes * examples), 1, min(1024, n) // examples)
         positions = 1
     else:
         examples, steps = 1, _clip(2**19 // (lanes * _multiple(p, sublanes)), 1, min(64, n))
         positions = min(_multiple(2**15 // lanes, sublanes), p)
-    return VectorTile(shape, groups, pl.cdiv(n, steps * examples), steps, examples, positions)
+    programs = pl.cdiv(n, steps * examples)
+    return VectorTile(shape, groups, programs, steps, examples, positions, span)
 
 
 # --- GPU ----------------------------------------------------------------------------------------
@@ -291,17 +387,29 @@ class ThreadTile(_Tile):
         """The part of an array that a program has: it finds it itself."""
         return pl.BlockSpec(memory_space=pl.ANY)
 
-    @property
-    def options(self) -> dict[str, Any]:
+    def view(self, kind: Kind, v: Array) -> Array:
+        """An array as the kernel sees it."""
+        return v.reshape(self.whole(kind))
+
+    def back(self, kind: Kind, v: Array) -> Array:
+        """An array from what the kernel sees: [N, P, C], [N, G], or for sums [programs, C]."""
+        n, _, c = self.shape
+        own = {"every": self.shape, "statistic": (n, self.groups), "sum": (self.programs, c)}
+        return v.reshape(own[kind])
+
+    def options(self, kinds: Mapping[str, Kind]) -> dict[str, Any]:
         """Those of `pallas_call`."""
         e, p, g, k = self.block
         warps = _clip(e * p * g * k // 256, 1, 32)
         params = plgpu.CompilerParams(num_warps=warps, num_stages=1)
         return {"grid": (self.programs, pl.cdiv(self.groups, g)), "compiler_params": params}
 
-    def step(self, refs: Mapping[str, Any], kinds: Mapping[str, Kind]) -> ThreadStep:
-        """The first step of the program that is running."""
-        return ThreadStep(self, refs, kinds)
+    def run(
+        self, kinds: Mapping[str, Kind], results: Collection[str], refs: Any, body: Any
+    ) -> None:
+        """Runs `body`, which is given the first step, on the arrays of a program."""
+        program = pl.program_id(0), pl.program_id(1)
+        body(ThreadStep(self, dict(zip(kinds, refs, strict=True)), kinds, program))
 
 
 class ThreadStep(_Step):
@@ -312,9 +420,9 @@ class ThreadStep(_Step):
         tile, (e, p, g, k) = self.tile, self.tile.block
         whole = tile.whole(kind)
         covered = (tile.programs * tile.steps * e, *map(_multiple, whole[1:3], (p, g)), k)
-        starts = (self.start, chunk, pl.program_id(1) * g, 0)
+        starts = (self.start, chunk, self.program[1] * g, 0)
         if kind == "sum":
-            covered, starts = (whole[0], *covered[1:]), (pl.program_id(0), *starts[1:])
+            covered, starts = (whole[0], *covered[1:]), (self.program[0], *starts[1:])
             e = 1
         block = tuple(1 if n == 1 else size for n, size in zip(whole, (e, p, g, k), strict=True))
         slices, inside = [], None
@@ -368,7 +476,7 @@ def thread_tile(shape: tuple[int, int, int], groups: int, sums: bool) -> ThreadT
 
     Neighbours in memory come first: 32 channels at least, then positions, more groups, examples.
     With sums over examples there are about four programs on each multiprocessor of a large chip;
-    without, as many as there are steps.
+    without, as many as there are steps. A program of many examples writes few sums.
     """
     n, p, c = shape
     k = pl.next_power_of_2(c // groups)
@@ -381,7 +489,11 @@ def thread_tile(shape: tuple[int, int, int], groups: int, sums: bool) -> ThreadT
     if positions >= p:
         examples = min(_power(1024 // (positions * together * k)), pl.next_power_of_2(n))
     steps = pl.cdiv(n, examples)
-    programs = min(steps, max(512 // pl.cdiv(groups, together), 1)) if sums else steps
+    if sums:
+        programs = _clip(steps // 16, 128, 512) // pl.cdiv(groups, together)
+        programs = _clip(programs, 1, steps)
+    else:
+        programs = steps
     steps = pl.cdiv(steps, programs)
     programs = pl.cdiv(n, steps * examples)
     return ThreadTile(shape, groups, programs, steps, examples, positions, together)
