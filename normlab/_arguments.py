@@ -26,7 +26,7 @@ import numpy as np
 from jax import Array
 from jax.core import Tracer
 
-from normlab._checks import promote_dtype
+from normlab._checks import is_zero, promote_dtype
 from normlab.errors import invalid, nearest
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -348,10 +348,10 @@ def array(
 
 
 def _leaves(value: Any) -> Any:
-    """A NamedTuple of arrays, as jax has them; its numbers too."""
+    """A NamedTuple of arrays, as jax has them; its numbers too, but a μ that is 0."""
     leaves, structure = jax.tree.flatten(value)
     _require(not isinstance(value, tuple) or not any(type(field) is list for field in value))
-    if all(isinstance(leaf, Array) for leaf in leaves):
+    if all(isinstance(leaf, Array) or is_zero(leaf) for leaf in leaves):
         return value
     _require(all(is_array(v) or is_number(v) for v in leaves))
     return jax.tree.unflatten(structure, map(jnp.asarray, leaves))

@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
@@ -106,8 +107,26 @@ def check_parts(parts: Any, shape: tuple[int, ...], dtype: Any) -> Any:
                 "a part that broadcasts to the pre-activation",
                 "measure the parts on the same layout, or check the channel axis",
             )
-    arrays = (jnp.asarray(part, None if hasattr(part, "dtype") else dtype) for part in parts)
-    return type(parts)(*arrays)
+
+    def array(part: Any) -> Any:
+        if is_zero(part):
+            return part
+        return jnp.asarray(part, None if hasattr(part, "dtype") else dtype)
+
+    return type(parts)(*map(array, parts))
+
+
+def no_mean(dtype: Any) -> Any:
+    """μ of a norm that has none: a zero that `affine` knows, so that no sum is taken for it.
+
+    NumPy's, whose value shows while a program is traced, and of which no derivative can be asked.
+    """
+    return np.dtype(dtype).type(0)
+
+
+def is_zero(part: Any) -> bool:
+    """Whether a part is `no_mean`."""
+    return isinstance(part, np.generic) and part == 0
 
 
 def check_groups(where: str, groups: int, channels: int) -> None:

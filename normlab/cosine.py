@@ -22,6 +22,7 @@ from normlab._checks import (
     gain_and_bias,
     inputs,
     kernel,
+    no_mean,
     output_shape,
     promote,
     result_dtype,
@@ -123,7 +124,7 @@ def cosine_parts(
     sigma = per_unit(safe_sqrt(of_w) * peak_w) * safe_sqrt(squares) * peak
     sigma = jnp.where(sigma == 0, 1, sigma)
     if not centred:
-        return Parts(jnp.zeros((), w.dtype), sigma, g, b)
+        return Parts(no_mean(w.dtype), sigma, g, b)
     patch = merged(where, site.linear.patch_moments(x, w), over)
     deviation, w_bar = _deviations(where, over, w)
     mu = patch.count * per_unit(w_bar) * patch.mean * peak

@@ -12,13 +12,14 @@ import jax.numpy as jnp
 from jax import lax
 
 from normlab._arguments import checked, flag, real, settled_decay
-from normlab._checks import gain_and_bias, promote_dtype
+from normlab._checks import gain_and_bias, no_mean, promote_dtype
 from normlab.batch import batch_parts
 from normlab.cosine import cosine_parts
 from normlab.devices.topology import AxisName, as_sync
 from normlab.equation import Affine, Parts
 from normlab.errors import invalid
 from normlab.gains import Gain, init_gain, kept_as
+from normlab.implementation import Implementation
 from normlab.making import initial_affine, made_of, norm_of
 from normlab.maps import Mapped, WeightMap, weight_map
 from normlab.measure import Algorithm
@@ -45,8 +46,8 @@ def none(*, use_bias: bool = True) -> Norm:
 
     def measure(site: Site, params: Any) -> Parts:
         _, b = gain_and_bias("no norm", params, site.a, site.linear.channel_axis)
-        zero = jnp.zeros((), b.dtype)
-        return Parts(zero, zero + 1, zero + 1, b)
+        one = jnp.ones((), b.dtype)
+        return Parts(no_mean(b.dtype), one, one, b)
 
     return norm_of(
         "no norm", measure, functools.partial(initial_affine, use_gain=False, use_bias=use_bias)
@@ -68,6 +69,7 @@ def batch(
     use_gain: bool = True,
     use_bias: bool = True,
     gain: Gain = "plain",
+    implementation: Implementation = "auto",
 ) -> Norm:
     """`batch_norm`, with the state of `normlab.population.init_population(population, C)`.
 
@@ -76,6 +78,7 @@ def batch(
     """
     how: dict[str, Any] = {"eps": eps, "axis_name": axis_name, "algorithm": algorithm}
     how |= {"bad_batch": bad_batch, "state_gradient": state_gradient}
+    how["implementation"] = implementation
     kept = {"decay": decay, "ddof": ddof, "estimator": estimator}
     state_of = init_batch_state(population, eps, as_sync(axis_name), **kept)
     params = {"use_gain": use_gain, "use_bias": use_bias, "gain": gain}

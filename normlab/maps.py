@@ -18,7 +18,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from normlab._arguments import a_function, anything, array, checked
-from normlab._checks import expand, gain_and_bias, inputs, kernel, promote, result_dtype
+from normlab._checks import expand, gain_and_bias, inputs, kernel, no_mean, promote, result_dtype
 from normlab._trees import node
 from normlab.equation import Parts
 from normlab.linear import Dense, Linear
@@ -184,7 +184,7 @@ def mapped_parts(where: str, mapped: Mapped, site: Site, params: Any) -> Parts:
     nothing = sigma == 0
     sigma = jnp.where(nothing, 1, sigma)
     if mapped.shift is None:
-        return Parts(jnp.zeros((), sigma.dtype), sigma, g, b)
+        return Parts(no_mean(sigma.dtype), sigma, g, b)
     w, x = promote(kernel(where, site)), inputs(where, site)
     if mapped.shift.size == w.shape[-1]:
         mu = per_unit(mapped.shift) * site.linear.patch_sum(x, w)

@@ -183,15 +183,21 @@ def _moments(axes: tuple[int, ...], algorithm: Algorithm, x: Array, w: Array | N
         pivot = lax.stop_gradient(pivot_of(x, axes, w, algorithm))
         about = x, pivot, axes
         first, second = power_sums(*about) if w is None else weighted_sums(*about, w)
-    offset = first / n
-    mean = pivot + offset
     if algorithm == "one_pass":
-        zero = jnp.zeros_like(pivot)
-        _, second = power_sums(x, zero, axes) if w is None else weighted_sums(x, zero, axes, w)
-        offset = mean
+        mean, pivot = pivot + first / n, jnp.zeros_like(pivot)
+        _, second = power_sums(x, pivot, axes) if w is None else weighted_sums(x, pivot, axes, w)
+        first = mean * n
+    return from_sums(count, pivot, first, second)
+
+
+def from_sums(count: Array, pivot: Array, first: Array, second: Array) -> Moments:
+    """The moments of Σ w, k, Σ w·(x − k) and Σ w·(x − k)²."""
+    n = jnp.where(count > 0, count, 1)
+    offset = first / n
     m2 = count * (second / n - jnp.square(offset))
     # Where rounding left less than nothing, the derivatives of every order must pass whole.
-    return Moments(count, mean, lax.stop_gradient(jnp.maximum(m2, 0)) + derivative_of(m2))
+    m2 = lax.stop_gradient(jnp.maximum(m2, 0)) + derivative_of(m2)
+    return Moments(count, pivot + offset, m2)
 
 
 @checked("merge")

@@ -20,7 +20,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from normlab._arguments import checked
-from normlab._checks import check_values, gain_and_bias, promote, promote_dtype
+from normlab._checks import check_values, gain_and_bias, no_mean, promote, promote_dtype
 from normlab._sums import standard_deviation
 from normlab._trees import node
 from normlab._weights import aligned, leave_out
@@ -161,7 +161,7 @@ def _beside(
     a, channel, w = aligned(where, a, weights, channel_axis)
     g, b = gain_and_bias(where, params, a, channel)
     own = _steepness(where, params, a, channel) * promote(leave_out(a, w)) + m.sigma(eps)
-    return Parts(jnp.zeros((), g.dtype), jnp.maximum(sigma, own), g, b)
+    return Parts(no_mean(g.dtype), jnp.maximum(sigma, own), g, b)
 
 
 @checked("EvoNorm B0")
@@ -225,7 +225,7 @@ def evo_s0_parts(
     a, channel, x, m = _grouped(where, a, groups, axis_name, weights, channel_axis, algorithm)
     g, b = gain_and_bias(where, params, a, channel)
     gate = jax.nn.sigmoid(_steepness(where, params, a, channel) * x)
-    return Parts(jnp.zeros((), g.dtype), m.sigma(eps), g * gate, b)
+    return Parts(no_mean(g.dtype), m.sigma(eps), g * gate, b)
 
 
 @applied(evo_s0_parts)
@@ -262,7 +262,7 @@ def evo_s1_parts(
     where = "EvoNorm S1"
     a, channel, x, m = _grouped(where, a, groups, axis_name, weights, channel_axis, algorithm)
     g, b = gain_and_bias(where, params, a, channel)
-    return Parts(jnp.zeros((), g.dtype), m.sigma(eps), g * jax.nn.sigmoid(x), b)
+    return Parts(no_mean(g.dtype), m.sigma(eps), g * jax.nn.sigmoid(x), b)
 
 
 @applied(evo_s1_parts)
@@ -293,7 +293,7 @@ def evo_s2_parts(
     a, channel, x, m = _grouped(where, a, groups, axis_name, weights, channel_axis, algorithm)
     g, b = gain_and_bias(where, params, a, channel)
     sigma = standard_deviation(m.var() + jnp.square(m.mean), m.count, eps)
-    return Parts(jnp.zeros((), g.dtype), sigma, g * jax.nn.sigmoid(x), b)
+    return Parts(no_mean(g.dtype), sigma, g * jax.nn.sigmoid(x), b)
 
 
 @applied(evo_s2_parts)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from normlab._arguments import checked
-from normlab._checks import gain_and_bias, promote, promote_dtype
+from normlab._checks import gain_and_bias, no_mean, promote, promote_dtype
 from normlab._units import safe_sqrt
 from normlab._weights import aligned, leave_out
 from normlab.equation import Parts
@@ -38,7 +38,7 @@ def scale_parts(
     square = jnp.square(promote(leave_out(a, weights))).sum(channel, keepdims=True)
     over = shared("scale norm", axis_name, channels=True, positions=False)
     (square,) = summed("scale norm", over, square)
-    return Parts(jnp.zeros((), g.dtype), jnp.maximum(safe_sqrt(square), eps), g, b)
+    return Parts(no_mean(g.dtype), jnp.maximum(safe_sqrt(square), eps), g, b)
 
 
 @applied(scale_parts)

@@ -28,7 +28,14 @@ from normlab._arguments import (
     number,
     one_of,
 )
-from normlab._checks import check_groups, check_values, gain_and_bias, promote, promote_dtype
+from normlab._checks import (
+    check_groups,
+    check_values,
+    gain_and_bias,
+    no_mean,
+    promote,
+    promote_dtype,
+)
 from normlab._sums import standard_deviation
 from normlab._weights import aligned
 from normlab._xla import partitioned
@@ -172,7 +179,7 @@ def _local(
         return m._replace(m2=square.m2)
 
     m = partitioned(measure, a, weights)
-    mean = m.mean if centred else jnp.zeros((), m.m2.dtype)
+    mean = m.mean if centred else no_mean(m.m2.dtype)
     var = alpha * m.var()
     if power == 0.5:
         sigma = standard_deviation(var, m.count, k)

@@ -18,7 +18,7 @@ from jax import Array, lax
 from jax.typing import ArrayLike
 
 from normlab._arguments import a_function, checked, declare, either, number, one_of, real
-from normlab._checks import gain_and_bias, promote, promote_dtype
+from normlab._checks import gain_and_bias, no_mean, promote, promote_dtype
 from normlab._trees import node
 from normlab._weights import aligned, leave_out
 from normlab.equation import Affine, Parts, init_affine
@@ -134,7 +134,7 @@ def pointwise_parts(
     sigma = (_RATIO[phi] if isinstance(phi, str) else _quadrature(phi))(u)
     if scales is not None and scales.b is not None:
         b = b + g * shift / sigma
-    return Parts(jnp.zeros((), g.dtype), sigma, g * alpha, b)
+    return Parts(no_mean(g.dtype), sigma, g * alpha, b)
 
 
 @applied(pointwise_parts)

@@ -15,7 +15,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from normlab._arguments import array, checked, declare, flag, real
-from normlab._checks import gain_and_bias, promote, promote_dtype, result_dtype
+from normlab._checks import gain_and_bias, no_mean, promote, promote_dtype, result_dtype
 from normlab._sums import standard_deviation
 from normlab._trees import node
 from normlab._units import safe_sqrt
@@ -114,7 +114,7 @@ def frn_parts(
         tau, _ = gain_and_bias(where, Affine(tau, None), a, channel)
         above = g * (promote(leave_out(a, weights)) / sigma) + b > tau
         g, b = jnp.where(above, g, 0), jnp.where(above, b, tau)
-    return Parts(jnp.zeros((), g.dtype), sigma, g, b)
+    return Parts(no_mean(g.dtype), sigma, g, b)
 
 
 @applied(frn_parts)
@@ -192,8 +192,7 @@ def grn_parts(
     mean, number = length.mean(channel, keepdims=True), jnp.ones((), length.dtype)
     mean, *_ = averaged(where, by_channel, mean, number, weighted=False)
     ratio = length / (mean + eps)
-    zero = jnp.zeros((), g.dtype)
-    return Parts(zero, zero + 1, 1 + g * ratio, b)
+    return Parts(no_mean(g.dtype), jnp.ones((), g.dtype), 1 + g * ratio, b)
 
 
 @applied(grn_parts)
@@ -281,7 +280,7 @@ def seed_parts(
     more: dict[str, Any] = {"weighted": weights is not None}
     square, count, seen = averaged(where, over, *square, seen, **more)
     sigma = standard_deviation(square, count, eps)
-    return Parts(jnp.zeros((), g.dtype), sigma, g + jnp.tanh(seen) * alpha, b)
+    return Parts(no_mean(g.dtype), sigma, g + jnp.tanh(seen) * alpha, b)
 
 
 @applied(seed_parts)

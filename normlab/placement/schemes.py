@@ -36,7 +36,7 @@ from normlab._arguments import (
     sequence,
     text,
 )
-from normlab._checks import check_options, gain_and_bias, promote_dtype
+from normlab._checks import check_options, gain_and_bias, no_mean, promote_dtype
 from normlab.equation import Affine, Parts, init_affine
 from normlab.errors import invalid, nearest
 from normlab.making import norm_of
@@ -735,8 +735,8 @@ def gained(
     def measure(site: Site, params: Any) -> Parts:
         g, b = gain_and_bias("gained", params, site.a, site.linear.channel_axis, axes(site))
         own = params is not None and params.g is not None
-        zero = jnp.zeros((), g.dtype)
-        return Parts(zero, zero + 1, factor * g if own and factor != 1 else g, b)
+        scaled = factor * g if own and factor != 1 else g
+        return Parts(no_mean(g.dtype), jnp.ones((), g.dtype), scaled, b)
 
     return norm_of("gained", measure, params)
 
