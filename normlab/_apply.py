@@ -109,7 +109,8 @@ def _(primals: Any, tangents: Any) -> Any:
     pivots = () if pivot is None else (pivot,)
     a1, r1, g1, *k1 = apart(a, r, g, *pivots)
     a2, r2, g2, *k2 = apart(a1, r1, g1, *k1)
-    by_a = _from(da, dk) * r * g
+    r3, g3 = apart(r2, g2)
+    by_a = _from(da, dk) * r3 * g3
     by_r = _from(a1, *k1) * g1 * dr
     by_g = (_from(a2, *k2) * r2 + c) * dg
     return _apply(a, pivot, r, c, g, b), by_a + by_r + dc * g2 + by_g + db

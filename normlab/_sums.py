@@ -133,8 +133,10 @@ def sums_near_zero(x: Array, axes: tuple[int, ...]) -> tuple[Array, Array, Array
     )
 
 
-def _about_pivot(x: Array, axes: tuple[int, ...]) -> tuple[Array, Array, Array]:
-    pivot = pivot_of(x, axes, None, "auto")
+def _about_pivot(
+    x: Array, axes: tuple[int, ...], algorithm: str = "auto"
+) -> tuple[Array, Array, Array]:
+    pivot = pivot_of(x, axes, None, algorithm)
     return pivot, *power_sums(x, pivot, axes)
 
 
@@ -151,7 +153,7 @@ def _about_zero(x: Array, axes: tuple[int, ...]) -> tuple[Array, Array, Array]:
 
     def again(carry: Any) -> Any:
         # A sample that lost nothing keeps its sums, so that it does not depend on the others.
-        about = _about_pivot(x, axes)
+        about = _about_pivot(x, axes, "shifted")
         return carry[0] & False, [jnp.where(kept, v, u) for v, u in zip(sums, about, strict=True)]
 
     # A loop and no conditional: under vmap that runs where one lane needs it, not always.
@@ -202,6 +204,19 @@ def _(axes: tuple[int, ...], primals: Any, tangents: Any) -> Any:
     d, dd = promote(x) - pivot, promote(dx) - dk
     first, second = dd.sum(axes, keepdims=True), 2 * (d * dd).sum(axes, keepdims=True)
     return power_sums(x, pivot, axes), (first, second)
+
+
+@jax.custom_jvp
+def squared(x: Array) -> Array:
+    """x² in the statistics' type; the derivative converts x for itself."""
+    return jnp.square(promote(x))
+
+
+@squared.defjvp
+def _(primals: Any, tangents: Any) -> Any:
+    (x,), (dx,) = primals, tangents
+    (x1,) = apart(x)
+    return squared(x), 2 * promote(x1) * promote(dx)
 
 
 def average(
