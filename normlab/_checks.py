@@ -57,6 +57,12 @@ def promote(x: ArrayLike) -> Array:
     return jnp.asarray(x).astype(promote_dtype(x))
 
 
+def one_array(a: Any) -> Any:
+    """What is measured and then applied, if it is NumPy's: one array of JAX for both."""
+    numbers = isinstance(a, np.ndarray) and jnp.issubdtype(a.dtype, jnp.floating)
+    return jnp.asarray(a) if numbers else a
+
+
 def floating(x: ArrayLike) -> Array:
     """Returns `x` in its floating type; integers and booleans as float32."""
     return jnp.asarray(x).astype(result_dtype(x))

@@ -71,12 +71,23 @@ def apart(*arrays: Array) -> tuple[Array, ...]:
     its input once and keeps nothing. On accelerators, where XLA fuses such sums into one pass, this
     is the identity; to derivatives it is everywhere.
     """
-    return lax.platform_dependent(*arrays, cpu=_barrier, default=_identity)
+    return lax.platform_dependent(*alike(*arrays), cpu=_barrier, default=_identity)
 
 
 @apart.defjvp
 def _(primals: Any, tangents: Any) -> Any:
-    return apart(*primals), tangents
+    return apart(*primals), alike(*tangents)
+
+
+def alike(*arrays: Array) -> tuple[Array, ...]:
+    """The arrays, of types that vary over the same mapped axes, where types say so."""
+    varying = [jax.typeof(v).manual_axis_type.varying for v in arrays]  # pyright: ignore
+    missing = [tuple(frozenset().union(*varying) - own) for own in varying]
+    cast = (
+        lax.pcast(v, names, to="varying") if names else v
+        for v, names in zip(arrays, missing, strict=True)
+    )
+    return tuple(cast)
 
 
 def _barrier(*arrays: Array) -> tuple[Array, ...]:

@@ -15,12 +15,11 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array, lax
 from jax.typing import ArrayLike
 
 from normlab._arguments import KINDS, checked
-from normlab._checks import check_values, gain_and_bias, promote_dtype
+from normlab._checks import check_values, gain_and_bias, one_array, promote_dtype
 from normlab._weights import aligned
 from normlab._xla import sharded_as
 from normlab.devices.mapped import is_bound
@@ -124,7 +123,7 @@ def batch_norm(
     options |= {"algorithm": algorithm, "bad_batch": bad_batch, "state_gradient": state_gradient}
     options |= {"weights": weights, "channel_axis": channel_axis}
     options["implementation"] = implementation
-    a = jnp.asarray(a) if isinstance(a, np.ndarray) else a  # one and the same for both
+    a = one_array(a)
     parts, state = batch_parts(a, params, state, train=train, **options)
     return affine(parts, a, weights=weights, channel_axis=channel_axis), state
 

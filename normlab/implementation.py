@@ -29,7 +29,7 @@ from normlab._arguments import KINDS, anything, checked, declare, instance, one_
 from normlab._checks import is_zero, promote
 from normlab._sums import count_values, pivot_of
 from normlab._trees import node
-from normlab.devices.mapped import vary, varying_axes
+from normlab._xla import alike
 from normlab.equation import Parts, affine, invert
 from normlab.errors import invalid
 from normlab.measure import Moments, from_sums
@@ -191,12 +191,6 @@ def _run(
     if residual is not None:
         h = finished(promote(h), residual, after).astype(h.dtype)
     return h, total[0].reshape(a.shape) if total else a
-
-
-def alike(*arrays: Array) -> list[Array]:
-    """The arrays, of types that vary over the same mapped axes."""
-    names = tuple(frozenset().union(*map(varying_axes, arrays)))
-    return [vary(v, names) for v in arrays]
 
 
 class Columns(NamedTuple):

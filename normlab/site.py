@@ -11,12 +11,11 @@ from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
 from normlab._arguments import anything, array, checked, declare, site_kind
+from normlab._checks import one_array
 from normlab._trees import node
 from normlab.equation import Parts, affine
 from normlab.linear import Dense, Linear
@@ -150,8 +149,7 @@ class Norm:
         activation: Callable[[Array], Array] | None = None,
     ) -> tuple[Array, S]:
         """Returns `(affine(parts, site.a, residual=..., activation=...), state)`."""
-        if isinstance(site.a, np.ndarray):
-            site = site._replace(a=jnp.asarray(site.a))  # one and the same for both
+        site = site._replace(a=one_array(site.a)) if isinstance(site, Site) else site
         parts, state = self.parts(params, state, site, train=train)
         how: Any = {"weights": site.weights, "channel_axis": site.linear.channel_axis}
         how |= {"residual": residual, "activation": activation}

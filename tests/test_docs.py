@@ -94,7 +94,7 @@ def test_the_docs_examples_run():
     "document",
     [
         f"docs/{n}.md"
-        for n in ("family", "heads", "instruments", "ledger", "placement", "population")
+        for n in ("family", "heads", "instruments", "kernels", "ledger", "placement", "population")
     ],
 )
 def test_the_examples_of_a_document_run(document):
