@@ -36,9 +36,9 @@ MODEL = {
 }
 BATCH = {"a": A, "params": PARAMS, "state": STATE, "train": True, "decay": 0.9, "eps": 1e-5}
 BATCH |= {"axis_name": None, "weights": jnp.ones(2), "channel_axis": -1, "algorithm": "auto"}
-BATCH |= {"bad_batch": "skip", "state_gradient": False}
+BATCH |= {"bad_batch": "skip", "state_gradient": False, "implementation": "xla"}
 EXAMPLE = {"a": A, "params": PARAMS, "eps": 1e-5, "weights": jnp.ones(2), "channel_axis": -1}
-EXAMPLE |= {"axis_name": None}
+EXAMPLE |= {"axis_name": None, "implementation": "xla"}
 SQUARE = jnp.eye(6)
 LEARNED = nl.placement.Learned(0.5, "channel")
 PLACED = nl.placement.Placement(inner=NORM, branch=LEARNED)
@@ -50,7 +50,15 @@ BLOCKS = {"blocks": {"kernel": jnp.ones((2, 3, 4))}}
 MEASURED = {"a": A, "weights": None, "channel_axis": -1, "axis_name": None}
 FORM = {"form": "timm", "eps": 1e-5}
 CALLS = {
-    nl.affine: {"parts": PARTS, "a": A, "weights": None, "channel_axis": -1},
+    nl.add_norm: {"norm": NORM, "params": PARAMS, "state": STATE, "x": A, "y": A, "train": True},
+    nl.affine: {
+        "parts": PARTS,
+        "a": A,
+        "weights": None,
+        "channel_axis": -1,
+        "residual": A,
+        "activation": jnp.tanh,
+    },
     nl.devices.all_reduce: {"m": M, "axis_name": None},
     nl.batch_norm: BATCH,
     nl.batch_parts: BATCH,
