@@ -33,7 +33,7 @@ from .config import (
 
 @dataclasses.dataclass(frozen=True)
 class Bench:
-    """Measure speed beside other libraries."""
+    """Measure speed beside other libraries, and the bytes that programs move."""
 
     bench: (
         Annotated[BenchStep, tyro.conf.subcommand("step")]

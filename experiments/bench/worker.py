@@ -54,7 +54,7 @@ TORCH = ("torch", "torch.compile", "liger", "quack")
 
 COMMANDS = {
     **dict.fromkeys((*PEERS, "torch.compile"), INSTALL),
-    "tokamax": "pip install -c constraints.txt -e '.[experiments]' tokamax (Python 3.12 or later)",
+    "tokamax": f"{INSTALL.replace('peers', 'tokamax')}, with Python 3.12 or later",
     "liger": "pip install liger-kernel",
     "quack": "pip install quack-kernels",
 }
