@@ -204,7 +204,7 @@ def _unknown(f: Callable[[Array], Array], platform: str) -> list[str]:
 
 def _by_channel(v: Array, x: Array) -> Array:
     """A gain of one number as one of each channel."""
-    return v if v.ndim == 3 else jnp.broadcast_to(v, x.shape[2:])
+    return v if v.ndim == 3 else jnp.broadcast_to(v, x.shape[2:]).astype(jnp.float32)
 
 
 def _tile(spec: Rows, platform: str, shape: Any, itemsize: int, sums: bool) -> Any:
@@ -243,7 +243,7 @@ def _call(
             step.store(name, total[name].sum(0, keepdims=True))
 
     varying = jax.typeof(x).manual_axis_type
-    out = pl.pallas_call(
+    run = pl.pallas_call(
         kernel,
         in_specs=[tile.spec(kinds[name]) for name in arrays],
         out_specs=[tile.spec(kind) for kind, _ in types.values()],
@@ -254,7 +254,9 @@ def _call(
         interpret=interpret,
         name=f"normlab{body.__name__}",
         **tile.options(kinds),
-    )(*(tile.view(kinds[name], v) for name, v in arrays.items()))
+    )
+    with jax.enable_x64(False):  # A TPU has no indices of 64 bits.
+        out = run(*(tile.view(kinds[name], v) for name, v in arrays.items()))
     return {name: tile.back(types[name][0], v) for name, v in zip(types, out, strict=True)}
 
 

@@ -357,7 +357,7 @@ def vector_tile(shape: tuple[int, int, int], groups: int, itemsize: int) -> Vect
         positions = 1
     else:
         examples, steps = 1, _clip(2**19 // (lanes * _multiple(p, sublanes)), 1, min(64, n))
-        positions = min(_multiple(2**15 // lanes, sublanes), p)
+        positions = min(_multiple(max(2**15 // lanes, 1), sublanes), p)
     programs = pl.cdiv(n, steps * examples)
     return VectorTile(shape, groups, programs, steps, examples, positions, span)
 
@@ -462,7 +462,7 @@ class ThreadStep(_Step):
         block = tuple(1 if n == 1 else size for n, size in zip(whole, (e, p, g, k), strict=True))
         slices, inside = [], None
         for axis, (n, size) in enumerate(zip(whole, block, strict=True)):
-            slices.append(pl.ds(0 if n == 1 else starts[axis], size))
+            slices.append(pl.ds(jnp.int32(0 if n == 1 else starts[axis]), size))
             if n not in (1, covered[axis]):
                 index = lax.broadcasted_iota(jnp.int32, block, axis) + starts[axis]
                 inside = index < n if inside is None else inside & (index < n)
