@@ -14,7 +14,7 @@ INSTALLED := $(VENV)/installed
 PYTEST := -m pytest -n logical --dist worksteal
 
 .PHONY: compare report test test-library test-experiments test-wheel test-newest test-oldest \
-  test-slow coverage lint reference bench dist lock clean
+  test-slow coverage lint reference bench bench-gpu bench-bytes dist lock clean
 
 compare: $(INSTALLED)-experiments
 	$(BIN)/python -m experiments compare $(ARGS)
@@ -90,6 +90,25 @@ reference: $(INSTALLED)-test
 bench: $(INSTALLED)-peers
 	$(BIN)/python -m experiments bench step
 	$(BIN)/python -m experiments bench ops $(ARGS)
+
+# What programs move on a TPU v5e and an H100, compiled ahead of time; neither need be here. Tokamax
+# wants Python 3.12 or later: make bench-bytes PYTHON=python3.13 VENV=.venv-bytes
+bench-bytes: $(INSTALLED)-experiments $(INSTALLED)-tpu $(INSTALLED)-cuda $(INSTALLED)-tokamax
+	$(BIN)/python -m experiments bench bytes --markdown $(ARGS)
+
+# On a machine with a GPU, in at most eight minutes: whoever is late is interrupted, and what was done
+# is kept and printed. make bench-gpu PYTHON=python3.13 VENV=.venv-gpu
+RUN = -timeout --foreground -s INT
+OTHERS := jax.numpy tokamax torch torch.compile
+bench-gpu: $(INSTALLED)-cuda $(INSTALLED)-peers $(INSTALLED)-tokamax
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
+	  liger-kernel quack-kernels
+	$(RUN) 150 $(BIN)/python -m experiments bench ops --scale 8 --ops layer rms --shapes tokens \
+	  --peers flax.linen $(OTHERS) liger quack
+	$(RUN) 120 $(BIN)/python -m experiments bench ops --scale 8 --ops batch group --shapes conv \
+	  --peers flax.linen $(OTHERS)
+	$(RUN) 210 $(BIN)/python -m experiments bench bytes --targets here --dtypes bfloat16 \
+	  --norms layer rms batch group --markdown
 
 # Every extra installs the locked versions (torch, a peer, is not locked), or the newest.
 $(INSTALLED)-%: $(VENV)/bin/python pyproject.toml constraints.txt

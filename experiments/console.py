@@ -29,7 +29,10 @@ COMMANDS = {
         ".data.command:Data",
         "Fetch, verify and prepare data sets, and say where each came from.",
     ),
-    "bench": (".bench.command:Bench", "Measure speed beside other libraries."),
+    "bench": (
+        ".bench.command:Bench",
+        "Measure speed beside other libraries, and the bytes that programs move.",
+    ),
     "numerics": (
         ".numerics.command:Numerics",
         "Measure the error and the cost of each variance algorithm.",

@@ -33,6 +33,7 @@ from normlab.example import (
 )
 from normlab.gains import Gain, Log, Offset, init_gain, modulate
 from normlab.heads import Paired, init_heads, normalize_heads
+from normlab.implementation import Implementation, add_norm
 from normlab.linear import Conv, ConvTranspose, Dense, Linear
 from normlab.making import stateless
 from normlab.maps import Mapped, WeightMap, weight_map
@@ -63,6 +64,7 @@ __all__ = [
     "ConvTranspose",
     "Dense",
     "Gain",
+    "Implementation",
     "Linear",
     "Log",
     "Mapped",
@@ -78,6 +80,7 @@ __all__ = [
     "Site",
     "Sync",
     "WeightMap",
+    "add_norm",
     "affine",
     "batch_moments",
     "batch_norm",

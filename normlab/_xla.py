@@ -63,16 +63,15 @@ def sharded_as(tree: Tree, channel: int, v: Array) -> Tree:
 
 
 @jax.custom_jvp
-def apart(x: Array, *others: Array) -> tuple[Array, ...]:
-    """Returns the arrays, as values that XLA does not know to be the same.
+def apart(*arrays: Array) -> tuple[Array, ...]:
+    """Returns the arrays, as values that XLA on a CPU does not know to be the same.
 
     Two sums over the same elementwise expression of one array would share that expression, and so
     keep it in memory: slower than computing it twice. Written on arrays taken apart, each sum reads
-    its input once and keeps nothing. On a CPU all are. On accelerators, where XLA fuses sums over
-    one array into one pass, `x` stays what it is, and of the others, its statistics, those that are
-    smaller are taken apart. To derivatives this is the identity.
+    its input once and keeps nothing. On accelerators, where XLA fuses such sums into one pass, this
+    is the identity; to derivatives it is everywhere.
     """
-    return lax.platform_dependent(x, *others, cpu=_barrier, default=_barrier_but_x)
+    return lax.platform_dependent(*arrays, cpu=_barrier, default=_identity)
 
 
 @apart.defjvp
@@ -81,11 +80,31 @@ def _(primals: Any, tangents: Any) -> Any:
 
 
 def _barrier(*arrays: Array) -> tuple[Array, ...]:
+    return lax.optimization_barrier(arrays)
+
+
+def _identity(*arrays: Array) -> tuple[Array, ...]:
+    return arrays
+
+
+@jax.custom_jvp
+def renamed(*statistics: Array) -> tuple[Array, ...]:
+    """Returns small arrays, as values that XLA on an accelerator does not know to be the same.
+
+    What is made of x and one of them it then makes again where it is needed, from x, and does not
+    keep it in memory for two readers. On a CPU, for which `apart` is, and to derivatives this is
+    the identity.
+    """
+    return lax.platform_dependent(*statistics, cpu=_identity, default=_each_barrier)
+
+
+@renamed.defjvp
+def _(primals: Any, tangents: Any) -> Any:
+    return renamed(*primals), tangents
+
+
+def _each_barrier(*arrays: Array) -> tuple[Array, ...]:
     return tuple(lax.optimization_barrier(x) for x in arrays)
-
-
-def _barrier_but_x(x: Array, *others: Array) -> tuple[Array, ...]:
-    return x, *(v if v.shape == x.shape else lax.optimization_barrier(v) for v in others)
 
 
 def zeros_of(v: Array) -> Array:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 from jax.typing import ArrayLike
 
@@ -26,6 +27,7 @@ from normlab.devices.mapped import is_bound
 from normlab.devices.merging import measure, measure_segments, values_per_channel
 from normlab.devices.topology import AxisName, Sync, as_sync
 from normlab.equation import Affine, Parts, affine
+from normlab.implementation import Implementation, by_columns
 from normlab.matrix import along
 from normlab.measure import Algorithm, Moments, moments
 from normlab.population._batches import BadBatch, check_batch
@@ -71,6 +73,7 @@ def batch_norm(
     algorithm: Algorithm = "auto",
     bad_batch: BadBatch = "skip",
     state_gradient: bool = False,
+    implementation: Implementation = "auto",
 ) -> tuple[Array, S]:
     """Batch normalization (Ioffe & Szegedy 2015, https://arxiv.org/abs/1502.03167).
 
@@ -99,6 +102,7 @@ def batch_norm(
         a gradient to `a` (NaN with `"propagate"`).
       state_gradient: Whether the new state has a gradient by `a` and by what `a` is made of, as
         learning to learn asks for. By the old state it has one in any case.
+      implementation: By XLA, `"xla"`, or by kernels, an `Implementation`; as in `layer_norm`.
 
     Returns:
       `(h, state)`: h in the shape and floating type of `a`, the state with its structure and
@@ -119,6 +123,8 @@ def batch_norm(
     options: dict[str, Any] = {"decay": decay, "eps": eps, "axis_name": axis_name}
     options |= {"algorithm": algorithm, "bad_batch": bad_batch, "state_gradient": state_gradient}
     options |= {"weights": weights, "channel_axis": channel_axis}
+    options["implementation"] = implementation
+    a = jnp.asarray(a) if isinstance(a, np.ndarray) else a  # one and the same for both
     parts, state = batch_parts(a, params, state, train=train, **options)
     return affine(parts, a, weights=weights, channel_axis=channel_axis), state
 
@@ -138,6 +144,7 @@ def batch_parts(
     algorithm: Algorithm = "auto",
     bad_batch: BadBatch = "skip",
     state_gradient: bool = False,
+    implementation: Implementation = "auto",
     _one_value: bool = False,
 ) -> tuple[Parts, S]:
     """The parts and the next state of `batch_norm`, which see.
@@ -149,6 +156,7 @@ def batch_parts(
     g, b = gain_and_bias(where, params, a, channel)
     sync = as_sync(axis_name)
     check_state(where, state, sync, train, a.shape, channel)
+    kernel = by_columns(where, implementation, a, channel, _no_kernel(weights, sync, algorithm))
     m, population, kept = None, None, 0
     if measures(state, train):
         x, w, axes, kept = examples_first(a, weights, channel)
@@ -162,7 +170,8 @@ def batch_parts(
         how |= {"pivot": pivot(state, sync)}
 
         def measured(sync: Sync, w: Array | None) -> tuple[Moments, Moments]:
-            return measure(where, x, axes, sync, weights=w, algorithm=algorithm, **how)
+            of = kernel.moments if kernel and w is None else moments
+            return measure(where, x, axes, sync, weights=w, algorithm=algorithm, of=of, **how)
 
         def apart(sync: Sync, ids: Array, number: int) -> tuple[Moments, Moments]:
             return measure_segments(x, axes, sync, ids, number, weights=w, **how)
@@ -182,7 +191,18 @@ def batch_parts(
     if back is not None and population is not None:
         back = jax.tree.map(lambda v: along(v.astype(g.dtype), a.ndim, channel), back)
         sigma = watched(sigma, a, weights, back, population.count.mean())
-    return Parts(mu, sigma, g, b), state
+    parts = Parts(mu, sigma, g, b)
+    return kernel.parts(parts, a) if kernel else parts, state
+
+
+def _no_kernel(weights: Any, sync: Sync, algorithm: Algorithm) -> str:
+    """What was asked for, if anything, that no kernel does."""
+    asked = {
+        "weights": weights is not None,
+        "parts of batches": not sync.along,
+        "algorithm='one_pass'": algorithm == "one_pass",
+    }
+    return next((said for said, so in asked.items() if so), "")
 
 
 def by_member(

@@ -7,7 +7,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax.numpy as jnp
@@ -15,7 +16,7 @@ from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
 from normlab._apply import apply_parts
-from normlab._arguments import SIZES, checked, declare, instance, real
+from normlab._arguments import SIZES, a_function, array, checked, declare, instance, real
 from normlab._checks import (
     check_parts,
     gain_and_bias,
@@ -28,6 +29,7 @@ from normlab._checks import (
 from normlab._trees import node
 from normlab._weights import align_weights
 from normlab._xla import partitioned
+from normlab.errors import invalid
 
 
 @node
@@ -91,7 +93,11 @@ def init_affine(
 
 
 PARTS = instance(Parts, "take them from a *_parts, or make Parts(mu, sigma, g, b)")
-declare(parts=PARTS)
+declare(
+    parts=PARTS,
+    residual=array("an array of the shape of the input", "pass the shortcut of the block"),
+    activation=a_function("a function of an array", "pass for example jax.nn.relu", of=1),
+)
 
 
 @runtime_checkable
@@ -101,7 +107,14 @@ class Applied(Protocol):
     Their μ, σ, g and b are there for whoever looks at them.
     """
 
-    def apply(self, a: Array, weights: Array | None = None) -> Array:
+    def apply(
+        self,
+        a: Array,
+        weights: Array | None = None,
+        *,
+        residual: Array | None = None,
+        activation: Callable[[Array], Array] | None = None,
+    ) -> Array:
         """h, as `affine` returns it."""
         ...
 
@@ -151,11 +164,13 @@ def affine(
     *,
     weights: ArrayLike | None = None,
     channel_axis: int | None = None,
+    residual: ArrayLike | None = None,
+    activation: Callable[[Array], Array] | None = None,
 ) -> Array:
-    """Applies the four parts: h = g · (a − μ) / σ + b.
+    """Applies the four parts: h = f(g · (a − μ) / σ + b), as a rule without the activation f.
 
-    The arithmetic is done in float32 at least, whatever the type of `a`. The subtraction comes
-    first, so nothing is lost when |μ| is much larger than σ.
+    The arithmetic is done in float32 at least, whatever the type of `a`, and rounded at the end.
+    The subtraction comes first, so nothing is lost when |μ| is much larger than σ.
 
     Args:
       parts: μ, σ, g and b, each broadcastable to `a`; or parts that apply themselves.
@@ -163,6 +178,9 @@ def affine(
       weights: The weights that the parts were measured with, if any. A value that is not finite
         and weighs nothing counts as zero, so that it reaches no gradient.
       channel_axis: The axis of the channels, which the weights pass over; `None` if they have none.
+      residual: Added before the activation, as the shortcut in a block of a ResNet; of the shape of
+        `a`.
+      activation: f, a function of each value, such as `jax.nn.relu`; `None` for none.
 
     Returns:
       h, in the shape of `a` and in its floating type (float32 for integers).
@@ -176,12 +194,17 @@ def affine(
     """
     if channel_axis is not None:
         (channel_axis,) = normalize_axes("affine", channel_axis, jnp.ndim(a))
-    if not isinstance(parts, Parts):
-        return parts.apply(jnp.asarray(a), align_weights("affine", weights, a, channel_axis))
-    mu, *others = check_parts(parts, jnp.shape(a), promote_dtype(a))
-    mu = None if is_zero(mu) else mu
     a, weights = jnp.asarray(a), align_weights("affine", weights, a, channel_axis)
-    return partitioned(apply_parts, a, mu, tuple(others), weights)
+    if residual is not None and jnp.shape(residual) != a.shape:
+        given = f"a residual of shape {jnp.shape(residual)} for a pre-activation of {a.shape}"
+        raise invalid("affine", given, "the shape of the pre-activation", "broadcast it")
+    if isinstance(parts, Applied):
+        after: Any = {"residual": residual, "activation": activation}
+        return parts.apply(a, weights, **{k: v for k, v in after.items() if v is not None})
+    mu, *others = check_parts(parts, a.shape, promote_dtype(a))
+    mu = None if is_zero(mu) else mu
+    apply = functools.partial(apply_parts, activation=activation)
+    return partitioned(apply, a, mu, tuple(others), weights, residual)
 
 
 @checked("invert", parts=ANY_PARTS)
@@ -190,7 +213,7 @@ def invert(parts: Parts | Applied, h: ArrayLike) -> Array:
 
     Where g is zero the information is gone and the result is not finite.
     """
-    if not isinstance(parts, Parts):
+    if isinstance(parts, Applied):
         return parts.invert(jnp.asarray(h))
     mu, sigma, g, b = check_parts(parts, jnp.shape(h), promote_dtype(h))
     return ((promote(h) - b) * sigma / g + mu).astype(result_dtype(h))

@@ -29,13 +29,14 @@ from jax import Array, lax
 from jax.typing import ArrayLike
 
 from normlab._arguments import checked, declare, norm_axes, number
-from normlab._checks import check_values, gain_and_bias, no_mean, normalize_axes, promote
-from normlab._sums import average, standard_deviation
+from normlab._checks import check_values, gain_and_bias, no_mean, normalize_axes
+from normlab._sums import average, squared, standard_deviation
 from normlab._weights import aligned
 from normlab._xla import partitioned
 from normlab.devices.topology import Sync
 from normlab.equation import Affine, Parts
 from normlab.errors import invalid
+from normlab.implementation import Implementation, by_kernel
 from normlab.making import applied
 from normlab.measure import Algorithm, Moments, merge_axes, moments
 from normlab.sharded import (
@@ -83,6 +84,7 @@ def layer_parts(
     channel_axis: int = -1,
     feature_axes: Sequence[int] | None = None,
     algorithm: Algorithm = "auto",
+    implementation: Implementation = "auto",
 ) -> Parts:
     """The parts of `layer_norm`, which see."""
     where = "layer norm"
@@ -95,7 +97,8 @@ def layer_parts(
     change = "use RMS norm, which has no mean, or measure over more axes"
     one = _alone(where, m, a.shape, over)
     check_values(where, a.shape, one, "statistic", change)
-    return Parts(m.mean, m.sigma(eps), g, b)
+    parts, without = Parts(m.mean, m.sigma(eps), g, b), no_kernel(weights, over.names, algorithm)
+    return by_kernel(where, implementation, parts, a, axes, eps=eps, without=without)
 
 
 def moments_over(
@@ -112,6 +115,17 @@ def moments_over(
     whole = spread and not over.names
     m = moments(a, axes, weights=weights, algorithm=algorithm, _whole=whole)
     return merged(where, m, over, spread=spread)
+
+
+def no_kernel(weights: Any, over: Any, algorithm: Algorithm = "auto", channel: int = -1) -> str:
+    """What was asked for, if anything, that no kernel does; `channel` is that of groups."""
+    asked = {
+        "weights": weights is not None,
+        "an example that lies on several devices": bool(over),
+        "algorithm='one_pass', as kernels measure in two": algorithm == "one_pass",
+        "groups of channels that are not last": channel != -1,
+    }
+    return next((said for said, so in asked.items() if so), "")
 
 
 def _sharing(where: str, axis_name: ExampleAxes | None, axes: Sequence[int], channel: int) -> Sync:
@@ -150,13 +164,16 @@ def layer_norm() -> None:
       feature_axes: The axes of `params` if they lie along several: with `(-2, -1)` and those axes
         this is torch's `LayerNorm([H, W])`.
       algorithm: How the variance is taken, an `Algorithm`.
+      implementation: By XLA, `"xla"`, or by a kernel, an `Implementation`: `"pallas"` where there
+        is one or an error, `"auto"` where it is known to be faster. Derivatives beyond the first
+        and forward mode are XLA's.
 
     Returns:
       h, in the shape and floating type of `a`.
 
     Raises:
-      ValueError: For parameters that do not fit `a`, axes out of range or repeated, ε ≤ 0, or an
-        axis of devices that is not mapped.
+      ValueError: For parameters that do not fit `a`, axes out of range or repeated, ε ≤ 0, an axis
+        of devices that is not mapped, or a kernel that there is not.
 
     >>> layer_norm(jnp.array([[1.0, 3.0], [10.0, 30.0]])).round(3).tolist()
     [[-1.0, 1.0], [-1.0, 1.0]]
@@ -202,12 +219,19 @@ def rms_parts(
     weights: ArrayLike | None = None,
     channel_axis: int = -1,
     feature_axes: Sequence[int] | None = None,
+    implementation: Implementation = "auto",
 ) -> Parts:
     """The parts of `rms_norm`, which see."""
+    where = "RMS norm"
     how: Any = {"groups": groups, "part": part, "axis_name": axis_name, "weights": weights}
-    square, count = mean_square("RMS norm", a, axes, channel_axis=channel_axis, **how)
-    g, b = gain_and_bias("RMS norm", params, a, channel_axis, feature_axes)
-    return Parts(no_mean(square.dtype), standard_deviation(square, count, eps), g, b)
+    square, count = mean_square(where, a, axes, channel_axis=channel_axis, **how)
+    g, b = gain_and_bias(where, params, a, channel_axis, feature_axes)
+    parts = Parts(no_mean(square.dtype), standard_deviation(square, count, eps), g, b)
+    last = -1 if groups == 1 else channel_axis % jnp.ndim(a) - jnp.ndim(a)
+    without = f"part={part}" if part != 1 else no_kernel(weights, axis_name, channel=last)
+    axes = _example_axes(where, axes, jnp.ndim(a), channel_axis % jnp.ndim(a))
+    how = {"eps": eps, "groups": None if groups == 1 else groups, "centred": False}
+    return by_kernel(where, implementation, parts, jnp.asarray(a), axes, without=without, **how)
 
 
 @applied(rms_parts)
@@ -298,16 +322,22 @@ def group_parts(
     weights: ArrayLike | None = None,
     channel_axis: int = -1,
     algorithm: Algorithm = "auto",
+    implementation: Implementation = "auto",
 ) -> Parts:
     """The parts of `group_norm`, which see."""
+    where = "group norm"
     how: Any = {"axis_name": axis_name, "weights": weights, "channel_axis": channel_axis}
     how |= {"centred": centred, "algorithm": algorithm}
-    m = spread_group_moments("group norm", a, groups, **how)
-    g, b = gain_and_bias("group norm", params, a, channel_axis)
-    one = centred and one_in_each("group norm", jnp.shape(a), groups, axis_name)
+    m = spread_group_moments(where, a, groups, **how)
+    g, b = gain_and_bias(where, params, a, channel_axis)
+    one = centred and one_in_each(where, jnp.shape(a), groups, axis_name)
     change = "use fewer groups, or centred=False, which has no mean"
-    check_values("group norm", jnp.shape(a), one, "example and group", change)
-    return Parts(m.mean if centred else no_mean(m.mean.dtype), m.sigma(eps), g, b)
+    check_values(where, jnp.shape(a), one, "example and group", change)
+    parts = Parts(m.mean if centred else no_mean(m.mean.dtype), m.sigma(eps), g, b)
+    ndim = jnp.ndim(a)
+    without = no_kernel(weights, axis_name, algorithm, channel_axis % ndim - ndim)
+    how = {"eps": eps, "groups": groups, "centred": centred, "without": without}
+    return by_kernel(where, implementation, parts, jnp.asarray(a), range(1, ndim), **how)
 
 
 def one_in_each(
@@ -372,6 +402,7 @@ def instance_parts(
     weights: ArrayLike | None = None,
     channel_axis: int = -1,
     algorithm: Algorithm = "auto",
+    implementation: Implementation = "auto",
 ) -> Parts:
     """The parts of `instance_norm`, which see."""
     where = "instance norm"
@@ -384,8 +415,9 @@ def instance_parts(
     change = "use layer norm or RMS norm in a dense layer"
     one = _alone(where, m, a.shape, over)
     check_values(where, a.shape, one, "example and channel", change, positions)
-    g, b = gain_and_bias("instance norm", params, a, channel_axis)
-    return Parts(m.mean, m.sigma(eps), g, b)
+    g, b = gain_and_bias(where, params, a, channel_axis)
+    parts, without = Parts(m.mean, m.sigma(eps), g, b), no_kernel(weights, over.names, algorithm)
+    return by_kernel(where, implementation, parts, a, axes, eps=eps, without=without)
 
 
 @applied(instance_parts)
@@ -461,8 +493,8 @@ def _pair(values: tuple[Array, ...]) -> tuple[Array, Array]:
 
 
 def _square(a: Array, w: Array | None, axes: Sequence[int]) -> tuple[Array, Array]:
-    valid = promote(a) if w is None else jnp.where(w > 0, promote(a), 0)
-    return average(jnp.square(valid), axes, weights=w)
+    valid = a if w is None else jnp.where(w > 0, a, jnp.zeros((), a.dtype))
+    return average(squared(valid), axes, weights=w)
 
 
 def _example_axes(where: str, axes: Axes, ndim: int, channel: int) -> tuple[int, ...]:

@@ -19,6 +19,7 @@ from normlab.devices.topology import AxisName, as_sync
 from normlab.equation import Affine, Parts
 from normlab.errors import invalid
 from normlab.gains import Gain, init_gain, kept_as
+from normlab.implementation import Implementation
 from normlab.making import initial_affine, made_of, norm_of
 from normlab.maps import Mapped, WeightMap, weight_map
 from normlab.measure import Algorithm
@@ -68,6 +69,7 @@ def batch(
     use_gain: bool = True,
     use_bias: bool = True,
     gain: Gain = "plain",
+    implementation: Implementation = "auto",
 ) -> Norm:
     """`batch_norm`, with the state of `normlab.population.init_population(population, C)`.
 
@@ -76,6 +78,7 @@ def batch(
     """
     how: dict[str, Any] = {"eps": eps, "axis_name": axis_name, "algorithm": algorithm}
     how |= {"bad_batch": bad_batch, "state_gradient": state_gradient}
+    how["implementation"] = implementation
     kept = {"decay": decay, "ddof": ddof, "estimator": estimator}
     state_of = init_batch_state(population, eps, as_sync(axis_name), **kept)
     params = {"use_gain": use_gain, "use_bias": use_bias, "gain": gain}

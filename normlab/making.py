@@ -8,6 +8,8 @@ from collections.abc import Callable, Sequence
 from typing import Any, Concatenate, ParamSpec
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
@@ -34,6 +36,7 @@ def applied(
 
     def decorate(named: Callable[[], None]) -> Callable[Concatenate[ArrayLike, P], Array]:
         def norm(a: ArrayLike, *args: P.args, **options: P.kwargs) -> Array:
+            a = jnp.asarray(a) if isinstance(a, np.ndarray) else a  # one and the same for both
             found = parts(a, *args, **options)
             weights, channel_axis = (options.get(k) for k in ("weights", "channel_axis"))
             axis = -1 if channel_axis is None else channel_axis

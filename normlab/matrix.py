@@ -7,11 +7,13 @@ W is a matrix for each group of channels. Batch norm's parts are the case of a d
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax import Array, lax
 
+from normlab._apply import finished
 from normlab._checks import floating, promote
 from normlab._trees import register
 from normlab._weights import leave_out
@@ -49,15 +51,23 @@ class MatrixParts(NamedTuple):
     channel_axis: int = -1
     strided: bool = False
 
-    def apply(self, a: Array, weights: Array | None = None) -> Array:
+    def apply(
+        self,
+        a: Array,
+        weights: Array | None = None,
+        *,
+        residual: Array | None = None,
+        activation: Callable[[Array], Array] | None = None,
+    ) -> Array:
         """`affine(parts, a)`, which see."""
 
-        def run(a: Array, parts: MatrixParts, weights: Array | None) -> Array:
+        def run(a: Array, parts: MatrixParts, weights: Array | None, more: Any) -> Array:
             a = floating(leave_out(a, weights))
-            return (parts.mixed(promote(a) - parts.mu) * parts.g + parts.b).astype(a.dtype)
+            h = parts.mixed(promote(a) - parts.mu) * parts.g + parts.b
+            return finished(h, more, activation).astype(a.dtype)
 
         self._check(a.shape)
-        return partitioned(run, a, self, weights)
+        return partitioned(run, a, self, weights, residual)
 
     def invert(self, h: Array) -> Array:
         """`invert(parts, h)`, which see."""

@@ -148,7 +148,8 @@ def moments(
     """Measures the moments of `x` over `axes`.
 
     Values of weight zero are left out, whatever they are: a NaN there reaches neither the moments
-    nor their gradient. Values are squared: in float32 deviations beyond 1e19 overflow.
+    nor their gradient. Values are squared: in float32 deviations beyond 1e19 overflow. Norms that
+    apply the moments at once, on one device, say so (`_whole`).
 
     Args:
       x: Any real array; statistics are taken in float32 at least.
@@ -182,23 +183,29 @@ def _moments(
     n = jnp.where(count > 0, count, 1)
     if w is not None:
         x = jnp.where(w > 0, x, jnp.zeros((), x.dtype))
-    if near_zero(x, axes, w, algorithm):
-        pivot, first, second = sums_near_zero(x, axes)
-    elif innermost(x, axes, w, algorithm):
+    if innermost(x, axes, w, algorithm):
         pivot, first, second = sums_innermost(x, axes, whole)
+    elif near_zero(x, axes, w, algorithm):
+        pivot, first, second = sums_near_zero(x, axes)
     else:
         pivot = lax.stop_gradient(pivot_of(x, axes, w, algorithm))
         about = x, pivot, axes
         first, second = power_sums(*about) if w is None else weighted_sums(*about, w)
-    offset = first / n
-    mean = pivot + offset
     if algorithm == "one_pass":
-        zero = jnp.zeros_like(pivot)
-        _, second = power_sums(x, zero, axes) if w is None else weighted_sums(x, zero, axes, w)
-        offset = mean
+        mean, pivot = pivot + first / n, jnp.zeros_like(pivot)
+        _, second = power_sums(x, pivot, axes) if w is None else weighted_sums(x, pivot, axes, w)
+        first = mean * n
+    return from_sums(count, pivot, first, second)
+
+
+def from_sums(count: Array, pivot: Array, first: Array, second: Array) -> Moments:
+    """The moments of Σ w, k, Σ w·(x − k) and Σ w·(x − k)²."""
+    n = jnp.where(count > 0, count, 1)
+    offset = first / n
     m2 = count * (second / n - jnp.square(offset))
     # Where rounding left less than nothing, the derivatives of every order must pass whole.
-    return Moments(count, mean, lax.stop_gradient(jnp.maximum(m2, 0)) + derivative_of(m2))
+    m2 = lax.stop_gradient(jnp.maximum(m2, 0)) + derivative_of(m2)
+    return Moments(count, pivot + offset, m2)
 
 
 @checked("merge")

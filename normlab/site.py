@@ -11,7 +11,10 @@ from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from jax import Array
+from jax.typing import ArrayLike
 
 from normlab._arguments import anything, array, checked, declare, site_kind
 from normlab._trees import node
@@ -136,11 +139,23 @@ class Norm:
         return norm
 
     @checked("norm", params=anything, state=anything)
-    def apply(self, params: Params, state: S, site: Site, *, train: bool) -> tuple[Array, S]:
-        """Returns `(affine(parts, site.a), state)`."""
+    def apply(
+        self,
+        params: Params,
+        state: S,
+        site: Site,
+        *,
+        train: bool,
+        residual: ArrayLike | None = None,
+        activation: Callable[[Array], Array] | None = None,
+    ) -> tuple[Array, S]:
+        """Returns `(affine(parts, site.a, residual=..., activation=...), state)`."""
+        if isinstance(site.a, np.ndarray):
+            site = site._replace(a=jnp.asarray(site.a))  # one and the same for both
         parts, state = self.parts(params, state, site, train=train)
-        channel_axis = site.linear.channel_axis
-        return affine(parts, site.a, weights=site.weights, channel_axis=channel_axis), state
+        how: Any = {"weights": site.weights, "channel_axis": site.linear.channel_axis}
+        how |= {"residual": residual, "activation": activation}
+        return affine(parts, site.a, **how), state
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Norm) and self._key() == other._key()

@@ -434,6 +434,7 @@ for _name in NAMES:
         "feature_axes": None,
         "part": 1.0,
         "centred": True,
+        "implementation": "xla",
     }
     _factory = nl.row(_name).factory
     CALLS[_factory] = {name: _own[name] for name in inspect.signature(_factory).parameters}

@@ -20,6 +20,7 @@ from rich.table import Table
 from ..rundir import RunError
 from ..terminal import EXIT_INTERRUPTED, console, errors, print_paths, print_rows, report
 from .config import (
+    BenchBytes,
     BenchCompile,
     BenchConv,
     BenchFigure1,
@@ -32,11 +33,12 @@ from .config import (
 
 @dataclasses.dataclass(frozen=True)
 class Bench:
-    """Measure speed beside other libraries."""
+    """Measure speed beside other libraries, and the bytes that programs move."""
 
     bench: (
         Annotated[BenchStep, tyro.conf.subcommand("step")]
         | Annotated[BenchOps, tyro.conf.subcommand("ops")]
+        | Annotated[BenchBytes, tyro.conf.subcommand("bytes")]
         | Annotated[BenchFigure1, tyro.conf.subcommand("figure1")]
         | Annotated[BenchConv, tyro.conf.subcommand("conv")]
         | Annotated[BenchLm, tyro.conf.subcommand("lm")]
@@ -50,6 +52,7 @@ def run(config: Bench) -> int:
     printers: dict[type, Any] = {
         BenchStep: _step,
         BenchOps: _ops,
+        BenchBytes: _bytes,
         BenchFigure1: _figure1,
         BenchConv: _conv,
         BenchLm: _lm,
@@ -206,7 +209,39 @@ def _ops(config: BenchOps) -> int:
 
     with errors.status("starting") as status:
         measured = Ops(config, say=lambda text: status.update(f"{text} …"))
-    exit_status = 0
+    total = len(config.cases()) * (config.rounds + 1)
+    exit_status = _with_progress(measured.run(), total, "cases")
+    if measured.results:
+        console.print(tables.times(measured.results, measured.machine()))
+        console.print(tables.comparison(measured.results))
+    for remark in tables.remarks(measured):
+        console.print(remark, highlight=False, markup=False, soft_wrap=True)
+    print_paths(measured.finish())
+    return exit_status
+
+
+def _bytes(config: BenchBytes) -> int:
+    """Compiles blocks with each library's norm, then prints the tables and the paths."""
+    from . import bytes as moved
+
+    with errors.status("starting") as status:
+        measured = moved.Bytes(config, say=lambda text: status.update(f"{text} …"))
+    exit_status = _with_progress(measured.run(), len(config.programs()), "programs")
+    found, targets = measured.results, measured.targets
+    paths = measured.finish()
+    if found:
+        print_rows(moved.headings(targets), moved.table(found, targets), config.markdown)
+        print_rows(
+            moved.headings_compared(targets), moved.compared(found, targets), config.markdown
+        )
+    for remark in measured.remarks():
+        console.print(remark, highlight=False, markup=False, soft_wrap=True)
+    print_paths(paths)
+    return exit_status
+
+
+def _with_progress(doing: Iterable[str], total: int, what: str) -> int:
+    """Shows how far something is that yields labels; returns the exit status."""
     columns = (
         TextColumn("{task.description:<44}"),
         BarColumn(),
@@ -216,21 +251,15 @@ def _ops(config: BenchOps) -> int:
     )
     try:
         with Progress(*columns, console=errors) as progress:
-            bar = progress.add_task("", total=len(config.cases()) * (config.rounds + 1))
-            for doing in measured.run():
-                progress.update(bar, description=doing, advance=1)
+            bar = progress.add_task("", total=total)
+            for label in doing:
+                progress.update(bar, description=label, advance=1)
     except KeyboardInterrupt:
-        exit_status = EXIT_INTERRUPTED
-        errors.print("[yellow]interrupted:[/] the cases that were done follow, and are kept.")
+        errors.print(f"[yellow]interrupted:[/] the {what} that were done follow, and are kept.")
+        return EXIT_INTERRUPTED
     except RunError as error:
-        exit_status = report(error)
-    if measured.results:
-        console.print(tables.times(measured.results, measured.machine()))
-        console.print(tables.comparison(measured.results))
-    for remark in tables.remarks(measured):
-        console.print(remark, highlight=False, markup=False, soft_wrap=True)
-    print_paths(measured.finish())
-    return exit_status
+        return report(error)
+    return 0
 
 
 def _sync(config: BenchSync) -> int:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 from ..rundir import RunError, require_positive
+from .blocks import BLOCKS, HERE, Program
 from .turns import available_cores
-from .worker import BYTES, KINDS_OF, PEERS, SHAPES, Case
+from .worker import BYTES, GROUPS, KINDS_OF, OTHERS, PEERS, SHAPES, Case
 
 EXAMPLES = 60_000
 """Of the data that a step is timed on: as many as MNIST has."""
@@ -218,7 +221,8 @@ class BenchOps:
     """Types of x: float32, bfloat16. Parameters are float32."""
 
     peers: tuple[str, ...] = tuple(PEERS)
-    """flax.linen, flax.nnx, haiku, equinox, torch."""
+    """flax.linen, flax.nnx, haiku, equinox, torch; by name also jax.numpy (the textbook's formula),
+    tokamax, torch.compile, and on a GPU liger and quack."""
 
     rounds: int = 11
     """Turns of each; the medians are reported."""
@@ -238,13 +242,8 @@ class BenchOps:
 
     def __post_init__(self) -> None:
         """Raises RunError for values that cannot be run."""
-        choices = {"ops": KINDS_OF, "shapes": SHAPES, "dtypes": BYTES, "peers": PEERS}
-        for option, known in choices.items():
-            for name in getattr(self, option):
-                if name not in known:
-                    from normlab.errors import nearest  # which brings jax
-
-                    raise RunError(f"--{option}: unknown {name!r}: {nearest(name, known)}.")
+        choices = {"ops": KINDS_OF, "shapes": SHAPES, "dtypes": BYTES, "peers": {**PEERS, **OTHERS}}
+        require_known(self, choices)
         require_positive(self, "rounds", "scale", "turn_ms")
         if not self.cases():
             kinds = "; ".join(f"{op}: {', '.join(KINDS_OF[op])}" for op in self.ops or KINDS_OF)
@@ -260,3 +259,100 @@ class BenchOps:
             for dtype in BYTES
             if op in self.ops and kind in self.shapes and dtype in self.dtypes
         ]
+
+
+PEERS_OF_BYTES = ("flax.linen", "tokamax", "jax.numpy", "flax.nnx", "haiku", "equinox")
+TARGETS = {"tpu": "TPU v5e", "cuda": "H100", "cpu": "CPU", HERE: "here"}
+"""What `bench bytes` compiles for, and what its tables call it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class BenchBytes:
+    """Count the bytes that programs move, with each library's norm in the same place.
+
+    That is a norm alone, a transformer block, and a bottleneck block of a ResNet in training. They
+    are compiled ahead of time, for machines that need not be here, and read; nothing runs but on
+    the target `here`. What is not installed is named and left out.
+    """
+
+    blocks: tuple[str, ...] = tuple(BLOCKS)
+    """alone, transformer (layer and RMS norm), bottleneck (batch and group norm)."""
+
+    norms: tuple[str, ...] = BLOCKS["alone"].ops
+    """layer, rms, batch, group (8 groups), instance: in each block those that stand there."""
+
+    dtypes: tuple[str, ...] = tuple(BYTES)
+    """Types of x and of the kernels: float32, bfloat16. Parameters of norms are float32."""
+
+    targets: tuple[str, ...] = ("tpu", "cuda", "cpu")
+    """tpu (a v5e), cuda (an H100), cpu (this one); here: JAX's default device, timed as well."""
+
+    peers: tuple[str, ...] = PEERS_OF_BYTES[:3]
+    """flax.linen (its default, and with the two-pass variance), tokamax, jax.numpy (the textbook's
+    formula in float32); by name also flax.nnx, haiku, equinox."""
+
+    tokens: tuple[int, int, int] = (8, 1024, 4096)
+    """Sequences, tokens of each, channels of the transformer; a norm alone sees them as rows."""
+
+    images: tuple[int, int, int, int] = (128, 56, 56, 256)
+    """Images, height, width, channels of the bottleneck; a norm alone sees half the channels."""
+
+    rounds: int = 7
+    """Turns of each on the target here; the medians are reported."""
+
+    run_dir: Path | None = None
+    """Where the results go; must not exist. By default runs/bench-bytes-TIME."""
+
+    markdown: bool = False
+    """Print the tables as Markdown."""
+
+    def __post_init__(self) -> None:
+        """Raises RunError for values that cannot be compiled."""
+        choices = {
+            "blocks": BLOCKS,
+            "norms": BLOCKS["alone"].ops,
+            "dtypes": BYTES,
+            "targets": TARGETS,
+            "peers": PEERS_OF_BYTES,
+        }
+        require_known(self, choices)
+        require_positive(self, "rounds")
+        for name, unit in (("tokens", 1), ("images", 4 * GROUPS)):
+            sizes = getattr(self, name)
+            if min(sizes) < 1 or sizes[-1] % unit:
+                many = "" if unit == 1 else f", the channels a multiple of {unit}"
+                raise RunError(f"--{name}: got {sizes}; all must be at least 1{many}.")
+        for name in ("targets", "dtypes"):
+            if not getattr(self, name):
+                raise RunError(f"--{name}: name one at least: {', '.join(choices[name])}.")
+        if not self.programs():
+            stands = "; ".join(f"{name}: {', '.join(b.ops)}" for name, b in BLOCKS.items())
+            raise RunError(f"--blocks and --norms leave nothing to compile. There are ({stands}).")
+
+    def programs(self) -> list[Program]:
+        """What is compiled, in order."""
+        sequences, tokens, width = self.tokens
+        *positions, channels = self.images
+        shapes = {"transformer": self.tokens, "bottleneck": self.images}
+        rows, maps = (sequences * tokens, width), (*positions, channels // 2)
+        return [
+            Program(name, op, dtype, shapes.get(name) or (rows if op in ROWS else maps))
+            for name, block in BLOCKS.items()
+            for op in block.ops
+            for dtype in BYTES
+            if name in self.blocks and op in self.norms and dtype in self.dtypes
+        ]
+
+
+ROWS = ("layer", "rms")
+"""The norms that see rows where they stand alone; the others see images."""
+
+
+def require_known(config: Any, choices: Mapping[str, Iterable[str]]) -> None:
+    """Raises RunError, with the option and the nearest name, for a name that there is not."""
+    for option, known in choices.items():
+        for name in getattr(config, option):
+            if name not in known:
+                from normlab.errors import nearest  # which brings jax
+
+                raise RunError(f"--{option}: unknown {name!r}: {nearest(name, known)}.")

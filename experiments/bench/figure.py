@@ -1,14 +1,16 @@
-"""The figure of `bench ops`."""
+"""The figures of `bench ops` and `bench bytes`."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 
 from ..figures import plain_numbers
+from .blocks import WITHOUT, floor
+from .worker import DIRECTIONS
 
 STYLE = {
     "normlab": ("#000000", "o"),
@@ -17,6 +19,11 @@ STYLE = {
     "haiku": ("#009E73", "^"),
     "equinox": ("#E69F00", "v"),
     "torch": ("#D55E00", "P"),
+    "jax.numpy": ("#7F7F7F", "X"),
+    "tokamax": ("#CC79A7", "*"),
+    "torch.compile": ("#882255", "p"),
+    "liger": ("#8C6D1F", "d"),
+    "quack": ("#332288", "h"),
 }
 """The colours of the norms, for the libraries."""
 
@@ -66,12 +73,77 @@ def draw(cases: Sequence[dict[str, Any]], title: str) -> Figure:
     return figure
 
 
+def draw_bytes(results: Sequence[dict[str, Any]], targets: Mapping[str, str]) -> Figure:
+    """What norms move, in units of what they normalize, a panel for each target and direction."""
+    found = [
+        (target, i, row)
+        for target in targets
+        for i, result in enumerate(results)
+        for row in result["targets"][target]
+        if not row["reason"] and row["peer"] != WITHOUT
+    ]
+    names = list(dict.fromkeys(row["name"] for *_, row in found))
+    figure, grid = plt.subplots(
+        2,
+        len(targets),
+        figsize=(4.2 * len(targets) + 3.6, 2 * max(0.05 * len(names), 0.3) * len(results) + 2.0),
+        layout="constrained",
+        squeeze=False,
+        sharey=True,
+    )
+    for target, column in zip(targets, grid.T, strict=True):
+        for axes, direction in zip(column, DIRECTIONS, strict=True):
+            for i, result in enumerate(results):
+                if passes := floor(result["block"], result["op"], direction):
+                    axes.plot([sum(passes)] * 2, [i - 0.4, i + 0.4], color="grey", lw=1)
+            for _, i, row in (one for one in found if one[0] == target):
+                y = i + 0.8 * ((names.index(row["name"]) + 0.5) / len(names) - 0.5)
+                x = moved_by_norms(results[i], target, row, direction)
+                if x is not None:
+                    axes.plot(x, y, **_style(row["peer"], row["safe"], row["default"]))
+            axes.set(title=f"{targets[target]}, {direction}", xlabel="moved / normalized")
+            labels = [result["label"].replace(", ", "\n") for result in results]
+            axes.set_yticks(range(len(results)), labels, fontsize=8)
+            axes.set_ylim(len(results) - 0.5, -0.5)
+            for i in range(1, len(results), 2):
+                axes.axhspan(i - 0.5, i + 0.5, color="black", alpha=0.05, lw=0)
+            axes.grid(axis="x", alpha=0.3, lw=0.5)
+    for name in names:
+        row = next(row for *_, row in found if row["name"] == name)
+        style = _style(row["peer"], row["safe"], row["default"])
+        grid[0, 0].plot([], [], label=name, **style)
+    figure.legend(
+        *grid[0, 0].get_legend_handles_labels(), loc="outside right center", frameon=False
+    )
+    figure.suptitle(
+        "Bytes of compiled programs, of a block without those of the same block without norms, in "
+        "units of the arrays that are normalized\nbars: the floor of a norm alone. Hollow: "
+        "E[x²] − E[x]², which loses digits to a large mean. Small: not the default",
+        fontsize=10,
+    )
+    return figure
+
+
+def moved_by_norms(
+    result: dict[str, Any], target: str, row: dict[str, Any], direction: str
+) -> float | None:
+    """The bytes that a program moves for its norms, over those that are normalized."""
+    without = 0
+    if result["block"] != "alone":
+        rows = (one for one in result["targets"][target] if one["peer"] == WITHOUT)
+        block = next((one for one in rows if not one["reason"]), None)
+        if block is None:
+            return None
+        without = block[direction]["nbytes"]
+    return (row[direction]["nbytes"] - without) / result["normed"]
+
+
 def _shape_label(case: dict[str, Any]) -> str:
     return f"{case['op']} {'×'.join(map(str, case['shape']))}"
 
 
-def _style(peer: str, filled: bool) -> dict[str, Any]:
+def _style(peer: str, filled: bool, large: bool = True) -> dict[str, Any]:
     colour, marker = STYLE[peer]
-    face = colour if filled else "white"
-    mark = {"color": colour, "marker": marker, "markersize": 5, "markerfacecolor": face}
+    face, size = colour if filled else "white", 6 if large else 4
+    mark = {"color": colour, "marker": marker, "markersize": size, "markerfacecolor": face}
     return {**mark, "linestyle": ""}

@@ -13,7 +13,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib.metadata
-import importlib.util
 import math
 import os
 import shutil
@@ -27,7 +26,20 @@ from ..rundir import RunDirectory, RunError, processor
 from . import figure
 from .config import BenchOps
 from .turns import REUSE, Process, ProcessError, take_turns
-from .worker import BOTH, BYTES, COPIES, COPY, DIRECTIONS, FORWARD, PEERS, Case, serve
+from .worker import (
+    BOTH,
+    BYTES,
+    COPIES,
+    COPY,
+    DIRECTIONS,
+    FORWARD,
+    OTHERS,
+    PEERS,
+    TORCH,
+    Case,
+    installed,
+    serve,
+)
 
 
 class Ops:
@@ -40,7 +52,7 @@ class Ops:
 
     def __init__(self, config: BenchOps, say: Callable[[str], None] = lambda _: None) -> None:
         self.config = config
-        self.absent = {peer: "not installed" for peer in config.peers if not _installed(peer)}
+        self.absent = {peer: "not installed" for peer in config.peers if not installed(peer)}
         self.results: list[dict[str, Any]] = []
         self.workers: dict[str, Process] = {}
         self.run_dir = RunDirectory(config.run_dir, "bench-ops")
@@ -51,7 +63,7 @@ class Ops:
             own = {**variables, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
             self.workers["jax"] = Process("jax", serve, "jax", variables=own)
             self.environment = {**_machine(), "jax": self._ask("jax", "environment")}
-            if "torch" in self._present():
+            if set(TORCH) & set(self._present()):
                 self._start_torch(variables)
         except BaseException:  # Ctrl-C too: nothing was measured, so nothing is left
             self.finish()
@@ -83,7 +95,7 @@ class Ops:
         backend = self.environment["jax"]["backend"]
         where = {"cpu": "cpu", "gpu": "cuda"}.get(backend)
         if where is None:
-            self.absent["torch"] = f"JAX computes on {backend}, where torch is not measured"
+            self._without_torch(f"JAX computes on {backend}, where torch is not measured")
             return
         worker = Process("torch", serve, "torch", where, variables=variables)
         self.workers["torch"] = worker
@@ -92,15 +104,19 @@ class Ops:
         except ProcessError as error:
             worker.close()
             del self.workers["torch"]
-            self.absent["torch"] = str(error)
+            self._without_torch(str(error))
+
+    def _without_torch(self, reason: str) -> None:
+        self.absent |= {peer: reason for peer in TORCH if peer in self._present()}
 
     def _present(self) -> list[str]:
-        return ["normlab", *(p for p in PEERS if p in self.config.peers and p not in self.absent)]
+        known = (*PEERS, *OTHERS)
+        return ["normlab", *(p for p in known if p in self.config.peers and p not in self.absent)]
 
     def _prepare(self, case: Case) -> dict[str, Any]:
         rows = []
         for family in self.workers:
-            peers = [p for p in self._present() if (p == "torch") == (family == "torch")]
+            peers = [p for p in self._present() if (p in TORCH) == (family == "torch")]
             for row in self._ask(family, "prepare", case, peers, self.config.turn_ms):
                 row["family"] = family
                 row["turns"] = {} if row["reason"] else {d: [] for d in DIRECTIONS}
@@ -200,14 +216,10 @@ def _statistics(turns: list[float]) -> dict[str, Any]:
     return {"median_ms": statistics.median(turns), "min_ms": min(turns), "turns_ms": turns}
 
 
-def _installed(peer: str) -> bool:
-    return importlib.util.find_spec(PEERS[peer][0]) is not None
-
-
 def _machine() -> dict[str, Any]:
     versions = {}
-    for peer, (_, package) in PEERS.items():
-        if _installed(peer):
+    for peer, (_, package) in {**PEERS, **OTHERS}.items():
+        if installed(peer):
             versions[package] = importlib.metadata.version(package)
     threads = {k: v for k, v in os.environ.items() if k.startswith(("OMP_", "GOMP_", "MKL_"))}
     return {

@@ -1,4 +1,4 @@
-"""The JAX contestants of `bench ops`: normlab, flax.linen, flax.nnx, haiku and equinox.
+"""The JAX contestants of `bench ops` and `bench bytes`.
 
 All take their parameters as arguments, in float32, and return y in the type of x. Statistics are
 float32: flax promotes by itself, and haiku's modules and equinox's batch norm are given x in
@@ -17,7 +17,19 @@ from jax import Array
 import normlab as nl
 
 from ..rundir import environment
-from .worker import BOTH, DECAY, EPS, FORWARD, GROUPS, Built, Case, Contestant, Family
+from .turns import first_line
+from .worker import (
+    BOTH,
+    COMMANDS,
+    DECAY,
+    EPS,
+    FORWARD,
+    GROUPS,
+    Built,
+    Case,
+    Contestant,
+    Family,
+)
 
 F = Callable[..., tuple[Array, Any]]
 
@@ -38,10 +50,7 @@ class JaxFamily(Family):
         self.params = tuple(map(jnp.asarray, params))
 
     def copy(self) -> Callable[[], Array]:
-        """Flips bits by a mask that the compiler does not know (it is 0): nothing but traffic."""
-        bits = jnp.dtype(f"uint{8 * self.x.dtype.itemsize}")
-        copy, mask = jax.jit(lambda x, m: (x.view(bits) ^ m).view(x.dtype)), jnp.zeros((), bits)
-        return lambda: copy(self.x, mask)
+        return copy_of(self.x)
 
     def build(self, contestant: Contestant) -> Built:
         """Compiles both directions."""
@@ -60,6 +69,13 @@ def family(platform: str) -> JaxFamily:
     """The family as a worker serves it; the platform is JAX's own choice."""
     del platform
     return JaxFamily()
+
+
+def copy_of(x: Array) -> Callable[[], Array]:
+    """Flips bits by a mask that the compiler does not know (it is 0): nothing but traffic."""
+    bits = jnp.dtype(f"uint{8 * x.dtype.itemsize}")
+    copy, mask = jax.jit(lambda x, m: (x.view(bits) ^ m).view(x.dtype)), jnp.zeros((), bits)
+    return lambda: copy(x, mask)
 
 
 def forward_and_backward(f: F) -> Callable[..., tuple[Array, tuple[Array, ...], Any]]:
@@ -87,6 +103,51 @@ def _normlab(case: Case) -> list[Contestant]:
                 return norm[case.op](x, params, eps=EPS), ()
 
     return [Contestant("normlab", "normlab", f, safe=True)]
+
+
+def _numpy(case: Case) -> list[Contestant]:
+    """The textbook's formula in float32, its variance that of the deviations from the mean."""
+    channels, groups = case.shape[-1], GROUPS if case.op == "group" else None
+    axes: tuple[int, ...] = {
+        "batch": tuple(range(len(case.shape) - 1)),
+        "layer": (-1,),
+        "rms": (-1,),
+        "group": (1, 2, 4),
+        "instance": tuple(range(1, len(case.shape) - 1)),
+    }[case.op]
+    running = jnp.zeros(channels), jnp.ones(channels)
+
+    def f(x: Array, g: Array, b: Array | None = None) -> tuple[Array, Any]:
+        y = x.astype(jnp.float32)
+        y = y.reshape(*x.shape[:-1], groups, channels // groups) if groups else y
+        mean = 0.0 if case.op == "rms" else y.mean(axes, keepdims=True)
+        var = jnp.square(y - mean).mean(axes, keepdims=True)
+        h = ((y - mean) / jnp.sqrt(var + EPS)).reshape(x.shape) * g
+        h = (h if b is None else h + b).astype(x.dtype)
+        if case.op != "batch":
+            return h, ()
+        new = (jnp.reshape(v, channels) for v in (mean, var))
+        return h, tuple(DECAY * old + (1 - DECAY) * v for old, v in zip(running, new, strict=True))
+
+    return [Contestant("jax.numpy", "jax.numpy", f, safe=True)]
+
+
+def _tokamax(case: Case) -> list[Contestant]:
+    try:
+        import tokamax  # pyright: ignore[reportMissingImports]
+    except Exception as error:  # of a package that it does not go with
+        said = f"{first_line(error)}. One that fits: {COMMANDS['tokamax']}"
+        raise ValueError(f"it cannot be imported: {said}") from error
+    if case.op not in ("layer", "rms"):
+        raise ValueError("it has layer and RMS norm alone")
+    # What it chooses by itself where the device is there; ahead of time it cannot see one.
+    implementation = "triton" if jax.default_backend() == "gpu" else "xla"
+
+    def f(x: Array, g: Array, b: Array | None = None) -> tuple[Array, Any]:
+        options = {"epsilon": EPS, "subtract_mean": case.op == "layer"}
+        return tokamax.layer_norm(x, g, b, **options, implementation=implementation), ()
+
+    return [Contestant("tokamax", "tokamax", f, safe=True)]
 
 
 def _linen(case: Case) -> list[Contestant]:
@@ -226,4 +287,6 @@ BUILDERS: dict[str, Callable[[Case], list[Contestant]]] = {
     "flax.nnx": _nnx,
     "haiku": _haiku,
     "equinox": _equinox,
+    "jax.numpy": _numpy,
+    "tokamax": _tokamax,
 }

@@ -1,4 +1,4 @@
-"""The PyTorch contestant of `bench ops`: torch.nn.functional, eager.
+"""The PyTorch contestants of `bench ops`: torch.nn.functional, eager and compiled, Liger and Quack.
 
 x is kept as [N, ..., C]. Where PyTorch wants channels second it gets a permuted view of the same
 bytes, which is its channels-last memory format.
@@ -33,7 +33,9 @@ class TorchFamily(Family):
         }
 
     def contestants(self, peer: str, case: Case) -> list[Contestant]:
-        """One: the functional op."""
+        """One: the functional op, or that library's."""
+        if peer in LIBRARIES:
+            return [Contestant(peer, peer, LIBRARIES[peer](case), safe=True)]
         # The fused kernels of these take parameters in the type of x only.
         fused = case.op == "rms" or (self.device.type == "cuda" and case.op in ("layer", "group"))
         cast = fused and case.dtype != "float32"
@@ -44,8 +46,10 @@ class TorchFamily(Family):
             notes.append("the parameters are cast to the type of x, for its fused kernel")
         # The channels-last kernel of group norm on a CPU is E[x²] − E[x]².
         safe = case.op != "group"
-        f = _function(case, cast, self.device)
-        return [Contestant(peer, "torch", f, safe, note="; ".join(notes))]
+        f, note = _function(case, cast, self.device), "; ".join(notes)
+        if peer == "torch.compile":
+            return [Contestant(peer, peer, torch.compile(f, dynamic=False), True, note=note)]
+        return [Contestant(peer, "torch", f, safe, note=note)]
 
     def load(self, case: Case) -> None:
         x, dy, params = case.inputs()
@@ -85,6 +89,36 @@ class TorchFamily(Family):
 def family(platform: str) -> TorchFamily:
     """The family as a worker serves it."""
     return TorchFamily(platform)
+
+
+def _liger(case: Case) -> Callable[..., tuple[torch.Tensor, Any]]:
+    """Its Triton kernels, which take rows."""
+    from liger_kernel.transformers import functional  # pyright: ignore[reportMissingImports]
+
+    norms: dict[str, Callable[..., torch.Tensor]] = {
+        "layer": lambda x, g, b: functional.liger_layer_norm(x, g, b, EPS),
+        # In place it would write dx where dy is, which others read.
+        "rms": lambda x, g: functional.liger_rms_norm(x, g, EPS, in_place=False),
+    }
+    if case.op not in norms:
+        raise ValueError("it is measured on layer and RMS norm alone")
+    return lambda x, *params: (norms[case.op](x, *params), ())
+
+
+def _quack(case: Case) -> Callable[..., tuple[torch.Tensor, Any]]:
+    """Its CuTe kernel of RMS norm; that of layer norm has no autograd."""
+    import quack  # pyright: ignore[reportMissingImports]
+
+    if case.op != "rms":
+        raise ValueError("it has RMS norm alone, forward and backward")
+
+    def f(x: torch.Tensor, g: torch.Tensor) -> tuple[torch.Tensor, Any]:
+        return quack.rmsnorm(x.reshape(-1, x.shape[-1]), g, eps=EPS).reshape(x.shape), ()
+
+    return f
+
+
+LIBRARIES = {"liger": _liger, "quack": _quack}
 
 
 def _function(

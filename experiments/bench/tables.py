@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from rich.markup import escape
 from rich.table import Table
 
 from .ops import Ops
-from .turns import INSTALL
-from .worker import BOTH, COPIES, DIRECTIONS, FORWARD
+from .worker import BOTH, COMMANDS, COPIES, DIRECTIONS, FORWARD
 
 ONE_PASS = escape("E[x²] − E[x]²")
 Cases = Sequence[dict[str, Any]]
@@ -98,8 +97,7 @@ def remarks(ops: Ops) -> list[str]:
             "other by spinning"
         )
     missing = [peer for peer, reason in absent.items() if reason == "not installed"]
-    if missing:
-        said.append(f"not installed, and left out: {', '.join(missing)}. To add them: {INSTALL}")
+    said += not_installed(missing)
     said += [f"{peer} left out: {reason}" for peer, reason in absent.items() if peer not in missing]
     reasons: dict[tuple[str, str], list[str]] = {}
     notes: dict[tuple[str, str, str], None] = {}
@@ -113,6 +111,17 @@ def remarks(ops: Ops) -> list[str]:
         said.append(f"{name} left out of {'; '.join(labels)}: {reason}")
     said += [f"{name}, {op}: {note}" for name, op, note in notes]
     return said
+
+
+def not_installed(peers: Iterable[str]) -> list[str]:
+    """Which peers are left out, and the command that installs them, a line for each command."""
+    by_command: dict[str, list[str]] = {}
+    for peer in peers:
+        by_command.setdefault(COMMANDS[peer], []).append(peer)
+    return [
+        f"not installed, and left out: {', '.join(names)}. To add them: {command}"
+        for command, names in by_command.items()
+    ]
 
 
 def _table(title: str, headings: Sequence[str]) -> Table:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
-import importlib
+import importlib.util
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from .turns import Repeated, first_line
+from .turns import INSTALL, Repeated, first_line
 
 SHAPES = {
     "conv": ((64, 28, 28, 64), (32, 56, 56, 32)),
@@ -39,6 +39,32 @@ PEERS = {
     "torch": ("torch", "torch"),
 }
 """For each peer the module to look for and the package it comes in."""
+
+OTHERS = {
+    "jax.numpy": ("jax", "jax"),
+    "tokamax": ("tokamax", "tokamax"),
+    "torch.compile": ("torch", "torch"),
+    "liger": ("liger_kernel", "liger-kernel"),
+    "quack": ("quack", "quack-kernels"),
+}
+"""And those that `bench ops` measures where they are named."""
+
+TORCH = ("torch", "torch.compile", "liger", "quack")
+"""The family of torch; all others are JAX's."""
+
+COMMANDS = {
+    **dict.fromkeys((*PEERS, "torch.compile"), INSTALL),
+    "tokamax": f"{INSTALL.replace('peers', 'tokamax')}, with Python 3.12 or later",
+    "liger": "pip install liger-kernel",
+    "quack": "pip install quack-kernels",
+}
+"""The commands that install them."""
+
+
+def installed(peer: str) -> bool:
+    """Whether the module of a peer is there."""
+    return importlib.util.find_spec({**PEERS, **OTHERS}[peer][0]) is not None
+
 
 EPS, DECAY, GROUPS = 1e-5, 0.9, 8
 FORWARD, BOTH = DIRECTIONS = ("forward", "forward+backward")
@@ -154,7 +180,8 @@ class Server:
             try:
                 contestants += family.contestants(peer, case)
             except Exception as error:  # whatever a library raises: it is left out, and said
-                rows.append({"peer": peer, "name": peer, "reason": first_line(error)})
+                said = str(error) if type(error) is ValueError else first_line(error)
+                rows.append({"peer": peer, "name": peer, "reason": said})
         with ThreadPoolExecutor(2) as pool:
             built = [pool.submit(family.build, contestant) for contestant in contestants]
         for contestant, future in zip(contestants, built, strict=True):

@@ -17,6 +17,7 @@ from normlab._flax.words import read
 from normlab.devices.topology import Sync
 from normlab.equation import Parts, affine
 from normlab.errors import invalid
+from normlab.implementation import Implementation
 from normlab.measure import Algorithm
 from normlab.sharded import ExampleAxes, Sharded, channels_in_all
 
@@ -35,6 +36,7 @@ class Call(NamedTuple):
       eps: ε > 0.
       over: The named axes along which the batch lies, or each example.
       algorithm: How a variance is taken.
+      implementation: By XLA or by a kernel.
     """
 
     where: str
@@ -45,6 +47,7 @@ class Call(NamedTuple):
     eps: float
     over: ExampleAxes | None
     algorithm: Algorithm
+    implementation: Implementation
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -89,6 +92,7 @@ def make_call(
         sync(where, norm.axis_name, norm.axis_index_groups),
         # Both are safe at any mean; `use_fast_variance=False` is the exact one.
         "auto" if norm.use_fast_variance else "two_pass",
+        read(where, "implementation", norm.implementation),
     )
 
 

@@ -21,7 +21,8 @@ from normlab.devices.merging import values_per_channel
 from normlab.devices.topology import Sync, as_sync
 from normlab.equation import Parts
 from normlab.errors import invalid
-from normlab.example import group_moments, mean_square, moments_over
+from normlab.example import group_moments, mean_square, moments_over, no_kernel
+from normlab.implementation import by_kernel
 from normlab.measure import Moments
 from normlab.population.optional import alone, measures
 from normlab.sharded import Sharded, in_groups, shared
@@ -40,6 +41,11 @@ def batch(
     With `quiet`, one value per channel is nothing to warn of.
     """
     x, weights, channel, back = _one_feature_axis(call)
+    moved = x is not call.x
+    if moved and call.implementation not in ("auto", "xla"):
+        given = f"implementation={call.implementation!r} with features on axes {call.features}"
+        change = "move the channels last, or use implementation='auto'"
+        raise invalid(call.where, given, "channels that are one axis, the last", change)
     over: Any = call.over  # never a Sharded: see the modules
     if measures(state, train) and alone(state, train) and not quiet:
         axes = [i for i in range(x.ndim) if i != channel]
@@ -56,9 +62,10 @@ def batch(
         channel_axis=channel,
         algorithm=call.algorithm,
         state_gradient=state_gradient,
+        implementation="xla" if moved else call.implementation,
         _one_value=True,
     )
-    return Parts(*map(back, parts)), state
+    return Parts(*map(back, parts)) if moved else parts, state
 
 
 def _one_feature_axis(
@@ -107,11 +114,19 @@ def example(call: Call, axes: Axes, *, centre: bool = True) -> Parts:
     over = _sharing(call, axes)
     if centre:
         _warn_of_one(call, _values(call, axes, over), "more than one value of each example")
-        return _parts(_over(call, axes, over), call.eps)
+        return _computed(call, _parts(_over(call, axes, over), call.eps), axes, over)
     square, count = mean_square(call.where, call.x, axes, axis_name=over, weights=call.weights)
     zero, one = jnp.zeros((), square.dtype), jnp.ones((), square.dtype)
-    mu = no_mean(square.dtype)
-    return Parts(mu, standard_deviation(square, count, call.eps), one, zero)
+    mu, sigma = no_mean(square.dtype), standard_deviation(square, count, call.eps)
+    parts = Parts(mu, sigma, one, zero)
+    return _computed(call, parts, axes, over, centred=False)
+
+
+def _computed(call: Call, parts: Parts, axes: Sequence[int], over: Sync, **how: Any) -> Parts:
+    """The parts, with the kernel that the module asks for."""
+    lacks = no_kernel(call.weights, over.names)
+    how |= {"eps": call.eps, "without": lacks}
+    return by_kernel(call.where, call.implementation, parts, call.x, axes, **how)
 
 
 def _parts(m: Moments, eps: float) -> Parts:
@@ -188,7 +203,7 @@ def group(call: Call, groups: int, axes: Axes | None) -> Parts:
     _warn_of_one(call, _values(call, axes, over) // groups, "fewer groups, more positions")
     if plain:
         m = group_moments(x, groups=groups, weights=weights, algorithm=call.algorithm)
-        return _parts(m, call.eps)
+        return _computed(call, _parts(m, call.eps), axes, over, groups=groups)
     split = (*x.shape[:-1], groups, x.shape[-1] // groups)
     if weights is not None:
         weights = jnp.broadcast_to(weights, (*weights.shape[:-1], x.shape[-1]))
@@ -202,7 +217,7 @@ def group(call: Call, groups: int, axes: Axes | None) -> Parts:
         whole = jnp.broadcast_to(part, (*part.shape[:-2], *split[-2:]))
         return whole.reshape(*part.shape[:-2], x.shape[-1])
 
-    return Parts(*map(join, parts))
+    return _computed(call, Parts(*map(join, parts)), axes, over, groups=groups)
 
 
 def instance(call: Call) -> Parts:
@@ -219,4 +234,4 @@ def instance(call: Call) -> Parts:
     axes = tuple(i for i in call.others if i)
     over = _sharing(call, axes)
     _warn_of_one(call, _values(call, axes, over), "LayerNorm or RMSNorm")
-    return _parts(_over(call, axes, over), call.eps)
+    return _computed(call, _parts(_over(call, axes, over), call.eps), axes, over)

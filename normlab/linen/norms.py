@@ -28,6 +28,7 @@ from normlab._flax.words import check_mode, checked, read
 from normlab.devices.topology import AxisName
 from normlab.equation import Parts
 from normlab.errors import invalid
+from normlab.implementation import Implementation
 from normlab.population.transaction import begin
 from normlab.sharded import OVER, ExampleAxes, where_bound
 
@@ -62,6 +63,7 @@ class BatchNorm(nn.Module):
         name known to `normlab.population.init_population`, or a function of the features, keeps
         the state of that name as the one variable `population` of `batch_stats`. A name gets
         `momentum` as its decay and `epsilon` as its ε; a function says its own.
+      implementation: By XLA or by a kernel, a `normlab.Implementation`.
 
     >>> layer = BatchNorm(use_running_average=False)
     >>> variables = layer.init(jax.random.key(0), jnp.ones((4, 2)))
@@ -84,6 +86,7 @@ class BatchNorm(nn.Module):
     use_fast_variance: bool = True
     force_float32_reductions: bool = True
     population: str | Callable[[int], Any] = "ema"
+    implementation: Implementation = "auto"
 
     @nn.compact
     def __call__(
@@ -148,6 +151,7 @@ class LayerNorm(_ExampleNorm):
       axis_name: The axes of devices along which each example lies: what is reduced is merged over
         them. Or a `normlab.Sharded`, of which those count that are reduced over.
       force_float32_reductions: Without effect: reductions are in float32 at least.
+      implementation: By XLA or by a kernel, a `normlab.Implementation`.
     """
 
     epsilon: float = 1e-6
@@ -163,6 +167,7 @@ class LayerNorm(_ExampleNorm):
     axis_index_groups: Any = None
     use_fast_variance: bool = True
     force_float32_reductions: bool = True
+    implementation: Implementation = "auto"
 
     @nn.nowrap
     def _measure(self, call: Call) -> Parts:
@@ -188,6 +193,7 @@ class RMSNorm(_ExampleNorm):
     axis_index_groups: Any = None
     use_fast_variance: bool = True
     force_float32_reductions: bool = True
+    implementation: Implementation = "auto"
 
     @nn.nowrap
     def _measure(self, call: Call) -> Parts:
@@ -223,6 +229,7 @@ class GroupNorm(_ExampleNorm):
     axis_index_groups: Any = None
     use_fast_variance: bool = True
     force_float32_reductions: bool = True
+    implementation: Implementation = "auto"
 
     @nn.nowrap
     def _measure(self, call: Call) -> Parts:
@@ -251,6 +258,7 @@ class InstanceNorm(_ExampleNorm):
     axis_index_groups: Any = None
     use_fast_variance: bool = True
     force_float32_reductions: bool = True
+    implementation: Implementation = "auto"
 
     @nn.nowrap
     def _measure(self, call: Call) -> Parts:

@@ -20,6 +20,7 @@ from normlab._flax.state import check_whole, initial, is_training
 from normlab._flax.words import check_mode, checked, read
 from normlab.devices.topology import AxisName
 from normlab.equation import Parts
+from normlab.implementation import Implementation
 from normlab.nnx.transactions import Stateful
 from normlab.sharded import OVER, ExampleAxes
 
@@ -43,6 +44,7 @@ class _Norm(nnx.Module):
     axis_index_groups: Any
     use_fast_variance: bool
     promote_dtype: Any
+    implementation: Implementation
     scale: Any
     bias: Any
 
@@ -130,6 +132,7 @@ class BatchNorm(Stateful, _Norm):
         bias_metadata: Metadata = NONE,
         scale_metadata: Metadata = NONE,
         population: str | Callable[[int], Any] = "ema",
+        implementation: Implementation = "auto",
     ) -> None:
         """Makes the variables; arguments as those of `LayerNorm` and `normlab.linen.BatchNorm`.
 
@@ -214,12 +217,14 @@ class LayerNorm(_ExampleNorm):
         rngs: nnx.Rngs,
         bias_metadata: Metadata = NONE,
         scale_metadata: Metadata = NONE,
+        implementation: Implementation = "auto",
     ) -> None:
         """Makes the variables; arguments as those of `normlab.linen.LayerNorm`, and some of nnx.
 
         `num_features` is the product of the sizes of the feature axes, `rngs` is for the
         initializers, `promote_dtype` is asked for the type of the result where `dtype` is `None`,
-        `bias_metadata` and `scale_metadata` are those of the parameters.
+        `bias_metadata` and `scale_metadata` are those of the parameters, and `implementation` is as
+        in `normlab.linen.LayerNorm`.
         """
         self._make(locals())
 
@@ -251,6 +256,7 @@ class RMSNorm(_Norm):
         promote_dtype: Any = promote,
         rngs: nnx.Rngs,
         scale_metadata: Metadata = NONE,
+        implementation: Implementation = "auto",
     ) -> None:
         """Makes the variables; arguments as those of `LayerNorm`."""
         self._make(locals())
@@ -297,6 +303,7 @@ class GroupNorm(_ExampleNorm):
         rngs: nnx.Rngs,
         bias_metadata: Metadata = NONE,
         scale_metadata: Metadata = NONE,
+        implementation: Implementation = "auto",
     ) -> None:
         """Makes the variables.
 
@@ -338,6 +345,7 @@ class InstanceNorm(_ExampleNorm):
         rngs: nnx.Rngs,
         bias_metadata: Metadata = NONE,
         scale_metadata: Metadata = NONE,
+        implementation: Implementation = "auto",
     ) -> None:
         """Makes the variables; arguments as those of `LayerNorm`.
 

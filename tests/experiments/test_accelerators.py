@@ -13,12 +13,17 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax import lax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from jax.typing import DTypeLike
 
 import normlab as nl
 from experiments.programs import machines
 from experiments.programs.machines import Missing, missing
+from experiments.programs.machines import compile_for as compile_machine
 from experiments.programs.passes import Passes, lower, moves, passes, place
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -43,7 +48,7 @@ OPS = {
 }
 
 
-def programs(op: str, shape: tuple[int, ...], dtype: str = "float32"):
+def programs(op: str, shape: tuple[int, ...], dtype: DTypeLike = "float32"):
     """The op alone, in both directions and in a net: `{name: (function, abstract arguments)}`."""
     x = jax.ShapeDtypeStruct(shape, dtype)
     w = jax.ShapeDtypeStruct((shape[-1], shape[-1]), dtype)
@@ -244,7 +249,7 @@ class TestCPU:
     @pytest.mark.parametrize(
         ("direction", "bound"),
         [
-            # Σ(x − k), Σ(x − k)², and y.
+            # Σx, Σx², and y.
             (FORWARD, Passes(3, 1)),
             # and Σdy, Σdy·(x − k) of two arrays, and dx of two. XLA's CPU merges no two sums.
             (BOTH, Passes(8, 2)),
@@ -252,13 +257,26 @@ class TestCPU:
     )
     def test_batch_norm_reads_x_once_per_sum_and_keeps_nothing(self, direction, bound):
         """No temporary has the size of x: the point of `normlab._xla.apart`."""
-        f, arguments = programs("batch", (32, 16, 16, 64))[direction]
-        compiled = lower(f, place("cpu"), *arguments).compile()
-        nbytes = 4 * 32 * 16 * 16 * 64
+        compiled, nbytes = on_cpu("batch", (32, 16, 16, 64), direction)
         counted = passes(compiled, nbytes)
         assert counted.reads <= bound.reads
         assert counted.writes == bound.writes
         assert compiled.memory_analysis().temp_size_in_bytes < nbytes / 100
+
+    @pytest.mark.parametrize("shape", [(8192, 256), (256, 1024)], ids=str)
+    @pytest.mark.parametrize("op", ["batch", "layer", "rms"])
+    def test_of_bfloat16_no_copy_is_kept_but_one_of_the_gradient(self, op, shape):
+        """In units of x. Backward one float32 copy of dy is, for it has several readers."""
+        for direction, bound in {FORWARD: 0.1, BOTH: 2.2}.items():
+            compiled, nbytes = on_cpu(op, shape, direction, jnp.bfloat16)
+            assert compiled.memory_analysis().temp_size_in_bytes < bound * nbytes, direction
+
+
+def on_cpu(op: str, shape: tuple[int, ...], direction: str, dtype=jnp.float32):
+    """The compiled program and the bytes of x."""
+    f, arguments = programs(op, shape, dtype)[direction]
+    compiled = lower(f, place("cpu"), *arguments).compile()
+    return compiled, jnp.dtype(dtype).itemsize * math.prod(shape)
 
 
 # --- Ahead of time ----------------------------------------------------------------------------
@@ -331,17 +349,7 @@ def kept_apart(text: str, shape: tuple[int, ...]) -> bool:
 def test_compiles_ahead_of_time(target, op, shape, dtype):
     if command := missing(target):
         pytest.skip(f"no compiler for {target}; to install it: {command}")
-    module = "tests.experiments.test_accelerators"
-    run = subprocess.run(
-        [sys.executable, "-m", module, target, op, *map(str, shape), dtype],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=ROOT,
-        env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""},
-    )
-    assert run.returncode == 0, run.stderr[-4000:]
-    found = json.loads(run.stdout.splitlines()[-1])
+    found = in_a_process(target, op, *shape, dtype)
     for direction, bound in BOUNDS[target, op, shape, dtype].items():
         program, counted = found[direction], Passes(*found[direction]["passes"])
         assert 1 <= counted.reads <= bound.reads, direction
@@ -352,6 +360,54 @@ def test_compiles_ahead_of_time(target, op, shape, dtype):
     assert found[BOTH]["apart on a CPU"]
 
 
+def collectives_of_channels() -> dict[str, list[tuple[str, int]]]:
+    """What layer norm sends in plain `jit`, of channels on four TPU chips: kinds and bytes."""
+    mesh = Mesh(np.array(compile_machine("tpu", "v5e:2x2")).ravel(), ("model",))
+    jax.default_backend = lambda: "tpu"
+    found = {}
+    for direction, (f, arguments) in programs("layer", ROWS).items():
+        if direction != NET:
+            sharded = [
+                jax.ShapeDtypeStruct(
+                    v.shape,
+                    v.dtype,
+                    sharding=NamedSharding(mesh, P(*[None] * (v.ndim - 1), "model")),
+                )
+                for v in jax.tree.leaves(arguments)
+            ]
+            given = jax.tree.unflatten(jax.tree.structure(arguments), sharded)
+            compiled = jax.jit(f).lower(*given).compile()
+            sent = nl.instruments.ledger(compiled).collectives
+            found[direction] = [(c.kind, c.nbytes) for c in sent]
+    return found
+
+
+def test_of_channels_on_several_devices_plain_jit_sends_numbers_of_rows():
+    """The pivot's sum, both sums about it, and two backward; nothing is gathered."""
+    if command := missing("tpu"):
+        pytest.skip(f"no compiler for tpu; to install it: {command}")
+    found = in_a_process("tpu", "channels")
+    for direction, most in {FORWARD: 2, BOTH: 3}.items():
+        assert 1 <= len(found[direction]) <= most
+        for kind, nbytes in found[direction]:
+            assert kind == "all-reduce"
+            assert nbytes <= 4 * 2 * ROWS[0]
+
+
+def in_a_process(*arguments):
+    """What this module prints of the arguments."""
+    run = subprocess.run(
+        [sys.executable, "-m", "tests.experiments.test_accelerators", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=ROOT,
+        env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""},
+    )
+    assert run.returncode == 0, run.stderr[-4000:]
+    return json.loads(run.stdout.splitlines()[-1])
+
+
 def test_a_compiler_that_is_not_installed_is_named(monkeypatch):
     monkeypatch.setitem(machines.TARGETS, "tpu", "no_such.module")
     with pytest.raises(Missing, match=r"pip install -c constraints\.txt -e '\.\[tpu\]'"):
@@ -359,5 +415,8 @@ def test_a_compiler_that_is_not_installed_is_named(monkeypatch):
 
 
 if __name__ == "__main__":
-    target, op, *shape, dtype = sys.argv[1:]
-    print(json.dumps(compile_for(target, op, tuple(map(int, shape)), dtype)))
+    if sys.argv[1:] == ["tpu", "channels"]:
+        print(json.dumps(collectives_of_channels()))
+    else:
+        target, op, *shape, dtype = sys.argv[1:]
+        print(json.dumps(compile_for(target, op, tuple(map(int, shape)), dtype)))

@@ -42,7 +42,9 @@ from experiments.bench.worker import (
     FORWARD,
     GROUPS,
     KINDS_OF,
+    OTHERS,
     PEERS,
+    TORCH,
     Case,
     Server,
 )
@@ -84,8 +86,8 @@ def _as_peers_are_used():
 
 def family(peer: str):
     """The family that holds a peer, here in this process; skips where it is not installed."""
-    pytest.importorskip(PEERS.get(peer, ("jax", "jax"))[0])
-    name = "torch" if peer == "torch" else "jax"
+    pytest.importorskip({**PEERS, **OTHERS}.get(peer, ("jax", "jax"))[0])
+    name = "torch" if peer in TORCH else "jax"
     return importlib.import_module(f"experiments.bench.peers_{name}").family("cpu")
 
 
@@ -96,13 +98,13 @@ def measure(peer: str, case: Case):
     for contestant in found.contestants(peer, case):
         calls = found.build(contestant).calls
         y, *rest = calls[BOTH]()
-        gradients = [v.grad for v in (found.x, *found.params)] if peer == "torch" else rest[0]
+        gradients = [v.grad for v in (found.x, *found.params)] if peer in TORCH else rest[0]
         again, _ = calls[FORWARD]()
         arrays = (y, again, *gradients)
         types = [str(v.dtype).removeprefix("torch.") for v in arrays]
         assert types[:3] == [case.dtype] * 3
         assert set(types[3:]) == {"float32"}
-        yield contestant, *((v.float().numpy() if peer == "torch" else v) for v in arrays)
+        yield contestant, *((v.float().numpy() if peer in TORCH else v) for v in arrays)
 
 
 class Told:
@@ -188,9 +190,11 @@ class TestProcess:
 
 
 class TestContestants:
-    @pytest.mark.parametrize("peer", ["normlab", *PEERS])
+    @pytest.mark.parametrize("peer", ["normlab", *PEERS, "jax.numpy", "tokamax", "torch.compile"])
     @pytest.mark.parametrize(("op", "kind", "dtype"), WAYS)
     def test_all_time_the_norm_and_its_gradients(self, op, kind, dtype, peer):
+        if peer == "tokamax" and op not in ("layer", "rms"):
+            pytest.skip("tokamax has no such norm")
         case = Case(op, kind, SMALL[kind], dtype)
         x, dy, params = case.inputs()
         x, dy = (np.asarray(jnp.asarray(v, dtype), np.float64) for v in (x, dy))
@@ -208,7 +212,7 @@ class TestContestants:
             names.append(contestant.name)
         assert len(names) == 1 + any("two-pass" in name for name in names)
 
-    @pytest.mark.parametrize("peer", ["normlab", *PEERS])
+    @pytest.mark.parametrize("peer", ["normlab", *PEERS, "jax.numpy"])
     @pytest.mark.parametrize("op", [op for op in KINDS_OF if op != "rms"])
     def test_safe_is_what_loses_no_digits_to_a_large_mean(self, op, peer, monkeypatch):
         case = Case(op, "conv", (4, 8, 8, 64), "float32")
