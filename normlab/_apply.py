@@ -12,7 +12,7 @@ from jax import Array, lax
 
 from normlab._checks import floating, promote, promote_dtype
 from normlab._weights import leave_out
-from normlab._xla import apart, derivative_of, widen, zeros_of
+from normlab._xla import apart, derivative_of, renamed, widen, zeros_of
 
 
 def apply_parts(
@@ -107,9 +107,11 @@ def _from(a: Array, pivot: Array | None = None) -> Array:
 def _(primals: Any, tangents: Any) -> Any:
     (a, pivot, r, c, g, b), (da, dk, dr, dc, dg, db) = primals, tangents
     pivots = () if pivot is None else (pivot,)
-    a1, r1, g1, *k1 = apart(a, r, g, *pivots)
+    r1, g1, *k1 = renamed(r, g, *pivots)
+    a1, r1, g1, *k1 = apart(a, r1, g1, *k1)
     a2, r2, g2, *k2 = apart(a1, r1, g1, *k1)
     r3, g3 = apart(r2, g2)
+    r2, *k2 = renamed(r2, *k2)
     by_a = _from(da, dk) * r3 * g3
     by_r = _from(a1, *k1) * g1 * dr
     by_g = (_from(a2, *k2) * r2 + c) * dg

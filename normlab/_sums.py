@@ -75,18 +75,29 @@ def pivot_of(x: Array, axes: tuple[int, ...], w: Array | None, algorithm: str) -
     if algorithm == "one_pass" or 0 in x.shape:
         return first
     if algorithm == "shifted" or (algorithm == "auto" and x.ndim - 1 not in axes):
-        # Every 16th slice along one axis (or the nearest divisor), not the first slices: where
-        # the axis is sharded, each device has its share of them.
-        step = {i: max((k for k in range(2, 17) if x.shape[i] % k == 0), default=1) for i in axes}
-        axis = max(axes, key=lambda i: (step[i] >= 8, 0 < i < x.ndim - 1, step[i]), default=None)
-        if axis is not None:
-            split = (*x.shape[:axis], -1, step[axis], *x.shape[axis + 1 :])
-            x = lax.index_in_dim(x.reshape(split), 0, axis + 1, keepdims=False)
+        x = _slices(x, axes)
     elif algorithm == "auto" and _short(math.prod(x.shape[i] for i in axes)):
         # XLA's CPU keeps this, both sums and what follows in one loop. What it is off by at a
         # constant is a whole number of units of the last place, so few that Σ (x − k) is exact.
         return average(promote(x), axes)[0]
     return first + average(promote(x) - first, axes)[0]
+
+
+def _slices(x: Array, axes: Sequence[int]) -> Array:
+    """Every 16th slice along one axis (or the nearest divisor), and not the first slices.
+
+    Where the axis is sharded, each device has its share of them.
+    """
+    step = {i: _step(x.shape[i]) for i in axes}
+    axis = max(axes, key=lambda i: (step[i] >= 8, 0 < i < x.ndim - 1, step[i]), default=None)
+    if axis is None:
+        return x
+    split = (*x.shape[:axis], -1, step[axis], *x.shape[axis + 1 :])
+    return lax.index_in_dim(x.reshape(split), 0, axis + 1, keepdims=False)
+
+
+def _step(n: Any) -> int:
+    return max((k for k in range(2, 17) if n % k == 0), default=1)
 
 
 def _short(n: Any) -> bool:
@@ -165,9 +176,101 @@ def _about_zero(x: Array, axes: tuple[int, ...]) -> tuple[Array, Array, Array]:
 def _(axes: tuple[int, ...], primals: Any, tangents: Any) -> Any:
     (x,), (dx,) = primals, tangents
     sums = sums_near_zero(x, axes)
-    d, dd = promote(x) - sums[0], promote(dx)
+    return sums, _tangents(x, dx, sums[0], axes)
+
+
+def _tangents(x: Array, dx: Array, pivot: Array, axes: tuple[int, ...]) -> tuple[Array, ...]:
+    """The tangents of k, which has none, and of both sums about it."""
+    d, dd = promote(x) - pivot, promote(dx)
     first, second = dd.sum(axes, keepdims=True), 2 * (d * dd).sum(axes, keepdims=True)
-    return sums, (zeros_of(sums[0]), first, second)
+    return zeros_of(pivot), first, second
+
+
+def innermost(x: Array, axes: tuple[int, ...], w: Array | None, algorithm: str) -> bool:
+    """Whether the sums are those over the innermost axis, which accelerators take in other ways."""
+    known = all(isinstance(n, int) for n in x.shape) and 0 not in x.shape
+    return w is None and algorithm == "auto" and x.ndim - 1 in axes and known
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2))
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def sums_innermost(x: Array, axes: tuple[int, ...], whole: bool) -> tuple[Array, Array, Array]:
+    """Returns k, Σ (x − k) and Σ (x − k)² over `axes`; k has no derivative.
+
+    On a CPU as `sums_near_zero`, elsewhere about the mean of a sixteenth, in one pass. Where the
+    norm is one kernel of a GPU, the sums cost no pass at all, and are about the mean.
+
+    Args:
+      x: A floating array.
+      axes: The axes, of known sizes, the innermost among them.
+      whole: Whether nothing comes between these sums and the norm: no derivative needs them, no
+        other device adds to them.
+    """
+    row = whole and axes == (x.ndim - 1,) and x.shape[-1] <= _ROW
+    narrow = x.shape[-1] < _NARROW and not _sliced(x, axes)
+    on_cpu = _about_zero if near_zero(x, axes, None, "auto") else _about_pivot
+    return lax.platform_dependent(
+        x,
+        cpu=functools.partial(on_cpu, axes=axes),
+        cuda=functools.partial(_about_mean if row else _about_share, axes=axes),
+        default=functools.partial(_about_pivot if narrow else _about_share, axes=axes),
+    )
+
+
+_ROW = 2**14
+"""How many values XLA's GPU keeps of a row, while it goes over them several times."""
+
+_NARROW = 512
+"""Of fewer values a TPU, which reads 128 at once, would read too many for a share of them."""
+
+
+@sums_innermost.defjvp
+def _(axes: tuple[int, ...], whole: bool, primals: Any, tangents: Any) -> Any:
+    (x,), (dx,) = primals, tangents
+    sums = sums_innermost(x, axes, False)
+    return sums, _tangents(x, dx, sums[0], axes)
+
+
+def _about_mean(x: Array, axes: tuple[int, ...]) -> tuple[Array, Array, Array]:
+    # One sum follows from the other, so that XLA's GPU can make one kernel of them and the norm.
+    start = _start(x, axes)
+    mean = start + average(promote(x) - start, axes)[0]
+    mean = mean + average(promote(x) - mean, axes)[0]
+    return mean, zeros_of(mean), jnp.square(promote(x) - mean).sum(axes, keepdims=True)
+
+
+def _about_share(x: Array, axes: tuple[int, ...]) -> tuple[Array, Array, Array]:
+    start = _start(x, axes)
+    pivot = start + average(promote(_share(x, axes)) - start, axes)[0]
+    d = promote(x) - pivot
+    return pivot, d.sum(axes, keepdims=True), jnp.square(d).sum(axes, keepdims=True)
+
+
+def _start(x: Array, axes: tuple[int, ...]) -> Any:
+    """From where a mean is taken so that of a constant it is that constant."""
+    return 0 if _short(math.prod(x.shape[i] for i in axes)) else _first(x, axes)
+
+
+def _share(x: Array, axes: tuple[int, ...]) -> Array:
+    """A sixteenth of each sample, or more, in pieces that an accelerator can read alone.
+
+    Whole slices along another axis; or, of the innermost, the first of every 1,024 values, in the
+    tiles in which a TPU keeps them (8 × 128), so that of channels on several devices each has its
+    share; or, where no such tiles divide x, the first values.
+    """
+    if _sliced(x, axes):
+        return _slices(x, axes[:-1])
+    *lead, n = x.shape
+    step = max((k for k in range(4, 9) if n % (128 * k) == 0), default=0)
+    if not step or not lead or lead[-1] % 8:
+        width = -(-n // 16) if n < _NARROW else 128 * -(-n // 2048)
+        return lax.slice_in_dim(x, 0, width, axis=-1)
+    tiles = x.reshape(*lead[:-1], lead[-1] // 8, 8, n // 128, 128)
+    return tiles[..., ::step, :].reshape(*lead, -1)
+
+
+def _sliced(x: Array, axes: tuple[int, ...]) -> bool:
+    return any(_step(x.shape[i]) >= 4 for i in axes[:-1])
 
 
 def weighted_sums(x: Array, pivot: Array, axes: Sequence[int], w: Array) -> tuple[Array, Array]:

@@ -98,6 +98,26 @@ def _identity(*arrays: Array) -> tuple[Array, ...]:
     return arrays
 
 
+@jax.custom_jvp
+def renamed(*statistics: Array) -> tuple[Array, ...]:
+    """Returns small arrays, as values that XLA on an accelerator does not know to be the same.
+
+    What is made of x and one of them it then makes again where it is needed, from x, and does not
+    keep it in memory for two readers. On a CPU, for which `apart` is, and to derivatives this is
+    the identity.
+    """
+    return lax.platform_dependent(*statistics, cpu=_identity, default=_each_barrier)
+
+
+@renamed.defjvp
+def _(primals: Any, tangents: Any) -> Any:
+    return renamed(*primals), tangents
+
+
+def _each_barrier(*arrays: Array) -> tuple[Array, ...]:
+    return tuple(lax.optimization_barrier(x) for x in arrays)
+
+
 def zeros_of(v: Array) -> Array:
     """Zeros like `v`, and varying over the same mapped axes; `v` itself is not computed."""
     return jnp.where(jnp.zeros((), bool), v, jnp.zeros((), v.dtype))

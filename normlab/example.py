@@ -112,7 +112,8 @@ def moments_over(
     spread: bool = False,
 ) -> Moments:
     """The moments over axes of the array and axes of devices; `spread` as in `merged`."""
-    m = moments(a, axes, weights=weights, algorithm=algorithm)
+    whole = spread and not over.names
+    m = moments(a, axes, weights=weights, algorithm=algorithm, _whole=whole)
     return merged(where, m, over, spread=spread)
 
 

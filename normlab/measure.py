@@ -21,14 +21,16 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import ArrayLike, DTypeLike
 
-from normlab._arguments import checked, declare, instance, integer, one_of, sequence
+from normlab._arguments import checked, declare, flag, instance, integer, one_of, sequence
 from normlab._checks import floating, normalize_axes
 from normlab._sums import (
     count_values,
+    innermost,
     near_zero,
     pivot_of,
     power_sums,
     standard_deviation,
+    sums_innermost,
     sums_near_zero,
     weighted_sums,
 )
@@ -134,18 +136,20 @@ def empty(shape: Sequence[int] = (), dtype: DTypeLike = jnp.float32) -> Moments:
     return Moments(*(jnp.zeros(shape, dtype) for _ in Moments._fields))
 
 
-@checked("moments")
+@checked("moments", _whole=flag())
 def moments(
     x: ArrayLike,
     axes: int | Sequence[int],
     *,
     weights: ArrayLike | None = None,
     algorithm: Algorithm = "auto",
+    _whole: bool = False,
 ) -> Moments:
     """Measures the moments of `x` over `axes`.
 
     Values of weight zero are left out, whatever they are: a NaN there reaches neither the moments
-    nor their gradient. Values are squared: in float32 deviations beyond 1e19 overflow.
+    nor their gradient. Values are squared: in float32 deviations beyond 1e19 overflow. Norms that
+    apply the moments at once, on one device, say so (`_whole`).
 
     Args:
       x: Any real array; statistics are taken in float32 at least.
@@ -169,15 +173,19 @@ def moments(
     x = floating(x)
     axes = normalize_axes("moments", axes, x.ndim)
     w = align_weights("moments", weights, x)
-    return partitioned(functools.partial(_moments, axes, algorithm), x, w)
+    return partitioned(functools.partial(_moments, axes, algorithm, _whole), x, w)
 
 
-def _moments(axes: tuple[int, ...], algorithm: Algorithm, x: Array, w: Array | None) -> Moments:
+def _moments(
+    axes: tuple[int, ...], algorithm: Algorithm, whole: bool, x: Array, w: Array | None
+) -> Moments:
     count = count_values(x, axes, w)
     n = jnp.where(count > 0, count, 1)
     if w is not None:
         x = jnp.where(w > 0, x, jnp.zeros((), x.dtype))
-    if near_zero(x, axes, w, algorithm):
+    if innermost(x, axes, w, algorithm):
+        pivot, first, second = sums_innermost(x, axes, whole)
+    elif near_zero(x, axes, w, algorithm):
         pivot, first, second = sums_near_zero(x, axes)
     else:
         pivot = lax.stop_gradient(pivot_of(x, axes, w, algorithm))

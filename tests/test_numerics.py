@@ -1,6 +1,7 @@
 """Right at every scale: means, spreads, types, algorithms, and what is bad in a batch."""
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import normlab as nl
+from normlab._sums import _about_mean, _about_share, _share
 from tests import oracles
 from tests.helpers import array, draw, gap, optimized
 
@@ -168,6 +170,53 @@ def test_derivatives_by_sums_about_zero_are_those_about_any_pivot(layout, mean, 
         return g(x), jax.jvp(g, (x,), (v,))[1], twice(x)
 
     assert gap(found("auto"), found("two_pass")) < 1e-9
+
+
+# The orders of accelerators, which no platform here takes: as functions.
+
+ORDERS = {"one pass about a share": _about_share, "a row about its mean": _about_mean}
+ROWS = [(16, 4096), (7, 4099), (5, 100), (2, 8, 1536), (6001,)]
+
+
+@pytest.mark.parametrize("shape", ROWS, ids=str)
+@pytest.mark.parametrize("order", ORDERS)
+def test_accelerators_give_a_constant_its_value_for_a_mean(order, shape):
+    value = draw(0, *shape[:-1], 1, mean=900.0, scale=300.0).astype(np.float32)
+    x, axis = np.broadcast_to(value, shape), len(shape) - 1
+    k, first, second = optimized(lambda x: ORDERS[order](x, (axis,)))(x)
+    assert (k + first / shape[-1] == value).all()
+    assert (second >= 0).all()
+
+
+@pytest.mark.parametrize("outlier", [0, 5, -1])
+@pytest.mark.parametrize("mean", [0.0, 1e3, -1e6])
+@pytest.mark.parametrize("shape", [*ROWS, (4, 6, 6, 32)], ids=str)
+@pytest.mark.parametrize("order", ORDERS)
+def test_accelerators_lose_at_most_the_digits_of_a_sixteenth(order, shape, mean, outlier):
+    x = draw(1, *shape, mean=mean).astype(np.float32)
+    x[..., outlier] += 1e3
+    axes = tuple(range(1, len(shape))) if len(shape) == 4 else (len(shape) - 1,)
+    if len(axes) > 1 and order != "one pass about a share":
+        axes = axes[-1:]
+    n = math.prod(shape[i] for i in axes)
+    k, first, second = optimized(lambda x: ORDERS[order](x, axes))(x)
+    exact = np.float64(x)
+    var = np.float64(second) / n - np.square(np.float64(first) / n)
+    expected = exact.var(axes, keepdims=True)
+    assert (abs(var - expected) <= 17 * 5e-7 * expected).all()
+    means = exact.mean(axes, keepdims=True)
+    unit = np.maximum(np.spacing(np.abs(means).astype(np.float32)), 1e-6 * np.sqrt(expected))
+    assert (abs(np.float64(k + first / n) - means) <= 2 * unit).all()
+
+
+@pytest.mark.parametrize("shape", [(16, 4096), (7, 4099), (5, 100), (2, 8, 1536), (4, 6, 6, 32)])
+def test_a_share_is_a_sixteenth_at_least_of_each_sample(shape):
+    axes = tuple(range(1, 4)) if len(shape) == 4 else (len(shape) - 1,)
+    here = jnp.indices(shape)[0]  # which sample a value is of, where there is one axis of samples
+    share = _share(here if len(shape) != 3 else jnp.indices(shape)[1], axes)
+    kept = math.prod(share.shape[i] for i in axes)
+    assert 16 * kept >= math.prod(shape[i] for i in axes)
+    assert (share == share.max(axes, keepdims=True)).all()
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
 """Compiled programs: passes over x on the CPU, and ahead of time on a TPU and a GPU.
 
 A target is compiled for in a process of its own, with one device and no hardware looked for:
-`python -m tests.experiments.test_accelerators TARGET OP`.
+`python -m tests.experiments.test_accelerators cuda layer 8192 4096 float32`.
 """
 
 import json
@@ -13,17 +13,22 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax import lax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from jax.typing import DTypeLike
 
 import normlab as nl
 from experiments.programs import machines
 from experiments.programs.machines import Missing, missing
+from experiments.programs.machines import compile_for as compile_machine
 from experiments.programs.passes import Passes, lower, moves, passes, place
 
 ROOT = Path(__file__).resolve().parents[2]
 BARRIER = "optimization_barrier"
-FORWARD, BOTH = "forward", "forward+backward"
+FORWARD, BOTH, NET = "forward", "forward+backward", "in a net"
 
 
 def _batch(x, params):
@@ -43,9 +48,10 @@ OPS = {
 }
 
 
-def programs(op: str, shape: tuple[int, ...], dtype=jnp.float32):
-    """The op's two directions as `{name: (function, arguments)}`, of abstract arrays."""
+def programs(op: str, shape: tuple[int, ...], dtype: DTypeLike = "float32"):
+    """The op alone, in both directions and in a net: `{name: (function, abstract arguments)}`."""
     x = jax.ShapeDtypeStruct(shape, dtype)
+    w = jax.ShapeDtypeStruct((shape[-1], shape[-1]), dtype)
     g = jax.ShapeDtypeStruct(shape[-1:], jnp.float32)
     params = nl.Affine(g, None if op == "rms" else g)
 
@@ -53,7 +59,17 @@ def programs(op: str, shape: tuple[int, ...], dtype=jnp.float32):
         y, pull = jax.vjp(OPS[op], x, params)
         return y, pull(dy)
 
-    return {FORWARD: (OPS[op], (x, params)), BOTH: (both, (x, x, params))}
+    def net(x, w1, w2, params):
+        def loss(x, params):
+            return (w2 * jnp.tanh(OPS[op](x, params) @ w1)).sum()
+
+        return jax.grad(loss, (0, 1))(x, params)
+
+    return {
+        FORWARD: (OPS[op], (x, params)),
+        BOTH: (both, (x, x, params)),
+        NET: (net, (x, w, x, params)),
+    }
 
 
 # --- Counting ---------------------------------------------------------------------------------
@@ -265,44 +281,123 @@ def on_cpu(op: str, shape: tuple[int, ...], direction: str, dtype=jnp.float32):
 
 # --- Ahead of time ----------------------------------------------------------------------------
 
-# Larger than the vector memory of a v5e (128 MiB): a smaller x would be brought there once.
-LARGE = (128, 56, 56, 128)
+# Larger than the vector memory of a v5e (128 MiB): a smaller x would be brought there once, as is
+# one of ROWS in bfloat16, which has 64 MiB.
+IMAGES, ROWS = (128, 56, 56, 128), (8192, 4096)
 # Forward: the sums, both in one pass; y. Backward: the sums, of x and dy, in the pass that writes
-# y; dx, of x and dy. That is 2 reads and 1 write, and 5 and 2. The pivot reads a sixteenth of x,
-# which counts as nothing; layer norm's is the mean of a first pass. A GPU makes one kernel of layer
-# norm forward, and with it does not share the sums with the backward pass.
+# y; dx, of x and dy. That is 2 reads and 1 write, and 5 and 2. The pivot reads a sixteenth of x, or
+# an eighth, which counts as nothing; but 128 channels are what a TPU reads at once, and there it is
+# the mean of a first pass. A GPU makes one kernel of a norm over channels forward, and takes RMS
+# norm's sums in one pass over x and dy, without another over x.
 SUMS = {FORWARD: Passes(2, 1), BOTH: Passes(5, 2)}
-LAYER = {
-    "tpu": {FORWARD: Passes(3, 1), BOTH: Passes(6, 2)},
-    "cuda": {FORWARD: Passes(1, 1), BOTH: Passes(7, 3)},
+SHORT = {FORWARD: Passes(2, 1), BOTH: Passes(4, 2)}
+BOUNDS: dict[tuple[str, str, tuple[int, ...], str], dict[str, Passes]] = {
+    **{
+        (target, op, IMAGES, "float32"): SUMS
+        for target in ("tpu", "cuda")
+        for op in ("batch", "rms", "group", "instance")
+    },
+    ("tpu", "layer", IMAGES, "float32"): {FORWARD: Passes(3, 1), BOTH: Passes(6, 2)},
+    ("cuda", "layer", IMAGES, "float32"): {FORWARD: Passes(1, 1), BOTH: Passes(5, 2)},
+    # In a net the products read and write y, what comes of it, and both gradients.
+    ("tpu", "layer", ROWS, "float32"): {**SUMS, NET: Passes(7, 3)},
+    ("tpu", "layer", ROWS, "bfloat16"): {**SHORT, NET: Passes(5, 3)},
+    ("tpu", "rms", ROWS, "float32"): {**SUMS, NET: Passes(7, 3)},
+    ("tpu", "rms", ROWS, "bfloat16"): {**SHORT, NET: Passes(5, 3)},
+    **{
+        ("cuda", op, ROWS, dtype): {FORWARD: Passes(1, 1), **bounds}
+        for dtype in ("float32", "bfloat16")
+        for op, bounds in {
+            "layer": {BOTH: Passes(5, 2), NET: Passes(11, 5)},
+            "rms": {BOTH: Passes(4, 2), NET: Passes(10, 5)},
+        }.items()
+    },
 }
 
 
-def compile_for(target: str, op: str) -> dict[str, dict]:
+def compile_for(target: str, op: str, shape: tuple[int, ...], dtype: str) -> dict[str, dict]:
     """What the programs of an op are like on a target."""
     where, cpu = place(target), place("cpu")
     # As on a machine that has the target: what is good for XLA's CPU is left to it.
     jax.default_backend = lambda: {"cuda": "gpu"}.get(target, target)
-    found = {}
-    for direction, (f, arguments) in programs(op, LARGE).items():
+    nbytes, found = math.prod(shape) * jnp.dtype(dtype).itemsize, {}
+    for direction, (f, arguments) in programs(op, shape, dtype).items():
+        if direction not in BOUNDS[target, op, shape, dtype]:
+            continue
         lowered = lower(f, where, *arguments)
         compiled = lowered.compile()
         found[direction] = {
-            "passes": passes(compiled, 4 * math.prod(LARGE)),
-            "temporary": compiled.memory_analysis().temp_size_in_bytes / (4 * math.prod(LARGE)),
-            "apart": BARRIER in lowered.as_text(),
-            "apart on a CPU": BARRIER in lower(f, cpu, *arguments).as_text(),
+            "passes": passes(compiled, nbytes),
+            "moved": sum(m.nbytes for m in moves(compiled) if not m.when_needed) / nbytes,
+            "temporary": compiled.memory_analysis().temp_size_in_bytes / nbytes,
+            "apart": kept_apart(lowered.as_text(), shape),
+            "apart on a CPU": kept_apart(lower(f, cpu, *arguments).as_text(), shape),
         }
     return found
 
 
-@pytest.mark.parametrize("op", OPS)
-@pytest.mark.parametrize("target", ["tpu", "cuda"])
-def test_compiles_ahead_of_time(target, op):
+def kept_apart(text: str, shape: tuple[int, ...]) -> bool:
+    """Whether a barrier stands around an array of the whole shape."""
+    whole = f"tensor<{'x'.join(map(str, shape))}x"
+    return any(BARRIER in line and whole in line for line in text.splitlines())
+
+
+@pytest.mark.parametrize(
+    ("target", "op", "shape", "dtype"),
+    [pytest.param(*k, id=f"{k[0]}-{k[1]}-{'x'.join(map(str, k[2]))}-{k[3]}") for k in BOUNDS],
+)
+def test_compiles_ahead_of_time(target, op, shape, dtype):
     if command := missing(target):
         pytest.skip(f"no compiler for {target}; to install it: {command}")
+    found = in_a_process(target, op, *shape, dtype)
+    for direction, bound in BOUNDS[target, op, shape, dtype].items():
+        program, counted = found[direction], Passes(*found[direction]["passes"])
+        assert 1 <= counted.reads <= bound.reads, direction
+        assert counted.writes == bound.writes, direction
+        # In a net y and its gradient are there, too.
+        assert program["temporary"] < (1.1 if direction == NET else 0.15), direction
+        assert not program["apart"], direction
+    assert found[BOTH]["apart on a CPU"]
+
+
+def collectives_of_channels() -> dict[str, list[tuple[str, int]]]:
+    """What layer norm sends in plain `jit`, of channels on four TPU chips: kinds and bytes."""
+    mesh = Mesh(np.array(compile_machine("tpu", "v5e:2x2")).ravel(), ("model",))
+    jax.default_backend = lambda: "tpu"
+    found = {}
+    for direction, (f, arguments) in programs("layer", ROWS).items():
+        if direction != NET:
+            sharded = [
+                jax.ShapeDtypeStruct(
+                    v.shape,
+                    v.dtype,
+                    sharding=NamedSharding(mesh, P(*[None] * (v.ndim - 1), "model")),
+                )
+                for v in jax.tree.leaves(arguments)
+            ]
+            given = jax.tree.unflatten(jax.tree.structure(arguments), sharded)
+            compiled = jax.jit(f).lower(*given).compile()
+            sent = nl.instruments.ledger(compiled).collectives
+            found[direction] = [(c.kind, c.nbytes) for c in sent]
+    return found
+
+
+def test_of_channels_on_several_devices_plain_jit_sends_numbers_of_rows():
+    """The pivot's sum, both sums about it, and two backward; nothing is gathered."""
+    if command := missing("tpu"):
+        pytest.skip(f"no compiler for tpu; to install it: {command}")
+    found = in_a_process("tpu", "channels")
+    for direction, most in {FORWARD: 2, BOTH: 3}.items():
+        assert 1 <= len(found[direction]) <= most
+        for kind, nbytes in found[direction]:
+            assert kind == "all-reduce"
+            assert nbytes <= 4 * 2 * ROWS[0]
+
+
+def in_a_process(*arguments):
+    """What this module prints of the arguments."""
     run = subprocess.run(
-        [sys.executable, "-m", "tests.experiments.test_accelerators", target, op],
+        [sys.executable, "-m", "tests.experiments.test_accelerators", *map(str, arguments)],
         capture_output=True,
         text=True,
         check=False,
@@ -310,14 +405,7 @@ def test_compiles_ahead_of_time(target, op):
         env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""},
     )
     assert run.returncode == 0, run.stderr[-4000:]
-    found = json.loads(run.stdout.splitlines()[-1])
-    for direction, bound in (LAYER[target] if op == "layer" else SUMS).items():
-        program, counted = found[direction], Passes(*found[direction]["passes"])
-        assert 1 <= counted.reads <= bound.reads, direction
-        assert counted.writes == bound.writes, direction
-        assert program["temporary"] < 0.1, direction
-        assert not program["apart"], direction
-    assert found[BOTH]["apart on a CPU"]
+    return json.loads(run.stdout.splitlines()[-1])
 
 
 def test_a_compiler_that_is_not_installed_is_named(monkeypatch):
@@ -327,4 +415,8 @@ def test_a_compiler_that_is_not_installed_is_named(monkeypatch):
 
 
 if __name__ == "__main__":
-    print(json.dumps(compile_for(*sys.argv[1:])))
+    if sys.argv[1:] == ["tpu", "channels"]:
+        print(json.dumps(collectives_of_channels()))
+    else:
+        target, op, *shape, dtype = sys.argv[1:]
+        print(json.dumps(compile_for(target, op, tuple(map(int, shape)), dtype)))
