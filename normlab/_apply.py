@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from normlab._checks import floating, promote
+from normlab._checks import floating, promote, promote_dtype
 from normlab._weights import leave_out
 from normlab._xla import apart, derivative_of, widen, zeros_of
 
@@ -29,6 +29,8 @@ def apply_parts(
     """
     sigma, g, b = others
     a = floating(leave_out(a, weights))
+    if promote_dtype(a) != a.dtype:
+        a, sigma = apart(a, sigma)
     # (a − μ)/σ about a pivot, the value of μ: (a − k)·r + c with r = 1/σ and c = (k − μ)/σ. c is
     # zero, and carries the derivative of μ: so that the gradient of μ is that of c, a small array,
     # and needs no sum over a of its own. Where μ is 0 there is neither.
@@ -107,7 +109,8 @@ def _(primals: Any, tangents: Any) -> Any:
     pivots = () if pivot is None else (pivot,)
     a1, r1, g1, *k1 = apart(a, r, g, *pivots)
     a2, r2, g2, *k2 = apart(a1, r1, g1, *k1)
-    by_a = _from(da, dk) * r * g
+    r3, g3 = apart(r2, g2)
+    by_a = _from(da, dk) * r3 * g3
     by_r = _from(a1, *k1) * g1 * dr
     by_g = (_from(a2, *k2) * r2 + c) * dg
     return _apply(a, pivot, r, c, g, b), by_a + by_r + dc * g2 + by_g + db

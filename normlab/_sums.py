@@ -105,15 +105,15 @@ def _first(x: Array, axes: Sequence[int]) -> Array:
 def near_zero(x: Array, axes: tuple[int, ...], w: Array | None, algorithm: str) -> bool:
     """Whether the sums may be those about 0, if they tell that they lost nothing to speak of.
 
-    Of channels over many examples; among few values a mean is often far from 0 by chance, and an
-    example of one colour is.
+    Of channels over many examples, and over the innermost axis. Among fewer values a mean is often
+    far from 0 by chance; and over the positions alone, as where an example is of one colour.
     """
     n = math.prod(x.shape[i] for i in axes)
-    spread = 0 in axes and x.ndim - 1 not in axes
-    return w is None and algorithm == "auto" and spread and isinstance(n, int) and n in _NEAR_ZERO
+    ours = 0 in axes or x.ndim - 1 in axes
+    return w is None and algorithm == "auto" and ours and isinstance(n, int) and n in _NEAR_ZERO
 
 
-_NEAR_ZERO = range(2**10, 2**17 + 1)
+_NEAR_ZERO = range(2**5, 2**17 + 1)
 """Of how many values sums about 0 are faster, and their mean is right to two units."""
 
 
@@ -133,26 +133,32 @@ def sums_near_zero(x: Array, axes: tuple[int, ...]) -> tuple[Array, Array, Array
     )
 
 
-def _about_pivot(x: Array, axes: tuple[int, ...]) -> tuple[Array, Array, Array]:
-    pivot = pivot_of(x, axes, None, "auto")
+def _about_pivot(
+    x: Array, axes: tuple[int, ...], algorithm: str = "auto"
+) -> tuple[Array, Array, Array]:
+    pivot = pivot_of(x, axes, None, algorithm)
     return pivot, *power_sums(x, pivot, axes)
 
 
 def _about_zero(x: Array, axes: tuple[int, ...]) -> tuple[Array, Array, Array]:
     n = math.prod(x.shape[i] for i in axes)
-    x1, x2 = apart(x, x)
+    (x1,) = apart(x)
+    (x2,) = apart(x1)
     first = promote(x1).sum(axes, keepdims=True)
     second = jnp.square(promote(x2)).sum(axes, keepdims=True)
     square = jnp.square(first / n)
     var = second / n - square
     kept = ((square < 16 * var) & (var < jnp.inf)) | (first == 0)
     sums = zeros_of(first), first, second
+
+    def again(carry: Any) -> Any:
+        # A sample that lost nothing keeps its sums, so that it does not depend on the others.
+        about = _about_pivot(x, axes, "shifted")
+        return carry[0] & False, [jnp.where(kept, v, u) for v, u in zip(sums, about, strict=True)]
+
     # A loop and no conditional: under vmap that runs where one lane needs it, not always.
-    return lax.while_loop(
-        lambda carry: carry[0],
-        lambda carry: (carry[0] & False, _about_pivot(x, axes)),
-        (~kept.all(), sums),
-    )[1]
+    lost = jnp.where(kept, 0, jnp.ones((), first.dtype)).sum() > 0  # a sum of numbers is faster
+    return tuple(lax.while_loop(lambda carry: carry[0], again, (lost, list(sums)))[1])
 
 
 @sums_near_zero.defjvp
@@ -179,10 +185,6 @@ def power_sums(x: Array, pivot: Array, axes: tuple[int, ...]) -> tuple[Array, Ar
       pivot: k, which broadcasts to `x`, in the statistics' type.
       axes: Non-negative, distinct axes.
     """
-    if x.ndim - 1 in axes:
-        # Over the innermost axis XLA's CPU keeps both sums and what follows in one loop.
-        d = promote(x) - pivot
-        return d.sum(axes, keepdims=True), jnp.square(d).sum(axes, keepdims=True)
     total = [1 if i in axes else n for i, n in enumerate(x.shape)]
     wide = widen(x.shape, axes)
     if wide:
@@ -202,6 +204,19 @@ def _(axes: tuple[int, ...], primals: Any, tangents: Any) -> Any:
     d, dd = promote(x) - pivot, promote(dx) - dk
     first, second = dd.sum(axes, keepdims=True), 2 * (d * dd).sum(axes, keepdims=True)
     return power_sums(x, pivot, axes), (first, second)
+
+
+@jax.custom_jvp
+def squared(x: Array) -> Array:
+    """x² in the statistics' type; the derivative converts x for itself."""
+    return jnp.square(promote(x))
+
+
+@squared.defjvp
+def _(primals: Any, tangents: Any) -> Any:
+    (x,), (dx,) = primals, tangents
+    (x1,) = apart(x)
+    return squared(x), 2 * promote(x1) * promote(dx)
 
 
 def average(

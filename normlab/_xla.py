@@ -80,7 +80,7 @@ def _(primals: Any, tangents: Any) -> Any:
 
 
 def _barrier(*arrays: Array) -> tuple[Array, ...]:
-    return tuple(lax.optimization_barrier(x) for x in arrays)
+    return lax.optimization_barrier(arrays)
 
 
 def _identity(*arrays: Array) -> tuple[Array, ...]:

@@ -29,8 +29,8 @@ from jax import Array, lax
 from jax.typing import ArrayLike
 
 from normlab._arguments import checked, declare, norm_axes, number
-from normlab._checks import check_values, gain_and_bias, no_mean, normalize_axes, promote
-from normlab._sums import average, standard_deviation
+from normlab._checks import check_values, gain_and_bias, no_mean, normalize_axes
+from normlab._sums import average, squared, standard_deviation
 from normlab._weights import aligned
 from normlab._xla import partitioned
 from normlab.devices.topology import Sync
@@ -492,8 +492,8 @@ def _pair(values: tuple[Array, ...]) -> tuple[Array, Array]:
 
 
 def _square(a: Array, w: Array | None, axes: Sequence[int]) -> tuple[Array, Array]:
-    valid = promote(a) if w is None else jnp.where(w > 0, promote(a), 0)
-    return average(jnp.square(valid), axes, weights=w)
+    valid = a if w is None else jnp.where(w > 0, a, jnp.zeros((), a.dtype))
+    return average(squared(valid), axes, weights=w)
 
 
 def _example_axes(where: str, axes: Axes, ndim: int, channel: int) -> tuple[int, ...]:

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.custom_derivatives import linear_call
 
-from normlab._apply import _reciprocal, _shift
+from normlab._apply import reciprocal, shift
 from normlab._sums import pivot_of
 from normlab.kernels import columns
 
@@ -30,8 +30,8 @@ def _statistics(n, k, sums, g, b, eps=1e-5):
     """The pivot of `apply`, r and c, from sums about k."""
     first, second = sums
     mean, var = k + first / n, second / n - jnp.square(first / n)
-    r = _reciprocal(jnp.sqrt(var + eps), False) * g
-    return lax.stop_gradient(mean), r, _shift(mean, r) + b
+    r = reciprocal(jnp.sqrt(var + eps), False) * g
+    return lax.stop_gradient(mean), r, shift(mean, r) + b
 
 
 # --- A rule for the sums, and one for what is applied -------------------------------------------

@@ -83,46 +83,85 @@ def test_a_pivot_of_a_sixteenth_is_safe_against_any_outlier(count, outlier, mean
     assert np.abs(m.var()[0] - var).max() <= 5e-6 * var.max() + 1e-6 * (mean != 0)
 
 
+# Sums about 0, on a CPU, where they tell that they lost nothing: of channels over many examples, and
+# over the innermost axis.
+
+LAYOUTS = {
+    "channels": (lambda x: x, (0, 1, 2), lambda x: x[0, 0, 0]),
+    "rows": (lambda x: x.reshape(-1, x.shape[-1]).T, (1,), lambda x: x[:, 0]),
+}
+near_zero = pytest.mark.parametrize("layout", LAYOUTS)
+
+
+@near_zero
 @pytest.mark.parametrize("mean", [0.0, 1.0, 3.9, 4.1, 1e3, -1e6])
-def test_many_examples_lose_no_more_than_a_pivot_of_a_sixteenth_would(mean):
+def test_sums_about_zero_lose_no_more_than_a_pivot_of_a_sixteenth_would(layout, mean):
     """Below 4σ the sums are about 0 on a CPU, from there on about a pivot."""
+    lay, axes, flat = LAYOUTS[layout]
     x = draw(0, *SHAPE, mean=mean).astype(np.float32)
-    m = optimized(lambda x: nl.moments(x, (0, 1, 2)))(x)
+    m = optimized(lambda x: nl.moments(lay(x), axes))(x)
     x64 = x.astype(np.float64)
-    assert gap(m.var()[0, 0, 0], x64.var((0, 1, 2))) < 17 * 5e-7
+    assert gap(flat(m.var()), x64.var((0, 1, 2))) < 17 * 5e-7
     unit = np.spacing(np.abs(x64.mean((0, 1, 2))).astype(np.float32))
-    error = np.abs(m.mean[0, 0, 0] - x64.mean((0, 1, 2)))
+    error = np.abs(flat(m.mean) - x64.mean((0, 1, 2)))
     assert (error <= np.maximum(2 * unit, 2e-7)).all()
 
 
+@near_zero
 @pytest.mark.parametrize("value", [0.0, 1e-30, 1e-20, 0.1, -1 / 3, 1e4 + 0.3, 1e19, 3e38])
-def test_among_many_examples_a_constant_channel_has_its_value_for_a_mean(value):
-    """Also where its square over- or underflows, and beside a channel that is none."""
+def test_a_constant_sample_beside_others_has_its_value_for_a_mean(layout, value):
+    """Also where its square over- or underflows."""
+    lay, axes, flat = LAYOUTS[layout]
     x = draw(0, *SHAPE).astype(np.float32)
     x[..., ::2] = value
-    m = optimized(lambda x: nl.moments(x, (0, 1, 2)))(x)
-    assert (m.mean[..., ::2] == np.float32(value)).all()
-    assert (m.m2[..., ::2] == 0).all()
-    assert gap(m.var()[0, 0, 0, 1::2], x.astype(np.float64).var((0, 1, 2))[1::2]) < 1e-6
+    m = optimized(lambda x: nl.moments(lay(x), axes))(x)
+    assert (flat(m.mean)[::2] == np.float32(value)).all()
+    assert (flat(m.m2)[::2] == 0).all()
+    assert gap(flat(m.var())[1::2], x.astype(np.float64).var((0, 1, 2))[1::2]) < 1e-6
 
 
-def test_lanes_of_many_examples_are_measured_as_each_alone():
+@near_zero
+def test_a_sample_does_not_depend_on_one_that_is_summed_again(layout):
+    """To the last bit, in value and gradient."""
+    lay, axes, flat = LAYOUTS[layout]
+
+    def f(x):
+        m = nl.moments(lay(x), axes)
+        return jnp.stack([flat(v) for v in (m.mean, m.m2)])
+
+    run = optimized(lambda x: (f(x), jax.grad(lambda x: f(x)[:, 1:].sum())(x)))
+    x = draw(0, *SHAPE).astype(np.float32)
+    far = np.r_[1e3, np.zeros(SHAPE[-1] - 1)].astype(np.float32)
+    (alone, slope), (beside, its) = run(x), run(x + far)
+    assert (alone[:, 1:] == beside[:, 1:]).all()
+    assert (slope == its).all()
+
+
+@near_zero
+def test_lanes_are_measured_as_each_alone(layout):
+    lay, axes, flat = LAYOUTS[layout]
     x = np.stack([draw(i, *SHAPE, mean=mean) for i, mean in enumerate((0, 1e4, 2))])
     x[2, ..., 0] = 7.0
-    lanes = jax.vmap(lambda x: nl.moments(x, (0, 1, 2)))(array(x))
-    each = [nl.moments(array(lane), (0, 1, 2)) for lane in x]
+    lanes = jax.vmap(lambda x: nl.moments(lay(x), axes))(array(x))
+    each = [nl.moments(lay(array(lane)), axes) for lane in x]
     assert gap(lanes, jax.tree.map(lambda *f: jnp.stack(f), *each)) < 1e-6
-    assert (lanes.m2[2, ..., 0] == 0).all()
+    assert flat(lanes.m2[2])[0] == 0
 
 
+def _layer(x, **options):
+    return nl.layer_norm(LAYOUTS["rows"][0](x), **options), ()
+
+
+@near_zero
 @pytest.mark.parametrize("mean", [0.0, 3.0, 30.0])
-def test_derivatives_of_many_examples_are_those_about_any_pivot(mean, x64):
+def test_derivatives_by_sums_about_zero_are_those_about_any_pivot(layout, mean, x64):
     """First and second ones, forward over reverse and reverse over reverse."""
     x, v = draw(0, *SHAPE, mean=mean), draw(1, *SHAPE)
+    norm = functools.partial(nl.batch_norm, train=True) if layout == "channels" else _layer
 
     def found(algorithm):
         def f(x):
-            return (nl.batch_norm(x, train=True, algorithm=algorithm)[0] ** 3).sum()
+            return (norm(x, algorithm=algorithm)[0] ** 3).sum()
 
         g = jax.grad(f)
         twice = jax.grad(lambda x: (g(x) * v).sum())

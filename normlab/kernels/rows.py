@@ -126,15 +126,92 @@ def backward(
     return out["dx"], gradient(out["dg"], g), gradient(out["db"], b)
 
 
+def problem(
+    spec: Rows,
+    platform: str,
+    shape: tuple[int, ...],
+    dtype: Any,
+    gain_shape: tuple[int, ...],
+) -> str | None:
+    """Why there is no kernel, and what would do; `None` if there is one.
+
+    Args:
+      spec: Which norm.
+      platform: `"tpu"` or `"cuda"`.
+      shape: `[N, P, C]` of x.
+      dtype: Of x.
+      gain_shape: Of g; b is taken to be alike.
+    """
+    dtype, otherwise = jnp.dtype(dtype), "; use implementation='xla'"
+    if platform not in _TYPES:
+        return f"there are kernels for {' and '.join(_TYPES)}, not for {platform}{otherwise}"
+    if str(dtype) not in _TYPES[platform]:
+        types = ", ".join(_TYPES[platform])
+        return f"on {platform} there are kernels for {types}, not for {dtype}{otherwise}"
+    if not all(isinstance(n, int) for n in shape):
+        return f"a shape {shape} that is not known when the program is compiled{otherwise}"
+    if 0 in shape:
+        return f"an array {shape} without a value{otherwise}"
+    _, p, c = shape
+    if c % spec.groups:
+        return f"{c} channels in {spec.groups} groups; use a number of groups that divides them"
+    if spec.activation and (unknown := _unknown(spec.activation, platform)):
+        return f"an activation with {', '.join(unknown)}; apply it to h{otherwise}"
+    every = 2 if len(gain_shape) == 3 else 0  # g and b; backward, their derivatives too
+    more = 2 if spec.add else 0
+    for sums, sizes in (
+        (False, [dtype.itemsize] * (2 + more) + [4] * every),
+        (True, [dtype.itemsize] * (3 + more) + [4] * 2 * every),
+    ):
+        tile = _tile(spec, platform, shape, dtype.itemsize, sums)
+        if excess := tile.excess(sizes):
+            what = f"{p:,} positions with {c:,} channels" if p > 1 else f"rows of {c:,} channels"
+            return f"{what} in {spec.groups} groups of {dtype} take {excess}{otherwise}"
+    return None
+
+
+_TYPES = {"tpu": ("float32", "bfloat16"), "cuda": ("float32", "bfloat16", "float16")}
+
+_OPERATIONS = set(
+    """abs add add_any and broadcast_in_dim convert_element_type cos div eq exp ge gt integer_pow le
+    log1p logistic lt max min mul ne neg pow select_n sin sqrt square sub tanh""".split()
+)
+"""Elementwise operations that lower in float32 on both platforms."""
+
+
+def _unknown(f: Callable[[Array], Array], platform: str) -> list[str]:
+    """What an activation or its derivative does that there is no kernel for."""
+    z = jax.ShapeDtypeStruct((2, 3), jnp.float32)
+    closed = jax.make_jaxpr(lambda z, dz: jax.jvp(f, (z,), (dz,)))(z, z)
+    known = _OPERATIONS | ({"expm1", "atan", "cbrt"} if platform == "cuda" else set())
+    found = set()
+
+    def look(jaxpr: Any) -> None:
+        for equation in jaxpr.eqns:
+            inner = [v for v in equation.params.values() if hasattr(v, "eqns")]
+            for program in inner:
+                look(program)
+            types = {str(v.aval.dtype) for v in (*equation.invars, *equation.outvars)}
+            if types - {"float32", "bool"}:
+                found.update(types - {"float32", "bool"})
+            elif not inner and equation.primitive.name not in known:
+                found.add(equation.primitive.name)
+
+    look(closed)
+    if any(jnp.ndim(v) for v in closed.consts):
+        found.add("an array of its own")
+    return sorted(found)
+
+
 def _by_channel(v: Array, x: Array) -> Array:
     """A gain of one number as one of each channel."""
     return v if v.ndim == 3 else jnp.broadcast_to(v, x.shape[2:])
 
 
-def _tile(spec: Rows, platform: str, x: Any, sums: bool) -> Any:
+def _tile(spec: Rows, platform: str, shape: Any, itemsize: int, sums: bool) -> Any:
     if platform == "tpu":
-        return vector_tile(x.shape, spec.groups, x.dtype.itemsize)
-    return thread_tile(x.shape, spec.groups, sums)
+        return vector_tile(shape, spec.groups, itemsize)
+    return thread_tile(shape, spec.groups, itemsize, sums)
 
 
 def _call(
@@ -150,7 +227,7 @@ def _call(
     kinds: dict[str, Kind] = {name: _kind(v) for name, v in arrays.items()}
     kinds |= {name: kind for name, (kind, _) in types.items()}
     sums = [name for name, kind in kinds.items() if kind == "sum"]
-    tile = _tile(spec, platform, x, bool(sums))
+    tile = _tile(spec, platform, x.shape, x.dtype.itemsize, bool(sums))
 
     def kernel(*refs: Any) -> None:
         tile.run(kinds, types, refs, program)

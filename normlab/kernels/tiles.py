@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Literal
 
 import jax
@@ -39,6 +39,12 @@ Kind = Literal["every", "gain", "statistic", "sum"]
 
 VMEM = 56 * 2**20
 """Bytes of a TPU's vector memory that a kernel may take; from v5 on there are 64 MiB or more."""
+
+REGISTERS = 2**14
+"""Values of a row that the 1,024 threads of a GPU's program hold, with what they compute of them."""
+
+L2 = 2**18
+"""Bytes of a longer sample, which a GPU's program reads again: 50 MB for some 200 programs."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -198,9 +204,23 @@ class VectorTile(_Tile):
             "scratch_shapes": [pltpu.VMEM((self.rows, self.together), jnp.float32)] * len(columns),
         }
 
-    def run(
-        self, kinds: Mapping[str, Kind], results: Collection[str], refs: Any, body: Any
-    ) -> None:
+    def excess(self, sizes: Sequence[int]) -> str | None:
+        """What does not fit, of a kernel with arrays of the size of x with so many bytes a value.
+
+        Blocks are there twice, as the next one is copied while one is computed; and what a chunk is
+        computed with is in float32.
+        """
+        n, p, _ = self.shape
+        lanes = _multiple(self.span, 128)
+        rows = self.rows if self.flat else self.steps * _multiple(p, 16)
+        chunk = self.examples if self.flat else _multiple(self.positions, 16)
+        more = rows if self.flat else 32 * self.steps
+        need = 2 * sum(sizes) * rows * lanes + 16 * 4 * chunk * lanes + 4 * 4 * more * 128
+        if need <= VMEM:
+            return None
+        return f"{need / 2**20:,.0f} MiB of vector memory, of which a kernel has {VMEM >> 20}"
+
+    def run(self, kinds: Mapping[str, Kind], results: Collection[str], refs: Any, body: Any) -> None:
         """Runs `body`, which is given the first step, on the arrays of a program."""
         arrays, program = dict(zip(kinds, refs, strict=False)), (pl.program_id(0), pl.program_id(1))
         if not self.flat:
@@ -373,6 +393,11 @@ class ThreadTile(_Tile):
         }[kind]
 
     @property
+    def spans(self) -> int:
+        """The programs along the groups."""
+        return pl.cdiv(self.groups, self.together)
+
+    @property
     def block(self) -> tuple[int, int, int, int]:
         """The shape of a chunk."""
         channels = pl.next_power_of_2(self.shape[2] // self.groups)
@@ -402,13 +427,23 @@ class ThreadTile(_Tile):
         e, p, g, k = self.block
         warps = _clip(e * p * g * k // 256, 1, 32)
         params = plgpu.CompilerParams(num_warps=warps, num_stages=1)
-        return {"grid": (self.programs, pl.cdiv(self.groups, g)), "compiler_params": params}
+        return {"grid": (self.programs * self.spans,), "compiler_params": params}
 
-    def run(
-        self, kinds: Mapping[str, Kind], results: Collection[str], refs: Any, body: Any
-    ) -> None:
+    def excess(self, sizes: Sequence[int]) -> str | None:
+        """What does not fit, of a kernel with arrays of the size of x with so many bytes a value."""
+        _, p, c = self.shape
+        chunk, groups = math.prod(self.block), min(self.together, self.groups)
+        if chunk > REGISTERS:
+            return f"registers for {chunk:,} values, of which a program has those for {REGISTERS:,}"
+        sample = p * groups * (c // self.groups) * max(sizes)
+        if p > self.positions and sample > L2:
+            return f"{sample >> 10:,} KiB of the L2 cache, of which a program has {L2 >> 10}"
+        return None
+
+    def run(self, kinds: Mapping[str, Kind], results: Collection[str], refs: Any, body: Any) -> None:
         """Runs `body`, which is given the first step, on the arrays of a program."""
-        program = pl.program_id(0), pl.program_id(1)
+        # Those that share lines of memory follow each other.
+        program = pl.program_id(0) // self.spans, pl.program_id(0) % self.spans
         body(ThreadStep(self, dict(zip(kinds, refs, strict=True)), kinds, program))
 
 
@@ -471,16 +506,18 @@ class ThreadStep(_Step):
         return statistic
 
 
-def thread_tile(shape: tuple[int, int, int], groups: int, sums: bool) -> ThreadTile:
+def thread_tile(
+    shape: tuple[int, int, int], groups: int, itemsize: int, sums: bool
+) -> ThreadTile:
     """The cut on a GPU: chunks of 1,024 values or, of larger samples, of up to 8,192.
 
-    Neighbours in memory come first: 32 channels at least, then positions, more groups, examples.
+    Neighbours in memory come first: 64 bytes at least, then positions, more groups, examples.
     With sums over examples there are about four programs on each multiprocessor of a large chip;
     without, as many as there are steps. A program of many examples writes few sums.
     """
     n, p, c = shape
     k = pl.next_power_of_2(c // groups)
-    together = min(_power(32 // k), pl.next_power_of_2(groups))
+    together = min(_power(64 // (k * itemsize)), pl.next_power_of_2(groups))
     positions = min(_power(8192 // (together * k)), pl.next_power_of_2(p))
     if positions >= p:
         more = _power(1024 // (positions * together * k))
@@ -489,8 +526,9 @@ def thread_tile(shape: tuple[int, int, int], groups: int, sums: bool) -> ThreadT
     if positions >= p:
         examples = min(_power(1024 // (positions * together * k)), pl.next_power_of_2(n))
     steps = pl.cdiv(n, examples)
+    spans = pl.cdiv(groups, together)
     if sums:
-        programs = _clip(steps // 16, 128, 512) // pl.cdiv(groups, together)
+        programs = _clip(steps // 16, 128, 512) // spans
         programs = _clip(programs, 1, steps)
     else:
         programs = steps

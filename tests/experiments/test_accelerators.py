@@ -43,9 +43,9 @@ OPS = {
 }
 
 
-def programs(op: str, shape: tuple[int, ...]):
-    """The op's two directions as `{name: (function, arguments)}`, of abstract float32 arrays."""
-    x = jax.ShapeDtypeStruct(shape, jnp.float32)
+def programs(op: str, shape: tuple[int, ...], dtype=jnp.float32):
+    """The op's two directions as `{name: (function, arguments)}`, of abstract arrays."""
+    x = jax.ShapeDtypeStruct(shape, dtype)
     g = jax.ShapeDtypeStruct(shape[-1:], jnp.float32)
     params = nl.Affine(g, None if op == "rms" else g)
 
@@ -233,7 +233,7 @@ class TestCPU:
     @pytest.mark.parametrize(
         ("direction", "bound"),
         [
-            # Σ(x − k), Σ(x − k)², and y.
+            # Σx, Σx², and y.
             (FORWARD, Passes(3, 1)),
             # and Σdy, Σdy·(x − k) of two arrays, and dx of two. XLA's CPU merges no two sums.
             (BOTH, Passes(8, 2)),
@@ -241,13 +241,26 @@ class TestCPU:
     )
     def test_batch_norm_reads_x_once_per_sum_and_keeps_nothing(self, direction, bound):
         """No temporary has the size of x: the point of `normlab._xla.apart`."""
-        f, arguments = programs("batch", (32, 16, 16, 64))[direction]
-        compiled = lower(f, place("cpu"), *arguments).compile()
-        nbytes = 4 * 32 * 16 * 16 * 64
+        compiled, nbytes = on_cpu("batch", (32, 16, 16, 64), direction)
         counted = passes(compiled, nbytes)
         assert counted.reads <= bound.reads
         assert counted.writes == bound.writes
         assert compiled.memory_analysis().temp_size_in_bytes < nbytes / 100
+
+    @pytest.mark.parametrize("shape", [(8192, 256), (256, 1024)], ids=str)
+    @pytest.mark.parametrize("op", ["batch", "layer", "rms"])
+    def test_of_bfloat16_no_copy_is_kept_but_one_of_the_gradient(self, op, shape):
+        """In units of x. Backward one float32 copy of dy is, for it has several readers."""
+        for direction, bound in {FORWARD: 0.1, BOTH: 2.2}.items():
+            compiled, nbytes = on_cpu(op, shape, direction, jnp.bfloat16)
+            assert compiled.memory_analysis().temp_size_in_bytes < bound * nbytes, direction
+
+
+def on_cpu(op: str, shape: tuple[int, ...], direction: str, dtype=jnp.float32):
+    """The compiled program and the bytes of x."""
+    f, arguments = programs(op, shape, dtype)[direction]
+    compiled = lower(f, place("cpu"), *arguments).compile()
+    return compiled, jnp.dtype(dtype).itemsize * math.prod(shape)
 
 
 # --- Ahead of time ----------------------------------------------------------------------------

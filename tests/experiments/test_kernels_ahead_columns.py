@@ -9,6 +9,7 @@ import math
 import os
 import subprocess
 import sys
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -45,7 +46,7 @@ def _rows(v):
     return v.reshape(-1, v.shape[-1])
 
 
-def programs(target: str, how: str, activation):
+def programs(target: columns.Platform, how: str, activation):
     """The norm's two directions. In a net dh comes after h, and is in no pass that writes it."""
 
     def norm(x, g, b, *residual):
@@ -53,13 +54,13 @@ def programs(target: str, how: str, activation):
             h = nl.batch_norm(x, nl.Affine(g, b), train=True)[0]
             h = h + residual[0] if residual else h
             return h if activation is None else activation(h)
-        more = map(_rows, residual) if residual else (None,)
-        return batch_norm(target, False, _rows(x), g, b, *more, activation).reshape(x.shape)
+        more = _rows(residual[0]) if residual else None
+        return batch_norm(target, False, _rows(x), g, b, more, activation).reshape(x.shape)
 
     def both(dh, x, g, b, *residual):
         if how == ONE_RULE:
-            more = map(_rows, residual) if residual else (None,)
-            given = _rows(x), g, b, *more, activation
+            more = _rows(residual[0]) if residual else None
+            given = _rows(x), g, b, more, activation
             h, pull = batch_norm_and_pull(target, False, *given)
         else:
             h, pull = jax.vjp(norm, x, g, b, *residual)
@@ -70,7 +71,7 @@ def programs(target: str, how: str, activation):
     return {FORWARD: lambda _, *given: norm(*given), BOTH: both}
 
 
-def moved(target: str) -> dict[str, dict]:
+def moved(target: columns.Platform) -> dict[str, dict]:
     """What the programs move, in passes and in sizes of x."""
     where, found = place(target), {}
     jax.default_backend = lambda: {"cuda": "gpu"}.get(target, target)
@@ -83,16 +84,16 @@ def moved(target: str) -> dict[str, dict]:
                 each = programs(target, how, jax.nn.relu if more else None)
                 for direction, f in each.items():
                     compiled = lower(f, where, x, x, g, g, *more).compile()
-                    temporary = compiled.memory_analysis().temp_size_in_bytes
+                    memory: Any = compiled.memory_analysis()
                     found[f"{dtype}, {case}, {how}, {direction}"] = {
                         "passes": passes(compiled, nbytes),
                         "bytes": sum(move.nbytes for move in moves(compiled)) / nbytes,
-                        "temporary": temporary / nbytes,
+                        "temporary": memory.temp_size_in_bytes / nbytes,
                     }
     return found
 
 
-def compiled(target: str) -> int:
+def compiled(target: columns.Platform) -> int:
     """How many of these arrays were let pass; for each of them all kernels compile."""
     where, count, silu = place(target), 0, jax.nn.silu
 
@@ -151,5 +152,5 @@ def test_what_has_no_problem_compiles(target):
 
 
 if __name__ == "__main__":
-    target, what = sys.argv[1:]
-    print(json.dumps({"moved": moved, "compiled": compiled}[what](target)))
+    asked: Any = {"moved": moved, "compiled": compiled}[sys.argv[2]]
+    print(json.dumps(asked(sys.argv[1])))
