@@ -18,6 +18,9 @@ from .worker import BOTH, BYTES, FORWARD, Case
 HERE = "here"
 """The target that is JAX's default device; programs run there as well."""
 
+OURS = ("normlab", "normlab, xla", "normlab, pallas", "normlab, pallas, fused")
+"""normlab's: as it chooses by itself, and by each implementation; alone, nothing is to be fused."""
+
 WITHOUT = "no norm"
 """The contestant that leaves its input as it is."""
 

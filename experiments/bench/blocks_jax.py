@@ -16,8 +16,8 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from .blocks import BLOCKS, WITHOUT, Program
-from .peers_jax import BUILDERS, F
-from .worker import Contestant
+from .peers_jax import BUILDERS, F, fused
+from .worker import Case, Contestant
 
 HEAD = 128
 """Channels of a head, where they divide the width."""
@@ -52,7 +52,7 @@ class Norm(NamedTuple):
         return jax.nn.relu(h if residual is None else h + residual), aux
 
 
-FUSED: dict[str, Callable[[Contestant], Mapping[str, Any]]] = {}
+FUSED: dict[str, Callable[[Case], Mapping[str, Any]]] = {"normlab, pallas, fused": fused}
 """Of contestants that have them, by name: what makes `add` and `relu` of `Norm`."""
 
 
@@ -68,7 +68,8 @@ def contestants(peer: str, program: Program) -> list[Contestant]:
         ways = list(zip(*(BUILDERS[peer](case) for case in program.cases), strict=True))
     found = []
     for way in ways:
-        norms = [Norm(one.f, **FUSED[one.name](one) if one.name in FUSED else {}) for one in way]
+        more = FUSED.get(way[0].name, lambda _: {})
+        norms = [Norm(w.f, **more(case)) for w, case in zip(way, program.cases, strict=True)]
         found.append(dataclasses.replace(way[0], f=functools.partial(_F[program.block], norms)))
     return found
 

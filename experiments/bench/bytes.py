@@ -22,7 +22,7 @@ from ..figures import encode
 from ..programs.machines import missing
 from ..rundir import RunDirectory, RunError
 from . import figure
-from .blocks import HERE, WITHOUT, Program, floor
+from .blocks import HERE, OURS, WITHOUT, Program, floor
 from .compiled import Target
 from .config import TARGETS, BenchBytes
 from .tables import not_installed
@@ -68,9 +68,10 @@ class Bytes:
 
     def run(self) -> Iterator[str]:
         """Compiles one program after another; yields a label before each contestant's."""
-        peers = ["normlab", *(p for p in self.config.peers if p not in self.absent)]
+        peers = [p for p in self.config.peers if p not in self.absent]
         for program in self.config.programs():
-            asked = peers if program.block == "alone" else [WITHOUT, *peers]
+            alone = program.block == "alone"
+            asked = [*OURS[:-1], *peers] if alone else [WITHOUT, *OURS, *peers]
             yield program.label
             rows = self._ask_all(self.targets, "prepare", program, asked)
             result = dict(zip(self.targets, rows, strict=True))
@@ -147,16 +148,16 @@ class Bytes:
         )
         yield from self._no_compilers()
         yield from not_installed(self.absent)
-        reasons: dict[tuple[str, str], list[str]] = {}
+        reasons: dict[tuple[str, str, str], list[str]] = {}
         for result in self.results:
             for target, rows in result["targets"].items():
                 for row in rows:
                     if row["reason"]:
-                        labels = reasons.setdefault((row["name"], row["reason"]), [])
-                        labels.append(f"{result['label']} for {TARGETS[target]}")
-        for (name, reason), labels in reasons.items():
-            whole = len(labels) == len(self.results) * len(self.targets)
-            yield f"{name} left out{'' if whole else ' of ' + '; '.join(labels)}: {reason}"
+                        key = row["name"], row["reason"], TARGETS[target]
+                        reasons.setdefault(key, []).append(result["label"])
+        for (name, reason, target), labels in reasons.items():
+            of = "all" if len(labels) == len(self.results) else "; ".join(labels)
+            yield f"{name} left out of {of} for {target}: {reason}"
 
     def _no_compilers(self) -> Iterator[str]:
         for target, command in self.no_compiler.items():

@@ -14,6 +14,9 @@ from .worker import DIRECTIONS
 
 STYLE = {
     "normlab": ("#000000", "o"),
+    "normlab, xla": ("#7F7F7F", "o"),
+    "normlab, pallas": ("#009E73", "o"),
+    "normlab, pallas, fused": ("#009E73", "p"),
     "flax.linen": ("#0072B2", "s"),
     "flax.nnx": ("#56B4E9", "D"),
     "haiku": ("#009E73", "^"),
@@ -25,7 +28,7 @@ STYLE = {
     "liger": ("#8C6D1F", "d"),
     "quack": ("#332288", "h"),
 }
-"""The colours of the norms, for the libraries."""
+"""The colours of the norms, for the libraries and, where they have several, for their ways."""
 
 
 def draw(cases: Sequence[dict[str, Any]], title: str) -> Figure:
@@ -100,7 +103,7 @@ def draw_bytes(results: Sequence[dict[str, Any]], targets: Mapping[str, str]) ->
                 y = i + 0.8 * ((names.index(row["name"]) + 0.5) / len(names) - 0.5)
                 x = moved_by_norms(results[i], target, row, direction)
                 if x is not None:
-                    axes.plot(x, y, **_style(row["peer"], row["safe"], row["default"]))
+                    axes.plot(x, y, **_look(row))
             axes.set(title=f"{targets[target]}, {direction}", xlabel="moved / normalized")
             labels = [result["label"].replace(", ", "\n") for result in results]
             axes.set_yticks(range(len(results)), labels, fontsize=8)
@@ -110,8 +113,7 @@ def draw_bytes(results: Sequence[dict[str, Any]], targets: Mapping[str, str]) ->
             axes.grid(axis="x", alpha=0.3, lw=0.5)
     for name in names:
         row = next(row for *_, row in found if row["name"] == name)
-        style = _style(row["peer"], row["safe"], row["default"])
-        grid[0, 0].plot([], [], label=name, **style)
+        grid[0, 0].plot([], [], label=name, **_look(row))
     figure.legend(
         *grid[0, 0].get_legend_handles_labels(), loc="outside right center", frameon=False
     )
@@ -140,6 +142,11 @@ def moved_by_norms(
 
 def _shape_label(case: dict[str, Any]) -> str:
     return f"{case['op']} {'×'.join(map(str, case['shape']))}"
+
+
+def _look(row: dict[str, Any]) -> dict[str, Any]:
+    known = row["name"] if row["name"] in STYLE else row["peer"]
+    return _style(known, row["safe"], row["default"])
 
 
 def _style(peer: str, filled: bool, large: bool = True) -> dict[str, Any]:

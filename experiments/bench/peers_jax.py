@@ -7,6 +7,8 @@ float32, which is what a mixed-precision policy does; XLA fuses the casts.
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -88,21 +90,56 @@ def forward_and_backward(f: F) -> Callable[..., tuple[Array, tuple[Array, ...], 
     return both
 
 
-def _normlab(case: Case) -> list[Contestant]:
+def _normlab(case: Case, implementation: nl.Implementation = "auto") -> list[Contestant]:
     state = nl.init_running(case.shape[-1])
+    options: dict[str, Any] = {"eps": EPS, "implementation": implementation}
 
     def f(x: Array, g: Array, b: Array | None = None) -> tuple[Array, Any]:
         params = nl.Affine(g, b)
         match case.op:
             case "batch":
-                return nl.batch_norm(x, params, state, train=True, decay=DECAY, eps=EPS)
+                return nl.batch_norm(x, params, state, train=True, decay=DECAY, **options)
             case "group":
-                return nl.group_norm(x, params, groups=GROUPS, eps=EPS), ()
+                return nl.group_norm(x, params, groups=GROUPS, **options), ()
             case _:
                 norm = {"layer": nl.layer_norm, "rms": nl.rms_norm, "instance": nl.instance_norm}
-                return norm[case.op](x, params, eps=EPS), ()
+                return norm[case.op](x, params, **options), ()
 
-    return [Contestant("normlab", "normlab", f, safe=True)]
+    default = implementation == "auto"
+    name = "normlab" if default else f"normlab, {implementation}"
+    return [Contestant("normlab", name, f, safe=True, default=default)]
+
+
+def _normlab_fused(case: Case) -> list[Contestant]:
+    """The kernels; `fused` has what they do in one with their neighbours."""
+    (one,) = _normlab(case, "pallas")
+    return [dataclasses.replace(one, name="normlab, pallas, fused")]
+
+
+def fused(case: Case) -> dict[str, Callable[..., Any]]:
+    """The norm of a sum, and a norm that is added to and activated, each as one kernel of ours.
+
+    Returns:
+      `add(x, y, *parameters) -> (h, x + y, aux)` and
+      `relu(x, residual, *parameters) -> (relu(norm + residual), aux)`.
+    """
+    options: dict[str, Any] = {"eps": EPS, "implementation": "pallas"}
+    options |= {"groups": GROUPS} if case.op == "group" else {}
+    norm, state = nl.get(case.op, **options), ()
+    if case.op == "batch":
+        state = nl.init_running(case.shape[-1], decay=DECAY)
+
+    def add(x: Array, y: Array, g: Array, b: Array | None = None) -> tuple[Array, Array, Any]:
+        total, h, new = nl.add_norm(norm, nl.Affine(g, b), state, x, y, train=True)
+        return h, total, new
+
+    def relu(
+        x: Array, residual: Array | None, g: Array, b: Array | None = None
+    ) -> tuple[Array, Any]:
+        parts, new = norm.parts(nl.Affine(g, b), state, nl.Site(x), train=True)
+        return nl.affine(parts, x, residual=residual, activation=jax.nn.relu), new
+
+    return {"add": add, "relu": relu}
 
 
 def _numpy(case: Case) -> list[Contestant]:
@@ -283,6 +320,9 @@ def _equinox(case: Case) -> list[Contestant]:
 
 BUILDERS: dict[str, Callable[[Case], list[Contestant]]] = {
     "normlab": _normlab,
+    "normlab, xla": functools.partial(_normlab, implementation="xla"),
+    "normlab, pallas": functools.partial(_normlab, implementation="pallas"),
+    "normlab, pallas, fused": _normlab_fused,
     "flax.linen": _linen,
     "flax.nnx": _nnx,
     "haiku": _haiku,

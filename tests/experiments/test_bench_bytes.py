@@ -13,11 +13,11 @@ import pytest
 from experiments import console as cli
 from experiments.bench import blocks_jax, figure, worker
 from experiments.bench import bytes as moved
-from experiments.bench.blocks import BLOCKS, HERE, WITHOUT, Program, floor
+from experiments.bench.blocks import BLOCKS, HERE, OURS, WITHOUT, Program, floor
 from experiments.bench.compiled import Target
 from experiments.bench.config import PEERS_OF_BYTES, TARGETS, BenchBytes
 from experiments.bench.turns import Process
-from experiments.bench.worker import BOTH, COPY, DIRECTIONS, FORWARD, Contestant
+from experiments.bench.worker import BOTH, COPY, DIRECTIONS, FORWARD
 from experiments.programs import machines
 from experiments.programs.machines import missing
 from experiments.programs.passes import lower, moves, place
@@ -71,7 +71,9 @@ class TestBlocks:
         program, called = Program(block, BLOCKS[block].ops[0], "float32", SHAPES[block]), []
         expected = made(program, "jax.numpy")["jax.numpy"]
 
-        def fused(one: Contestant):
+        def fused(case):
+            (one,) = blocks_jax.BUILDERS["jax.numpy"](case)
+
             def add(x, y, *params):
                 called.append("add")
                 return one.f(x + y, *params)[0], x + y, ()
@@ -167,9 +169,9 @@ class TestTarget:
             pytest.skip(f"no compiler for {name}; to install it: {command}")
         program = Program("transformer", "layer", "float32", (1, 128, 128))
         with Process(name, Target, name, variables=moved.AHEAD) as process:
-            peers = [WITHOUT, "normlab", "flax.linen", "jax.numpy"]
+            peers = [WITHOUT, *OURS, "flax.linen", "jax.numpy"]
             rows = process.ask("prepare", program, peers)
-            assert [row["reason"] for row in rows] == [None] * 5
+            assert [row["reason"] for row in rows] == [None] * 8
             found = {row["name"]: process.ask("count", row["name"], BOTH) for row in rows}
         assert min(one["nbytes"] for one in found.values()) > program.nbytes
         assert found[WITHOUT]["kernels"] < min(found[n]["kernels"] for n in found if n != WITHOUT)
@@ -253,7 +255,8 @@ class TestCommand:
         printed = capsys.readouterr().out
         assert "| rms 8×16 f32 | floor |" in printed
         assert "| transformer, rms 2×4×16 f32 | no norm |" in printed
-        assert printed.count("|  | normlab |") == printed.count("|  | jax.numpy |") == 2
+        assert printed.count("|  | normlab, xla |") == printed.count("|  | jax.numpy |") == 2
+        assert "normlab, pallas left out of all for CPU" in printed
         assert "TPU" not in printed
         assert "no compiler for tpu" in printed
         assert "pip install -c constraints.txt -e '.[tpu]'" in printed
@@ -262,8 +265,10 @@ class TestCommand:
         assert found["complete"]
         assert found["environment"]["cpu"]["variables"]["JAX_PLATFORMS"] == "cpu"
         counted = found["programs"][1]["targets"]["cpu"]
-        assert [one["name"] for one in counted] == [WITHOUT, "normlab", "jax.numpy"]
-        assert all(one[BOTH]["nbytes"] > one[FORWARD]["nbytes"] > 0 for one in counted)
+        assert [one["name"] for one in counted] == [WITHOUT, *OURS, "jax.numpy"]
+        there = [one for one in counted if not one["reason"]]
+        assert [one["name"] for one in there] == [WITHOUT, *OURS[:2], "jax.numpy"]
+        assert all(one[BOTH]["nbytes"] > one[FORWARD]["nbytes"] > 0 for one in there)
         assert (out / "bytes.png").read_bytes().startswith(b"\x89PNG")
 
     def test_nothing_to_compile_for_is_an_error_that_says_what_would_do(
