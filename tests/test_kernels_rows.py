@@ -12,11 +12,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 import normlab as nl
+from normlab.kernels.partitioned import by_examples
 from normlab.kernels.rows import Rows, backward, forward, problem
 from normlab.kernels.tiles import thread_tile, vector_tile
-from tests.helpers import array, draw, gap
+from tests.helpers import array, draw, gap, mesh
 
 PLATFORMS = ("tpu", "cuda")
 silu = jax.nn.silu
@@ -48,7 +51,9 @@ def expected(spec, x, dh, g, b, dtotal=None):
     dx = dx if dtotal is None else dx + np.asarray(dtotal, np.float64)
 
     def like(v, gain):
-        return v if gain.ndim == 3 else v.sum((0, 1)) if gain.size > 1 else v.sum(keepdims=True)[0, 0]
+        return (
+            v if gain.ndim == 3 else v.sum((0, 1)) if gain.size > 1 else v.sum(keepdims=True)[0, 0]
+        )
 
     def of_groups(v):
         return v.reshape(split)[:, 0, :, 0]
@@ -211,6 +216,33 @@ def test_they_are_the_norms(platform, name):
     assert gap((found.reshape(shape), dx.reshape(shape), dg, db), (h, *pull(dh))) < 3e-6
 
 
+@pytest.mark.parametrize("platform", PLATFORMS)
+class TestOverDevices:
+    """Plain `jit`: x stays where it is, and dg and db are one all-reduce."""
+
+    @pytest.mark.parametrize(
+        ("spec", "n"), [(P("i"), 16), (P(("i", "j")), 16), (P(), 16), (P(), 7)], ids=str
+    )
+    @pytest.mark.parametrize("gain", ["channels", "every"])
+    def test_examples_stay(self, platform, spec, n, gain):
+        norm, arrays = Rows(3, activation=silu), given((n, 5, 12), gain=gain)
+
+        def both(x, dh, g, b):
+            first = by_examples(lambda *v: forward(norm, platform, True, *v)[:3])
+            second = by_examples(lambda *v: backward(norm, platform, True, *v))
+            h, mean, r = first(x, g, b)
+            return (h, mean, r), second(x, dh, g, b, mean, r)
+
+        own, everywhere = (NamedSharding(mesh(i=4, j=2), s) for s in (spec, P()))
+        places = [own if v.ndim > 1 else everywhere for v in arrays]
+        compiled = jax.jit(both, in_shardings=places).lower(*arrays).compile()
+        text = compiled.as_text()
+        assert "all-gather" not in text
+        assert ("all-reduce" in text) == (spec != P() and gain == "channels")
+        found = compiled(*map(jax.device_put, arrays, places))
+        assert gap(found, expected(norm, *arrays)) < BOUND[jnp.float32]
+
+
 class TestProblems:
     @pytest.mark.parametrize(
         ("spec", "platform", "shape", "dtype", "text"),
@@ -222,6 +254,7 @@ class TestProblems:
             (Rows(3), "tpu", (8, 1, 8), "float32", "a number of groups that divides"),
             (Rows(), "tpu", (8, 1, 200_000), "float32", "rows of 200,000 channels.*vector memory"),
             (Rows(), "tpu", (8, 50_000, 128), "float32", "50,000 positions.*vector memory"),
+            (Rows(32), "tpu", (8, 1, 40_000), "float32", "a product over 40,000 channels"),
             (Rows(), "cuda", (8, 1, 20_000), "bfloat16", "rows of 20,000 channels.*registers"),
             (Rows(), "cuda", (8, 3136, 256), "float32", "3,136 positions.*L2 cache"),
             (Rows(activation=jax.nn.softmax), "cuda", (8, 1, 8), "float32", "reduce_sum"),
@@ -259,4 +292,4 @@ def test_programs_have_every_example_and_every_group_once(n, p, k, groups, items
         rows = tile.steps * tile.examples
         assert (tile.programs - 1) * rows < n <= tile.programs * rows
         assert (tile.spans - 1) * tile.together < groups <= tile.spans * tile.together
-        assert 1 <= tile.positions
+        assert tile.positions >= 1

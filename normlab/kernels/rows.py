@@ -172,9 +172,13 @@ def problem(
 
 _TYPES = {"tpu": ("float32", "bfloat16"), "cuda": ("float32", "bfloat16", "float16")}
 
-_OPERATIONS = set(
-    ["abs", "add", "add_any", "and", "broadcast_in_dim", "convert_element_type", "cos", "div", "eq", "exp", "ge", "gt", "integer_pow", "le", "log1p", "logistic", "lt", "max", "min", "mul", "ne", "neg", "pow", "select_n", "sin", "sqrt", "square", "sub", "tanh"]
-)
+# fmt: off
+_OPERATIONS = {
+    "abs", "add", "add_any", "and", "broadcast_in_dim", "convert_element_type", "cos", "div",
+    "eq", "exp", "ge", "gt", "integer_pow", "le", "log1p", "logistic", "lt", "max", "min", "mul",
+    "ne", "neg", "pow", "select_n", "sin", "sqrt", "square", "sub", "tanh",
+}
+# fmt: on
 """Elementwise operations that lower in float32 on both platforms."""
 
 
@@ -261,7 +265,8 @@ def _call(
 
 
 def _kind(v: Array) -> Kind:
-    return {1: "gain", 2: "statistic", 3: "every"}[v.ndim]
+    kinds: dict[int, Kind] = {1: "gain", 2: "statistic", 3: "every"}
+    return kinds[v.ndim]
 
 
 def _forward(spec: Rows, step: Any, dtype: Any) -> dict[str, Array]:

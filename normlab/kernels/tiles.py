@@ -35,13 +35,16 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.experimental.pallas import triton as plgpu
 
 Kind = Literal["every", "gain", "statistic", "sum"]
-"""Arrays of a kernel: [N, P, C]; [C]; [N, G]; and a [C] of each program, sums over what it has."""
+"""Arrays of a kernel: [N, P, C]; [C]; [N, G]; and a [C] of a program, sums of what it has."""
 
 VMEM = 56 * 2**20
 """Bytes of a TPU's vector memory that a kernel may take; from v5 on there are 64 MiB or more."""
 
+PRODUCT = 2**12
+"""Channels of a TPU's program in groups that are no whole rows of lanes: a product adds them up."""
+
 REGISTERS = 2**14
-"""Values of a row that the 1,024 threads of a GPU's program hold, with what they compute of them."""
+"""Channels of a TPU's program in groups that are no whole rows of lanes: a product sums them up."""
 
 L2 = 2**18
 """Bytes of a longer sample, which a GPU's program reads again: 50 MB for some 200 programs."""
@@ -205,12 +208,14 @@ class VectorTile(_Tile):
         }
 
     def excess(self, sizes: Sequence[int]) -> str | None:
-        """What does not fit, of a kernel with arrays of the size of x with so many bytes a value.
+        """What does not fit, of a kernel with arrays of the size of x of so many bytes a value.
 
         Blocks are there twice, as the next one is copied while one is computed; and what a chunk is
         computed with is in float32.
         """
-        n, p, _ = self.shape
+        p = self.shape[1]
+        if 1 < self.together < self.span > PRODUCT:
+            return f"a product over {self.span:,} channels, of which a kernel has {PRODUCT:,}"
         lanes = _multiple(self.span, 128)
         rows = self.rows if self.flat else self.steps * _multiple(p, 16)
         chunk = self.examples if self.flat else _multiple(self.positions, 16)
@@ -220,7 +225,9 @@ class VectorTile(_Tile):
             return None
         return f"{need / 2**20:,.0f} MiB of vector memory, of which a kernel has {VMEM >> 20}"
 
-    def run(self, kinds: Mapping[str, Kind], results: Collection[str], refs: Any, body: Any) -> None:
+    def run(
+        self, kinds: Mapping[str, Kind], results: Collection[str], refs: Any, body: Any
+    ) -> None:
         """Runs `body`, which is given the first step, on the arrays of a program."""
         arrays, program = dict(zip(kinds, refs, strict=False)), (pl.program_id(0), pl.program_id(1))
         if not self.flat:
@@ -430,7 +437,7 @@ class ThreadTile(_Tile):
         return {"grid": (self.programs * self.spans,), "compiler_params": params}
 
     def excess(self, sizes: Sequence[int]) -> str | None:
-        """What does not fit, of a kernel with arrays of the size of x with so many bytes a value."""
+        """What does not fit, of a kernel with arrays of the size of x of so many bytes a value."""
         _, p, c = self.shape
         chunk, groups = math.prod(self.block), min(self.together, self.groups)
         if chunk > REGISTERS:
@@ -440,7 +447,9 @@ class ThreadTile(_Tile):
             return f"{sample >> 10:,} KiB of the L2 cache, of which a program has {L2 >> 10}"
         return None
 
-    def run(self, kinds: Mapping[str, Kind], results: Collection[str], refs: Any, body: Any) -> None:
+    def run(
+        self, kinds: Mapping[str, Kind], results: Collection[str], refs: Any, body: Any
+    ) -> None:
         """Runs `body`, which is given the first step, on the arrays of a program."""
         # Those that share lines of memory follow each other.
         program = pl.program_id(0) // self.spans, pl.program_id(0) % self.spans
@@ -506,9 +515,7 @@ class ThreadStep(_Step):
         return statistic
 
 
-def thread_tile(
-    shape: tuple[int, int, int], groups: int, itemsize: int, sums: bool
-) -> ThreadTile:
+def thread_tile(shape: tuple[int, int, int], groups: int, itemsize: int, sums: bool) -> ThreadTile:
     """The cut on a GPU: chunks of 1,024 values or, of larger samples, of up to 8,192.
 
     Neighbours in memory come first: 64 bytes at least, then positions, more groups, examples.
