@@ -3,7 +3,7 @@
     xla         μ and σ are measured, then applied; XLA fuses that with what stands beside it
     pallas      a kernel, on a TPU or a GPU; what there is no kernel for is an error
     interpret   the kernel, run by an interpreter on any platform: slow, for tests
-    auto        the kernel where `normlab.kernels.table` says that it is faster there, or else XLA
+    auto        the kernel where `normlab._kernels.table` says that it is faster there, or else XLA
 
 A kernel measures and applies at once, so that an example is read once. It belongs to parts that
 know of it: `affine(parts, a)` runs it where `a` is the very array that they were measured on, and
@@ -144,7 +144,7 @@ def faster(a: Array, shape: Sequence[int], groups: int, centred: bool) -> bool:
     platform = {"gpu": "cuda"}.get(jax.default_backend(), jax.default_backend())
     if platform == "cpu":
         return False
-    from normlab.kernels import table
+    from normlab._kernels import table
 
     return table.faster(platform, a.dtype, shape, groups, centred)
 
@@ -165,7 +165,7 @@ def _run(
     added: tuple[Array, Array] | None = None,
 ) -> tuple[Array, Array]:
     """(h, a): of `a`, or of the sum of the two that are `added` and a is."""
-    from normlab.kernels import examples
+    from normlab._kernels import examples
 
     after, activation = activation, activation if residual is None else None
 
@@ -205,7 +205,7 @@ class Columns(NamedTuple):
 
     def moments(self, x: Array, axes: Sequence[int], *, weights: Any = None) -> Moments:
         """`moments` over all axes but the last."""
-        from normlab.kernels import channels
+        from normlab._kernels import channels
 
         assert weights is None
         pivot = lax.stop_gradient(pivot_of(x, tuple(axes), None, "auto"))
@@ -229,7 +229,7 @@ class Columns(NamedTuple):
         residual: Array | None = None,
         added: Any = None,
     ) -> tuple[Array, Array]:
-        from normlab.kernels import channels
+        from normlab._kernels import channels
 
         del added  # who sums reads it again
         mu, sigma, shape = parts.mu, parts.sigma, (1,) * (a.ndim - 1) + a.shape[-1:]

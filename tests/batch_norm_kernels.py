@@ -18,8 +18,8 @@ from jax import lax
 from jax.custom_derivatives import linear_call
 
 from normlab._apply import reciprocal, shift
+from normlab._kernels import columns
 from normlab._sums import pivot_of
-from normlab.kernels import columns
 
 
 def _wide(x):

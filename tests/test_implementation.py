@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import normlab as nl
@@ -154,6 +155,17 @@ def test_over_devices_in_shard_map(name, typed):
         return jax.jit(_slopes(f))(X, G, B)
 
     assert gap(run("interpret"), run("xla")) < 1e-4
+
+
+@pytest.mark.parametrize("name", ["layer", "group", "batch with all"])
+def test_in_plain_jit_each_device_runs_the_kernel_on_its_examples(name):
+    over = mesh(d=8)
+    places = [NamedSharding(over, spec) for spec in (P("d"), P(), P())]
+    given = [*map(jax.device_put, (X, G, B), places)]
+    step = jax.jit(_slopes(lambda *v: NORMS[name]("interpret", *v)))
+    compiled = step.lower(*given).compile()
+    assert "all-gather" not in compiled.as_text()
+    assert gap(compiled(*given), _slopes(lambda *v: NORMS[name]("xla", *v))(X, G, B)) < 1e-4
 
 
 def test_without_jit_and_with_numpy_it_is_the_kernel_all_the_same(monkeypatch):

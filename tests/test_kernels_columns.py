@@ -12,7 +12,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 import normlab as nl
-from normlab.kernels import columns
+from normlab._kernels import columns
 from tests import batch_norm_kernels
 from tests.helpers import array, draw, gap, mesh
 

@@ -16,9 +16,9 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import normlab as nl
-from normlab.kernels.partitioned import by_examples
-from normlab.kernels.rows import Rows, backward, forward, problem
-from normlab.kernels.tiles import thread_tile, vector_tile
+from normlab._kernels.partitioned import by_examples
+from normlab._kernels.rows import Rows, backward, forward, problem
+from normlab._kernels.tiles import thread_tile, vector_tile
 from tests.helpers import array, draw, gap, mesh
 
 PLATFORMS = ("tpu", "cuda")

@@ -25,9 +25,20 @@ class Peer(nl.Norm):
 
     call: Callable[..., tuple[Array, Any]]
 
-    def apply(self, params: Any, state: Any, site: nl.Site, *, train: bool) -> tuple[Array, Any]:
+    def apply(
+        self,
+        params: Any,
+        state: Any,
+        site: nl.Site,
+        *,
+        train: bool,
+        residual: Any = None,
+        activation: Any = None,
+    ) -> tuple[Array, Any]:
         """What the other library makes of it."""
-        return self.call(params, state, site, train=train)
+        h, state = self.call(params, state, site, train=train)
+        h = h if residual is None else h + residual
+        return h if activation is None else activation(h), state
 
     def _key(self) -> Any:
         return self.init, self.call

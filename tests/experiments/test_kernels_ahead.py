@@ -19,8 +19,8 @@ from jax.sharding import PartitionSpec as P
 
 from experiments.programs.machines import compile_for, missing
 from experiments.programs.passes import Passes, lower, passes, place
-from normlab.kernels.partitioned import by_examples
-from normlab.kernels.rows import Rows, backward, forward, problem
+from normlab._kernels.partitioned import by_examples
+from normlab._kernels.rows import Rows, backward, forward, problem
 from tests.experiments.test_accelerators import BOTH, FORWARD, ROOT
 
 silu = jax.nn.silu

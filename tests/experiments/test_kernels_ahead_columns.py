@@ -19,7 +19,7 @@ from jax import lax
 import normlab as nl
 from experiments.programs.machines import missing
 from experiments.programs.passes import Passes, lower, moves, passes, place
-from normlab.kernels import columns
+from normlab._kernels import columns
 from tests.batch_norm_kernels import batch_norm, batch_norm_and_pull
 from tests.experiments.test_accelerators import BOTH, FORWARD, ROOT
 

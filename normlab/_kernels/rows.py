@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.experimental import pallas as pl
 
-from normlab.kernels.tiles import Kind, thread_tile, vector_tile
+from normlab._kernels.tiles import Kind, thread_tile, vector_tile
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,6 +8,7 @@ a linear operation that stands for the derivative.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
@@ -18,6 +19,7 @@ from jax import Array
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
+from normlab._kernels.partitioned import by_examples
 from normlab.errors import invalid
 
 PLATFORMS = ("tpu", "cuda")
@@ -42,6 +44,11 @@ class Kernel(Protocol):
     @property
     def interpret(self) -> bool:
         """Whether an interpreter runs the kernel, on any platform."""
+        ...
+
+    @property
+    def divisible(self) -> bool:
+        """Whether devices that share the examples can each run it on theirs: `by_examples`."""
         ...
 
     @property
@@ -124,9 +131,12 @@ def _lower(context: Any, *arrays: Any, kernel: Kernel, platform: str) -> Any:
         raise invalid(kernel.where, given, "what there is a kernel for", change)
     platform = platform if platform in PLATFORMS else PLATFORMS[0]  # for the interpreter
     run = kernel.formula if problem else functools.partial(kernel.run, platform)
+    if not problem and kernel.divisible and _shared(context):
+        run = by_examples(run)
     # Here the types that say over which devices an array varies have done their work, and what
     # runs a kernel would have to keep to them.
-    untyped = [jax.core.ShapedArray(v.shape, v.dtype) for v in context.avals_in]
+    like = [jax.ShapeDtypeStruct(v.shape, v.dtype) for v in context.avals_in]
+    untyped = jax.make_jaxpr(lambda *arrays: arrays)(*like).in_avals
     context = context.replace(avals_in=untyped)
     return mlir.lower_fun(run, multiple_results=True)(context, *arrays)
 
@@ -140,11 +150,25 @@ def _unsuitable(context: Any, platform: str, kernel: Kernel) -> str | None:
     place = context.module_context.axis_context
     axes = getattr(getattr(place, "mesh", None), "shape", {})
     manual = getattr(place, "manual_axes", None)
-    if manual is None and (getattr(place, "num_devices", 1) or 1) > 1:
-        return "a program over several devices; it can be called within shard_map or pmap"
+    if _shared(context) and not getattr(place, "device_assignment", None):
+        return "a program over devices that are not known; it can be called within shard_map"
     if manual is not None and any(n > 1 and name not in manual for name, n in axes.items()):
         return "a shard_map that leaves axes to XLA; it can be called within one over all of them"
     return kernel.problem(platform, *context.avals_in)
+
+
+with contextlib.suppress(ImportError, AttributeError):
+    # JAX tells the lowering of these which devices there are, as `by_examples` asks.
+    from jax._src.dispatch import prim_requires_devices_during_lowering
+
+    prim_requires_devices_during_lowering.add(_kernel)
+
+
+def _shared(context: Any) -> bool:
+    """Whether the program is one over several devices, as in plain `jit`."""
+    place = context.module_context.axis_context
+    several = (getattr(place, "num_devices", 1) or 1) > 1
+    return several and getattr(place, "manual_axes", None) is None
 
 
 for _platform in (*PLATFORMS, "cpu", "rocm"):

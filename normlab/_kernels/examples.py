@@ -10,14 +10,16 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from normlab.kernels import formula, rows
-from normlab.kernels.primitive import Arrays, call, zeros
-from normlab.kernels.rows import Rows
+from normlab._kernels import formula, rows
+from normlab._kernels.primitive import Arrays, call, zeros
+from normlab._kernels.rows import Rows
 
 
 @dataclasses.dataclass(frozen=True)
 class _Kernel:
-    """What the three have in common: see `normlab.kernels.primitive.Kernel`."""
+    """What the three have in common: see `normlab._kernels.primitive.Kernel`."""
+
+    divisible = True
 
     spec: Rows
     where: str
@@ -72,6 +74,8 @@ class Forward(_Kernel):
 
 class Tangent(_Kernel):
     """The derivative of `Forward`, linear in the last three: its transpose is `Backward`."""
+
+    divisible = False
 
     def formula(
         self,

@@ -15,14 +15,16 @@ from jax import Array
 
 from normlab._apply import finished
 from normlab._checks import promote
+from normlab._kernels import columns
+from normlab._kernels.primitive import Arrays, call
 from normlab._sums import power_sums
-from normlab.kernels import columns
-from normlab.kernels.primitive import Arrays, call
 
 
 @dataclasses.dataclass(frozen=True)
 class _Kernel:
-    """What they have in common: see `normlab.kernels.primitive.Kernel`."""
+    """What they have in common: see `normlab._kernels.primitive.Kernel`."""
+
+    divisible = True
 
     where: str
     strict: bool
@@ -73,6 +75,8 @@ class Apply(_Kernel):
 
 class ApplyTangent(_Kernel):
     """The derivative of `Apply`, linear in the last half: its transpose takes `ApplySums`."""
+
+    divisible = False
 
     def formula(self, *arrays: Array) -> Arrays:
         half = (len(arrays) + 1) // 2
