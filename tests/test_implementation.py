@@ -204,7 +204,7 @@ ASKED = {
     "int32": lambda how: nl.layer_norm(jnp.ones((2, 3), jnp.int32), **how),
     "groups of channels": lambda how: nl.group_norm(X, groups=3, channel_axis=1, **how),
     "parts of batches": lambda how: nl.batch_norm(
-        X, train=True, axis_name=nl.Sync((), shards=2), **how
+        X, train=True, axis_name=nl.Sync(groups=1, shards=2), **how
     )[0],
     "channels that are not last": lambda how: nl.batch_norm(X, train=True, channel_axis=1, **how)[
         0
