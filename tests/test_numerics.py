@@ -83,8 +83,8 @@ def test_a_pivot_of_a_sixteenth_is_safe_against_any_outlier(count, outlier, mean
     assert np.abs(m.var()[0] - var).max() <= 5e-6 * var.max() + 1e-6 * (mean != 0)
 
 
-# Sums about 0, on a CPU, where they tell that they lost nothing: of channels over many examples, and
-# over the innermost axis.
+# Sums about 0, on a CPU, where they tell that they lost nothing: of channels over many examples,
+# and over the innermost axis.
 
 LAYOUTS = {
     "channels": (lambda x: x, (0, 1, 2), lambda x: x[0, 0, 0]),
