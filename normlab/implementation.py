@@ -116,7 +116,7 @@ def by_kernel(
     if groups is None:
         groups = 1 if last in axes else a.shape[-1]
     lacks = _lacks(where, implementation, a, eps, without)
-    if lacks or (implementation == "auto" and not faster(a, a.shape[first:], groups, centred)):
+    if lacks or (implementation == "auto" and not _faster(a, first, groups, centred)):
         return parts
     kernel = functools.partial(_run, where, implementation, a, first, groups, centred, float(eps))
     return _with(KernelParts(*parts), a, kernel)
@@ -139,14 +139,13 @@ def _lacks(where: str, implementation: Implementation, a: Array, eps: Any, witho
     return bool(without)
 
 
-def faster(a: Array, shape: Sequence[int], groups: int, centred: bool) -> bool:
-    """Whether the table has a kernel for examples of that shape, where the program is to run."""
-    platform = {"gpu": "cuda"}.get(jax.default_backend(), jax.default_backend())
-    if platform == "cpu":
+def _faster(a: Array, first: int, groups: int, centred: bool) -> bool:
+    """Whether the table has a kernel for examples of those axes, where programs here are to run."""
+    if jax.default_backend() == "cpu":
         return False
     from normlab._kernels import table
 
-    return table.faster(platform, a.dtype, shape, groups, centred)
+    return table.faster(a.dtype, math.prod(a.shape[first:]), groups, centred)
 
 
 def _run(

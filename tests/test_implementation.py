@@ -11,6 +11,7 @@ import normlab as nl
 import normlab.linen as nll
 import normlab.nnx as nlx
 from normlab import implementation
+from normlab._kernels import table
 from tests.helpers import array, draw, gap, mesh
 
 X = array(draw(0, 8, 3, 6, mean=1.0))
@@ -218,6 +219,26 @@ def test_what_no_kernel_does_is_an_error_unless_auto_was_asked(asked):
     with pytest.raises(ValueError, match=rf"implementation='pallas' with .*{asked}.*'xla'"):
         ASKED[asked]({"implementation": "pallas"})
     assert gap(ASKED[asked]({"implementation": "auto"}), ASKED[asked]({})) == 0
+
+
+def test_auto_takes_a_kernel_where_the_table_has_a_row(monkeypatch):
+    """On a chip of another name here: what it then lowers to is the formula, on a CPU."""
+    assert table.TABLE == ()  # no clock was read; docs/speed.md says so
+    chip = jax.devices()[0].device_kind
+    row = table.Faster(chip, True, 1, "float32", 6, 6)
+    monkeypatch.setattr(table, "TABLE", (row,))
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+
+    def chosen(x, **options):
+        return getattr(nl.layer_parts(x, **options), "kernel", None) is not None
+
+    assert chosen(X)
+    assert not chosen(X, implementation="xla")
+    assert not chosen(X, axes="all")
+    assert not chosen(X.astype(jnp.bfloat16))
+    assert not chosen(X, weights=jnp.ones(8))
+    assert getattr(nl.rms_parts(X), "kernel", None) is None
+    assert gap(nl.layer_norm(X, nl.Affine(G, B)), NORMS["layer"]("xla", X, G, B)) < 1e-6
 
 
 def test_a_platform_without_kernels_is_an_error():
