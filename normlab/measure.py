@@ -192,9 +192,10 @@ def _moments(
         about = x, pivot, axes
         first, second = power_sums(*about) if w is None else weighted_sums(*about, w)
     if algorithm == "one_pass":
-        mean, pivot = pivot + first / n, jnp.zeros_like(pivot)
-        _, second = power_sums(x, pivot, axes) if w is None else weighted_sums(x, pivot, axes, w)
-        first = mean * n
+        mean, zero = pivot + first / n, jnp.zeros_like(pivot)
+        _, second = power_sums(x, zero, axes) if w is None else weighted_sums(x, zero, axes, w)
+        # n times the mean, divided by n, would not be the mean of a constant any more.
+        return from_sums(count, zero, mean * n, second)._replace(mean=mean)
     return from_sums(count, pivot, first, second)
 
 
