@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -15,7 +16,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
-from normlab._apply import apply_parts
+from normlab._apply import apply_parts, finished
 from normlab._arguments import SIZES, a_function, array, checked, declare, instance, real
 from normlab._checks import (
     check_parts,
@@ -200,7 +201,12 @@ def affine(
         raise invalid("affine", given, "the shape of the pre-activation", "broadcast it")
     if isinstance(parts, Applied):
         after: Any = {"residual": residual, "activation": activation}
-        return parts.apply(a, weights, **{k: v for k, v in after.items() if v is not None})
+        after = {name: value for name, value in after.items() if value is not None}
+        known = inspect.signature(parts.apply).parameters
+        if after.keys() <= known.keys() or any(p.kind is p.VAR_KEYWORD for p in known.values()):
+            return parts.apply(a, weights, **after)
+        h, more = parts.apply(a, weights), None if residual is None else jnp.asarray(residual)
+        return finished(promote(h), more, activation).astype(h.dtype)
     mu, *others = check_parts(parts, a.shape, promote_dtype(a))
     mu = None if is_zero(mu) else mu
     apply = functools.partial(apply_parts, activation=activation)

@@ -26,7 +26,7 @@ from jax.typing import ArrayLike
 
 from normlab._apply import finished, reciprocal, shift
 from normlab._arguments import KINDS, anything, checked, declare, instance, one_of
-from normlab._checks import is_zero, promote
+from normlab._checks import check_parts, is_zero, promote, promote_dtype
 from normlab._sums import count_values, pivot_of
 from normlab._trees import node
 from normlab._xla import alike
@@ -67,10 +67,11 @@ class KernelParts(Parts):
         activation: Activation | None = None,
     ) -> Array:
         """`affine(parts, a)`, which see."""
-        if self.kernel is None or a is not self.measured:
+        if self.kernel is None or a is not self.measured or weights is not None:
             more: Any = {"residual": residual, "activation": activation}
             return affine(Parts(*self), a, weights=weights, **more)
-        return self.kernel(self.g, self.b, activation, residual=residual)[0]
+        _, _, g, b = check_parts(Parts(*self), a.shape, promote_dtype(a))
+        return self.kernel(g, b, activation, residual=residual)[0]
 
     def invert(self, h: Array) -> Array:
         """`invert(parts, h)`, which see."""
@@ -133,10 +134,22 @@ def _lacks(where: str, implementation: Implementation, a: Array, eps: Any, witho
     if 0 in a.shape or not all(isinstance(n, int) for n in a.shape):
         without = without or f"the shape {a.shape}"
     if without and implementation != "auto":
-        given = f"implementation={implementation!r} with {without}"
-        change = "use implementation='auto', or 'xla'"
-        raise invalid(where, given, "what there is a kernel for", change)
+        raise _refused(where, implementation, without)
     return bool(without)
+
+
+def _refused(where: str, implementation: Implementation, asked: str) -> ValueError:
+    given = f"implementation={implementation!r} with {asked}"
+    change = "use implementation='auto', or 'xla'"
+    return invalid(where, given, "what a kernel takes (docs/kernels.md)", change)
+
+
+def _no_activation(activation: Activation | None) -> str:
+    """What an activation has that no kernel can have, if anything."""
+    from normlab._kernels.activations import operations_without
+
+    found = operations_without(activation, "cuda") if activation else []
+    return f"an activation with {', '.join(found)}; apply that to h" if found else ""
 
 
 def _faster(a: Array, first: int, groups: int, centred: bool) -> bool:
@@ -166,7 +179,11 @@ def _run(
     """(h, a): of `a`, or of the sum of the two that are `added` and a is."""
     from normlab._kernels import examples
 
-    after, activation = activation, activation if residual is None else None
+    asked = _no_activation(activation) if residual is None else "a residual; add that to h"
+    if asked and implementation != "auto":
+        raise _refused(where, implementation, asked)
+    # What follows is then XLA's.
+    after, activation = (activation, None) if asked else (None, activation)
 
     n, p, c = math.prod(a.shape[:first]), math.prod(a.shape[first:-1]), a.shape[-1]
     g, b = (v.reshape((1,) * (a.ndim - v.ndim) + v.shape) for v in (g, b))
@@ -187,7 +204,7 @@ def _run(
     arrays = alike(x, laid_out(g), laid_out(b), *y)
     h, _, _, *total = examples.call(examples.Forward(spec, where, strict, interpret), *arrays)
     h = h.reshape(a.shape)
-    if residual is not None:
+    if asked:
         h = finished(promote(h), residual, after).astype(h.dtype)
     return h, total[0].reshape(a.shape) if total else a
 
@@ -235,9 +252,9 @@ class Columns(NamedTuple):
         r = reciprocal(sigma, False) * g
         c = (0 if is_zero(mu) else shift(mu, r)) + b
         if jnp.broadcast_shapes(jnp.shape(mu), r.shape, c.shape, shape) != shape:
-            given = f"implementation={self.implementation!r} with statistics or gains by example"
-            change = "use implementation='auto', or 'xla'"
-            raise invalid(self.where, given, "what there is a kernel for", change)
+            raise _refused(self.where, self.implementation, "statistics or gains by example")
+        if asked := _no_activation(activation):
+            raise _refused(self.where, self.implementation, asked)
         columns = (jnp.broadcast_to(v, shape).reshape(-1) for v in (lax.stop_gradient(mu), r, c))
         more = () if residual is None else (residual.reshape(-1, a.shape[-1]),)
         given = alike(a.reshape(-1, a.shape[-1]), *columns, *more)
@@ -251,8 +268,10 @@ def by_columns(
     """Batch norm's kernels, if they are to be had: as `by_kernel`."""
     if implementation == "xla":
         return None
-    if channel != a.ndim - 1 or a.ndim < 2:
-        without = without or "channels that are not last, behind examples"
+    if a.ndim < 2:
+        return None  # which XLA's path says what is wrong with
+    if channel != a.ndim - 1:
+        without = without or "channels that are not last"
     if _lacks(where, implementation, a, 0.0, without) or implementation == "auto":
         return None
     return Columns(where, implementation)

@@ -56,12 +56,6 @@ NORMS = {
     "with an activation": lambda i, x, g, b: nl.affine(
         nl.layer_parts(x, nl.Affine(g, b), implementation=i), x, activation=jax.nn.gelu
     ),
-    "with a residual": lambda i, x, g, b: nl.affine(
-        nl.rms_parts(x, nl.Affine(g, b), implementation=i),
-        x,
-        residual=2 * x,
-        activation=jax.nn.silu,
-    ),
     "of a sum": lambda i, x, g, b: nl.add_norm(
         nl.get("layer", implementation=i), nl.Affine(g, b), (), x, jnp.cos(x), train=True
     )[:2],
@@ -204,6 +198,14 @@ ASKED = {
     "traced": lambda how: jax.jit(lambda eps: nl.rms_norm(X, eps=eps, **how))(1e-5),
     "int32": lambda how: nl.layer_norm(jnp.ones((2, 3), jnp.int32), **how),
     "groups of channels": lambda how: nl.group_norm(X, groups=3, channel_axis=1, **how),
+    "a residual": lambda how: nl.affine(nl.layer_parts(X, **how), X, residual=X),
+    "closes over": lambda how: nl.affine(
+        nl.layer_parts(X, **how), X, activation=lambda z: z * jnp.float32(2) ** G[0]
+    ),
+    "reduce_max": lambda how: nl.affine(nl.rms_parts(X, **how), X, activation=jax.nn.softmax),
+    "reduce_sum": lambda how: nl.get("batch", **how).apply(
+        nl.Affine(G, B), STATE, nl.Site(X), train=False, activation=lambda z: z - z.sum()
+    )[0],
     "parts of batches": lambda how: nl.batch_norm(
         X, train=True, axis_name=nl.Sync(groups=1, shards=2), **how
     )[0],
@@ -239,6 +241,42 @@ def test_auto_takes_a_kernel_where_the_table_has_a_row(monkeypatch):
     assert not chosen(X, weights=jnp.ones(8))
     assert getattr(nl.rms_parts(X), "kernel", None) is None
     assert gap(nl.layer_norm(X, nl.Affine(G, B)), NORMS["layer"]("xla", X, G, B)) < 1e-6
+
+
+def test_weights_of_the_call_and_params_that_do_not_fit_are_as_with_xla():
+    x = X.at[0].set(jnp.inf)
+    parts, plain = (
+        nl.batch_parts(x, None, STATE, train=False, implementation=i)[0]
+        for i in ("interpret", "xla")
+    )
+    w = jnp.ones(8).at[0].set(0)
+    assert gap(nl.affine(parts, x, weights=w), nl.affine(plain, x, weights=w)) == 0
+    with pytest.raises(ValueError, match="a g of shape"):
+        nl.affine(parts._replace(g=jnp.ones(5)), x)
+
+
+@pytest.mark.parametrize("name", ["layer", "batch with all", "of a sum"])
+def test_without_compiling_and_without_promotion_of_ranks(name):
+    expected = NORMS[name]("xla", X, G, B)
+    with jax.disable_jit():
+        assert gap(NORMS[name]("interpret", X, G, B), expected) < 2e-6
+    with jax.numpy_rank_promotion("raise"):
+        jax.jit(_slopes(lambda *v: NORMS[name]("interpret", *v)))(X, G, B)
+
+
+class Doubled:
+    """Parts of a user's, that know of no residual."""
+
+    def apply(self, a, weights=None):
+        return 2 * a
+
+    def invert(self, h):
+        return h / 2
+
+
+def test_parts_of_a_users_get_residual_and_activation_after_them():
+    h = nl.affine(Doubled(), X, residual=X, activation=jax.nn.relu)
+    assert gap(h, jax.nn.relu(3 * X)) < 1e-6
 
 
 def test_a_platform_without_kernels_is_an_error():

@@ -35,7 +35,7 @@ class _Kernel:
         return columns.problem(platform, x.shape, x.dtype, self.activation)
 
     def _h(self, x: Array, k: Array, r: Array, c: Array, *residual: Array) -> Array:
-        z = (promote(x) - k) * r + c
+        z = (promote(x) - k[None]) * r[None] + c[None]
         return finished(z, residual[0] if residual else None, self.activation).astype(x.dtype)
 
     def _as(self, kind: Any) -> Any:
@@ -53,7 +53,7 @@ class Sums(_Kernel):
 
     def jvp(self, primals: Sequence[Array], tangents: Sequence[Array]) -> tuple[Arrays, Arrays]:
         (x, k), (dx, dk) = primals, tangents
-        d, dd = promote(x) - k, promote(dx) - dk
+        d, dd = promote(x) - k[None], promote(dx) - dk[None]
         return call(self, x, k), (dd.sum(0), 2 * (d * dd).sum(0))
 
 
@@ -97,8 +97,8 @@ class ApplyTangent(_Kernel):
         if not u:
             u = [promote(dh)]
             if self.activation is not None:
-                u = jax.vjp(self.activation, (promote(x) - k) * r + c)[1](u[0])
-        dx = (promote(u[0]) * r).astype(x.dtype)
+                u = jax.vjp(self.activation, (promote(x) - k[None]) * r[None] + c[None])[1](u[0])
+        dx = (promote(u[0]) * r[None]).astype(x.dtype)
         return [None] * len(known) + [dx, second, first, *(u[0].astype(v.dtype) for v in residual)]
 
 
@@ -110,9 +110,9 @@ class ApplySums(_Kernel):
 
     def formula(self, x: Array, dh: Array, *arrays: Array) -> Arrays:
         k, r, c, *residual = arrays
-        d, u, f = promote(x) - k, promote(dh), self.activation
+        d, u, f = promote(x) - k[None], promote(dh), self.activation
         if f is not None:
-            (u,) = jax.vjp(f, sum(map(promote, residual), d * r + c))[1](u)
+            (u,) = jax.vjp(f, sum(map(promote, residual), d * r[None] + c[None]))[1](u)
         kept = (u.astype(residual[0].dtype),) if residual and f is not None else ()
         return u.sum(0), (u * d).sum(0), *kept
 

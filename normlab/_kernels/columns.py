@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -27,6 +26,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as mosaic
 from jax.experimental.pallas import triton
 from jax.typing import DTypeLike
+
+from normlab._kernels.activations import operations_without
 
 Platform = Literal["tpu", "cuda"]
 Activation = Callable[[Array], Array]
@@ -184,37 +185,11 @@ def problem(
         found = f"a kernel counts rows and channels up to 2**30, not {max(shape)}"
     elif platform == "tpu" and 2 * channels <= _LANES and rows * _LANES > 2**29:
         found = f"a TPU keeps rows of {_LANES} values: {rows} of {channels} would not fit"
-    elif activation is not None and (why := _unknown(platform, activation)):
-        found = f"no kernel can have this activation ({why})"
+    elif activation and (unknown := operations_without(activation, platform)):
+        found = f"no kernel can have this activation ({', '.join(unknown)})"
     else:
         return None
     return f"{found}; use implementation='xla'"
-
-
-@functools.lru_cache
-def _unknown(platform: Platform, activation: Activation) -> str | None:
-    """Why an activation cannot be in a kernel, as JAX says it when it lowers one."""
-    x, v, one = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((16, 128), (128,), ()))
-
-    def kernels(x: Array, v: Array) -> tuple[Any, Any]:
-        forward = functools.partial(apply, platform, False)
-        backward = functools.partial(apply_sums, platform, False)
-        return (
-            forward(x, v, v, v, activation=activation),
-            backward(x, x, v, v, v, activation=activation),
-        )
-
-    def lower() -> str | None:
-        try:
-            jax.eval_shape(lambda z: activation(z).reshape(()), one)
-            jax.jit(kernels).trace(x, v).lower(lowering_platforms=(platform,))
-        except Exception as error:
-            return str(error).split(". ")[0]
-        return None
-
-    # A thread of its own has no mesh, over which a kernel would have to be mapped.
-    with ThreadPoolExecutor(1) as thread:
-        return thread.submit(lower).result()
 
 
 def _linear(x: Array, k: Array, r: Array, c: Array, residual: Sequence[Array]) -> Array:

@@ -19,7 +19,7 @@ from normlab._kernels.rows import Rows
 class _Kernel:
     """What the three have in common: see `normlab._kernels.primitive.Kernel`."""
 
-    divisible = True
+    divisible, gain = True, 0  # gain: where g and b stand behind x
 
     spec: Rows
     where: str
@@ -27,7 +27,7 @@ class _Kernel:
     interpret: bool
 
     def problem(self, platform: str, x: Any, *others: Any) -> str | None:
-        gain = max((v.shape for v in others[-2:]), key=len)
+        gain = max((v.shape for v in others[self.gain : self.gain + 2]), key=len)
         return rows.problem(self.spec, platform, x.shape, x.dtype, gain)
 
     def _h(self, x: Array, g: Array, b: Array) -> tuple[Array, Array, Array]:
@@ -106,6 +106,8 @@ class Tangent(_Kernel):
 
 class Backward(_Kernel):
     """`(x, dh, g, b, mean, 1/σ[, dtotal]) -> (dx, dg, db)`."""
+
+    gain = 1
 
     def formula(
         self,

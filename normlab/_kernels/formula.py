@@ -38,6 +38,7 @@ def normalized(
     def spread(v: Array) -> Array:
         return v[:, None] if groups in (1, c) else jnp.repeat(v, c // groups, 1)[:, None]
 
+    g, b = (jnp.broadcast_to(v, (1, 1, *v.shape)) if v.ndim == 1 else v for v in (g, b))
     mu, others = spread(mean) if centred else None, (spread(sigma), g, b)
     h = apply_parts(x, mu, others, None, activation=activation)
     return h, mean, 1 / sigma

@@ -94,7 +94,8 @@ def _compiled(kernel: Kernel) -> Any:
 
 @_kernel.def_impl
 def _(*arrays: Array, kernel: Kernel) -> Any:
-    return _compiled(kernel)(*arrays)
+    with jax.disable_jit(False):
+        return _compiled(kernel)(*arrays)
 
 
 def _jvp(primals: Sequence[Array], tangents: Sequence[Any], *, kernel: Any) -> Any:
@@ -128,7 +129,7 @@ def _lower(context: Any, *arrays: Any, kernel: Kernel, platform: str) -> Any:
         shapes = ", ".join(f"{v.dtype}{list(v.shape)}" for v in context.avals_in)
         given = f"implementation='pallas' on {platform} for {shapes}: {problem}"
         change = "use implementation='auto', or 'xla'"
-        raise invalid(kernel.where, given, "what there is a kernel for", change)
+        raise invalid(kernel.where, given, "what a kernel takes (docs/kernels.md)", change)
     platform = platform if platform in PLATFORMS else PLATFORMS[0]  # for the interpreter
     run = kernel.formula if problem else functools.partial(kernel.run, platform)
     if not problem and kernel.divisible and _shared(context):

@@ -22,6 +22,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.experimental import pallas as pl
 
+from normlab._kernels.activations import operations_without
 from normlab._kernels.tiles import Kind, thread_tile, vector_tile
 
 
@@ -155,7 +156,7 @@ def problem(
     _, p, c = shape
     if c % spec.groups:
         return f"{c} channels in {spec.groups} groups; use a number of groups that divides them"
-    if spec.activation and (unknown := _unknown(spec.activation, platform)):
+    if spec.activation and (unknown := operations_without(spec.activation, platform)):
         return f"an activation with {', '.join(unknown)}; apply it to h{otherwise}"
     every = 2 if len(gain_shape) == 3 else 0  # g and b; backward, their derivatives too
     more = 2 if spec.add else 0
@@ -171,39 +172,6 @@ def problem(
 
 
 _TYPES = {"tpu": ("float32", "bfloat16"), "cuda": ("float32", "bfloat16", "float16")}
-
-# fmt: off
-_OPERATIONS = {
-    "abs", "add", "add_any", "and", "broadcast_in_dim", "convert_element_type", "cos", "div",
-    "eq", "exp", "ge", "gt", "integer_pow", "le", "log1p", "logistic", "lt", "max", "min", "mul",
-    "ne", "neg", "pow", "select_n", "sin", "sqrt", "square", "sub", "tanh",
-}
-# fmt: on
-"""Elementwise operations that lower in float32 on both platforms."""
-
-
-def _unknown(f: Callable[[Array], Array], platform: str) -> list[str]:
-    """What an activation or its derivative does that there is no kernel for."""
-    z = jax.ShapeDtypeStruct((2, 3), jnp.float32)
-    closed = jax.make_jaxpr(lambda z, dz: jax.jvp(f, (z,), (dz,)))(z, z)
-    known = _OPERATIONS | ({"expm1", "atan", "cbrt"} if platform == "cuda" else set())
-    found = set()
-
-    def look(jaxpr: Any) -> None:
-        for equation in jaxpr.eqns:
-            inner = [v for v in equation.params.values() if hasattr(v, "eqns")]
-            for program in inner:
-                look(program)
-            types = {str(v.aval.dtype) for v in (*equation.invars, *equation.outvars)}
-            if types - {"float32", "bool"}:
-                found.update(types - {"float32", "bool"})
-            elif not inner and equation.primitive.name not in known:
-                found.add(equation.primitive.name)
-
-    look(closed)
-    if any(jnp.ndim(v) for v in closed.consts):
-        found.add("an array of its own")
-    return sorted(found)
 
 
 def _by_channel(v: Array, x: Array) -> Array:
