@@ -14,7 +14,7 @@ INSTALLED := $(VENV)/installed
 PYTEST := -m pytest -n logical --dist worksteal
 
 .PHONY: compare report test test-library test-experiments test-wheel test-newest test-oldest \
-  test-slow coverage lint reference bench bench-gpu bench-bytes dist lock clean
+  test-ahead test-slow coverage lint reference bench bench-gpu bench-bytes dist lock clean
 
 compare: $(INSTALLED)-experiments
 	$(BIN)/python -m experiments compare $(ARGS)
@@ -69,6 +69,11 @@ test-oldest:
 # Minutes long, with real data; peers that are not installed are skipped.
 test-slow: $(INSTALLED)-dev
 	$(BIN)/python $(PYTEST) -m "slow or not slow" --timeout 1800 $(ARGS)
+
+# Programs for a TPU and a GPU, compiled without the hardware: 5 GB of compilers.
+test-ahead: $(INSTALLED)-dev $(INSTALLED)-tpu $(INSTALLED)-cuda
+	$(BIN)/python $(PYTEST) -m "slow or not slow" --timeout 1800 tests/experiments/test_accelerators.py \
+	  tests/experiments/test_kernels_ahead.py tests/experiments/test_kernels_ahead_columns.py $(ARGS)
 
 # Which lines of normlab/ its own tests run; on GitHub in the job's summary too.
 coverage: $(INSTALLED)-test
