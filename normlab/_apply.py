@@ -107,11 +107,15 @@ def _from(a: Array, pivot: Array | None = None) -> Array:
 def _(primals: Any, tangents: Any) -> Any:
     (a, pivot, r, c, g, b), (da, dk, dr, dc, dg, db) = primals, tangents
     pivots = () if pivot is None else (pivot,)
-    r1, g1, *k1 = renamed(r, g, *pivots)
+
+    def smaller(*statistics: Array) -> list[Array]:
+        return [renamed(v)[0] if v.shape != a.shape else v for v in statistics]
+
+    r1, g1, *k1 = smaller(r, g, *pivots)
     a1, r1, g1, *k1 = apart(a, r1, g1, *k1)
     a2, r2, g2, *k2 = apart(a1, r1, g1, *k1)
     r3, g3 = apart(r2, g2)
-    r2, *k2 = renamed(r2, *k2)
+    r2, *k2 = smaller(r2, *k2)
     by_a = _from(da, dk) * r3 * g3
     by_r = _from(a1, *k1) * g1 * dr
     by_g = (_from(a2, *k2) * r2 + c) * dg
