@@ -155,7 +155,12 @@ def batch_parts(
     g, b = gain_and_bias(where, params, a, channel)
     sync = as_sync(axis_name)
     check_state(where, state, sync, train, a.shape, channel)
-    kernel = by_columns(where, implementation, a, channel, _no_kernel(weights, sync, algorithm))
+    without = {
+        "weights": weights is not None,
+        "parts of batches": not sync.along,
+        "algorithm='one_pass'": algorithm == "one_pass",
+    }
+    kernel = by_columns(where, implementation, a, channel, without)
     m, population, kept = None, None, 0
     if measures(state, train):
         x, w, axes, kept = examples_first(a, weights, channel)
@@ -192,16 +197,6 @@ def batch_parts(
         sigma = watched(sigma, a, weights, back, population.count.mean())
     parts = Parts(mu, sigma, g, b)
     return kernel.parts(parts, a) if kernel else parts, state
-
-
-def _no_kernel(weights: Any, sync: Sync, algorithm: Algorithm) -> str:
-    """What was asked for, if anything, that no kernel does."""
-    asked = {
-        "weights": weights is not None,
-        "parts of batches": not sync.along,
-        "algorithm='one_pass'": algorithm == "one_pass",
-    }
-    return next((said for said, so in asked.items() if so), "")
 
 
 def by_member(

@@ -202,8 +202,7 @@ def affine(
     if isinstance(parts, Applied):
         after: Any = {"residual": residual, "activation": activation}
         after = {name: value for name, value in after.items() if value is not None}
-        known = inspect.signature(parts.apply).parameters
-        if after.keys() <= known.keys() or any(p.kind is p.VAR_KEYWORD for p in known.values()):
+        if not after or after.keys() <= inspect.signature(parts.apply).parameters.keys():
             return parts.apply(a, weights, **after)
         h, more = parts.apply(a, weights), None if residual is None else jnp.asarray(residual)
         return finished(promote(h), more, activation).astype(h.dtype)

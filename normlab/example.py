@@ -117,15 +117,16 @@ def moments_over(
     return merged(where, m, over, spread=spread)
 
 
-def no_kernel(weights: Any, over: Any, algorithm: Algorithm = "auto", channel: int = -1) -> str:
-    """What was asked for, if anything, that no kernel does; `channel` is that of groups."""
-    asked = {
+def no_kernel(weights: Any, over: Any, algorithm: Algorithm = "auto") -> dict[str, bool]:
+    """Of what no kernel does, whether it was asked for."""
+    return {
         "weights": weights is not None,
         "an example that lies on several devices": bool(over),
-        "algorithm='one_pass', as kernels measure in two": algorithm == "one_pass",
-        "groups of channels that are not last": channel != -1,
+        "algorithm='one_pass'": algorithm == "one_pass",
     }
-    return next((said for said, so in asked.items() if so), "")
+
+
+_NOT_LAST = "groups of channels that are not last"
 
 
 def _sharing(where: str, axis_name: ExampleAxes | None, axes: Sequence[int], channel: int) -> Sync:
@@ -227,9 +228,11 @@ def rms_parts(
     square, count = mean_square(where, a, axes, channel_axis=channel_axis, **how)
     g, b = gain_and_bias(where, params, a, channel_axis, feature_axes)
     parts = Parts(no_mean(square.dtype), standard_deviation(square, count, eps), g, b)
-    last = -1 if groups == 1 else channel_axis % jnp.ndim(a) - jnp.ndim(a)
-    without = f"part={part}" if part != 1 else no_kernel(weights, axis_name, channel=last)
-    axes = _example_axes(where, axes, jnp.ndim(a), channel_axis % jnp.ndim(a))
+    ndim = jnp.ndim(a)
+    channel = channel_axis % ndim
+    without = no_kernel(weights, axis_name) | {f"part={part}": part != 1}
+    without |= {_NOT_LAST: groups > 1 and channel != ndim - 1}
+    axes = _example_axes(where, axes, ndim, channel)
     how = {"eps": eps, "groups": None if groups == 1 else groups, "centred": False}
     return by_kernel(where, implementation, parts, jnp.asarray(a), axes, without=without, **how)
 
@@ -335,7 +338,8 @@ def group_parts(
     check_values(where, jnp.shape(a), one, "example and group", change)
     parts = Parts(m.mean if centred else no_mean(m.mean.dtype), m.sigma(eps), g, b)
     ndim = jnp.ndim(a)
-    without = no_kernel(weights, axis_name, algorithm, channel_axis % ndim - ndim)
+    without = no_kernel(weights, axis_name, algorithm)
+    without |= {_NOT_LAST: groups > 1 and channel_axis % ndim != ndim - 1}
     how = {"eps": eps, "groups": groups, "centred": centred, "without": without}
     return by_kernel(where, implementation, parts, jnp.asarray(a), range(1, ndim), **how)
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -93,7 +93,7 @@ def by_kernel(
     eps: float,
     groups: int | None = None,
     centred: bool = True,
-    without: str = "",
+    without: Mapping[str, bool],
 ) -> Parts:
     """The parts of a norm that measures an example, with their kernel if one is to be had.
 
@@ -106,14 +106,14 @@ def by_kernel(
       eps: ε.
       groups: Of the channels; `None` for as many as there are, or one, as the axes have it.
       centred: Whether a mean is subtracted.
-      without: What was asked for that no kernel does.
+      without: Of what no kernel does, whether it was asked for.
     """
     if implementation == "xla":
         return parts
     axes, last = tuple(sorted(axes)), a.ndim - 1
     first = axes[0] if axes else last
-    if axes not in (tuple(range(first, last)), tuple(range(first, a.ndim))):
-        without = without or f"axes {axes}, which are not the last: positions, channels"
+    trailing = axes in (tuple(range(first, last)), tuple(range(first, a.ndim)))
+    without = {**without, f"axes {axes}, which are not the last: positions, channels": not trailing}
     if groups is None:
         groups = 1 if last in axes else a.shape[-1]
     lacks = _lacks(where, implementation, a, eps, without)
@@ -123,19 +123,22 @@ def by_kernel(
     return _with(KernelParts(*parts), a, kernel)
 
 
-def _lacks(where: str, implementation: Implementation, a: Array, eps: Any, without: str) -> bool:
+def _lacks(
+    where: str, implementation: Implementation, a: Array, eps: Any, without: Mapping[str, bool]
+) -> bool:
     """Whether there is no kernel for arrays like `a`; an error unless `"auto"` was asked."""
-    if isinstance(eps, Tracer):
-        without = without or "an ε that is traced"
-    if not jnp.issubdtype(a.dtype, jnp.floating) or jnp.finfo(a.dtype).bits > 32:
-        without = without or f"{a.dtype}"
-    if jax.typeof(a).sharding.mesh.explicit_axes:
-        without = without or "an explicit sharding, outside of shard_map"
-    if 0 in a.shape or not all(isinstance(n, int) for n in a.shape):
-        without = without or f"the shape {a.shape}"
-    if without and implementation != "auto":
-        raise _refused(where, implementation, without)
-    return bool(without)
+    floating = jnp.issubdtype(a.dtype, jnp.floating)
+    asked = {
+        **without,
+        "an ε that is traced": isinstance(eps, Tracer),
+        str(a.dtype): not floating or jnp.finfo(a.dtype).bits > 32,
+        "an explicit sharding, outside of shard_map": jax.typeof(a).sharding.mesh.explicit_axes,
+        f"the shape {a.shape}": 0 in a.shape or not all(isinstance(n, int) for n in a.shape),
+    }
+    found = next((said for said, so in asked.items() if so), "")
+    if found and implementation != "auto":
+        raise _refused(where, implementation, found)
+    return bool(found)
 
 
 def _refused(where: str, implementation: Implementation, asked: str) -> ValueError:
@@ -263,15 +266,18 @@ class Columns(NamedTuple):
 
 
 def by_columns(
-    where: str, implementation: Implementation, a: Array, channel: int, without: str
+    where: str,
+    implementation: Implementation,
+    a: Array,
+    channel: int,
+    without: Mapping[str, bool],
 ) -> Columns | None:
     """Batch norm's kernels, if they are to be had: as `by_kernel`."""
     if implementation == "xla":
         return None
     if a.ndim < 2:
         return None  # which XLA's path says what is wrong with
-    if channel != a.ndim - 1:
-        without = without or "channels that are not last"
+    without = {**without, "channels that are not last": channel != a.ndim - 1}
     if _lacks(where, implementation, a, 0.0, without) or implementation == "auto":
         return None
     return Columns(where, implementation)

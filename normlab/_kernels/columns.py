@@ -1,12 +1,13 @@
 """Batch norm's passes over x as Pallas kernels: the sums of its columns, and what follows them.
 
-x is `[N, C]`: examples and positions together, and channels. There are two passes each way, each
-of which reads its arrays once, in tiles of rows and columns:
+x is `[N, C]`: examples and positions together, and channels. Each reads its arrays once, in tiles
+of rows and columns:
 
     forward     sums         Σ (x − k), Σ (x − k)²
                 apply        h = f(z) with z = (x − k)·r + c + residual
     backward    apply_sums   Σ u, Σ u·(x − k) with u = dh·f′(z)
-                apply_dx     dx = u·r + p·(x − k) + q
+
+The second pass backward, dx, is elementwise: XLA makes one pass of it (`channels`).
 
 All arithmetic is in float32. A tile's sums are kept per row of a step, then added up; those of all
 tiles are added up by XLA: as many roundings as sums by halves, about. Sizes are any: rows and
@@ -97,8 +98,7 @@ def apply_sums(
     """Returns Σ u and Σ u·(x − k) over the rows, `[C]` float32, and u = dh·f′(z).
 
     u is the residual's derivative, and is written here, in its type, if there are a residual and
-    an activation: then `apply_dx` reads u for dh, and neither f nor the residual again. Else `dh`
-    is returned, which `apply_dx` takes with the same f.
+    an activation: then who makes dx reads neither f nor the residual again. Else `dh` is returned.
 
     Args:
       platform: As in `sums`.
@@ -123,42 +123,6 @@ def apply_sums(
     arrays = [x, *_given(dh, residual)]
     *u, first, second = _over_tiles(tile, platform, interpret, arrays, [k, r, c], kept, 2)
     return first, second, u[0] if u else dh
-
-
-def apply_dx(
-    platform: Platform,
-    interpret: bool,
-    x: Array,
-    dh: Array,
-    k: Array,
-    r: Array,
-    c: Array,
-    p: Array,
-    q: Array,
-    activation: Activation | None = None,
-) -> Array:
-    """Returns dx = u·r + p·(x − k) + q with u = dh·f′(z), in x's type.
-
-    Args:
-      platform: As in `sums`.
-      interpret: As in `sums`.
-      x: As in `sums`.
-      dh: The derivative of h; with a residual, the u of `apply_sums`, and no activation.
-      k: As in `apply`.
-      r: As in `apply`.
-      c: As in `apply`.
-      p: `[C]` float32, twice the derivative of Σ (x − k)².
-      q: `[C]` float32, the derivative of Σ (x − k).
-      activation: As in `apply`, which had no residual.
-    """
-
-    def tile(x: Array, dh: Array, k: Array, r: Array, c: Array, p: Array, q: Array) -> Any:
-        u = _pulled(activation, dh, lambda: _linear(x, k, r, c, []))
-        return (u * r + p * (x - k) + q,), ()
-
-    vectors = [k, r, c, p, q]
-    (dx,) = _over_tiles(tile, platform, interpret, [x, dh], vectors, [x.dtype], 0)
-    return dx
 
 
 def problem(

@@ -127,10 +127,11 @@ def _lower(context: Any, *arrays: Any, kernel: Kernel, platform: str) -> Any:
     problem = _unsuitable(context, platform, kernel)
     if problem and kernel.strict:
         shapes = ", ".join(f"{v.dtype}{list(v.shape)}" for v in context.avals_in)
-        given = f"implementation='pallas' on {platform} for {shapes}: {problem}"
+        asked = "interpret" if kernel.interpret else "pallas"
+        given = f"implementation={asked!r} on {platform} for {shapes}: {problem}"
         change = "use implementation='auto', or 'xla'"
         raise invalid(kernel.where, given, "what a kernel takes (docs/kernels.md)", change)
-    platform = platform if platform in PLATFORMS else PLATFORMS[0]  # for the interpreter
+    platform = PLATFORMS[0] if kernel.interpret else platform
     run = kernel.formula if problem else functools.partial(kernel.run, platform)
     if not problem and kernel.divisible and _shared(context):
         run = by_examples(run)
@@ -143,8 +144,8 @@ def _lower(context: Any, *arrays: Any, kernel: Kernel, platform: str) -> Any:
 
 
 def _unsuitable(context: Any, platform: str, kernel: Kernel) -> str | None:
-    if kernel.interpret:
-        return None
+    if kernel.interpret:  # it takes what a TPU does, or proofs by it would prove less
+        return kernel.problem(PLATFORMS[0], *context.avals_in)
     if platform not in PLATFORMS:
         return f"there are kernels for {' and '.join(PLATFORMS)}; 'interpret' runs them anywhere"
     # A compiled kernel cannot be cut: XLA would gather what it takes on every device.

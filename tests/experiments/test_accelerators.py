@@ -347,8 +347,6 @@ def kept_apart(text: str, shape: tuple[int, ...]) -> bool:
     [pytest.param(*k, id=f"{k[0]}-{k[1]}-{'x'.join(map(str, k[2]))}-{k[3]}") for k in BOUNDS],
 )
 def test_compiles_ahead_of_time(target, op, shape, dtype):
-    if command := missing(target):
-        pytest.skip(f"no compiler for {target}; to install it: {command}")
     found = in_a_process(target, op, *shape, dtype)
     for direction, bound in BOUNDS[target, op, shape, dtype].items():
         program, counted = found[direction], Passes(*found[direction]["passes"])
@@ -384,8 +382,6 @@ def collectives_of_channels() -> dict[str, list[tuple[str, int]]]:
 
 def test_of_channels_on_several_devices_plain_jit_sends_numbers_of_rows():
     """The pivot's sum, both sums about it, and two backward; nothing is gathered."""
-    if command := missing("tpu"):
-        pytest.skip(f"no compiler for tpu; to install it: {command}")
     found = in_a_process("tpu", "channels")
     for direction, most in {FORWARD: 2, BOTH: 3}.items():
         assert 1 <= len(found[direction]) <= most
@@ -394,10 +390,12 @@ def test_of_channels_on_several_devices_plain_jit_sends_numbers_of_rows():
             assert nbytes <= 4 * 2 * ROWS[0]
 
 
-def in_a_process(*arguments):
-    """What this module prints of the arguments."""
+def in_a_process(target: str, *arguments, module: str = "test_accelerators"):
+    """What a module prints of the arguments; skipped where there is no compiler for the target."""
+    if command := missing(target):
+        pytest.skip(f"no compiler for {target}; to install it: {command}")
     run = subprocess.run(
-        [sys.executable, "-m", "tests.experiments.test_accelerators", *map(str, arguments)],
+        [sys.executable, "-m", f"tests.experiments.{module}", target, *map(str, arguments)],
         capture_output=True,
         text=True,
         check=False,

@@ -6,8 +6,6 @@ A target is compiled for in a process of its own:
 
 import json
 import math
-import os
-import subprocess
 import sys
 
 import jax
@@ -17,11 +15,12 @@ import pytest
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from experiments.programs.machines import compile_for, missing
+import normlab as nl
+from experiments.programs.machines import compile_for
 from experiments.programs.passes import Passes, lower, passes, place
-from normlab._kernels.partitioned import by_examples
-from normlab._kernels.rows import Rows, backward, forward, problem
-from tests.experiments.test_accelerators import BOTH, FORWARD, ROOT
+from normlab._kernels.examples import Forward, call
+from normlab._kernels.rows import Rows, problem
+from tests.experiments.test_accelerators import BOTH, FORWARD, in_a_process
 
 silu = jax.nn.silu
 LAYER, RMS, SILU, ADD = Rows(), Rows(8, centred=False), Rows(activation=silu), Rows(add=True)
@@ -55,22 +54,14 @@ def programs(spec: Rows, target: str, shape: tuple[int, ...], dtype: str, gate: 
     g = jax.ShapeDtypeStruct(own if gate else shape[2:], jnp.float32)
     every = 2 if spec.add else 1
 
-    def seen(arrays):
-        return [v.reshape(shape) if v.ndim > 1 else v for v in arrays]
-
-    def given(found):
-        return [v if v.ndim < 3 else v.reshape(own) for v in found if v is not None]
-
     def run(*arrays):
-        x, g, b, *y = seen(arrays)
-        return given(forward(spec, target, False, x, g, b, *y))
+        x, g, b, *y = (v.reshape(shape) if v.ndim > 1 else v for v in arrays)
+        h, _, _, *total = call(Forward(spec, "a norm", True, False), x, g, b, *y)
+        return [v.reshape(own) for v in (h, *total)]
 
     def both(dh, *arrays):
-        x, dh, g, b, *y = seen((arrays[0], dh, *arrays[1:]))
-        h, mean, r, total = forward(spec, target, False, x, g, b, *y)
-        at = x if total is None else total
-        more = (dh,) if spec.add else ()
-        return given((h, total, *backward(spec, target, False, at, dh, g, b, mean, r, *more)))
+        found, pull = jax.vjp(run, *arrays)
+        return found, pull([dh] * len(found))[:3]  # dy is dx
 
     arguments = (x, g, g, *[x] * (every - 1))
     return {FORWARD: (run, arguments), BOTH: (both, (x, *arguments))}
@@ -127,48 +118,28 @@ def _over_devices(target: str) -> None:
     name = {"tpu": "v5e:2x2", "cuda": "h100:1x1x2"}[target]
     mesh = Mesh(np.array(compile_for(target, name)), ("data",))
 
-    def both(x, dh, g, b):
-        g, b = (jax.lax.pcast(v, "data", to="varying") for v in (g, b))
-        h, mean, r, _ = forward(LAYER, target, False, x, g, b)
-        dx, *sums = backward(LAYER, target, False, x, dh, g, b, mean, r)
-        return h, dx, *jax.lax.psum(sums, "data")
+    def norm(x, g, b):
+        return nl.layer_norm(x, nl.Affine(g, b), implementation="pallas")
 
-    def plain(x, dh, g, b):
-        first = by_examples(lambda *v: forward(LAYER, target, False, *v)[:3])
-        second = by_examples(lambda *v: backward(LAYER, target, False, *v))
-        h, mean, r = first(x, g, b)
-        return h, *second(x, dh, g, b, mean, r)
+    def both(x, dh, g, b):
+        h, pull = jax.vjp(norm, x, g, b)
+        return h, *pull(dh)
 
     specs = P("data"), P("data"), P(), P()
     typed = jax.shard_map(both, mesh=mesh, in_specs=specs, out_specs=specs, check_vma=True)
     x, g = (
         jax.ShapeDtypeStruct(s, jnp.float32, sharding=NamedSharding(mesh, p))
-        for s, p in (((256, 1, 384), P("data")), ((384,), P()))
+        for s, p in (((256, 384), P("data")), ((384,), P()))
     )
-    for f in (typed,) if target == "tpu" else (typed, plain):
+    for f in (typed,) if target == "tpu" else (typed, both):
         text = jax.jit(f).lower(x, x, g, g).compile().as_text()
         assert "all-reduce" in text
         assert "all-gather" not in text
 
 
-def _asked(target: str, what: str):
-    if command := missing(target):
-        pytest.skip(f"no compiler for {target}; to install it: {command}")
-    run = subprocess.run(
-        [sys.executable, "-m", "tests.experiments.test_kernels_ahead", target, what],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=ROOT,
-        env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""},
-    )
-    assert run.returncode == 0, run.stderr[-4000:]
-    return json.loads(run.stdout.splitlines()[-1])
-
-
 @pytest.mark.parametrize("target", ["tpu", "cuda"])
 def test_at_the_floor(target):
-    found = _asked(target, "moved")
+    found = in_a_process(target, "moved", module="test_kernels_ahead")
     for name, (*_, bounds) in CASES.items():
         for direction, bound in bounds.items():
             counted, temporary = found[f"{name}, {direction}"]
@@ -180,7 +151,8 @@ def test_at_the_floor(target):
 @pytest.mark.slow
 @pytest.mark.parametrize("target", ["tpu", "cuda"])
 def test_what_has_no_problem_compiles(target):
-    assert _asked(target, "compiled") == {"tpu": [141, 99], "cuda": [193, 47]}[target]
+    found = in_a_process(target, "compiled", module="test_kernels_ahead")
+    assert found == {"tpu": [141, 99], "cuda": [193, 47]}[target]
 
 
 if __name__ == "__main__":
