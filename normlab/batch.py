@@ -196,7 +196,7 @@ def batch_parts(
         back = jax.tree.map(lambda v: along(v.astype(g.dtype), a.ndim, channel), back)
         sigma = watched(sigma, a, weights, back, population.count.mean())
     parts = Parts(mu, sigma, g, b)
-    return kernel.parts(parts, a) if kernel else parts, state
+    return kernel.parts(parts) if kernel else parts, state
 
 
 def by_member(
@@ -260,10 +260,12 @@ def examples_first(
     a: Array, weights: Array | None, channel: int
 ) -> tuple[Array, Array | None, list[int], int]:
     """`a` and the weights with the examples on axis 0; the axes to measure over; the channels'."""
-    turn = functools.partial(jnp.swapaxes, axis1=0, axis2=int(channel == 0 and a.ndim > 1))
+    if channel == 0 and a.ndim > 1:
+        a = jnp.swapaxes(a, 0, 1)
+        weights = None if weights is None else jnp.swapaxes(weights, 0, 1)
     kept = channel or min(1, a.ndim - 1)
     axes = [i for i in range(a.ndim) if i != kept]
-    return turn(a), None if weights is None else turn(weights), axes, kept
+    return a, weights, axes, kept
 
 
 def _per_channel(m: Moments, kept: int) -> Moments:

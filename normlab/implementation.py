@@ -213,10 +213,16 @@ def _run(
 
 
 class Columns(NamedTuple):
-    """Batch norm by kernels: one that sums over the examples, and one that applies."""
+    """Batch norm by kernels: one that sums over the examples, and one that applies.
+
+    Both read the same `rows` of `a`, so that the two halves of its gradient meet there, and are
+    one pass: behind a reshape of its own each would be written.
+    """
 
     where: str
     implementation: Implementation
+    a: Array
+    rows: Array
 
     def _like(self, kind: Any, activation: Activation | None = None) -> Any:
         strict, interpret = self.implementation != "auto", self.implementation == "interpret"
@@ -228,19 +234,19 @@ class Columns(NamedTuple):
 
         assert weights is None
         pivot = lax.stop_gradient(pivot_of(x, tuple(axes), None, "auto"))
-        given = alike(x.reshape(-1, x.shape[-1]), pivot.reshape(-1))
+        rows = self.rows if x is self.a else x.reshape(-1, x.shape[-1])
+        given = alike(rows, pivot.reshape(-1))
         first, second = channels.call(self._like(channels.Sums), *given)
         sums = (v.reshape(pivot.shape) for v in (first, second))
         return from_sums(count_values(x, axes, None), pivot, *sums)
 
-    def parts(self, parts: Parts, a: Array) -> Parts:
+    def parts(self, parts: Parts) -> Parts:
         """The parts, with a kernel that applies them; g and b are one number for each channel."""
-        return _with(KernelParts(*parts), a, functools.partial(self._apply, parts, a))
+        return _with(KernelParts(*parts), self.a, functools.partial(self._apply, parts))
 
     def _apply(
         self,
         parts: Parts,
-        a: Array,
         g: Array,
         b: Array,
         activation: Activation | None = None,
@@ -251,7 +257,8 @@ class Columns(NamedTuple):
         from normlab._kernels import channels
 
         del added  # who sums reads it again
-        mu, sigma, shape = parts.mu, parts.sigma, (1,) * (a.ndim - 1) + a.shape[-1:]
+        mu, sigma, a = parts.mu, parts.sigma, self.a
+        shape = (1,) * (a.ndim - 1) + a.shape[-1:]
         r = reciprocal(sigma, False) * g
         c = (0 if is_zero(mu) else shift(mu, r)) + b
         if jnp.broadcast_shapes(jnp.shape(mu), r.shape, c.shape, shape) != shape:
@@ -260,7 +267,7 @@ class Columns(NamedTuple):
             raise _refused(self.where, self.implementation, asked)
         columns = (jnp.broadcast_to(v, shape).reshape(-1) for v in (lax.stop_gradient(mu), r, c))
         more = () if residual is None else (residual.reshape(-1, a.shape[-1]),)
-        given = alike(a.reshape(-1, a.shape[-1]), *columns, *more)
+        given = alike(self.rows, *columns, *more)
         (h,) = channels.call(self._like(channels.Apply, activation), *given)
         return h.reshape(a.shape), a
 
@@ -280,7 +287,7 @@ def by_columns(
     without = {**without, "channels that are not last": channel != a.ndim - 1}
     if _lacks(where, implementation, a, 0.0, without) or implementation == "auto":
         return None
-    return Columns(where, implementation)
+    return Columns(where, implementation, a, a.reshape(-1, a.shape[-1]))
 
 
 _NORM = instance(Norm, "make it with get(name), or Norm(init, parts)", arrays=False)
