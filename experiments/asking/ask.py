@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable, Iterator, Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -19,6 +20,9 @@ from . import kept, pool, remote
 from .fields import replaced
 from .kept import Kept, verdict_json
 from .sources import HERE, version
+
+ID = re.compile(r"[a-z0-9_]+(?:[.-][a-z0-9_]+)*")
+"""What names a claim: `figure1.sd-0.1.gain`."""
 
 TOGETHER = 500
 """Questions that are begun at a time: each holds a file open."""
@@ -123,7 +127,7 @@ class Answer(NamedTuple):
         """The lanes whose loss was not finite, in words."""
         first: dict[str, int] = {}
         for record in self.records:
-            if record.get("diverged") is not None:
+            if record.get("diverged") is not None and record["kind"] != "screening":
                 first.setdefault(_lane(record), record["diverged"])
         return tuple(f"{lane}: not finite from step {step}" for lane, step in first.items())
 
@@ -314,6 +318,21 @@ def _answer(
             yield finish(asked[title], failures.get(title, ""))
 
 
+def named(question: str, verdicts: Iterable[Verdict]) -> tuple[Verdict, ...]:
+    """The verdicts with their question's name before their ids; raises RunError for bad ids."""
+    found = tuple(v._replace(id=f"{question}.{v.id}") for v in verdicts)
+    ids = [v.id for v in found]
+    for one in ids:
+        if not ID.fullmatch(one):
+            raise RunError(
+                f"{question}: the id {one!r} is not words of a–z and digits, with - between their "
+                "parts and dots between them. Name the claim otherwise."
+            )
+        if ids.count(one) > 1:
+            raise RunError(f"{question}: two claims have the id {one!r}. Name one otherwise.")
+    return found
+
+
 def finish(one: Asked, failed: str = "") -> Answer:
     """The verdicts and the figure of a question that was measured, kept beside its records.
 
@@ -329,7 +348,7 @@ def finish(one: Asked, failed: str = "") -> Answer:
         if left := one.left():
             raise RunError(f"{one.kept.path / one.files[left[0]]} is gone; run {one.name} again.")
         measured = answer.measured
-        verdicts = tuple(one.question.verdict(measured))
+        verdicts = named(one.name, one.question.verdict(measured))
         one.kept.write_json("verdict.json", [verdict_json(v) for v in verdicts])
         picture = one.question.figure(measured)
         for kind in ("png", "svg"):

@@ -161,6 +161,9 @@ def measure(
 ) -> Iterator[float | Partial | Whole]:
     """Measures a condition; yields each step that a record names, and what is to be kept.
 
+    Its cost is the time that this process had on its core, or the time that passed where an
+    accelerator works: beside others it costs what it costs alone.
+
     Args:
       condition: The condition.
       partial: Where it goes on, if not at the beginning.
@@ -168,15 +171,16 @@ def measure(
     """
     records, spent, resume = ([], 0.0, None) if partial is None else _unpack(partial)
     pause = PAUSE if pause is None else pause
-    begin = saved = time.perf_counter()
+    clock = time.process_time if jax.default_backend() == "cpu" else time.perf_counter
+    begin, saved = clock(), time.perf_counter()
     for found in condition.measure(resume):
         if not isinstance(found, Checkpoint):
             records.append({**condition.labels, **found})
             yield found.get("step", 0)
         elif time.perf_counter() - saved > pause:
-            yield Partial(_pack(records, spent + time.perf_counter() - begin, found))
+            yield Partial(_pack(records, spent + clock() - begin, found))
             saved = time.perf_counter()
-    seconds = spent + time.perf_counter() - begin
+    seconds = spent + clock() - begin
     records.append({"kind": "cost", **condition.labels, "seconds": round(seconds, 3)})
     lines = "".join(json.dumps(record) + "\n" for record in records)
     yield Whole(lines.encode(), environment())
@@ -185,6 +189,8 @@ def measure(
 def verdict_json(verdict: Verdict) -> dict[str, Any]:
     """A verdict as JSON values; what is not finite is null."""
     values = verdict._asdict()
+    values["effects"] = [number(v) for v in verdict.effects]
+    values["source"] = verdict.source and verdict.source._asdict()
     return {k: number(v) if isinstance(v, float) else v for k, v in values.items()}
 
 

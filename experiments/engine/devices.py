@@ -108,13 +108,12 @@ class Lab:
             kernels = models.draw_kernels(
                 config.model,
                 data.classes,
-                range(config.seeds),
+                config.each_seed,
                 self.data.probe.astype(np.float32),
             )
         self.kernels = jax.tree.map(lambda v: np.asarray(v, self.data.probe.dtype), kernels)
         each = [
-            minibatches(seed, self.data.examples, batch, config.steps)
-            for seed in range(config.seeds)
+            minibatches(seed, self.data.examples, batch, config.steps) for seed in config.each_seed
         ]
         self.indices = np.stack(each, axis=1)  # [steps, seeds, batch]
 
@@ -166,7 +165,7 @@ class Lab:
         trainer = self.trainer(norm, config.form, **how)
         state = self.start(trainer)
         cut = list(turns([*indices.swapaxes(0, 1)], config.evaluations))
-        rows = [{"seed": seed} for seed in range(config.seeds)]
+        rows = [{"seed": seed} for seed in config.each_seed]
         begin = Progress.start(state, config.seeds, resume)
         there = None
         if resume is None and len(self.data.axes) == 1:
@@ -180,7 +179,7 @@ class Lab:
                 gap = relative(there.result()[:FIRST_STEPS], at.losses[:FIRST_STEPS])
                 yield {"kind": "forms", "steps": min(FIRST_STEPS, at.step), "loss_gap": number(gap)}
                 there = None
-            yield from at.records(rows)
+            yield from at.records(rows, each=at.step == config.steps)
             for record in measure(trainer, at.state):
                 yield {**record, "step": at.step}
             yield at.checkpoint()

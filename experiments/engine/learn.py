@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,7 +21,7 @@ import normlab as nl
 
 from .. import models
 from ..data import Dataset, load
-from ..rundir import Record, number
+from ..rundir import Record, number, packed
 from ..training import optimizers
 from ..training.config import require_fit
 from ..training.driver import Checkpoint, Progress, drive
@@ -75,6 +77,9 @@ Instrument = Callable[[Net], Mapping[str, Array]]
 """Measures a net, under `jit` and `vmap`; what it returns is in the record of the evaluation."""
 
 
+SCREENED = 10_000
+"""The first of the seeds on which learning rates are chosen."""
+
 Draw = Callable[[int, Dataset, Config], np.ndarray]
 """Draws the examples of every step, `[steps, batch_size]`, for a seed."""
 
@@ -95,9 +100,9 @@ def lanes(config: Config, **values: Sequence[Any]) -> list[Lane]:
     """Every seed with every combination of values.
 
     >>> lanes(Config(seeds=2), lr=(0.1, 1.0))[1]
-    {'lr': 0.1, 'seed': 1}
+    {'lr': 0.1, 'seed': 101}
     """
-    rows = itertools.product(*values.values(), range(config.seeds))
+    rows = itertools.product(*values.values(), config.each_seed)
     return [dict(zip((*values, "seed"), row, strict=True)) for row in rows]
 
 
@@ -114,7 +119,7 @@ def learn(
     """Trains nets with a norm and yields a record of each lane at each evaluation.
 
     The records are those of `Progress.records`, with the lane's values, and what the instrument
-    measured.
+    measured; the last ones say which test images were told right.
 
     Args:
       config: What to train; another batch size or number of steps by `dataclasses.replace`.
@@ -144,6 +149,87 @@ def learn(
             yield at.checkpoint()
 
     return run
+
+
+def tuned(config: Config, norm: nl.Norm, rates: Sequence[float], **options: Any) -> Measure:
+    """Chooses a learning rate, then trains at it, as `learn` does.
+
+    Every rate is tried on `config.screening` seeds that nothing else has (from `SCREENED` on) and
+    measured on training images that are held out for it (of a text, on its validation part): what
+    is compared in the end has no part in the choice. Beside the records of `learn`, of `kind`
+    "screening" those of the trials, and one of `kind` "tuning": the best `lr`, all `rates` with
+    their mean `accuracies` on the held-out images (of a text `losses`), and `edge`, which is
+    "lowest" or "highest" if the best is an end of the grid, so that a better one may lie beyond.
+
+    Args:
+      config: As in `learn`.
+      norm: As in `learn`.
+      rates: The grid.
+      **options: Of `learn`, but `side_by_side`.
+    """
+    prepare = options.pop("prepare", lambda data: data)
+
+    def run(resume: Checkpoint | None) -> Iterator[Record | Checkpoint]:
+        if resume is None:
+            trial = dataclasses.replace(
+                config, seeds=config.screening, first_seed=SCREENED, evaluations=1
+            )
+            rows = lanes(trial, lr=rates)
+            how = {**options, "instrument": None, "prepare": lambda data: held_out(prepare(data))}
+            found = learn(trial, norm, side_by_side=rows, **how)(None)
+            tried = [{**r, "kind": "screening"} for r in found if not isinstance(r, Checkpoint)]
+            yield from ({k: v for k, v in r.items() if k != "accuracy_each"} for r in tried)
+            choice = chosen(tried, rates)
+            yield choice
+            best = choice["lr"]
+        else:
+            best = float(resume.leaves[0])
+            resume = resume._replace(leaves=resume.leaves[1:])
+        rows = lanes(config, lr=[best])
+        for found in learn(config, norm, side_by_side=rows, prepare=prepare, **options)(resume):
+            if isinstance(found, Checkpoint):
+                found = found._replace(leaves=[np.float64(best), *found.leaves])
+            yield found
+
+    return run
+
+
+def chosen(tried: Sequence[Record], rates: Sequence[float]) -> Record:
+    """The record of `kind` "tuning" of the records of the trials."""
+    text = "validation_loss" in tried[0]
+    key, what = ("validation_loss", "losses") if text else ("accuracy", "accuracies")
+    means = []
+    for lr in rates:
+        values = [r[key] for r in tried if r["lr"] == lr and r["diverged"] is None]
+        whole = len(values) == sum(r["lr"] == lr for r in tried) and None not in values
+        means.append(float(np.mean(values)) if whole else None)
+    worst = math.inf if text else -math.inf
+    best = (min if text else max)(rates, key=lambda lr: _or(means[rates.index(lr)], worst))
+    ends = {min(rates): "lowest", max(rates): "highest"} if len(rates) > 1 else {}
+    return {
+        "kind": "tuning",
+        "lr": best,
+        "rates": list(rates),
+        what: means,
+        "edge": ends.get(best, ""),
+    }
+
+
+def _or(value: float | None, otherwise: float) -> float:
+    return otherwise if value is None else value
+
+
+def held_out(data: Dataset) -> Dataset:
+    """The data with the last tenth of the training images for a test set; a text as it is."""
+    if data.text is not None:
+        return data
+    count = len(data.train_labels) // 10
+    return data._replace(
+        train_inputs=data.train_inputs[:-count],
+        train_labels=data.train_labels[:-count],
+        test_inputs=data.train_inputs[-count:],
+        test_labels=data.train_labels[-count:],
+    )
 
 
 def start(
@@ -206,13 +292,15 @@ def _looking(
         measured = {k: np.asarray(v) for k, v in one(params, norm_state, rates).items()}
         return [
             record | {name: as_json(v[i]) for name, v in measured.items()}
-            for i, record in enumerate(at.records(rows))
+            for i, record in enumerate(at.records(rows, each=at.step == config.steps))
         ]
 
     return look
 
 
 def as_json(value: Any) -> Any:
-    """An array as nested lists of JSON numbers."""
+    """An array as nested lists of JSON numbers; flags `[N]`, of test images, as a string."""
     array = np.asarray(value)
+    if array.dtype == bool and array.ndim == 1:
+        return packed(array)
     return number(array) if array.ndim == 0 else [as_json(v) for v in array]

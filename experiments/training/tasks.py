@@ -29,12 +29,14 @@ class Evaluation(NamedTuple):
       accuracy: `[seeds]`, share of those labels that are told right.
       parts: By layer, each part's percentiles `QUANTILES` on a probe batch, `[seeds, 3]`.
       more: What else the task measures, by name, `[seeds]`.
+      each: `[seeds, examples]`, how many labels of each example of the test set are told right.
     """
 
     loss: np.ndarray
     accuracy: np.ndarray
     parts: dict[str, nl.Parts]
     more: Mapping[str, np.ndarray] = {}
+    each: Any = None
 
 
 class Score(NamedTuple):
@@ -159,28 +161,30 @@ class Task:
 
     def sums(
         self, model: nn.Module, variables: Any, inputs: Array, labels: Array, weights: Array
-    ) -> Array:
+    ) -> tuple[Array, Array]:
         """Of held-out examples `[N, ...]` with weights `[N]`: sums over their labels.
 
         Returns:
-          `[3]`: of the losses, of the labels that are told right, of the weights.
+          `[3]`: of the losses, of the labels that are told right, of the weights; and `[N]`: the
+          labels of each example that are told right.
         """
         labels = labels.astype(jnp.int32)
         logits: Any = model.apply(variables, self.preprocess(inputs), train=False)
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
         weights = jnp.broadcast_to(weights.reshape(-1, *[1] * (labels.ndim - 1)), labels.shape)
         right = (logits.argmax(-1) == labels).astype(weights.dtype)
-        return jnp.stack([(weights * losses).sum(), (weights * right).sum(), weights.sum()])
+        sums = jnp.stack([(weights * losses).sum(), (weights * right).sum(), weights.sum()])
+        return sums, right.reshape(len(right), -1).sum(axis=1)
 
     def evaluation(
-        self, test: Any, parts: dict[str, nl.Parts], validation: Any = None
+        self, test: Any, parts: dict[str, nl.Parts], validation: Any = None, each: Any = None
     ) -> Evaluation:
         """An evaluation of the sums `[..., 3]` of `sums`; the share is exact."""
         test = np.asarray(test)
         loss, right, total = np.moveaxis(test, -1, 0)
         held = None if validation is None else np.asarray(validation)
         more = self.measures(test, held)
-        return Evaluation(loss / total, right / total.astype(np.float64), parts, more)
+        return Evaluation(loss / total, right / total.astype(np.float64), parts, more, each)
 
 
 @dataclasses.dataclass(frozen=True)
