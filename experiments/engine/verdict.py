@@ -250,7 +250,7 @@ def decide_share(
 def interval(values: Sequence[float] | np.ndarray) -> Interval:
     """The mean, and its interval of Student's t: the whole line for one value or a NaN.
 
-    Of `[seeds, 1 + B]` the variances that seeds and test images make are added, with Satterthwaite's
+    Of `[seeds, 1 + B]` the variances of seeds and of test images are added, with Satterthwaite's
     degrees of freedom. That of the images is what all seeds have in common over the draws: what
     one seed makes of an image is in the spread of the seeds already.
     """
