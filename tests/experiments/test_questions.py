@@ -124,15 +124,37 @@ def test_gradient_sync_decides_by_the_accuracy_lost(forward, decision):
     assert [v.decision for v in judged(gradient_sync, records)] == [decision, "holds"]
 
 
+@pytest.mark.parametrize(("backward", "decision"), [(BAD, "holds"), (SAME, "undecided")])
+def test_gradient_sync_holds_where_backward_alone_loses(backward, decision):
+    (found,) = judged(gradient_sync, evaluations({"both": GOOD, "backward": backward}))
+    assert (found.id, found.decision, found.untuned) == ("backward", decision, True)
+
+
+BETTER = [93.0, 94.1, 95]
+
+
 @pytest.mark.parametrize(
-    ("alone", "decision"), [(BAD, "holds"), (MIXED, "undecided"), (GOOD, "fails")]
+    ("alone", "decision", "sized"),
+    [
+        (BAD, "holds", "holds"),
+        (MIXED, "undecided", "undecided"),
+        (BETTER, "fails", "fails"),
+        ([89.6, 90.8, 91.7], "holds", "fails"),
+    ],
 )
-def test_group_size_decides_by_the_accuracy_gained(alone, decision):
+def test_group_size_decides_by_the_accuracy_gained(alone, decision, sized):
     records = [
         *evaluations({"alone": alone}, per_device=2, group=1, together=2),
         *evaluations({"together": SAME}, per_device=2, group=8, together=16),
     ]
-    assert [v.decision for v in judged(group_size, records)] == [decision]
+    (found,) = judged(group_size, records)
+    assert (found.decision, found.sized) == (decision, sized)
+    assert found.source.number == "34.7 → 23.7% error from 2 to 16 together"
+
+
+def test_group_size_has_no_number_where_its_source_has_none():
+    assert group_size.source(8, 64).number == "24.8 → 23.6% error from 8 to 32 together"
+    assert group_size.source(3, 24).number == ""
 
 
 @pytest.mark.parametrize(

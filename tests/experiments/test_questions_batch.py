@@ -111,14 +111,30 @@ class TestBatchSizeConv:
 class TestLayerBatch:
     @pytest.mark.parametrize(
         ("batch", "layer", "expected"),
-        [(4.7, 2.3, ["holds"] * 5), (2.0, 3.5, ["fails"] * 5)],
+        [(4.7, 2.3, ["holds"] * 5), (1.5, 3.5, ["fails"] * 5)],
     )
     def test_it_decides_by_the_rise_at_the_small_batch(self, batch, layer, expected):
         batch_norm = by_batch({("batch", 128, 128): 2.0, ("batch", 4, 4): batch})
         layer_norm = by_batch({("layer", 128, 128): 2.1, ("layer", 4, 4): layer})
         records = [r | {"layers": where} for where in ("hidden", "all") for r in batch_norm]
         records += [r | {"layers": "hidden"} for r in layer_norm]
-        assert decisions(judged(layer_batch, records)) == expected
+        found = judged(layer_batch, records)
+        assert decisions(found) == expected
+        assert [v.kind for v in found] == ["literature", "ours", "ours", *["literature"] * 2]
+
+    def test_the_running_statistics_remember_as_many_examples_at_either_batch(self, monkeypatch):
+        made = []
+        monkeypatch.setattr(layer_batch, "tuned", lambda *args, **options: made.append(args))
+        labels = [condition.labels for condition in layer_batch.run(layer_batch.QUICK)]
+        assert len(labels) == len(made) == 6
+        site = nl.shapes(jnp.zeros((8, 3)), jnp.zeros((3, 5)))
+        for config, norm, rates in made:
+            assert config.batch_size * config.steps == 128 * 234
+            assert rates == sorted(rates)
+            if norm.name == "batch":
+                state = norm.init(site)[1]
+                assert config.batch_size / (1 - state.decay) == pytest.approx(1280)
+                assert state.ddof == 1
 
 
 class TestPrecise:
@@ -155,7 +171,7 @@ class TestPrecise:
 
 class TestFrozen:
     @pytest.mark.parametrize(
-        ("few", "many", "expected"), [(1.0, 0.0, ["holds"] * 2), (0.0, 1.0, ["fails"] * 2)]
+        ("few", "many", "expected"), [(1.0, 0.0, ["holds"] * 2), (-1.0, 1.0, ["fails"] * 2)]
     )
     def test_it_decides_by_the_points_won_at_the_end(self, few, many, expected):
         records = [
@@ -182,6 +198,8 @@ class TestFrozen:
             [r["train_loss"] for r in found if r["then"] == t] for t in ("batch", "frozen")
         )
         assert batch != still
+        ends = Records({"kind": "evaluation", **r} for r in found)
+        assert ends.accuracy(then="frozen").shape[1] > 1  # the test images are counted
 
 
 class TestDomain:

@@ -177,9 +177,12 @@ def ablation(activation: str, neither: float, gain: float, bias: float) -> list:
 
 
 def test_gain_and_bias_hold_and_fail():
-    needed = ablation("sigmoid", 1.0, 0.5, 0.5) + ablation("relu", 1.0, 0.5, 0.1)
-    assert decisions(gain_bias, needed) == ["holds"] * 6
-    reverse = ablation("sigmoid", 0.1, 0.1, -1.0) + ablation("relu", 0.0, 0.1, 1.0)
+    needed = ablation("sigmoid", 1.0, 0.5, 0.1) + ablation("relu", 0.1, -0.1, 0.1)
+    found = judged(gain_bias, needed)
+    assert [v.decision for v in found] == ["holds"] * 6
+    assert [v.sized for v in found] == ["holds", "holds", "fails", None, None, None]
+    assert [v.kind for v in found] == ["ours"] * 5 + ["literature"]
+    reverse = ablation("sigmoid", -0.1, -0.1, -1.0) + ablation("relu", 0.5, 0.5, 1.0)
     assert decisions(gain_bias, reverse) == ["fails"] * 6
 
 
@@ -252,8 +255,11 @@ def started(none: dict[float, float], batch: dict[float, float]) -> list:
 
 def test_initialization_holds_and_fails():
     robust = started({0.01: 11, 0.1: 96, 1.0: 90}, {0.01: 96, 0.1: 97, 1.0: 94})
-    assert decisions(initialization, robust) == ["holds"] * 3
-    fragile = started({0.01: 96, 0.1: 97, 1.0: 95}, {0.01: 96, 0.1: 97, 1.0: 90})
+    found = judged(initialization, robust)
+    assert [v.decision for v in found] == ["holds"] * 3
+    assert found[0].effect == pytest.approx(82, abs=0.1)
+    assert all(v.untuned for v in found)
+    fragile = started({0.01: 96, 0.1: 97, 1.0: 95}, {0.01: 95, 0.1: 97, 1.0: 90})
     assert decisions(initialization, fragile) == ["fails"] * 3
 
 
@@ -305,8 +311,10 @@ def test_optimizers_hold_and_fail():
     assert decisions(optimizers, records) == ["holds", "fails"]
 
 
-def shaped(norm: str, skewness: float, kurtosis: float, out: float, changed: float) -> list:
-    values = {"skewness": skewness, "kurtosis": kurtosis, "skewness_out": out, "changed": changed}
+def shaped(norm: str, size: float, of_u: float, changed: float) -> list:
+    """Records of a net whose pre-activation is so far from a Gaussian, and its input."""
+    keys = ("distance", "skewness", "kurtosis")
+    values = {k: size for k in keys} | {f"{k}_u": of_u for k in keys} | {"changed": changed}
     return [
         {**r, **{k: v * (1 + 0.01 * r["seed"]) for k, v in values.items()}}
         for r in ends(90, norm=norm, activation="relu")
@@ -314,10 +322,13 @@ def shaped(norm: str, skewness: float, kurtosis: float, out: float, changed: flo
 
 
 def test_gaussian_holds_and_fails():
-    near = shaped("batch", 0.2, 0.5, 2.0, 1e-6) + shaped("none", 0.6, 1.0, 2.0, 0.0)
-    assert decisions(gaussian, near) == ["holds"] * 5
-    far = shaped("batch", 0.8, 2.0, 0.4, 0.1) + shaped("none", 0.3, 1.0, 2.0, 0.0)
-    assert decisions(gaussian, far) == ["fails"] * 5
+    near = shaped("batch", 0.2, 2.0, 1e-6) + shaped("none", 0.6, 2.0, 0.0)
+    found = judged(gaussian, near)
+    assert [v.decision for v in found] == ["holds"] * 6
+    assert [v.source is not None for v in found] == [True, True, *[False] * 4]
+    assert len({v.id for v in found}) == 6
+    far = shaped("batch", 1.8, 0.4, 0.1) + shaped("none", 0.6, 0.3, 0.0)
+    assert decisions(gaussian, far) == ["fails"] * 6
 
 
 def test_the_shape_is_that_of_the_last_hidden_layer_and_a_norm_does_not_change_it():
@@ -330,8 +341,23 @@ def test_the_shape_is_that_of_the_last_hidden_layer_and_a_norm_does_not_change_i
     u = (z - z.mean(0)) / z.std(0)
     assert found["skewness"] == pytest.approx(np.median(abs((u**3).mean(0))), rel=1e-3)
     assert found["kurtosis"] == pytest.approx(np.median(abs((u**4).mean(0) - 3)), rel=1e-3)
-    assert found["skewness_out"] > found["skewness"]  # half of a symmetric distribution is not
     assert found["changed"] < 1e-4
+    below = np.asarray(net.activations(train=True)["Normed_0"].h, np.float64)
+    below = (below - below.mean(0)) / below.std(0)
+    assert found["skewness_u"] == pytest.approx(np.median(abs((below**3).mean(0))), rel=1e-3)
+    assert found["distance_u"] > found["distance"]  # half of a distribution is cut off
+
+
+def test_the_distance_from_a_gaussian_is_that_of_wasserstein():
+    rng = np.random.default_rng(0)
+    n = 20_000
+    columns = [rng.normal(3, 7, n), rng.uniform(size=n), np.ones(n), rng.normal(size=n) > 0]
+    found = gaussian.distance(jnp.asarray(np.stack(columns, 1), jnp.float32))
+    # ‖F⁻¹ − Φ⁻¹‖² = 2 − 2·∫ F⁻¹ Φ⁻¹ of two of mean 0 and variance 1; of a constant it is 1.
+    uniform = 2 - 2 * np.sqrt(12) / (2 * np.sqrt(np.pi))
+    signs = 2 - 2 * np.sqrt(2 / np.pi)
+    expected = [0, uniform**0.5, 1, signs**0.5]
+    np.testing.assert_allclose(found, expected, atol=0.02)
 
 
 # All of them
@@ -363,7 +389,7 @@ def example(name: str) -> list:
         "initialization": lambda: started({0.01: 11, 1.0: 90}, {0.01: 96, 1.0: 94}),
         "data_size": lambda: sized({500: 85, 1000: 90}, {500: 90, 1000: 94}),
         "optimizers": lambda: [r for n in both for r in ends(96, norm=n, optimizer="sgd", lr=0.1)],
-        "gaussian": lambda: [r for n in both for r in shaped(n, 0.2, 0.5, 2.0, 1e-6)],
+        "gaussian": lambda: [r for n in both for r in shaped(n, 0.2, 2.0, 1e-6)],
     }[name]()
 
 

@@ -365,6 +365,7 @@ def along(width, beta):
             "lowest": 0.1,
             "highest": 0.1 + w,
             "width": w * (1000 if step == 0 else 1),
+            "change": w,
             "beta": b,
         }
         for norm, w, b in (("none", width, beta), ("batch", 1.0, 1.0))
@@ -374,7 +375,9 @@ def along(width, beta):
 
 
 def test_the_landscape_is_judged_by_width_and_beta_after_the_start():
-    assert decisions(judged(landscape, along(4.0, 5.0))) == ["holds"] * 2
-    assert decisions(judged(landscape, along(2.0, 0.5))) == ["fails"] * 2
+    smooth, rough = (judged(landscape, along(*v)) for v in ((4.0, 2.0), (0.9, 0.5)))
+    assert decisions(smooth) == ["holds"] * 3
+    assert [v.sized for v in smooth] == ["holds", "holds", "fails"]
+    assert decisions(rough) == ["fails"] * 3
     assert landscape.over_training(Records(along(4.0, 5.0)), "width", "none").tolist() == [4.0] * 3
     assert drawn(landscape, along(4.0, 5.0))
