@@ -10,7 +10,7 @@ libraries' manuals say (`use_scale` in Flax, `scale` in Keras).
 
 Protocol: MNIST, three hidden layers of 100 sigmoids or ReLUs, batches of 60, 1,000 steps of plain
 SGD, over which the learning rate falls linearly to 0. Batch norm has both, the gain alone, the bias
-alone, or neither, each at the best of five first rates, chosen on held-out training images with
+alone, or neither, each at the best of four first rates, chosen on held-out training images with
 other seeds. Measured is what leaving out costs, in points of test accuracy.
 
 Command: python -m experiments run gain_bias
@@ -50,11 +50,12 @@ class GainBias(Config):
 
     Attributes:
       activations: Names of functions of `flax.linen`.
-      rates: First learning rates, of which each variant has its best.
+      rates: First learning rates, of which each variant has its best; for sigmoids, whose
+        gradients are smaller, ten times as large.
     """
 
     activations: tuple[str, ...] = ("sigmoid", "relu")
-    rates: tuple[float, ...] = (0.1, 0.3, 1.0, 3.0, 10.0)
+    rates: tuple[float, ...] = (0.1, 0.3, 1.0, 3.0)
     schedule: Schedule = "linear"
     evaluations: int = 1
 
@@ -69,8 +70,8 @@ def run(config: GainBias) -> Iterator[Condition]:
     for activation in config.activations:
         for variant, (gain, bias) in VARIANTS.items():
             norm = nl.get("batch", use_gain=gain, use_bias=bias)
-            f = getattr(nn, activation)
-            measure = tuned(config, norm, config.rates, activation=f)
+            rates = [10 * lr if activation == "sigmoid" else lr for lr in config.rates]
+            measure = tuned(config, norm, rates, activation=getattr(nn, activation))
             yield Condition({"activation": activation, "variant": variant}, measure)
 
 

@@ -33,7 +33,7 @@ import normlab as nl
 from ..engine import Condition, Config, Records, Schedule, Source, Verdict, decide, draw, tuned
 
 STILL = 0.5
-"""Points by which layer norm's error may move. Ours, set before the first run."""
+"""Points by which layer norm's error may move. Ours, after a pilot with one seed."""
 
 WORSE = 1.5
 """Points by which batch norm's error rises, if it is by much. Ours, as above."""
