@@ -63,7 +63,7 @@ class GradientBound(Config):
 
 
 QUICK = GradientBound()
-SECONDS = 2
+SECONDS = 5
 FULL = GradientBound(width=256)
 
 

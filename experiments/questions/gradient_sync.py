@@ -53,7 +53,7 @@ class GradientSync(Config):
 
 
 QUICK = GradientSync()
-SECONDS = 145
+SECONDS = 185
 FULL = GradientSync(dataset="cifar10", model="conv", steps=20_000, evaluations=20)
 
 

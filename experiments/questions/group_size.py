@@ -12,7 +12,7 @@ end: Wu & Johnson 2021, https://arxiv.org/abs/2105.07576, are said to find the b
 128, and parts of a large batch generalize better than the whole in Hoffer et al. 2017,
 https://arxiv.org/abs/1705.08741; neither is asked here.
 
-Protocol: Fashion-MNIST, an MLP (three layers of 100 sigmoids), 600 steps of SGD with momentum 0.9
+Protocol: Fashion-MNIST, an MLP (three layers of 100 sigmoids), 400 steps of SGD with momentum 0.9
 on 8 devices, at a rate that falls linearly from 0.05 to 0, the same batches and kernels for all
 conditions; groups of 1, 2 and 8 devices, and parts of a device's batch. The running statistics are
 those of all devices in every condition, so that only the training differs.
@@ -62,12 +62,12 @@ class GroupSize(Config):
     groups: tuple[int, ...] = (1, 2, 8)
     ghost: tuple[int, ...] = (2,)
     schedule: Schedule = "linear"
-    steps: int = 600
+    steps: int = 400
     evaluations: int = 2
 
 
 QUICK = GroupSize()
-SECONDS = 235
+SECONDS = 200
 FULL = GroupSize(
     dataset="cifar10",
     model="conv",

@@ -59,7 +59,7 @@ class Identity(Config):
 
 
 QUICK = Identity()
-SECONDS = 2
+SECONDS = 4
 FULL = Identity(channels=256)
 
 

@@ -48,7 +48,7 @@ class IgnoredGradient(Config):
 
 
 QUICK = IgnoredGradient()
-SECONDS = 2
+SECONDS = 3
 FULL = IgnoredGradient(steps=10_000)
 
 

@@ -80,7 +80,7 @@ class Inference(Config):
 
 
 QUICK = Inference()
-SECONDS = 11
+SECONDS = 22
 FULL = Inference(examples=60_000, channels=64)
 
 LINEAR = {"dense": nl.Dense(), "conv": nl.Conv(strides=2, padding="VALID")}

@@ -68,7 +68,7 @@ class Invariances(Config):
 
 
 QUICK = Invariances()
-SECONDS = 2
+SECONDS = 4
 FULL = Invariances(seeds=20)
 
 
