@@ -1,7 +1,7 @@
 """Does batch norm make the size of the initial weights matter less?
 
-Claim: A net with batch norm learns about as well from initial weights of any size; one without has
-to start from the right size.
+Claim: With batch norm the accuracy depends less on the size of the initial weights: a net without
+has to start from the right size.
 
 Source: Ioffe & Szegedy 2015, sections 1 and 3.3, https://arxiv.org/abs/1502.03167, where the reason
 is BN((aW)u) = BN(Wu), and the gradient by aW the smaller the larger a is. That is exact for the

@@ -1,4 +1,4 @@
-"""Why does post-norm want a warm-up: how large is the gradient of the last layer at first?
+"""How large is the gradient of the last block at initialization, with post-norm and with pre-norm?
 
 Claim: At initialization the gradient of the kernels of the last block's MLP is as large with
 post-norm however many blocks there are, and falls as 1/√L with pre-norm.
