@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
+from typing import Any
 
 from matplotlib.figure import Figure
 
@@ -74,7 +75,9 @@ def verdict(records: Records) -> Iterator[Verdict]:
     }
     for name in records.where(lambda r: r["condition"] in claims).values("condition"):
         lost = records.accuracy("both") - records.accuracy(name)
-        how = {"at_most": POINTS} if name == "forward" else {"at_least": 0, "size": POINTS}
+        how: dict[str, Any] = (
+            {"at_most": POINTS} if name == "forward" else {"at_least": 0, "size": POINTS}
+        )
         source = SOURCE if name == "none" else None
         yield decide(name, claims[name], lost, unit="points", untuned=True, source=source, **how)
 

@@ -134,8 +134,8 @@ def verdict(records: Records) -> Iterator[Verdict]:
             f"{scheme}: the gradient of the last block grows as L to the {expected:g} (exponent)"
         )
         found = slopes.by_seed("slope", scheme=scheme)
-        ends = {"at_least": expected - NEAR, "at_most": expected + NEAR}
-        yield decide(scheme, claim, found, source=SOURCES[scheme], **ends)
+        low, high, source = expected - NEAR, expected + NEAR, SOURCES[scheme]
+        yield decide(scheme, claim, found, at_least=low, at_most=high, source=source)
 
 
 def figure(records: Records) -> Figure:
