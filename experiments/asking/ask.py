@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -14,7 +14,7 @@ from ..data import Dataset
 from ..engine.learn import dataset
 from ..engine.question import Condition, Config, Question, Record
 from ..engine.records import Records
-from ..engine.verdict import Verdict
+from ..engine.verdict import Bounds, Verdict, bounds
 from ..rundir import RunError
 from . import kept, pool, remote
 from .fields import replaced
@@ -97,6 +97,7 @@ class Answer(NamedTuple):
       records: Everything that was measured.
       failed: Why it has no verdict, if it has none.
       point: That of `Asking`.
+      judged: By which bounds each claim was judged first, of these records: `thresholds.values`.
     """
 
     name: str
@@ -106,6 +107,7 @@ class Answer(NamedTuple):
     records: tuple[Record, ...] = ()
     failed: str = ""
     point: str = ""
+    judged: Mapping[str, Bounds] = {}
 
     @property
     def title(self) -> str:
@@ -349,6 +351,7 @@ def finish(one: Asked, failed: str = "") -> Answer:
             raise RunError(f"{one.kept.path / one.files[left[0]]} is gone; run {one.name} again.")
         measured = answer.measured
         verdicts = named(one.name, one.question.verdict(measured))
+        judged = one.kept.judged({v.id: bounds(v) for v in verdicts})
         one.kept.write_json("verdict.json", [verdict_json(v) for v in verdicts])
         picture = one.question.figure(measured)
         for kind in ("png", "svg"):
@@ -356,4 +359,4 @@ def finish(one: Asked, failed: str = "") -> Answer:
     except Exception as error:  # the other questions go on
         where = f"in the verdict or the figure of {one.name}"
         return answer._replace(failed=failed or pool.explain(error, where))
-    return answer._replace(verdicts=verdicts)
+    return answer._replace(verdicts=verdicts, judged=judged)
