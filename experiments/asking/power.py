@@ -91,7 +91,7 @@ def needed(verdict: Verdict, wanted: float) -> Needed:
 
     >>> from experiments.engine.verdict import decide
     >>> needed(decide("a", "it is positive", [0.4, 1.6, -0.5, 0.9], at_least=0), 0.8)
-    Needed(seeds=14, why='')
+    Needed(seeds=20, why='')
     """
     if verdict.scale == "share":
         chance = lambda n: _share(verdict, n)  # noqa: E731
