@@ -307,7 +307,8 @@ class TestLock:
     def question(self, tmp_path, monkeypatch):
         path = tmp_path / "thresholds.csv"
         monkeypatch.setattr(thresholds, "PATH", path)
-        monkeypatch.setattr(thresholds, "_commit", lambda name: "0123456789ab")
+        now = ("2026-11-29T12:00:00+00:00", "0123456789ab")
+        monkeypatch.setattr(thresholds, "_commit", lambda name: now)
         monkeypatch.setattr(questions, "NAMES", ("asked",))
         monkeypatch.setattr(questions, "describe", lambda name: {"question": "Is it so?"})
         rows = [{"kind": "value", "seed": i, "value": v} for i, v in enumerate(EFFECTS)]
@@ -375,8 +376,11 @@ class TestLock:
             thresholds._commit("figure1")
 
     def test_whether_a_bound_was_there_before_the_run_is_said(self):
-        line = thresholds.Line("a.b", "0", "", "", "2026-11-29", "abc", "so")
-        assert thresholds.since([line], "2026-11-30T00:00:00") == "set before the run, 2026-11-29"
+        line = thresholds.Line("a.b", "0", "", "", "2026-11-29T12:00:00+00:00", "abc", "so")
+        assert (
+            thresholds.since([line], "2026-11-29T12:00:01+00:00")
+            == "set before the run, 2026-11-29"
+        )
         assert thresholds.since([line], "2026-11-20T00:00:00").startswith("set after the run")
         assert "changed once" in thresholds.since([line, line], "2026-11-30T00:00:00")
         assert thresholds.since([], "2026-11-30T00:00:00") == "not locked"
