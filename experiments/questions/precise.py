@@ -89,7 +89,7 @@ def run(config: Precise) -> Iterator[Condition]:
     for population, decay in config.averages:
         norm = nl.get("batch", population=population, decay=decay)
         options = {
-            "prepare": functools.partial(floats, config.tests),
+            "prepare": functools.partial(fewer, config.tests),
             "instrument": functools.partial(accuracies, config),
             "activation": nn.relu,
         }
@@ -102,18 +102,24 @@ def run(config: Precise) -> Iterator[Condition]:
         yield Condition({**labels, "rate": "falling"}, measure)
 
 
-def floats(tests: int, data: Dataset) -> Dataset:
-    """Pixels from −1 to 1, and so many of the test images."""
+def floats(data: Dataset) -> Dataset:
+    """Pixels from −1 to 1."""
     train, test = (
         (v / np.float32(127.5) - 1).astype(np.float32)
-        for v in (data.train_inputs, data.test_inputs[:tests])
+        for v in (data.train_inputs, data.test_inputs)
     )
-    return data._replace(train_inputs=train, test_inputs=test, test_labels=data.test_labels[:tests])
+    return data._replace(train_inputs=train, test_inputs=test)
+
+
+def fewer(tests: int, data: Dataset) -> Dataset:
+    """`floats` of the data with so many of the test images."""
+    images, labels = data.test_inputs[:tests], data.test_labels[:tests]
+    return floats(data._replace(test_inputs=images, test_labels=labels))
 
 
 def accuracies(config: Precise, net: Net) -> dict[str, Array]:
     """The test accuracy with each kind of statistics, and whether each image was told right."""
-    data = floats(config.tests, dataset(config.dataset, config.data_dir))
+    data = fewer(config.tests, dataset(config.dataset, config.data_dir))
     cut = functools.partial(batches, size=config.batch_size)
     images, labels = cut(data.test_inputs), cut(data.test_labels)
 
