@@ -126,8 +126,12 @@ class TestPrecise:
         """Runs in which PreciseBN wins so many points, but at the last evaluation."""
         rows = [("constant", 0.1), ("constant", 3.0), ("falling", 3.0)]
         return [
-            evaluation(seed, 90.0, step, average="ema", decay=0.9, rate=rate, lr=lr)
-            | {"with_average": 90.0, "with_precise": 90.0 + won + seed / 100, "with_batch": 89.0}
+            evaluation(seed, 90.0, step, average="debiased", decay=0.9, rate=rate, lr=lr)
+            | {
+                "with_average": 0.9,
+                "with_precise": (90 + won + seed / 100) / 100,
+                "with_batch": 0.89,
+            }
             for rate, lr in rows
             for seed in SEEDS
             for step in (0, 30, 60)
@@ -138,12 +142,13 @@ class TestPrecise:
         assert decisions(judged(precise, self.records(2.0, 0.0))) == ["holds"] * 4
 
     def test_it_fails_where_the_average_never_lags_but_at_the_end(self):
-        assert decisions(judged(precise, self.records(0.0, 2.0))) == ["fails"] * 4
+        assert decisions(judged(precise, self.records(-1.0, 2.0))) == ["fails"] * 4
 
     def test_the_gain_is_a_mean_over_a_share_of_the_run(self):
         records = Records(self.records(2.0, 1.0))
-        np.testing.assert_allclose(precise.gain(records, 1, 1, rate="falling"), [1, 1.01, 1.02])
-        np.testing.assert_allclose(precise.gain(records, 0, 1, rate="falling"), [1.5, 1.51, 1.52])
+        for first, expected in ((1, [1, 1.01, 1.02]), (0, [1.5, 1.51, 1.52])):
+            found = precise.gain(records, first, 1, rate="falling", lr=3.0)
+            np.testing.assert_allclose(found[:, 0], expected)
 
     def test_pixels_lie_between_minus_one_and_one(self):
         images = precise.floats(load("digits")).train_inputs
@@ -242,14 +247,20 @@ class TestRenorm:
         ] + [{"kind": "layer", "seed": seed, "gap": 0.0} for seed in SEEDS]
 
     def test_it_holds_where_renormalization_mends(self):
-        assert decisions(judged(renorm, self.records(97.0, 96.0))) == ["holds"] * 4
+        assert decisions(judged(renorm, self.records(97.0, 96.0))) == ["holds"] * 5
 
     def test_it_fails_where_it_does_not(self):
-        found = decisions(judged(renorm, self.records(95.0, 70.0)))
-        assert found == ["fails", "holds", "fails", "holds"]
+        found = decisions(judged(renorm, self.records(93.0, 50.0)))
+        assert found == ["fails", "fails", "holds", "fails", "holds"]
+
+    def test_a_part_is_won_back_where_it_is_more_than_a_quarter_of_the_loss(self):
+        found = [judged(renorm, self.records(few, 96.0))[1] for few in (95.0, 95.3)]
+        assert decisions(found) == ["fails", "holds"]
+        assert found[1].effect == pytest.approx(1.4 - 4 / 3.7)
 
     def test_with_r_1_and_d_0_it_is_batch_norm(self):
-        assert [r["gap"] for r in renorm.compare(2)] == [0.0] * 2
+        config = dataclasses.replace(renorm.QUICK, seeds=2)
+        assert [r["gap"] for r in renorm.compare(config)] == [0.0] * 2
 
     def test_minibatches_hold_half_of_each_of_two_classes(self):
         data = load("digits")
