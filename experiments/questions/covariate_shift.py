@@ -8,8 +8,9 @@ Source: Santurkar et al. 2018, section 2.2, definition 2.1 and figure 3,
 https://arxiv.org/abs/1805.11604, of which we know summaries and the abstract. They show curves of a
 VGG on CIFAR-10 and of a linear net of 25 layers, and no number. That this is what covariate shift
 should mean is theirs: Ioffe & Szegedy 2015, section 2, https://arxiv.org/abs/1502.03167, mean the
-distribution of a layer's inputs. What is said of the first step, and of ‖G − G′‖ / ‖G‖, is ours
-(after a pilot of seeds 0 and 1): batch norm changes the length of the gradients, and ‖G − G′‖ with it.
+distribution of a layer's inputs. What is said of the first step, and of ‖G − G′‖ / ‖G‖, is ours,
+after a pilot of seeds 0 and 1: batch norm changes the length of the gradients, and ‖G − G′‖ with
+it.
 
 Protocol: Six layers of 100 ReLUs on MNIST, plain SGD at rate 0.1, batches of 60, 500 steps, with
 batch norm and without, from the same kernels. On 256 training images: the length of G − G′ of each
