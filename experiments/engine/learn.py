@@ -178,7 +178,7 @@ def tuned(config: Config, norm: nl.Norm, rates: Sequence[float], **options: Any)
             how = {**options, "instrument": None, "prepare": lambda data: held_out(prepare(data))}
             found = learn(trial, norm, side_by_side=rows, **how)(None)
             tried = [{**r, "kind": "screening"} for r in found if not isinstance(r, Checkpoint)]
-            yield from ({k: v for k, v in r.items() if k != "accuracy_each"} for r in tried)
+            yield from ({k: v for k, v in r.items() if not k.endswith("_each")} for r in tried)
             choice = chosen(tried, rates)
             yield choice
             best = choice["lr"]
@@ -259,7 +259,8 @@ def start(
 
 def optimizer(config: Config) -> Make:
     """What makes the config's optimizer, with its schedule, of a learning rate."""
-    return optimizers.optimizer(config.optimizer, config.steps, schedule=config.schedule)
+    how: Any = {"schedule": config.schedule, "warmup": config.warmup}
+    return optimizers.optimizer(config.optimizer, config.steps, **how)
 
 
 def gaussian(kernels: Any, lane: Lane) -> Any:

@@ -1,0 +1,85 @@
+"""What the questions about small transformers have in common: the net, and how a text is read."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+
+from ..data import Dataset
+from ..training.config import require
+from .question import Config
+
+
+@dataclasses.dataclass(frozen=True)
+class Language(Config):
+    """A small language model of a text.
+
+    Attributes:
+      context: Tokens of a window; divides those of the data set's windows, 128.
+      tests: Windows that are measured, of the test and of the validation set.
+      width: The width of the stream.
+      depth: Blocks.
+      heads: Heads of each attention.
+    """
+
+    dataset: str = "gutenberg"
+    model: str = "lm"
+    optimizer: str = "adamw"
+    schedule: str = "cosine"  # pyright: ignore
+    batch_size: int = 8
+    steps: int = 300
+    warmup: int = 30
+    lr: float = 3e-3
+    evaluations: int = 1
+    context: int = 32
+    tests: int = 256
+    width: int = 32
+    depth: int = 2
+    heads: int = 2
+
+    def __post_init__(self) -> None:
+        """Raises RunError as `Config` does, and for a context that does not divide 128."""
+        super().__post_init__()
+        self.require_counts("tests", "width", "depth", "heads", expected="1 or more")
+        fits = self.context >= 1 and 128 % self.context == 0
+        require(fits, "context", self.context, "a divisor of 128")
+
+    @property
+    def sizes(self) -> dict[str, Any]:
+        """What the model is told beside the norm and where it stands."""
+        return {"width": self.width, "depth": self.depth, "heads": self.heads}
+
+    def prepare(self, data: Dataset) -> Dataset:
+        """The text in windows of `context` tokens, numbered among those that occur."""
+        return recut(data, self.context, self.tests)
+
+
+def recut(data: Dataset, context: int, tests: int) -> Dataset:
+    """A text in shorter windows, of which `tests` are measured, and tokens that all occur."""
+    assert data.text is not None, data.name
+    text = data.text
+    split = {
+        "train": (data.train_inputs, data.train_labels),
+        "test": (data.test_inputs, data.test_labels),
+        "validation": (text.validation_inputs, text.validation_labels),
+    }
+    known = np.unique(np.concatenate([np.unique(v) for each in split.values() for v in each]))
+
+    def shorter(v: np.ndarray, few: bool) -> np.ndarray:
+        v = np.searchsorted(known, v).astype(np.uint8 if len(known) <= 256 else np.int32)
+        v = v.reshape(-1, context)
+        places = np.arange(min(tests, len(v))) * len(v) // min(tests, len(v))
+        return v[places] if few else v
+
+    cut = {name: [shorter(v, name != "train") for v in each] for name, each in split.items()}
+    reading = text.reading._replace(context=context, measured=tests)
+    inputs, labels = cut["validation"]
+    text = text._replace(validation_inputs=inputs, validation_labels=labels, reading=reading)
+    halves = {
+        f"{name}_{half}": v
+        for name in ("train", "test")
+        for half, v in zip(("inputs", "labels"), cut[name], strict=True)
+    }
+    return data._replace(**halves, classes=len(known), text=text)
