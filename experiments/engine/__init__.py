@@ -17,5 +17,5 @@ from .learn import Instrument, Lane, Net, dataset, held_out, lanes, learn, shuff
 from .question import Condition, Config, Measure, Question, Schedule, exact
 from .rates import largest_stable
 from .records import Records
-from .texts import Language
+from .texts import Language, first_gradients
 from .verdict import Source, Verdict, decide, decide_share

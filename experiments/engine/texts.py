@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
+import jax
 import numpy as np
+import optax
+from jax import Array
 
+import normlab as nl
+
+from .. import models
 from ..data import Dataset
 from ..training.config import require
 from .question import Config
@@ -83,3 +90,41 @@ def recut(data: Dataset, context: int, tests: int) -> Dataset:
         for half, v in zip(("inputs", "labels"), cut[name], strict=True)
     }
     return data._replace(**halves, classes=len(known), text=text)
+
+
+def first_gradients(
+    scheme: str, norm: nl.Norm, *, batch_size: int, length: int, **sizes: Any
+) -> Callable[[int], Any]:
+    """A function of a seed: the gradient of a language model at its initialization, by block.
+
+    The mean loss of random tokens, which the seed draws with the weights; the head is no embedding.
+
+    Args:
+      scheme: Where the norms stand.
+      norm: Which norm.
+      batch_size: Sequences.
+      length: Their tokens.
+      **sizes: Of the model.
+
+    Returns:
+      The gradient by the params as a tree with `block0` and so on.
+    """
+    options = {"scheme": scheme, "mlp": "gelu", "tied": False, "scan": True, **sizes}
+    model: Any = models.build("lm", norm, 256, **options)
+
+    @jax.jit
+    def look(key: Array, tokens: Array) -> Any:
+        inputs, targets = tokens[:, :-1], tokens[:, 1:]
+        variables = model.init(key, inputs, train=False)
+
+        def loss(params: Any) -> Array:
+            logits: Any = model.apply({**variables, "params": params}, inputs, train=False)
+            return optax.softmax_cross_entropy_with_integer_labels(logits, targets).mean()
+
+        return model.unstack(jax.grad(loss)(variables["params"]))
+
+    def of_seed(seed: int) -> Any:
+        tokens = np.random.default_rng(seed).integers(0, 256, (batch_size, length + 1))
+        return look(jax.random.key(seed), tokens)
+
+    return of_seed
