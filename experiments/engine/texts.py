@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -15,7 +16,10 @@ import normlab as nl
 
 from .. import models
 from ..data import Dataset
+from ..rundir import Record
 from ..training.config import require
+from ..training.tasks import Task
+from .learn import dataset
 from .question import Config
 
 
@@ -61,6 +65,20 @@ class Language(Config):
     def prepare(self, data: Dataset) -> Dataset:
         """The text in windows of `context` tokens, numbered among those that occur."""
         return recut(data, self.context, self.tests)
+
+    @property
+    def chance(self) -> float:
+        """Bits per byte of one who knows how frequent each token is, and nothing else."""
+        return _chance(self)
+
+    def frequencies(self) -> Iterator[Record]:
+        """A record of that, of `kind` "frequencies"."""
+        yield {"kind": "frequencies", "bits_per_byte": self.chance}
+
+
+@functools.lru_cache(maxsize=4)
+def _chance(config: Language) -> float:
+    return Task.of(config.prepare(dataset(config.dataset, config.data_dir))).chance
 
 
 def recut(data: Dataset, context: int, tests: int) -> Dataset:

@@ -9,10 +9,10 @@ large models, of which QK norm is one, cure it. The factor of 3 is ours.
 
 Protocol: A pre-norm language model of 2 blocks of width 32 with RMS norm on bytes of 18 books,
 windows of 32, batches of 8, 200 steps of Adam with a warm-up of 20 steps and a rate that then
-stays; nothing is clipped. A rate is stable if the validation loss at the end is finite and below
-that of one who knows how frequent each byte is. The largest stable rate of each seed is bracketed
-on a grid and bisected to a factor of 1.3. The logit is the largest |q·k|/√D on a batch, at the end
-of training at a rate of the grid.
+stays; nothing is clipped. A rate is stable if the loss at the end is finite and below that of one
+who knows how frequent each byte is. The largest stable rate of each seed is bracketed on a grid and
+bisected to a factor of 1.3. The logit is the largest |q·k|/√D on a batch, at the end of training at
+a rate of the grid.
 
 Command: python -m experiments run qk_norm_rate
 """
@@ -20,7 +20,6 @@ Command: python -m experiments run qk_norm_rate
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Iterator
 
 import jax.numpy as jnp
@@ -40,6 +39,7 @@ from ..engine import (
     Verdict,
     decide,
     draw,
+    exact,
     largest_stable,
 )
 
@@ -48,9 +48,6 @@ WIDER = 3.0
 
 HIGH = 0.03
 """The rate of the grid at which the logits are compared."""
-
-FREQUENT = 4.54 * math.log(2)
-"""Nats per byte for one who knows how frequent each byte of the books is."""
 
 SOURCE = Source("wortsman2023", "abstract", read="abstract")
 
@@ -87,6 +84,11 @@ FULL = QkNormRate(
 
 def run(config: QkNormRate) -> Iterator[Condition]:
     """Without and with the norm of queries and keys."""
+
+    def stable(record: Record) -> bool:
+        bits = record["bits_per_byte"]
+        return record["diverged"] is None and bits is not None and bits < config.chance
+
     for name, inside in (("none", ()), ("QK norm", ("q", "k"))):
         options = {"inside": inside, "prepare": config.prepare, **config.sizes}
         made = largest_stable(
@@ -94,12 +96,7 @@ def run(config: QkNormRate) -> Iterator[Condition]:
             **{"fine": 1.3, "instrument": logits, **options},
         )
         yield Condition({"inside": name}, made)
-
-
-def stable(record: Record) -> bool:
-    """Whether a net has learned more than how frequent each byte is."""
-    loss = record["validation_loss"]
-    return record["diverged"] is None and loss is not None and loss < FREQUENT
+    yield Condition({"condition": "frequencies"}, exact(config.frequencies))
 
 
 def logits(net: Net) -> dict[str, Array]:
@@ -126,12 +123,13 @@ def verdict(records: Records) -> Iterator[Verdict]:
 
 
 def figure(records: Records) -> Figure:
-    """The validation loss and the largest logit against the rate, and the rates that were found."""
+    """Bits per byte and the largest logit against the rate, and the rates that were found."""
     picture, (left, middle, right) = draw.canvas(3, width=3.9)
     trials = records.where(kind="trial")
-    draw.scatter(left, trials, "lr", "validation_loss", by="inside", alpha=0.5)
-    draw.frame(left, threshold=FREQUENT, xscale="log", log=True, xlabel="learning rate")
-    left.set_ylabel("validation loss at the end (nats)")
+    draw.scatter(left, trials, "lr", "bits_per_byte", by="inside", alpha=0.5)
+    frequent = records.where(kind="frequencies").values("bits_per_byte")
+    draw.frame(left, threshold=frequent, xscale="log", log=True, xlabel="learning rate")
+    left.set_ylabel("test bits per byte at the end")
     draw.scatter(middle, trials, "lr", "logit", by="inside", alpha=0.5)
     draw.frame(middle, xscale="log", yscale="log", xlabel="learning rate")
     middle.set_ylabel("largest |q·k|/√D")
