@@ -211,7 +211,7 @@ class Tuning:
         if resume is None:
             found = (r for r in self.trial(None) if not isinstance(r, Checkpoint))
             tried = [{**r, "kind": "screening"} for r in found]
-            yield from ({k: v for k, v in r.items() if k != "accuracy_each"} for r in tried)
+            yield from ({k: v for k, v in r.items() if not k.endswith("_each")} for r in tried)
             choice = chosen(tried, self.rates)
             yield choice
             best = choice["lr"]
@@ -310,7 +310,8 @@ def start(
 
 def optimizer(config: Config) -> Make:
     """What makes the config's optimizer, with its schedule, of a learning rate."""
-    return optimizers.optimizer(config.optimizer, config.steps, schedule=config.schedule)
+    how: Any = {"schedule": config.schedule, "warmup": config.warmup}
+    return optimizers.optimizer(config.optimizer, config.steps, **how)
 
 
 def gaussian(kernels: Any, lane: Lane) -> Any:

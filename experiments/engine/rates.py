@@ -65,7 +65,7 @@ def largest_stable(
                     yield found._replace(leaves=[np.int64(turn), low, high, *found.leaves])
             ends = [r for r in trials if r["step"] == config.steps]
             tried = [{**r, "kind": "trial", "stable": bool(stable(r))} for r in ends]
-            yield from ({k: v for k, v in r.items() if k != "accuracy_each"} for r in tried)
+            yield from ({k: v for k, v in r.items() if not k.endswith("_each")} for r in tried)
             low, high = narrowed(seeds, low, high, tried)
             turn, inside = turn + 1, None
             yield Checkpoint(config.steps, [np.int64(turn), low, high])
