@@ -1,4 +1,4 @@
-"""The commands that ask the questions: `run`, `report` and `verify`."""
+"""The commands that ask the questions: `run`, `report`, `verify` and others."""
 
 from __future__ import annotations
 
@@ -17,9 +17,12 @@ from ..rundir import CHECKOUT, RunError, environment
 from ..terminal import console, print_paths
 from .answers import Ask, answers, print_answer, status
 from .ask import Answer
+from .cost import Cost, cost
 from .kept import as_json, verdict_json
 from .page import Section, page
+from .power import Power, power
 from .sweep import sweep
+from .thresholds import Lock, history, lock, require
 from .verify import Verify, verify
 
 
@@ -58,12 +61,18 @@ class Report(Ask):
             )
 
 
-def run(config: Run | Report | Verify) -> int:
+def run(config: Run | Report | Verify | Power | Lock | Cost) -> int:
     """Runs the questions; then prints what each came to, writes the page, or compares."""
     if isinstance(config, Report):
         return report(config)
     if isinstance(config, Verify):
         return verify(config)
+    if isinstance(config, Power):
+        return power(config)
+    if isinstance(config, Lock):
+        return lock(config)
+    if isinstance(config, Cost):
+        return cost(config)
     return show(config)
 
 
@@ -86,6 +95,8 @@ def report(command: Report) -> int:
     names = tuple(dict.fromkeys(command.names or questions.NAMES))
     found = {a.name: a for a in answers(command, names)}
     told = [found[name] for name in names]
+    locked = history()
+    require(told, locked)
     machine = environment()
     text = page([section(answer) for answer in told], machine)
     verdicts = {a.name: [verdict_json(v) for v in a.verdicts] for a in told}

@@ -34,6 +34,22 @@ class Source(NamedTuple):
     read: Literal["read", "abstract", "second-hand"] = "read"
 
 
+class Bounds(NamedTuple):
+    """What a claim is judged by, as it is written down: digits, or nothing.
+
+    Attributes:
+      at_least, at_most, size: As in `Verdict`.
+    """
+
+    at_least: str
+    at_most: str
+    size: str
+
+    def __str__(self) -> str:
+        """In words."""
+        return ", ".join(f"{k} {v}" for k, v in self._asdict().items() if v) or "no bound"
+
+
 class Interval(NamedTuple):
     """What is known of an effect.
 
@@ -245,6 +261,12 @@ def decide_share(
         untuned=options.get("untuned", False),
         source=options.get("source"),
     )
+
+
+def bounds(verdict: Verdict) -> Bounds:
+    """What a claim is judged by, as it is written down."""
+    found = (verdict.at_least, verdict.at_most, verdict.size)
+    return Bounds(*("" if v is None or math.isinf(v) else f"{v:.12g}" for v in found))
 
 
 def interval(values: Sequence[float] | np.ndarray) -> Interval:

@@ -19,7 +19,7 @@ import normlab as nl
 from experiments import models, questions
 from experiments.asking.ask import Answer, ask
 from experiments.data import load
-from experiments.engine import Checkpoint, Config, Record
+from experiments.engine import Checkpoint, Config, Record, Records
 from experiments.engine.devices import Lab, forms_gap, relative
 from experiments.questions import delay, gradient_sync, group_size, local_drift, synced_is_global
 from experiments.rundir import CHECKOUT, RunError
@@ -35,8 +35,8 @@ TINY = {
     "seeds": 2,
 }
 SMALL = {
-    "batch_size_conv": {"model": "tiny_conv"},
-    "delay": {"every": (1,), "references": False},
+    "batch_size_conv": {"model": "tiny_conv", "widths": (8,)},
+    "delay": {"every": (1,)},
     "gradient_sync": {"gradients": ("forward",)},
     "group_size": {"per_devices": (4,), "groups": (1, 4), "ghost": (2,)},
 }
@@ -109,13 +109,25 @@ def evaluations(final: dict, **labels) -> list[Record]:
 
 
 GOOD, SAME, MIXED, BAD = [90.0, 91, 92], [89.9, 91.1, 92], [85.0, 95, 91], [80.0, 81, 82.2]
+BEST, MIDDLE = [93.0, 94.1, 95], [88.0, 91, 89.5]
 CASES = [(SAME, "holds"), (MIXED, "undecided"), (BAD, "fails")]
 
 
-@pytest.mark.parametrize(("delayed", "decision"), CASES)
-def test_delay_decides_by_the_accuracy_lost(delayed, decision):
-    records = evaluations({"fresh": GOOD, "every 2": delayed, "local": BAD})
-    assert judged(delay, records)[0].decision == decision
+@pytest.mark.parametrize(
+    ("delayed", "decisions"),
+    [
+        (BAD, ["holds"] * 3 + ["fails"]),
+        (MIXED, ["undecided"] * 4),
+        (BEST, ["fails"] * 3 + ["holds"]),
+    ],
+)
+def test_delay_decides_by_the_accuracy_lost(delayed, decisions):
+    old = {"every 2": delayed, "every 2, forward": delayed}
+    local = [v - 0.5 if delayed is BEST else v for v in MIDDLE]
+    records = evaluations({"fresh": GOOD, "fresh, forward": GOOD, "local": local, **old})
+    found = judged(delay, records)
+    assert [v.decision for v in found] == decisions
+    assert [v.id for v in found if v.source] == ["every-2.fresh"]
 
 
 @pytest.mark.parametrize(("forward", "decision"), CASES)
@@ -160,26 +172,37 @@ def test_group_size_has_no_number_where_its_source_has_none():
 @pytest.mark.parametrize(
     ("share", "lost", "decisions"),
     [
-        (0.2, 9.0, ["holds"] * 4 + ["fails", "holds"]),
-        (0.05, 0.1, ["holds", "fails"] * 3),
-        (0.3, 0.1, ["fails", "holds"] * 2 + ["holds", "fails"]),
+        (0.2, -9.0, ["holds"] * 3 + ["fails"] * 2 + ["fails", "holds", "holds"]),
+        (0.005, 0.1, ["fails", "holds", "fails"] + ["holds"] * 3 + ["fails", "holds"]),
     ],
 )
 def test_local_drift_decides_by_the_share_between_devices(share, lost, decisions):
     drifts = [
         {"kind": "drift", "condition": condition, "seed": seed, "step": step, "layer": layer}
-        | {"batch": share, "running": share, "sampling": 0.2}
-        for condition in ("shuffled", "sorted")
+        | {"batch": share, "running": share / part, "sampling": 0.2}
+        for condition, part in (("shuffled", 100), ("sorted", 1))
         for seed in range(3)
         for step in (1, 9)
-        for layer in "ab"
+        for layer in "abc"
     ]
     averaging = [
-        {"kind": "averaging", "condition": condition, "seed": seed, "step": 9, "lost": lost}
-        for condition in ("shuffled", "sorted")
+        {"kind": "averaging", "condition": condition, "seed": seed, "step": 9}
+        | {"merged": merged, "averaged": merged - lost / 100 + seed / 1e5}
+        for condition, merged in (("shuffled", 0.8), ("sorted", 0.7))
         for seed in range(3)
     ]
-    assert [v.decision for v in judged(local_drift, drifts + averaging)] == decisions
+    found = judged(local_drift, drifts + averaging)
+    assert [v.decision for v in found] == decisions
+
+
+def test_local_drift_evaluates_one_net_with_merged_and_with_averaged_statistics():
+    _, by_class = local_drift.run(tiny("local_drift"))
+    found = [r for r in by_class.measure(None) if not isinstance(r, Checkpoint)]
+    ends = [r for r in found if r["kind"] == "averaging"]
+    for key in ("merged", "averaged"):
+        values = Records(ends).accuracy(key=key, kind="averaging")
+        assert values.shape == (2, 1 + 500)
+        np.testing.assert_allclose(values[:, 1:].mean(1), values[:, 0], atol=1)
 
 
 @pytest.mark.parametrize(
@@ -202,7 +225,7 @@ def test_synced_is_global_decides_by_the_error(error, synced, averaged):
         for seed in range(3)
     ]
     decisions = [v.decision for v in judged(synced_is_global, records)]
-    assert decisions == [synced] * 6 + [averaged] * 6
+    assert decisions == [synced] * 4 + [averaged]
 
 
 @pytest.mark.parametrize(
