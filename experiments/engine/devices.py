@@ -57,7 +57,6 @@ class Config(question.Config):
     dataset: str = "fashion_mnist"
     optimizer: str = "momentum"
     lr: float = 0.05
-    seeds: int = 5
     devices: int = 8
     per_device: int = 4
     decay: float = 0.9
