@@ -169,7 +169,9 @@ def values(config: Cosine) -> Iterator[Record]:
 def best(records: Records, place: str) -> str:
     """The rival in a place with the best accuracy on the held-out images, at its best rate."""
     trials = records.where(kind="tuning", placement=place)
-    found = {r["norm"]: max(v for v in r["accuracies"] if v is not None) for r in trials}
+    found = {
+        r["norm"]: max((v for v in r["accuracies"] if v is not None), default=0.0) for r in trials
+    }
     return max(RIVALS[place], key=found.__getitem__)
 
 

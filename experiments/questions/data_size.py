@@ -78,7 +78,8 @@ def few(seed: int, data: Dataset, config: Config, size: int) -> np.ndarray:
     """Minibatches of so many training examples, which the seed draws from all of them."""
     size = min(size, len(data.train_inputs))
     drawn = np.random.default_rng(seed).choice(len(data.train_inputs), size, replace=False)
-    return drawn[minibatches(seed, size, config.batch_size, config.steps)]
+    rows = minibatches(seed, size, config.batch_size, config.steps)
+    return drawn[rows].astype(rows.dtype)
 
 
 def needed(accuracies: np.ndarray, sizes: Sequence[int], target: np.ndarray) -> np.ndarray:

@@ -77,7 +77,10 @@ def run(config: Dropout) -> Iterator[Condition]:
 def best_share(records: Records, norm: str) -> float:
     """The positive share with the best accuracy on the held-out images."""
     trials = records.where(lambda r: r["dropout"] > 0, kind="tuning", norm=norm)
-    found = {r["dropout"]: max(v for v in r["accuracies"] if v is not None) for r in trials}
+    found = {
+        r["dropout"]: max((v for v in r["accuracies"] if v is not None), default=0.0)
+        for r in trials
+    }
     return max(found, key=found.__getitem__)
 
 

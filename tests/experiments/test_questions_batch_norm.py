@@ -369,7 +369,7 @@ def test_each_seed_has_examples_of_its_own_and_no_others():
     data = load("digits")
     config = dataclasses.replace(data_size.QUICK, batch_size=20, steps=9)
     rows = [data_size.few(seed, data, config, 60) for seed in (0, 0, 1)]
-    assert [row.shape for row in rows] == [(9, 20)] * 3
+    assert [(row.shape, row.dtype) for row in rows] == [((9, 20), np.int32)] * 3
     assert [len(np.unique(row)) for row in rows] == [60] * 3  # three epochs of the same 60
     np.testing.assert_array_equal(rows[0], rows[1])
     assert len(np.intersect1d(rows[0], rows[2])) < 30
