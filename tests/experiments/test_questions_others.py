@@ -139,7 +139,7 @@ def test_what_chose_the_rate_is_drawn_and_does_not_count():
 def test_images_are_halved_by_the_mean_of_four_pixels():
     data = load("digits")
     images = weight_norm_accuracy.halved(data).train_inputs
-    assert images.shape[1:] == tuple(v // 2 for v in data.train_inputs.shape[1:3]) + (1,)
+    assert images.shape[1:] == (*(v // 2 for v in data.train_inputs.shape[1:3]), 1)
     assert images.mean() == pytest.approx(0, abs=1e-5)
     first, last = data.train_inputs[0, :2, :2].mean(), data.train_inputs[0, -2:, -2:].mean()
     assert images[0, 0, 0, 0] - images[0, -1, -1, 0] == pytest.approx((first - last) / 255)
