@@ -34,8 +34,8 @@ class Line(NamedTuple):
     Attributes:
       id: The claim.
       at_least, at_most, size: As in `Verdict`, as text; empty where there is none.
-      date: When it was set, `2026-11-29`.
-      commit: The commit whose code has it.
+      date: When that was, in UTC: `2026-11-29T13:26:05+00:00`.
+      commit: The commit that set it: the last one that changed the question's file.
       reason: Where it comes from; of a change, why.
     """
 
@@ -85,7 +85,7 @@ def require(answers: Iterable[Answer], locked: Mapping[str, Sequence[Line]]) -> 
             now, lines = bounds(verdict), locked.get(verdict.id, ())
             if lines and lines[-1].bounds != now:
                 last = lines[-1]
-                was = f"{last.bounds} since {last.date} (commit {last.commit})"
+                was = f"{last.bounds} since {last.date[:10]} (commit {last.commit})"
                 changed.append(f"{verdict.id}: {now}, but locked is {was}")
             elif not lines and answer.judged.get(verdict.id, now) != now:
                 was = answer.judged[verdict.id]
@@ -122,9 +122,9 @@ def lock(command: Lock) -> int:
         raise RunError("--reason: say where the bounds come from, or why they were changed.")
     commits = {name: _commit(name) for name in command.names}
     found = [*answers(command, command.names, command.config)]
-    locked, date = history(), datetime.date.today().isoformat()
+    locked = history()
     lines = [
-        Line(verdict.id, *bounds(verdict), date, commits[answer.name], command.reason.strip())
+        Line(verdict.id, *bounds(verdict), *commits[answer.name], command.reason.strip())
         for answer in found
         for verdict in answer.verdicts
         if [line.bounds for line in locked.get(verdict.id, ())][-1:] != [bounds(verdict)]
@@ -151,8 +151,8 @@ def append(lines: Sequence[Line], path: Path | None = None) -> None:
         writer.writerows(lines)
 
 
-def _commit(name: str) -> str:
-    """The commit that the question's file is in as it is."""
+def _commit(name: str) -> tuple[str, str]:
+    """When the question's file became what it is, and the commit that made it so."""
     file = str(PATH.with_name(f"{name}.py"))
     git = ["git", "-C", str(CHECKOUT)]
     try:
@@ -164,7 +164,9 @@ def _commit(name: str) -> str:
                 f"{name}: its file differs from the last commit, which is to have the bounds that "
                 "are locked. Commit it first."
             )
-        return run("rev-parse", "--short=12", "HEAD")
+        seconds, commit = run("log", "-1", "--abbrev=12", "--format=%ct %h", "--", file).split()
+        date = datetime.datetime.fromtimestamp(int(seconds), datetime.UTC)
+        return date.isoformat(), commit
     except (OSError, subprocess.SubprocessError):
         raise RunError(
             f"{CHECKOUT} is no git checkout that git can read, so that no commit can be named: "
@@ -177,12 +179,12 @@ def since(lines: Sequence[Line], measured: str) -> str:
 
     Args:
       lines: The history of the claim.
-      measured: The time of the run, in ISO format.
+      measured: When the run began, in UTC.
     """
     if not lines:
         return "not locked"
     last = lines[-1]
-    order = "after" if last.date > measured[:10] else "before"
+    order = "after" if last.date > measured else "before"
     changes = len(lines) - 1
     often = f", changed {'once' if changes == 1 else f'{changes} times'}" if changes else ""
-    return f"set {order} the run, {last.date}{often}"
+    return f"set {order} the run, {last.date[:10]}{often}"

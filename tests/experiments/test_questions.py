@@ -35,8 +35,8 @@ TINY = {
     "seeds": 2,
 }
 SMALL = {
-    "batch_size_conv": {"model": "tiny_conv"},
-    "delay": {"every": (1,), "references": False},
+    "batch_size_conv": {"model": "tiny_conv", "widths": (8,)},
+    "delay": {"every": (1,)},
     "gradient_sync": {"gradients": ("forward",)},
     "group_size": {"per_devices": (4,), "groups": (1, 4), "ghost": (2,)},
 }
@@ -109,13 +109,25 @@ def evaluations(final: dict, **labels) -> list[Record]:
 
 
 GOOD, SAME, MIXED, BAD = [90.0, 91, 92], [89.9, 91.1, 92], [85.0, 95, 91], [80.0, 81, 82.2]
+BEST, MIDDLE = [93.0, 94.1, 95], [88.0, 91, 89.5]
 CASES = [(SAME, "holds"), (MIXED, "undecided"), (BAD, "fails")]
 
 
-@pytest.mark.parametrize(("delayed", "decision"), CASES)
-def test_delay_decides_by_the_accuracy_lost(delayed, decision):
-    records = evaluations({"fresh": GOOD, "every 2": delayed, "local": BAD})
-    assert judged(delay, records)[0].decision == decision
+@pytest.mark.parametrize(
+    ("delayed", "decisions"),
+    [
+        (BAD, ["holds"] * 3 + ["fails"]),
+        (MIXED, ["undecided"] * 4),
+        (BEST, ["fails"] * 3 + ["holds"]),
+    ],
+)
+def test_delay_decides_by_the_accuracy_lost(delayed, decisions):
+    old = {"every 2": delayed, "every 2, forward": delayed}
+    local = [v - 0.5 if delayed is BEST else v for v in MIDDLE]
+    records = evaluations({"fresh": GOOD, "fresh, forward": GOOD, "local": local, **old})
+    found = judged(delay, records)
+    assert [v.decision for v in found] == decisions
+    assert [v.id for v in found if v.source] == ["every-2.fresh"]
 
 
 @pytest.mark.parametrize(("forward", "decision"), CASES)

@@ -9,6 +9,7 @@ import pytest
 
 import normlab as nl
 from experiments.engine import Checkpoint, Config, Record, Records
+from experiments.engine.records import DRAWS
 from experiments.questions import (
     backward,
     batch_one,
@@ -80,7 +81,7 @@ def test_ignored_gradient_decides_by_growth_and_loss(growth, loss, rest, expecte
 
 
 def test_the_papers_backward_pass_is_autodiff_and_differences():
-    assert decisions(backward, measured(backward, tiny(backward, scales=(100.0,)))) == ["holds"] * 5
+    assert decisions(backward, measured(backward, tiny(backward, scales=(100.0,)))) == ["holds"] * 4
 
 
 def test_the_papers_equations_know_the_gain():
@@ -108,7 +109,7 @@ def test_backward_decides_by_the_error_at_the_smallest_epsilon(error, expected):
         for seed, e in enumerate(seeds(error))
     ]
     records += [r | {"eps": 1e-5, "error": 1.0} for r in records if "eps" in r]
-    assert decisions(backward, records) == [expected] * 5
+    assert decisions(backward, records) == [expected] * 4
 
 
 # Inference.
@@ -156,13 +157,14 @@ def test_inference_decides_by_ratios_and_errors(corrected, plain, error, expecte
     ("alone", "moved", "batch", "expected"),
     [
         (2.0, 1e-7, {100: 2.5, 4: 25.0, 1: 90.0}, "holds"),
-        (60.0, 0.5, {100: 30.0, 4: 2.0, 1: 2.0}, "fails"),
+        (60.0, 0.5, {100: 30.0, 4: 1.0, 1: 2.0}, "fails"),
     ],
 )
 def test_batch_one_decides_by_the_error_alone_and_in_batches(alone, moved, batch, expected):
     population = {100: 2.0, 4: 2.0, 1: alone}
     records = [
-        {"kind": "prediction", "statistics": name, "n": n, "seed": seed, "error": e, "moved": m}
+        {"kind": "prediction", "statistics": name, "n": n, "seed": seed}
+        | {"accuracy": 1 - e / 100, "moved": m, "apart": m}
         for name, errors in (("population", population), ("batch", batch))
         for n, error in errors.items()
         for seed, (e, m) in enumerate(zip(seeds(error), seeds(moved), strict=True))
@@ -180,10 +182,16 @@ def test_examples_are_predicted_in_their_order_and_the_rest_is_left():
 @pytest.mark.slow
 def test_a_trained_net_predicts_a_single_example():
     config = tiny(batch_one, dataset="digits", steps=300)
-    found = {(r["statistics"], r["n"]): r for r in measured(batch_one, config) if not r["seed"]}
-    assert found["population", 1]["error"] < 10
+    records = Records(measured(batch_one, config))
+    found = {(r["statistics"], r["n"]): r for r in records.where(seed=config.first_seed)}
+    assert found["population", 1]["accuracy"] > 0.9
     assert found["population", 1]["moved"] < batch_one.SAME
-    assert found["batch", 1]["error"] > batch_one.GUESS
+    assert found["batch", 1]["apart"] == 0 < found["population", 1]["apart"]
+    each = records.accuracy(kind="prediction", statistics="population", n=1)
+    np.testing.assert_allclose(each[0, 0], 100 * found["population", 1]["accuracy"])
+    assert each.shape == (config.seeds, 1 + DRAWS)
+    identities = [v for v in judged(batch_one, records) if v.kind == "identity"]
+    assert [v.decision for v in identities] == ["holds"] * 2
 
 
 # The identity.
@@ -355,26 +363,38 @@ def test_gradient_bound_decides_by_both_sides(one, two, expected):
 # Covariate shift.
 
 
-@pytest.mark.parametrize(("factor", "expected"), [(1.2, "holds"), (0.4, "fails")])
-def test_covariate_shift_decides_by_the_factor(factor, expected):
+@pytest.mark.parametrize(
+    ("first", "later", "length", "expected"),
+    [
+        (20.0, 1.2, 1.0, ["holds", "holds", "holds", "fails"]),
+        (0.5, 0.4, 0.5, ["fails", "fails", "fails", "holds"]),
+        (20.0, 0.4, 0.1, ["holds", "fails", "fails", "fails"]),  # the gradients are shorter, too
+    ],
+)
+def test_covariate_shift_tells_the_first_step_from_the_others(first, later, length, expected):
+    sizes = {("none", 0): 1.0, ("none", 5): 1.0, ("batch", 0): first, ("batch", 5): later}
     records = [
-        {"kind": "evaluation", "norm": norm, "seed": seed, "step": step}
-        | {"distance": [v * 1e-3, v * 10.0], "cosine": [1.0, 1.0], "accuracy": 0.9}
-        for norm, value in (("none", 1.0), ("batch", factor))
-        for seed, v in enumerate(seeds(value) if norm == "batch" else [value] * 3)
-        for step in (0, 5, 10)
+        {"kind": "evaluation", "norm": norm, "seed": seed, "step": step, "accuracy": 0.9}
+        | {
+            "distance": [size * v * 1e-3, size * v * 10.0],
+            "length": [length if norm == "batch" else 1.0] * 2,
+        }
+        | {"cosine": [1.0, 0.5 + (norm == "batch") * (0.1 * v if size < 1 else -0.1 * v)]}
+        for (norm, step), size in sizes.items()
+        for seed, v in enumerate(seeds(1.0) if norm == "batch" else [1.0] * 3)
     ]
-    assert decisions(covariate_shift, records) == [expected]
+    assert decisions(covariate_shift, records) == expected
 
 
 def test_a_net_that_diverged_has_no_covariate_shift():
-    assert np.isnan(covariate_shift.mean({"distance": [1.0, None]}))
-    assert covariate_shift.mean({"distance": [1.0, 100.0]}) == pytest.approx(10)
+    assert np.isnan(covariate_shift.distance({"distance": [1.0, None]}))
+    assert covariate_shift.distance({"distance": [1.0, 100.0]}) == pytest.approx(10)
 
 
 @pytest.mark.slow
 def test_covariate_shift_is_measured_in_every_layer_but_the_first():
     config = tiny(covariate_shift, dataset="digits", steps=4, evaluations=1, widths=(8, 8))
     for r in measured(covariate_shift, config):
-        assert len(r["distance"]) == len(r["cosine"]) == 2
+        assert len(r["distance"]) == len(r["cosine"]) == len(r["length"]) == 2
+        assert r["norm"] in config.norms
         assert min(r["distance"]) > 0

@@ -163,31 +163,38 @@ def test_mean_only_batch_norm_takes_its_mean_from_the_batch_and_its_scale_from_t
 # --- cosine ---
 
 
-def compared(ours, data="mnist"):
-    """Records in which the best rival ends at 98.0."""
-    ends = {
-        "none": 90.0,
-        "batch": 98.0,
-        "layer": 97.0,
-        "weight": 96.0,
-        "cosine": ours,
-        "centred_cosine": ours,
-    }
+def compared(ours, data="mnist", after=None):
+    """Records in which the rival that is best on held-out images ends at 98.0, and behind f so."""
+    both = {"cosine": ours, "centred_cosine": ours}
+    before = {"batch": 98.0, "layer": 98.5, "weight": 96.0} | both
+    held_out = {"batch": 0.98, "layer": 0.97, "weight": 0.96, "cosine": 0.9, "centred_cosine": 0.9}
+    rows = [("before", norm, v) for norm, v in before.items()]
+    if after is not None:
+        rows += [("after", "batch", after), ("after", "layer", after - 1)]
     found = []
-    for norm, v in ends.items():
-        found += evaluations([v, v, v + 0.01], norm=norm, data=data, part="training")
+    for place, norm, v in rows:
+        labels = {"norm": norm, "data": data, "placement": place, "part": "training"}
+        accuracies = [None, held_out[norm]]
+        found += [{"kind": "tuning", **labels, "lr": 0.1, "accuracies": accuracies}]
+        found += evaluations([v, v, v + 0.01], **labels)
     return found
 
 
 def test_cosine_norm_is_measured_against_the_best_of_the_others():
     bounds = [{"kind": "exact", "seed": s, "largest": 1.0, "off_pearson": 1e-15} for s in SEEDS]
-    records = bounds + compared(99.0) + compared(97.5, "cifar10")
+    records = bounds + compared(99.0, after=99.5) + compared(97.5, "cifar10")
     found = judged(cosine, records)
-    assert decisions(found) == ["holds"] * 4 + ["fails"] * 2
-    assert "here batch" in found[2].claim
-    assert found[2].effect == pytest.approx(1.0)
+    assert decisions(found) == ["holds"] * 6 + ["fails"] * 2
+    assert [v.kind for v in found] == ["identity"] * 2 + ["literature"] * 2 + ["ours"] * 2 + [
+        "literature"
+    ] * 2
+    assert found[2].effect == pytest.approx(1.0)  # against batch norm, whatever layer norm's test
     assert found[4].effect == pytest.approx(-0.5)
+    assert found[6].effect == pytest.approx(-0.5)
+    assert not any(norm in v.id for v in found for norm in cosine.RIVALS["before"])
     assert drawn(cosine, records)
+    better = judged(cosine, compared(99.0, after=98.5))[2:]
+    assert decisions(better) == ["holds"] * 2 + ["fails"] * 2
 
 
 def test_a_bound_that_is_passed_fails():
@@ -205,7 +212,7 @@ def test_the_cosine_is_bounded_and_centred_it_is_pearsons_r():
 
 def test_both_data_sets_are_asked_for():
     assert cosine.QUICK.datasets == ("mnist", "cifar10")
-    assert len({c.name for c in cosine.run(cosine.QUICK)}) == 13
+    assert len({c.name for c in cosine.run(cosine.QUICK)}) == 1 + 7 + 5
 
 
 # --- reparametrization ---
