@@ -38,6 +38,7 @@ SMALL = {
     "batch_size_conv": {"model": "tiny_conv", "widths": (8,)},
     "delay": {"every": (1,)},
     "gradient_sync": {"gradients": ("forward",)},
+    "learning_rate": {"search": 4, "rates": (0.1, 0.2), "tests": 100},
     "group_size": {"per_devices": (4,), "groups": (1, 4), "ghost": (2,)},
 }
 
