@@ -9,6 +9,8 @@ from __future__ import annotations
 import csv
 import dataclasses
 import datetime
+import functools
+import re
 import subprocess
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -172,17 +174,46 @@ def _commit(name: str) -> str:
         ) from None
 
 
-def since(lines: Sequence[Line], measured: str) -> str:
-    """When a bound was set, in words for its row: before what was measured at a time, or after.
+def order(line: Line, measured: str, commit: str | None) -> str:
+    """Whether a bound was set before or after a run, as far as commits and dates tell.
+
+    Args:
+      line: The bound.
+      measured: The time of the run, in ISO format.
+      commit: The commit that ran, of `rundir.environment`: if it has the bound's, that is older.
+
+    Returns:
+      "before", "after", or "on the day of".
+    """
+    if commit and _holds(commit.removesuffix("-dirty"), line.commit):
+        return "before"
+    day = measured[:10]
+    return "on the day of" if line.date == day else "before" if line.date < day else "after"
+
+
+@functools.lru_cache(maxsize=4096)
+def _holds(commit: str, older: str) -> bool:
+    """Whether a commit has another in its history; False also where git does not know them."""
+    if not all(re.fullmatch(r"\w[\w.-]*", name) for name in (commit, older)):
+        return False
+    git = ["git", "-C", str(CHECKOUT), "merge-base", "--is-ancestor", older, commit]
+    try:
+        return subprocess.run(git, capture_output=True, timeout=10).returncode == 0
+    except (OSError, subprocess.SubprocessError):
+        return False
+
+
+def since(lines: Sequence[Line], measured: str, commit: str | None = None) -> str:
+    """When the bound of a claim was set, in words for its row.
 
     Args:
       lines: The history of the claim.
-      measured: The time of the run, in ISO format.
+      measured: As in `order`.
+      commit: As in `order`.
     """
     if not lines:
         return "not locked"
     last = lines[-1]
-    order = "after" if last.date > measured[:10] else "before"
     changes = len(lines) - 1
     often = f", changed {'once' if changes == 1 else f'{changes} times'}" if changes else ""
-    return f"set {order} the run, {last.date}{often}"
+    return f"set {order(last, measured, commit)} the run, {last.date}{often}"
