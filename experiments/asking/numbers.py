@@ -40,6 +40,8 @@ def threshold(verdict: Verdict) -> str:
     """In which range the effect was to be."""
     low, high = verdict.at_least, verdict.at_most
     if math.isfinite(low) and math.isfinite(high):
+        if number(low) == number(high) and low < high:
+            return f"{number((low + high) / 2)} ± {number((high - low) / 2)}"
         return f"{number(low)} to {number(high)}"
     if math.isfinite(low):
         return f"≥ {number(low)}"

@@ -393,6 +393,11 @@ def test_numbers_are_set_as_in_print(value, text):
     assert numbers.number(value) == text
 
 
+def test_a_narrow_range_is_shown_by_its_middle():
+    narrow = decide("a", "", [1.0, 1.0], at_least=1 - 1e-6, at_most=1 + 1e-6)
+    assert numbers.threshold(narrow) == "1 ± 1 × 10⁻⁶"
+
+
 def test_a_question_given_twice_is_refused():
     with pytest.raises(RunError, match="'mixed' twice"):
         report.page([question("mixed")] * 2, ENVIRONMENT, {}, {})
