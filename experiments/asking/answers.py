@@ -26,6 +26,7 @@ from ..rundir import RunError
 from ..terminal import EXIT_INTERRUPTED, EXIT_MISSING, console, errors, print_paths
 from .ask import Answer, Asking, ask
 from .fields import parsed
+from .numbers import asked_size, estimate, p_value, threshold
 from .pool import explain
 
 
@@ -184,9 +185,11 @@ def about(asking: Asking) -> float:
 
 def print_answer(answer: Answer) -> None:
     """The verdicts of a question and where its figure and its records are."""
-    result = Table("claim", "effect [95% interval]", "threshold", "verdict", title=answer.name)
+    columns = ("claim", "effect [95% interval]", "bound", "size", "p", "verdict")
+    result = Table(*columns, title=answer.name)
     for verdict in answer.verdicts:
-        result.add_row(escape(verdict.claim), *_judged(verdict))
+        named = f"{verdict.id.removeprefix(f'{answer.name}.')}\n  {verdict.claim}"
+        result.add_row(escape(named), *map(escape, _judged(verdict)))
     seeds = {verdict.seeds for verdict in answer.verdicts}
     gap = forms_gap(answer.records)
     result.caption = f"mean and interval over {', '.join(map(str, sorted(seeds)))} seeds" + (
@@ -198,12 +201,17 @@ def print_answer(answer: Answer) -> None:
     print_paths({"run": answer.path})
 
 
-def _judged(v: Verdict) -> tuple[str, str, str]:
-    bounds = f"≥ {v.at_least:g}" if v.at_least > -math.inf else ""
-    if v.at_most < math.inf:
-        bounds += f"{', ' if bounds else ''}≤ {v.at_most:g}"
-    unit = f" {v.unit}" if v.unit else ""
-    return f"{v.effect:.3g}{unit} [{v.low:.3g}, {v.high:.3g}]", bounds, v.decision
+def _judged(v: Verdict) -> tuple[str, ...]:
+    effect, interval = estimate(v)
+    size = f"{asked_size(v)}: {v.sized}" if v.sized else ""
+    decision = f"{v.decision} (untuned)" if v.untuned else v.decision
+    return (
+        f"{effect} {v.unit} {interval}".replace("  ", " "),
+        threshold(v),
+        size,
+        p_value(v.p),
+        decision,
+    )
 
 
 def status(answers: Sequence[Answer]) -> int:

@@ -16,7 +16,7 @@ from ..engine.verdict import CONFIDENCE, Verdict
 from ..rundir import RunError
 from ..terminal import console
 from .answers import Ask, answers, status
-from .page import estimate, threshold
+from .numbers import estimate, threshold
 
 MOST = 10_000
 """Seeds that are looked at, at most."""
@@ -132,7 +132,8 @@ def _mean(gap: float, spread: float, images: float, seeds: int) -> float:
     total = of_seeds + images**2
     if not total:
         return 1.0
-    freedom = total**2 / (of_seeds**2 / (seeds - 1)) if of_seeds else math.inf
+    ratio = total / of_seeds if of_seeds else math.inf
+    freedom = (seeds - 1) * ratio * ratio
     limit = scipy.stats.t.ppf((1 + CONFIDENCE) / 2, freedom)
     if freedom > 1e6:
         return float(scipy.stats.norm.sf(limit - gap / math.sqrt(total)))

@@ -12,7 +12,7 @@ import datetime
 import subprocess
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import tyro
 from rich.table import Table
@@ -174,17 +174,21 @@ def _commit(name: str) -> tuple[str, str]:
         ) from None
 
 
-def since(lines: Sequence[Line], measured: str) -> str:
-    """When a bound was set, in words for its row: before what was measured at a time, or after.
+def order(line: Line, begun: str) -> Literal["before", "after"]:
+    """Whether a bound was set before or after a run began, which is in UTC as its date."""
+    return "after" if line.date > begun else "before"
+
+
+def since(lines: Sequence[Line], begun: str) -> str:
+    """When the bound of a claim was set, in words for its row.
 
     Args:
       lines: The history of the claim.
-      measured: When the run began, in UTC.
+      begun: When the run began, in UTC.
     """
     if not lines:
         return "not locked"
     last = lines[-1]
-    order = "after" if last.date > measured else "before"
     changes = len(lines) - 1
     often = f", changed {'once' if changes == 1 else f'{changes} times'}" if changes else ""
-    return f"set {order} the run, {last.date[:10]}{often}"
+    return f"set {order(last, begun)} the run, {last.date[:10]}{often}"

@@ -19,8 +19,10 @@ import jax
 import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
 import pytest
 
+import experiments
 import normlab as nl
 from experiments import console as cli
 from experiments import models, questions, terminal
@@ -32,6 +34,7 @@ from experiments.engine import (
     Condition,
     Config,
     Records,
+    Source,
     decide,
     exact,
     lanes,
@@ -119,6 +122,12 @@ class TestDecide:
         assert (
             decide("one", "", [0.0, 0.0, 5.0], at_least=2, geometric=True).decision == "undecided"
         )
+
+    @pytest.mark.parametrize("largest", [1e99, 1e200, 1.7e308])
+    def test_effects_whose_squares_overflow_are_undecided_or_have_an_interval(self, largest):
+        found = decide("one", "", [largest, -largest, 1.0], at_least=0)
+        assert found.decision == "undecided"
+        assert found.low < 0 < found.high
 
     def test_effects_that_agree_to_rounding_have_an_interval(self):
         found = decide("one", "", [1.0, 1.0 + 1e-16, 1.0 + 3e-16], at_least=0.5)
@@ -214,7 +223,7 @@ class TestLearn:
         assert len(records) == 4 * 4
         assert [r["step"] for r in records[::4]] == [0, 2, 4, 6]
         assert {(r["seed"], r["lr"], r["sd"]) for r in records} == {
-            (seed, lr, 0.5) for seed, lr in itertools.product((0, 1), (0.1, 1e38))
+            (seed, lr, 0.5) for seed, lr in itertools.product(TINY.each_seed, (0.1, 1e38))
         }
         assert json.loads(json.dumps(records)) == records
         assert {type(r["rate"]) for r in records if r["lr"] == 0.1} == {float}
@@ -654,6 +663,12 @@ class TestCommand:
         assert stop.value.code == cli.EXIT_USAGE
         assert "x.html" in capsys.readouterr().err
 
+    def test_an_archive_that_is_no_zip_file_is_refused(self, tmp_path, capsys):
+        with pytest.raises(SystemExit) as stop:
+            cli.main(["report", "--archive", str(tmp_path / "records.tar")])
+        assert stop.value.code == cli.EXIT_USAGE
+        assert "records.zip" in capsys.readouterr().err
+
 
 class TestReport:
     """`report` and `verify` over two questions, of which one lacks its data."""
@@ -691,6 +706,58 @@ class TestReport:
         verdicts = json.loads(out.with_suffix(".json").read_text())["verdicts"]
         assert [v["decision"] for v in verdicts["has"]] == ["holds"]
         assert verdicts["lacks"] == []
+        assert 'id="has.one"' in page
+        assert "threshold (not locked)" in page
+        beside = {file.name for file in out.parent.iterdir()} - {out.name}
+        assert beside == {"page.json", "page-sources.bib"} | {
+            f"page-{name}.{kind}" for name in ("claims", "effects") for kind in ("csv", "parquet")
+        }
+        assert all(f'href="{name}"' in page for name in beside)
+        effects = pd.read_csv(out.with_name("page-effects.csv"))
+        assert list(effects.id) == ["has.one"] * 2
+        assert list(effects.seed) == list(TINY.each_seed)
+        assert list(effects.effect) == [1.0, 1.1]
+
+    def test_the_archive_holds_what_was_answered(self, asked, tmp_path, capsys):
+        asked(1.0, 1.1)
+        packed = tmp_path / "out" / "records.zip"
+        out = ("--out", tmp_path / "out" / "page.html", "--archive", packed)
+        assert self.command("report", tmp_path, *out) == terminal.EXIT_MISSING
+        assert "records.zip" in capsys.readouterr().out.replace("\n", "")
+        frame = experiments.load("has", packed)
+        assert list(frame[frame.kind == "value"].value) == [1.0, 1.1]
+        with pytest.raises(RunError, match="no finished run of lacks; it has has"):
+            experiments.load("lacks", packed)
+        first = packed.read_bytes()
+        assert self.command("report", tmp_path, *out) == terminal.EXIT_MISSING
+        assert packed.read_bytes() == first
+
+    def test_a_source_that_is_not_in_the_file_is_refused_with_the_nearest(
+        self, asked, tmp_path, capsys
+    ):
+        asked(1.0, lacks=False)
+        cites = decide("two", "it is so", [1.0, 1.1], at_least=0, source=Source("iofe2015"))
+        questions.require("has").verdict = lambda records: (cites,)
+        out = tmp_path / "out" / "page.html"
+        assert self.command("report", tmp_path, "--out", out) == cli.EXIT_USAGE
+        said = " ".join(capsys.readouterr().err.split())
+        assert "has.two cites 'iofe2015' (did you mean 'ioffe2015'" in said
+        assert not out.exists()
+
+    def test_the_terminal_shows_what_a_claim_was_asked_and_comes_to(
+        self, asked, tmp_path, capsys, monkeypatch
+    ):
+        asked(1.0, lacks=False)
+        found = decide("two", "it is so", [1.0, 1.1], at_least=0, size=5, untuned=True, unit="nats")
+        questions.require("has").verdict = lambda records: (found,)
+        monkeypatch.setattr(terminal.console, "_width", 200)
+        assert self.command("run", tmp_path, "has") == 0
+        (line,) = [
+            line for line in capsys.readouterr().out.splitlines() if line.startswith("│ two")
+        ]
+        assert [cell.strip() for cell in line.split("│")[1:-1]] == [
+            *("two", "1.05 nats [0.41, 1.69]", "≥ 0", "≥ 5: fails", "0.030", "holds (untuned)"),
+        ]
 
     def test_verify_tells_a_verdict_that_differs(self, asked, tmp_path, capsys):
         asked(1.0, 1.1, lacks=False)
