@@ -25,11 +25,12 @@ Command: python -m experiments run decorrelated
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterator
 from typing import Any
 
 import flax.linen as nn
-import jax.numpy as jnp
+import jax
 import numpy as np
 from jax import Array
 from matplotlib.figure import Figure
@@ -129,14 +130,11 @@ def correlated(seed: int, condition: float) -> np.ndarray:
     return (x * np.geomspace(condition**-0.5, 1, 16) @ axes.T).astype(np.float32)
 
 
+@functools.partial(jax.jit, static_argnames=("whitener", "steps"))
 def whitened(a: np.ndarray, whitener: str, steps: int) -> Array:
     """The output of the library's norm in training."""
     how: dict[str, Any] = {"whitener": whitener, "steps": steps, "groups": 1, "eps": 1e-6}
-    return nl.get("whitening", **how).apply(*_begun(how, a), nl.Site(jnp.asarray(a)), train=True)[0]
-
-
-def _begun(how: dict[str, Any], a: np.ndarray) -> tuple[Any, Any]:
-    return nl.get("whitening", **how).init(nl.Site(jnp.asarray(a)))
+    return nl.family.whitening_norm(a, train=True, **how)[0]
 
 
 def published(cov: np.ndarray, steps: int) -> np.ndarray:

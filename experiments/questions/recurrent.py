@@ -7,14 +7,15 @@ that all steps share.
 
 Source: Cooijmans et al. 2016, https://arxiv.org/abs/1603.09025, section 4 and figure 1 (gains),
 section 3 (statistics of each step) and table 1 (permuted MNIST 90.2 → 95.4%). How much the gains
-matter depends on how the net is built, and the first claim names it: identity recurrent weights and
-one batch norm of the sum, as in the authors' code; with random orthogonal weights it is another
-arm.
+matter depends on how the net is built, and the claim names it: identity recurrent weights and one
+batch norm of the sum, as in the authors' code. With random orthogonal weights the units mix, and
+mean-field theory has a gradient that does not vanish at gain 1: there the order is the other (ours).
 
 Protocol: Exact: h_t = tanh(BN(W·x_t + U·h_{t−1})) of 100 units over 49 steps, 64 examples, as at
 initialization: U the identity, W a random row of length 1, noise of 0.1 in h_0 (where a pixel is
-constant, nothing else would vary), a linear readout at the end; measured is the length of the
-gradient by h_1 over that by h_49. Trained: MNIST averaged to 7×7 pixels, read pixel by pixel in one
+constant, nothing else would vary), a linear readout at the end; measured is the least length of the
+gradient by any h_t over that by h_49. (Not by h_1: the first norms divide by the small noise, which
+lengthens it, as a pilot showed.) Trained: MNIST averaged to 7×7 pixels, read pixel by pixel in one
 random order; an LSTM of 32 units, 64 images in each of 400 steps of Adam at 0.003, whose rate falls
 to zero as a cosine; gains start with 0.1. Tested on 2,000 images. One rate for all, which nobody
 chose for any.
@@ -144,7 +145,7 @@ def gradients(config: Recurrent) -> Iterator[Record]:
                     "gain": gain,
                     "seed": seed,
                     "lengths": [number(v) for v in each],
-                    "arrives": number(each[0] / each[-1]),
+                    "least": number(each.min() / each[-1]),
                 }
 
 
@@ -172,16 +173,18 @@ def through_time(
 def verdict(records: Records) -> Iterator[Verdict]:
     """Which gain lets the gradient through, and which statistics train better."""
     exactly = records.where(kind="gradient")
-    for weights in exactly.values("weights"):
+    for weights, more, less, how in (
+        ("identity", SMALL, ONE, {"size": LARGER, "source": GAINS}),
+        ("orthogonal", ONE, SMALL, {}),
+    ):
         here = exactly.where(weights=weights)
-        small, one = (np.maximum(here.by_seed("arrives", gain=g), 1e-30) for g in (SMALL, ONE))
-        claim = f"{weights} weights, one norm of the sum: more of the gradient arrives with gain "
-        how = {"at_least": 1, "geometric": True}
-        if weights == "identity":
-            how |= {"size": LARGER, "source": GAINS}
-        yield decide(
-            f"gain.{weights}", claim + f"{SMALL:g} than with 1 (factor)", small / one, **how
+        first, second = (np.maximum(here.by_seed("least", gain=g), 1e-30) for g in (more, less))
+        claim = (
+            f"{weights} weights, one norm of the sum: more of the gradient passes every step with "
+            f"gain {more:g} than with {less:g} (factor)"
         )
+        how = {"at_least": 1, "geometric": True, **how}
+        yield decide(f"gain.{weights}", claim, first / second, **how)
     trained = records.where(kind="evaluation")
     none, each, shared = (
         trained.accuracy(statistics=name) for name in ("none", "each step", "shared")

@@ -76,7 +76,21 @@ OPTIMIZERS = {
 
 LINE = np.linspace(0, 1, 21)
 PLANE = np.linspace(-0.5, 1.5, 15)
-"""Where the plane through three ends is drawn, in units of two of its sides."""
+"""Where the plane through the ends of `CORNERS` is drawn, in units of two of its sides."""
+
+PAIRS = tuple(itertools.combinations(OPTIMIZERS, 2))
+CORNERS = ("sgd", "momentum", "adam")
+
+
+def _shares() -> np.ndarray:
+    """How much of each end is at each point of all lines, then of the plane, `[points, ends]`."""
+    one = dict(zip(OPTIMIZERS, np.eye(len(OPTIMIZERS)), strict=True))
+    lines = [(1 - t) * one[a] + t * one[b] for a, b in PAIRS for t in LINE]
+    o, u, v = (one[name] for name in CORNERS)
+    return np.stack(lines + [o + x * (u - o) + y * (v - o) for x in PLANE for y in PLANE])
+
+
+SHARES = _shares()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,13 +133,6 @@ def trained(config: Surfaces, norm: nl.Norm) -> Iterator[Record]:
         return plain.loss(model, params, states, images, told)[0]
 
     def one(params: Any, states: Any, rows: Array) -> dict[str, Array]:
-        def along(ends: list[Any], shares: Array) -> Array:
-            def at(share: Array) -> Array:
-                mean = lambda *v: sum(s * w for s, w in zip(share, v, strict=True))  # noqa: E731
-                return loss(jax.tree.map(mean, *ends), states)
-
-            return lax.map(at, shares)
-
         ends, found = {}, {}
         for name, make in OPTIMIZERS.items():
             rule = make(schedule)
@@ -135,14 +142,12 @@ def trained(config: Surfaces, norm: nl.Norm) -> Iterator[Record]:
             found[f"loss_{name}"] = loss(ends[name], states)
             kernels = [v for v in jax.tree.leaves(ends[name]) if v.ndim > 1]
             found[f"length_{name}"] = jnp.sqrt(sum(jnp.square(v).sum() for v in kernels))
-        for a, b in itertools.combinations(OPTIMIZERS, 2):
-            at = jnp.asarray(LINE)
-            shares = jnp.stack([1 - at, at], -1)
-            found[f"line_{a}_{b}"] = along([ends[a], ends[b]], shares)
-        corners = [ends[name] for name in ("sgd", "momentum", "adam")]
-        grid = jnp.stack(jnp.meshgrid(*(jnp.asarray(PLANE),) * 2, indexing="ij"), -1).reshape(-1, 2)
-        shares = jnp.concatenate([1 - grid.sum(-1, keepdims=True), grid], -1)
-        found["plane"] = along(corners, shares)
+
+        def at(share: Array) -> Array:
+            mean = lambda *v: jnp.tensordot(share, jnp.stack(v), 1)  # noqa: E731
+            return loss(jax.tree.map(mean, *ends.values()), states)
+
+        found["mixed"] = lax.map(at, jnp.asarray(SHARES, jnp.float32))
         return found
 
     rows = np.stack([shuffled(seed, data, config) for seed in config.each_seed])
@@ -153,15 +158,15 @@ def trained(config: Surfaces, norm: nl.Norm) -> Iterator[Record]:
                 "loss": number(found[f"loss_{name}"][i]),
                 "length": number(found[f"length_{name}"][i]),
             }
-        for a, b in itertools.combinations(OPTIMIZERS, 2):
-            line = found[f"line_{a}_{b}"][i]
+        lines = found["mixed"][i, : len(PAIRS) * len(LINE)].reshape(len(PAIRS), len(LINE))
+        for (a, b), line in zip(PAIRS, lines, strict=True):
             straight = (1 - LINE) * line[0] + LINE * line[-1]
             yield {"kind": "line", "seed": seed, "pair": f"{a}, {b}"} | {
                 "barrier": number((line - straight).max()),
                 "losses": [number(v) for v in line],
             }
         if i == 0:
-            plane = [number(v) for v in found["plane"][0]]
+            plane = [number(v) for v in found["mixed"][0, lines.size :]]
             yield {"kind": "plane", "seed": seed, "losses": plane}
 
 

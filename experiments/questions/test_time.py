@@ -210,7 +210,7 @@ def calibration_error(logits: Array, labels: Array) -> Array:
     """
     confidence, right = jax.nn.softmax(logits).max(-1), logits.argmax(-1) == labels
     at = jnp.clip((confidence * BINS).astype(int), 0, BINS - 1)
-    gaps = jax.ops.segment_sum(right - confidence, at, BINS)
+    gaps = jax.ops.segment_sum(right.astype(confidence.dtype) - confidence, at, BINS)
     return abs(gaps).sum() / len(labels)
 
 
