@@ -118,17 +118,20 @@ def trained(
 
     def loss(params: Any, taps: Any, states: Any, x: Array, y: Array) -> tuple[Array, Any]:
         states = nl.population.tapped(states, taps) if backward else states
-        return plain.loss(model, params, states, x, y)
-
-    each = jax.vmap(jax.grad(loss, (0, 1), has_aux=True), (None, 0, 0, 0, 0))
+        each = jax.vmap(lambda *one: plain.loss(model, params, *one))
+        losses, states = each(states, x, y)
+        return losses.mean(), states
 
     def step(carry: Any, chosen: Array) -> tuple[Any, None]:
         params, states, opt = carry
         chosen = chosen.reshape(-1, together)
-        taps = nl.population.taps(states) if backward else jnp.zeros(len(chosen))
-        (grads, seen), states = each(params, taps, states, inputs[chosen], labels[chosen])
-        states = jax.vmap(nl.population.take_back)(states, seen) if backward else states
-        updates, opt = rule.update(jax.tree.map(lambda g: g.mean(0), grads), opt)
+        taps = nl.population.taps(states) if backward else ()
+        given = (params, taps, states, inputs[chosen], labels[chosen])
+        (grads, seen), states = jax.grad(loss, (0, 1), has_aux=True)(*given)
+        if backward:  # of the mean of the devices' losses each has its share
+            seen = jax.tree.map(lambda v: len(chosen) * v, seen)
+            states = jax.vmap(nl.population.take_back)(states, seen)
+        updates, opt = rule.update(grads, opt)
         return (optax.apply_updates(params, updates), states, opt), None
 
     pool = functools.partial(nl.population.pool_running, axis_name=DEVICES)

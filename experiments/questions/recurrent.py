@@ -9,7 +9,7 @@ Source: Cooijmans et al. 2016, https://arxiv.org/abs/1603.09025, section 4 and f
 section 3 (statistics of each step) and table 1 (permuted MNIST 90.2 → 95.4%). How much the gains
 matter depends on how the net is built, and the claim names it: identity recurrent weights and one
 batch norm of the sum, as in the authors' code. With random orthogonal weights the units mix, and
-mean-field theory has a gradient that does not vanish at gain 1: there the order is the other (ours).
+mean-field theory has a gradient that does not vanish at gain 1: there it is the other way (ours).
 
 Protocol: Exact: h_t = tanh(BN(W·x_t + U·h_{t−1})) of 100 units over 49 steps, 64 examples, as at
 initialization: U the identity, W a random row of length 1, noise of 0.1 in h_0 (where a pixel is
