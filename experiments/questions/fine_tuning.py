@@ -4,7 +4,7 @@ Claim: A trained net that is fine-tuned with two images in a batch becomes more 
 batch norms keep the statistics of before (frozen) than if they take those of the batch (live); it
 is not the statistics of inference that live batch norm lacks.
 
-Source: Common practice in detection; Wu & Johnson 2021, section 3, https://arxiv.org/abs/2105.07576
+Source: Common practice in detection; Wu & Johnson 2021, https://arxiv.org/abs/2105.07576
 (training the last fifth with frozen statistics lowers the error at small normalization batches).
 That it holds for fine-tuning is ours.
 
@@ -51,7 +51,7 @@ from ..engine import (
 from ..engine.learn import optimizer
 from .standardized_weights import halved
 
-WU = Source("wu2021", "section 3", "lower error at small normalization batches", "second-hand")
+WU = Source("wu2021", "", "lower error at small normalization batches", "second-hand")
 
 NAMES = {"before": "before", "live": "live", "precise": "live, PreciseBN", "frozen": "frozen"}
 """What is tested, in words."""

@@ -3,8 +3,8 @@
 Claim: In a conv net layer norm, which takes all units of a layer alike, is less accurate than batch
 norm, and RMS norm is so too.
 
-Source: Ba, Kiros & Hinton 2016, section 6.7, https://arxiv.org/abs/1607.06450 (batch norm does
-better in conv nets, where units at the border are seldom active); Zhang & Sennrich 2019,
+Source: Ba, Kiros & Hinton 2016, the last experiment, https://arxiv.org/abs/1607.06450 (batch norm
+does better in conv nets, where units at the border are seldom active); Zhang & Sennrich 2019,
 https://arxiv.org/abs/1910.07467 (test error of a conv net on CIFAR-10: none 8.96%, batch 8.25%,
 layer 10.49%, RMS 8.83%). Over which axes the second source takes its statistics was not seen.
 
@@ -29,7 +29,7 @@ import normlab as nl
 from ..engine import Condition, Config, Records, Schedule, Source, Verdict, decide, draw, tuned
 from .standardized_weights import halved
 
-BA = Source("ba2016", "section 6.7", "batch norm better, no number", "second-hand")
+BA = Source("ba2016", "the last experiment", "batch norm better, no number", "second-hand")
 ZHANG = {
     "rms": Source("zhang2019", "CIFAR-10", "error BN 8.25%, RMS 8.83%", "second-hand"),
     "between": Source("zhang2019", "CIFAR-10", "error RMS 8.83%, LN 10.49%", "second-hand"),

@@ -107,7 +107,8 @@ def test_a_prior_without_end_is_inference_and_none_is_the_batch():
 def test_tent_predicts_before_it_learns():
     net = tiny_net()
     own = test_time.predict(net, 0, net.images, size=8)
-    found = test_time.tent(net, net.images, size=8)
+    with jax.numpy_dtype_promotion("standard"):  # optax wants it
+        found = test_time.tent(net, net.images, size=8)
     np.testing.assert_allclose(found[:8], own[:8], rtol=1e-5, atol=1e-6)
     assert 1e-4 < abs(found[8:] - own[8:]).max() < 0.1
 
@@ -265,9 +266,9 @@ def test_norms_stay_out_of_the_average():
 
 
 def test_devices_have_images_of_their_own():
-    config = dataclasses.replace(fed_bn.QUICK, images=20, batch_size=8, local=3, steps=6)
+    config = dataclasses.replace(fed_bn.QUICK, images=20, batch_size=8, local=3, steps=10)
     rows = fed_bn.batches(config, 1000, 1)
-    assert rows.shape == (2, 4, 3, 8)
+    assert rows.shape == (4, 4, 3, 8)
     own = [set(rows[:, i].ravel()) for i in range(4)]
     assert all(len(one) <= 20 for one in own)
     assert len(set().union(*own)) == sum(map(len, own))
@@ -296,7 +297,7 @@ def test_a_stream_has_each_example_once_and_a_scale_that_comes_back():
     assert sorted(online.drawn(10, 10, 0)) == list(range(10))
     config = dataclasses.replace(online.QUICK, period=20, steps=40)
     scales = online.scales_of(config)
-    assert scales[0] == scales[20] == 1
+    assert scales[[0, 20]] == pytest.approx([1, 1])
     assert scales.max() == pytest.approx(4)
     assert scales.min() == pytest.approx(1 / 4)
 
