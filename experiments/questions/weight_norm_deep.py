@@ -10,8 +10,8 @@ shallow net to a deep one is ours.
 Protocol: Fashion-MNIST, 2,000 training images that the seed draws; perceptrons of 2 and of 10
 layers of 64 ReLUs, batches of 50, 600 steps of SGD with momentum 0.9, whose rate falls to zero as a
 cosine from the best of a grid, chosen for each norm and depth on held-out images. Weight norm
-starts with gains of √K, as other norms do, and not from data. The training loss is the mean over
-the last fifth of the steps.
+starts from the data (Salimans & Kingma 2016). The training loss is the mean over the last fifth of
+the steps.
 
 Command: python -m experiments run weight_norm_deep
 """
@@ -73,7 +73,7 @@ def run(config: WeightNormDeep) -> Iterator[Condition]:
         for name in ("weight", "batch"):
             measure = tuned(
                 config,
-                nl.get(name),
+                nl.get(name, data_init=True) if name == "weight" else nl.get(name),
                 config.rates,
                 draw=few,
                 widths=(config.width,) * depth,
