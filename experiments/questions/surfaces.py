@@ -195,9 +195,7 @@ def verdict(records: Records) -> Iterator[Verdict]:
         lines = records.where(kind="line", norm=norm)
         claim = f"{said}: a barrier lies between the ends of two optimizers (nats)"
         barrier = lines.by_seed("barrier", of=np.mean)
-        yield decide(
-            f"barrier.{norm}", claim, barrier, at_least=BARRIER, untuned=True, source=POINTS
-        )
+        yield decide(f"barrier.{norm}", claim, barrier, at_least=BARRIER, untuned=True)
 
 
 def figure(records: Records) -> Figure:

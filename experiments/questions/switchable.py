@@ -1,13 +1,14 @@
 """Does switchable norm count on the batch less if the batch is small?
 
 Claim: Switchable norm learns by how much each of instance, layer and batch norm counts; over few
-images batch norm counts for less than over many, and the net loses less than with batch norm alone.
+images batch norm counts for less than over many, and the net is more accurate than with batch norm
+alone.
 
 Source: Luo et al. 2019, https://arxiv.org/abs/1806.10779 (a ResNet-50, 8 devices with 32, 4 and 2
 images each: batch norm 76.4, 72.7 and 65.3%, switchable norm 76.9, 75.9 and 75.6%; that batch
 norm's weights fall is in its analysis). That they fall in order, and by how much, is ours.
 
-Protocol: Fashion-MNIST, averaged to 14×14 pixels; three 3×3 convolutions of stride 2 with ReLUs,
+Protocol: Fashion-MNIST, averaged to 14×14 pixels; two 3×3 convolutions of stride 2 with ReLUs,
 300 steps with 64 images each, of which 64, 8 or 2 are normalized together: the statistics differ,
 and the gradients are of as many images. SGD with momentum 0.9, a rate that falls from 0.1 to zero
 as a cosine. The weights are the softmax of logits that are learned at the same rate; shown is their
@@ -54,32 +55,34 @@ class Switchable(Config):
 
     Attributes:
       together: How many images of a batch are normalized together, below all of them.
+      widths: The channels of the model's convolutions.
     """
 
     together: tuple[int, ...] = (8, 2)
+    widths: tuple[int, ...] = (8, 16)
     dataset: str = "fashion_mnist"
     model: str = "conv"
     batch_size: int = 64
     schedule: Schedule = "cosine"
     steps: int = 300
-    evaluations: int = 5
+    evaluations: int = 1
     optimizer: str = "momentum"
 
 
 QUICK = Switchable()
-SECONDS = 100
-FULL = Switchable(together=(32, 16, 8, 4, 2), steps=20_000, evaluations=20)
+SECONDS = 140
+FULL = Switchable(together=(32, 16, 8, 4, 2), widths=(8, 16, 32), steps=20_000, evaluations=20)
 
 
 def run(config: Switchable) -> Iterator[Condition]:
-    """Switchable norm over each part of a batch, batch norm over the largest and smallest."""
+    """Switchable norm over each part of a batch, batch norm over the smallest."""
     whole = config.batch_size
     rows = [("switchable", n) for n in (whole, *config.together)]
-    rows += [("batch", n) for n in (whole, min(config.together))]
+    rows += [("batch", min(config.together))]
     for name, together in rows:
         norm = nl.get(name, axis_name=nl.Sync(virtual_batch=together))
         look = weights if name == "switchable" else None
-        measure = learn(config, norm, prepare=halved, instrument=look)
+        measure = learn(config, norm, prepare=halved, instrument=look, widths=config.widths)
         yield Condition({"norm": name, "together": together}, measure)
 
 
@@ -105,17 +108,11 @@ def verdict(records: Records) -> Iterator[Verdict]:
         yield decide(f"{key}.falls", claim, each[-1] - each[0], at_least=0, size=FALL, source=LUO)
         claim = f"batch norm's weight in the {word} falls at every step from {whole} to {few}"
         yield decide(f"{key}.in-order", claim, np.diff(each, axis=0).min(0), at_least=0)
-    accuracy = {
-        key: records.accuracy(norm=key[0], together=key[1])
-        for key in records.values("norm", "together")
-    }
-    how = {"at_least": 0, "unit": "points", "untuned": True}
     claim = f"over {few} images switchable norm is more accurate than batch norm"
-    saved = accuracy["switchable", few] - accuracy["batch", few]
-    yield decide("few", claim, saved, size=SAVED, source=LUO_ACCURACY, **how)
-    claim = f"from {whole} to {few} images switchable norm loses less than batch norm"
-    lost = {n: accuracy[n, whole] - accuracy[n, few] for n in ("batch", "switchable")}
-    yield decide("loses-less", claim, lost["batch"] - lost["switchable"], **how)
+    saved = records.accuracy(norm="switchable", together=few)
+    saved = saved - records.accuracy(norm="batch", together=few)
+    how = {"at_least": 0, "size": SAVED, "unit": "points", "untuned": True}
+    yield decide("few", claim, saved, source=LUO_ACCURACY, **how)
 
 
 def figure(records: Records) -> Figure:
