@@ -90,7 +90,7 @@ class Decorrelated(Config):
 
 
 QUICK = Decorrelated()
-SECONDS = 100
+SECONDS = 120
 FULL = Decorrelated(widths=(100,) * 4, steps=20_000)
 
 

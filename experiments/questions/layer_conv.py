@@ -59,7 +59,7 @@ class LayerConv(Config):
 
 
 QUICK = LayerConv()
-SECONDS = 120
+SECONDS = 110
 FULL = LayerConv(model="vgg", samples=("all", "channels"), steps=20_000)
 
 NORMS = {

@@ -78,7 +78,7 @@ class MovingBatch(Config):
 
 
 QUICK = MovingBatch()
-SECONDS = 60
+SECONDS = 110
 FULL = MovingBatch(steps=20_000)
 
 

@@ -63,7 +63,7 @@ class NormShare(Config):
 
 
 QUICK = NormShare()
-SECONDS = 40
+SECONDS = 20
 FULL = NormShare(batches=(8, 32, 128), depth=16, channels=64, side=32)
 
 

@@ -69,7 +69,7 @@ class Online(Config):
 
 
 QUICK = Online()
-SECONDS = 80
+SECONDS = 90
 FULL = Online(kinds=("none", "batch", "layer", "group", "renorm"), steps=4200)
 
 SAID = {"layer": "layer norm", "group": "group norm", "renorm": "batch renormalization"}

@@ -85,7 +85,7 @@ class Resolution(Config):
 
 
 QUICK = Resolution()
-SECONDS = 100
+SECONDS = 90
 FULL = Resolution(
     images=60_000, tests=10_000, steps=20_000, widths=((192, 160, 96), (192,) * 3, (192,) * 2)
 )

@@ -106,7 +106,7 @@ class Surfaces(Config):
 
 
 QUICK = Surfaces()
-SECONDS = 60
+SECONDS = 80
 FULL = Surfaces(widths=(256,) * 8, images=5000, steps=20_000)
 
 

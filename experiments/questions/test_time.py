@@ -102,7 +102,7 @@ class TestTime(Config):
 
 
 QUICK = TestTime()
-SECONDS = 40
+SECONDS = 100
 FULL = TestTime(domains=("contrast", "noise", "blur"), images=9984, steps=20_000)
 
 
