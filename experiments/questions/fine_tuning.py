@@ -125,7 +125,7 @@ def trained(config: FineTuning) -> Iterator[Record]:
         _, seen = model.apply(variables, noisy[own], train=True, mutable=[models.STATE])
         ends["precise"] = (weights, nl.population.settle(seen[models.STATE]))
         ends["before"] = (params, states)
-        return {k: plain.right(model, *v, tests, test_labels) for k, v in ends.items()}
+        return {k: plain.right(model, p, s, tests, test_labels) for k, (p, s) in ends.items()}
 
     first = np.stack([shuffled(seed, data, config) for seed in config.each_seed])
     own = [np.random.default_rng(s).permutation(len(labels))[:images] for s in config.each_seed]

@@ -114,6 +114,7 @@ def trained(
     data = floats(dataset(config.dataset, config.data_dir))
     model, params, states = plain.begin(config, norm, data, activation=nn.relu)
     inputs, labels = jnp.asarray(data.train_inputs), jnp.asarray(data.train_labels)
+    tests = jnp.asarray(data.test_inputs), jnp.asarray(data.test_labels)
     rule = optimizer(config)(config.lr)
 
     def loss(params: Any, taps: Any, states: Any, x: Array, y: Array) -> tuple[Array, Any]:
@@ -144,7 +145,7 @@ def trained(
         params, states, _ = lax.scan(step, (params, states, rule.init(params)), drawn)[0]
         pooled = jax.vmap(pool, axis_name=DEVICES)(states)
         state = jax.tree.map(lambda v: v[0], pooled)
-        return plain.right(model, params, state, data.test_inputs, data.test_labels)
+        return plain.right(model, params, state, *tests)
 
     drawn = jnp.stack([shuffled(seed, data, config) for seed in config.each_seed])
     yield from plain.evaluations(config, one(params, states, drawn))

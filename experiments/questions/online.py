@@ -103,9 +103,9 @@ def streamed(config: Online, norm: nl.Norm) -> Iterator[Record]:
         rows, scales = given
         found = []
         for part, scale in zip(jnp.split(rows, cuts), scales, strict=True):
-            batch = (scale * inputs[part], labels[part])
-            found.append(plain.right(model, *carry[:2], *batch))
-            carry = step(carry, batch)
+            x, y = scale * inputs[part], labels[part]
+            found.append(plain.right(model, carry[0], carry[1], x, y))
+            carry = step(carry, (x, y))
         return carry, jnp.concatenate(found)
 
     @jax.jit

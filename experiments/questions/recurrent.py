@@ -26,7 +26,9 @@ Command: python -m experiments run recurrent
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -101,10 +103,10 @@ def run(config: Recurrent) -> Iterator[Condition]:
         ("each step", "batch", None),
         ("shared", "batch", 1),
     ):
-        options = {"widths": (config.units,), "read": "pixels", "max_steps": kept}
-        gain = {} if norm == "none" else {"gain": SMALL}
-        look = lambda data: permuted(data, config.tests)  # noqa: E731
-        measure = learn(config, nl.get(norm), prepare=look, **options, **gain)
+        options: dict[str, Any] = {"widths": (config.units,), "read": "pixels", "max_steps": kept}
+        options |= {} if norm == "none" else {"gain": SMALL}
+        prepare = functools.partial(permuted, tests=config.tests)
+        measure = learn(config, nl.get(norm), prepare=prepare, **options)
         yield Condition({"norm": norm, "statistics": label}, measure)
 
 

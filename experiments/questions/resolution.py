@@ -130,7 +130,7 @@ def trained(config: Resolution) -> Iterator[Record]:
     labels = jnp.asarray(data.train_labels[: len(raw)])
     told = jnp.asarray(data.test_labels[: config.tests])
     small = data._replace(train_inputs=np.asarray(images["whole"]), train_labels=np.asarray(labels))
-    model, *begun = plain.begin(config, nl.get("batch"), small, widths=config.widths)
+    model, params, states = plain.begin(config, nl.get("batch"), small, widths=config.widths)
     rule = optimizer(config)(config.lr)
     step = plain.sgd(model, rule)
 
@@ -140,7 +140,7 @@ def trained(config: Resolution) -> Iterator[Record]:
             turn = lambda carry, r: (step(carry, (inputs[r], labels[r])), None)  # noqa: E731
             return lax.scan(turn, (params, states, rule.init(params)), rows)[0][:2]
 
-        return jax.vmap(one)(*begun, rows)
+        return jax.vmap(one)(params, states, rows)
 
     @jax.jit
     def test(ends: Any, seen: Array, images: Array) -> tuple[Array, ...]:

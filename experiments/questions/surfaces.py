@@ -188,10 +188,8 @@ def verdict(records: Records) -> Iterator[Verdict]:
     for norm, said in (("none", "no norm"), ("batch", "batch norm")):
         lengths = values(records, "length", norm)
         claim = f"{said}: optimizers differ more in the length of the weights than runs of one do"
-        how = {"at_least": 0, "untuned": True}
-        source = {"source": IM} if norm == "batch" else {}
-        effect = lengths.std(axis=0) - apart(lengths)
-        yield decide(f"length.{norm}", claim, effect, **how, **source)
+        effect, source = lengths.std(axis=0) - apart(lengths), IM if norm == "batch" else None
+        yield decide(f"length.{norm}", claim, effect, at_least=0, untuned=True, source=source)
         lines = records.where(kind="line", norm=norm)
         claim = f"{said}: a barrier lies between the ends of two optimizers (nats)"
         barrier = lines.by_seed("barrier", of=np.mean)
