@@ -129,8 +129,7 @@ def trained(
         taps = nl.population.taps(states) if backward else ()
         given = (params, taps, states, inputs[chosen], labels[chosen])
         (grads, seen), states = jax.grad(loss, (0, 1), has_aux=True)(*given)
-        if backward:  # of the mean of the devices' losses each has its share
-            seen = jax.tree.map(lambda v: len(chosen) * v, seen)
+        if backward:  # in units of the gradient of the devices' mean loss, as what it is put into
             states = jax.vmap(nl.population.take_back)(states, seen)
         updates, opt = rule.update(grads, opt)
         return (optax.apply_updates(params, updates), states, opt), None
