@@ -39,6 +39,14 @@ SMALL = {
     "delay": {"every": (1,)},
     "gradient_sync": {"gradients": ("forward",)},
     "learning_rate": {"search": 4, "rates": (0.1, 0.2), "tests": 100},
+    "fine_tuning": {"model": "tiny_conv"},
+    "layer_conv": {"model": "tiny_conv"},
+    "norm_share": {"depth": 2, "channels": 8, "side": 4},
+    "recurrent": {"model": "lstm", "units": 4},
+    "resolution": {"model": "nin", "widths": ((4,), (4,)), "side": 6, "larger": (8,)},
+    "standardized_weights": {"model": "tiny_conv"},
+    "surfaces": {"widths": (6, 6), "images": 50},
+    "switchable": {"model": "tiny_conv"},
     "group_size": {"per_devices": (4,), "groups": (1, 4), "ghost": (2,)},
 }
 

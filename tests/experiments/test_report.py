@@ -48,7 +48,7 @@ def picture(title: str) -> str:
     return figures.encode(figure, "svg").decode()
 
 
-MACHINE = {"time": "2026-01-02T03:04:05+00:00", "commit": None}
+BEGUN = "2026-01-02T03:04:05+00:00"
 REFERENCES = {
     key: references.Entry(key, label, authors, title, "2015", venue, links, "@misc{}")
     for key, label, authors, title, venue, links in (
@@ -80,7 +80,7 @@ def line(verdict: Verdict, date: str, reason: str = "the source's") -> Line:
 
 def rows(*verdicts: Verdict, locked: dict[str, list[Line]] | None = None) -> tuple[Row, ...]:
     config = Config(dataset="", seeds=3)
-    return tuple(row(v, config, (locked or {}).get(v.id, ()), MACHINE) for v in verdicts)
+    return tuple(row(v, config, (locked or {}).get(v.id, ()), BEGUN) for v in verdicts)
 
 
 def sections() -> tuple[Section, ...]:
@@ -254,7 +254,7 @@ def test_a_claim_leads_to_its_seeds_its_threshold_its_source_and_a_command(tree)
     assert said["Repeat"] == "python -m experiments run mixed --again"
     assert "mixed-0123456789ab" in said["Records"]
     assert 'experiments.load("mixed")' in said["Records"]
-    assert "on the day of the run" in evidence(tree, "mixed.small")["Threshold"]
+    assert "set before the run" in evidence(tree, "mixed.small")["Threshold"]
     assert evidence(tree, "mixed.one")["Threshold"].startswith("Not locked")
     assert evidence(tree, "mixed.one")["Seeds"] == "One effect each, not by seed: 2"
     assert evidence(tree, "mixed.one")["Source"] == "None: the claim is ours."
