@@ -1,6 +1,7 @@
 """The questions about transformers: verdicts decide rightly, measures measure, texts are recut."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -65,6 +66,7 @@ def by_id(question, records) -> dict[str, str]:
 def test_a_text_is_recut_without_losing_or_moving_a_token():
     data = load("markov")
     short = recut(data, context=16, tests=40)
+    assert short.text is not None
     assert short.classes == 8
     letters = np.array(sorted(set(data.train_inputs.ravel().tolist())))
     np.testing.assert_array_equal(letters[short.train_inputs].ravel(), data.train_inputs.ravel())
@@ -84,7 +86,8 @@ def test_a_context_that_does_not_divide_a_window_is_refused():
 def test_bits_per_byte_count_the_windows():
     options = {"prepare": SMALL.prepare, **SMALL.sizes}
     config = dataclasses.replace(SMALL, evaluations=2)
-    records = Records(r for r in learn(config, nl.get("rms"), **options)(None) if "seed" in r)
+    found = learn(config, nl.get("rms"), **options)(None)
+    records = Records(r for r in found if isinstance(r, dict))
     last = records.where(step=4)
     each = np.array([r["bits_per_byte_each"] for r in last])
     assert each.shape == (2, 16)
@@ -136,8 +139,8 @@ def test_the_first_gradients_are_those_of_the_loss():
 @pytest.mark.parametrize(
     ("post", "pre", "expected"),
     [
-        (1.2, 1.0, {"post": "holds", "pre": "holds"}),
-        (0.8, 0.7, {"post": "fails", "pre": "fails"}),
+        (1.2, 1.0, {"post": "holds", "pre": "holds", "more": "holds"}),
+        (0.8, 1.2, {"post": "fails", "pre": "fails", "more": "fails"}),
     ],
 )
 def test_pre_post_gradient_decides_by_the_factor(post, pre, expected):
@@ -189,14 +192,10 @@ def test_warmup_decides_by_what_is_lost_without_it(off, expected):
 
 
 @pytest.mark.parametrize(
-    ("none", "rms", "expected"),
-    [
-        (3.2, 3.005, {"same": "holds", "none": "holds"}),
-        (2.9, 3.1, {"same": "fails", "none": "fails"}),
-    ],
+    ("rms", "expected"), [(3.005, {"same": "holds"}), (2.9, {"same": "fails"})]
 )
-def test_rms_layer_lm_decides_by_the_difference(none, rms, expected):
-    each = [({"norm": n}, v) for n, v in (("none", none), ("layer", 3.0), ("rms", rms))]
+def test_rms_layer_lm_decides_by_the_difference(rms, expected):
+    each = [({"norm": n}, v) for n, v in (("layer", 3.0), ("rms", rms))]
     records = ends("bits_per_byte", each=each)
     records += [{**r, "kind": "screening", "lr": 0.1} for r in records]
     assert by_id(rms_layer_lm, records) == expected
@@ -264,10 +263,11 @@ def test_a_net_without_norm_and_gate_is_the_sum_of_its_branches():
     assert not model.norms()
     rezero = models.build("lm", nl.get("layer"), 8, **{**options, "scheme": "rezero"})
     tokens = jnp.zeros((1, 4), jnp.int32)
-    variables = rezero.init(jax.random.key(0), tokens, train=False)
+    variables: Any = rezero.init(jax.random.key(0), tokens, train=False)
     embedded = variables["params"]["embed"]["embedding"]
     expected = 8**0.5 * embedded[tokens] @ embedded.T  # all branches are shut
-    np.testing.assert_allclose(rezero.apply(variables, tokens, train=False), expected, atol=1e-5)
+    found: Any = rezero.apply(variables, tokens, train=False)
+    np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
 # --- rates and steps ---
