@@ -43,7 +43,7 @@ class NgptSteps(Language):
       rates: Learning rates to choose from, by scheme.
     """
 
-    rates: tuple[float, ...] = (1e-3, 3e-3, 1e-2, 3e-2)
+    rates: tuple[float, ...] = (3e-3, 1e-2, 3e-2, 1e-1)
     depth: int = 3
     steps: int = 400
     evaluations: int = 20

@@ -114,6 +114,9 @@ def verdict(records: Records) -> Iterator[Verdict]:
     yield decide(
         *("pre", claim, growth["pre"]), at_least=low, at_most=high, geometric=True, source=XIONG
     )
+    claim = "the gradient grows more from block to block in post-norm than in pre-norm (factor)"
+    more = growth["post"] / growth["pre"]
+    yield decide("more", claim, more, at_least=1, geometric=True, source=XIONG)
 
 
 def figure(records: Records) -> Figure:

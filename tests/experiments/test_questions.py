@@ -33,7 +33,10 @@ TINY = {
     "steps": 4,
     "evaluations": 2,
     "seeds": 2,
+    "warmup": 0,
 }
+TEXT = {"dataset": "markov", "model": "lm", "context": 8, "tests": 8, "width": 8, "depth": 2}
+AT_FIRST = {"dataset": "", "width": 16, "depth": 2, "length": 8, "batch_size": 2}
 SMALL = {
     "batch_size_conv": {"model": "tiny_conv", "widths": (8,)},
     "delay": {"every": (1,)},
@@ -48,6 +51,10 @@ SMALL = {
     "surfaces": {"widths": (6, 6), "images": 50},
     "switchable": {"model": "tiny_conv"},
     "group_size": {"per_devices": (4,), "groups": (1, 4), "ghost": (2,)},
+    **dict.fromkeys(("mix_ln", "pre_post_gradient"), AT_FIRST),
+    **dict.fromkeys(("dyt_data", "ngpt_steps", "peri_variance", "qk_norm_rate"), TEXT),
+    **dict.fromkeys(("ln_scaling", "rezero_depth", "rms_layer_lm", "warmup"), TEXT),
+    "dyt_vit": {"model": "vit", "patch": 4, "width": 8, "depth": 1, "tests": 50},
 }
 
 
