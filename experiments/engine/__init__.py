@@ -3,6 +3,7 @@
 question.py    Config, Condition: what a question is
 learn.py       training as a condition: lanes side by side, instruments on the way, rates that are
 chosen on held-out images
+rates.py       the largest stable learning rate of each seed
 devices.py     training over several devices as a condition
 records.py     what was measured, and what verdicts and figures ask of it
 verdict.py     a claim, its effect, its interval over seeds and test images, its bounds
@@ -13,5 +14,6 @@ from ..rundir import Record, number, packed
 from ..training.driver import Checkpoint
 from .learn import Instrument, Lane, Net, dataset, held_out, lanes, learn, shuffled, start, tuned
 from .question import Condition, Config, Measure, Question, Schedule, exact
+from .rates import largest_stable
 from .records import Records
 from .verdict import Source, Verdict, decide, decide_share
