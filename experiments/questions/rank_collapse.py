@@ -54,7 +54,9 @@ our first look at one seed."""
 CONTROL = 1.5
 """The rank with layer norm over that without, at most; likewise."""
 
-SOURCE = Source("daneshmand2020", "", "Ω(√width)", "abstract")
+SOURCE = Source("daneshmand2020", read="abstract")
+
+THEOREM = Source("daneshmand2020", "", "Ω(√width)", "second-hand")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,14 +72,14 @@ class RankCollapse(Config):
 
     dataset: str = ""
     norms: tuple[str, ...] = ("none", "batch", "layer")
-    widths: tuple[int, ...] = (32, 64, 128, 256)
-    depth: int = 512
-    middle: int = 64
+    widths: tuple[int, ...] = (24, 48, 96, 192)
+    depth: int = 256
+    middle: int = 48
 
 
 QUICK = RankCollapse()
-SECONDS = 60
-FULL = RankCollapse(widths=(32, 64, 128, 256, 512, 1024), depth=4096)
+SECONDS = 80
+FULL = RankCollapse(widths=(48, 96, 192, 384, 768), depth=2048)
 
 
 def run(config: RankCollapse) -> Iterator[Condition]:
@@ -136,7 +138,7 @@ def mean(records: Records) -> float:
 def verdict(records: Records) -> Iterator[Verdict]:
     """The limits of both nets, their scaling, and the norms side by side."""
     deepest, middle = max(records.values("depth")), records.where(activation="relu")[0]["width"]
-    moderate = deepest // 16
+    moderate = deepest // 8
     linear = records.where(activation="linear")
 
     def rank(norm: str, depth: int, activation: str = "linear") -> np.ndarray:
@@ -154,7 +156,7 @@ def verdict(records: Records) -> Iterator[Verdict]:
         found = linear.where(norm="batch", depth=deepest, share=share).each_seed(slope)
         claim = f"batch norm: its rank (singular values above {share:g} of the largest) grows at "
         claim += "least as √width (exponent)"
-        yield decide(f"batch.width-{share:g}", claim, found, at_least=ROOT, source=SOURCE)
+        yield decide(f"batch.width-{share:g}", claim, found, at_least=ROOT, source=THEOREM)
     for activation in ("linear", "relu"):
         more = rank("batch", moderate, activation) / rank("none", moderate, activation)
         claim = f"{activation}, {moderate} layers of {middle}: the rank with batch norm over none's"
