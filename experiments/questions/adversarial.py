@@ -7,12 +7,12 @@ Source: Galloway et al. 2019, https://arxiv.org/abs/1905.02161: double-digit per
 data sets, for perturbations and for noise; contested, since their attacks left much accuracy. The
 five points are ours, from one seed.
 
-Protocol: Fashion-MNIST at 14×14 pixels, three layers of 100 ReLUs, batches of 60, SGD with momentum
-0.9, one rate for both, no decay. Each net is taken at its first evaluation with an accuracy of 83%
-or more. The attack: projected gradient descent on the margin (the right logit less the largest
-other), within ε of each pixel of 0 to 1 and within that range, 20 steps of ε/5 from two random
-starts, with population statistics, on 500 test images. Noise is Gaussian of twice the standard
-deviation. ε = 0.02 and 0.05; at 0.3 the attack must leave nothing, or it is too weak.
+Protocol: Fashion-MNIST at 14×14 pixels, three layers of 100 ReLUs, batches of 60, 1,200 steps of
+SGD with momentum 0.9, one rate for both, no decay. Each net is taken at the evaluation, of ten, at
+which its accuracy is next to 80%. The attack: projected gradient descent on the margin (the right
+logit less the largest other), within ε = 0.05 of each pixel of 0 to 1 and within that range, 20
+steps of ε/5 from two random starts, with population statistics, on 300 test images; at ε = 0.3 it
+must leave nothing, or it is too weak. Noise is Gaussian with a standard deviation of 0.2 and 0.4.
 
 Command: python -m experiments run adversarial
 """
@@ -51,8 +51,11 @@ from ..engine import (
 FEWER = 5.0
 """Points by which accuracy under attack is lower with batch norm."""
 
-TARGET = 0.83
-"""The clean accuracy at which nets are compared."""
+TARGET = 0.8
+"""The clean accuracy at which nets are compared: both reach it, in a pilot of seeds 0 and 1."""
+
+EQUAL = 2.0
+"""Points by which clean accuracies may differ there, at most."""
 
 BROKEN = 5.0
 """Percent that the widest attack may leave; chosen before any run."""
@@ -67,6 +70,7 @@ class Adversarial(Config):
     Attributes:
       norms: The nets.
       sizes: ε of the attacks; of the last nothing may be left.
+      noises: Standard deviations of the noise.
       attacked: Test images.
       pool: Pixels along each axis whose mean makes one.
       width: Units of each of three layers.
@@ -74,14 +78,15 @@ class Adversarial(Config):
 
     dataset: str = "fashion_mnist"
     norms: tuple[str, ...] = ("none", "batch")
-    sizes: tuple[float, ...] = (0.02, 0.05, 0.3)
-    attacked: int = 500
+    sizes: tuple[float, ...] = (0.05, 0.3)
+    noises: tuple[float, ...] = (0.2, 0.4)
+    attacked: int = 300
     pool: int = 2
     width: int = 100
     optimizer: str = "momentum"
     lr: float = 0.01
-    steps: int = 800
-    evaluations: int = 8
+    steps: int = 1200
+    evaluations: int = 10
 
 
 QUICK = Adversarial()
@@ -122,8 +127,9 @@ def attacking(config: Adversarial) -> Any:
         flags = {"clean": margin(x) > 0}
         for size in config.sizes:
             flags[f"attack {size:g}"] = attack(margin, x, size) > 0
-            noise = 2 * size * jax.random.normal(jax.random.key(1), x.shape)
-            flags[f"noise {size:g}"] = margin(x + noise) > 0
+        for sd in config.noises:
+            noise = sd * jax.random.normal(jax.random.key(1), x.shape)
+            flags[f"noise {sd:g}"] = margin(x + noise) > 0
         return {k: v.mean() for k, v in flags.items()} | {f"{k}_each": v for k, v in flags.items()}
 
     return look
@@ -152,31 +158,40 @@ def attack(margin: Any, x: Array, size: float, *, steps: int = 20, starts: int =
     return lax.map(start, jax.random.split(jax.random.key(0), starts)).min(0)
 
 
-def reached(records: Records) -> Records:
-    """Of each net its first evaluation at the accuracy, or its last."""
+def near(records: Records) -> Records:
+    """Of each net the evaluation at which its accuracy is next to the one of comparison."""
     found: dict[tuple, Any] = {}
     for record in records.where(kind="evaluation").trained():
         key = (record["norm"], record["seed"])
-        if key not in found or found[key]["accuracy"] < TARGET:
+        apart = abs(record["accuracy"] - TARGET)
+        if key not in found or apart < abs(found[key]["accuracy"] - TARGET):
             found[key] = record
     return Records(found.values())
 
 
+def sizes(records: Records, what: str) -> list[float]:
+    """How large attacks or noises were, in order."""
+    keys = [k for k in records[0] if k.startswith(f"{what} ") and not k.endswith("_each")]
+    return sorted(float(k.removeprefix(what)) for k in keys)
+
+
 def verdict(records: Records) -> Iterator[Verdict]:
-    """Batch norm against none under each attack and noise."""
-    here = reached(records)
-    *sizes, widest = sorted(float(k[7:]) for k in here[0] if k[:7] == "attack " and "_" not in k)
+    """Batch norm against none under attack and noise."""
+    here = near(records)
+    *attacks, widest = sizes(here, "attack")
 
     def right(norm: str, key: str) -> np.ndarray:
         return here.accuracy(key=key, norm=norm)
 
-    how: dict[str, Any] = {"at_least": 0, "size": FEWER, "unit": "points", "untuned": True}
-    for size in sizes:
-        for what, said in (("attack", "under attack by"), ("noise", "with noise of twice")):
-            key = f"{what} {size:g}"
-            lost = right("none", key) - right("batch", key)
-            claim = f"{said} {size:g}, no norm is more accurate than batch norm"
-            yield decide(f"{what}-{size:g}", claim, lost, **how, source=GALLOWAY)
+    claim = "where nets are compared, clean accuracies are equal (none less batch norm)"
+    apart = 100 * (here.by_seed("accuracy", norm="none") - here.by_seed("accuracy", norm="batch"))
+    yield decide("clean", claim, apart, at_least=-EQUAL, at_most=EQUAL, unit="points")
+    how: dict[str, Any] = {"at_least": 0, "size": FEWER, "unit": "points", "source": GALLOWAY}
+    for what, values in (("attack", attacks), ("noise", sizes(here, "noise"))):
+        for size in values:
+            lost = right("none", f"{what} {size:g}") - right("batch", f"{what} {size:g}")
+            claim = f"under {what} of {size:g}, no norm is more accurate than batch norm"
+            yield decide(f"{what}-{size:g}", claim, lost, untuned=True, **how)
     for norm in here.values("norm"):
         claim = f"{norm}: the attack by {widest:g} leaves nothing (accuracy)"
         left = right(norm, f"attack {widest:g}")
@@ -184,17 +199,20 @@ def verdict(records: Records) -> Iterator[Verdict]:
 
 
 def figure(records: Records) -> Figure:
-    """The accuracy against ε under attack and noise, where nets are compared."""
-    here = reached(records)
-    sizes = sorted(float(k[7:]) for k in here[0] if k[:7] == "attack " and "_" not in k)
-    picture, grid = draw.canvas(2)
+    """The accuracy on the way, and under attack and noise where nets are compared."""
+    here = near(records)
+    picture, (first, *grid) = draw.canvas(3, width=4)
+    draw.over_steps(first, records.where(kind="evaluation").trained(), draw.accuracy)
+    draw.frame(first, threshold=100 * TARGET, title="clean; dotted: where nets are compared")
     for axes, what in zip(grid, ("attack", "noise"), strict=True):
+        every = sizes(here, what)
         points = [
             r | {"size": size, "right": 100 * r[f"{what} {size:g}" if size else "clean"]}
             for r in here
-            for size in (0.0, *sizes)
+            for size in (0.0, *every)
         ]
         draw.against(axes, points, "size", "right")
-        draw.frame(axes, xlabel="ε", ylim=(0, 100), ticks=(0, *sizes), title=f"by {what}")
-    grid[0].set_ylabel("test accuracy (%)")
-    return draw.finish(picture, f"Stopped at {100 * TARGET:g}% on clean images")
+        draw.frame(axes, ylim=(0, 100), ticks=(0, *every), title=f"under {what}")
+    grid[0].set(xlabel="ε", ylabel="test accuracy (%)")
+    grid[1].set(xlabel="standard deviation")
+    return draw.finish(picture)

@@ -35,10 +35,20 @@ TINY = {
     "seeds": 2,
 }
 SMALL = {
+    "adversarial": {"sizes": (0.1, 0.3), "attacked": 20},
+    "affine_alone": {"depths": (2,), "rates": (0.01,), "width": 8},
+    "angular_equilibrium": {"pool": 2, "width": 4},
     "batch_size_conv": {"model": "tiny_conv"},
     "delay": {"every": (1,), "references": False},
+    "edge_of_stability": {"rates": (0.1,), "examples": 30, "pool": 2, "width": 4},
+    "ghost_batches": {"small": 10, "large": 40, "examples": 80, "epochs": 2, "rates": (0.1,)},
     "gradient_sync": {"gradients": ("forward",)},
     "group_size": {"per_devices": (4,), "groups": (1, 4), "ghost": (2,)},
+    "last_layer_norm": {"model": "mlp", "depth": 2, "width": 8, "rates": (0.1,), "short": 4},
+    "leakage": {"model": "tiny_conv", "synthetic_steps": 3},
+    "noisy_batch_norm": {"strengths": (0.5,), "rates": (0.1,), "images": 50},
+    "rank_collapse": {"widths": (8, 16), "middle": 8, "depth": 16},
+    "spectral_reshaped": {"model": "vgg", "width": 4, "pool": 1},
 }
 
 
