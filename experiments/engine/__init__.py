@@ -15,7 +15,19 @@ draw.py        what the figures are made of
 from ..rundir import Record, number, packed
 from ..training.driver import Checkpoint
 from . import plain
-from .learn import Instrument, Lane, Net, dataset, held_out, lanes, learn, shuffled, start, tuned
+from .learn import (
+    Instrument,
+    Lane,
+    Net,
+    dataset,
+    held_out,
+    lanes,
+    learn,
+    pooled,
+    shuffled,
+    start,
+    tuned,
+)
 from .question import Condition, Config, Measure, Question, Schedule, exact
 from .rates import largest_stable
 from .records import Records

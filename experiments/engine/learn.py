@@ -129,7 +129,7 @@ def learn(
         are shifted and scaled by two numbers.
       draw: Draws the minibatches of a seed.
       instrument: What else to measure; with one, before the first step too.
-      **options: Of the model, as in `models.build`.
+      **options: Of the model, as in `models.build`; and `only` of `masked`.
     """
     rows = lanes(config) if side_by_side is None else side_by_side
     return Learning(config, norm, rows, prepare, draw, instrument, options)
@@ -283,11 +283,28 @@ def held_out(data: Dataset) -> Dataset:
     )
 
 
+def pooled(data: Dataset, pixels: int) -> Dataset:
+    """The data with the mean of `pixels` by `pixels` for a pixel, rounded: smaller images.
+
+    What is over at the right and lower edges is left out.
+    """
+
+    def pool(images: np.ndarray) -> np.ndarray:
+        n, h, w, k = images.shape
+        h, w = h // pixels, w // pixels
+        cut = images[:, : h * pixels, : w * pixels].reshape(n, h, pixels, w, pixels, k)
+        return cut.mean((2, 4)).round().astype(images.dtype)
+
+    return data._replace(train_inputs=pool(data.train_inputs), test_inputs=pool(data.test_inputs))
+
+
 def start(
     config: Config,
     norm: nl.Norm,
     rows: Sequence[Lane],
     data: Dataset,
+    *,
+    only: Callable[[Any], Any] | None = None,
     **options: Any,
 ) -> tuple[Trainer, TrainState]:
     """A trainer of these lanes on one device, and their initial state; options as in `learn`."""
@@ -300,7 +317,7 @@ def start(
     each = [gaussian(by_seed[row["seed"]], row) for row in rows]
     kernels = jax.tree.map(lambda *leaves: np.stack(leaves), *each)
     rates = [row.get("lr", config.lr) for row in rows]
-    made = at_rates(optimizer(config), rates)
+    made = at_rates(optimizer(config) if only is None else masked(optimizer(config), only), rates)
     model = models.build(config.model, norm, data.classes, **options)
     trainer = Trainer(model, made, device_data, kernels, synced=True)
     state = trainer.init()
@@ -312,6 +329,25 @@ def optimizer(config: Config) -> Make:
     """What makes the config's optimizer, with its schedule, of a learning rate."""
     how: Any = {"schedule": config.schedule, "warmup": config.warmup}
     return optimizers.optimizer(config.optimizer, config.steps, **how)
+
+
+def masked(make: Make, only: Callable[[Any], Any]) -> Make:
+    """What makes an optimizer that changes some parameters alone.
+
+    Args:
+      make: Makes one that changes all.
+      only: Of the initial parameters, a tree like them of what each update is multiplied by: 1 or
+        0, or an array of these.
+    """
+
+    def make_masked(lr: float) -> optax.GradientTransformation:
+        def update(updates: Any, masks: Any, params: Any = None) -> tuple[Any, Any]:
+            del params
+            return jax.tree.map(lambda u, m: u * m, updates, masks), masks
+
+        return optax.chain(make(lr), optax.GradientTransformation(only, update))
+
+    return make_masked
 
 
 def gaussian(kernels: Any, lane: Lane) -> Any:

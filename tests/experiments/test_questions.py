@@ -40,6 +40,13 @@ AT_FIRST = {"dataset": "", "width": 16, "depth": 2, "length": 8, "batch_size": 2
 SMALL = {
     "batch_size_conv": {"model": "tiny_conv", "widths": (8,)},
     "delay": {"every": (1,)},
+    "adversarial": {"sizes": (0.1, 0.3), "attacked": 20},
+    "affine_alone": {"depths": (2,), "rates": (0.01,), "width": 8},
+    "angular_equilibrium": {"pool": 2, "width": 4},
+    "batch_size_conv": {"model": "tiny_conv"},
+    "delay": {"every": (1,), "references": False},
+    "edge_of_stability": {"rates": (0.1,), "examples": 30, "pool": 2, "width": 4},
+    "ghost_batches": {"small": 10, "large": 40, "examples": 80, "epochs": 2, "rates": (0.1,)},
     "gradient_sync": {"gradients": ("forward",)},
     "learning_rate": {"search": 4, "rates": (0.1, 0.2), "tests": 100},
     "fine_tuning": {"model": "tiny_conv"},
@@ -55,6 +62,11 @@ SMALL = {
     **dict.fromkeys(("dyt_data", "ngpt_steps", "peri_variance", "qk_norm_rate"), TEXT),
     **dict.fromkeys(("ln_scaling", "rezero_depth", "rms_layer_lm", "warmup"), TEXT),
     "dyt_vit": {"model": "vit", "patch": 4, "width": 8, "depth": 1, "tests": 50},
+    "last_layer_norm": {"model": "mlp", "depth": 2, "width": 8, "rates": (0.1,), "short": 4},
+    "leakage": {"model": "tiny_conv", "synthetic_steps": 3},
+    "noisy_batch_norm": {"strengths": (0.5,), "rates": (0.1,), "images": 50},
+    "rank_collapse": {"widths": (8, 16), "middle": 8, "depth": 16},
+    "spectral_reshaped": {"model": "vgg", "width": 4, "pool": 1},
 }
 
 

@@ -180,7 +180,8 @@ def test_what_is_said_is_escaped(tree):
     assert not list(tree.iter(HTML + "script"))
     hostile = next(e for e in tree.iter() if e.get("id") == "q-hostile")
     # headline, lead, claim, unit, the source's number, diverged, four parts, data (2), config (2)
-    # and its data; of the evidence the line's commit and reason, the source (3); of tuning the net and the edge
+    # and its data; of the evidence the line's commit and reason, the source (3); of tuning the net
+    # and the edge
     assert "".join(hostile.itertext()).count("<script>alert(1)</script> &") == 21
     (source,) = [e for e in tree.iter() if e.get("id") == "ref-bad2015"]
     assert "".join(source.itertext()).count("<script>alert(1)</script> &") == 4
