@@ -43,8 +43,6 @@ SMALL = {
     "adversarial": {"sizes": (0.1, 0.3), "attacked": 20},
     "affine_alone": {"depths": (2,), "rates": (0.01,), "width": 8},
     "angular_equilibrium": {"pool": 2, "width": 4},
-    "batch_size_conv": {"model": "tiny_conv"},
-    "delay": {"every": (1,), "references": False},
     "edge_of_stability": {"rates": (0.1,), "examples": 30, "pool": 2, "width": 4},
     "ghost_batches": {"small": 10, "large": 40, "examples": 80, "epochs": 2, "rates": (0.1,)},
     "gradient_sync": {"gradients": ("forward",)},
