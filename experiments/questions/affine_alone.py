@@ -62,7 +62,7 @@ class AffineAlone(Config):
 
     depths: tuple[int, ...] = (4, 12)
     width: int = 64
-    rates: tuple[float, ...] = (0.003, 0.01, 0.03, 0.1)
+    rates: tuple[float, ...] = (0.01, 0.03, 0.1, 0.3)
     pool: int = 2
     optimizer: str = "adam"
     schedule: Schedule = "linear"
