@@ -541,7 +541,7 @@ class TestVersion:
         assert files("experiments/other.py", "A = 2\n") == first
         second = files("normlab/sums.py", "def mean(x):\n    return sum(x) / (len(x) + 1)\n")
         assert second != first
-        asked = "import normlab\nTHRESHOLD = 3\ndef figure(r): return 1\n"
+        asked = "import normlab\nQUICK = 3\ndef figure(r): return 1\n"
         assert files("experiments/questions/asked.py", asked) != second
 
     def test_it_does_not_change_with_what_is_imported_for_types_alone(self, files):
