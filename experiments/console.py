@@ -69,6 +69,10 @@ COMMANDS = {
         ".asking.command:Power",
         "Say how many seeds would decide what is undecided, from its own spread.",
     ),
+    "cost": (
+        ".asking.command:Cost",
+        "Say what questions cost on one GPU, by the operations of their programs.",
+    ),
     "ledger": (
         ".programs.command:Ledger",
         "List the collectives of one training step, and what a model says they cost.",
@@ -94,7 +98,7 @@ def main(arguments: list[str] | None = None) -> int:
     given = sys.argv[1:] if arguments is None else arguments
     name, rest = _parser().parse_args(given[:1]).command, given[1:]
     fields: list[str] = []
-    if name in ("run", "lock", "power") and "--" in rest:
+    if name in ("run", "lock", "power", "cost") and "--" in rest:
         rest, fields = rest[: rest.index("--")], rest[rest.index("--") + 1 :]
     try:
         return _run(name, spelled(rest), fields)

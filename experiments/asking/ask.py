@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import functools
 import os
 import re
@@ -274,7 +275,9 @@ def _prepare(asked: Asked, data: Sequence[Dataset], again: bool) -> None:
         for old in ("verdict.json", "error.txt"):
             (directory.path / old).unlink(missing_ok=True)
         sets = [{"name": d.name, "origin": d.origin, "sha256": d.checksum} for d in data]
+        begun = directory.begun() if not again else None
         origin = {"code": asked.version, "data": sets, "jax": kept.settings()}
+        origin["begun"] = begun or datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         config = {"question": asked.name, **kept.as_json(asked.config)}
         directory.write_json("config.json", {**config, **origin})
 

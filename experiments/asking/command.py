@@ -1,4 +1,4 @@
-"""The commands that ask the questions: `run`, `report`, `verify`, `power` and `lock`."""
+"""The commands that ask the questions: `run`, `report`, `verify` and others."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from ..rundir import CHECKOUT, RunError, environment
 from ..terminal import console, print_paths
 from . import archive, references, tables
 from .answers import Ask, answers, print_answer, status
+from .cost import Cost, cost
 from .kept import as_json, verdict_json
 from .page import page
 from .power import Power, power
@@ -71,7 +72,7 @@ class Report(Ask):
             )
 
 
-def run(config: Run | Report | Verify | Power | Lock) -> int:
+def run(config: Run | Report | Verify | Power | Lock | Cost) -> int:
     """Runs the questions; then prints what each came to, writes the page, or compares."""
     if isinstance(config, Report):
         return report(config)
@@ -81,6 +82,8 @@ def run(config: Run | Report | Verify | Power | Lock) -> int:
         return power(config)
     if isinstance(config, Lock):
         return lock(config)
+    if isinstance(config, Cost):
+        return cost(config)
     return show(config)
 
 

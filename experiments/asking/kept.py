@@ -131,6 +131,13 @@ class Kept(RunDirectory):
         self.write_bytes(file, made.content)
         partial.unlink(missing_ok=True)
 
+    def begun(self) -> str | None:
+        """When the first measurement began, in UTC; `None` if none did."""
+        try:
+            return json.loads((self.path / "config.json").read_text()).get("begun")
+        except FileNotFoundError:
+            return None
+
     def judged(self, now: dict[str, Bounds]) -> dict[str, Bounds]:
         """By which bounds each claim was judged first; those of new claims are kept from now on."""
         path = self.path / "bounds.json"

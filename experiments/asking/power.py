@@ -119,7 +119,7 @@ def _to_bound(verdict: Verdict, bound: float) -> float:
     """The distance of the effect from a bound, on the scale of its error."""
     if verdict.scale == "linear":
         return verdict.effect - bound
-    if bound <= 0 or not verdict.effect > 0:
+    if not 0 < bound < math.inf or not verdict.effect > 0:
         return math.inf
     return math.log(verdict.effect / bound)
 

@@ -147,8 +147,8 @@ def section(answer: Answer, locked: Mapping[str, Sequence[Line]]) -> Section:
     found = found._replace(run=answer.path.name, data=tuple(config["data"]))
     if answer.failed:
         return found
-    machine = json.loads(_text(answer.path / "environment.json"))
-    rows = (row(v, answer.config, locked.get(v.id, ()), machine) for v in answer.verdicts)
+    begun = config["begun"]
+    rows = (row(v, answer.config, locked.get(v.id, ()), begun) for v in answer.verdicts)
     return found._replace(
         rows=tuple(rows),
         tunings=tuple(tunings(answer.records)),
@@ -156,15 +156,14 @@ def section(answer: Answer, locked: Mapping[str, Sequence[Line]]) -> Section:
     )
 
 
-def row(verdict: Verdict, config: Config, lines: Sequence[Line], machine: Mapping[str, Any]) -> Row:
-    """What is said of a claim that was judged on a machine at a time."""
+def row(verdict: Verdict, config: Config, lines: Sequence[Line], begun: str) -> Row:
+    """What is said of a claim whose run began at a time, in UTC."""
     each = len(verdict.effects) == config.seeds
-    when = machine["time"], machine["commit"]
     return Row(
         verdict=verdict,
         seeds=tuple(config.each_seed) if each else (None,) * len(verdict.effects),
-        locked=since(lines, *when),
-        history=tuple((line, order(line, *when)) for line in lines),
+        locked=since(lines, begun),
+        history=tuple((line, order(line, begun)) for line in lines),
     )
 
 

@@ -9,12 +9,10 @@ from __future__ import annotations
 import csv
 import dataclasses
 import datetime
-import functools
-import re
 import subprocess
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import tyro
 from rich.table import Table
@@ -36,8 +34,8 @@ class Line(NamedTuple):
     Attributes:
       id: The claim.
       at_least, at_most, size: As in `Verdict`, as text; empty where there is none.
-      date: When it was set, `2026-11-29`.
-      commit: The commit whose code has it.
+      date: When that was, in UTC: `2026-11-29T13:26:05+00:00`.
+      commit: The commit that set it: the last one that changed the question's file.
       reason: Where it comes from; of a change, why.
     """
 
@@ -87,7 +85,7 @@ def require(answers: Iterable[Answer], locked: Mapping[str, Sequence[Line]]) -> 
             now, lines = bounds(verdict), locked.get(verdict.id, ())
             if lines and lines[-1].bounds != now:
                 last = lines[-1]
-                was = f"{last.bounds} since {last.date} (commit {last.commit})"
+                was = f"{last.bounds} since {last.date[:10]} (commit {last.commit})"
                 changed.append(f"{verdict.id}: {now}, but locked is {was}")
             elif not lines and answer.judged.get(verdict.id, now) != now:
                 was = answer.judged[verdict.id]
@@ -124,9 +122,9 @@ def lock(command: Lock) -> int:
         raise RunError("--reason: say where the bounds come from, or why they were changed.")
     commits = {name: _commit(name) for name in command.names}
     found = [*answers(command, command.names, command.config)]
-    locked, date = history(), datetime.date.today().isoformat()
+    locked = history()
     lines = [
-        Line(verdict.id, *bounds(verdict), date, commits[answer.name], command.reason.strip())
+        Line(verdict.id, *bounds(verdict), *commits[answer.name], command.reason.strip())
         for answer in found
         for verdict in answer.verdicts
         if [line.bounds for line in locked.get(verdict.id, ())][-1:] != [bounds(verdict)]
@@ -153,8 +151,8 @@ def append(lines: Sequence[Line], path: Path | None = None) -> None:
         writer.writerows(lines)
 
 
-def _commit(name: str) -> str:
-    """The commit that the question's file is in as it is."""
+def _commit(name: str) -> tuple[str, str]:
+    """When the question's file became what it is, and the commit that made it so."""
     file = str(PATH.with_name(f"{name}.py"))
     git = ["git", "-C", str(CHECKOUT)]
     try:
@@ -166,7 +164,9 @@ def _commit(name: str) -> str:
                 f"{name}: its file differs from the last commit, which is to have the bounds that "
                 "are locked. Commit it first."
             )
-        return run("rev-parse", "--short=12", "HEAD")
+        seconds, commit = run("log", "-1", "--abbrev=12", "--format=%ct %h", "--", file).split()
+        date = datetime.datetime.fromtimestamp(int(seconds), datetime.UTC)
+        return date.isoformat(), commit
     except (OSError, subprocess.SubprocessError):
         raise RunError(
             f"{CHECKOUT} is no git checkout that git can read, so that no commit can be named: "
@@ -174,46 +174,21 @@ def _commit(name: str) -> str:
         ) from None
 
 
-def order(line: Line, measured: str, commit: str | None) -> str:
-    """Whether a bound was set before or after a run, as far as commits and dates tell.
-
-    Args:
-      line: The bound.
-      measured: The time of the run, in ISO format.
-      commit: The commit that ran, of `rundir.environment`: if it has the bound's, that is older.
-
-    Returns:
-      "before", "after", or "on the day of".
-    """
-    if commit and _holds(commit.removesuffix("-dirty"), line.commit):
-        return "before"
-    day = measured[:10]
-    return "on the day of" if line.date == day else "before" if line.date < day else "after"
+def order(line: Line, begun: str) -> Literal["before", "after"]:
+    """Whether a bound was set before or after a run began, which is in UTC as its date."""
+    return "after" if line.date > begun else "before"
 
 
-@functools.lru_cache(maxsize=4096)
-def _holds(commit: str, older: str) -> bool:
-    """Whether a commit has another in its history; False also where git does not know them."""
-    if not all(re.fullmatch(r"\w[\w.-]*", name) for name in (commit, older)):
-        return False
-    git = ["git", "-C", str(CHECKOUT), "merge-base", "--is-ancestor", older, commit]
-    try:
-        return subprocess.run(git, capture_output=True, timeout=10).returncode == 0
-    except (OSError, subprocess.SubprocessError):
-        return False
-
-
-def since(lines: Sequence[Line], measured: str, commit: str | None = None) -> str:
+def since(lines: Sequence[Line], begun: str) -> str:
     """When the bound of a claim was set, in words for its row.
 
     Args:
       lines: The history of the claim.
-      measured: As in `order`.
-      commit: As in `order`.
+      begun: When the run began, in UTC.
     """
     if not lines:
         return "not locked"
     last = lines[-1]
     changes = len(lines) - 1
     often = f", changed {'once' if changes == 1 else f'{changes} times'}" if changes else ""
-    return f"set {order(last, measured, commit)} the run, {last.date}{often}"
+    return f"set {order(last, begun)} the run, {last.date[:10]}{often}"

@@ -30,6 +30,7 @@ class Config(Training):
       batch_size: Examples in each batch.
       evaluations: How often to measure on the way.
       schedule: How the rate falls to 0 over the steps, or "constant".
+      warmup: Steps in which it first rises to its value.
       seeds: How many seeds, each with kernels and minibatches of its own.
       first_seed: The first of them. What was looked at before thresholds were set had seeds below
         100; verdicts are of seeds that nobody has seen.
@@ -43,6 +44,7 @@ class Config(Training):
     lr: float = 0.1
     evaluations: int = 10
     schedule: Schedule = "constant"
+    warmup: int = 0
     seeds: int = 10
     first_seed: int = 100
     screening: int = 2
@@ -53,6 +55,7 @@ class Config(Training):
         self.require_counts(*counts, expected="1 or more")
         require_evaluations(self.evaluations, self.steps)
         require(0 < self.lr < math.inf, "lr", self.lr, "positive and finite")
+        require(0 <= self.warmup < max(self.steps, 1), "warmup", self.warmup, "0 to steps - 1")
         for option, known in (("dataset", NAMES), ("optimizer", OPTIMIZERS)):
             given = getattr(self, option)
             there = given in known or (option == "dataset" and not given)

@@ -90,13 +90,24 @@ class Records(list[Record]):
         if condition is not None:
             wanted["condition"] = condition
         here = self.where(**wanted)
-        found = here.by_seed(key)[:, None]
-        last = here.where(lambda r: f"{key}_each" in r)
+        return 100 * here._drawn(key, unpacked)
+
+    def bits_per_byte(self, **wanted: Any) -> np.ndarray:
+        """The bits per byte of a text at the end, on the test windows and on draws of them.
+
+        `[seeds, 1 + DRAWS]`, as `accuracy` has it.
+        """
+        return self.where(**{"kind": "evaluation", **wanted})._drawn("bits_per_byte", np.asarray)
+
+    def _drawn(self, key: str, read: Callable[[Any], np.ndarray]) -> np.ndarray:
+        """The last value of `key` in each seed, and on draws of what there is of each example."""
+        found = self.by_seed(key)[:, None]
+        last = self.where(lambda r: f"{key}_each" in r)
         if last:
-            each = {r["seed"]: unpacked(r[f"{key}_each"]) for r in last}
-            right = np.stack([each[seed] for seed in sorted(each)]).astype(np.float32)
-            found = np.concatenate([found, right @ draws(right.shape[1]).T], axis=1)
-        return 100 * found
+            each = {r["seed"]: read(r[f"{key}_each"]) for r in last}
+            values = np.stack([each[seed] for seed in sorted(each)]).astype(np.float32)
+            found = np.concatenate([found, values @ draws(values.shape[1]).T], axis=1)
+        return found
 
     def best_rate(self, **wanted: Any) -> float:
         """The learning rate that `tuned` chose, on held-out training images with other seeds."""

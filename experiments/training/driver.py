@@ -95,7 +95,7 @@ class Progress:
         (nats), `accuracy` (a share of the test set's labels), `diverged` (a step, or null), and
         what else the task measures: `bits_per_byte` and `validation_loss` of a text. With `each`,
         `accuracy_each` says which examples of the test set were told right, as `rundir.packed` has
-        it.
+        it; of a text `bits_per_byte_each` how many bits each window takes.
         """
         losses = None if self.losses is None else self.losses.mean(axis=0)
         kind = "training" if self.evaluation is None else "evaluation"
@@ -110,8 +110,9 @@ class Progress:
                     "diverged": None if self.diverged[i] < 0 else int(self.diverged[i]),
                     **{name: number(v[i]) for name, v in self.evaluation.more.items()},
                 }
-                if each:
-                    found[-1]["accuracy_each"] = packed(self.evaluation.each[i] > 0)
+                for name, values in self.evaluation.each.items() if each else ():
+                    flags = values.dtype == bool
+                    found[-1][name] = packed(values[i]) if flags else [*map(number, values[i])]
         return found
 
 

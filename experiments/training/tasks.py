@@ -29,14 +29,14 @@ class Evaluation(NamedTuple):
       accuracy: `[seeds]`, share of those labels that are told right.
       parts: By layer, each part's percentiles `QUANTILES` on a probe batch, `[seeds, 3]`.
       more: What else the task measures, by name, `[seeds]`.
-      each: `[seeds, examples]`, how many labels of each example of the test set are told right.
+      each: Of each example of the test set, `[seeds, examples]`, by what it is called in a record.
     """
 
     loss: np.ndarray
     accuracy: np.ndarray
     parts: dict[str, nl.Parts]
     more: Mapping[str, np.ndarray] = {}
-    each: Any = None
+    each: Mapping[str, np.ndarray] = {}
 
 
 class Score(NamedTuple):
@@ -165,8 +165,8 @@ class Task:
         """Of held-out examples `[N, ...]` with weights `[N]`: sums over their labels.
 
         Returns:
-          `[3]`: of the losses, of the labels that are told right, of the weights; and `[N]`: the
-          labels of each example that are told right.
+          `[3]`: of the losses, of the labels that are told right, of the weights; and what is
+          kept of each example, `[N]`.
         """
         labels = labels.astype(jnp.int32)
         logits: Any = model.apply(variables, self.preprocess(inputs), train=False)
@@ -174,7 +174,7 @@ class Task:
         weights = jnp.broadcast_to(weights.reshape(-1, *[1] * (labels.ndim - 1)), labels.shape)
         right = (logits.argmax(-1) == labels).astype(weights.dtype)
         sums = jnp.stack([(weights * losses).sum(), (weights * right).sum(), weights.sum()])
-        return sums, right.reshape(len(right), -1).sum(axis=1)
+        return sums, self.each(losses, right)
 
     def evaluation(
         self, test: Any, parts: dict[str, nl.Parts], validation: Any = None, each: Any = None
@@ -184,7 +184,16 @@ class Task:
         loss, right, total = np.moveaxis(test, -1, 0)
         held = None if validation is None else np.asarray(validation)
         more = self.measures(test, held)
-        return Evaluation(loss / total, right / total.astype(np.float64), parts, more, each)
+        kept = {} if each is None else {f"{self.score.key}_each": self.kept(each)}
+        return Evaluation(loss / total, right / total.astype(np.float64), parts, more, kept)
+
+    def each(self, losses: Array, right: Array) -> Array:
+        """What is kept of each example, of the losses and of what is told right of its labels."""
+        raise NotImplementedError
+
+    def kept(self, each: Any) -> np.ndarray:
+        """In what unit: `<score.key>_each` of a record."""
+        raise NotImplementedError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -229,6 +238,14 @@ class Classification(Task):
     def measures(self, test: np.ndarray, validation: np.ndarray | None) -> dict[str, np.ndarray]:
         """Nothing."""
         return {}
+
+    def each(self, losses: Array, right: Array) -> Array:
+        """Whether its label is told right."""
+        return right
+
+    def kept(self, each: Any) -> np.ndarray:
+        """As flags."""
+        return np.asarray(each) > 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -281,3 +298,11 @@ class Language(Task):
         if validation is not None:
             found["validation_loss"] = validation[..., 0] / validation[..., 2]
         return found
+
+    def each(self, losses: Array, right: Array) -> Array:
+        """The mean loss of its labels."""
+        return losses.mean(axis=1)
+
+    def kept(self, each: Any) -> np.ndarray:
+        """In bits per byte."""
+        return self.bits_per_byte(np.asarray(each, np.float64))

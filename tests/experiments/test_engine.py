@@ -46,7 +46,9 @@ from experiments.engine.learn import optimizer
 from experiments.rundir import CHECKOUT, RunError
 from experiments.training.trainer import AXIS
 
-TINY = Config(dataset="digits", model="tiny", batch_size=16, steps=6, evaluations=3, seeds=2)
+TINY = Config(
+    dataset="digits", model="tiny", batch_size=16, steps=6, evaluations=3, seeds=2, first_seed=0
+)
 
 
 @pytest.fixture(autouse=True)
@@ -66,9 +68,7 @@ def make(monkeypatch):
             SECONDS=1,
             run=lambda config: iter(conditions),
             figure=lambda records: plt.figure(),
-            verdict=lambda records: (
-                decide("one", "it is so", [r["value"] for r in records], at_least=0),
-            ),
+            verdict=lambda records: (decide("one", "", [r["value"] for r in records], at_least=0),),
         )
         return name, made[name], config
 
@@ -99,36 +99,38 @@ class TestDecide:
         ],
     )
     def test_a_claim_holds_if_its_whole_interval_does(self, effects, bounds, decision):
-        assert decide("", "", effects, **bounds).decision == decision
+        assert decide("one", "", effects, **bounds).decision == decision
 
     def test_the_interval_is_students(self):
-        found = decide("", "", [1.0, 2.0, 3.0])
+        found = decide("one", "", [1.0, 2.0, 3.0])
         assert (found.effect, found.seeds) == (2, 3)
         half = 4.302652729911275 / math.sqrt(3)  # t of 2 degrees of freedom, times s/√n
         assert (found.low, found.high) == pytest.approx((2 - half, 2 + half))
 
     def test_orders_of_magnitude_are_judged_by_their_logarithm(self):
         errors = [1e-8, 1e-7, 2e-8]
-        assert decide("", "", errors, at_most=1e-6).decision == "holds"
-        found = decide("", "", errors, at_most=1e-5, geometric=True)
+        assert decide("one", "", errors, at_most=1e-6).decision == "holds"
+        found = decide("one", "", errors, at_most=1e-5, geometric=True)
         assert found.effect == pytest.approx(np.prod(errors) ** (1 / 3))
         assert 0 < found.low < 1e-8
         assert found.decision == "holds"
 
     def test_an_error_of_zero_counts_as_the_smallest_that_is_not(self):
-        found = decide("", "", [0.0, 1e-16, 1e-16], at_most=1e-12, geometric=True)
+        found = decide("one", "", [0.0, 1e-16, 1e-16], at_most=1e-12, geometric=True)
         assert (found.decision, found.effect) == ("holds", pytest.approx(1e-16))
-        assert decide("", "", [0.0, 0.0], at_most=1e-12, geometric=True).decision == "holds"
-        assert decide("", "", [0.0, 0.0, 5.0], at_least=2, geometric=True).decision == "undecided"
+        assert decide("one", "", [0.0, 0.0], at_most=1e-12, geometric=True).decision == "holds"
+        assert (
+            decide("one", "", [0.0, 0.0, 5.0], at_least=2, geometric=True).decision == "undecided"
+        )
 
     @pytest.mark.parametrize("largest", [1e99, 1e200, 1.7e308])
     def test_effects_whose_squares_overflow_are_undecided_or_have_an_interval(self, largest):
-        found = decide("", "", [largest, -largest, 1.0], at_least=0)
+        found = decide("one", "", [largest, -largest, 1.0], at_least=0)
         assert found.decision == "undecided"
         assert found.low < 0 < found.high
 
     def test_effects_that_agree_to_rounding_have_an_interval(self):
-        found = decide("", "", [1.0, 1.0 + 1e-16, 1.0 + 3e-16], at_least=0.5)
+        found = decide("one", "", [1.0, 1.0 + 1e-16, 1.0 + 3e-16], at_least=0.5)
         assert found.decision == "holds"
 
 
@@ -338,8 +340,8 @@ class TestKept:
         labels = {"norm": "batch", "lr": 0.5}
         (found,) = ask([make("all", [Condition(labels, values(1, 2))])], root=tmp_path, jobs=0)
         assert {str(p.relative_to(found.path)) for p in found.path.rglob("*") if p.is_file()} == {
-            *("config.json", "environment.json", "verdict.json", ".lock"),
-            *("figure.png", "figure.svg", "conditions/00-batch-lr-0.5.jsonl", "bounds.json"),
+            *("config.json", "environment.json", "verdict.json", "bounds.json", ".lock"),
+            *("figure.png", "figure.svg", "conditions/00-batch-lr-0.5.jsonl"),
         }
         config = json.loads((found.path / "config.json").read_text())
         assert config["steps"] == TINY.steps
@@ -541,8 +543,20 @@ class TestVersion:
         assert files("experiments/other.py", "A = 2\n") == first
         second = files("normlab/sums.py", "def mean(x):\n    return sum(x) / (len(x) + 1)\n")
         assert second != first
-        asked = "import normlab\nQUICK = 3\ndef figure(r): return 1\n"
-        assert files("experiments/questions/asked.py", asked) != second
+        asked = "import normlab\nA = 3\ndef run(c): return A\ndef figure(r): return 1\n"
+        third = files("experiments/questions/asked.py", asked)
+        assert third != second
+        assert files("experiments/questions/asked.py", asked.replace("3", "4")) != third
+
+    def test_what_judges_the_records_does_not_count(self, files):
+        asked = "import normlab\nA, B = 3, 4\nM = 1\ndef run(c): return inner(c)\n"
+        asked += "def inner(c): return M\ndef verdict(r): return help(r)\ndef help(r): return A\n"
+        first = files("experiments/questions/asked.py", asked)
+        judged = asked.replace("A, B = 3, 4", "A, B = 5, 4").replace("return A", "return A + 1")
+        assert files("experiments/questions/asked.py", judged) == first
+        for part in ("M = 1", "return M"):
+            changed = asked.replace(part, part.replace("M", "N"))
+            assert files("experiments/questions/asked.py", changed) != first
 
     def test_it_does_not_change_with_what_is_imported_for_types_alone(self, files):
         package = "import typing\nif typing.TYPE_CHECKING:\n    from normlab import sums\n"
@@ -763,7 +777,7 @@ class TestReport:
         "text",
         [
             *("[]", "{}", '{"verdicts": []}', '{"verdicts": {}}', '{"verdicts": {"has": [1]}}'),
-            '{"verdicts": {"has": [{"claim": "one", "decision": "holds", "effect": "much"}]}}',
+            '{"verdicts": {"has": [{"id": "one", "decision": "holds", "effect": "much"}]}}',
         ],
     )
     def test_verify_refuses_a_report_that_says_nothing(self, asked, tmp_path, capsys, text):
@@ -780,7 +794,7 @@ class TestReport:
         said = json.loads(out.with_suffix(".json").read_text())
         (verdict,) = said["verdicts"]["has"]
         if where == "a claim":
-            said["verdicts"]["has"].append({**verdict, "claim": "two"})
+            said["verdicts"]["has"].append({**verdict, "id": "has.two"})
         elif where == "a question":
             said["verdicts"]["was"] = [verdict]
         else:
@@ -791,7 +805,7 @@ class TestReport:
         assert self.command("verify", tmp_path, *against) == terminal.EXIT_MISSING
         table = capsys.readouterr().out
         assert table.count("differs") == 1
-        told = {"a claim": "two", "a question": "was", "a config": "(config) steps"}
+        told = {"a claim": "has.two", "a question": "was", "a config": "(config) steps"}
         assert told[where] in table
 
     def test_a_file_that_cannot_be_imported_does_not_stop_the_others(
