@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import datetime
 import functools
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -14,7 +15,7 @@ from ..data import Dataset
 from ..engine.learn import dataset
 from ..engine.question import Condition, Config, Question, Record
 from ..engine.records import Records
-from ..engine.verdict import Verdict
+from ..engine.verdict import Bounds, Verdict, bounds
 from ..rundir import RunError
 from . import kept, pool, remote
 from .fields import replaced
@@ -97,6 +98,7 @@ class Answer(NamedTuple):
       records: Everything that was measured.
       failed: Why it has no verdict, if it has none.
       point: That of `Asking`.
+      judged: By which bounds each claim was judged first, of these records: `thresholds.values`.
     """
 
     name: str
@@ -106,6 +108,7 @@ class Answer(NamedTuple):
     records: tuple[Record, ...] = ()
     failed: str = ""
     point: str = ""
+    judged: Mapping[str, Bounds] = {}
 
     @property
     def title(self) -> str:
@@ -272,7 +275,9 @@ def _prepare(asked: Asked, data: Sequence[Dataset], again: bool) -> None:
         for old in ("verdict.json", "error.txt"):
             (directory.path / old).unlink(missing_ok=True)
         sets = [{"name": d.name, "origin": d.origin, "sha256": d.checksum} for d in data]
+        begun = directory.begun() if not again else None
         origin = {"code": asked.version, "data": sets, "jax": kept.settings()}
+        origin["begun"] = begun or datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         config = {"question": asked.name, **kept.as_json(asked.config)}
         directory.write_json("config.json", {**config, **origin})
 
@@ -349,6 +354,7 @@ def finish(one: Asked, failed: str = "") -> Answer:
             raise RunError(f"{one.kept.path / one.files[left[0]]} is gone; run {one.name} again.")
         measured = answer.measured
         verdicts = named(one.name, one.question.verdict(measured))
+        judged = one.kept.judged({v.id: bounds(v) for v in verdicts})
         one.kept.write_json("verdict.json", [verdict_json(v) for v in verdicts])
         picture = one.question.figure(measured)
         for kind in ("png", "svg"):
@@ -356,4 +362,4 @@ def finish(one: Asked, failed: str = "") -> Answer:
     except Exception as error:  # the other questions go on
         where = f"in the verdict or the figure of {one.name}"
         return answer._replace(failed=failed or pool.explain(error, where))
-    return answer._replace(verdicts=verdicts)
+    return answer._replace(verdicts=verdicts, judged=judged)

@@ -6,6 +6,7 @@ conditions/00-none.jsonl         the records of a condition that is finished; th
 it cost
 conditions/01-batch.partial      a condition on its way: its records and its last checkpoint
 verdict.json, figure.svg, .png   at the end
+bounds.json                      by which bounds each claim was judged when it was judged first
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ import numpy as np
 from flax import serialization
 
 from ..engine.question import Checkpoint, Condition, Config, Record
-from ..engine.verdict import Verdict
+from ..engine.verdict import Bounds, Verdict
 from ..rundir import CHECKOUT, RunDirectory, RunError, environment, number
 
 PAUSE = 20.0
@@ -129,6 +130,24 @@ class Kept(RunDirectory):
         self.write_json("environment.json", made.machine)
         self.write_bytes(file, made.content)
         partial.unlink(missing_ok=True)
+
+    def begun(self) -> str | None:
+        """When the first measurement began, in UTC; `None` if none did."""
+        try:
+            return json.loads((self.path / "config.json").read_text()).get("begun")
+        except FileNotFoundError:
+            return None
+
+    def judged(self, now: dict[str, Bounds]) -> dict[str, Bounds]:
+        """By which bounds each claim was judged first; those of new claims are kept from now on."""
+        path = self.path / "bounds.json"
+        try:
+            before = {id: Bounds(*found) for id, found in json.loads(path.read_text()).items()}
+        except FileNotFoundError:
+            before = {}
+        if now.keys() - before.keys():
+            self.write_json("bounds.json", {**now, **before})
+        return {**now, **before}
 
     def _on_its_way(self, file: str) -> Path:
         return (self.path / file).with_suffix(".partial")

@@ -27,6 +27,7 @@ ROOTS = {"normlab": Path(normlab.__file__).parent, HERE: Path(__file__).parent.p
 """Where the sources are that count."""
 
 ASIDE = (
+    f"{HERE}.asking.archive",
     f"{HERE}.figures",
     f"{HERE}.engine.draw",
     f"{HERE}.engine.records",

@@ -6,6 +6,7 @@ chosen on held-out images
 rates.py       the largest stable learning rate of each seed
 devices.py     training over several devices as a condition
 texts.py       small language models, and how they read a text
+plain.py       training in plain JAX, for what the trainer has no place for
 records.py     what was measured, and what verdicts and figures ask of it
 verdict.py     a claim, its effect, its interval over seeds and test images, its bounds
 draw.py        what the figures are made of
@@ -13,7 +14,20 @@ draw.py        what the figures are made of
 
 from ..rundir import Record, number, packed
 from ..training.driver import Checkpoint
-from .learn import Instrument, Lane, Net, dataset, held_out, lanes, learn, shuffled, start, tuned
+from . import plain
+from .learn import (
+    Instrument,
+    Lane,
+    Net,
+    dataset,
+    held_out,
+    lanes,
+    learn,
+    pooled,
+    shuffled,
+    start,
+    tuned,
+)
 from .question import Condition, Config, Measure, Question, Schedule, exact
 from .rates import largest_stable
 from .records import Records

@@ -57,7 +57,6 @@ class Config(question.Config):
     dataset: str = "fashion_mnist"
     optimizer: str = "momentum"
     lr: float = 0.05
-    seeds: int = 5
     devices: int = 8
     per_device: int = 4
     decay: float = 0.9
@@ -172,11 +171,13 @@ class Lab:
             (form,) = set(FORMS) - {config.form}
             other = self.trainer(norm, form, **how)
             with concurrent.futures.ThreadPoolExecutor(1) as pool:  # both compile at once
-                there = pool.submit(lambda: other.train(self.start(other), cut[0][1])[1])
+                there = pool.submit(
+                    lambda: other.train(self.start(other), cut[0][1][:FIRST_STEPS])[1]
+                )
                 trainer.compile(state, {len(each) for _, each in cut}, indices.shape[-1])
         for at in drive(trainer, begin, cut):
             if there is not None and at.losses is not None:
-                gap = relative(there.result()[:FIRST_STEPS], at.losses[:FIRST_STEPS])
+                gap = relative(there.result(), at.losses[:FIRST_STEPS])
                 yield {"kind": "forms", "steps": min(FIRST_STEPS, at.step), "loss_gap": number(gap)}
                 there = None
             yield from at.records(rows, each=at.step == config.steps)

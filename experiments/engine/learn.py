@@ -34,7 +34,7 @@ from ..training.trainer import (
     minibatches,
     turns,
 )
-from .question import Config, Measure
+from .question import Config
 
 Lane = Mapping[str, Any]
 """What sets one of the nets apart that are trained side by side: its `seed`, and perhaps its `lr`
@@ -115,7 +115,7 @@ def learn(
     draw: Draw = shuffled,
     instrument: Instrument | None = None,
     **options: Any,
-) -> Measure:
+) -> Learning:
     """Trains nets with a norm and yields a record of each lane at each evaluation.
 
     The records are those of `Progress.records`, with the lane's values, and what the instrument
@@ -129,29 +129,52 @@ def learn(
         are shifted and scaled by two numbers.
       draw: Draws the minibatches of a seed.
       instrument: What else to measure; with one, before the first step too.
-      **options: Of the model, as in `models.build`.
+      **options: Of the model, as in `models.build`; and `only` of `masked`.
     """
     rows = lanes(config) if side_by_side is None else side_by_side
+    return Learning(config, norm, rows, prepare, draw, instrument, options)
 
-    def run(resume: Checkpoint | None) -> Iterator[Record | Checkpoint]:
-        data = prepare(dataset(config.dataset, config.data_dir))
-        trainer, state = start(config, norm, rows, data, **options)
-        look = _looking(trainer, instrument or (lambda net: {}), rows, config)
+
+@dataclasses.dataclass(frozen=True)
+class Learning:
+    """What `learn` returns: a measure, which says what it trains.
+
+    Attributes:
+      config, norm, rows, prepare, draw, instrument, options: As in `learn`.
+    """
+
+    config: Config
+    norm: nl.Norm
+    rows: Sequence[Lane]
+    prepare: Callable[[Dataset], Dataset]
+    draw: Draw
+    instrument: Instrument | None
+    options: Mapping[str, Any]
+
+    def __call__(self, resume: Checkpoint | None) -> Iterator[Record | Checkpoint]:
+        """Yields records, and checkpoints."""
+        config, rows = self.config, self.rows
+        data = self.prepare(dataset(config.dataset, config.data_dir))
+        trainer, state = start(config, self.norm, rows, data, **self.options)
+        look = _looking(trainer, self.instrument or (lambda net: {}), rows, config)
         steps = lengths(config.steps, config.evaluations)
         trainer.compile(state, steps, config.batch_size)
-        drawn = {seed: draw(seed, data, config) for seed in {row["seed"] for row in rows}}
+        drawn = {seed: self.draw(seed, data, config) for seed in {row["seed"] for row in rows}}
         begin = Progress.start(state, len(rows), resume)
-        if resume is None and instrument is not None:
+        if resume is None and self.instrument is not None:
             yield from look(begin.evaluated(trainer))
         each = [drawn[row["seed"]] for row in rows]
         for at in drive(trainer, begin, turns(each, config.evaluations)):
             yield from look(at)
             yield at.checkpoint()
 
-    return run
+    @property
+    def stages(self) -> tuple[Learning, ...]:
+        """What is trained one after the other."""
+        return (self,)
 
 
-def tuned(config: Config, norm: nl.Norm, rates: Sequence[float], **options: Any) -> Measure:
+def tuned(config: Config, norm: nl.Norm, rates: Sequence[float], **options: Any) -> Tuning:
     """Chooses a learning rate, then trains at it, as `learn` does.
 
     Every rate is tried on `config.screening` seeds that nothing else has (from `SCREENED` on) and
@@ -167,31 +190,59 @@ def tuned(config: Config, norm: nl.Norm, rates: Sequence[float], **options: Any)
       rates: The grid.
       **options: Of `learn`, but `side_by_side`.
     """
-    prepare = options.pop("prepare", lambda data: data)
+    return Tuning(config, norm, tuple(rates), options)
 
-    def run(resume: Checkpoint | None) -> Iterator[Record | Checkpoint]:
+
+@dataclasses.dataclass(frozen=True)
+class Tuning:
+    """What `tuned` returns: a measure, which says what it trains.
+
+    Attributes:
+      config, norm, rates, options: As in `tuned`.
+    """
+
+    config: Config
+    norm: nl.Norm
+    rates: tuple[float, ...]
+    options: Mapping[str, Any]
+
+    def __call__(self, resume: Checkpoint | None) -> Iterator[Record | Checkpoint]:
+        """Yields records, and checkpoints of the training at the rate that was chosen."""
         if resume is None:
-            trial = dataclasses.replace(
-                config, seeds=config.screening, first_seed=SCREENED, evaluations=1
-            )
-            rows = lanes(trial, lr=rates)
-            how = {**options, "instrument": None, "prepare": lambda data: held_out(prepare(data))}
-            found = learn(trial, norm, side_by_side=rows, **how)(None)
-            tried = [{**r, "kind": "screening"} for r in found if not isinstance(r, Checkpoint)]
+            found = (r for r in self.trial(None) if not isinstance(r, Checkpoint))
+            tried = [{**r, "kind": "screening"} for r in found]
             yield from ({k: v for k, v in r.items() if not k.endswith("_each")} for r in tried)
-            choice = chosen(tried, rates)
+            choice = chosen(tried, self.rates)
             yield choice
             best = choice["lr"]
         else:
             best = float(resume.leaves[0])
             resume = resume._replace(leaves=resume.leaves[1:])
-        rows = lanes(config, lr=[best])
-        for found in learn(config, norm, side_by_side=rows, prepare=prepare, **options)(resume):
+        for found in self.final(best)(resume):
             if isinstance(found, Checkpoint):
                 found = found._replace(leaves=[np.float64(best), *found.leaves])
             yield found
 
-    return run
+    @property
+    def trial(self) -> Learning:
+        """The training at every rate."""
+        config = dataclasses.replace(
+            self.config, seeds=self.config.screening, first_seed=SCREENED, evaluations=1
+        )
+        prepare = self.options.get("prepare", lambda data: data)
+        changed = {"instrument": None, "prepare": lambda data: held_out(prepare(data))}
+        rows = lanes(config, lr=self.rates)
+        return learn(config, self.norm, side_by_side=rows, **{**self.options, **changed})
+
+    def final(self, lr: float) -> Learning:
+        """The training at one rate."""
+        rows = lanes(self.config, lr=[lr])
+        return learn(self.config, self.norm, side_by_side=rows, **self.options)
+
+    @property
+    def stages(self) -> tuple[Learning, ...]:
+        """What is trained one after the other."""
+        return self.trial, self.final(self.rates[0])
 
 
 def chosen(tried: Sequence[Record], rates: Sequence[float]) -> Record:
@@ -232,11 +283,28 @@ def held_out(data: Dataset) -> Dataset:
     )
 
 
+def pooled(data: Dataset, pixels: int) -> Dataset:
+    """The data with the mean of `pixels` by `pixels` for a pixel, rounded: smaller images.
+
+    What is over at the right and lower edges is left out.
+    """
+
+    def pool(images: np.ndarray) -> np.ndarray:
+        n, h, w, k = images.shape
+        h, w = h // pixels, w // pixels
+        cut = images[:, : h * pixels, : w * pixels].reshape(n, h, pixels, w, pixels, k)
+        return cut.mean((2, 4)).round().astype(images.dtype)
+
+    return data._replace(train_inputs=pool(data.train_inputs), test_inputs=pool(data.test_inputs))
+
+
 def start(
     config: Config,
     norm: nl.Norm,
     rows: Sequence[Lane],
     data: Dataset,
+    *,
+    only: Callable[[Any], Any] | None = None,
     **options: Any,
 ) -> tuple[Trainer, TrainState]:
     """A trainer of these lanes on one device, and their initial state; options as in `learn`."""
@@ -249,7 +317,7 @@ def start(
     each = [gaussian(by_seed[row["seed"]], row) for row in rows]
     kernels = jax.tree.map(lambda *leaves: np.stack(leaves), *each)
     rates = [row.get("lr", config.lr) for row in rows]
-    made = at_rates(optimizer(config), rates)
+    made = at_rates(optimizer(config) if only is None else masked(optimizer(config), only), rates)
     model = models.build(config.model, norm, data.classes, **options)
     trainer = Trainer(model, made, device_data, kernels, synced=True)
     state = trainer.init()
@@ -261,6 +329,25 @@ def optimizer(config: Config) -> Make:
     """What makes the config's optimizer, with its schedule, of a learning rate."""
     how: Any = {"schedule": config.schedule, "warmup": config.warmup}
     return optimizers.optimizer(config.optimizer, config.steps, **how)
+
+
+def masked(make: Make, only: Callable[[Any], Any]) -> Make:
+    """What makes an optimizer that changes some parameters alone.
+
+    Args:
+      make: Makes one that changes all.
+      only: Of the initial parameters, a tree like them of what each update is multiplied by: 1 or
+        0, or an array of these.
+    """
+
+    def make_masked(lr: float) -> optax.GradientTransformation:
+        def update(updates: Any, masks: Any, params: Any = None) -> tuple[Any, Any]:
+            del params
+            return jax.tree.map(lambda u, m: u * m, updates, masks), masks
+
+        return optax.chain(make(lr), optax.GradientTransformation(only, update))
+
+    return make_masked
 
 
 def gaussian(kernels: Any, lane: Lane) -> Any:

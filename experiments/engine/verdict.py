@@ -34,6 +34,22 @@ class Source(NamedTuple):
     read: Literal["read", "abstract", "second-hand"] = "read"
 
 
+class Bounds(NamedTuple):
+    """What a claim is judged by, as it is written down: digits, or nothing.
+
+    Attributes:
+      at_least, at_most, size: As in `Verdict`.
+    """
+
+    at_least: str
+    at_most: str
+    size: str
+
+    def __str__(self) -> str:
+        """In words."""
+        return ", ".join(f"{k} {v}" for k, v in self._asdict().items() if v) or "no bound"
+
+
 class Interval(NamedTuple):
     """What is known of an effect.
 
@@ -247,6 +263,12 @@ def decide_share(
     )
 
 
+def bounds(verdict: Verdict) -> Bounds:
+    """What a claim is judged by, as it is written down."""
+    found = (verdict.at_least, verdict.at_most, verdict.size)
+    return Bounds(*("" if v is None or math.isinf(v) else f"{v:.12g}" for v in found))
+
+
 def interval(values: Sequence[float] | np.ndarray) -> Interval:
     """The mean, and its interval of Student's t: the whole line for one value or a NaN.
 
@@ -259,10 +281,12 @@ def interval(values: Sequence[float] | np.ndarray) -> Interval:
     values = values[:, 0] if values.ndim == 2 else values
     if not values.size:
         return Interval(math.nan, -math.inf, math.inf)
-    mean = float(values.mean())
-    if values.size < 2 or not (np.isfinite(values).all() and np.isfinite(draws).all()):
+    with np.errstate(over="ignore", invalid="ignore"):  # what overflows has no interval
+        mean = float(values.mean())
+        seeds = float(values.var(ddof=1)) / values.size if np.ptp(values) else 0.0
+    finite = np.isfinite(values).all() and np.isfinite(draws).all() and math.isfinite(seeds)
+    if values.size < 2 or not finite:
         return Interval(mean, -math.inf, math.inf)
-    seeds = float(values.var(ddof=1)) / values.size if np.ptp(values) else 0.0
     images = 0.0
     if draws.size:  # S·Var(mean) − mean(Var), by draws, is (S − 1) times what they share
         shared = values.size * draws.mean(axis=0).var(ddof=1) - draws.var(axis=1, ddof=1).mean()
@@ -270,7 +294,8 @@ def interval(values: Sequence[float] | np.ndarray) -> Interval:
     total = seeds + images
     if not total:  # Student's t has no interval where all seeds agree
         return Interval(mean, mean, mean, 0.0, math.inf)
-    freedom = total**2 / (seeds**2 / (values.size - 1)) if seeds**2 > 0 else math.inf
+    ratio = total / seeds if seeds > 0 else math.inf
+    freedom = (values.size - 1) * ratio * ratio
     error = math.sqrt(total)
     half = float(scipy.stats.t.ppf((1 + CONFIDENCE) / 2, freedom)) * error
     return Interval(mean, mean - half, mean + half, error, freedom, math.sqrt(images))
