@@ -11,7 +11,7 @@ Protocol: A pre-norm language model of 2 blocks of width 32 with RMS norm on byt
 windows of 32, batches of 8, 200 steps of Adam with a warm-up of 20 steps and a rate that then
 stays; nothing is clipped. A rate is stable if the loss at the end is finite and below that of one
 who knows how frequent each byte is. The largest stable rate of each seed is bracketed on a grid and
-bisected to a factor of 1.3. The logit is the largest |q·k|/√D on a batch, at the end of training at
+bisected to a factor of 1.4. The logit is the largest |q·k|/√D on a batch, at the end of training at
 a rate of the grid.
 
 Command: python -m experiments run qk_norm_rate
@@ -93,7 +93,7 @@ def run(config: QkNormRate) -> Iterator[Condition]:
         options = {"inside": inside, "prepare": config.prepare, **config.sizes}
         made = largest_stable(
             *(config, nl.get(config.norm, use_bias=False), config.rates, stable),
-            **{"fine": 1.3, "instrument": logits, **options},
+            **{"fine": 1.4, "instrument": logits, **options},
         )
         yield Condition({"inside": name}, made)
     yield Condition({"condition": "frequencies"}, exact(config.frequencies))
