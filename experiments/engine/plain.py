@@ -8,6 +8,7 @@ flags = right(model, params, states, x, y)
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -72,6 +73,14 @@ def right(model: models.Network, params: Any, states: Any, x: Array, y: Array) -
     """Which examples `[N]` are told right in inference."""
     logits: Array = model.apply({"params": params, models.STATE: states}, x, train=False)  # type: ignore[assignment]
     return logits.argmax(-1) == y
+
+
+def each_seed(f: Callable[..., Any]) -> Callable[..., Any]:
+    """`f(arrays, *of_a_seed)` compiled for all seeds side by side: `[seeds, ...]` but the arrays.
+
+    What a program closes over is copied into it, which takes memory and time; data are arguments.
+    """
+    return jax.jit(lambda arrays, *given: jax.vmap(functools.partial(f, arrays))(*given))
 
 
 def evaluations(config: Config, flags: Array, **labels: Any) -> Iterator[Record]:

@@ -104,33 +104,35 @@ def trained(config: FedBn, averaged: str) -> Iterator[Record]:
         jnp.asarray(np.stack([change(v) for change in KINDS.values()]), jnp.float32)
         for v in (data.train_inputs, data.test_inputs)
     )
-    labels, test_labels = jnp.asarray(data.train_labels), jnp.asarray(data.test_labels)
     model, params, states = plain.begin(config, nl.get("batch"), data, activation=nn.relu)
     rule = optax.sgd(config.lr)
     step = plain.sgd(model, rule)
 
-    def local(carry: Any, kind: Array, chosen: Array) -> Any:
-        def one(carry: Any, rows: Array) -> tuple[Any, None]:
-            return step(carry, (inputs[kind, rows], labels[rows])), None
+    @plain.each_seed
+    def train(arrays: Any, params: Any, states: Any, drawn: Array) -> Array:
+        inputs, labels, tests, test_labels = arrays
 
-        return lax.scan(one, carry, chosen)[0]
+        def local(carry: Any, kind: Array, chosen: Array) -> Any:
+            def one(carry: Any, rows: Array) -> tuple[Any, None]:
+                return step(carry, (inputs[kind, rows], labels[rows])), None
 
-    def turn(carry: Any, chosen: Array) -> tuple[Any, None]:
-        params, states, opt = jax.vmap(local)(carry, jnp.arange(len(KINDS)), chosen)
-        params = average(params, averaged != "nothing", norms=averaged != "others")
-        return (params, average(states, averaged == "all", norms=True), opt), None
+            return lax.scan(one, carry, chosen)[0]
 
-    @jax.jit
-    @jax.vmap
-    def one(params: Any, states: Any, drawn: Array) -> Array:
+        def turn(carry: Any, chosen: Array) -> tuple[Any, None]:
+            params, states, opt = jax.vmap(local)(carry, jnp.arange(len(KINDS)), chosen)
+            params = average(params, averaged != "nothing", norms=averaged != "others")
+            return (params, average(states, averaged == "all", norms=True), opt), None
+
         begin = (params, states, rule.init(params))
         copies = jax.tree.map(lambda v: jnp.broadcast_to(v, (len(KINDS), *v.shape)), begin)
         params, states, _ = lax.scan(turn, copies, drawn)[0]
         test = lambda p, s, x: plain.right(model, p, s, x, test_labels)  # noqa: E731
         return jax.vmap(test)(params, states, tests)
 
-    drawn = np.stack([batches(config, len(labels), seed) for seed in config.each_seed])
-    flags = one(params, states, jnp.asarray(drawn))
+    examples = len(data.train_labels)
+    drawn = np.stack([batches(config, examples, seed) for seed in config.each_seed])
+    arrays = (inputs, data.train_labels, tests, data.test_labels)
+    flags = train(arrays, params, states, drawn)
     for i, kind in enumerate(KINDS):
         yield from plain.evaluations(config, flags[:, i], device=kind)
 

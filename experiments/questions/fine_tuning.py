@@ -24,7 +24,6 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
@@ -100,20 +99,21 @@ def trained(config: FineTuning) -> Iterator[Record]:
         jnp.asarray(v + rng.normal(0, config.noise, v.shape), jnp.float32)
         for v in (data.train_inputs, data.test_inputs)
     )
-    inputs, labels = jnp.asarray(data.train_inputs), jnp.asarray(data.train_labels)
-    test_labels = jnp.asarray(data.test_labels)
     images = min(config.images, len(data.train_labels))
     later = dataclasses.replace(config, steps=images // config.few)
 
-    def fit(config: FineTuning, lr: float, x: Array, params: Any, states: Any, rows: Array) -> Any:
-        rule = optimizer(config)(lr)
-        step = plain.sgd(model, rule)
-        carry = (params, states, rule.init(params))
-        return lax.scan(lambda c, r: (step(c, (x[r], labels[r])), None), carry, rows)[0][:2]
+    @plain.each_seed
+    def train(arrays: Any, params: Any, states: Any, first: Array, own: Array) -> dict[str, Array]:
+        inputs, noisy, labels, tests, test_labels = arrays
 
-    @jax.jit
-    @jax.vmap
-    def one(params: Any, states: Any, first: Array, own: Array) -> dict[str, Array]:
+        def fit(
+            config: FineTuning, lr: float, x: Array, params: Any, states: Any, rows: Array
+        ) -> Any:
+            rule = optimizer(config)(lr)
+            step = plain.sgd(model, rule)
+            carry = (params, states, rule.init(params))
+            return lax.scan(lambda c, r: (step(c, (x[r], labels[r])), None), carry, rows)[0][:2]
+
         params, states = fit(config, config.lr, inputs, params, states, first)
         begun = {"live": states, "frozen": nl.population.freeze(states)}
         ends = {
@@ -128,9 +128,13 @@ def trained(config: FineTuning) -> Iterator[Record]:
         return {k: plain.right(model, p, s, tests, test_labels) for k, (p, s) in ends.items()}
 
     first = np.stack([shuffled(seed, data, config) for seed in config.each_seed])
-    own = [np.random.default_rng(s).permutation(len(labels))[:images] for s in config.each_seed]
+    own = [
+        np.random.default_rng(s).permutation(len(data.train_labels))[:images]
+        for s in config.each_seed
+    ]
     own = np.stack(own)[:, : images // config.few * config.few]
-    for name, flags in one(params, states, jnp.asarray(first), jnp.asarray(own)).items():
+    arrays = (data.train_inputs, noisy, data.train_labels, tests, data.test_labels)
+    for name, flags in train(arrays, params, states, first, own).items():
         yield from plain.evaluations(config, flags, condition=name)
 
 

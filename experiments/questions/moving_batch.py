@@ -113,8 +113,6 @@ def trained(
     """
     data = floats(dataset(config.dataset, config.data_dir))
     model, params, states = plain.begin(config, norm, data, activation=nn.relu)
-    inputs, labels = jnp.asarray(data.train_inputs), jnp.asarray(data.train_labels)
-    tests = jnp.asarray(data.test_inputs), jnp.asarray(data.test_labels)
     rule = optimizer(config)(config.lr)
 
     def loss(params: Any, taps: Any, states: Any, x: Array, y: Array) -> tuple[Array, Any]:
@@ -123,31 +121,35 @@ def trained(
         losses, states = each(states, x, y)
         return losses.mean(), states
 
-    def step(carry: Any, chosen: Array) -> tuple[Any, None]:
-        params, states, opt = carry
-        chosen = chosen.reshape(-1, together)
-        taps = nl.population.taps(states) if backward else ()
-        given = (params, taps, states, inputs[chosen], labels[chosen])
-        (grads, seen), states = jax.grad(loss, (0, 1), has_aux=True)(*given)
-        if backward:  # in units of the gradient of the devices' mean loss, as what it is put into
-            states = jax.vmap(nl.population.take_back)(states, seen)
-        updates, opt = rule.update(grads, opt)
-        return (optax.apply_updates(params, updates), states, opt), None
-
     pool = functools.partial(nl.population.pool_running, axis_name=DEVICES)
 
-    @jax.jit
-    @jax.vmap
-    def one(params: Any, state: Any, drawn: Array) -> Array:
+    @plain.each_seed
+    def train(arrays: Any, params: Any, state: Any, drawn: Array) -> Array:
+        inputs, labels, *tests = arrays
+
+        def step(carry: Any, chosen: Array) -> tuple[Any, None]:
+            params, states, opt = carry
+            chosen = chosen.reshape(-1, together)
+            taps = nl.population.taps(states) if backward else ()
+            given = (params, taps, states, inputs[chosen], labels[chosen])
+            (grads, seen), states = jax.grad(loss, (0, 1), has_aux=True)(*given)
+            if (
+                backward
+            ):  # in units of the gradient of the devices' mean loss, as what it is put into
+                states = jax.vmap(nl.population.take_back)(states, seen)
+            updates, opt = rule.update(grads, opt)
+            return (optax.apply_updates(params, updates), states, opt), None
+
         devices = config.batch_size // together
         states = jax.tree.map(lambda v: jnp.broadcast_to(v, (devices, *v.shape)), state)
         params, states, _ = lax.scan(step, (params, states, rule.init(params)), drawn)[0]
         pooled = jax.vmap(pool, axis_name=DEVICES)(states)
         state = jax.tree.map(lambda v: v[0], pooled)
-        return plain.right(model, params, state, *tests)
+        return plain.right(model, params, state, tests[0], tests[1])
 
     drawn = jnp.stack([shuffled(seed, data, config) for seed in config.each_seed])
-    yield from plain.evaluations(config, one(params, states, drawn))
+    arrays = (data.train_inputs, data.train_labels, data.test_inputs, data.test_labels)
+    yield from plain.evaluations(config, train(arrays, params, states, drawn))
 
 
 def verdict(records: Records) -> Iterator[Verdict]:

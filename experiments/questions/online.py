@@ -24,7 +24,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -92,35 +91,34 @@ def make(name: str) -> nl.Norm:
 def streamed(config: Online, norm: nl.Norm) -> Iterator[Record]:
     """The accuracy in each part of either stream; each batch is predicted, then learned from."""
     data = floats(dataset(config.dataset, config.data_dir))
-    inputs, labels = jnp.asarray(data.train_inputs), jnp.asarray(data.train_labels)
     model, params, states = plain.begin(config, norm, data, activation=nn.relu)
     rule = optax.sgd(config.lr)
     step = plain.sgd(model, rule)
     turns, whole = -(-config.steps // len(config.sizes)), sum(config.sizes)
     cuts = np.cumsum(config.sizes)[:-1]
 
-    def turn(carry: Any, given: Any) -> tuple[Any, Array]:
-        rows, scales = given
-        found = []
-        for part, scale in zip(jnp.split(rows, cuts), scales, strict=True):
-            x, y = scale * inputs[part], labels[part]
-            found.append(plain.right(model, carry[0], carry[1], x, y))
-            carry = step(carry, (x, y))
-        return carry, jnp.concatenate(found)
+    @plain.each_seed
+    def along(arrays: Any, params: Any, states: Any, rows: Array) -> Array:
+        inputs, labels, scales = arrays
 
-    @jax.jit
-    def all_seeds(scales: Array, rows: Array) -> Array:
-        def one(params: Any, states: Any, rows: Array) -> Array:
-            return lax.scan(turn, (params, states, rule.init(params)), (rows, scales))[1]
+        def turn(carry: Any, given: Any) -> tuple[Any, Array]:
+            rows, scales = given
+            found = []
+            for part, scale in zip(jnp.split(rows, cuts), scales, strict=True):
+                x, y = scale * inputs[part], labels[part]
+                found.append(plain.right(model, carry[0], carry[1], x, y))
+                carry = step(carry, (x, y))
+            return carry, jnp.concatenate(found)
 
-        return jax.vmap(one)(params, states, rows)
+        return lax.scan(turn, (params, states, rule.init(params)), (rows, scales))[1]
 
-    shuffle = functools.partial(drawn, len(labels), turns * whole)
+    shuffle = functools.partial(drawn, len(data.train_labels), turns * whole)
     rows = np.stack([shuffle(seed) for seed in config.each_seed]).reshape(-1, turns, whole)
     drift = scales_of(config)
     for stream, scales in (("drifting", drift), ("still", np.ones_like(drift))):
-        given = jnp.asarray(scales.reshape(turns, -1), jnp.float32)
-        right = np.asarray(all_seeds(given, jnp.asarray(rows)))
+        given = scales.reshape(turns, -1).astype(np.float32)
+        arrays = (data.train_inputs, data.train_labels, given)
+        right = np.asarray(along(arrays, params, states, rows))
         parts = min(config.evaluations, turns)
         for seed, each in zip(config.each_seed, right, strict=True):
             for i, part in enumerate(np.array_split(each, parts)):

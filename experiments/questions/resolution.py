@@ -134,13 +134,10 @@ def trained(config: Resolution) -> Iterator[Record]:
     rule = optimizer(config)(config.lr)
     step = plain.sgd(model, rule)
 
-    @jax.jit
-    def fit(inputs: Array, rows: Array) -> Any:
-        def one(params: Any, states: Any, rows: Array) -> Any:
-            turn = lambda carry, r: (step(carry, (inputs[r], labels[r])), None)  # noqa: E731
-            return lax.scan(turn, (params, states, rule.init(params)), rows)[0][:2]
-
-        return jax.vmap(one)(params, states, rows)
+    @plain.each_seed
+    def fit(inputs: Array, params: Any, states: Any, rows: Array) -> Any:
+        turn = lambda carry, r: (step(carry, (inputs[r], labels[r])), None)  # noqa: E731
+        return lax.scan(turn, (params, states, rule.init(params)), rows)[0][:2]
 
     @jax.jit
     def test(ends: Any, seen: Array, images: Array) -> tuple[Array, ...]:
@@ -154,7 +151,7 @@ def trained(config: Resolution) -> Iterator[Record]:
         return lax.map(one, ends)
 
     rows = jnp.asarray(np.stack([shuffled(seed, small, config) for seed in config.each_seed]))
-    ends = {name: fit(inputs, rows) for name, inputs in images.items()}
+    ends = {name: fit(inputs, params, states, rows) for name, inputs in images.items()}
     for side in (config.side, *config.larger):
         given = [whole(v, side) for v in (raw[:1000], data.test_inputs[: config.tests])]
         for name, trained in ends.items():

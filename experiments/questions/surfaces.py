@@ -119,16 +119,18 @@ def run(config: Surfaces) -> Iterator[Condition]:
 def trained(config: Surfaces, norm: nl.Norm) -> Iterator[Record]:
     """The ends of all optimizers of each seed, and what lies between."""
     data = floats(dataset(config.dataset, config.data_dir))
-    inputs, labels = jnp.asarray(data.train_inputs), jnp.asarray(data.train_labels)
     options: dict[str, Any] = {"widths": config.widths, "activation": nn.relu}
     model, params, states = plain.begin(config, norm, data, **options)
-    images, told = inputs[: config.images], labels[: config.images]
     schedule = lambda lr: optax.cosine_decay_schedule(lr, config.steps)  # noqa: E731
 
-    def loss(params: Any, states: Any) -> Array:
-        return plain.loss(model, params, states, images, told)[0]
+    @plain.each_seed
+    def train(arrays: Any, params: Any, states: Any, rows: Array) -> dict[str, Array]:
+        inputs, labels = arrays
+        images, told = inputs[: config.images], labels[: config.images]
 
-    def one(params: Any, states: Any, rows: Array) -> dict[str, Array]:
+        def loss(params: Any, states: Any) -> Array:
+            return plain.loss(model, params, states, images, told)[0]
+
         ends, found = {}, {}
         for name, make in OPTIMIZERS.items():
             rule = make(schedule)
@@ -147,7 +149,8 @@ def trained(config: Surfaces, norm: nl.Norm) -> Iterator[Record]:
         return found
 
     rows = np.stack([shuffled(seed, data, config) for seed in config.each_seed])
-    found = jax.tree.map(np.asarray, jax.jit(jax.vmap(one))(params, states, jnp.asarray(rows)))
+    arrays = (data.train_inputs, data.train_labels)
+    found = jax.tree.map(np.asarray, train(arrays, params, states, rows))
     for i, seed in enumerate(config.each_seed):
         for name in OPTIMIZERS:
             yield {"kind": "end", "seed": seed, "optimizer": name} | {
