@@ -106,7 +106,7 @@ def train(
             record: Record = {"kind": "averaging", "seed": seed}
             for name, evaluation in found.items():
                 record[name] = number(evaluation.accuracy[i])
-                record[f"{name}_each"] = packed(evaluation.each[i] > 0)
+                record[f"{name}_each"] = packed(evaluation.each["accuracy_each"][i])
             yield record
 
     own = nl.Sync(config.axes[-1]) if len(config.mesh) > 1 else nl.Sync()

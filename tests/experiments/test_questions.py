@@ -58,7 +58,8 @@ SMALL = {
     "group_size": {"per_devices": (4,), "groups": (1, 4), "ghost": (2,)},
     **dict.fromkeys(("mix_ln", "pre_post_gradient"), AT_FIRST),
     **dict.fromkeys(("dyt_data", "ngpt_steps", "peri_variance", "qk_norm_rate"), TEXT),
-    **dict.fromkeys(("ln_scaling", "rezero_depth", "rms_layer_lm", "warmup"), TEXT),
+    **dict.fromkeys(("rezero_depth", "rms_layer_lm", "warmup"), TEXT),
+    "ln_scaling": {**TEXT, "depth": 4},
     "dyt_vit": {"model": "vit", "patch": 4, "width": 8, "depth": 1, "tests": 50},
     "last_layer_norm": {"model": "mlp", "depth": 2, "width": 8, "rates": (0.1,), "short": 4},
     "leakage": {"model": "tiny_conv", "synthetic_steps": 3},
@@ -72,7 +73,7 @@ SMALL = {
 def tiny_model(monkeypatch):
     """One layer of a few sigmoids or filters: what takes time here is compiling."""
     for name, model in (("tiny", models.Mlp), ("tiny_conv", models.ConvNet)):
-        width = 8 if name == "tiny_conv" else 10
+        width = 8 if name == "tiny_conv" else 20
         monkeypatch.setitem(models.MODELS, name, functools.partial(model, widths=(width,)))
 
 
