@@ -270,8 +270,7 @@ def test_a_claim_leads_to_its_seeds_its_threshold_its_source_and_a_command(tree)
 def test_the_page_says_how_many_bounds_were_set_when(tree):
     (method,) = [e for e in tree.iter() if e.get("id") == "method"]
     assert (
-        "Of 7 bounds 0 were set before their run, 2 after a look at it, 1 on the same day, by what "
-        "the dates tell; 4 are not locked."
+        "Of 7 bounds 1 were set before their run, 2 after a look at it; 4 are not locked."
     ) in words(method)
     assert "seeds from 100 on" in words(method)
     assert "were written before the run" not in words(tree)
