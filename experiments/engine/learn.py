@@ -341,9 +341,9 @@ def masked(make: Make, only: Callable[[Any], Any]) -> Make:
     """
 
     def make_masked(lr: float) -> optax.GradientTransformation:
-        def update(updates: Any, masks: Any, params: Any = None) -> tuple[Any, Any]:
-            del params
-            return jax.tree.map(lambda u, m: u * m, updates, masks), masks
+        def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+            del params  # the state is what each update is multiplied by
+            return jax.tree.map(lambda u, m: u * m, updates, state), state
 
         return optax.chain(make(lr), optax.GradientTransformation(only, update))
 

@@ -86,10 +86,10 @@ class AngularEquilibrium(Config):
     """
 
     norms: tuple[str, ...] = ("batch", "layer", "none")
-    settings: tuple[tuple[float, ...], ...] = (
-        (0.1, 0.01),
-        (0.1, 0.03),
-        (0.03, 0.01, 0.9),
+    settings: tuple[tuple[float, float, float, float], ...] = (
+        (0.1, 0.01, 0.0, 1.0),
+        (0.1, 0.03, 0.0, 1.0),
+        (0.03, 0.01, 0.9, 1.0),
         (0.1, 0.01, 0.0, 10.0),
     )
     steps: int = 4000

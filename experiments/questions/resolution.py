@@ -66,7 +66,7 @@ class Resolution(Config):
       smallest: The least share of the side that a crop has.
       images: Training images, cropped once each.
       tests: Test images.
-      widths: Of the model.
+      channels: Of the model's blocks, of one layer each; those of its paper if there are none.
     """
 
     side: int = 14
@@ -74,7 +74,7 @@ class Resolution(Config):
     smallest: float = 0.5
     images: int = 20_000
     tests: int = 2000
-    widths: tuple[tuple[int, ...], ...] = ((16,), (32,), (32,))
+    channels: tuple[int, ...] = (16, 32, 32)
     dataset: str = "fashion_mnist"
     model: str = "nin"
     batch_size: int = 64
@@ -86,9 +86,7 @@ class Resolution(Config):
 
 QUICK = Resolution()
 SECONDS = 90
-FULL = Resolution(
-    images=60_000, tests=10_000, steps=20_000, widths=((192, 160, 96), (192,) * 3, (192,) * 2)
-)
+FULL = Resolution(images=60_000, tests=10_000, steps=20_000, channels=())
 
 
 def run(config: Resolution) -> Iterator[Condition]:
@@ -130,7 +128,8 @@ def trained(config: Resolution) -> Iterator[Record]:
     labels = jnp.asarray(data.train_labels[: len(raw)])
     told = jnp.asarray(data.test_labels[: config.tests])
     small = data._replace(train_inputs=np.asarray(images["whole"]), train_labels=np.asarray(labels))
-    model, params, states = plain.begin(config, nl.get("batch"), small, widths=config.widths)
+    options = {"widths": tuple((n,) for n in config.channels)} if config.channels else {}
+    model, params, states = plain.begin(config, nl.get("batch"), small, **options)
     rule = optimizer(config)(config.lr)
     step = plain.sgd(model, rule)
 

@@ -51,7 +51,7 @@ SMALL = {
     "layer_conv": {"model": "tiny_conv"},
     "norm_share": {"depth": 2, "channels": 8, "side": 4},
     "recurrent": {"model": "lstm", "units": 4},
-    "resolution": {"model": "nin", "widths": ((4,), (4,)), "side": 6, "larger": (8,)},
+    "resolution": {"model": "nin", "channels": (4, 4), "side": 6, "larger": (8,)},
     "standardized_weights": {"model": "tiny_conv"},
     "surfaces": {"widths": (6, 6), "images": 50},
     "switchable": {"model": "tiny_conv"},
