@@ -70,7 +70,7 @@ class QkNormRate(Language):
 
 
 QUICK = QkNormRate()
-SECONDS = 150
+SECONDS = 200
 FULL = QkNormRate(
     steps=5000,
     width=256,
