@@ -341,11 +341,14 @@ def masked(make: Make, only: Callable[[Any], Any]) -> Make:
     """
 
     def make_masked(lr: float) -> optax.GradientTransformation:
+        def init(params: Any) -> Any:
+            return only(params)
+
         def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
             del params  # the state is what each update is multiplied by
             return jax.tree.map(lambda u, m: u * m, updates, state), state
 
-        return optax.chain(make(lr), optax.GradientTransformation(only, update))
+        return optax.chain(make(lr), optax.GradientTransformation(init, update))
 
     return make_masked
 

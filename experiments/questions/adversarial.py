@@ -121,7 +121,7 @@ def attacking(config: Adversarial) -> Any:
         variables = {"params": net.params, models.STATE: net.norm_state}
 
         def margin(x: Array) -> Array:
-            z = net.model.apply(variables, x, train=False)
+            z: Any = net.model.apply(variables, x, train=False)
             return margins(z, y)
 
         flags = {"clean": margin(x) > 0}

@@ -175,8 +175,8 @@ def stepping(name: str) -> Any:
     @jax.jit
     def advance(w: Any, v: Any, how: Array, images: Array, labels: Array, chosen: Array) -> Any:
         def step(state: Any, at: Array) -> Any:
-            *state, found = jax.vmap(one)(*state, how, images[at], labels[at])
-            return tuple(state), found
+            *after, found = jax.vmap(one)(state[0], state[1], how, images[at], labels[at])
+            return tuple(after), found
 
         (w, v), found = lax.scan(step, (w, v), chosen)
         return w, v, found

@@ -127,7 +127,8 @@ def ranks(
 
 def slope(records: Records) -> float:
     """The exponent of the width in the rank."""
-    return float(np.polyfit(*(np.log([r[k] for r in records]) for k in ("width", "rank")), 1)[0])
+    width, rank = (np.log([r[k] for r in records]) for k in ("width", "rank"))
+    return float(np.polyfit(width, rank, 1)[0])
 
 
 def mean(records: Records) -> float:
