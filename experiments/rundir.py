@@ -12,9 +12,10 @@ import platform
 import subprocess
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
+if TYPE_CHECKING:
+    import numpy as np
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 PACKAGES = ("normlab", "jax", "jaxlib", "flax", "optax", "numpy", "tensorflow-datasets")
@@ -108,14 +109,19 @@ def number(value: Any) -> float | None:
 def packed(flags: np.ndarray) -> str:
     """Flags `[N]` as a string for a record: eight in a byte, in base64; `unpacked` reads them.
 
+    >>> import numpy as np
     >>> packed(np.array([True, False, True]))
     '3:oA=='
     """
+    import numpy as np  # which the command line does without
+
     return f"{len(flags)}:{base64.b64encode(np.packbits(flags).tobytes()).decode()}"
 
 
 def unpacked(text: str) -> np.ndarray:
     """The flags `[N]` that `packed` made a string of."""
+    import numpy as np
+
     count, _, bits = text.partition(":")
     return np.unpackbits(np.frombuffer(base64.b64decode(bits), np.uint8), count=int(count)) > 0
 

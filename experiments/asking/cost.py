@@ -37,7 +37,7 @@ PIECE = 480.0
 
 @dataclasses.dataclass(frozen=True)
 class Cost(Ask):
-    """Say what questions cost on one GPU, by the operations of their programs. A model."""
+    """Say what questions cost on one GPU, by the operations of their programs."""
 
     profile: Literal["quick", "full"] = "full"
     """The paper's protocol on a GPU, or minutes on two cores."""

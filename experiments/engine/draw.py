@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -28,13 +27,8 @@ Values = Sequence[float] | np.ndarray
 
 def canvas(columns: int = 1, rows: int = 1, *, width: float = 4.6, height: float = 3.6) -> Any:
     """A figure and its axes `[rows, columns]`, or `[columns]` if there is one row."""
-    picture, grid = plt.subplots(
-        rows,
-        columns,
-        figsize=(width * columns, height * rows),
-        layout="constrained",
-        squeeze=False,
-    )
+    picture = Figure(figsize=(width * columns, height * rows), layout="constrained")
+    grid = picture.subplots(rows, columns, squeeze=False)
     for axes in grid.flat:
         axes.grid(alpha=0.3, lw=0.5)
     return picture, (grid if rows > 1 else grid[0])

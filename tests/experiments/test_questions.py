@@ -320,7 +320,7 @@ def test_on_a_mesh_hosts_drift_and_not_their_chips():
     assert {r["sampling"] for r in drifts} == {1 / 15}  # two hosts of eight examples
     assert all(0 < r["running"] < 1 for r in drifts)
     ends = [r for r in lab.learn(nl.Sync("axis1"), population=local_drift.remembered)][-1]
-    own = [v for v in ends.leaves if v.shape == (4, 2, 10)]  # [devices, seeds, C]
+    own = [v for v in ends.leaves if v.shape == (4, 2, 20)]  # [devices, seeds, C]
     assert len(own) > 4
     for v in own:
         np.testing.assert_allclose(v[0::2], v[1::2], rtol=1e-5, atol=1e-6)

@@ -49,23 +49,6 @@ def decisions(question, records) -> list[str]:
     return [verdict.decision for verdict in judged(question, records)]
 
 
-# The best rate
-
-
-def test_the_best_rate_is_that_with_the_best_mean_at_the_end_in_each_setting():
-    records = Records()
-    records += [
-        *ends(99, step=50, norm="none", lr=1.0),  # on the way, which does not count
-        *ends(20, norm="none", lr=1.0),
-        *ends(90, norm="none", lr=0.1),
-        *ends(95, norm="batch", lr=1.0),
-        *ends(94, norm="batch", lr=0.1),
-    ]
-    best = records.tuned("norm")
-    assert {(r["norm"], r["lr"]) for r in best} == {("none", 0.1), ("batch", 1.0)}
-    assert len(best) == 6
-
-
 # Figure 1
 
 

@@ -71,7 +71,7 @@ def ranks(exponent, none=1.0):
         | {"rank": 2 * width**exponent * (1 + seed / 100) if norm == "batch" else none}
         for seed, activation, norm, width in labels
         if activation == "linear" or width == 32
-        for depth in (1, 16, 64, 256)
+        for depth in (1, 16, 32, 64, 256)
         for share in rank_collapse.SHARES
     ]
 
@@ -351,7 +351,7 @@ def test_full_batch_descent_is_followed_to_the_sharpness(monkeypatch):
         width=4,
         seeds=2,
     )
-    records = Records(measured(edge_of_stability, config, lr=0.1))
+    records = Records(measured(edge_of_stability, config, lr=config.rates[0]))
     assert records.values("step") == [0, 3, 6]
     for norm in ("none", "batch"):
         here = records.where(norm=norm)
