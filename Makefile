@@ -19,7 +19,7 @@ PYTEST := -m pytest -n logical --dist worksteal
 compare: $(INSTALLED)-experiments
 	$(BIN)/python -m experiments compare $(ARGS)
 
-# Thirty-five minutes on two cores; what is finished is not run again.
+# More than an hour on two cores; what is finished is not run again.
 report: $(INSTALLED)-experiments
 	$(BIN)/python -m experiments report $(ARGS)
 

@@ -61,6 +61,18 @@ COMMANDS = {
         ".asking.command:Verify",
         "Run questions, by default those of the last report, and compare the verdicts with it.",
     ),
+    "lock": (
+        ".asking.command:Lock",
+        "Write down the bounds of questions, with the commit that has them and a reason.",
+    ),
+    "power": (
+        ".asking.command:Power",
+        "Say how many seeds would decide what is undecided, from its own spread.",
+    ),
+    "cost": (
+        ".asking.command:Cost",
+        "Say what questions cost on one GPU, by the operations of their programs.",
+    ),
     "ledger": (
         ".programs.command:Ledger",
         "List the collectives of one training step, and what a model says they cost.",
@@ -86,7 +98,7 @@ def main(arguments: list[str] | None = None) -> int:
     given = sys.argv[1:] if arguments is None else arguments
     name, rest = _parser().parse_args(given[:1]).command, given[1:]
     fields: list[str] = []
-    if name == "run" and "--" in rest:
+    if name in ("run", "lock", "power", "cost") and "--" in rest:
         rest, fields = rest[: rest.index("--")], rest[rest.index("--") + 1 :]
     try:
         return _run(name, spelled(rest), fields)

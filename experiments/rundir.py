@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import datetime
 import importlib.metadata
 import json
@@ -11,7 +12,10 @@ import platform
 import subprocess
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import numpy as np
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 PACKAGES = ("normlab", "jax", "jaxlib", "flax", "optax", "numpy", "tensorflow-datasets")
@@ -100,6 +104,26 @@ class RunDirectory:
 def number(value: Any) -> float | None:
     """A JSON number; null where it is not finite."""
     return float(value) if math.isfinite(value) else None
+
+
+def packed(flags: np.ndarray) -> str:
+    """Flags `[N]` as a string for a record: eight in a byte, in base64; `unpacked` reads them.
+
+    >>> import numpy as np
+    >>> packed(np.array([True, False, True]))
+    '3:oA=='
+    """
+    import numpy as np  # which the command line does without
+
+    return f"{len(flags)}:{base64.b64encode(np.packbits(flags).tobytes()).decode()}"
+
+
+def unpacked(text: str) -> np.ndarray:
+    """The flags `[N]` that `packed` made a string of."""
+    import numpy as np
+
+    count, _, bits = text.partition(":")
+    return np.unpackbits(np.frombuffer(base64.b64decode(bits), np.uint8), count=int(count)) > 0
 
 
 def shown(value: float | None) -> str:

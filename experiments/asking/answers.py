@@ -5,6 +5,9 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+import os
+import signal
+import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Literal
@@ -23,6 +26,7 @@ from ..rundir import RunError
 from ..terminal import EXIT_INTERRUPTED, EXIT_MISSING, console, errors, print_paths
 from .ask import Answer, Asking, ask
 from .fields import parsed
+from .numbers import asked_size, estimate, p_value, threshold
 from .pool import explain
 
 
@@ -44,6 +48,10 @@ class Ask:
     """A Ray cluster to measure on, as ray.init(address=...) takes it, or auto; without an address
     one is started on this machine. Each of its cores, or of its GPUs, is a worker."""
 
+    minutes: float | None = None
+    """Stop after so long, as Ctrl-C does; the same command goes on. For a machine that is lent for
+    some minutes."""
+
     again: bool = False
     """Measure again what is finished. Without it a question is measured once for a config, a
     version of the code and a checksum of the data."""
@@ -61,6 +69,8 @@ class Ask:
                 questions.require(name)
         if self.jobs is not None and self.jobs < 0:
             raise RunError(f"--jobs: got {self.jobs}; it must be 0 or more.")
+        if self.minutes is not None and not 0 < self.minutes < math.inf:
+            raise RunError(f"--minutes: got {self.minutes}; it must be positive and finite.")
         require_address(self.ray)
         if self.ray is not None and self.jobs == 0:
             raise RunError("--jobs: got 0; beside --ray it must be 1 or more, or left out.")
@@ -137,6 +147,10 @@ def answered(
             warn=lambda text: errors.print(f"[yellow]{escape(text)}[/]", soft_wrap=True),
             tell=tell,
         )
+        alarm = threading.Timer(60 * (command.minutes or 0), os.kill, [os.getpid(), signal.SIGINT])
+        if command.minutes is not None:
+            alarm.daemon = True
+            alarm.start()
         try:
             for answer in itertools.chain(broken, measured):
                 if answer.title in bars:
@@ -152,6 +166,8 @@ def answered(
             text = f"[yellow]interrupted:[/] what was measured is kept; {same} goes on."
             errors.print(text, soft_wrap=True)
             raise SystemExit(EXIT_INTERRUPTED) from None
+        finally:
+            alarm.cancel()
 
 
 def _config(command: Ask, question: Question, name: str, rest: Sequence[str]) -> Config:
@@ -169,9 +185,11 @@ def about(asking: Asking) -> float:
 
 def print_answer(answer: Answer) -> None:
     """The verdicts of a question and where its figure and its records are."""
-    result = Table("claim", "effect [95% interval]", "threshold", "verdict", title=answer.name)
+    columns = ("claim", "effect [95% interval]", "bound", "size", "p", "verdict")
+    result = Table(*columns, title=answer.name)
     for verdict in answer.verdicts:
-        result.add_row(escape(verdict.claim), *_judged(verdict))
+        named = f"{verdict.id.removeprefix(f'{answer.name}.')}\n  {verdict.claim}"
+        result.add_row(escape(named), *map(escape, _judged(verdict)))
     seeds = {verdict.seeds for verdict in answer.verdicts}
     gap = forms_gap(answer.records)
     result.caption = f"mean and interval over {', '.join(map(str, sorted(seeds)))} seeds" + (
@@ -183,12 +201,17 @@ def print_answer(answer: Answer) -> None:
     print_paths({"run": answer.path})
 
 
-def _judged(v: Verdict) -> tuple[str, str, str]:
-    bounds = f"≥ {v.at_least:g}" if v.at_least > -math.inf else ""
-    if v.at_most < math.inf:
-        bounds += f"{', ' if bounds else ''}≤ {v.at_most:g}"
-    unit = f" {v.unit}" if v.unit else ""
-    return f"{v.effect:.3g}{unit} [{v.low:.3g}, {v.high:.3g}]", bounds, v.decision
+def _judged(v: Verdict) -> tuple[str, ...]:
+    effect, interval = estimate(v)
+    size = f"{asked_size(v)}: {v.sized}" if v.sized else ""
+    decision = f"{v.decision} (untuned)" if v.untuned else v.decision
+    return (
+        f"{effect} {v.unit} {interval}".replace("  ", " "),
+        threshold(v),
+        size,
+        p_value(v.p),
+        decision,
+    )
 
 
 def status(answers: Sequence[Answer]) -> int:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import datetime
 import functools
 import os
-from collections.abc import Callable, Iterator, Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -13,12 +15,15 @@ from ..data import Dataset
 from ..engine.learn import dataset
 from ..engine.question import Condition, Config, Question, Record
 from ..engine.records import Records
-from ..engine.verdict import Verdict
+from ..engine.verdict import Bounds, Verdict, bounds
 from ..rundir import RunError
 from . import kept, pool, remote
 from .fields import replaced
 from .kept import Kept, verdict_json
 from .sources import HERE, version
+
+ID = re.compile(r"[a-z0-9_]+(?:[.-][a-z0-9_]+)*")
+"""What names a claim: `figure1.sd-0.1.gain`."""
 
 TOGETHER = 500
 """Questions that are begun at a time: each holds a file open."""
@@ -93,6 +98,7 @@ class Answer(NamedTuple):
       records: Everything that was measured.
       failed: Why it has no verdict, if it has none.
       point: That of `Asking`.
+      judged: By which bounds each claim was judged first, of these records: `thresholds.values`.
     """
 
     name: str
@@ -102,6 +108,7 @@ class Answer(NamedTuple):
     records: tuple[Record, ...] = ()
     failed: str = ""
     point: str = ""
+    judged: Mapping[str, Bounds] = {}
 
     @property
     def title(self) -> str:
@@ -123,7 +130,7 @@ class Answer(NamedTuple):
         """The lanes whose loss was not finite, in words."""
         first: dict[str, int] = {}
         for record in self.records:
-            if record.get("diverged") is not None:
+            if record.get("diverged") is not None and record["kind"] != "screening":
                 first.setdefault(_lane(record), record["diverged"])
         return tuple(f"{lane}: not finite from step {step}" for lane, step in first.items())
 
@@ -268,7 +275,9 @@ def _prepare(asked: Asked, data: Sequence[Dataset], again: bool) -> None:
         for old in ("verdict.json", "error.txt"):
             (directory.path / old).unlink(missing_ok=True)
         sets = [{"name": d.name, "origin": d.origin, "sha256": d.checksum} for d in data]
+        begun = directory.begun() if not again else None
         origin = {"code": asked.version, "data": sets, "jax": kept.settings()}
+        origin["begun"] = begun or datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         config = {"question": asked.name, **kept.as_json(asked.config)}
         directory.write_json("config.json", {**config, **origin})
 
@@ -314,6 +323,21 @@ def _answer(
             yield finish(asked[title], failures.get(title, ""))
 
 
+def named(question: str, verdicts: Iterable[Verdict]) -> tuple[Verdict, ...]:
+    """The verdicts with their question's name before their ids; raises RunError for bad ids."""
+    found = tuple(v._replace(id=f"{question}.{v.id}") for v in verdicts)
+    ids = [v.id for v in found]
+    for one in ids:
+        if not ID.fullmatch(one):
+            raise RunError(
+                f"{question}: the id {one!r} is not words of a–z and digits, with - between their "
+                "parts and dots between them. Name the claim otherwise."
+            )
+        if ids.count(one) > 1:
+            raise RunError(f"{question}: two claims have the id {one!r}. Name one otherwise.")
+    return found
+
+
 def finish(one: Asked, failed: str = "") -> Answer:
     """The verdicts and the figure of a question that was measured, kept beside its records.
 
@@ -329,7 +353,8 @@ def finish(one: Asked, failed: str = "") -> Answer:
         if left := one.left():
             raise RunError(f"{one.kept.path / one.files[left[0]]} is gone; run {one.name} again.")
         measured = answer.measured
-        verdicts = tuple(one.question.verdict(measured))
+        verdicts = named(one.name, one.question.verdict(measured))
+        judged = one.kept.judged({v.id: bounds(v) for v in verdicts})
         one.kept.write_json("verdict.json", [verdict_json(v) for v in verdicts])
         picture = one.question.figure(measured)
         for kind in ("png", "svg"):
@@ -337,4 +362,4 @@ def finish(one: Asked, failed: str = "") -> Answer:
     except Exception as error:  # the other questions go on
         where = f"in the verdict or the figure of {one.name}"
         return answer._replace(failed=failed or pool.explain(error, where))
-    return answer._replace(verdicts=verdicts)
+    return answer._replace(verdicts=verdicts, judged=judged)

@@ -1,7 +1,8 @@
-"""The commands that ask the questions: `run`, `report` and `verify`."""
+"""The commands that ask the questions: `run`, `report`, `verify` and others."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -15,11 +16,15 @@ from rich.table import Table
 from .. import questions
 from ..rundir import CHECKOUT, RunError, environment
 from ..terminal import console, print_paths
+from . import archive, references, tables
 from .answers import Ask, answers, print_answer, status
-from .ask import Answer
+from .cost import Cost, cost
 from .kept import as_json, verdict_json
-from .page import Section, page
+from .page import page
+from .power import Power, power
+from .section import section
 from .sweep import sweep
+from .thresholds import Lock, history, lock, require
 from .verify import Verify, verify
 
 
@@ -46,24 +51,39 @@ class Report(Ask):
     """Run questions, by default all of them, and write one page of all their answers."""
 
     out: Path = CHECKOUT / "runs" / "report.html"
-    """The page; beside it the verdicts as JSON."""
+    """The page. Beside it, with its name before theirs, the verdicts as JSON, the claims and their
+    effects as CSV and Parquet, and the sources as BibTeX."""
+
+    archive: Path | None = None
+    """A zip file for the records of these questions: whoever has it has what was measured."""
 
     def __post_init__(self) -> None:
-        """Raises RunError for a page in the place of its verdicts, as well."""
+        """Raises RunError for a page in the place of its data, as well."""
         super().__post_init__()
-        if self.out.suffix.lower() == ".json":
+        if self.out.suffix.lower() not in (".html", ".htm", ".xhtml"):
             raise RunError(
-                f"--out: got {self.out}, but the verdicts go into that file. Name the page, "
-                f"{self.out.with_suffix('.html').name} for example."
+                f"--out: got {self.out}, but it is a page, and its data lie beside it. Name it "
+                f"{self.out.stem or 'report'}.html for example."
+            )
+        if self.archive is not None and self.archive.suffix.lower() != ".zip":
+            raise RunError(
+                f"--archive: got {self.archive}, but it is a zip file. Name it "
+                f"{self.archive.stem or 'records'}.zip for example."
             )
 
 
-def run(config: Run | Report | Verify) -> int:
+def run(config: Run | Report | Verify | Power | Lock | Cost) -> int:
     """Runs the questions; then prints what each came to, writes the page, or compares."""
     if isinstance(config, Report):
         return report(config)
     if isinstance(config, Verify):
         return verify(config)
+    if isinstance(config, Power):
+        return power(config)
+    if isinstance(config, Lock):
+        return lock(config)
+    if isinstance(config, Cost):
+        return cost(config)
     return show(config)
 
 
@@ -86,53 +106,49 @@ def report(command: Report) -> int:
     names = tuple(dict.fromkeys(command.names or questions.NAMES))
     found = {a.name: a for a in answers(command, names)}
     told = [found[name] for name in names]
+    locked, known = history(), references.read()
+    require(told, locked)
+    references.require((v for a in told for v in a.verdicts), known)
     machine = environment()
-    text = page([section(answer) for answer in told], machine)
-    verdicts = {a.name: [verdict_json(v) for v in a.verdicts] for a in told}
+    sections = [section(answer, locked) for answer in told]
     out = command.out.expanduser().resolve()
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        configs = {a.name: as_json(a.config) for a in told}
-        said = {"environment": machine, "configs": configs, "verdicts": verdicts}
-        whole = {out: text, out.with_suffix(".json"): json.dumps(said, indent=1) + "\n"}
-        for path, content in whole.items():
-            partial = path.with_name(f".{path.name}.{os.getpid()}")
-            partial.write_text(content, encoding="utf-8")
-            partial.replace(path)
-    except OSError as error:
-        raise RunError(
-            f"cannot write {out}: {error.strerror}. Choose another place with --out; what was "
-            "measured is kept."
-        ) from error
+    beside = {f"{out.stem}-{end}": content for end, content in tables.files(sections).items()}
+    cited = {v.source.key for a in told for v in a.verdicts if v.source}
+    bibtex = "\n\n".join(known[key].bibtex for key in sorted(cited)) + "\n"
+    beside[f"{out.stem}-sources.bib"] = bibtex.encode()
+    configs = {a.name: as_json(a.config) for a in told}
+    verdicts = {a.name: [verdict_json(v) for v in a.verdicts] for a in told}
+    said = {"environment": machine, "configs": configs, "verdicts": verdicts}
+    beside[f"{out.stem}.json"] = (json.dumps(said, indent=1) + "\n").encode()
+    links = {name.removeprefix(f"{out.stem}-"): name for name in beside}
+    whole = {out.with_name(name): content for name, content in beside.items()}
+    whole[out] = page(sections, machine, known, links).encode()
+    if command.archive is not None:
+        runs = [a.path for a in told if a.path is not None and not a.failed]
+        whole[command.archive.expanduser().resolve()] = archive.pack(runs)
+    for path, content in whole.items():
+        write(path, content)
     counts = Table("question", "holds", "fails", "undecided", "seconds", title="report")
     for answer in told:
         decisions = [v.decision for v in answer.verdicts]
         cells = (str(decisions.count(d)) for d in ("holds", "fails", "undecided"))
         counts.add_row(answer.name, *cells, f"{answer.seconds:.0f}" if answer.path else "missing")
     console.print(counts)
-    print_paths({"page": out})
+    print_paths({"page": out, **({"archive": command.archive} if command.archive else {})})
     return status(told)
 
 
-def section(answer: Answer) -> Section:
-    """What the page says of a question."""
-    svg, data = "", tuple({"name": name} for name in answer.config.datasets)
-    if answer.path is not None:
-        data = tuple(json.loads((answer.path / "config.json").read_text())["data"])
-    if answer.path is not None and not answer.failed:
-        svg = (answer.path / "figure.svg").read_text(encoding="utf-8")
+def write(path: Path, content: bytes) -> None:
+    """Writes a file of the report; it appears whole or not at all."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        text = questions.describe(answer.name)
-    except Exception:  # its file cannot be imported, which is why it has no answer
-        text = {"question": answer.name}
-    return Section(
-        name=answer.name,
-        text=text,
-        verdicts=answer.verdicts,
-        svg=svg,
-        config=as_json(answer.config),
-        data=data,
-        seconds=answer.seconds,
-        diverged=answer.diverged,
-        missing=answer.failed,
-    )
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_bytes(content)
+        partial.replace(path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            partial.unlink()
+        raise RunError(
+            f"cannot write {path}: {error.strerror}. Choose another place with --out or --archive; "
+            "what was measured is kept."
+        ) from error

@@ -6,6 +6,7 @@ conditions/00-none.jsonl         the records of a condition that is finished; th
 it cost
 conditions/01-batch.partial      a condition on its way: its records and its last checkpoint
 verdict.json, figure.svg, .png   at the end
+bounds.json                      by which bounds each claim was judged when it was judged first
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ import numpy as np
 from flax import serialization
 
 from ..engine.question import Checkpoint, Condition, Config, Record
-from ..engine.verdict import Verdict
+from ..engine.verdict import Bounds, Verdict
 from ..rundir import CHECKOUT, RunDirectory, RunError, environment, number
 
 PAUSE = 20.0
@@ -130,6 +131,24 @@ class Kept(RunDirectory):
         self.write_bytes(file, made.content)
         partial.unlink(missing_ok=True)
 
+    def begun(self) -> str | None:
+        """When the first measurement began, in UTC; `None` if none did."""
+        try:
+            return json.loads((self.path / "config.json").read_text()).get("begun")
+        except FileNotFoundError:
+            return None
+
+    def judged(self, now: dict[str, Bounds]) -> dict[str, Bounds]:
+        """By which bounds each claim was judged first; those of new claims are kept from now on."""
+        path = self.path / "bounds.json"
+        try:
+            before = {id: Bounds(*found) for id, found in json.loads(path.read_text()).items()}
+        except FileNotFoundError:
+            before = {}
+        if now.keys() - before.keys():
+            self.write_json("bounds.json", {**now, **before})
+        return {**now, **before}
+
     def _on_its_way(self, file: str) -> Path:
         return (self.path / file).with_suffix(".partial")
 
@@ -161,6 +180,9 @@ def measure(
 ) -> Iterator[float | Partial | Whole]:
     """Measures a condition; yields each step that a record names, and what is to be kept.
 
+    Its cost is the time that this process had on its core, or the time that passed where an
+    accelerator works: beside others it costs what it costs alone.
+
     Args:
       condition: The condition.
       partial: Where it goes on, if not at the beginning.
@@ -168,15 +190,16 @@ def measure(
     """
     records, spent, resume = ([], 0.0, None) if partial is None else _unpack(partial)
     pause = PAUSE if pause is None else pause
-    begin = saved = time.perf_counter()
+    clock = time.process_time if jax.default_backend() == "cpu" else time.perf_counter
+    begin, saved = clock(), time.perf_counter()
     for found in condition.measure(resume):
         if not isinstance(found, Checkpoint):
             records.append({**condition.labels, **found})
             yield found.get("step", 0)
         elif time.perf_counter() - saved > pause:
-            yield Partial(_pack(records, spent + time.perf_counter() - begin, found))
+            yield Partial(_pack(records, spent + clock() - begin, found))
             saved = time.perf_counter()
-    seconds = spent + time.perf_counter() - begin
+    seconds = spent + clock() - begin
     records.append({"kind": "cost", **condition.labels, "seconds": round(seconds, 3)})
     lines = "".join(json.dumps(record) + "\n" for record in records)
     yield Whole(lines.encode(), environment())
@@ -185,6 +208,8 @@ def measure(
 def verdict_json(verdict: Verdict) -> dict[str, Any]:
     """A verdict as JSON values; what is not finite is null."""
     values = verdict._asdict()
+    values["effects"] = [number(v) for v in verdict.effects]
+    values["source"] = verdict.source and verdict.source._asdict()
     return {k: number(v) if isinstance(v, float) else v for k, v in values.items()}
 
 

@@ -4,66 +4,80 @@ from __future__ import annotations
 
 import collections
 import json
-import math
 import re
+import typing
 import urllib.parse
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jinja2
 from markupsafe import Markup, escape
 
-from ..engine.verdict import CONFIDENCE, Verdict
+from ..engine.verdict import CONFIDENCE, Kind, Verdict
 from ..rundir import RunError
+from ..terminal import PROGRAM
+from .numbers import asked_size, duration, estimate, number, p_value, threshold
+from .references import READ, Entry
+from .section import UNSEEN, Adjusted, Section, families
 
 SYMBOLS = {"holds": "✓", "fails": "✗", "undecided": "?", "missing": "∅"}
 """Of each verdict: none is told by its colour alone."""
 
+KINDS: dict[Kind, str] = {
+    "identity": "is so exactly or up to rounding",
+    "literature": "a source says it",
+    "ours": "no source says it",
+}
+"""What each kind of claim is."""
+
+INTERVALS = {
+    "linear": "Student’s t over the seeds",
+    "geometric": "Student’s t over the seeds, of the logarithm",
+    "share": "Clopper and Pearson’s, of the share of the seeds",
+}
+"""By the scale of a verdict."""
+
 _TEMPLATE = "page.html.j2"
 _LINK = re.compile(r"https?://[^\s<>()]*[^\s<>().,;:]")
 _CODE = re.compile(r"`([^`]+)`")
-_EXPONENTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 _AS_THEY_ARE = " !$()*,/:;=?@[]^{|}+"
 """What a data URI may hold besides letters and digits."""
 
 
-class Section(NamedTuple):
-    """What the page says of a question.
+class Count(NamedTuple):
+    """How the claims of a kind came out.
 
     Attributes:
-      name: The name of its file.
-      text: The parts of its docstring by their first words: "question" for the headline, "Claim",
-        "Source", "Protocol", "Command", "Found"; each is optional but the first.
-      verdicts: One for each claim.
-      svg: The figure; empty if there is none.
-      config: What was run.
-      data: The "name", "origin" and "sha256" of each data set, the name alone of one that was not
-        read; empty if none is needed.
-      seconds: The cost, in seconds of one core.
-      diverged: What became NaN, and where.
-      missing: Why it could not be run; empty if it was.
+      kind: The kind.
+      what: What it is, in words.
+      decided: How many hold, fail and are undecided.
+      holm, bh: Of those that hold and that fail, how many are decided still, with the p-values of
+        `Adjusted`.
     """
 
-    name: str
-    text: dict[str, str]
-    verdicts: tuple[Verdict, ...]
-    svg: str
-    config: dict[str, Any]
-    data: tuple[dict[str, Any], ...]
-    seconds: float
-    diverged: tuple[str, ...]
-    missing: str
+    kind: Kind
+    what: str
+    decided: dict[str, int]
+    holm: dict[str, int]
+    bh: dict[str, int]
 
 
-def page(sections: Sequence[Section], environment: dict[str, Any]) -> str:
-    """The page: an overview of every claim, then each question.
+def page(
+    sections: Sequence[Section],
+    environment: dict[str, Any],
+    references: Mapping[str, Entry],
+    files: Mapping[str, str],
+) -> str:
+    """The page: an overview of every claim, then each question, then the sources.
 
     It needs no other file and no network, and the same arguments make the same bytes.
 
     Args:
       sections: The questions, in the order of the page.
       environment: That of `rundir.environment`.
+      references: The sources by their keys; those that no claim cites are left out.
+      files: What lies beside the page, in words, and the name of its file.
 
     Returns:
       HTML that is also well-formed XML.
@@ -77,6 +91,14 @@ def page(sections: Sequence[Section], environment: dict[str, Any]) -> str:
         raise RunError(f"the report got {twice[0]!r} twice; give each question once.")
     counts = collections.Counter(v.decision for s in sections for v in s.verdicts)
     counts["missing"] = sum(bool(s.missing) for s in sections)
+    family = families(sections)
+    cited: dict[str, list[Verdict]] = {}
+    for verdict in (v for section in sections for v in section.verdicts):
+        if verdict.source:
+            cited.setdefault(verdict.source.key, []).append(verdict)
+    locks = collections.Counter(
+        row.history[-1][1] if row.history else "" for s in sections for row in s.rows
+    )
     return (
         _engine()
         .get_template(_TEMPLATE)
@@ -85,10 +107,38 @@ def page(sections: Sequence[Section], environment: dict[str, Any]) -> str:
             environment=environment,
             devices=collections.Counter(environment["devices"]),
             counts={name: counts[name] for name in SYMBOLS},
+            kinds=[*_by_kind(sections, family)],
+            family=family,
+            locks=locks,
+            references={key: references[key] for key in sorted(cited)},
+            cited=cited,
+            files=files,
             symbols=SYMBOLS,
+            intervals=INTERVALS,
+            read=READ,
+            program=PROGRAM,
+            unseen=UNSEEN,
+            seen=[s.name for s in sections if s.config.get("first_seed", UNSEEN) < UNSEEN],
             level=f"{CONFIDENCE:.0%}",
+            tail=f"{(1 - CONFIDENCE) / 2:.1%}",
         )
     )
+
+
+def _by_kind(sections: Sequence[Section], family: Mapping[str, Adjusted]) -> Iterable[Count]:
+    verdicts = [v for section in sections for v in section.verdicts]
+    for kind in typing.get_args(Kind):
+        mine = [v for v in verdicts if v.kind == kind]
+        still = [(v.decision, family[v.id].survives(v)) for v in mine if v.id in family]
+        yield Count(
+            kind,
+            KINDS[kind],
+            {d: sum(v.decision == d for v in mine) for d in ("holds", "fails", "undecided")},
+            *(
+                {d: sum(said == d and so[i] for said, so in still) for d in ("holds", "fails")}
+                for i in (0, 1)
+            ),
+        )
 
 
 def _engine() -> jinja2.Environment:
@@ -101,8 +151,12 @@ def _engine() -> jinja2.Environment:
     )
     engine.filters |= {
         "prose": prose,
+        "code": code,
         "estimate": estimate,
         "threshold": threshold,
+        "asked_size": asked_size,
+        "p_value": p_value,
+        "number": number,
         "duration": duration,
         "image": image,
         "size": size,
@@ -113,63 +167,18 @@ def _engine() -> jinja2.Environment:
 
 def prose(text: str) -> Markup:
     """The text with its links to be followed (arXiv by its number) and `code` set as such."""
-    text = str(escape(text))
-    text = _CODE.sub(r"<code>\1</code>", text)
-    return Markup(_LINK.sub(_anchor, text))
+    return Markup(_LINK.sub(_anchor, code(text)))
+
+
+def code(text: str) -> Markup:
+    """The text with `code` set as such."""
+    return Markup(_CODE.sub(r"<code>\1</code>", str(escape(text))))
 
 
 def _anchor(match: re.Match[str]) -> str:
     address = match[0]
     label = re.sub(r"^https?://arxiv\.org/abs/", "arXiv:", address)
     return f'<a href="{address}">{label}</a>'
-
-
-def number(value: float) -> str:
-    """Three digits, as they are set in print: `1.5 × 10⁻⁸`, `−∞`."""
-    if math.isnan(value):
-        return "not finite"
-    if math.isinf(value):
-        return "∞" if value > 0 else "−∞"
-    text = f"{value:,.0f}" if 1000 <= abs(value) < 1e6 else f"{value:.3g}"
-    digits, _, exponent = text.partition("e")
-    if exponent:
-        digits += f" × 10{str(int(exponent)).translate(_EXPONENTS)}"
-    return digits.replace("-", "−")
-
-
-def estimate(verdict: Verdict) -> tuple[str, str]:
-    """The effect, and its interval to two digits of its half width."""
-    ends = [verdict.effect, verdict.low, verdict.high]
-    half = (verdict.high - verdict.low) / 2
-    if not math.isfinite(half):  # one seed, or one that is not finite
-        return number(verdict.effect), "no interval"
-    places = 1 - math.floor(math.log10(half)) if half else -1
-    if 0 <= places <= 4 and max(map(abs, ends)) < 1000:
-        effect, low, high = (f"{v:.{places}f}".replace("-", "−") for v in ends)
-    else:
-        effect, low, high = map(number, ends)
-    return effect, f"[{low}, {high}]"
-
-
-def threshold(verdict: Verdict) -> str:
-    """What the effect was to be, written before the run."""
-    low, high = verdict.at_least, verdict.at_most
-    if math.isfinite(low) and math.isfinite(high):
-        return f"{number(low)} to {number(high)}"
-    if math.isfinite(low):
-        return f"≥ {number(low)}"
-    return f"≤ {number(high)}" if math.isfinite(high) else "none"
-
-
-def duration(seconds: float) -> str:
-    """Seconds, with minutes or hours where there are some."""
-    if seconds < 10:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours:
-        return f"{hours} h {minutes:02d} min"
-    return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
 
 
 def image(svg: str) -> str:

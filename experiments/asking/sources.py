@@ -16,8 +16,9 @@ import normlab
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy")
 """Those whose versions count."""
 
-SHOWS = ("figure", "verdict", "SECONDS")
-"""What of a question only looks at its records, or says what they cost."""
+MEASURES = ("run", "QUICK", "FULL")
+"""What of a question measures, with all that it uses: the rest looks at the records, judges them or
+says what they cost."""
 
 HERE = __name__.rsplit(".", 2)[0]
 """The package of the experiments, by the name it is installed under."""
@@ -25,7 +26,14 @@ HERE = __name__.rsplit(".", 2)[0]
 ROOTS = {"normlab": Path(normlab.__file__).parent, HERE: Path(__file__).parent.parent}
 """Where the sources are that count."""
 
-ASIDE = (f"{HERE}.figures", f"{HERE}.engine.draw", f"{HERE}.rundir")
+ASIDE = (
+    f"{HERE}.asking.archive",
+    f"{HERE}.figures",
+    f"{HERE}.engine.draw",
+    f"{HERE}.engine.records",
+    f"{HERE}.engine.verdict",
+    f"{HERE}.rundir",
+)
 """Modules that numbers do not depend on."""
 
 
@@ -33,8 +41,8 @@ def version(module: str) -> str:
     """The checksum over a module and all of this repository that it imports, and over `PACKAGES`.
 
     What it imports are also the packages that a module is in, whose `__init__` runs before it.
-    Comments, docstrings and layout do not count, nor does how a question shows its records and
-    what it says that they cost.
+    Comments, docstrings and layout do not count, nor does how a question judges and shows its
+    records and what it says that they cost.
     """
     total = hashlib.sha256()
     for package in PACKAGES:
@@ -44,15 +52,34 @@ def version(module: str) -> str:
     return total.hexdigest()
 
 
-def _shows(module: str, part: ast.stmt) -> bool:
-    asks = module.startswith(f"{HERE}.questions.")
-    names = [part.name] if isinstance(part, ast.FunctionDef) else _assigned(part)
-    return asks and any(name in SHOWS for name in names)
+def _measuring(module: str, body: list[ast.stmt]) -> list[ast.stmt]:
+    """The statements of a module that count: of a question what `MEASURES` reach, else all."""
+    if not module.startswith(f"{HERE}.questions."):
+        return body
+    named = [(part, _defines(part)) for part in body]
+    uses = {name: _names(part) for part, defined in named for name in defined}
+    reached = {name for part, defined in named if not defined for name in _names(part)}
+    waiting = [*MEASURES, *reached]
+    reached |= {*MEASURES}
+    while waiting:
+        found = uses.get(waiting.pop(), set()) - reached
+        reached |= found
+        waiting += found
+    return [part for part, defined in named if not defined or reached.intersection(defined)]
 
 
-def _assigned(part: ast.stmt) -> list[str]:
+def _defines(part: ast.stmt) -> list[str]:
+    """The names that a definition or an assignment gives; none of any other statement."""
+    if isinstance(part, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+        return [part.name]
     targets = part.targets if isinstance(part, ast.Assign) else []
-    return [target.id for target in targets if isinstance(target, ast.Name)]
+    targets = [part.target] if isinstance(part, ast.AnnAssign) else targets
+    flat = [one for t in targets for one in (t.elts if isinstance(t, ast.Tuple) else [t])]
+    return [t.id for t in flat if isinstance(t, ast.Name)] if flat else []
+
+
+def _names(part: ast.AST) -> set[str]:
+    return {node.id for node in ast.walk(part) if isinstance(node, ast.Name)}
 
 
 def _closure(module: str) -> dict[str, str]:
@@ -77,7 +104,7 @@ def _read(name: str, package: str, text: str) -> tuple[str, tuple[str, ...]]:
     tree = ast.parse(text)
     tree.body = [part for part in tree.body if not _for_types(part)]
     imported = tuple(_imports(tree, package))
-    body = ast.Module([part for part in tree.body if not _shows(name, part)], [])
+    body = ast.Module(_measuring(name, tree.body), [])
     return ast.dump(_without_docstrings(body)), imported
 
 

@@ -21,7 +21,8 @@ from .answers import Ask, about, answered, chosen, status
 from .ask import Answer, Asking
 from .fields import Point, grid, words
 from .kept import verdict_json
-from .page import SYMBOLS, duration, threshold
+from .numbers import duration, threshold
+from .page import SYMBOLS
 from .sources import HERE, version
 
 MISSING = "not measured"
@@ -36,7 +37,7 @@ class Row(NamedTuple):
       run: The name of its directory.
       failed: Why it has no verdict, if it has none.
       seconds: What it cost, on its core.
-      verdicts: What became of each claim.
+      verdicts: What became of each claim, by its id.
       diverged: The lanes whose loss was not finite.
       checksum: Of its records.
     """
@@ -57,7 +58,7 @@ def row(point: Point, answer: Answer) -> Row:
         run=answer.path.name if answer.path else None,
         failed=answer.failed,
         seconds=answer.seconds,
-        verdicts={verdict.claim: verdict for verdict in answer.verdicts},
+        verdicts={verdict.id: verdict for verdict in answer.verdicts},
         diverged=answer.diverged,
         checksum=hashlib.sha256(json.dumps(answer.measured).encode()).hexdigest(),
     )
@@ -123,10 +124,10 @@ def announce(command: Ask, asking: Asking, points: Sequence[Point]) -> None:
 
 
 def claims(rows: Sequence[Row]) -> dict[str, Verdict]:
-    """Every claim of any of the points, with its first verdict."""
+    """Every claim of any of the points by its id, with its first verdict."""
     found: dict[str, Verdict] = {}
     for one in rows:
-        found |= {claim: v for claim, v in one.verdicts.items() if claim not in found}
+        found |= {id: v for id, v in one.verdicts.items() if id not in found}
     return found
 
 
@@ -140,7 +141,7 @@ def show(rows: Sequence[Row], name: str, path: Path) -> None:
     """
     fields, told = list(rows[0].point.values), claims(rows)
     head = [(field, [words(one.point.values[field]) for one in rows]) for field in fields]
-    rest = [(str(i), [_cell(one, claim) for one in rows]) for i, claim in enumerate(told, 1)]
+    rest = [(str(i), [_cell(one, id) for one in rows]) for i, id in enumerate(told, 1)]
     rest.append(("run", [one.run or "" for one in rows]))
     for part in _parts(head, rest, console.width):
         result = Table(title=name)
@@ -149,9 +150,9 @@ def show(rows: Sequence[Row], name: str, path: Path) -> None:
         for cells in zip(*(cells for _, cells in part), strict=True):
             result.add_row(*map(escape, cells))
         console.print(result)
-    for i, (claim, verdict) in enumerate(told.items(), 1):
+    for i, verdict in enumerate(told.values(), 1):
         unit = f" {verdict.unit}" if verdict.unit else ""
-        text = f"{i:>12}  {claim}: {threshold(verdict)}{unit}"
+        text = f"{i:>12}  {verdict.id}: {verdict.claim}, {threshold(verdict)}{unit}"
         console.print(text, highlight=False, markup=False, soft_wrap=True)
     marks = ", ".join(f"{mark} {what}" for what, mark in SYMBOLS.items())
     console.print(f"{marks}; the effect is the mean over the seeds.", highlight=False)
@@ -183,10 +184,10 @@ def _width(column: Column) -> int:
     return 3 + max(map(len, (column[0], *column[1])))
 
 
-def _cell(one: Row, claim: str) -> str:
+def _cell(one: Row, id: str) -> str:
     if one.failed:
         return SYMBOLS["missing"]
-    verdict = one.verdicts.get(claim)  # a claim may name what is swept
+    verdict = one.verdicts.get(id)  # an id may name what is swept
     return f"{SYMBOLS[verdict.decision]} {verdict.effect:.3g}" if verdict else ""
 
 
@@ -244,9 +245,9 @@ def as_json(rows: Sequence[Row], asking: Asking) -> dict[str, Any]:
 def _line(one: Row, told: Iterable[str]) -> dict[str, Any]:
     line: dict[str, Any] = {field: words(value) for field, value in one.point.values.items()}
     line |= {"run": one.run, "failed": one.failed, "diverged": "; ".join(one.diverged)}
-    for claim in told:
-        found = verdict_json(one.verdicts[claim]) if claim in one.verdicts else {}
-        line[claim] = found.get("decision")
-        for part in ("effect", "low", "high"):
-            line[f"{claim}: {part}"] = found.get(part)
+    for id in told:
+        found = verdict_json(one.verdicts[id]) if id in one.verdicts else {}
+        line[id] = found.get("decision")
+        for part in ("effect", "low", "high", "p"):
+            line[f"{id}: {part}"] = found.get(part)
     return line

@@ -1,21 +1,30 @@
-"""`verify`: are the verdicts of a report those of this machine?"""
+"""`verify`: are the verdicts of a report those of this machine?
+
+Two runs differ by rounding at least, and rounding decides a claim whose interval ends near its
+bound. So effects are compared, by the interval of their difference: a claim is the same where it
+holds 0. Where there is none, as for an identity, the decisions are compared.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
+import scipy.stats
 from rich.markup import escape
 from rich.table import Table
 
 from .. import questions
+from ..engine.verdict import CONFIDENCE
 from ..rundir import CHECKOUT, RunError
 from ..terminal import EXIT_MISSING, PROGRAM, console
 from .answers import Ask, answers, status
-from .kept import as_json
+from .kept import as_json, verdict_json
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +56,7 @@ def verify(command: Verify) -> int:
         for field in sorted(k for k in {*then, *here} if then.get(k) != here.get(k)):
             values = (json.dumps(config.get(field)) for config in (then, here))
             rows.append((answer.name, f"(config) {field}", *values, "differs"))
-        now: Told = {v.claim: (v.decision, v.effect) for v in answer.verdicts}
+        now = {v.id: Effect.of(verdict_json(v)) for v in answer.verdicts}
         rows += _compared(answer.name, told[answer.name], now)
     table = Table("question", "claim", "the report", "here", "", title="verify")
     for row in rows:
@@ -56,8 +65,62 @@ def verify(command: Verify) -> int:
     return status(found) or (EXIT_MISSING if any(row[-1] == "differs" for row in rows) else 0)
 
 
-Told = dict[str, tuple[str, float | None]]
-"""Decision and effect of each claim."""
+class Effect(NamedTuple):
+    """What a report says of a claim, as `kept.verdict_json` writes it."""
+
+    decision: str
+    effect: float | None
+    error: float | None
+    freedom: float | None
+    scale: str
+    seeds: int
+
+    @classmethod
+    def of(cls, said: Mapping[str, Any]) -> Effect:
+        """Of the JSON of a verdict."""
+        effect, error, freedom = (_finite(said[key]) for key in ("effect", "error", "freedom"))
+        how = str(said["scale"]), int(said["seeds"])
+        return cls(str(said["decision"]), effect, error, freedom, *how)
+
+    def __str__(self) -> str:
+        """Decision and effect."""
+        return f"{self.decision}, {'–' if self.effect is None else f'{self.effect:.3g}'}"
+
+
+Told = dict[str, Effect]
+"""By the id of the claim."""
+
+
+def agree(then: Effect, now: Effect) -> str:
+    """Whether two effects of one claim agree: "same", "within the interval" or "differs".
+
+    Theirs is the interval of Welch's t, of the logarithms of a factor; of shares of the seeds, the
+    test of Fisher.
+    """
+    same = "same" if then.decision == now.decision else "differs"
+    if then.scale != now.scale or None in (then.effect, now.effect):
+        return same
+    a, b = float(then.effect or 0.0), float(now.effect or 0.0)
+    if then.scale == "share":
+        counts = [[round(v * n), round((1 - v) * n)] for v, n in ((a, then.seeds), (b, now.seeds))]
+        near = float(np.asarray(scipy.stats.fisher_exact(counts))[1]) > 1 - CONFIDENCE
+    elif then.error is None or now.error is None or not then.error + now.error:
+        return same
+    else:
+        if then.scale == "geometric":
+            if min(a, b) <= 0:
+                return same
+            a, b = math.log(a), math.log(b)
+        squares = then.error**2, now.error**2
+        parts = (
+            v**2 / (f if f is not None else math.inf)
+            for v, f in zip(squares, (then.freedom, now.freedom), strict=True)
+        )
+        spread = sum(parts)
+        freedom = sum(squares) ** 2 / spread if spread else math.inf
+        limit = scipy.stats.t.ppf((1 + CONFIDENCE) / 2, freedom) * math.sqrt(sum(squares))
+        near = abs(a - b) <= limit
+    return ("same" if same == "same" else "within the interval") if near else "differs"
 
 
 def _told(path: Path) -> tuple[dict[str, Told], dict[str, dict[str, Any]]]:
@@ -65,7 +128,7 @@ def _told(path: Path) -> tuple[dict[str, Told], dict[str, dict[str, Any]]]:
     try:
         said = json.loads(path.read_text())
         told = {
-            name: {str(v["claim"]): (str(v["decision"]), _finite(v["effect"])) for v in found}
+            name: {str(v["id"]): Effect.of(v) for v in found}
             for name, found in said["verdicts"].items()
             if found
         }
@@ -86,10 +149,5 @@ def _compared(name: str, before: Told, here: Told) -> Iterator[tuple[str, ...]]:
     """A row for each claim that is in the report or here."""
     for claim in dict.fromkeys((*before, *here)):
         then, now = before.get(claim), here.get(claim)
-        same = then is not None and now is not None and then[0] == now[0]
-        said = ("–" if v is None else f"{v[0]}, {_number(v[1])}" for v in (then, now))
-        yield name, claim, *said, "same" if same else "differs"
-
-
-def _number(value: Any) -> str:
-    return "–" if value is None else f"{value:.3g}"
+        what = agree(then, now) if then is not None and now is not None else "differs"
+        yield name, claim, *("–" if v is None else str(v) for v in (then, now)), what

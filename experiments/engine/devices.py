@@ -57,7 +57,6 @@ class Config(question.Config):
     dataset: str = "fashion_mnist"
     optimizer: str = "momentum"
     lr: float = 0.05
-    seeds: int = 5
     devices: int = 8
     per_device: int = 4
     decay: float = 0.9
@@ -108,13 +107,12 @@ class Lab:
             kernels = models.draw_kernels(
                 config.model,
                 data.classes,
-                range(config.seeds),
+                config.each_seed,
                 self.data.probe.astype(np.float32),
             )
         self.kernels = jax.tree.map(lambda v: np.asarray(v, self.data.probe.dtype), kernels)
         each = [
-            minibatches(seed, self.data.examples, batch, config.steps)
-            for seed in range(config.seeds)
+            minibatches(seed, self.data.examples, batch, config.steps) for seed in config.each_seed
         ]
         self.indices = np.stack(each, axis=1)  # [steps, seeds, batch]
 
@@ -166,21 +164,23 @@ class Lab:
         trainer = self.trainer(norm, config.form, **how)
         state = self.start(trainer)
         cut = list(turns([*indices.swapaxes(0, 1)], config.evaluations))
-        rows = [{"seed": seed} for seed in range(config.seeds)]
+        rows = [{"seed": seed} for seed in config.each_seed]
         begin = Progress.start(state, config.seeds, resume)
         there = None
         if resume is None and len(self.data.axes) == 1:
             (form,) = set(FORMS) - {config.form}
             other = self.trainer(norm, form, **how)
             with concurrent.futures.ThreadPoolExecutor(1) as pool:  # both compile at once
-                there = pool.submit(lambda: other.train(self.start(other), cut[0][1])[1])
+                there = pool.submit(
+                    lambda: other.train(self.start(other), cut[0][1][:FIRST_STEPS])[1]
+                )
                 trainer.compile(state, {len(each) for _, each in cut}, indices.shape[-1])
         for at in drive(trainer, begin, cut):
             if there is not None and at.losses is not None:
-                gap = relative(there.result()[:FIRST_STEPS], at.losses[:FIRST_STEPS])
+                gap = relative(there.result(), at.losses[:FIRST_STEPS])
                 yield {"kind": "forms", "steps": min(FIRST_STEPS, at.step), "loss_gap": number(gap)}
                 there = None
-            yield from at.records(rows)
+            yield from at.records(rows, each=at.step == config.steps)
             for record in measure(trainer, at.state):
                 yield {**record, "step": at.step}
             yield at.checkpoint()

@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -28,13 +27,8 @@ Values = Sequence[float] | np.ndarray
 
 def canvas(columns: int = 1, rows: int = 1, *, width: float = 4.6, height: float = 3.6) -> Any:
     """A figure and its axes `[rows, columns]`, or `[columns]` if there is one row."""
-    picture, grid = plt.subplots(
-        rows,
-        columns,
-        figsize=(width * columns, height * rows),
-        layout="constrained",
-        squeeze=False,
-    )
+    picture = Figure(figsize=(width * columns, height * rows), layout="constrained")
+    grid = picture.subplots(rows, columns, squeeze=False)
     for axes in grid.flat:
         axes.grid(alpha=0.3, lw=0.5)
     return picture, (grid if rows > 1 else grid[0])
@@ -140,15 +134,16 @@ def scatter(
 def spread(axes: Axes, x: Sequence[float], values: Sequence[Values], **style: Any) -> None:
     """Means over seeds, with their intervals; of one seed the mean alone."""
     found = [interval(v) for v in values]
-    halves = [high - mean if math.isfinite(high) else 0.0 for mean, _, high in found]
-    means = [mean for mean, _, _ in found]
-    axes.errorbar(x, means, halves, capsize=3, elinewidth=1, **style)
+    halves = [v.high - v.effect if math.isfinite(v.high) else 0.0 for v in found]
+    axes.errorbar(x, [v.effect for v in found], halves, capsize=3, elinewidth=1, **style)
 
 
 def columns(axes: Axes, groups: Mapping[str, Values], *, mean: bool = True, **look: Any) -> None:
     """A column of points for each group, a point for each seed, with mean and 95% interval."""
     for at, (name, style) in enumerate(styles(groups).items()):
-        points = [v for v in groups[name] if math.isfinite(v)]
+        values = np.asarray(groups[name])
+        values = values[:, 0] if values.ndim == 2 else values  # on all test images
+        points = [v for v in values if math.isfinite(v)]
         if points:
             axes.plot([at] * len(points), points, **{**style, "ls": "", "alpha": 0.4, **look})
         if points and mean:

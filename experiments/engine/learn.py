@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,7 +21,7 @@ import normlab as nl
 
 from .. import models
 from ..data import Dataset, load
-from ..rundir import Record, number
+from ..rundir import Record, number, packed
 from ..training import optimizers
 from ..training.config import require_fit
 from ..training.driver import Checkpoint, Progress, drive
@@ -32,7 +34,7 @@ from ..training.trainer import (
     minibatches,
     turns,
 )
-from .question import Config, Measure
+from .question import Config
 
 Lane = Mapping[str, Any]
 """What sets one of the nets apart that are trained side by side: its `seed`, and perhaps its `lr`
@@ -75,6 +77,9 @@ Instrument = Callable[[Net], Mapping[str, Array]]
 """Measures a net, under `jit` and `vmap`; what it returns is in the record of the evaluation."""
 
 
+SCREENED = 10_000
+"""The first of the seeds on which learning rates are chosen."""
+
 Draw = Callable[[int, Dataset, Config], np.ndarray]
 """Draws the examples of every step, `[steps, batch_size]`, for a seed."""
 
@@ -95,9 +100,9 @@ def lanes(config: Config, **values: Sequence[Any]) -> list[Lane]:
     """Every seed with every combination of values.
 
     >>> lanes(Config(seeds=2), lr=(0.1, 1.0))[1]
-    {'lr': 0.1, 'seed': 1}
+    {'lr': 0.1, 'seed': 101}
     """
-    rows = itertools.product(*values.values(), range(config.seeds))
+    rows = itertools.product(*values.values(), config.each_seed)
     return [dict(zip((*values, "seed"), row, strict=True)) for row in rows]
 
 
@@ -110,11 +115,11 @@ def learn(
     draw: Draw = shuffled,
     instrument: Instrument | None = None,
     **options: Any,
-) -> Measure:
+) -> Learning:
     """Trains nets with a norm and yields a record of each lane at each evaluation.
 
     The records are those of `Progress.records`, with the lane's values, and what the instrument
-    measured.
+    measured; the last ones say which test images were told right.
 
     Args:
       config: What to train; another batch size or number of steps by `dataclasses.replace`.
@@ -124,26 +129,173 @@ def learn(
         are shifted and scaled by two numbers.
       draw: Draws the minibatches of a seed.
       instrument: What else to measure; with one, before the first step too.
-      **options: Of the model, as in `models.build`.
+      **options: Of the model, as in `models.build`; and `only` of `masked`.
     """
     rows = lanes(config) if side_by_side is None else side_by_side
+    return Learning(config, norm, rows, prepare, draw, instrument, options)
 
-    def run(resume: Checkpoint | None) -> Iterator[Record | Checkpoint]:
-        data = prepare(dataset(config.dataset, config.data_dir))
-        trainer, state = start(config, norm, rows, data, **options)
-        look = _looking(trainer, instrument or (lambda net: {}), rows, config)
+
+@dataclasses.dataclass(frozen=True)
+class Learning:
+    """What `learn` returns: a measure, which says what it trains.
+
+    Attributes:
+      config, norm, rows, prepare, draw, instrument, options: As in `learn`.
+    """
+
+    config: Config
+    norm: nl.Norm
+    rows: Sequence[Lane]
+    prepare: Callable[[Dataset], Dataset]
+    draw: Draw
+    instrument: Instrument | None
+    options: Mapping[str, Any]
+
+    def __call__(self, resume: Checkpoint | None) -> Iterator[Record | Checkpoint]:
+        """Yields records, and checkpoints."""
+        config, rows = self.config, self.rows
+        data = self.prepare(dataset(config.dataset, config.data_dir))
+        trainer, state = start(config, self.norm, rows, data, **self.options)
+        look = _looking(trainer, self.instrument or (lambda net: {}), rows, config)
         steps = lengths(config.steps, config.evaluations)
         trainer.compile(state, steps, config.batch_size)
-        drawn = {seed: draw(seed, data, config) for seed in {row["seed"] for row in rows}}
+        drawn = {seed: self.draw(seed, data, config) for seed in {row["seed"] for row in rows}}
         begin = Progress.start(state, len(rows), resume)
-        if resume is None and instrument is not None:
+        if resume is None and self.instrument is not None:
             yield from look(begin.evaluated(trainer))
         each = [drawn[row["seed"]] for row in rows]
         for at in drive(trainer, begin, turns(each, config.evaluations)):
             yield from look(at)
             yield at.checkpoint()
 
-    return run
+    @property
+    def stages(self) -> tuple[Learning, ...]:
+        """What is trained one after the other."""
+        return (self,)
+
+
+def tuned(config: Config, norm: nl.Norm, rates: Sequence[float], **options: Any) -> Tuning:
+    """Chooses a learning rate, then trains at it, as `learn` does.
+
+    Every rate is tried on `config.screening` seeds that nothing else has (from `SCREENED` on) and
+    measured on training images that are held out for it (of a text, on its validation part): what
+    is compared in the end has no part in the choice. Beside the records of `learn`, of `kind`
+    "screening" those of the trials, and one of `kind` "tuning": the best `lr`, all `rates` with
+    their mean `accuracies` on the held-out images (of a text `losses`), and `edge`, which is
+    "lowest" or "highest" if the best is an end of the grid, so that a better one may lie beyond.
+
+    Args:
+      config: As in `learn`.
+      norm: As in `learn`.
+      rates: The grid.
+      **options: Of `learn`, but `side_by_side`.
+    """
+    return Tuning(config, norm, tuple(rates), options)
+
+
+@dataclasses.dataclass(frozen=True)
+class Tuning:
+    """What `tuned` returns: a measure, which says what it trains.
+
+    Attributes:
+      config, norm, rates, options: As in `tuned`.
+    """
+
+    config: Config
+    norm: nl.Norm
+    rates: tuple[float, ...]
+    options: Mapping[str, Any]
+
+    def __call__(self, resume: Checkpoint | None) -> Iterator[Record | Checkpoint]:
+        """Yields records, and checkpoints of the training at the rate that was chosen."""
+        if resume is None:
+            found = (r for r in self.trial(None) if not isinstance(r, Checkpoint))
+            tried = [{**r, "kind": "screening"} for r in found]
+            yield from ({k: v for k, v in r.items() if not k.endswith("_each")} for r in tried)
+            choice = chosen(tried, self.rates)
+            yield choice
+            best = choice["lr"]
+        else:
+            best = float(resume.leaves[0])
+            resume = resume._replace(leaves=resume.leaves[1:])
+        for found in self.final(best)(resume):
+            if isinstance(found, Checkpoint):
+                found = found._replace(leaves=[np.float64(best), *found.leaves])
+            yield found
+
+    @property
+    def trial(self) -> Learning:
+        """The training at every rate."""
+        config = dataclasses.replace(
+            self.config, seeds=self.config.screening, first_seed=SCREENED, evaluations=1
+        )
+        prepare = self.options.get("prepare", lambda data: data)
+        changed = {"instrument": None, "prepare": lambda data: held_out(prepare(data))}
+        rows = lanes(config, lr=self.rates)
+        return learn(config, self.norm, side_by_side=rows, **{**self.options, **changed})
+
+    def final(self, lr: float) -> Learning:
+        """The training at one rate."""
+        rows = lanes(self.config, lr=[lr])
+        return learn(self.config, self.norm, side_by_side=rows, **self.options)
+
+    @property
+    def stages(self) -> tuple[Learning, ...]:
+        """What is trained one after the other."""
+        return self.trial, self.final(self.rates[0])
+
+
+def chosen(tried: Sequence[Record], rates: Sequence[float]) -> Record:
+    """The record of `kind` "tuning" of the records of the trials."""
+    text = "validation_loss" in tried[0]
+    key, what = ("validation_loss", "losses") if text else ("accuracy", "accuracies")
+    means = []
+    for lr in rates:
+        values = [r[key] for r in tried if r["lr"] == lr and r["diverged"] is None]
+        whole = len(values) == sum(r["lr"] == lr for r in tried) and None not in values
+        means.append(float(np.mean(values)) if whole else None)
+    worst = math.inf if text else -math.inf
+    best = (min if text else max)(rates, key=lambda lr: _or(means[rates.index(lr)], worst))
+    ends = {min(rates): "lowest", max(rates): "highest"} if len(rates) > 1 else {}
+    return {
+        "kind": "tuning",
+        "lr": best,
+        "rates": list(rates),
+        what: means,
+        "edge": ends.get(best, ""),
+    }
+
+
+def _or(value: float | None, otherwise: float) -> float:
+    return otherwise if value is None else value
+
+
+def held_out(data: Dataset) -> Dataset:
+    """The data with the last tenth of the training images for a test set; a text as it is."""
+    if data.text is not None:
+        return data
+    count = len(data.train_labels) // 10
+    return data._replace(
+        train_inputs=data.train_inputs[:-count],
+        train_labels=data.train_labels[:-count],
+        test_inputs=data.train_inputs[-count:],
+        test_labels=data.train_labels[-count:],
+    )
+
+
+def pooled(data: Dataset, pixels: int) -> Dataset:
+    """The data with the mean of `pixels` by `pixels` for a pixel, rounded: smaller images.
+
+    What is over at the right and lower edges is left out.
+    """
+
+    def pool(images: np.ndarray) -> np.ndarray:
+        n, h, w, k = images.shape
+        h, w = h // pixels, w // pixels
+        cut = images[:, : h * pixels, : w * pixels].reshape(n, h, pixels, w, pixels, k)
+        return cut.mean((2, 4)).round().astype(images.dtype)
+
+    return data._replace(train_inputs=pool(data.train_inputs), test_inputs=pool(data.test_inputs))
 
 
 def start(
@@ -151,6 +303,8 @@ def start(
     norm: nl.Norm,
     rows: Sequence[Lane],
     data: Dataset,
+    *,
+    only: Callable[[Any], Any] | None = None,
     **options: Any,
 ) -> tuple[Trainer, TrainState]:
     """A trainer of these lanes on one device, and their initial state; options as in `learn`."""
@@ -163,7 +317,7 @@ def start(
     each = [gaussian(by_seed[row["seed"]], row) for row in rows]
     kernels = jax.tree.map(lambda *leaves: np.stack(leaves), *each)
     rates = [row.get("lr", config.lr) for row in rows]
-    made = at_rates(optimizer(config), rates)
+    made = at_rates(optimizer(config) if only is None else masked(optimizer(config), only), rates)
     model = models.build(config.model, norm, data.classes, **options)
     trainer = Trainer(model, made, device_data, kernels, synced=True)
     state = trainer.init()
@@ -173,7 +327,30 @@ def start(
 
 def optimizer(config: Config) -> Make:
     """What makes the config's optimizer, with its schedule, of a learning rate."""
-    return optimizers.optimizer(config.optimizer, config.steps, schedule=config.schedule)
+    how: Any = {"schedule": config.schedule, "warmup": config.warmup}
+    return optimizers.optimizer(config.optimizer, config.steps, **how)
+
+
+def masked(make: Make, only: Callable[[Any], Any]) -> Make:
+    """What makes an optimizer that changes some parameters alone.
+
+    Args:
+      make: Makes one that changes all.
+      only: Of the initial parameters, a tree like them of what each update is multiplied by: 1 or
+        0, or an array of these.
+    """
+
+    def make_masked(lr: float) -> optax.GradientTransformation:
+        def init(params: Any) -> Any:
+            return only(params)
+
+        def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+            del params  # the state is what each update is multiplied by
+            return jax.tree.map(lambda u, m: u * m, updates, state), state
+
+        return optax.chain(make(lr), optax.GradientTransformation(init, update))
+
+    return make_masked
 
 
 def gaussian(kernels: Any, lane: Lane) -> Any:
@@ -206,13 +383,15 @@ def _looking(
         measured = {k: np.asarray(v) for k, v in one(params, norm_state, rates).items()}
         return [
             record | {name: as_json(v[i]) for name, v in measured.items()}
-            for i, record in enumerate(at.records(rows))
+            for i, record in enumerate(at.records(rows, each=at.step == config.steps))
         ]
 
     return look
 
 
 def as_json(value: Any) -> Any:
-    """An array as nested lists of JSON numbers."""
+    """An array as nested lists of JSON numbers; flags `[N]`, of test images, as a string."""
     array = np.asarray(value)
+    if array.dtype == bool and array.ndim == 1:
+        return packed(array)
     return number(array) if array.ndim == 0 else [as_json(v) for v in array]

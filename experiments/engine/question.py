@@ -30,7 +30,11 @@ class Config(Training):
       batch_size: Examples in each batch.
       evaluations: How often to measure on the way.
       schedule: How the rate falls to 0 over the steps, or "constant".
-      seeds: Seeds 0, 1, …, each with kernels and minibatches of its own.
+      warmup: Steps in which it first rises to its value.
+      seeds: How many seeds, each with kernels and minibatches of its own.
+      first_seed: The first of them. What was looked at before thresholds were set had seeds below
+        100; verdicts are of seeds that nobody has seen.
+      screening: With how many further seeds a learning rate is chosen.
     """
 
     model: str = "mlp"
@@ -40,14 +44,18 @@ class Config(Training):
     lr: float = 0.1
     evaluations: int = 10
     schedule: Schedule = "constant"
-    seeds: int = 3
+    warmup: int = 0
+    seeds: int = 10
+    first_seed: int = 100
+    screening: int = 2
 
     def __post_init__(self) -> None:
         """Raises RunError for a number that nothing could be measured with, or an unknown name."""
-        counts = ("steps", "evaluations", "seeds", "batch_size")
+        counts = ("steps", "evaluations", "seeds", "batch_size", "screening")
         self.require_counts(*counts, expected="1 or more")
         require_evaluations(self.evaluations, self.steps)
         require(0 < self.lr < math.inf, "lr", self.lr, "positive and finite")
+        require(0 <= self.warmup < max(self.steps, 1), "warmup", self.warmup, "0 to steps - 1")
         for option, known in (("dataset", NAMES), ("optimizer", OPTIMIZERS)):
             given = getattr(self, option)
             there = given in known or (option == "dataset" and not given)
@@ -57,6 +65,11 @@ class Config(Training):
                 nl.row(name)
             except ValueError as error:
                 raise RunError(f"--norms: {error}") from None
+
+    @property
+    def each_seed(self) -> range:
+        """The seeds."""
+        return range(self.first_seed, self.first_seed + self.seeds)
 
     @property
     def datasets(self) -> tuple[str, ...]:

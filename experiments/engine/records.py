@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Callable, Mapping
@@ -9,7 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from ..rundir import Record
+from ..rundir import Record, unpacked
+
+DRAWS = 500
+"""How often test images are drawn with replacement."""
 
 
 class Records(list[Record]):
@@ -49,23 +53,6 @@ class Records(list[Record]):
             found[tuple(labels)] = record
         return Records(found.values())
 
-    def at_best_rate(self, *labels: str) -> Records:
-        """The evaluations of each setting of the labels, at its best rate.
-
-        The best is that of the largest test accuracy at the end, the mean over the seeds: a net
-        that is tuned at more rates has more to choose from.
-        """
-        found = Records()
-        for setting in dict.fromkeys(tuple(r[label] for label in labels) for r in self.last()):
-            here = self.where(kind="evaluation", **dict(zip(labels, setting, strict=True)))
-            best = max(sorted(here.values("lr")), key=lambda lr: here.accuracy(lr=lr).mean())
-            found += here.where(lr=best)
-        return found
-
-    def tuned(self, *labels: str) -> Records:
-        """The last evaluations of each setting of the labels, at its best rate."""
-        return self.at_best_rate(*labels).last()
-
     def by_seed(
         self, key: str, of: Callable[[list[Any]], float] = lambda found: found[-1], **wanted: Any
     ) -> np.ndarray:
@@ -83,11 +70,49 @@ class Records(list[Record]):
                 found.setdefault(record["seed"], []).append(math.nan if value is None else value)
         return np.array([of(found[seed]) for seed in sorted(found)])
 
-    def accuracy(self, condition: Any = None, **wanted: Any) -> np.ndarray:
-        """The test accuracy of each seed at the end, in percent: claims in points are about it."""
+    def accuracy(
+        self, condition: Any = None, *, key: str = "accuracy", **wanted: Any
+    ) -> np.ndarray:
+        """The test accuracy at the end in percent, on the test images and on draws of them.
+
+        Claims in points are about it: `decide` takes what is computed of it by elementwise NumPy.
+
+        Args:
+          condition: The `condition` that the records are to have.
+          key: Another share of the test images than the accuracy.
+          **wanted: What else they are to say.
+
+        Returns:
+          `[seeds, 1 + DRAWS]`: of all test images, then of `DRAWS` draws of as many of them with
+          replacement, the same for every net. `[seeds, 1]` of records without `<key>_each`.
+        """
+        wanted.setdefault("kind", "evaluation")
         if condition is not None:
             wanted["condition"] = condition
-        return 100 * self.by_seed("accuracy", kind="evaluation", **wanted)
+        here = self.where(**wanted)
+        return 100 * here._drawn(key, unpacked)
+
+    def bits_per_byte(self, **wanted: Any) -> np.ndarray:
+        """The bits per byte of a text at the end, on the test windows and on draws of them.
+
+        `[seeds, 1 + DRAWS]`, as `accuracy` has it.
+        """
+        return self.where(**{"kind": "evaluation", **wanted})._drawn("bits_per_byte", np.asarray)
+
+    def _drawn(self, key: str, read: Callable[[Any], np.ndarray]) -> np.ndarray:
+        """The last value of `key` in each seed, and on draws of what there is of each example."""
+        found = self.by_seed(key)[:, None]
+        last = self.where(lambda r: f"{key}_each" in r)
+        if last:
+            each = {r["seed"]: read(r[f"{key}_each"]) for r in last}
+            values = np.stack([each[seed] for seed in sorted(each)]).astype(np.float32)
+            found = np.concatenate([found, values @ draws(values.shape[1]).T], axis=1)
+        return found
+
+    def best_rate(self, **wanted: Any) -> float:
+        """The learning rate that `tuned` chose, on held-out training images with other seeds."""
+        [rate] = self.where(kind="tuning", **wanted).values("lr")
+        return rate
 
     def steps_to(
         self, target: float, key: str = "accuracy", *, higher: bool = True, **wanted: Any
@@ -116,3 +141,10 @@ class Records(list[Record]):
         last = max(self.where(kind="evaluation").values("step"))
         share = np.minimum(steps[0], last) / np.minimum(steps[1], last)
         return np.where(np.isinf(steps[0]) & np.isinf(steps[1]), np.nan, share)
+
+
+@functools.lru_cache(maxsize=4)
+def draws(images: int) -> np.ndarray:
+    """The share of each image in each draw of as many with replacement, `[DRAWS, images]`."""
+    counts = np.random.default_rng(0).multinomial(images, np.full(images, 1 / images), DRAWS)
+    return (counts / images).astype(np.float32)

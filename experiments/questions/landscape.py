@@ -1,16 +1,19 @@
 """Does batch norm smooth the landscape along the step?
 
 Claim: Along the gradient from where training stands, the loss of a net with batch norm ranges over
-less, and its gradient changes less: the landscape is smoother, and that, not a still distribution,
-is why batch norm helps.
+less, and its gradient changes less, in length and for the length of the step: the landscape is
+smoother.
 
-Source: Santurkar et al. 2018, section 3.1 and figure 4, https://arxiv.org/abs/1805.11604
+Source: Santurkar et al. 2018, section 3.2 and figure 4, https://arxiv.org/abs/1805.11604, which we
+know from summaries. The figure has no number; a factor of 3 is ours. That this, and not a still
+distribution, is why batch norm helps is the paper's thesis, and is not tested here.
 
 Protocol: Ten hidden layers of 100 ReLUs on MNIST, batches of 60, SGD. At several places of
 training, one batch of 256 examples: the loss and its gradient at w − t·∇L for t from half the rate
 to four times the rate, as in the paper's figure. The width of the loss is its range there; the
-effective β is the largest change of the gradient over the length of the step. Each is averaged over
-training. The paper's nets are VGG and a deep linear net.
+change of the gradient is its largest ‖∇L(w − t·∇L) − ∇L(w)‖, and the effective β the largest over
+the length of the step. Each is averaged over training, after its first step. The paper's nets are
+VGG and a deep linear net.
 
 Command: python -m experiments run landscape
 """
@@ -29,13 +32,13 @@ from matplotlib.figure import Figure
 import normlab as nl
 from normlab import instruments
 
-from ..engine import Condition, Config, Net, Records, Verdict, decide, draw, learn
+from ..engine import Condition, Config, Net, Records, Source, Verdict, decide, draw, learn
 
-NARROWER = 3.0
-"""The factor by which the loss ranges over less with batch norm, at least."""
+SIZE = 3.0
+"""The factor by which the loss ranges over less with batch norm, and by which its effective β is
+smaller, if the effect is large. Ours, set before the first run."""
 
-SMOOTHER = 3.0
-"""The factor by which its effective β is smaller, at least."""
+SOURCE = Source("santurkar2018", "section 3.2, figure 4", "", "second-hand")
 
 STEPS = tuple(0.5 * k for k in range(1, 9))
 """The lengths along the gradient, in units of the learning rate."""
@@ -56,8 +59,8 @@ class Landscape(Config):
 
 
 QUICK = Landscape()
-SECONDS = 25
-FULL = Landscape(steps=15_000, evaluations=100, seeds=10)
+SECONDS = 80
+FULL = Landscape(steps=15_000, evaluations=100)
 
 
 def run(config: Landscape) -> Iterator[Condition]:
@@ -82,6 +85,7 @@ def walk(net: Net) -> dict[str, Array]:
         "lowest": along.losses.min(),
         "highest": along.losses.max(),
         "width": along.losses.max() - along.losses.min(),
+        "change": along.distances.max(),
         "beta": along.beta,
     }
 
@@ -93,18 +97,19 @@ def over_training(records: Records, key: str, norm: str) -> np.ndarray:
 
 def verdict(records: Records) -> Iterator[Verdict]:
     """How much less the loss and the gradient range over with batch norm."""
-    for claim, key, limit in (
-        ("the loss along the step ranges over less with batch norm (factor)", "width", NARROWER),
-        ("the gradient along the step is smoother with batch norm (factor of β)", "beta", SMOOTHER),
+    for claim, key in (
+        ("the loss along the step ranges over less with batch norm (factor)", "width"),
+        ("the gradient along the step changes less with batch norm (factor)", "change"),
+        ("the gradient along the step is smoother with batch norm (factor of β)", "beta"),
     ):
         factor = over_training(records, key, "none") / over_training(records, key, "batch")
-        claim = f"ReLU net: {claim}"
-        yield decide(claim, factor, at_least=limit, geometric=True)
+        how = {"at_least": 1, "size": SIZE, "geometric": True, "untuned": True, "source": SOURCE}
+        yield decide(key, f"ReLU net: {claim}", factor, **how)
 
 
 def figure(records: Records) -> Figure:
-    """The loss along the step as a band, the effective β, and the accuracy, over training."""
-    picture, (left, middle, right) = draw.canvas(3, width=3.7)
+    """Along the step the loss as a band, and the gradient; the accuracy; over training."""
+    picture, (left, change, middle, right) = draw.canvas(4, width=3.3)
     shown = records.trained()
     for norm, style in draw.styles(shown.values("norm")).items():
         here = shown.where(norm=norm)
@@ -113,6 +118,8 @@ def figure(records: Records) -> Figure:
         ends = np.median(low, axis=1), np.median(high, axis=1)
         left.fill_between(steps, *ends, color=style["color"], alpha=0.3, lw=0)
     left.set(xlabel="optimizer step", ylabel="loss along the step (nats)", title="median seed")
+    draw.over_steps(change, shown, "change")
+    draw.frame(change, ylabel="change of the gradient along the step", log=True)
     draw.over_steps(middle, shown, "beta")
     draw.frame(middle, ylabel="effective β", log=True)
     draw.over_steps(right, shown, draw.accuracy)

@@ -4,7 +4,9 @@ Claim: Weights before batch norm, made c times as long, go through the same func
 learning rate is c²·lr and their weight decay λ/c². At one rate, longer weights turn more slowly:
 a step turns them in proportion to 1/‖w‖².
 
-Source: van Laarhoven 2017, sections 2 and 3, https://arxiv.org/abs/1706.05350
+Source: van Laarhoven 2017, https://arxiv.org/abs/1706.05350, whose abstract says that with
+normalization weight decay changes the scale of the weights and so the effective learning rate.
+The equations follow from the norm's invariance: they are checks.
 
 Protocol: Real images through two batch-normalized layers of 32 ReLUs and a dense output layer, in
 float64 with ε = 1e-30 for the theorem's 0, trained by gradient descent with weight decay in batches
@@ -43,9 +45,8 @@ SAME = 1e-6
 OTHER = 1e-2
 """How far they are at the end, at least, if rate and decay are left unchanged."""
 
-SLOPE = 0.02
-"""How far the slope of the first step's turn by c, both in logarithms, may be from −2 (unchanged)
-and from 0 (adjusted)."""
+SLOPE = 1e-6
+"""How far the slope of the first step's turn by c, both in logarithms, may be from −2."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +59,6 @@ class ScaleInvariance(Config):
       width: The units of each layer.
     """
 
-    seeds: int = 3
     steps: int = 200
     evaluations: int = 10
     scales: tuple[float, ...] = (0.3, 3.0, 10.0)
@@ -67,8 +67,8 @@ class ScaleInvariance(Config):
 
 
 QUICK = ScaleInvariance()
-SECONDS = 11
-FULL = ScaleInvariance(seeds=10, steps=2000, width=100)
+SECONDS = 30
+FULL = ScaleInvariance(steps=2000, width=100)
 
 Params = dict[str, Array]
 
@@ -87,7 +87,7 @@ def trajectories(config: ScaleInvariance, adjusted: bool) -> Iterator[Record]:
     rates = np.array([c**2 if adjusted else 1.0 for c in scales])
     first, *rest = stretches(config.steps, config.evaluations)
     with jax.enable_x64(True):
-        for seed in range(config.seeds):
+        for seed in config.each_seed:
             rng = np.random.default_rng(seed)
             begin = kernels(rng, images.shape[1], config.width, data.classes)
             each = [{k: v if k == "v" else c * v for k, v in begin.items()} for c in scales]
@@ -169,15 +169,16 @@ def verdict(records: Records) -> Iterator[Verdict]:
     adjusted, unchanged = (records.where(condition=c) for c in ("adjusted", "unchanged"))
     last = max(records.values("step"))
     claim = f"(c·w, c²·lr, λ/c²): the same function through {last} steps (relative difference)"
-    yield decide(claim, adjusted.by_seed("gap", of=max), at_most=SAME, geometric=True)
+    gaps = adjusted.by_seed("gap", of=max)
+    yield decide("adjusted", claim, gaps, at_most=SAME, geometric=True, exact=True)
     ends = unchanged.where(lambda r: r["scale"] != 1, step=last).by_seed("gap", of=min)
     claim = f"(c·w, lr, λ): another function after {last} steps (relative difference)"
-    yield decide(claim, ends, at_least=OTHER, geometric=True)
+    yield decide("unchanged", claim, ends, at_least=OTHER, geometric=True)
     claim = "(c·w, lr, λ): a step turns the weights 1/c² as far (slope of the logarithms)"
     found = unchanged.each_seed(slope)
-    yield decide(claim, found, at_least=-2 - SLOPE, at_most=-2 + SLOPE)
-    claim = "(c·w, c²·lr, λ/c²): a step turns them as far as at c = 1 (slope of the logarithms)"
-    yield decide(claim, adjusted.each_seed(slope), at_least=-SLOPE, at_most=SLOPE)
+    yield decide(
+        "unchanged.turn", claim, found, at_least=-2 - SLOPE, at_most=-2 + SLOPE, exact=True
+    )
 
 
 def figure(records: Records) -> Figure:

@@ -18,7 +18,7 @@ from ..data import NAMES, TEXTS, Dataset, Reading, Unit
 from ..rundir import RunError
 from . import optimizers
 
-Optimizer = Literal["momentum", "sgd", "rmsprop", "adam", "adamw"]
+Optimizer = Literal["momentum", "sgd", "adagrad", "rmsprop", "adam", "adamw"]
 """The names of `optimizers.OPTIMIZERS`."""
 
 IMAGES = {"model": "conv", "norm": "batch", "batch_size": 128, "optimizer": "momentum", "lr": 0.05}

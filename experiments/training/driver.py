@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import numpy as np
 
-from ..rundir import Record, number
+from ..rundir import Record, number, packed
 from .tasks import Evaluation
 
 
@@ -87,13 +87,15 @@ class Progress:
         """What a later run goes on from."""
         return Checkpoint(self.step, [self.diverged, *jax.tree.leaves(self.state)])
 
-    def records(self, rows: Sequence[Mapping[str, Any]]) -> list[Record]:
+    def records(self, rows: Sequence[Mapping[str, Any]], *, each: bool = False) -> list[Record]:
         """A record of each seed; `rows` say what sets each apart.
 
         `kind` is "evaluation", or "training" where the test set was not measured. Then what sets it
         apart, `step`, `train_loss` (nats, the mean over the turn), and of an evaluation `test_loss`
         (nats), `accuracy` (a share of the test set's labels), `diverged` (a step, or null), and
-        what else the task measures: `bits_per_byte` and `validation_loss` of a text.
+        what else the task measures: `bits_per_byte` and `validation_loss` of a text. With `each`,
+        `accuracy_each` says which examples of the test set were told right, as `rundir.packed` has
+        it; of a text `bits_per_byte_each` how many bits each window takes.
         """
         losses = None if self.losses is None else self.losses.mean(axis=0)
         kind = "training" if self.evaluation is None else "evaluation"
@@ -108,6 +110,9 @@ class Progress:
                     "diverged": None if self.diverged[i] < 0 else int(self.diverged[i]),
                     **{name: number(v[i]) for name, v in self.evaluation.more.items()},
                 }
+                for name, values in self.evaluation.each.items() if each else ():
+                    flags = values.dtype == bool
+                    found[-1][name] = packed(values[i]) if flags else [*map(number, values[i])]
         return found
 
 

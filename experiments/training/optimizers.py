@@ -21,6 +21,7 @@ Make = Callable[[float], optax.GradientTransformation]
 OPTIMIZERS: dict[str, Callable[[float, float], optax.GradientTransformation]] = {
     "sgd": lambda lr, _: optax.sgd(lr),
     "momentum": lambda lr, _: optax.sgd(lr, momentum=0.9),
+    "adagrad": lambda lr, _: optax.adagrad(lr),
     "rmsprop": lambda lr, _: optax.rmsprop(lr),
     "adam": lambda lr, _: optax.adam(lr),
     "adamw": lambda lr, decay: optax.adamw(lr, b2=0.95, weight_decay=decay, mask=nl.decay_mask),

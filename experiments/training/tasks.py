@@ -29,12 +29,14 @@ class Evaluation(NamedTuple):
       accuracy: `[seeds]`, share of those labels that are told right.
       parts: By layer, each part's percentiles `QUANTILES` on a probe batch, `[seeds, 3]`.
       more: What else the task measures, by name, `[seeds]`.
+      each: Of each example of the test set, `[seeds, examples]`, by what it is called in a record.
     """
 
     loss: np.ndarray
     accuracy: np.ndarray
     parts: dict[str, nl.Parts]
     more: Mapping[str, np.ndarray] = {}
+    each: Mapping[str, np.ndarray] = {}
 
 
 class Score(NamedTuple):
@@ -159,28 +161,39 @@ class Task:
 
     def sums(
         self, model: nn.Module, variables: Any, inputs: Array, labels: Array, weights: Array
-    ) -> Array:
+    ) -> tuple[Array, Array]:
         """Of held-out examples `[N, ...]` with weights `[N]`: sums over their labels.
 
         Returns:
-          `[3]`: of the losses, of the labels that are told right, of the weights.
+          `[3]`: of the losses, of the labels that are told right, of the weights; and what is
+          kept of each example, `[N]`.
         """
         labels = labels.astype(jnp.int32)
         logits: Any = model.apply(variables, self.preprocess(inputs), train=False)
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
         weights = jnp.broadcast_to(weights.reshape(-1, *[1] * (labels.ndim - 1)), labels.shape)
         right = (logits.argmax(-1) == labels).astype(weights.dtype)
-        return jnp.stack([(weights * losses).sum(), (weights * right).sum(), weights.sum()])
+        sums = jnp.stack([(weights * losses).sum(), (weights * right).sum(), weights.sum()])
+        return sums, self.each(losses, right)
 
     def evaluation(
-        self, test: Any, parts: dict[str, nl.Parts], validation: Any = None
+        self, test: Any, parts: dict[str, nl.Parts], validation: Any = None, each: Any = None
     ) -> Evaluation:
         """An evaluation of the sums `[..., 3]` of `sums`; the share is exact."""
         test = np.asarray(test)
         loss, right, total = np.moveaxis(test, -1, 0)
         held = None if validation is None else np.asarray(validation)
         more = self.measures(test, held)
-        return Evaluation(loss / total, right / total.astype(np.float64), parts, more)
+        kept = {} if each is None else {f"{self.score.key}_each": self.kept(each)}
+        return Evaluation(loss / total, right / total.astype(np.float64), parts, more, kept)
+
+    def each(self, losses: Array, right: Array) -> Array:
+        """What is kept of each example, of the losses and of what is told right of its labels."""
+        raise NotImplementedError
+
+    def kept(self, each: Any) -> np.ndarray:
+        """In what unit: `<score.key>_each` of a record."""
+        raise NotImplementedError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -225,6 +238,14 @@ class Classification(Task):
     def measures(self, test: np.ndarray, validation: np.ndarray | None) -> dict[str, np.ndarray]:
         """Nothing."""
         return {}
+
+    def each(self, losses: Array, right: Array) -> Array:
+        """Whether its label is told right."""
+        return right
+
+    def kept(self, each: Any) -> np.ndarray:
+        """As flags."""
+        return np.asarray(each) > 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -277,3 +298,11 @@ class Language(Task):
         if validation is not None:
             found["validation_loss"] = validation[..., 0] / validation[..., 2]
         return found
+
+    def each(self, losses: Array, right: Array) -> Array:
+        """The mean loss of its labels."""
+        return losses.mean(axis=1)
+
+    def kept(self, each: Any) -> np.ndarray:
+        """In bits per byte."""
+        return self.bits_per_byte(np.asarray(each, np.float64))

@@ -358,7 +358,7 @@ class Program:
         own = jax.tree.map(lambda v: v[0], state.norm_state)
         merged = nl.population.pool_running(own, self.axes)
         variables = {"params": state.params, models.STATE: merged}
-        sums = self.task.sums(self.model, variables, inputs, labels, weights)
+        sums, _ = self.task.sums(self.model, variables, inputs, labels, weights)
         return lax.psum(sums, self.axes)
 
 

@@ -150,14 +150,13 @@ class Trainer:
         """Measures what is held out, with running statistics, pooled if the devices differ."""
 
         def measure(held: tuple[Array, ...]) -> Any:
-            found = self._evaluate(state, *held, self.data.probe)
-            return jax.tree.map(lambda v: np.asarray(v[0]), found)
+            sums, each, parts = self._evaluate(state, *held, self.data.probe)
+            return *jax.tree.map(lambda v: np.asarray(v[0]), (sums, parts)), each
 
-        sums, parts = measure(self.data.test)
+        sums, parts, each = measure(self.data.test)
         validation = self.data.validation and measure(self.data.validation)[0]
-        return self.task.evaluation(
-            sums, {name: parts[name] for name in self.order(parts)}, validation
-        )
+        parts = {name: parts[name] for name in self.order(parts)}
+        return self.task.evaluation(sums, parts, validation, self.data.in_order(each))
 
     def order(self, layers: Iterable[str]) -> list[str]:
         """Names of layers in the order of the model: a compiled program has them sorted."""
@@ -216,10 +215,10 @@ class Trainer:
 
     def _evaluate_device(
         self, state: TrainState, inputs: Array, labels: Array, weights: Array, probe: Array
-    ) -> tuple[Array, Any]:
+    ) -> tuple[Array, Array, Any]:
         """`inputs [batches, b, ...]` and so on: this device's share of what is held out."""
 
-        def one(state: TrainState) -> tuple[Array, Any]:
+        def one(state: TrainState) -> tuple[Array, Array, Any]:
             norm_state = state.norm_state
             if not self.synced:
                 norm_state = nl.population.pool_running(norm_state, self.data.axes)
@@ -227,10 +226,10 @@ class Trainer:
 
             shards = (inputs, labels, weights)
             measure = functools.partial(self.task.sums, self.model, variables)
-            sums = lax.map(lambda shard: measure(*shard), shards).sum(axis=0)
+            sums, each = lax.map(lambda shard: measure(*shard), shards)
             _, sown = self.model.apply(variables, probe, train=False, mutable=[models.PARTS])
             parts = jax.tree.map(quantiles, models.parts_by_layer(sown))
-            return lax.psum(sums, self.data.axes), parts
+            return lax.psum(sums.sum(axis=0), self.data.axes), each, parts
 
         return side_by_side(one)(state)
 
@@ -279,7 +278,13 @@ class DeviceData:
         if data.text is not None:
             held.append((data.text.validation_inputs, data.text.validation_labels))
         most = max(len(labels) for _, labels in held)
+        self.tests = len(data.test_labels)
         self.test, self.validation = (*(self._split(*each, most) for each in held), ())[:2]
+
+    def in_order(self, each: Array) -> np.ndarray:
+        """`[seeds, examples]` of the test set, of `each` `[devices, seeds, batches, b]`."""
+        by_seed = np.asarray(each).swapaxes(0, 1)
+        return by_seed.reshape(len(by_seed), -1)[:, : self.tests]
 
     def _split(self, inputs: np.ndarray, labels: np.ndarray, most: int) -> tuple[Array, ...]:
         """Batches on each device, as many as `most` examples take."""

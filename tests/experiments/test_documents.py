@@ -1,8 +1,10 @@
 """What the documents name is there."""
 
 import re
+import tomllib
 
 import pytest
+import yaml
 
 from tests.test_docs import ROOT
 
@@ -17,3 +19,19 @@ def test_links_and_files_that_are_named_exist(document):
         assert ((ROOT / document).parent / target).exists(), target
     for target in re.findall(r"`(tests/[\w./]+|experiments/[\w./]+)`", text):
         assert (ROOT / target).exists(), target
+
+
+def test_the_citation_is_of_this_version_and_has_what_the_format_asks_for():
+    cited = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert cited.keys() >= {"cff-version", "message", "title", "authors"}
+    assert cited["cff-version"] == "1.2.0"
+    assert all(isinstance(value, str) for key, value in cited.items() if key not in LISTS)
+    assert cited["version"] == project["version"]
+    assert cited["license"] == project["license"]
+    assert [author["name"] for author in cited["authors"]] == [
+        a["name"] for a in project["authors"]
+    ]
+
+
+LISTS = ("authors", "keywords")

@@ -19,8 +19,10 @@ import jax
 import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
 import pytest
 
+import experiments
 import normlab as nl
 from experiments import console as cli
 from experiments import models, questions, terminal
@@ -32,6 +34,7 @@ from experiments.engine import (
     Condition,
     Config,
     Records,
+    Source,
     decide,
     exact,
     lanes,
@@ -43,7 +46,9 @@ from experiments.engine.learn import optimizer
 from experiments.rundir import CHECKOUT, RunError
 from experiments.training.trainer import AXIS
 
-TINY = Config(dataset="digits", model="tiny", batch_size=16, steps=6, evaluations=3, seeds=2)
+TINY = Config(
+    dataset="digits", model="tiny", batch_size=16, steps=6, evaluations=3, seeds=2, first_seed=0
+)
 
 
 @pytest.fixture(autouse=True)
@@ -63,7 +68,7 @@ def make(monkeypatch):
             SECONDS=1,
             run=lambda config: iter(conditions),
             figure=lambda records: plt.figure(),
-            verdict=lambda records: (decide("one", [r["value"] for r in records], at_least=0),),
+            verdict=lambda records: (decide("one", "", [r["value"] for r in records], at_least=0),),
         )
         return name, made[name], config
 
@@ -94,30 +99,38 @@ class TestDecide:
         ],
     )
     def test_a_claim_holds_if_its_whole_interval_does(self, effects, bounds, decision):
-        assert decide("", effects, **bounds).decision == decision
+        assert decide("one", "", effects, **bounds).decision == decision
 
     def test_the_interval_is_students(self):
-        found = decide("", [1.0, 2.0, 3.0])
+        found = decide("one", "", [1.0, 2.0, 3.0])
         assert (found.effect, found.seeds) == (2, 3)
         half = 4.302652729911275 / math.sqrt(3)  # t of 2 degrees of freedom, times s/√n
         assert (found.low, found.high) == pytest.approx((2 - half, 2 + half))
 
     def test_orders_of_magnitude_are_judged_by_their_logarithm(self):
         errors = [1e-8, 1e-7, 2e-8]
-        assert decide("", errors, at_most=1e-6).decision == "holds"
-        found = decide("", errors, at_most=1e-5, geometric=True)
+        assert decide("one", "", errors, at_most=1e-6).decision == "holds"
+        found = decide("one", "", errors, at_most=1e-5, geometric=True)
         assert found.effect == pytest.approx(np.prod(errors) ** (1 / 3))
         assert 0 < found.low < 1e-8
         assert found.decision == "holds"
 
     def test_an_error_of_zero_counts_as_the_smallest_that_is_not(self):
-        found = decide("", [0.0, 1e-16, 1e-16], at_most=1e-12, geometric=True)
+        found = decide("one", "", [0.0, 1e-16, 1e-16], at_most=1e-12, geometric=True)
         assert (found.decision, found.effect) == ("holds", pytest.approx(1e-16))
-        assert decide("", [0.0, 0.0], at_most=1e-12, geometric=True).decision == "holds"
-        assert decide("", [0.0, 0.0, 5.0], at_least=2, geometric=True).decision == "undecided"
+        assert decide("one", "", [0.0, 0.0], at_most=1e-12, geometric=True).decision == "holds"
+        assert (
+            decide("one", "", [0.0, 0.0, 5.0], at_least=2, geometric=True).decision == "undecided"
+        )
+
+    @pytest.mark.parametrize("largest", [1e99, 1e200, 1.7e308])
+    def test_effects_whose_squares_overflow_are_undecided_or_have_an_interval(self, largest):
+        found = decide("one", "", [largest, -largest, 1.0], at_least=0)
+        assert found.decision == "undecided"
+        assert found.low < 0 < found.high
 
     def test_effects_that_agree_to_rounding_have_an_interval(self):
-        found = decide("", [1.0, 1.0 + 1e-16, 1.0 + 3e-16], at_least=0.5)
+        found = decide("one", "", [1.0, 1.0 + 1e-16, 1.0 + 3e-16], at_least=0.5)
         assert found.decision == "holds"
 
 
@@ -132,7 +145,7 @@ def test_the_last_value_of_each_seed_counts():
             ("b", 0, 2, 0.1),
         ]
     )
-    np.testing.assert_equal(records.accuracy(norm="a"), [90.0, math.nan])
+    np.testing.assert_equal(records.accuracy(norm="a"), [[90.0], [math.nan]])
     assert records.by_seed("accuracy", norm="b").tolist() == [0.1]
     assert records.steps_to(0.9, norm="a").tolist() == [2, 1]
     assert records.steps_to(0.95, norm="a").tolist() == [math.inf, math.inf]
@@ -210,7 +223,7 @@ class TestLearn:
         assert len(records) == 4 * 4
         assert [r["step"] for r in records[::4]] == [0, 2, 4, 6]
         assert {(r["seed"], r["lr"], r["sd"]) for r in records} == {
-            (seed, lr, 0.5) for seed, lr in itertools.product((0, 1), (0.1, 1e38))
+            (seed, lr, 0.5) for seed, lr in itertools.product(TINY.each_seed, (0.1, 1e38))
         }
         assert json.loads(json.dumps(records)) == records
         assert {type(r["rate"]) for r in records if r["lr"] == 0.1} == {float}
@@ -327,7 +340,7 @@ class TestKept:
         labels = {"norm": "batch", "lr": 0.5}
         (found,) = ask([make("all", [Condition(labels, values(1, 2))])], root=tmp_path, jobs=0)
         assert {str(p.relative_to(found.path)) for p in found.path.rglob("*") if p.is_file()} == {
-            *("config.json", "environment.json", "verdict.json", ".lock"),
+            *("config.json", "environment.json", "verdict.json", "bounds.json", ".lock"),
             *("figure.png", "figure.svg", "conditions/00-batch-lr-0.5.jsonl"),
         }
         config = json.loads((found.path / "config.json").read_text())
@@ -530,8 +543,20 @@ class TestVersion:
         assert files("experiments/other.py", "A = 2\n") == first
         second = files("normlab/sums.py", "def mean(x):\n    return sum(x) / (len(x) + 1)\n")
         assert second != first
-        asked = "import normlab\nTHRESHOLD = 3\ndef figure(r): return 1\n"
-        assert files("experiments/questions/asked.py", asked) != second
+        asked = "import normlab\nA = 3\ndef run(c): return A\ndef figure(r): return 1\n"
+        third = files("experiments/questions/asked.py", asked)
+        assert third != second
+        assert files("experiments/questions/asked.py", asked.replace("3", "4")) != third
+
+    def test_what_judges_the_records_does_not_count(self, files):
+        asked = "import normlab\nA, B = 3, 4\nM = 1\ndef run(c): return inner(c)\n"
+        asked += "def inner(c): return M\ndef verdict(r): return help(r)\ndef help(r): return A\n"
+        first = files("experiments/questions/asked.py", asked)
+        judged = asked.replace("A, B = 3, 4", "A, B = 5, 4").replace("return A", "return A + 1")
+        assert files("experiments/questions/asked.py", judged) == first
+        for part in ("M = 1", "return M"):
+            changed = asked.replace(part, part.replace("M", "N"))
+            assert files("experiments/questions/asked.py", changed) != first
 
     def test_it_does_not_change_with_what_is_imported_for_types_alone(self, files):
         package = "import typing\nif typing.TYPE_CHECKING:\n    from normlab import sums\n"
@@ -638,6 +663,12 @@ class TestCommand:
         assert stop.value.code == cli.EXIT_USAGE
         assert "x.html" in capsys.readouterr().err
 
+    def test_an_archive_that_is_no_zip_file_is_refused(self, tmp_path, capsys):
+        with pytest.raises(SystemExit) as stop:
+            cli.main(["report", "--archive", str(tmp_path / "records.tar")])
+        assert stop.value.code == cli.EXIT_USAGE
+        assert "records.zip" in capsys.readouterr().err
+
 
 class TestReport:
     """`report` and `verify` over two questions, of which one lacks its data."""
@@ -675,6 +706,58 @@ class TestReport:
         verdicts = json.loads(out.with_suffix(".json").read_text())["verdicts"]
         assert [v["decision"] for v in verdicts["has"]] == ["holds"]
         assert verdicts["lacks"] == []
+        assert 'id="has.one"' in page
+        assert "threshold (not locked)" in page
+        beside = {file.name for file in out.parent.iterdir()} - {out.name}
+        assert beside == {"page.json", "page-sources.bib"} | {
+            f"page-{name}.{kind}" for name in ("claims", "effects") for kind in ("csv", "parquet")
+        }
+        assert all(f'href="{name}"' in page for name in beside)
+        effects = pd.read_csv(out.with_name("page-effects.csv"))
+        assert list(effects.id) == ["has.one"] * 2
+        assert list(effects.seed) == list(TINY.each_seed)
+        assert list(effects.effect) == [1.0, 1.1]
+
+    def test_the_archive_holds_what_was_answered(self, asked, tmp_path, capsys):
+        asked(1.0, 1.1)
+        packed = tmp_path / "out" / "records.zip"
+        out = ("--out", tmp_path / "out" / "page.html", "--archive", packed)
+        assert self.command("report", tmp_path, *out) == terminal.EXIT_MISSING
+        assert "records.zip" in capsys.readouterr().out.replace("\n", "")
+        frame = experiments.load("has", packed)
+        assert list(frame[frame.kind == "value"].value) == [1.0, 1.1]
+        with pytest.raises(RunError, match="no finished run of lacks; it has has"):
+            experiments.load("lacks", packed)
+        first = packed.read_bytes()
+        assert self.command("report", tmp_path, *out) == terminal.EXIT_MISSING
+        assert packed.read_bytes() == first
+
+    def test_a_source_that_is_not_in_the_file_is_refused_with_the_nearest(
+        self, asked, tmp_path, capsys
+    ):
+        asked(1.0, lacks=False)
+        cites = decide("two", "it is so", [1.0, 1.1], at_least=0, source=Source("iofe2015"))
+        questions.require("has").verdict = lambda records: (cites,)
+        out = tmp_path / "out" / "page.html"
+        assert self.command("report", tmp_path, "--out", out) == cli.EXIT_USAGE
+        said = " ".join(capsys.readouterr().err.split())
+        assert "has.two cites 'iofe2015' (did you mean 'ioffe2015'" in said
+        assert not out.exists()
+
+    def test_the_terminal_shows_what_a_claim_was_asked_and_comes_to(
+        self, asked, tmp_path, capsys, monkeypatch
+    ):
+        asked(1.0, lacks=False)
+        found = decide("two", "it is so", [1.0, 1.1], at_least=0, size=5, untuned=True, unit="nats")
+        questions.require("has").verdict = lambda records: (found,)
+        monkeypatch.setattr(terminal.console, "_width", 200)
+        assert self.command("run", tmp_path, "has") == 0
+        (line,) = [
+            line for line in capsys.readouterr().out.splitlines() if line.startswith("│ two")
+        ]
+        assert [cell.strip() for cell in line.split("│")[1:-1]] == [
+            *("two", "1.05 nats [0.41, 1.69]", "≥ 0", "≥ 5: fails", "0.030", "holds (untuned)"),
+        ]
 
     def test_verify_tells_a_verdict_that_differs(self, asked, tmp_path, capsys):
         asked(1.0, 1.1, lacks=False)
@@ -694,7 +777,7 @@ class TestReport:
         "text",
         [
             *("[]", "{}", '{"verdicts": []}', '{"verdicts": {}}', '{"verdicts": {"has": [1]}}'),
-            '{"verdicts": {"has": [{"claim": "one", "decision": "holds", "effect": "much"}]}}',
+            '{"verdicts": {"has": [{"id": "one", "decision": "holds", "effect": "much"}]}}',
         ],
     )
     def test_verify_refuses_a_report_that_says_nothing(self, asked, tmp_path, capsys, text):
@@ -711,7 +794,7 @@ class TestReport:
         said = json.loads(out.with_suffix(".json").read_text())
         (verdict,) = said["verdicts"]["has"]
         if where == "a claim":
-            said["verdicts"]["has"].append({**verdict, "claim": "two"})
+            said["verdicts"]["has"].append({**verdict, "id": "has.two"})
         elif where == "a question":
             said["verdicts"]["was"] = [verdict]
         else:
@@ -722,7 +805,7 @@ class TestReport:
         assert self.command("verify", tmp_path, *against) == terminal.EXIT_MISSING
         table = capsys.readouterr().out
         assert table.count("differs") == 1
-        told = {"a claim": "two", "a question": "was", "a config": "(config) steps"}
+        told = {"a claim": "has.two", "a question": "was", "a config": "(config) steps"}
         assert told[where] in table
 
     def test_a_file_that_cannot_be_imported_does_not_stop_the_others(

@@ -19,7 +19,7 @@ import normlab as nl
 from experiments import models, questions
 from experiments.asking.ask import Answer, ask
 from experiments.data import load
-from experiments.engine import Checkpoint, Config, Record
+from experiments.engine import Checkpoint, Config, Record, Records
 from experiments.engine.devices import Lab, forms_gap, relative
 from experiments.questions import delay, gradient_sync, group_size, local_drift, synced_is_global
 from experiments.rundir import CHECKOUT, RunError
@@ -33,12 +33,39 @@ TINY = {
     "steps": 4,
     "evaluations": 2,
     "seeds": 2,
+    "warmup": 0,
 }
+TEXT = {"dataset": "markov", "model": "lm", "context": 8, "tests": 8, "width": 8, "depth": 2}
+AT_FIRST = {"dataset": "", "width": 16, "depth": 2, "length": 8, "batch_size": 2}
 SMALL = {
-    "batch_size_conv": {"model": "tiny_conv"},
-    "delay": {"every": (1,), "references": False},
+    "batch_size_conv": {"model": "tiny_conv", "widths": (8,)},
+    "delay": {"every": (1,)},
+    "adversarial": {"sizes": (0.1, 0.3), "attacked": 20},
+    "affine_alone": {"depths": (2,), "rates": (0.01,), "width": 8},
+    "angular_equilibrium": {"pool": 2, "width": 4},
+    "edge_of_stability": {"rates": (0.1,), "examples": 30, "pool": 2, "width": 4},
+    "ghost_batches": {"small": 10, "large": 40, "examples": 80, "epochs": 2, "rates": (0.1,)},
     "gradient_sync": {"gradients": ("forward",)},
+    "learning_rate": {"search": 4, "rates": (0.1, 0.2), "tests": 100},
+    "fine_tuning": {"model": "tiny_conv"},
+    "layer_conv": {"model": "tiny_conv"},
+    "norm_share": {"depth": 2, "channels": 8, "side": 4},
+    "recurrent": {"model": "lstm", "units": 4},
+    "resolution": {"model": "nin", "channels": (4, 4), "side": 6, "larger": (8,)},
+    "standardized_weights": {"model": "tiny_conv"},
+    "surfaces": {"widths": (6, 6), "images": 50},
+    "switchable": {"model": "tiny_conv"},
     "group_size": {"per_devices": (4,), "groups": (1, 4), "ghost": (2,)},
+    **dict.fromkeys(("mix_ln", "pre_post_gradient"), AT_FIRST),
+    **dict.fromkeys(("dyt_data", "ngpt_steps", "peri_variance", "qk_norm_rate"), TEXT),
+    **dict.fromkeys(("rezero_depth", "rms_layer_lm", "warmup"), TEXT),
+    "ln_scaling": {**TEXT, "depth": 4},
+    "dyt_vit": {"model": "vit", "patch": 4, "width": 8, "depth": 1, "tests": 50},
+    "last_layer_norm": {"model": "mlp", "depth": 2, "width": 8, "rates": (0.1,), "short": 4},
+    "leakage": {"model": "tiny_conv", "synthetic_steps": 3},
+    "noisy_batch_norm": {"strengths": (0.5,), "rates": (0.1,), "images": 50},
+    "rank_collapse": {"widths": (8, 16), "middle": 8, "depth": 16},
+    "spectral_reshaped": {"model": "vgg", "width": 4, "pool": 1},
 }
 
 
@@ -46,7 +73,7 @@ SMALL = {
 def tiny_model(monkeypatch):
     """One layer of a few sigmoids or filters: what takes time here is compiling."""
     for name, model in (("tiny", models.Mlp), ("tiny_conv", models.ConvNet)):
-        width = 8 if name == "tiny_conv" else 10
+        width = 8 if name == "tiny_conv" else 20
         monkeypatch.setitem(models.MODELS, name, functools.partial(model, widths=(width,)))
 
 
@@ -109,13 +136,25 @@ def evaluations(final: dict, **labels) -> list[Record]:
 
 
 GOOD, SAME, MIXED, BAD = [90.0, 91, 92], [89.9, 91.1, 92], [85.0, 95, 91], [80.0, 81, 82.2]
+BEST, MIDDLE = [93.0, 94.1, 95], [88.0, 91, 89.5]
 CASES = [(SAME, "holds"), (MIXED, "undecided"), (BAD, "fails")]
 
 
-@pytest.mark.parametrize(("delayed", "decision"), CASES)
-def test_delay_decides_by_the_accuracy_lost(delayed, decision):
-    records = evaluations({"fresh": GOOD, "every 2": delayed, "local": BAD})
-    assert judged(delay, records)[0].decision == decision
+@pytest.mark.parametrize(
+    ("delayed", "decisions"),
+    [
+        (BAD, ["holds"] * 3 + ["fails"]),
+        (MIXED, ["undecided"] * 4),
+        (BEST, ["fails"] * 3 + ["holds"]),
+    ],
+)
+def test_delay_decides_by_the_accuracy_lost(delayed, decisions):
+    old = {"every 2": delayed, "every 2, forward": delayed}
+    local = [v - 0.5 if delayed is BEST else v for v in MIDDLE]
+    records = evaluations({"fresh": GOOD, "fresh, forward": GOOD, "local": local, **old})
+    found = judged(delay, records)
+    assert [v.decision for v in found] == decisions
+    assert [v.id for v in found if v.source] == ["every-2.fresh"]
 
 
 @pytest.mark.parametrize(("forward", "decision"), CASES)
@@ -124,40 +163,73 @@ def test_gradient_sync_decides_by_the_accuracy_lost(forward, decision):
     assert [v.decision for v in judged(gradient_sync, records)] == [decision, "holds"]
 
 
+@pytest.mark.parametrize(("backward", "decision"), [(BAD, "holds"), (SAME, "undecided")])
+def test_gradient_sync_holds_where_backward_alone_loses(backward, decision):
+    (found,) = judged(gradient_sync, evaluations({"both": GOOD, "backward": backward}))
+    assert (found.id, found.decision, found.untuned) == ("backward", decision, True)
+
+
+BETTER = [93.0, 94.1, 95]
+
+
 @pytest.mark.parametrize(
-    ("alone", "decision"), [(BAD, "holds"), (MIXED, "undecided"), (GOOD, "fails")]
+    ("alone", "decision", "sized"),
+    [
+        (BAD, "holds", "holds"),
+        (MIXED, "undecided", "undecided"),
+        (BETTER, "fails", "fails"),
+        ([89.6, 90.8, 91.7], "holds", "fails"),
+    ],
 )
-def test_group_size_decides_by_the_accuracy_gained(alone, decision):
+def test_group_size_decides_by_the_accuracy_gained(alone, decision, sized):
     records = [
         *evaluations({"alone": alone}, per_device=2, group=1, together=2),
         *evaluations({"together": SAME}, per_device=2, group=8, together=16),
     ]
-    assert [v.decision for v in judged(group_size, records)] == [decision]
+    (found,) = judged(group_size, records)
+    assert (found.decision, found.sized) == (decision, sized)
+    assert found.source.number == "34.7 → 23.7% error from 2 to 16 together"
+
+
+def test_group_size_has_no_number_where_its_source_has_none():
+    assert group_size.source(8, 64).number == "24.8 → 23.6% error from 8 to 32 together"
+    assert group_size.source(3, 24).number == ""
 
 
 @pytest.mark.parametrize(
     ("share", "lost", "decisions"),
     [
-        (0.2, 9.0, ["holds"] * 4 + ["fails", "holds"]),
-        (0.05, 0.1, ["holds", "fails"] * 3),
-        (0.3, 0.1, ["fails", "holds"] * 2 + ["holds", "fails"]),
+        (0.2, -9.0, ["holds"] * 3 + ["fails"] * 2 + ["fails", "holds", "holds"]),
+        (0.005, 0.1, ["fails", "holds", "fails"] + ["holds"] * 3 + ["fails", "holds"]),
     ],
 )
 def test_local_drift_decides_by_the_share_between_devices(share, lost, decisions):
     drifts = [
         {"kind": "drift", "condition": condition, "seed": seed, "step": step, "layer": layer}
-        | {"batch": share, "running": share, "sampling": 0.2}
-        for condition in ("shuffled", "sorted")
+        | {"batch": share, "running": share / part, "sampling": 0.2}
+        for condition, part in (("shuffled", 100), ("sorted", 1))
         for seed in range(3)
         for step in (1, 9)
-        for layer in "ab"
+        for layer in "abc"
     ]
     averaging = [
-        {"kind": "averaging", "condition": condition, "seed": seed, "step": 9, "lost": lost}
-        for condition in ("shuffled", "sorted")
+        {"kind": "averaging", "condition": condition, "seed": seed, "step": 9}
+        | {"merged": merged, "averaged": merged - lost / 100 + seed / 1e5}
+        for condition, merged in (("shuffled", 0.8), ("sorted", 0.7))
         for seed in range(3)
     ]
-    assert [v.decision for v in judged(local_drift, drifts + averaging)] == decisions
+    found = judged(local_drift, drifts + averaging)
+    assert [v.decision for v in found] == decisions
+
+
+def test_local_drift_evaluates_one_net_with_merged_and_with_averaged_statistics():
+    _, by_class = local_drift.run(tiny("local_drift"))
+    found = [r for r in by_class.measure(None) if not isinstance(r, Checkpoint)]
+    ends = [r for r in found if r["kind"] == "averaging"]
+    for key in ("merged", "averaged"):
+        values = Records(ends).accuracy(key=key, kind="averaging")
+        assert values.shape == (2, 1 + 500)
+        np.testing.assert_allclose(values[:, 1:].mean(1), values[:, 0], atol=1)
 
 
 @pytest.mark.parametrize(
@@ -180,7 +252,7 @@ def test_synced_is_global_decides_by_the_error(error, synced, averaged):
         for seed in range(3)
     ]
     decisions = [v.decision for v in judged(synced_is_global, records)]
-    assert decisions == [synced] * 6 + [averaged] * 6
+    assert decisions == [synced] * 4 + [averaged]
 
 
 @pytest.mark.parametrize(
@@ -248,7 +320,7 @@ def test_on_a_mesh_hosts_drift_and_not_their_chips():
     assert {r["sampling"] for r in drifts} == {1 / 15}  # two hosts of eight examples
     assert all(0 < r["running"] < 1 for r in drifts)
     ends = [r for r in lab.learn(nl.Sync("axis1"), population=local_drift.remembered)][-1]
-    own = [v for v in ends.leaves if v.shape == (4, 2, 10)]  # [devices, seeds, C]
+    own = [v for v in ends.leaves if v.shape == (4, 2, 20)]  # [devices, seeds, C]
     assert len(own) > 4
     for v in own:
         np.testing.assert_allclose(v[0::2], v[1::2], rtol=1e-5, atol=1e-6)

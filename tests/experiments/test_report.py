@@ -1,5 +1,6 @@
 """The report page: its structure, and what a real browser makes of it."""
 
+import ast
 import itertools
 import math
 import re
@@ -9,12 +10,17 @@ import xml.etree.ElementTree as ET
 from pathlib import Path
 
 import matplotlib.pyplot as plt
+import pandas as pd
 import pytest
 
-from experiments import figures
+from experiments import figures, questions
+from experiments.asking import numbers, references, tables
 from experiments.asking import page as report
-from experiments.engine.verdict import Verdict, decide
-from experiments.rundir import RunError
+from experiments.asking.section import Row, Section, Tuning, families, row
+from experiments.asking.thresholds import Line
+from experiments.engine import Config
+from experiments.engine.verdict import Source, Verdict, bounds, decide, decide_share
+from experiments.rundir import CHECKOUT, RunError
 
 HTML = "{http://www.w3.org/1999/xhtml}"
 HOSTILE = "<script>alert(1)</script> & \"quotes\" 'too' " + "unbreakable" * 30
@@ -42,7 +48,19 @@ def picture(title: str) -> str:
     return figures.encode(figure, "svg").decode()
 
 
-def question(name: str, **values) -> report.Section:
+BEGUN = "2026-01-02T03:04:05+00:00"
+REFERENCES = {
+    key: references.Entry(key, label, authors, title, "2015", venue, links, "@misc{}")
+    for key, label, authors, title, venue, links in (
+        ("one2015", "One & Two 2015", "A. One and B. Two", "The Title", "A Venue 1 (2), 3–4", ()),
+        ("bad2015", HOSTILE, HOSTILE, HOSTILE, HOSTILE, ((HOSTILE, "https://example.org"),)),
+        ("uncited2015", "Uncited 2015", "U. Uncited", "Nobody Cites It", "", ()),
+    )
+}
+FILES = {"claims.csv": "report-claims.csv", HOSTILE: HOSTILE}
+
+
+def question(name: str, **values) -> Section:
     text = {
         "question": f"Does {name} hold?",
         "Claim": "It does (https://arxiv.org/abs/1502.03167).",
@@ -52,27 +70,55 @@ def question(name: str, **values) -> report.Section:
     }
     config = {"lr": 0.1, "norms": ("none", "batch"), "data_dir": None}
     data = {"name": "digits", "origin": "scikit-learn", "sha256": "0123456789abcdef" * 4}
-    empty = report.Section(name, text, (), "", config, (data,), 12.3, (), "")
+    empty = Section(name, text, config, data=(data,), seconds=12.3, run=f"{name}-0123456789ab")
     return empty._replace(**values)
 
 
-def sections() -> tuple[report.Section, ...]:
-    verdicts = (
-        decide("it is large", [31.0, 33.0, 30.0], at_least=10, unit="times", geometric=True),
-        decide("it is small", [1.2, 1.4, 1.1], at_most=0.5, unit="points"),
-        decide("one seed says little", [2.0], at_least=1, unit="nats"),
-        decide("a seed diverged", [math.nan, 1.0], at_least=1, at_most=2),
+def line(verdict: Verdict, date: str, reason: str = "the source's") -> Line:
+    return Line(verdict.id, *bounds(verdict), date, "0123456789ab", reason)
+
+
+def rows(*verdicts: Verdict, locked: dict[str, list[Line]] | None = None) -> tuple[Row, ...]:
+    config = Config(dataset="", seeds=3)
+    return tuple(row(v, config, (locked or {}).get(v.id, ()), BEGUN) for v in verdicts)
+
+
+def sections() -> tuple[Section, ...]:
+    source = Source("one2015", "section 3", "23.7 → 34.7% error", "abstract")
+    large = decide(
+        *("mixed.large", "it is `large`", [31.0, 33.0, 30.0]),
+        **{"at_least": 1, "size": 40, "unit": "times", "geometric": True, "source": source},
     )
-    mixed = question("mixed", verdicts=verdicts, svg=picture("mixed"), data=())
-    missing = question("absent", missing="cifar10 cannot be had.", config={})
+    small = decide("mixed.small", "it is small", [1.2, 1.4, 1.1], at_most=0.5, unit="points")
+    single = decide("mixed.one", "one seed says little", [2.0], at_least=1, unit="nats")
+    bad = decide("mixed.diverged", "a seed diverged", [math.nan, 1.0], at_least=1, at_most=2)
+    exact = decide("mixed.exact", "it is zero", [0.0, 0.0, 0.0], at_most=1e-9, exact=True)
+    share = decide_share(
+        "mixed.share", "most learn", [True, True, False], at_least=0.5, untuned=True, source=source
+    )
+    history = [line(large._replace(size=20), "2026-01-01"), line(large, "2026-01-03", "a look")]
+    locked = {large.id: history, small.id: [line(small, "2026-01-02")]}
+    found = rows(large, small, single, bad, exact, share, locked=locked)
+    chosen = Tuning("batch", ((0.1, 0.5), (1.0, 0.931), (10.0, None)), "accuracy", 1.0, "")
+    edge = Tuning("none", ((0.1, 0.5), (1.0, 0.6)), "accuracy", 1.0, "highest")
+    svg = picture("mixed")
+    mixed = question("mixed", rows=found, svg=svg, data=(), tunings=(chosen, edge))
+    missing = question("absent", missing="cifar10 cannot be had.", config={}, run="")
     text = dict.fromkeys(("question", "Claim", "Source", "Protocol", "Command", "Found"), HOSTILE)
-    bad = Verdict(HOSTILE, "holds", 1e-8, -1e99, 1e99, -math.inf, math.inf, HOSTILE, 3)
+    worst = decide(
+        *("hostile.worst", HOSTILE, [1e-8, -1e99, 1e99]),
+        at_least=0,
+        unit=HOSTILE,
+        source=Source("bad2015", HOSTILE, HOSTILE),
+    )
     hostile = question(
         "hostile",
         text=text,
-        verdicts=(bad,),
+        rows=rows(worst, locked={worst.id: [line(worst, HOSTILE, HOSTILE)]}),
+        tunings=(Tuning(HOSTILE, ((0.1, None),), "loss", 0.1, HOSTILE),),
         svg=picture(HOSTILE[:40]),
         config={HOSTILE: HOSTILE},
+        profile="full",
         data=({"name": HOSTILE, "origin": HOSTILE, "sha256": "f" * 64},),
         diverged=(HOSTILE,),
     )
@@ -80,7 +126,7 @@ def sections() -> tuple[report.Section, ...]:
 
 
 def write() -> str:
-    return report.page(sections(), ENVIRONMENT)
+    return report.page(sections(), ENVIRONMENT, REFERENCES, FILES)
 
 
 @pytest.fixture(scope="module")
@@ -115,6 +161,8 @@ def test_every_id_is_unique_and_every_link_inside_the_page_arrives(tree):
     assert set(targets) <= set(ids)
     for name in ("mixed", "absent", "hostile"):
         assert {f"q-{name}", f"o-{name}"} <= set(targets)
+    claims = {v.id for section in sections() for v in section.verdicts}
+    assert claims | {"ref-one2015", "ref-bad2015"} <= set(targets)
 
 
 def test_nothing_is_loaded_from_elsewhere(page, tree):
@@ -131,23 +179,148 @@ def test_nothing_is_loaded_from_elsewhere(page, tree):
 def test_what_is_said_is_escaped(tree):
     assert not list(tree.iter(HTML + "script"))
     hostile = next(e for e in tree.iter() if e.get("id") == "q-hostile")
-    # headline, lead, claim, unit, diverged, four parts, data (2), config (2) and its data
-    assert "".join(hostile.itertext()).count("<script>alert(1)</script> &") == 14
+    # headline, lead, claim, unit, the source's number, diverged, four parts, data (2), config (2)
+    # and its data; of the evidence the line's commit and reason, the source (3); of tuning the net
+    # and the edge
+    assert "".join(hostile.itertext()).count("<script>alert(1)</script> &") == 21
+    (source,) = [e for e in tree.iter() if e.get("id") == "ref-bad2015"]
+    assert "".join(source.itertext()).count("<script>alert(1)</script> &") == 4
 
 
-def test_every_claim_stands_in_the_overview_and_in_its_section(tree):
+def test_every_claim_stands_in_the_overview_and_with_its_evidence_in_its_section(tree):
     overview = next(e for e in tree.iter() if e.get("id") == "overview")
-    rows = [words(e) for e in of_class(overview, "claim")]
-    assert len(rows) == 6
-    assert rows[0] == "it is large ✓ holds 31.3 times [27.8, 35.3] ≥ 10 3"
-    assert rows[1] == "it is small ✗ fails 1.23 points [0.85, 1.61] ≤ 0.5 3"
-    assert rows[2] == "one seed says little ? undecided 2 nats no interval ≥ 1 1"
-    assert rows[3] == "a seed diverged ? undecided not finite no interval 1 to 2 2"
-    assert rows[4] == "It does (arXiv:1502.03167). ∅ missing cifar10 cannot be had."
+    shown = [words(e) for e in of_class(overview, "claim")]
+    assert shown[:7] == [
+        "it is large ✓ holds 31.3 times [27.8, 35.3] ≥ 1 size ≥ 40: ✗ fails < 0.001",
+        "it is small ✗ fails 1.23 points [0.85, 1.61] ≤ 0.5 0.028",
+        "one seed says little ? undecided 2 nats no interval ≥ 1 –",
+        "a seed diverged ? undecided not finite no interval 1 to 2 –",
+        "it is zero ✓ holds 0 [0, 0] ≤ 1 × 10⁻⁹ identity",
+        "most learn ? undecided 0.67 of the seeds [0.09, 0.99] ≥ 0.5 1.00",
+        "It does (arXiv:1502.03167). ∅ missing cifar10 cannot be had.",
+    ]
     section = next(e for e in tree.iter() if e.get("id") == "q-mixed")
-    assert [words(e) for e in of_class(section, "claim")] == rows[:4]
-    counts = words(of_class(overview, "counts")[0])
-    assert counts == "Show all 6 ✓ holds 2 ✗ fails 1 ? undecided 2 ∅ missing 1"
+    (table,) = of_class(section, "claims")
+    assert [words(e) for e in of_class(table, "claim")] == [
+        "it is large mixed.large literature ✓ holds 31.3 times [27.8, 35.3] ≥ 1 "
+        "size ≥ 40: ✗ fails 23.7 → 34.7% error 3 < 0.001 Holm < 0.001 BH < 0.001",
+        "it is small mixed.small ours ✗ fails 1.23 points [0.85, 1.61] ≤ 0.5 – 3 0.014 "
+        "Holm 0.028 BH 0.028",
+        "one seed says little mixed.one ours ? undecided 2 nats no interval ≥ 1 – 1 – Holm – BH –",
+        "a seed diverged mixed.diverged ours ? undecided not finite no interval 1 to 2 – 2 – "
+        "Holm – BH –",
+        "it is zero mixed.exact identity ✓ holds 0 [0, 0] ≤ 1 × 10⁻⁹ – 3 < 0.001",
+        "most learn mixed.share literature untuned ? undecided 0.67 of the seeds [0.09, 0.99] "
+        "≥ 0.5 23.7 → 34.7% error 3 1.00 Holm 1.00 BH 1.00",
+    ]
+    counts = [words(e) for e in of_class(overview, "counts")]
+    assert counts[0] == "Show all 8 ✓ holds 2 ✗ fails 1 ? undecided 4 ∅ missing 1"
+    assert counts[1] == "of kind any identity 1 literature 3 ours 3"
+
+
+def test_the_overview_counts_each_kind_and_what_is_decided_still(tree):
+    (table,) = of_class(tree, "kinds")
+    found = [words(e) for e in table.iter(HTML + "tr")][1:]
+    assert found == [
+        "identity is so exactly or up to rounding 1 1 – – 0 – – 0",
+        "literature a source says it 3 1 1 1 0 0 0 2",
+        "ours no source says it 3 0 0 0 1 1 1 2",
+    ]
+
+
+def evidence(tree: ET.Element, claim: str) -> dict[str, str]:
+    """What the details of a claim say, by their headings."""
+    body = next(e for e in tree.iter() if e.get("id") == claim)
+    (found,) = of_class(body, "evidence")
+    said, heading = {}, ""
+    for element in found:
+        if element.tag == HTML + "dt":
+            heading = words(element)
+        else:
+            said[heading] = words(element)
+    return said
+
+
+def test_a_claim_leads_to_its_seeds_its_threshold_its_source_and_a_command(tree):
+    said = evidence(tree, "mixed.large")
+    assert said["Seeds"] == "100: 31 101: 33 102: 30"
+    assert said["Interval"].startswith("Student’s t over the seeds, of the logarithm; standard")
+    assert said["Threshold"] == (
+        "at_least 1, size 20: set before the run, 2026-01-01, commit 0123456789ab. the source's "
+        "at_least 1, size 40: set after the run, 2026-01-03, commit 0123456789ab. a look"
+    )
+    assert said["Source"] == (
+        "One & Two 2015, section 3: 23.7 → 34.7% error; its abstract alone was read."
+    )
+    assert said["Repeat"] == "python -m experiments run mixed --again"
+    assert "mixed-0123456789ab" in said["Records"]
+    assert 'experiments.load("mixed")' in said["Records"]
+    assert "set before the run" in evidence(tree, "mixed.small")["Threshold"]
+    assert evidence(tree, "mixed.one")["Threshold"].startswith("Not locked")
+    assert evidence(tree, "mixed.one")["Seeds"] == "One effect each, not by seed: 2"
+    assert evidence(tree, "mixed.one")["Source"] == "None: the claim is ours."
+    assert evidence(tree, "hostile.worst")["Repeat"].endswith("hostile --profile full --again")
+    summaries = [words(e) for e in tree.iter(HTML + "summary")]
+    assert (
+        "Seeds, threshold (set after the run, 2026-01-03, changed once), source of mixed.large"
+        in (summaries)
+    )
+
+
+def test_the_page_says_how_many_bounds_were_set_when(tree):
+    (method,) = [e for e in tree.iter() if e.get("id") == "method"]
+    assert (
+        "Of 7 bounds 1 were set before their run, 2 after a look at it; 4 are not locked."
+    ) in words(method)
+    assert "seeds from 100 on" in words(method)
+    assert "were written before the run" not in words(tree)
+
+
+def test_verdicts_of_seeds_that_pilots_have_are_said_to_be():
+    pilot = question("pilot", config={"first_seed": 0})
+    text = words(ET.fromstring(report.page([pilot], ENVIRONMENT, {}, {})))
+    assert "Not every verdict is of seeds that no pilot had: pilot used seeds below 100" in text
+
+
+def test_chosen_rates_are_shown_and_the_end_of_a_grid_is_flagged(tree):
+    section = next(e for e in tree.iter() if e.get("id") == "q-mixed")
+    (table,) = of_class(section, "tunings")
+    assert [words(e) for e in table.iter(HTML + "tr")][1:] == [
+        "batch 1 0.1 (50.0%), 1 (93.1%), 10 (diverged)",
+        "none 1 highest of its grid 0.1 (50.0%), 1 (60.0%)",
+    ]
+
+
+def test_every_source_that_is_cited_is_listed_with_the_claims_that_cite_it(tree):
+    (listed,) = [e for e in tree.iter() if e.get("id") == "references"]
+    assert [e.get("id") for e in listed.iter(HTML + "li")] == ["ref-bad2015", "ref-one2015"]
+    assert words(next(listed.iter(HTML + "li"))).endswith("cited by hostile.worst")
+    one = words([*listed.iter(HTML + "li")][1])
+    assert one == (
+        "A. One and B. Two (2015). The Title. A Venue 1 (2), 3–4. cited by mixed.large, mixed.share"
+    )
+
+
+def test_the_data_beside_the_page_are_linked_by_relative_addresses(tree):
+    links = [a.get("href") for a in tree.iter(HTML + "a") if a.get("href")[0] not in "#h"]
+    assert [urllib.parse.unquote(link) for link in links] == ["report-claims.csv", HOSTILE]
+    assert not any(set('<> "') & set(link) for link in links)
+
+
+def test_holm_counts_the_claims_of_a_question_and_bh_those_of_all():
+    def of(name, *p):
+        found = [decide(f"{name}.{i}", "", [1.0, 1.0], at_least=0) for i in range(len(p))]
+        exact = decide(f"{name}.exact", "", [0.0], exact=True)
+        found = [v._replace(p=one) for v, one in zip(found, p, strict=True)]
+        return question(name, rows=rows(*found, exact))
+
+    found = families([of("a", 0.01, 0.02), of("b", 0.04, math.nan), of("c")])
+    assert {id: one.holm for id, one in found.items() if id != "b.1"} == pytest.approx(
+        {"a.0": 0.02, "a.1": 0.02, "b.0": 0.04}
+    )
+    assert [found[id].bh for id in ("a.0", "a.1", "b.0")] == pytest.approx([0.03, 0.03, 0.04])
+    assert math.isnan(found["b.1"].holm)
+    assert math.isnan(found["b.1"].bh)
 
 
 def test_headings_are_in_order_tables_have_scopes_and_figures_are_described(tree):
@@ -217,20 +390,150 @@ def luminance(colour: str) -> float:
     ],
 )
 def test_numbers_are_set_as_in_print(value, text):
-    assert report.number(value) == text
+    assert numbers.number(value) == text
+
+
+def test_a_narrow_range_is_shown_by_its_middle():
+    narrow = decide("a", "", [1.0, 1.0], at_least=1 - 1e-6, at_most=1 + 1e-6)
+    assert numbers.threshold(narrow) == "1 ± 1 × 10⁻⁶"
 
 
 def test_a_question_given_twice_is_refused():
     with pytest.raises(RunError, match="'mixed' twice"):
-        report.page([question("mixed")] * 2, ENVIRONMENT)
+        report.page([question("mixed")] * 2, ENVIRONMENT, {}, {})
 
 
 def test_no_question_at_all_is_still_a_page():
-    assert "all <b>0</b>" in report.page([], ENVIRONMENT)
+    assert "all <b>0</b>" in report.page([], ENVIRONMENT, {}, {})
+
+
+# --- The sources and the tables ---------------------------------------------------------------
+
+
+def test_every_source_that_a_question_cites_is_in_the_file():
+    known = references.read()
+    for name in questions.NAMES:
+        path = CHECKOUT / f"experiments/questions/{name}.py"
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Constant) and re.fullmatch(
+                r"[a-z]+\d{4}[a-z]?", str(node.value)
+            ):
+                assert node.value in known, f"{name} cites {node.value}"
+
+
+def test_every_entry_is_whole_and_named_by_its_first_author_and_year():
+    for key, entry in references.read().items():
+        assert re.fullmatch(r"[a-z]+\d{4}[a-z]?", key)
+        assert entry.year == re.sub(r"\D", "", key)
+        assert entry.title
+        assert not re.search(r"[{}\\]", "".join(entry[:6])), key
+        assert entry.links or entry.venue, f"nobody finds {key}"
+
+
+BIB = """@article{one2015,
+  author = {One, A. and G{\\"u}l, B. and {The Group}},
+  title = {The {Title}},
+  year = {2015},
+  journal = {Venue},
+  volume = {1},
+  number = {2},
+  pages = {3--4},
+  url = {https://example.org/a_b%20c}
+}
+"""
+
+
+def bib(tmp_path: Path, text: str) -> Path:
+    path = tmp_path / "sources.bib"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_an_entry_is_read_in_words(tmp_path):
+    (entry,) = references.read(bib(tmp_path, BIB)).values()
+    assert entry.authors == "A. One, B. Gül and The Group"
+    assert (entry.label, entry.title, entry.venue) == (
+        *("One et al. 2015", "The Title", "Venue 1 (2), 3–4"),
+    )
+    assert entry.links == (("example.org", "https://example.org/a_b%20c"),)
+    assert entry.bibtex == BIB.strip()
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (BIB + BIB, "sources.bib, line 11: .*one2015"),
+        (BIB[:60], "sources.bib, line 1: "),
+        (BIB.replace("year", "years"), "line 1: one2015 has no year"),
+        (BIB.replace("author", "by"), "line 1: one2015 has no author"),
+        (BIB.replace("{The {Title}}", "{}"), "line 1: one2015 has no title"),
+    ],
+)
+def test_a_file_of_sources_that_is_not_well_formed_is_refused(tmp_path, text, said):
+    with pytest.raises(RunError, match=said):
+        references.read(bib(tmp_path, text))
+    with pytest.raises(RunError, match="cannot read the sources"):
+        references.read(tmp_path / "none.bib")
+
+
+def test_an_address_that_is_no_web_page_is_no_link(tmp_path):
+    text = BIB.replace("https://example.org/a_b%20c", "javascript:alert(1)")
+    assert references.read(bib(tmp_path, text))["one2015"].links == ()
+
+
+def test_a_key_that_is_not_in_the_file_is_named_with_the_nearest():
+    cites = decide("a.one", "", [1.0, 1.0], at_least=0, source=Source("ono2015"))
+    with pytest.raises(RunError, match=r"a.one cites 'ono2015' \(did you mean 'one2015'"):
+        references.require([cites], REFERENCES)
+
+
+def test_the_tables_hold_every_claim_and_effect_in_both_formats(tmp_path):
+    found = sections()
+    for name, content in tables.files(found).items():
+        (tmp_path / name).write_bytes(content)
+    claims = pd.read_parquet(tmp_path / "claims.parquet").set_index("id")
+    assert list(claims.index) == [v.id for section in found for v in section.verdicts]
+    large = claims.loc["mixed.large"]
+    assert (large.decision, large.sized, large.at_least, large["size"]) == ("holds", "fails", 1, 40)
+    assert (large.source, large.read, large.run) == ("one2015", "abstract", "mixed-0123456789ab")
+    assert large.effect == pytest.approx(31.3, abs=0.1)
+    assert pd.isna(large.at_most)  # no bound
+    assert pd.isna(claims.loc["mixed.exact"].p_holm)
+    assert claims.loc["hostile.worst"].claim == HOSTILE
+    effects = pd.read_parquet(tmp_path / "effects.parquet")
+    mine = effects[effects.id == "mixed.large"]
+    assert list(mine.seed) == [100, 101, 102]
+    assert list(mine.effect) == [31.0, 33.0, 30.0]
+    assert pd.isna(effects[effects.id == "mixed.diverged"].effect.iloc[0])
+    assert pd.isna(effects[effects.id == "mixed.one"].seed.iloc[0])
+    for name, columns in (("claims", tables.CLAIMS), ("effects", tables.EFFECTS)):
+        parquet = pd.read_parquet(tmp_path / f"{name}.parquet")
+        csv = pd.read_csv(tmp_path / f"{name}.csv", keep_default_na=False, dtype=str)
+        assert list(csv) == list(parquet) == list(columns)
+        assert len(csv) == len(parquet)
+        assert parquet.dtypes.astype(str).to_dict() == columns
+        for column in ("id", "question"):
+            assert list(csv[column]) == list(parquet[column])
+
+
+def test_tables_of_nothing_have_their_columns():
+    assert list(tables.claims([])) == list(tables.CLAIMS)
+    assert tables.files([])["effects.csv"] == b"question,id,seed,effect\n"
+
+
+def test_the_same_claims_make_the_same_tables():
+    assert tables.files(sections()) == tables.files(sections())
+
+
+def test_every_column_is_described():
+    text = (CHECKOUT / "docs/questions.md").read_text(encoding="utf-8")
+    for column in (*tables.CLAIMS, *tables.EFFECTS):
+        assert f"`{column}`" in text, column
 
 
 # --- In a browser -----------------------------------------------------------------------------
 
+CHOSEN = (".claim", "tbody")
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 
 STICKING_OUT = """() => [...document.querySelectorAll("body *")].filter(e => {
@@ -321,14 +624,35 @@ def test_text_has_contrast_on_a_ground_as_light_or_dark_as_asked(visit, width, s
         assert contrast(text, behind) >= 4.5, (text, behind)
 
 
-def test_a_choice_shows_the_claims_of_one_verdict(visit):
+def test_a_choice_shows_the_claims_of_one_verdict_and_of_one_kind(visit):
     tab = visit()
-    assert tab.locator(".overview .claim:visible").count() == 6
-    for name, count in {"holds": 2, "fails": 1, "undecided": 2, "missing": 1, "all": 6}.items():
+    claims, questions = (tab.locator(f".overview .questions {what}:visible") for what in CHOSEN)
+    assert claims.count() == 8
+    for name, count in {"holds": 2, "fails": 1, "undecided": 4, "missing": 1, "all": 8}.items():
         tab.check(f"#show-{name}")
-        assert tab.locator(".overview .claim:visible").count() == count
+        assert claims.count() == count
+    for name, count in {"identity": 1, "literature": 3, "ours": 3}.items():
+        tab.check(f"#kind-{name}")
+        assert claims.count() == count
     tab.check("#show-fails")
-    assert tab.locator(".overview tbody:visible").count() == 1
+    assert (claims.count(), questions.count()) == (1, 1)
+    tab.check("#kind-literature")
+    assert (claims.count(), questions.count()) == (0, 0)
+    tab.check("#show-undecided")
+    assert (claims.count(), questions.count()) == (2, 2)
+    assert tab.locator(".kinds tbody:visible").count() == 1
+
+
+def test_an_address_leads_to_a_claim_whose_evidence_opens_by_keyboard(visit):
+    tab = visit()
+    tab.click('.overview a[href="#mixed.small"]')
+    assert tab.url.endswith("#mixed.small")
+    body = tab.locator('[id="mixed.small"]')
+    assert body.evaluate("e => e.matches(':target')")
+    assert not body.locator(".evidence").is_visible()
+    body.locator("summary").focus()
+    tab.keyboard.press("Enter")
+    assert body.locator(".evidence").is_visible()
 
 
 def test_a_keyboard_reaches_the_overview_first_and_links_lead_there_and_back(visit):
@@ -346,7 +670,8 @@ def test_in_print_the_page_is_white_whole_and_fits(visit):
     tab.check("#show-fails")
     tab.emulate_media(media="print")
     assert tab.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
-    assert tab.locator(".overview .claim:visible").count() == 6
+    assert tab.locator(".overview .claim:visible").count() == 8
+    assert all(found.is_visible() for found in tab.locator(".evidence").all())
     assert all(config.is_visible() for config in tab.locator(".config").all())
     assert all(contrast(*pair) >= 4.5 for pair in tab.evaluate(TEXT_ON_GROUND))
     assert tab.evaluate(STICKING_OUT) == []

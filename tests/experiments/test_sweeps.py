@@ -68,8 +68,8 @@ class Question:
 
     def verdict(self, records):
         effects = records.by_seed("value")
-        yield decide("it is small", effects, at_most=0.5, unit="nats")
-        yield decide(f"it is {records[0]['lr']}", effects, at_least=0)
+        yield decide("small", "it is small", effects, at_most=0.5, unit="nats")
+        yield decide(f"lr-{records[0]['lr']:g}", f"it is {records[0]['lr']}", effects, at_least=0)
 
 
 @pytest.fixture
@@ -196,14 +196,15 @@ class TestTable:
         assert "has: 4 points (2 lr × 2 seeds), about 10 s of one core" in said.err
         assert "│ 0.1  │ 2     │ ✓ 0.105 │ ✓ 0.105 │         │ has-" in said.out
         assert "│ 0.45 │ 3     │ ? 0.495 │         │ ✓ 0.495 │ has-" in said.out
-        assert "1  it is small: ≤ 0.5 nats\n" in said.out
+        assert "1  has.small: it is small, ≤ 0.5 nats\n" in said.out
         lines, table = written(tmp_path)
         assert [(line["lr"], line["seeds"]) for line in lines] == [
             *(("0.1", "2"), ("0.1", "3"), ("0.45", "2"), ("0.45", "3"))
         ]
-        assert lines[3]["it is small"] == "undecided"
-        assert float(lines[3]["it is small: effect"]) == pytest.approx(0.495)
-        assert lines[3]["it is 0.1"] == ""
+        assert lines[3]["has.small"] == "undecided"
+        assert float(lines[3]["has.small: effect"]) == pytest.approx(0.495)
+        assert float(lines[3]["has.small: p"]) > 0.05
+        assert lines[3]["has.lr-0.1"] == ""
         assert table["config"]["batch_size"] == 8
         assert not {"lr", "seeds"} & table["config"].keys()
         for line, point in zip(lines, table["points"], strict=True):
@@ -273,7 +274,7 @@ class TestTable:
         assert capsys.readouterr().err.count("2 points (2 lr)") == 2
         for name in ("has", "other"):
             lines, _ = written(tmp_path, name)
-            assert [line["it is small"] for line in lines] == ["holds", "holds"]
+            assert [line[f"{name}.small"] for line in lines] == ["holds", "holds"]
 
     def test_nothing_is_measured_if_one_question_lacks_the_field(
         self, run, question, tmp_path, capsys

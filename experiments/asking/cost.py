@@ -1,0 +1,137 @@
+"""`cost`: what a profile costs on one GPU, by the operations of its programs.
+
+A model, for planning: nothing of it was measured on a GPU. The operations of one optimizer step and
+of one evaluation are those that XLA counts in the lowered program, times their numbers. A small
+step does not fill a GPU, so that it takes `STEP` at least.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Annotated, Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import tyro
+from rich.table import Table
+
+from .. import models, questions
+from ..engine.learn import Learning, dataset, optimizer
+from ..engine.question import Condition
+from ..rundir import RunError
+from ..terminal import console
+from ..training.trainer import DeviceData, Trainer
+from .answers import Ask, chosen
+from .page import duration
+
+RATE = 2e13
+"""Operations per second: a third of what an H100 does in float32 outside its tensor cores."""
+
+STEP = 5e-4
+"""Seconds that a step takes at least: about a hundred kernels, one after the other."""
+
+PIECE = 480.0
+"""Seconds of a piece, `--minutes 8`."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost(Ask):
+    """Say what questions cost on one GPU, by the operations of their programs."""
+
+    profile: Literal["quick", "full"] = "full"
+    """The paper's protocol on a GPU, or minutes on two cores."""
+
+    config: Annotated[tuple[str, ...], tyro.conf.Suppress] = ()
+    """What followed `--`."""
+
+
+class Count(NamedTuple):
+    """What a condition computes.
+
+    Attributes:
+      steps: Optimizer steps, one after the other.
+      operations: All floating point operations; `None` where they were not counted, because the
+        condition is no training of `learn` or `tuned`.
+    """
+
+    steps: int
+    operations: float | None
+
+    @property
+    def seconds(self) -> float:
+        """What the model says."""
+        return max((self.operations or 0.0) / RATE, self.steps * STEP)
+
+
+def cost(command: Cost) -> int:
+    """Prints a row for each question."""
+    names = command.names or questions.NAMES
+    asked, broken = chosen(command, names, command.config)
+    if broken:
+        raise RunError(broken[0].failed)
+    columns = ("question", "conditions", "steps", "operations", "one GPU, a model", "pieces")
+    table = Table(*columns, title=f"cost of the {command.profile} profile")
+    total, rest = 0.0, 0
+    for asking in asked:
+        conditions = [*asking.question.run(asking.config)]
+        counts = [count(condition) for condition in conditions]
+        seconds = sum(c.seconds for c in counts)
+        known = [c.operations for c in counts if c.operations is not None]
+        total, rest = total + seconds, rest + len(counts) - len(known)
+        table.add_row(
+            asking.name,
+            f"{len(known)} of {len(counts)}",
+            f"{sum(c.steps for c in counts):,}",
+            f"{sum(known):.2g}",
+            duration(seconds) if known else "–",
+            f"{math.ceil(seconds / PIECE)}" if known else "–",
+        )
+    table.add_section()
+    pieces = math.ceil(total / PIECE)
+    table.add_row("all", "", "", "", duration(total), str(pieces))
+    table.caption = (
+        f"{RATE:.0e} operations a second, {1e3 * STEP:g} ms a step at least; {rest} conditions "
+        "that are no training of one device were not counted. A piece is --minutes 8"
+    )
+    console.print(table)
+    return 0
+
+
+def count(condition: Condition) -> Count:
+    """The operations of a condition, without running it."""
+    stages = getattr(condition.measure, "stages", None)
+    if stages is None:
+        return Count(0, None)
+    each = [of_learning(stage) for stage in stages]
+    return Count(sum(c.steps for c in each), sum(c.operations or 0.0 for c in each))
+
+
+def of_learning(learning: Learning) -> Count:
+    """The operations of a training, without running it; no instrument counts."""
+    config = learning.config
+    data = DeviceData(learning.prepare(dataset(config.dataset, config.data_dir)), 1)
+    options = dict(learning.options)
+    seeds = len(learning.rows)
+
+    def kernels() -> Any:
+        return models.draw_kernels(config.model, data.task.classes, range(1), data.probe, **options)
+
+    one = jax.tree.map(lambda v: jnp.zeros((1, *v.shape[1:]), v.dtype), jax.eval_shape(kernels))
+    model = models.build(config.model, learning.norm, data.task.classes, **options)
+    trainer = Trainer(model, optimizer(config)(config.lr), data, one, synced=True)
+    state = jax.eval_shape(jax.vmap(trainer.init_one), one)
+    state = jax.tree.map(lambda v: jax.ShapeDtypeStruct((1, *v.shape), v.dtype), state)
+    indices = jax.ShapeDtypeStruct((1, 1, 1, config.batch_size), jnp.int32)
+    step = trainer._train.lower(state, data.inputs, data.labels, indices)
+    batches = math.ceil(data.tests / data.task.batch)
+    evaluation = trainer._evaluate.lower(state, *data.test, data.probe)  # the loop's body once
+    operations = seeds * (
+        config.steps * _operations(step) + config.evaluations * batches * _operations(evaluation)
+    )
+    return Count(config.steps, operations)
+
+
+def _operations(lowered: Any) -> float:
+    found = lowered.cost_analysis()
+    return float(found["flops"])
