@@ -5,6 +5,7 @@ import functools
 import json
 import math
 import subprocess
+import time
 import types
 
 import jax
@@ -18,6 +19,7 @@ import normlab as nl
 from experiments import console as cli
 from experiments import models, questions
 from experiments.asking import thresholds
+from experiments.asking.cost import count
 from experiments.asking.kept import verdict_json
 from experiments.asking.power import needed
 from experiments.asking.verify import Effect, agree
@@ -30,6 +32,7 @@ from experiments.engine import (
     decide,
     decide_share,
     exact,
+    learn,
     tuned,
 )
 from experiments.engine.learn import SCREENED, chosen
@@ -269,6 +272,61 @@ class TestPower:
 
     def test_without_a_spread_it_says_so(self):
         assert "no spread" in needed(decide("a", "", [1.0], at_least=0), 0.8).why
+
+
+class TestCost:
+    def test_the_operations_of_a_training_are_those_of_its_products(self, monkeypatch):
+        widths = (64, 64)
+        monkeypatch.setitem(models.MODELS, "tiny", functools.partial(models.Mlp, widths=widths))
+        config = dataclasses.replace(TINY, batch_size=100, steps=50, evaluations=1)
+        condition = Condition({"norm": "none"}, learn(config, nl.get("none")))
+        found = count(condition)
+        first, others = 64 * 64, 64 * 64 + 64 * 10
+        step = 100 * (2 * first + 3 * others)  # by the inputs there is no gradient
+        evaluation = 512 * (first + others)  # the test set in whole batches
+        products = 2 * config.seeds * (50 * step + evaluation)
+        assert found.steps == 50
+        assert products < found.operations < 1.2 * products
+
+    def test_of_a_tuned_training_it_is_that_of_the_trials_as_well(self):
+        one = count(Condition({}, learn(TINY, nl.get("none"))))
+        both = count(Condition({}, tuned(TINY, nl.get("none"), (0.1, 0.3))))
+        assert both.steps == 2 * one.steps
+        assert 1.3 * one.operations < both.operations < 3 * one.operations  # one evaluation
+
+    def test_what_is_no_training_is_not_counted(self):
+        assert count(Condition({}, exact(lambda: iter(())))).operations is None
+
+
+class TestMinutes:
+    def test_a_run_stops_after_them_and_says_that_it_goes_on(self, tmp_path, monkeypatch, capsys):
+        def slow():
+            for i in range(1000):
+                time.sleep(0.02)
+                yield {"kind": "value", "seed": 0, "step": i, "value": 1.0}
+
+        module = types.SimpleNamespace(
+            SECONDS=1,
+            QUICK=dataclasses.replace(TINY, dataset=""),
+            run=lambda config: iter([Condition({"a": 1}, exact(slow))]),
+        )
+        monkeypatch.setattr(questions, "NAMES", ("asked",))
+        monkeypatch.setattr(questions, "require", lambda name: module)
+        begin = time.monotonic()
+        with pytest.raises(SystemExit) as stopped:
+            cli.main(
+                ["run", "asked", "--jobs", "0", "--minutes", "0.01", "--run-dir", str(tmp_path)]
+            )
+        assert stopped.value.code == cli.EXIT_INTERRUPTED
+        assert time.monotonic() - begin < 15
+        assert "the same command goes on" in " ".join(capsys.readouterr().err.split())
+
+    @pytest.mark.parametrize("minutes", ["0", "-1", "nan", "inf"])
+    def test_a_time_that_is_none_is_refused(self, minutes, capsys):
+        with pytest.raises(SystemExit) as refused:
+            cli.main(["run", "identity", "--minutes", minutes])
+        assert refused.value.code == cli.EXIT_USAGE
+        assert "--minutes: got" in " ".join(capsys.readouterr().err.split())
 
 
 class TestAgree:
