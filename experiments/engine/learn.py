@@ -310,7 +310,7 @@ def start(
     """A trainer of these lanes on one device, and their initial state; options as in `learn`."""
     device_data = DeviceData(data, 1)
     seeds = sorted({row["seed"] for row in rows})
-    draws = models.draw_kernels(config.model, data.classes, seeds, device_data.probe, **options)
+    draws = drawn(config.model, data.classes, seeds, device_data.probe, **options)
     by_seed = {
         seed: jax.tree.map(lambda v, i=i: np.asarray(v[i]), draws) for i, seed in enumerate(seeds)
     }
@@ -329,6 +329,40 @@ def optimizer(config: Config) -> Make:
     """What makes the config's optimizer, with its schedule, of a learning rate."""
     how: Any = {"schedule": config.schedule, "warmup": config.warmup}
     return optimizers.optimizer(config.optimizer, config.steps, **how)
+
+
+def drawn(
+    name: str, classes: int, seeds: Sequence[int], example: np.ndarray, **options: Any
+) -> Any:
+    """What `models.draw_kernels` draws, in memory: all norms of a question begin with the same."""
+    key = (
+        name,
+        classes,
+        tuple(seeds),
+        example.shape,
+        example.dtype.str,
+        jnp.result_type(float).name,
+    )
+    try:
+        return _drawn(*key, **options)
+    except TypeError:  # an option that is no key
+        return models.draw_kernels(name, classes, seeds, example, **options)
+
+
+@functools.lru_cache(maxsize=4)
+def _drawn(
+    name: str,
+    classes: int,
+    seeds: tuple[int, ...],
+    shape: tuple[int, ...],
+    dtype: str,
+    float_type: str,
+    **options: Any,
+) -> Any:
+    del float_type  # a part of the key alone
+    return jax.device_get(
+        models.draw_kernels(name, classes, seeds, np.zeros(shape, dtype), **options)
+    )
 
 
 def masked(make: Make, only: Callable[[Any], Any]) -> Make:

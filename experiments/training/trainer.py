@@ -208,9 +208,7 @@ class Trainer:
                 state = state._replace(norm_state=jax.tree.map(lambda *v: jnp.stack(v), *each))
             return vary(state, self.data.axes), losses
 
-        # On one device two steps in a row save a copy of the carried parameters.
-        unroll = 2 if self.data.devices == 1 else 1
-        state, losses = lax.scan(step, state, indices, unroll=unroll)
+        state, losses = lax.scan(step, state, indices)
         return state, lax.pmean(losses, self.data.axes)
 
     def _evaluate_device(
