@@ -34,7 +34,7 @@ from ..training.trainer import (
     minibatches,
     turns,
 )
-from .question import Config
+from .question import SCREENED, Config
 
 Lane = Mapping[str, Any]
 """What sets one of the nets apart that are trained side by side: its `seed`, and perhaps its `lr`
@@ -76,9 +76,6 @@ class Net(NamedTuple):
 Instrument = Callable[[Net], Mapping[str, Array]]
 """Measures a net, under `jit` and `vmap`; what it returns is in the record of the evaluation."""
 
-
-SCREENED = 10_000
-"""The first of the seeds on which learning rates are chosen."""
 
 Draw = Callable[[int, Dataset, Config], np.ndarray]
 """Draws the examples of every step, `[steps, batch_size]`, for a seed."""
@@ -159,11 +156,11 @@ class Learning:
         look = _looking(trainer, self.instrument or (lambda net: {}), rows, config)
         steps = lengths(config.steps, config.evaluations)
         trainer.compile(state, steps, config.batch_size)
-        drawn = {seed: self.draw(seed, data, config) for seed in {row["seed"] for row in rows}}
+        batches = {seed: self.draw(seed, data, config) for seed in {row["seed"] for row in rows}}
         begin = Progress.start(state, len(rows), resume)
         if resume is None and self.instrument is not None:
             yield from look(begin.evaluated(trainer))
-        each = [drawn[row["seed"]] for row in rows]
+        each = [batches[row["seed"]] for row in rows]
         for at in drive(trainer, begin, turns(each, config.evaluations)):
             yield from look(at)
             yield at.checkpoint()
@@ -226,12 +223,11 @@ class Tuning:
     @property
     def trial(self) -> Learning:
         """The training at every rate."""
-        config = dataclasses.replace(
-            self.config, seeds=self.config.screening, first_seed=SCREENED, evaluations=1
-        )
+        config = dataclasses.replace(self.config, evaluations=1)
+        seeds = range(SCREENED, SCREENED + config.screening)
+        rows = [{"lr": lr, "seed": seed} for lr in self.rates for seed in seeds]
         prepare = self.options.get("prepare", lambda data: data)
         changed = {"instrument": None, "prepare": lambda data: held_out(prepare(data))}
-        rows = lanes(config, lr=self.rates)
         return learn(config, self.norm, side_by_side=rows, **{**self.options, **changed})
 
     def final(self, lr: float) -> Learning:

@@ -20,6 +20,9 @@ from ..training.optimizers import OPTIMIZERS, Schedule
 from .records import Records
 from .verdict import Verdict
 
+SCREENED = 10_000
+"""The first of the seeds on which learning rates are chosen; what is compared has others."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Config(Training):
@@ -55,6 +58,8 @@ class Config(Training):
         self.require_counts(*counts, expected="1 or more")
         require_evaluations(self.evaluations, self.steps)
         require(0 < self.lr < math.inf, "lr", self.lr, "positive and finite")
+        room = f"0 to {SCREENED - self.seeds}, below the seeds on which rates are chosen"
+        require(0 <= self.first_seed <= SCREENED - self.seeds, "first_seed", self.first_seed, room)
         require(0 <= self.warmup < max(self.steps, 1), "warmup", self.warmup, "0 to steps - 1")
         for option, known in (("dataset", NAMES), ("optimizer", OPTIMIZERS)):
             given = getattr(self, option)

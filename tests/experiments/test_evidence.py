@@ -35,7 +35,8 @@ from experiments.engine import (
     learn,
     tuned,
 )
-from experiments.engine.learn import SCREENED, chosen
+from experiments.engine.learn import chosen
+from experiments.engine.question import SCREENED
 from experiments.engine.records import draws
 from experiments.engine.verdict import adjusted
 from experiments.rundir import RunError, packed, unpacked
@@ -219,6 +220,12 @@ class TestTuned:
         rest = [*run_of(measure, first)]
         assert rest == whole[-len(rest) :]
         assert {r["kind"] for r in rest} == {"evaluation"}
+
+    @pytest.mark.parametrize("first", [-1, SCREENED - 1, SCREENED, 2 * SCREENED])
+    def test_seeds_that_rates_are_chosen_on_are_not_compared(self, first):
+        with pytest.raises(RunError, match=f"--first-seed: got {first}; it must be 0 to 9998"):
+            dataclasses.replace(TINY, first_seed=first)
+        assert dataclasses.replace(TINY, first_seed=SCREENED - 2).each_seed[-1] == SCREENED - 1
 
     def test_a_rate_that_diverges_is_not_chosen(self):
         rows = [
