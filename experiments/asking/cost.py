@@ -17,7 +17,7 @@ import tyro
 from rich.table import Table
 
 from .. import models, questions
-from ..engine.learn import Learning, dataset, optimizer
+from ..engine.learn import Learning, optimizer
 from ..engine.question import Condition
 from ..rundir import RunError
 from ..terminal import console
@@ -110,8 +110,8 @@ def count(condition: Condition) -> Count:
 def of_learning(learning: Learning) -> Count:
     """The operations of a training, without running it; no instrument counts."""
     config = learning.config
-    data = DeviceData(learning.prepare(dataset(config.dataset, config.data_dir)), 1)
-    options = dict(learning.options)
+    data = DeviceData(learning.data, 1)
+    options = {name: v for name, v in learning.options.items() if name != "only"}
     seeds = len(learning.rows)
 
     def kernels() -> Any:

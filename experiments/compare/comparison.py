@@ -389,7 +389,7 @@ def lanes(
     data = load(config.dataset, config.data_dir, reading=config.reading, on_progress=say)
     require_fit(config.batch_size, data)
     device_data = DeviceData(data, devices, mesh=config.mesh if devices == config.devices else ())
-    optimizer = at_rates(config.make_optimizer, [row["lr"] for row in config.lanes])
+    optimizer = at_rates(config.make_optimizer)
     say("drawing the initial kernels")
     seeds = np.array([row["seed"] for row in config.lanes])
     synced = syncs.alike(config.axis_name, device_data.axes)

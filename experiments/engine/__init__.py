@@ -19,13 +19,13 @@ from .learn import (
     Instrument,
     Lane,
     Net,
+    Nets,
     dataset,
     held_out,
     lanes,
     learn,
     pooled,
     shuffled,
-    start,
     tuned,
 )
 from .question import Condition, Config, Measure, Question, Schedule, exact

@@ -32,6 +32,7 @@ from ..training.trainer import (
     TrainState,
     lengths,
     minibatches,
+    stretches,
     turns,
 )
 from .question import SCREENED, Config
@@ -150,19 +151,39 @@ class Learning:
 
     def __call__(self, resume: Checkpoint | None) -> Iterator[Record | Checkpoint]:
         """Yields records, and checkpoints."""
-        config, rows = self.config, self.rows
-        data = self.prepare(dataset(config.dataset, config.data_dir))
-        trainer, state = start(config, self.norm, rows, data, **self.options)
-        look = _looking(trainer, self.instrument or (lambda net: {}), rows, config)
-        steps = lengths(config.steps, config.evaluations)
-        trainer.compile(state, steps, config.batch_size)
+        data = self.data
+        nets = Nets(self.config, self.norm, data, self.rows, **self.options)
+        yield from self.among(nets.compile(), data, resume)
+
+    @property
+    def data(self) -> Dataset:
+        """The data set, prepared."""
+        return self.prepare(dataset(self.config.dataset, self.config.data_dir))
+
+    def among(
+        self, nets: Nets, data: Dataset, resume: Checkpoint | None
+    ) -> Iterator[Record | Checkpoint]:
+        """The same with nets that are compiled for at least as many lanes, and their turns.
+
+        Args:
+          nets: The nets.
+          data: The images that are trained on and tested, of those of the nets.
+          resume: Where to go on.
+        """
+        config, rows = self.config, [*self.rows]
+        trainer = nets.trainer.testing(data.test_inputs, data.test_labels)
+        side_by_side = rows + rows[:1] * (nets.count - len(rows))
+        look = _looking(trainer, self.instrument or (lambda net: {}), side_by_side, config)
         batches = {seed: self.draw(seed, data, config) for seed in {row["seed"] for row in rows}}
-        begin = Progress.start(state, len(rows), resume)
+        begin = Progress.start(nets.start(side_by_side), nets.count, resume)
         if resume is None and self.instrument is not None:
-            yield from look(begin.evaluated(trainer))
-        each = [batches[row["seed"]] for row in rows]
-        for at in drive(trainer, begin, turns(each, config.evaluations)):
-            yield from look(at)
+            yield from look(begin.evaluated(trainer))[: len(rows)]
+        each = [batches[row["seed"]] for row in side_by_side]
+        stops = {stop for _, stop in stretches(config.steps, config.evaluations)}
+        for at in drive(trainer, begin, turns(each, nets.turns), evaluate=False):
+            if at.step in stops:
+                at = at.evaluated(trainer)
+                yield from look(at)[: len(rows)]
             yield at.checkpoint()
 
     @property
@@ -174,12 +195,13 @@ class Learning:
 def tuned(config: Config, norm: nl.Norm, rates: Sequence[float], **options: Any) -> Tuning:
     """Chooses a learning rate, then trains at it, as `learn` does.
 
-    Every rate is tried on `config.screening` seeds that nothing else has (from `SCREENED` on) and
-    measured on training images that are held out for it (of a text, on its validation part): what
-    is compared in the end has no part in the choice. Beside the records of `learn`, of `kind`
-    "screening" those of the trials, and one of `kind` "tuning": the best `lr`, all `rates` with
-    their mean `accuracies` on the held-out images (of a text `losses`), and `edge`, which is
-    "lowest" or "highest" if the best is an end of the grid, so that a better one may lie beyond.
+    Every rate is tried, and two more where the best is an end of the grid, on `config.screening`
+    seeds that nothing else has (from `SCREENED` on). They are measured on training images that are
+    held out for it (of a text, on its validation part): what is compared in the end has no part in
+    the choice. Beside the records of `learn`, of `kind` "screening" those of the trials, and one of
+    `kind` "tuning": the best `lr`, all `rates` that were tried with their mean `accuracies` on the
+    held-out images (of a text `losses`), and `edge`, which is "lowest" or "highest" if the best is
+    still an end, so that a better one may lie beyond.
 
     Args:
       config: As in `learn`.
@@ -205,27 +227,41 @@ class Tuning:
 
     def __call__(self, resume: Checkpoint | None) -> Iterator[Record | Checkpoint]:
         """Yields records, and checkpoints of the training at the rate that was chosen."""
+        trial, final = self.stages
+        data = final.data
+        held = held_out(data)
+        nets = Nets(
+            self.config,
+            self.norm,
+            data,
+            [*trial.rows, *final.rows],
+            count=max(len(trial.rows), len(final.rows)),
+            room=len(held.test_labels),
+            **final.options,
+        ).compile()
         if resume is None:
-            found = (r for r in self.trial(None) if not isinstance(r, Checkpoint))
-            tried = [{**r, "kind": "screening"} for r in found]
-            yield from ({k: v for k, v in r.items() if not k.endswith("_each")} for r in tried)
+            tried = screened(trial.among(nets, held, None))
             choice = chosen(tried, self.rates)
+            if choice["edge"]:
+                more = beyond(self.rates, choice["edge"])
+                tried += screened(self.trial(more).among(nets, held, None))
+                choice = chosen(tried, (*self.rates, *more))
+            yield from tried
             yield choice
             best = choice["lr"]
         else:
             best = float(resume.leaves[0])
             resume = resume._replace(leaves=resume.leaves[1:])
-        for found in self.final(best)(resume):
+        for found in self.final(best).among(nets, data, resume):
             if isinstance(found, Checkpoint):
                 found = found._replace(leaves=[np.float64(best), *found.leaves])
             yield found
 
-    @property
-    def trial(self) -> Learning:
+    def trial(self, rates: Sequence[float]) -> Learning:
         """The training at every rate."""
         config = dataclasses.replace(self.config, evaluations=1)
         seeds = range(SCREENED, SCREENED + config.screening)
-        rows = [{"lr": lr, "seed": seed} for lr in self.rates for seed in seeds]
+        rows = [{"lr": lr, "seed": seed} for lr in rates for seed in seeds]
         prepare = self.options.get("prepare", lambda data: data)
         changed = {"instrument": None, "prepare": lambda data: held_out(prepare(data))}
         return learn(config, self.norm, side_by_side=rows, **{**self.options, **changed})
@@ -238,7 +274,16 @@ class Tuning:
     @property
     def stages(self) -> tuple[Learning, ...]:
         """What is trained one after the other."""
-        return self.trial, self.final(self.rates[0])
+        return self.trial(self.rates), self.final(self.rates[0])
+
+
+def screened(found: Iterator[Record | Checkpoint]) -> list[Record]:
+    """The records of a trial, without what they say of each image."""
+    records = [r for r in found if not isinstance(r, Checkpoint)]
+    return [
+        {**{k: v for k, v in r.items() if not k.endswith("_each")}, "kind": "screening"}
+        for r in records
+    ]
 
 
 def chosen(tried: Sequence[Record], rates: Sequence[float]) -> Record:
@@ -260,6 +305,17 @@ def chosen(tried: Sequence[Record], rates: Sequence[float]) -> Record:
         what: means,
         "edge": ends.get(best, ""),
     }
+
+
+def beyond(rates: Sequence[float], edge: str) -> tuple[float, float]:
+    """Two more rates beyond the "lowest" or "highest", each as far as that is from the next.
+
+    >>> beyond((0.1, 0.3, 1.0), "highest")
+    (3.3, 11.0)
+    """
+    low, *_ = ordered = sorted(rates, reverse=edge == "highest")
+    factor = low / ordered[1]
+    return float(f"{low * factor:.2g}"), float(f"{low * factor**2:.2g}")
 
 
 def _or(value: float | None, otherwise: float) -> float:
@@ -294,31 +350,68 @@ def pooled(data: Dataset, pixels: int) -> Dataset:
     return data._replace(train_inputs=pool(data.train_inputs), test_inputs=pool(data.test_inputs))
 
 
-def start(
-    config: Config,
-    norm: nl.Norm,
-    rows: Sequence[Lane],
-    data: Dataset,
-    *,
-    only: Callable[[Any], Any] | None = None,
-    **options: Any,
-) -> tuple[Trainer, TrainState]:
-    """A trainer of these lanes on one device, and their initial state; options as in `learn`."""
-    device_data = DeviceData(data, 1)
-    seeds = sorted({row["seed"] for row in rows})
-    draws = drawn(config.model, data.classes, seeds, device_data.probe, **options)
-    by_seed = {
-        seed: jax.tree.map(lambda v, i=i: np.asarray(v[i]), draws) for i, seed in enumerate(seeds)
-    }
-    each = [gaussian(by_seed[row["seed"]], row) for row in rows]
-    kernels = jax.tree.map(lambda *leaves: np.stack(leaves), *each)
-    rates = [row.get("lr", config.lr) for row in rows]
-    made = at_rates(optimizer(config) if only is None else masked(optimizer(config), only), rates)
-    model = models.build(config.model, norm, data.classes, **options)
-    trainer = Trainer(model, made, device_data, kernels, synced=True)
-    state = trainer.init()
-    opt_state = set_rates(state.opt_state, rates, 1, device_data.mapped)
-    return trainer, state._replace(opt_state=opt_state)
+class Nets:
+    """Nets with one norm, compiled once and trained as often as one likes, some side by side.
+
+    Args:
+      config: What to train, for how many steps, in as many calls as it has evaluations.
+      norm: The norm.
+      data: All images.
+      rows: All lanes that there will be: their seeds and rates.
+      count: How many are trained side by side; by default all.
+      room: Images that will be tested, at most, where they are more than those of the data.
+      only: As in `masked`.
+      **options: Of the model.
+
+    Attributes:
+      trainer, count: Those.
+      turns: Into how many calls the steps are cut.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        norm: nl.Norm,
+        data: Dataset,
+        rows: Sequence[Lane],
+        *,
+        count: int | None = None,
+        room: int = 0,
+        only: Callable[[Any], Any] | None = None,
+        **options: Any,
+    ) -> None:
+        self.config, self.turns = config, config.evaluations
+        self.count = len(rows) if count is None else count
+        held = DeviceData(data, 1, room=room)
+        self.seeds = sorted({row["seed"] for row in rows})
+        self.drawn = drawn(config.model, data.classes, self.seeds, held.probe, **options)
+        make = optimizer(config) if only is None else masked(optimizer(config), only)
+        made = at_rates(make)
+        self.rows = list(itertools.islice(itertools.cycle(rows), self.count))
+        model = models.build(config.model, norm, data.classes, **options)
+        kernels = self._kernels(self.rows)
+        self.trainer = Trainer(model, made, held, kernels, synced=True, parts=False)
+
+    def compile(self) -> Nets:
+        """The same, compiled."""
+        steps = lengths(self.config.steps, self.turns)
+        self.trainer.compile(self.start(self.rows), steps, self.config.batch_size)
+        return self
+
+    def start(self, rows: Sequence[Lane]) -> TrainState:
+        """The initial state of `count` lanes."""
+        state = self.trainer.init(self._kernels(rows))
+        where = self.trainer.data.mapped
+        return state._replace(opt_state=set_rates(state.opt_state, self._rates(rows), 1, where))
+
+    def _rates(self, rows: Sequence[Lane]) -> list[float]:
+        return [row.get("lr", self.config.lr) for row in rows]
+
+    def _kernels(self, rows: Sequence[Lane]) -> Any:
+        at = [self.seeds.index(row["seed"]) for row in rows]
+        trees = [jax.tree.map(lambda v, i=i: np.asarray(v[i]), self.drawn) for i in at]
+        each = [gaussian(tree, row) for tree, row in zip(trees, rows, strict=True)]
+        return jax.tree.map(lambda *leaves: np.stack(leaves), *each)
 
 
 def optimizer(config: Config) -> Make:

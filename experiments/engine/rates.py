@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -12,7 +14,7 @@ import normlab as nl
 
 from ..rundir import Record, number
 from ..training.driver import Checkpoint
-from .learn import Lane, held_out, lanes, learn
+from .learn import Lane, Nets, held_out, lanes, learn
 from .question import Config, Measure
 
 
@@ -48,17 +50,26 @@ def largest_stable(
       **options: Of `learn`, but `side_by_side`.
     """
     prepare = options.pop("prepare", lambda data: data)
-    how = {**options, "prepare": lambda data: held_out(prepare(data))}
     seeds = list(config.each_seed)
 
     def run(resume: Checkpoint | None) -> Iterator[Record | Checkpoint]:
+        first = learn(config, norm, side_by_side=lanes(config, lr=rates), **options)
+        data = held_out(prepare(first.data))
+
+        @functools.cache
+        def compiled(count: int) -> Nets:
+            nets = Nets(config, norm, data, first.rows, count=count, **first.options)
+            return nets.compile()
+
         turn, low, high, inside = 0, np.zeros(len(seeds)), np.full(len(seeds), math.inf), None
         if resume is not None:
             turn, low, high = int(resume.leaves[0]), *map(np.array, resume.leaves[1:3])
             inside = resume._replace(leaves=resume.leaves[3:]) if resume.leaves[3:] else None
-        while rows := between(seeds, low, high, fine) if turn else lanes(config, lr=rates):
+        while rows := between(seeds, low, high, fine) if turn else first.rows:
             trials = []
-            for found in learn(config, norm, side_by_side=rows, **how)(inside):
+            nets = compiled(len(seeds) if turn else len(rows))
+            trained = dataclasses.replace(first, rows=rows)
+            for found in trained.among(nets, data, inside):
                 if not isinstance(found, Checkpoint):
                     trials.append(found)
                 elif found.step < config.steps:

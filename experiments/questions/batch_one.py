@@ -35,6 +35,7 @@ from .. import models
 from ..engine import (
     Condition,
     Config,
+    Nets,
     Record,
     Records,
     Source,
@@ -45,7 +46,6 @@ from ..engine import (
     exact,
     lanes,
     packed,
-    start,
 )
 from ..engine.devices import relative
 from ..training.trainer import minibatches
@@ -80,7 +80,7 @@ QUICK = BatchOne()
 SECONDS = 50
 FULL = BatchOne(steps=20_000)
 
-RELU = {"activation": jax.nn.relu}
+RELU: dict[str, Any] = {"activation": jax.nn.relu}
 
 
 def run(config: BatchOne) -> Iterator[Condition]:
@@ -92,7 +92,8 @@ def predicted(config: BatchOne) -> Iterator[Record]:
     """Trains, and predicts the test set in batches of each size with either statistics."""
     rows = lanes(config)
     mnist = dataset(config.dataset, config.data_dir)
-    trainer, state = start(config, nl.get("batch"), rows, mnist, **RELU)
+    nets = Nets(config, nl.get("batch"), mnist, rows, **RELU)
+    trainer, state = nets.trainer, nets.start(rows)
     data = trainer.data
     epochs = [
         minibatches(row["seed"], data.examples, config.batch_size, config.steps) for row in rows

@@ -29,6 +29,7 @@ import normlab as nl
 from ..engine import (
     Condition,
     Config,
+    Nets,
     Record,
     Records,
     Schedule,
@@ -40,7 +41,6 @@ from ..engine import (
     exact,
     lanes,
     shuffled,
-    start,
 )
 from ..training.driver import Progress, drive
 from ..training.trainer import turns
@@ -91,7 +91,8 @@ def measured(config: Frozen, together: int) -> Iterator[Record]:
     rows = lanes(config)
     parts = nl.Sync(virtual_batch=together)
     norm = nl.get("batch", axis_name=parts, decay=config.decay, ddof=1)
-    trainer, state = start(config, norm, rows, data, activation=nn.relu)
+    nets = Nets(config, norm, data, rows, activation=nn.relu)
+    trainer, state = nets.trainer, nets.start(rows)
     drawn = [shuffled(row["seed"], data, config) for row in rows]
     cut = list(turns(drawn, config.evaluations))
     parting = round((1 - config.frozen) * config.evaluations)

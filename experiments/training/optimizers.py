@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
@@ -70,16 +71,13 @@ def optimizer(
     return lambda lr: optax.chain(*before, make(lr, weight_decay), *after)
 
 
-def at_rates(make: Make, rates: Sequence[float]) -> optax.GradientTransformation:
-    """An optimizer for lanes with these rates, which `set_rates` sets where they differ."""
-    several = len(set(rates)) > 1
-    return optax.inject_hyperparams(make)(rates[0]) if several else make(rates[0])
+def at_rates(make: Make) -> optax.GradientTransformation:
+    """An optimizer for lanes whose rates `set_rates` sets."""
+    return optax.inject_hyperparams(make)(math.nan)
 
 
 def set_rates(opt_state: Any, rates: Sequence[float], devices: int, sharding: Sharding) -> Any:
     """The state `[devices, lanes, ...]` of an optimizer of `at_rates`, with the rate of each."""
-    if len(set(rates)) == 1:
-        return opt_state
     (name,) = opt_state.hyperparams
     values = np.broadcast_to(np.array(rates, np.float32), (devices, len(rates)))
     return opt_state._replace(hyperparams={name: jax.device_put(values, sharding)})

@@ -12,6 +12,7 @@ and the whole batch).
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -72,6 +73,7 @@ class Trainer:
       delayed: The `Sync(every=...)` of the norm, if it has one: the devices exchange their
         statistics after each step.
       microbatches: Into how many parts, one after the other, a device cuts its share of a batch.
+      parts: Whether an evaluation looks at the norms' parts.
     """
 
     def __init__(
@@ -85,15 +87,17 @@ class Trainer:
         form: Form = "pmap",
         delayed: nl.Sync | None = None,
         microbatches: int = 1,
+        parts: bool = True,
     ) -> None:
         self.model, self.optimizer, self.data = model, optimizer, data
         self.task = data.task
         self.kernels, self.synced, self.delayed = kernels, synced, delayed
-        self.microbatches = microbatches
+        self.microbatches, self.parts = microbatches, parts
         # The big arrays come as they lie, one copy per device; everything else is mapped.
         self._train = on_devices(
             form, data.mesh, self._train_device, in_axes=(0, None, None, 0), donate=0
         )
+        self._init = jax.jit(jax.vmap(self.init_one))
         self._compiled: dict[int, Any] = {}
         self._evaluate = on_devices(
             form, data.mesh, self._evaluate_device, in_axes=(0, 0, 0, 0, None)
@@ -104,9 +108,12 @@ class Trainer:
         """The number of seeds."""
         return len(jax.tree.leaves(self.kernels)[0])
 
-    def init(self) -> TrainState:
-        """The initial state; a data-dependent init of the norm sees the probe batch."""
-        state = jax.jit(jax.vmap(self.init_one))(self.kernels)
+    def init(self, kernels: Any = None) -> TrainState:
+        """The initial state; a data-dependent init of the norm sees the probe batch.
+
+        With other `kernels` of as many seeds, that of these.
+        """
+        state = self._init(self.kernels if kernels is None else kernels)
         return jax.device_put(
             jax.tree.map(lambda v: np.broadcast_to(v, (self.data.devices, *v.shape)), state),
             self.data.mapped,
@@ -127,6 +134,12 @@ class Trainer:
             lowered = self._train.lower(state, data.inputs, data.labels, indices)
             self._compiled[n] = lowered.compile()
         self._evaluate = self._evaluate.lower(state, *data.test, data.probe).compile()
+
+    def testing(self, inputs: np.ndarray, labels: np.ndarray) -> Trainer:
+        """The same trainer, its programs and all, with another test set, no larger than its own."""
+        other = copy.copy(self)
+        other.data = self.data.testing(inputs, labels)
+        return other
 
     def train(self, state: TrainState, indices: np.ndarray) -> tuple[TrainState, np.ndarray]:
         """Runs one optimizer step per row of `indices`.
@@ -225,8 +238,10 @@ class Trainer:
             shards = (inputs, labels, weights)
             measure = functools.partial(self.task.sums, self.model, variables)
             sums, each = lax.map(lambda shard: measure(*shard), shards)
-            _, sown = self.model.apply(variables, probe, train=False, mutable=[models.PARTS])
-            parts = jax.tree.map(quantiles, models.parts_by_layer(sown))
+            parts = {}
+            if self.parts:
+                _, sown = self.model.apply(variables, probe, train=False, mutable=[models.PARTS])
+                parts = jax.tree.map(quantiles, models.parts_by_layer(sown))
             return lax.psum(sums.sum(axis=0), self.data.axes), each, parts
 
         return side_by_side(one)(state)
@@ -240,6 +255,7 @@ class DeviceData:
       devices: How many hold it.
       dtype: The type of what a model sees of images.
       mesh: The sizes of the axes along which they lie, if more than one.
+      room: How many examples the test set has room for, where they are more than its own.
 
     Attributes:
       mesh, axes: The devices as a mesh, and the names of its axes.
@@ -259,6 +275,8 @@ class DeviceData:
         devices: int,
         dtype: DTypeLike = jnp.float32,
         mesh: Sequence[int] = (),
+        *,
+        room: int = 0,
     ) -> None:
         self.devices = devices
         self.mesh = mesh_of(jax.devices()[:devices], mesh)
@@ -275,19 +293,25 @@ class DeviceData:
         held = [(data.test_inputs, data.test_labels)]
         if data.text is not None:
             held.append((data.text.validation_inputs, data.text.validation_labels))
-        most = max(len(labels) for _, labels in held)
+        self.room = max(room, *(len(labels) for _, labels in held))
         self.tests = len(data.test_labels)
-        self.test, self.validation = (*(self._split(*each, most) for each in held), ())[:2]
+        self.test, self.validation = (*(self._split(*each) for each in held), ())[:2]
+
+    def testing(self, inputs: np.ndarray, labels: np.ndarray) -> DeviceData:
+        """The same with another test set, of the same shapes."""
+        other = copy.copy(self)
+        other.tests, other.test = len(labels), self._split(inputs, labels)
+        return other
 
     def in_order(self, each: Array) -> np.ndarray:
         """`[seeds, examples]` of the test set, of `each` `[devices, seeds, batches, b]`."""
         by_seed = np.asarray(each).swapaxes(0, 1)
         return by_seed.reshape(len(by_seed), -1)[:, : self.tests]
 
-    def _split(self, inputs: np.ndarray, labels: np.ndarray, most: int) -> tuple[Array, ...]:
-        """Batches on each device, as many as `most` examples take."""
-        batch = min(self.task.batch, -(-most // self.devices))
-        batches = -(-most // (self.devices * batch))
+    def _split(self, inputs: np.ndarray, labels: np.ndarray) -> tuple[Array, ...]:
+        """Batches on each device, as many as `room` examples take."""
+        batch = min(self.task.batch, -(-self.room // self.devices))
+        batches = -(-self.room // (self.devices * batch))
 
         def split(v: np.ndarray) -> Array:
             padded = np.zeros((self.devices * batches * batch, *v.shape[1:]), v.dtype)

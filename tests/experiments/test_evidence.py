@@ -192,12 +192,31 @@ class TestTuned:
         found = Records(run_of(tuned(TINY, nl.get("none"), (1e-6, 0.5, 1e-5))))
         screened = found.where(kind="screening")
         assert screened.values("seed") == [SCREENED, SCREENED + 1]
-        assert screened.values("lr") == [1e-6, 0.5, 1e-5]
+        assert screened.values("lr") == [1e-6, 0.5, 1e-5, 25_000.0, 1.2e9]  # 0.5 was an end
         [choice] = found.where(kind="tuning")
-        assert (choice["lr"], choice["edge"]) == (0.5, "highest")
+        assert (choice["lr"], choice["edge"]) == (0.5, "")
+        assert choice["rates"] == screened.values("lr")
+        assert len(choice["accuracies"]) == 5
         ends = found.where(kind="evaluation")
         assert (ends.values("lr"), ends.values("seed")) == ([0.5], [100, 101])
         assert found.best_rate() == 0.5
+
+    def test_a_best_rate_that_is_still_an_end_is_told(self):
+        found = Records(run_of(tuned(TINY, nl.get("batch"), (1e-4, 1e-3))))
+        [choice] = found.where(kind="tuning")
+        first, second = choice["accuracies"][:2]
+        more = [1e-2, 0.1] if second > first else [1e-5, 1e-6]
+        assert choice["rates"] == [1e-4, 1e-3, *more]
+        end = {1e-6: "lowest", 0.1: "highest"}
+        assert choice["edge"] == end.get(choice["lr"], "")
+
+    def test_where_every_rate_diverges_lower_ones_are_tried(self):
+        none = nl.get("none")
+        found = Records(run_of(tuned(TINY, none, (1e8, 1e12), activation=jax.nn.relu)))
+        [choice] = found.where(kind="tuning")
+        assert choice["rates"] == [1e8, 1e12, 1e4, 1.0]
+        assert choice["accuracies"][:2] == [None, None]
+        assert choice["lr"] == 1.0
 
     def test_what_is_compared_has_no_part_in_the_choice(self):
         """The test labels are all wrong; the same rate is chosen."""

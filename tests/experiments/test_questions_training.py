@@ -10,7 +10,7 @@ import pytest
 
 import normlab as nl
 from experiments.data import load
-from experiments.engine import Config, Records, lanes, pooled, start
+from experiments.engine import Config, Nets, Records, lanes, pooled
 from experiments.engine.learn import masked
 from experiments.models import conv
 from experiments.questions import (
@@ -290,7 +290,9 @@ def test_last_layer_norm_decides_by_the_rates(batch, last, expected):
 def test_what_is_not_chosen_stays_as_it_was_drawn(trained, most, standard):
     config = Config(dataset="digits", seeds=2, optimizer="adam", batch_size=16)
     options = {"widths": (6,), "activation": jax.nn.relu, "only": affine_alone.CHOICES[trained]}
-    trainer, state = start(config, nl.get("batch"), lanes(config), load("digits"), **options)
+    rows = lanes(config)
+    nets = Nets(config, nl.get("batch"), load("digits"), rows, **options)
+    trainer, state = nets.trainer, nets.start(rows)
     before = jax.device_get(state.params)
     after, _ = trainer.train(state, np.arange(3 * 2 * 16).reshape(3, 2, 16))
     moved = jax.tree.map(lambda a, b: (a != b).sum() / 2, before, jax.device_get(after.params))

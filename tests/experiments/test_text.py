@@ -514,7 +514,7 @@ def test_a_schedule_rises_and_falls_and_lanes_keep_their_rates():
     np.testing.assert_allclose(sizes[:5], [0.25, 0.5, 0.75, 1.0, 1.0], rtol=1e-6)
     np.testing.assert_allclose(np.diff(sizes[4:]), -1 / 6, rtol=1e-5)
     rates = (0.1, 1.0)
-    many = at_rates(make, rates)
+    many = at_rates(make)
     state = jax.vmap(many.init)({"w": jnp.ones((2, 2, 2))})
     state = jax.tree.map(lambda v: v[None], state)
     state = set_rates(state, rates, 1, jax.devices()[0])
