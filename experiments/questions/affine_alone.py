@@ -8,10 +8,10 @@ layers, "far more" than as many weights elsewhere. Five points are ours, from on
 layer as a baseline is ours.
 
 Protocol: MNIST at 14×14 pixels, 4 and 12 layers of 64 ReLUs with batch norm before each, batches of
-60, 600 steps of Adam with a rate that falls linearly to 0, each net at its best of four rates.
-Trained are γ and β alone; as many weights alone, 128 of each hidden layer's kernel, drawn anew for
-each seed; the output layer alone; or everything. What is not trained stays as it was drawn, and γ
-at 1 and β at 0.
+60, 600 steps of Adam with a rate that falls linearly to 0, each net at its best of four or more
+rates. Trained are γ and β alone; as many weights alone, 128 of each hidden layer's kernel, drawn
+anew for each seed; the output layer alone; or everything. What is not trained stays as it was
+drawn, and γ at 1 and β at 0.
 
 Command: python -m experiments run affine_alone
 """

@@ -14,10 +14,10 @@ https://arxiv.org/abs/1607.08022. That batch norm could not train on one image h
 
 Protocol: Fashion-MNIST (5,000 test images), three 3×3 convolutions of stride 2 with ReLU and 4, 8
 and 16 channels (down to 4×4 positions), SGD with momentum 0.9 and a rate that falls to zero from
-the best of three, 64 images in each of 200 steps, of which 64, 4, 2 or 1 are normalized together on
-one device. Inference uses running statistics of all 64. Group, instance and in the full profile
-layer norm beside it look at single images, whatever the batch. A net this shallow gains little from
-any norm.
+the best of three or more, 64 images in each of 200 steps, of which 64, 4, 2 or 1 are normalized
+together on one device. Inference uses running statistics of all 64. Group, instance and in the full
+profile layer norm beside it look at single images, whatever the batch. A net this shallow gains
+little from any norm.
 
 Command: python -m experiments run batch_size_conv
 """

@@ -9,9 +9,9 @@ regularizes, which would be a reason.
 
 Protocol: 500 to 4,000 examples of MNIST, drawn anew with each seed, three hidden layers of 100
 ReLUs, batches of 60, 1,500 steps of SGD with momentum 0.9 whatever the number of examples, over
-which the learning rate falls linearly to 0, each net at the best of four first rates. The examples
-that batch norm needs for the accuracy that no norm has with 2,000 are read off its accuracies,
-linearly in the logarithm of the number, from 500 to 4,000.
+which the learning rate falls linearly to 0, each net at the best of four or more first rates. The
+examples that batch norm needs for the accuracy that no norm has with 2,000 are read off its
+accuracies, linearly in the logarithm of the number, from 500 to 4,000.
 
 Command: python -m experiments run data_size
 """

@@ -8,8 +8,8 @@ sigmoids reaches 69.8% on ImageNet with batch norm, and never more than chance w
 Bengio 2010, section 3.1, https://proceedings.mlr.press/v9/glorot10a.html: sigmoids of five hidden
 layers never left saturation, from kernels uniform within ±1/√inputs. The accuracies are ours.
 
-Protocol: MNIST, five and eight hidden layers of 100 sigmoids, kernels of variance 1/inputs,
-batches of 60, 2,000 steps of SGD with momentum 0.9, each net at the best of four learning rates.
+Protocol: MNIST, five and eight hidden layers of 100 sigmoids, kernels of variance 1/inputs, batches
+of 60, 2,000 steps of SGD with momentum 0.9, each net at the best of four or more learning rates.
 Measured is the test accuracy at the end. A net learns or does not, so the share of the nets is
 judged. The accuracies are those of our first look at the paper's figure 1 with small initial
 weights: 30% and 94%.

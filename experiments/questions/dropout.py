@@ -12,9 +12,9 @@ counts as a difference is ours.
 Protocol: 2,000 examples of MNIST, drawn anew with each seed, few enough to be learned by heart;
 three hidden layers of 100 ReLUs, batches of 60, 1,500 steps of SGD with momentum 0.9, over which
 the learning rate falls linearly to 0. Dropout behind each ReLU leaves out 0, 20 or 50% of the
-outputs. Each net has the best of four first rates. What dropout wins is the accuracy at the better
-of the two positive shares less that without; the better one is chosen with the rates, on held-out
-images.
+outputs. Each net has the best of four or more first rates. What dropout wins is the accuracy at the
+better of the two positive shares less that without; the better one is chosen with the rates, on
+held-out images.
 
 Command: python -m experiments run dropout
 """

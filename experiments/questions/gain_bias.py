@@ -10,8 +10,8 @@ libraries' manuals say (`use_scale` in Flax, `scale` in Keras).
 
 Protocol: MNIST, three hidden layers of 100 sigmoids or ReLUs, batches of 60, 1,000 steps of plain
 SGD, over which the learning rate falls linearly to 0. Batch norm has both, the gain alone, the bias
-alone, or neither, each at the best of four first rates, chosen on held-out training images with
-other seeds. Measured is what leaving out costs, in points of test accuracy.
+alone, or neither, each at the best of four or more first rates, chosen on held-out training images
+with other seeds. Measured is what leaving out costs, in points of test accuracy.
 
 Command: python -m experiments run gain_bias
 """

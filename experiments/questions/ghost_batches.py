@@ -101,8 +101,9 @@ def run(config: GhostBatches) -> Iterator[Condition]:
 def some(seed: int, data: Dataset, config: GhostBatches) -> np.ndarray:
     """Minibatches of some images alone, drawn with the seed."""
     rng = np.random.default_rng(seed)
-    chosen = rng.choice(len(data.train_inputs), config.examples, replace=False)
-    return chosen[minibatches(seed, config.examples, config.batch_size, config.steps)]
+    there = len(data.train_inputs)
+    chosen = rng.choice(there, min(config.examples, there), replace=False)
+    return chosen[minibatches(seed, len(chosen), config.batch_size, config.steps)]
 
 
 def verdict(records: Records) -> Iterator[Verdict]:

@@ -9,11 +9,12 @@ we know the axes. Batch norm in the hidden layers alone, and all points, are our
 
 Protocol: MNIST, a perceptron with ReLUs (two layers of 128; in the full profile the paper's of
 1000), Adam, half an epoch with batches of 128 and half an epoch with batches of 4, from the same
-kernels. Each net has the best of four first rates at each batch, chosen on held-out training images
-with other seeds; at the small batch they are those of the large one times the root of the ratio
-(Malladi et al. 2022, https://arxiv.org/abs/2205.10287). The rate falls to zero (a cosine), since a
-constant one leaves seeds and steps apart by as much as is asked for here. Batch norm's running
-variance is the unbiased one, as in the paper, and remembers as many examples at either batch.
+kernels. Each net has the best of four or more first rates at each batch, chosen on held-out
+training images with other seeds; at the small batch they are those of the large one times the root
+of the ratio (Malladi et al. 2022, https://arxiv.org/abs/2205.10287). The rate falls to zero (a
+cosine), since a constant one leaves seeds and steps apart by as much as is asked for here. Batch
+norm's running variance is the unbiased one, as in the paper, and remembers as many examples at
+either batch.
 
 Command: python -m experiments run layer_batch
 """

@@ -13,9 +13,9 @@ weight decay, a faster decay of the rate. Layer norm's rate is ours.
 Protocol: MNIST, three hidden layers of 100 ReLUs, batches of 60, SGD with momentum 0.9. The largest
 stable rate of each seed is searched in runs of 500 steps, to a factor of 1.15: stable is a net
 whose loss stays finite and that gets 85% of held-out training images right. Steps: the net without
-a norm at the best of four rates, chosen on held-out images, for 1,500 steps, measured 30 times on
-5,000 test images; its best accuracy is what batch norm has to reach, at 1, 5 and 30 times that
-rate. A net that never comes there counts with its last step.
+a norm at the best of four or more rates, chosen on held-out images, for 1,500 steps, measured 30
+times on 5,000 test images; its best accuracy is what batch norm has to reach, at 1, 5 and 30 times
+that rate. A net that never comes there counts with its last step.
 
 Command: python -m experiments run learning_rate
 """

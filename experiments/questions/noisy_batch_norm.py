@@ -9,15 +9,14 @@ CIFAR-10. The strength of their noise was not at hand: ours has three, set befor
 as well" is within a point, and the factor 1.5 ours.
 
 Protocol: Ten layers of 64 ReLUs on MNIST at 14×14 pixels, batches of 60, SGD with momentum 0.9,
-each net at its best of four rates. Behind batch norm each activation is multiplied by s and m is
-added: for each unit and step E s is drawn between 1 and 1 + strength/2, E m between −strength and
-strength, and for each example s and m around them with standard deviation and half-width 0.1.
-Measured over training, on
-256 training images and two draws of noise: by how much a step on them moves the mean and the
-standard deviation of a unit's input, as a share of its standard deviation (root mean square over
-units and layers), and ‖G − G′‖/‖G‖ (covariate shift, definition 2.1 there). Measured at the end
-without noise: the accuracy on 4,000 test images, with their own statistics, since population
-statistics are those of noisy activations.
+each net at its best of four or more rates. Behind batch norm each activation is multiplied by s and
+m is added: for each unit and step E s is drawn between 1 and 1 + strength/2, E m between −strength
+and strength, and for each example s and m around them with standard deviation and half-width 0.1.
+Measured over training, on 256 training images and two draws of noise: by how much a step on them
+moves the mean and the standard deviation of a unit's input, as a share of its standard deviation
+(root mean square over units and layers), and ‖G − G′‖/‖G‖ (covariate shift, definition 2.1 there).
+Measured at the end without noise: the accuracy on 4,000 test images, with their own statistics,
+since population statistics are those of noisy activations.
 
 Command: python -m experiments run noisy_batch_norm
 """

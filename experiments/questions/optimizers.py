@@ -8,7 +8,7 @@ with minibatches, or variants such as Adagrad. That batch norm ends more accurat
 
 Protocol: The net of the paper's figure 1, three hidden layers of 100 sigmoids, on MNIST, batches of
 60, 1,000 steps over which the learning rate falls linearly to 0, each net and optimizer at the best
-of four first rates. Measured is the test accuracy at the end.
+of four or more first rates. Measured is the test accuracy at the end.
 
 Command: python -m experiments run optimizers
 """

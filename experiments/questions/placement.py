@@ -7,8 +7,9 @@ before the activation, for a reason and without an experiment: the outputs of a 
 the shape of their distribution over training. The side is that of a pilot.
 
 Protocol: MNIST, three hidden layers of 100 sigmoids or ReLUs, batches of 60, 1,000 steps of plain
-SGD, over which the learning rate falls linearly to 0, each placement at the best of five first
-rates. Before is f(norm(w·x)), after is norm(f(w·x + b)). Measured is the test accuracy at the end.
+SGD, over which the learning rate falls linearly to 0, each placement at the best of five or more
+first rates. Before is f(norm(w·x)), after is norm(f(w·x + b)). Measured is the test accuracy at the
+end.
 
 Command: python -m experiments run placement
 """

@@ -10,12 +10,12 @@ the identity is ours.
 
 Protocol: 3×100 sigmoids on MNIST, batches of 60, SGD: no norm, batch norm, batch norm without gain
 and bias, and batch norm whose g = √(var + ε) and b = mean of a batch make it the identity there, so
-that it starts as the net without a norm, each at the best of four rates. Beside the loss on that
-batch: the share of inputs to the last layer's sigmoids within ±1, where a sigmoid is off its
+that it starts as the net without a norm, each at the best of four or more rates. Beside the loss on
+that batch: the share of inputs to the last layer's sigmoids within ±1, where a sigmoid is off its
 tangent by less than 0.02; and, over 4,096 training images, the distance ‖Cov − I‖/√C of its
-normalized inputs from white ones (independent channels would be at 0.16).
-Mean and variance are checked in float64, with gains and
-biases drawn at random, for batch norm (per channel) and layer norm (per example).
+normalized inputs from white ones (independent channels would be at 0.16). Mean and variance are
+checked in float64, with gains and biases drawn at random, for batch norm (per channel) and layer
+norm (per example).
 
 Command: python -m experiments run reparametrization
 """

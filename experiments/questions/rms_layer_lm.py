@@ -7,8 +7,8 @@ Source: Zhang & Sennrich 2019, https://arxiv.org/abs/1910.07467, abstract: RMS n
 layer norm in several tasks, translation among them. What counts as comparable is ours.
 
 Protocol: A pre-norm language model of 2 blocks of width 32 on bytes of 18 books, windows of 32,
-batches of 8, 400 steps of AdamW with a warm-up and a cosine. Each norm has the best of four rates,
-chosen with other seeds on the validation set. Bits per byte of 256 windows of the test set.
+batches of 8, 400 steps of AdamW with a warm-up and a cosine. Each norm has the best of four or more
+rates, chosen with other seeds on the validation set. Bits per byte of 256 windows of the test set.
 
 Command: python -m experiments run rms_layer_lm
 """

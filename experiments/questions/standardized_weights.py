@@ -10,8 +10,8 @@ better). "As good", within half a point, is ours.
 
 Protocol: Fashion-MNIST, averaged to 14×14 pixels; three 3×3 convolutions of stride 2 with ReLUs, 64
 images in each of 300 steps of SGD with momentum 0.9, whose rate falls to zero as a cosine from the
-best of three, chosen for each norm on held-out images. Of the 64 images, batch norm takes all or
-two together; the others look at one, so a batch is no part of them. Tested on 5,000 images.
+best of three or more, chosen for each norm on held-out images. Of the 64 images, batch norm takes
+all or two together; the others look at one, so a batch is no part of them. Tested on 5,000 images.
 
 Command: python -m experiments run standardized_weights
 """

@@ -8,9 +8,9 @@ Source: Salimans & Kingma 2016, section 5.1, https://arxiv.org/abs/1602.07868: e
 the plain net, 8.46% with weight normalization, 8.05% with batch norm, 7.31% with both.
 
 Protocol: CIFAR-10 without augmentation, averaged to 16×16 pixels, a small ReLU conv net (8, 16, 32
-channels), batches of 60, 600 steps of Adam, no weight decay, each norm at the best of four rates.
-Weight normalization starts from the statistics of a batch, as in the paper. The paper's net has
-nine convolutions with hundreds of channels, dropout and 200 epochs: here the verdict is about a
+channels), batches of 60, 600 steps of Adam, no weight decay, each norm at the best of four or more
+rates. Weight normalization starts from the statistics of a batch, as in the paper. The paper's net
+has nine convolutions with hundreds of channels, dropout and 200 epochs: here the verdict is about a
 small net early in its training.
 
 Command: python -m experiments run weight_norm_accuracy

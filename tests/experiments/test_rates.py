@@ -1,7 +1,9 @@
 """The largest stable learning rate of each seed: a planted one is found."""
 
+import dataclasses
 import functools
 import math
+from typing import ClassVar
 
 import jax
 import numpy as np
@@ -20,22 +22,48 @@ GRID = (0.01, 0.1, 1.0, 10.0)
 PLANTED = {100: 0.037, 101: 0.62, 102: 0.1}
 
 
+@dataclasses.dataclass(frozen=True)
+class Planted:
+    """A training that diverges above a rate of each seed, and says which lanes each turn had."""
+
+    rows: list
+    turns: list
+    options: dict = dataclasses.field(default_factory=dict)
+
+    @property
+    def data(self):
+        return load("digits", None)
+
+    def among(self, nets, data, resume):
+        assert nets.count >= len(self.rows)
+        self.turns.append(self.rows)
+        for row in self.rows:
+            diverged = None if row["lr"] <= PLANTED[row["seed"]] else 2
+            yield {"kind": "evaluation", **row, "step": TINY.steps, "diverged": diverged}
+
+
+class Compiled:
+    """In the place of `Nets`: it trains nothing."""
+
+    made: ClassVar[list] = []
+
+    def __init__(self, config, norm, data, rows, *, count):
+        self.data, self.count = data, count
+        self.made.append(self)
+
+    def compile(self):
+        return self
+
+
 @pytest.fixture
 def planted(monkeypatch):
     """Nets that diverge above a rate of each seed; returns the lanes of each turn."""
     turns = []
-
-    def learn(config, norm, *, side_by_side, prepare):
-        turns.append(side_by_side)
-
-        def run(resume):
-            for row in side_by_side:
-                diverged = None if row["lr"] <= PLANTED[row["seed"]] else 2
-                yield {"kind": "evaluation", **row, "step": config.steps, "diverged": diverged}
-
-        return run
-
-    monkeypatch.setattr(rates, "learn", learn)
+    monkeypatch.setattr(
+        rates, "learn", lambda config, norm, *, side_by_side: Planted(side_by_side, turns)
+    )
+    monkeypatch.setattr(rates, "Nets", Compiled)
+    monkeypatch.setattr(Compiled, "made", [])
     return turns
 
 
@@ -92,16 +120,14 @@ def test_it_goes_on_from_every_checkpoint_to_the_same_numbers(monkeypatch):
         assert records(measure(checkpoint)) == records(found[i + 1 :])
 
 
-def test_the_criterion_is_of_training_images_that_are_held_out(monkeypatch):
-    asked = []
+def test_nets_are_compiled_for_the_grid_and_once_for_all_other_turns(planted):
+    list(largest_stable(TINY, nl.get("none"), GRID, finite)(None))
+    assert [nets.count for nets in Compiled.made] == [12, 3]
 
-    def learn(config, norm, *, side_by_side, prepare):
-        asked.append(prepare)
-        return lambda resume: iter([])
 
-    monkeypatch.setattr(rates, "learn", learn)
+def test_the_criterion_is_of_training_images_that_are_held_out(planted):
     prepare = lambda data: data._replace(train_labels=data.train_labels + 1)  # noqa: E731
     next(largest_stable(TINY, nl.get("none"), GRID, finite, prepare=prepare)(None))
-    data = load("digits", None)
-    expected = held_out(prepare(data)).test_labels
-    np.testing.assert_array_equal(asked[0](data).test_labels, expected)
+    [nets] = Compiled.made
+    expected = held_out(prepare(load("digits", None))).test_labels
+    np.testing.assert_array_equal(nets.data.test_labels, expected)
