@@ -124,7 +124,7 @@ def figure(records: Records) -> Figure:
         draw.spread(axes, delays, values, label=f"old, {label}", **styles[gradient])
     for at, name in enumerate(references, 1):
         place = 2 * max(delays) * 1.25**at
-        draw.spread(axes, [place], [errors[name]], label=name, ls="", **styles[name])
+        draw.spread(axes, [place], [errors[name]], label=name, **{**styles[name], "ls": ""})
         axes.axhline(float(np.mean(errors[name])), color=styles[name]["color"], lw=0.8, ls=":")
     draw.frame(axes, xlabel="steps between exchanges", doubling=True, ticks=delays)
     axes.set_ylabel("test error (%)")
