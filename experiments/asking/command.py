@@ -16,7 +16,7 @@ from rich.table import Table
 from .. import questions
 from ..rundir import CHECKOUT, RunError, environment
 from ..terminal import console, print_paths
-from . import archive, references, tables
+from . import archive, guide, references, tables
 from .answers import Ask, answers, print_answer, status
 from .cost import Cost, cost
 from .kept import as_json, verdict_json
@@ -52,7 +52,8 @@ class Report(Ask):
 
     out: Path = CHECKOUT / "runs" / "report.html"
     """The page. Beside it, with its name before theirs, the verdicts as JSON, the claims and their
-    effects as CSV and Parquet, and the sources as BibTeX."""
+    effects as CSV and Parquet, and the sources as BibTeX; and if no claim lacks that it cites, the
+    guide: which norm, where and when."""
 
     archive: Path | None = None
     """A zip file for the records of these questions: whoever has it has what was measured."""
@@ -121,8 +122,11 @@ def report(command: Report) -> int:
     said = {"environment": machine, "configs": configs, "verdicts": verdicts}
     beside[f"{out.stem}.json"] = (json.dumps(said, indent=1) + "\n").encode()
     links = {name.removeprefix(f"{out.stem}-"): name for name in beside}
-    whole = {out.with_name(name): content for name, content in beside.items()}
-    whole[out] = page(sections, machine, known, links).encode()
+    name = "guide" if out.stem == "report" else f"{out.stem}-guide"
+    guided = guide.files(tables.claims(sections), out.name, name)
+    whole = {out.with_name(name): content for name, content in {**beside, **guided}.items()}
+    link = f"{name}.html" if guided else ""
+    whole[out] = page(sections, machine, known, links, link).encode()
     if command.archive is not None:
         runs = [a.path for a in told if a.path is not None and not a.failed]
         whole[command.archive.expanduser().resolve()] = archive.pack(runs)

@@ -68,6 +68,7 @@ def page(
     environment: dict[str, Any],
     references: Mapping[str, Entry],
     files: Mapping[str, str],
+    guide: str = "",
 ) -> str:
     """The page: an overview of every claim, then each question, then the sources.
 
@@ -78,6 +79,7 @@ def page(
       environment: That of `rundir.environment`.
       references: The sources by their keys; those that no claim cites are left out.
       files: What lies beside the page, in words, and the name of its file.
+      guide: The name of the guide's page, if there is one.
 
     Returns:
       HTML that is also well-formed XML.
@@ -113,6 +115,7 @@ def page(
             references={key: references[key] for key in sorted(cited)},
             cited=cited,
             files=files,
+            guide=guide,
             symbols=SYMBOLS,
             intervals=INTERVALS,
             read=READ,
