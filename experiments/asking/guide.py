@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,22 +32,72 @@ class Cell(NamedTuple):
     Attributes:
       situation, norm: Its row and its column.
       id: The claim that fills it.
-      good: Whether the norm does well there if the claim holds.
+      name: What of the column it is.
+      good: Whether that does well there if the claim holds.
     """
 
     situation: str
     norm: str
     id: str
+    name: str = ""
     good: bool = True
 
 
-CELLS: tuple[Cell, ...] = ()
+NORMS = ("no norm", "batch", "batch, changed", "one example", "weights", "no statistics")
+"""The columns."""
+
+CELLS = (
+    Cell("small initial weights", "no norm", "figure1.sd-0.01.gain", good=False),
+    Cell("small initial weights", "batch", "figure1.sd-0.01.gain"),
+    Cell("rates chosen, Adam", "batch", "optimizers.adam.gain"),
+    Cell("rates chosen, momentum", "batch", "optimizers.momentum.gain"),
+    Cell("rates chosen, SGD, sigmoids", "weights", "cosine.mnist.cosine.before", "cosine"),
+    Cell("a conv net", "one example", "layer_conv.layer-all.batch", "layer", good=False),
+    Cell("a conv net", "weights", "cosine.cifar10.cosine.before", "cosine"),
+    Cell("a conv net of 10 layers", "weights", "weight_norm_deep.deep", "weight", good=False),
+    Cell("batch of 4", "batch", "batch_size.batch.at-batch-4", good=False),
+    Cell("batch of 4", "batch, changed", "renorm.few.constant", "renorm"),
+    Cell("batch of 4", "one example", "batch_size.layer.at-batch-4", "layer"),
+    Cell("batch of 4", "no norm", "batch_size.none.at-batch-4"),
+    Cell("batch of 2, conv net", "batch", "batch_size_conv.over-2.rise", good=False),
+    Cell("batch of 2, conv net", "batch, changed", "switchable.few", "switchable"),
+    Cell("batch of 2, conv net", "one example", "batch_size_conv.over-2.instance", "instance"),
+    Cell("batch of 2, conv net", "weights", "standardized_weights.few", "WS and group"),
+    Cell("few classes in a batch", "batch", "renorm.classes.constant.batch", good=False),
+    Cell("few classes in a batch", "batch, changed", "renorm.classes.constant.renorm", "renorm"),
+    Cell("one example at inference", "batch", "batch_one.population-1.error"),
+    Cell("a stream that drifts", "batch, changed", "online.drift.renorm", "renorm"),
+    Cell("a stream that drifts", "one example", "online.drift.layer", "layer"),
+    Cell("a stream that stands still", "one example", "online.still.group", "group"),
+    Cell("a recurrent net", "batch, changed", "recurrent.lstm.none", "each step’s"),
+    Cell("fine-tuning, tiny batches", "batch, changed", "fine_tuning.frozen", "frozen"),
+    Cell("2 images on each device", "batch, changed", "group_size.per-device-2.all", "synced"),
+    Cell("devices with data of their own", "batch, changed", "fed_bn.fed-bn", "FedBN"),
+    Cell("a small language model", "one example", "rms_layer_lm.same", "RMS"),
+    Cell("a language model, little data", "no statistics", "dyt_data.little", "DyT"),
+    Cell("a language model, much data", "no statistics", "dyt_data.much", "DyT", good=False),
+    Cell("a small vision transformer", "no statistics", "dyt_vit.dyt", "DyT"),
+    Cell("8 layers of sigmoids", "no norm", "deep_sigmoid.depth-8.none", good=False),
+    Cell("8 layers of sigmoids", "batch", "deep_sigmoid.depth-8.batch"),
+    Cell("32 transformer blocks, no warm-up", "no norm", "rezero_depth.plain", good=False),
+    Cell("32 transformer blocks, no warm-up", "no statistics", "rezero_depth.rezero", "ReZero"),
+    Cell(
+        "32 transformer blocks, no warm-up",
+        "one example",
+        "rezero_depth.post",
+        "post-norm",
+        good=False,
+    ),
+    Cell("64 blurred test images", "batch, changed", "test_time.blur.statistics", "their own"),
+    Cell("4 blurred test images", "batch, changed", "test_time.blur.few", "their own", good=False),
+    Cell("an attack", "batch", "adversarial.attack-0.05", good=False),
+)
 """The decision figure."""
 
 COLOURS = {"well": "#bfe3d0", "badly": "#f6cdb5", "undecided": "#e4e1da"}
 """Of what the evidence says; each cell says it with a sign as well."""
 
-SIGNS = {"well": "+", "badly": "−", "undecided": "?"}
+SIGNS = {"well": "▲", "badly": "▼", "undecided": "?"}
 
 
 def cited() -> list[str]:
@@ -105,27 +155,25 @@ def says(cell: Cell, decision: str) -> str:
 def figure(claims: pd.DataFrame) -> Figure:
     """The situations by the norms: what the evidence says, and the effect it says it with."""
     known = {row.id: row for row in claims.itertuples()}
-    rows, norms = (_each(getattr(c, key) for c in CELLS) for key in ("situation", "norm"))
-    picture = Figure(figsize=(2.6 + 1.35 * len(norms), 0.9 + 0.42 * len(rows)))
-    picture.subplots_adjust(left=2.5 / (2.6 + 1.35 * len(norms)), right=0.995, top=0.9, bottom=0.02)
-    axes = picture.subplots()
+    rows = [*dict.fromkeys(cell.situation for cell in CELLS)]
+    width, height = 2.4 + 1.65 * len(NORMS), 0.5 + 0.3 * len(rows)
+    picture = Figure(figsize=(width, height))
+    axes = picture.add_axes((2.4 / width, 0.02, 1 - 2.45 / width, 1 - 0.47 / height))
     for cell in CELLS:
-        x, y, row = norms.index(cell.norm), rows.index(cell.situation), known[cell.id]
+        x, y, row = NORMS.index(cell.norm), rows.index(cell.situation), known[cell.id]
         said = says(cell, row.decision)
-        axes.add_patch(Rectangle((x - 0.48, y - 0.46), 0.96, 0.92, color=COLOURS[said]))
-        mean, _ = estimate(row)
-        words = f"{SIGNS[said]}  {mean} {row.unit}".strip()
-        axes.text(x, y, words, ha="center", va="center", fontsize=8)
-    axes.set(xlim=(-0.5, len(norms) - 0.5), ylim=(len(rows) - 0.5, -0.5))
-    axes.set_xticks(range(len(norms)), norms)
+        axes.add_patch(Rectangle((x - 0.48, y - 0.44), 0.96, 0.88, color=COLOURS[said]))
+        words = " ".join(f"{SIGNS[said]} {cell.name} {estimate(row)[0]} {row.unit}".split())
+        axes.text(x, y, words, ha="center", va="center", fontsize=7.5)
+    axes.set(xlim=(-0.5, len(NORMS) - 0.5), ylim=(len(rows) - 0.5, -0.5))
+    axes.set_xticks(range(len(NORMS)), NORMS)
     axes.set_yticks(range(len(rows)), rows)
-    axes.tick_params(length=0, top=True, labeltop=True, bottom=False, labelbottom=False)
+    axes.hlines([y + 0.5 for y in range(len(rows) - 1)], *axes.get_xlim(), color="#d9d5ca", lw=0.5)
+    axes.tick_params(
+        length=0, top=True, labeltop=True, bottom=False, labelbottom=False, labelsize=8
+    )
     axes.spines[:].set_visible(False)
     return picture
-
-
-def _each(names: Iterable[str]) -> list[str]:
-    return [*dict.fromkeys(names)]
 
 
 def as_page(words: str, picture: str, svg: str) -> str:
