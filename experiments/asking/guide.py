@@ -79,10 +79,10 @@ CELLS = (
     Cell("a small vision transformer", "no statistics", "dyt_vit.dyt", "DyT"),
     Cell("8 layers of sigmoids", "no norm", "deep_sigmoid.depth-8.none", good=False),
     Cell("8 layers of sigmoids", "batch", "deep_sigmoid.depth-8.batch"),
-    Cell("32 transformer blocks, no warm-up", "no norm", "rezero_depth.plain", good=False),
-    Cell("32 transformer blocks, no warm-up", "no statistics", "rezero_depth.rezero", "ReZero"),
+    Cell("32 blocks, no warm-up", "no norm", "rezero_depth.plain", good=False),
+    Cell("32 blocks, no warm-up", "no statistics", "rezero_depth.rezero", "ReZero"),
     Cell(
-        "32 transformer blocks, no warm-up",
+        "32 blocks, no warm-up",
         "one example",
         "rezero_depth.post",
         "post-norm",
