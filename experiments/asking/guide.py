@@ -114,7 +114,7 @@ def guide(claims: pd.DataFrame, page: str, picture: str) -> str:
       page: The address of the report's page.
       picture: That of the figure.
     """
-    known = {row.id: row for row in claims.itertuples()}
+    known = _by_id(claims)
     engine = jinja2.Environment(
         loader=jinja2.FileSystemLoader(_HERE),
         undefined=jinja2.StrictUndefined,
@@ -128,6 +128,10 @@ def guide(claims: pd.DataFrame, page: str, picture: str) -> str:
         page=page,
         picture=picture,
     )
+
+
+def _by_id(claims: pd.DataFrame) -> dict[str, Any]:
+    return dict(zip(claims.id, claims.itertuples(), strict=True))
 
 
 def _evidence(known: Mapping[str, Any], page: str, *ids: str) -> str:
@@ -154,7 +158,7 @@ def says(cell: Cell, decision: str) -> str:
 
 def figure(claims: pd.DataFrame) -> Figure:
     """The situations by the norms: what the evidence says, and the effect it says it with."""
-    known = {row.id: row for row in claims.itertuples()}
+    known = _by_id(claims)
     rows = [*dict.fromkeys(cell.situation for cell in CELLS)]
     width, height = 2.4 + 1.65 * len(NORMS), 0.5 + 0.3 * len(rows)
     picture = Figure(figsize=(width, height))
