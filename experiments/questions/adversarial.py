@@ -90,7 +90,7 @@ class Adversarial(Config):
 
 
 QUICK = Adversarial()
-SECONDS = 120
+SECONDS = 60
 FULL = Adversarial(dataset="cifar10", model="resnet20", pool=1, steps=20_000, attacked=2000)
 
 

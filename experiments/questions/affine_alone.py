@@ -71,7 +71,7 @@ class AffineAlone(Config):
 
 
 QUICK = AffineAlone()
-SECONDS = 240
+SECONDS = 170
 FULL = AffineAlone(pool=1, depths=(4, 8, 16, 32), width=256, steps=20_000, evaluations=20)
 
 

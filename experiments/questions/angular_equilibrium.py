@@ -99,7 +99,7 @@ class AngularEquilibrium(Config):
 
 
 QUICK = AngularEquilibrium()
-SECONDS = 60
+SECONDS = 27
 FULL = AngularEquilibrium(pool=1, width=256, steps=20_000)
 
 

@@ -77,7 +77,7 @@ class BatchOne(Config):
 
 
 QUICK = BatchOne()
-SECONDS = 50
+SECONDS = 70
 FULL = BatchOne(steps=20_000)
 
 RELU: dict[str, Any] = {"activation": jax.nn.relu}

@@ -74,7 +74,7 @@ class BatchSize(Config):
 
 
 QUICK = BatchSize()
-SECONDS = 110
+SECONDS = 120
 FULL = BatchSize(together=(32, 16, 8, 4, 2), batches=(32, 16, 8, 4, 2), steps=9360, evaluations=20)
 
 

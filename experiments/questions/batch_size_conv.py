@@ -102,7 +102,7 @@ class BatchSizeConv(Config):
 
 
 QUICK = BatchSizeConv()
-SECONDS = 150
+SECONDS = 200
 FULL = BatchSizeConv(
     together=(32, 16, 8, 4, 2, 1),
     alone=("layer", "group", "instance"),

@@ -109,7 +109,7 @@ class Cosine(Config):
 
 
 QUICK = Cosine()
-SECONDS = 300
+SECONDS = 550
 FULL = Cosine(
     steps=50_000,
     evaluations=50,

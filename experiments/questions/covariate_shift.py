@@ -60,7 +60,7 @@ class CovariateShift(Config):
 
 
 QUICK = CovariateShift()
-SECONDS = 40
+SECONDS = 60
 FULL = CovariateShift(dataset="cifar10", model="vgg", batch_size=128, steps=10_000, evaluations=50)
 
 

@@ -61,7 +61,7 @@ class DataSize(Config):
 
 
 QUICK = DataSize()
-SECONDS = 130
+SECONDS = 250
 FULL = DataSize(sizes=(500, 1000, 2000, 4000, 8000, 16_000, 32_000), steps=20_000)
 
 

@@ -90,7 +90,7 @@ class Decorrelated(Config):
 
 
 QUICK = Decorrelated()
-SECONDS = 120
+SECONDS = 60
 FULL = Decorrelated(widths=(100,) * 4, steps=20_000)
 
 

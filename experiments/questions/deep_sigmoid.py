@@ -65,7 +65,7 @@ class DeepSigmoid(Config):
 
 
 QUICK = DeepSigmoid()
-SECONDS = 110
+SECONDS = 300
 FULL = DeepSigmoid(depths=(3, 5, 8, 12), steps=50_000, evaluations=50)
 
 

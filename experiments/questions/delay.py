@@ -59,7 +59,7 @@ class Delay(Config):
 
 
 QUICK = Delay()
-SECONDS = 200
+SECONDS = 250
 FULL = Delay(
     dataset="cifar10",
     model="conv",

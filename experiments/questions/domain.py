@@ -105,7 +105,7 @@ class Domain(Config):
 
 
 QUICK = Domain()
-SECONDS = 35
+SECONDS = 30
 FULL = Domain(examples=60_000, steps=20_000)
 
 

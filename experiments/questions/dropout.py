@@ -60,7 +60,7 @@ class Dropout(Config):
 
 
 QUICK = Dropout()
-SECONDS = 130
+SECONDS = 250
 FULL = Dropout(shares=(0.0, 0.1, 0.2, 0.3, 0.5), steps=20_000, evaluations=20)
 
 

@@ -72,7 +72,7 @@ class DytVit(Config):
 
 
 QUICK = DytVit()
-SECONDS = 200
+SECONDS = 250
 FULL = DytVit(
     dataset="cifar10",
     steps=40_000,

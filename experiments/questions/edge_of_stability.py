@@ -82,7 +82,7 @@ class EdgeOfStability(Config):
 
 
 QUICK = EdgeOfStability()
-SECONDS = 120
+SECONDS = 60
 FULL = EdgeOfStability(
     dataset="cifar10", examples=5000, pool=1, width=200, steps=20_000, evaluations=100
 )

@@ -87,7 +87,7 @@ class FedBn(Config):
 
 
 QUICK = FedBn()
-SECONDS = 80
+SECONDS = 50
 FULL = FedBn(tests=10_000, steps=3000)
 
 

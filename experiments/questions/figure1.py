@@ -70,7 +70,7 @@ class Figure1(Config):
 
 
 QUICK = Figure1()
-SECONDS = 350
+SECONDS = 540
 FULL = Figure1(
     starts=((0.1, 0.1), (0.01, 0.1), (0.1, 0.5), (1.0, 0.1)), steps=50_000, evaluations=200
 )

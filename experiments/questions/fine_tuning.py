@@ -81,7 +81,7 @@ class FineTuning(Config):
 
 
 QUICK = FineTuning()
-SECONDS = 80
+SECONDS = 40
 FULL = FineTuning(images=10_000, steps=20_000)
 
 

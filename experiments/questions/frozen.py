@@ -75,7 +75,7 @@ class Frozen(Config):
 
 
 QUICK = Frozen()
-SECONDS = 90
+SECONDS = 100
 FULL = Frozen(together=(2, 4, 8, 16, 32), steps=20_000, evaluations=20)
 
 

@@ -61,7 +61,7 @@ class GainBias(Config):
 
 
 QUICK = GainBias()
-SECONDS = 120
+SECONDS = 200
 FULL = GainBias(dataset="cifar10", model="vgg", batch_size=128, steps=30_000, evaluations=30)
 
 

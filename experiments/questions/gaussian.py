@@ -63,7 +63,7 @@ class Gaussian(Config):
 
 
 QUICK = Gaussian()
-SECONDS = 70
+SECONDS = 80
 FULL = Gaussian(steps=50_000, evaluations=50)
 
 

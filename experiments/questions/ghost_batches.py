@@ -76,7 +76,7 @@ class GhostBatches(Config):
 
 
 QUICK = GhostBatches()
-SECONDS = 180
+SECONDS = 50
 FULL = GhostBatches(
     dataset="cifar10", model="resnet20", examples=50_000, pool=1, small=128, large=2048, epochs=100
 )

@@ -63,7 +63,7 @@ class GradientBound(Config):
 
 
 QUICK = GradientBound()
-SECONDS = 5
+SECONDS = 3
 FULL = GradientBound(width=256)
 
 

@@ -54,7 +54,7 @@ class GradientSync(Config):
 
 
 QUICK = GradientSync()
-SECONDS = 185
+SECONDS = 190
 FULL = GradientSync(dataset="cifar10", model="conv", steps=20_000, evaluations=20)
 
 

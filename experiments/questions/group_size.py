@@ -67,7 +67,7 @@ class GroupSize(Config):
 
 
 QUICK = GroupSize()
-SECONDS = 200
+SECONDS = 250
 FULL = GroupSize(
     dataset="cifar10",
     model="conv",

@@ -59,7 +59,7 @@ class Identity(Config):
 
 
 QUICK = Identity()
-SECONDS = 4
+SECONDS = 3
 FULL = Identity(channels=256)
 
 

@@ -48,7 +48,7 @@ class IgnoredGradient(Config):
 
 
 QUICK = IgnoredGradient()
-SECONDS = 3
+SECONDS = 2
 FULL = IgnoredGradient(steps=10_000)
 
 

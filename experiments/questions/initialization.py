@@ -53,7 +53,7 @@ class Initialization(Config):
 
 
 QUICK = Initialization()
-SECONDS = 130
+SECONDS = 200
 FULL = Initialization(sds=(0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0), steps=50_000, evaluations=20)
 
 

@@ -59,7 +59,7 @@ class Landscape(Config):
 
 
 QUICK = Landscape()
-SECONDS = 80
+SECONDS = 70
 FULL = Landscape(steps=15_000, evaluations=100)
 
 

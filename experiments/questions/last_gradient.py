@@ -75,7 +75,7 @@ class LastGradient(Config):
 
 
 QUICK = LastGradient()
-SECONDS = 40
+SECONDS = 130
 FULL = LastGradient(seeds=20, depths=(4, 8, 16, 32, 64, 128), width=512, length=256)
 
 

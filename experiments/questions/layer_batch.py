@@ -69,7 +69,7 @@ class LayerBatch(Config):
 
 
 QUICK = LayerBatch()
-SECONDS = 200
+SECONDS = 210
 FULL = LayerBatch(norms=("none", "batch", "layer"), widths=(1000, 1000), steps=9360, evaluations=20)
 
 

@@ -59,7 +59,7 @@ class LayerConv(Config):
 
 
 QUICK = LayerConv()
-SECONDS = 110
+SECONDS = 80
 FULL = LayerConv(model="vgg", samples=("all", "channels"), steps=20_000)
 
 NORMS = {

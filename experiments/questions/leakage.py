@@ -85,7 +85,7 @@ class Leakage(Config):
 
 
 QUICK = Leakage()
-SECONDS = 60
+SECONDS = 100
 FULL = Leakage(model="resnet20", dataset="cifar10", pool=1, steps=20_000, evaluations=20)
 
 

@@ -91,7 +91,7 @@ class LearningRate(Config):
 
 
 QUICK = LearningRate()
-SECONDS = 200
+SECONDS = 230
 FULL = LearningRate(
     dataset="cifar10", model="vgg", batch_size=128, steps=30_000, search=5000, tests=10_000
 )

@@ -62,7 +62,7 @@ class LnScaling(Language):
 
 
 QUICK = LnScaling()
-SECONDS = 200
+SECONDS = 220
 FULL = LnScaling(
     steps=10_000,
     width=256,

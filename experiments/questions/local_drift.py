@@ -69,7 +69,7 @@ TOGETHER = 0.01
 """That of statistics that have not, at most; set after a pilot."""
 
 QUICK = Config(evaluations=10)
-SECONDS = 95
+SECONDS = 150
 FULL = Config(dataset="cifar10", steps=20_000, evaluations=40)
 
 

@@ -67,7 +67,7 @@ class MeanField(Config):
 
 
 QUICK = MeanField()
-SECONDS = 20
+SECONDS = 24
 FULL = MeanField(width=2000, depth=100)
 
 

@@ -64,7 +64,7 @@ class MixLn(Config):
 
 
 QUICK = MixLn()
-SECONDS = 50
+SECONDS = 40
 FULL = MixLn(seeds=20, depth=24, width=512, length=256)
 
 

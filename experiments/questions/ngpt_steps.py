@@ -59,7 +59,7 @@ class NgptSteps(Language):
 
 
 QUICK = NgptSteps(first_seed=200)
-SECONDS = 150
+SECONDS = 110
 FULL = NgptSteps(
     steps=20_000,
     width=256,

@@ -90,7 +90,7 @@ class NoisyBatchNorm(Config):
 
 
 QUICK = NoisyBatchNorm()
-SECONDS = 120
+SECONDS = 310
 FULL = NoisyBatchNorm(
     dataset="cifar10", model="vgg", pool=1, batch_size=128, steps=10_000, evaluations=50
 )

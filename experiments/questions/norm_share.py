@@ -63,7 +63,7 @@ class NormShare(Config):
 
 
 QUICK = NormShare()
-SECONDS = 20
+SECONDS = 21
 FULL = NormShare(batches=(8, 32, 128), depth=16, channels=64, side=32)
 
 

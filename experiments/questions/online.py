@@ -68,7 +68,7 @@ class Online(Config):
 
 
 QUICK = Online()
-SECONDS = 90
+SECONDS = 70
 FULL = Online(kinds=("none", "batch", "layer", "group", "renorm"), steps=4200)
 
 SAID = {"layer": "layer norm", "group": "group norm", "renorm": "batch renormalization"}

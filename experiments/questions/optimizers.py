@@ -56,7 +56,7 @@ class Optimizers(Config):
 
 
 QUICK = Optimizers()
-SECONDS = 150
+SECONDS = 240
 FULL = Optimizers(steps=50_000, evaluations=50)
 
 

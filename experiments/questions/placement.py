@@ -48,7 +48,7 @@ class Placement(Config):
 
 
 QUICK = Placement()
-SECONDS = 55
+SECONDS = 120
 FULL = Placement(dataset="cifar10", model="vgg", batch_size=128, steps=30_000)
 
 

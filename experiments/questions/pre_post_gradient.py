@@ -68,7 +68,7 @@ class PrePostGradient(Config):
 
 
 QUICK = PrePostGradient()
-SECONDS = 25
+SECONDS = 21
 FULL = PrePostGradient(seeds=20, depth=24, width=512, length=256)
 
 

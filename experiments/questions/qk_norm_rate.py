@@ -70,7 +70,7 @@ class QkNormRate(Language):
 
 
 QUICK = QkNormRate()
-SECONDS = 200
+SECONDS = 140
 FULL = QkNormRate(
     steps=5000,
     width=256,

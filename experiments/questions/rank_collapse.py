@@ -78,7 +78,7 @@ class RankCollapse(Config):
 
 
 QUICK = RankCollapse()
-SECONDS = 80
+SECONDS = 29
 FULL = RankCollapse(widths=(48, 96, 192, 384, 768), depth=2048)
 
 

@@ -81,7 +81,7 @@ class Renorm(Config):
 
 
 QUICK = Renorm()
-SECONDS = 145
+SECONDS = 200
 FULL = Renorm(steps=20_000, evaluations=20)
 
 

@@ -90,7 +90,7 @@ class Reparametrization(Config):
 
 
 QUICK = Reparametrization()
-SECONDS = 90
+SECONDS = 120
 FULL = Reparametrization(steps=50_000, evaluations=50)
 
 

@@ -85,7 +85,7 @@ class Resolution(Config):
 
 
 QUICK = Resolution()
-SECONDS = 90
+SECONDS = 210
 FULL = Resolution(images=60_000, tests=10_000, steps=20_000, channels=())
 
 

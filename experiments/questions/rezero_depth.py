@@ -69,7 +69,7 @@ class RezeroDepth(Language):
 
 
 QUICK = RezeroDepth()
-SECONDS = 130
+SECONDS = 100
 FULL = RezeroDepth(
     steps=20_000,
     width=256,

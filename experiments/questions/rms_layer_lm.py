@@ -43,7 +43,7 @@ class RmsLayerLm(Language):
 
 
 QUICK = RmsLayerLm()
-SECONDS = 110
+SECONDS = 60
 FULL = RmsLayerLm(steps=20_000, width=256, depth=8, heads=8, context=128, batch_size=64)
 
 

@@ -67,7 +67,7 @@ class ScaleInvariance(Config):
 
 
 QUICK = ScaleInvariance()
-SECONDS = 30
+SECONDS = 22
 FULL = ScaleInvariance(steps=2000, width=100)
 
 Params = dict[str, Array]

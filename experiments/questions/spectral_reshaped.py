@@ -89,7 +89,7 @@ class SpectralReshaped(Config):
 
 
 QUICK = SpectralReshaped()
-SECONDS = 90
+SECONDS = 200
 FULL = SpectralReshaped(dataset="cifar10", width=128, pool=1, steps=10_000, evaluations=5)
 
 

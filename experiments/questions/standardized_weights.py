@@ -58,7 +58,7 @@ class StandardizedWeights(Config):
 
 
 QUICK = StandardizedWeights()
-SECONDS = 110
+SECONDS = 100
 FULL = StandardizedWeights(model="vgg", groups=32, steps=20_000)
 
 

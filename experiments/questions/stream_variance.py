@@ -92,7 +92,7 @@ class StreamVariance(Config):
 
 
 QUICK = StreamVariance()
-SECONDS = 20
+SECONDS = 80
 FULL = StreamVariance(depth=48, width=512, length=256)
 
 

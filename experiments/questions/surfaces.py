@@ -106,7 +106,7 @@ class Surfaces(Config):
 
 
 QUICK = Surfaces()
-SECONDS = 80
+SECONDS = 70
 FULL = Surfaces(widths=(256,) * 8, images=5000, steps=20_000)
 
 

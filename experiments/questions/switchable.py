@@ -70,7 +70,7 @@ class Switchable(Config):
 
 
 QUICK = Switchable()
-SECONDS = 140
+SECONDS = 100
 FULL = Switchable(together=(32, 16, 8, 4, 2), widths=(8, 16, 32), steps=20_000, evaluations=20)
 
 

@@ -102,7 +102,7 @@ class TestTime(Config):
 
 
 QUICK = TestTime()
-SECONDS = 100
+SECONDS = 40
 FULL = TestTime(domains=("contrast", "noise", "blur"), images=9984, steps=20_000)
 
 

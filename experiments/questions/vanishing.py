@@ -103,7 +103,7 @@ class Vanishing(Config):
 
 
 QUICK = Vanishing()
-SECONDS = 18
+SECONDS = 30
 FULL = Vanishing(depth=50, width=400)
 
 

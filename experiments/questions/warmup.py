@@ -55,7 +55,7 @@ class Warmup(Language):
 
 
 QUICK = Warmup()
-SECONDS = 180
+SECONDS = 170
 FULL = Warmup(steps=20_000, width=256, depth=12, heads=8, context=128, batch_size=64, lr=1e-3)
 
 

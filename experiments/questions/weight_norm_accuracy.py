@@ -63,7 +63,7 @@ class WeightNormAccuracy(Config):
 
 
 QUICK = WeightNormAccuracy()
-SECONDS = 350
+SECONDS = 150
 FULL = WeightNormAccuracy(
     rates=(0.0003, 0.001, 0.003), model="vgg", steps=50_000, evaluations=50, pooled=False
 )

@@ -63,7 +63,7 @@ class WeightNormDeep(Config):
 
 
 QUICK = WeightNormDeep()
-SECONDS = 110
+SECONDS = 60
 FULL = WeightNormDeep(depths=(2, 10, 30), width=256, images=60_000, steps=20_000)
 
 

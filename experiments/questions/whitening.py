@@ -97,7 +97,7 @@ class Whiten(Config):
 
 
 QUICK = Whiten()
-SECONDS = 120
+SECONDS = 110
 FULL = Whiten(measured=10_000, tests=10_000, steps=10_000, evaluations=100)
 
 
