@@ -68,6 +68,7 @@ class Section(NamedTuple):
       svg: The figure; empty if there is none.
       profile: "quick" or "full", or "changed" if it is neither.
       run: The name of its run directory; empty if it was not run.
+      begun: When that began, in UTC.
       data: The "name", "origin" and "sha256" of each data set, the name alone of one that was not
         read; empty if none is needed.
       seconds: The cost, in seconds of one core.
@@ -83,6 +84,7 @@ class Section(NamedTuple):
     svg: str = ""
     profile: str = "quick"
     run: str = ""
+    begun: str = ""
     data: tuple[dict[str, Any], ...] = ()
     seconds: float = 0.0
     diverged: tuple[str, ...] = ()
@@ -150,6 +152,7 @@ def section(answer: Answer, locked: Mapping[str, Sequence[Line]]) -> Section:
     begun = config["begun"]
     rows = (row(v, answer.config, locked.get(v.id, ()), begun) for v in answer.verdicts)
     return found._replace(
+        begun=begun,
         rows=tuple(rows),
         tunings=tuple(tunings(answer.records)),
         svg=_text(answer.path / "figure.svg"),

@@ -14,6 +14,8 @@ windows of 32, batches of 8, 600 steps of AdamW at one rate, on 2,048 bytes (75 
 the seed, or on all of it (part of one epoch). DyT starts at α = 0.5. Measured is the test loss in
 bits per byte, of 256 windows, in the end and at its lowest.
 
+Found: On little data its lowest loss on the way is lower as well, by 4%.
+
 Command: python -m experiments run dyt_data
 """
 

@@ -25,7 +25,7 @@ Command: python -m experiments run stream_variance
 
 Found: The derivation holds to a few percent where norms stand behind the branches or where the
 stream grows slowly. With pre-norm, Mix-LN and unit scaling the stream ends 1.8 to 2.3 times as
-large as derived, and pre-norm's grows as the power 1.26 of the depth. With branches whose kernels
+large as derived, and pre-norm's grows as the power 1.25 of the depth. With branches whose kernels
 alone decide the gain the derivation holds (tests/test_placement.py).
 """
 
