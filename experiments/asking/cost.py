@@ -2,7 +2,8 @@
 
 A model, for planning: nothing of it was measured on a GPU. The operations of one optimizer step and
 of one evaluation are those that XLA counts in the lowered program, times their numbers. A small
-step does not fill a GPU, so that it takes `STEP` at least.
+step does not fill a GPU, so that it takes `STEP` at least. Rates that are tried beyond the end of a
+grid are not counted.
 """
 
 from __future__ import annotations
@@ -103,30 +104,30 @@ def count(condition: Condition) -> Count:
     stages = getattr(condition.measure, "stages", None)
     if stages is None:
         return Count(0, None)
-    each = [of_learning(stage) for stage in stages]
+    lanes = max(len(stage.rows) for stage in stages)  # compiled once, for all of them
+    each = [of_learning(stage, lanes) for stage in stages]
     return Count(sum(c.steps for c in each), sum(c.operations or 0.0 for c in each))
 
 
-def of_learning(learning: Learning) -> Count:
-    """The operations of a training, without running it; no instrument counts."""
+def of_learning(learning: Learning, lanes: int) -> Count:
+    """The operations of a training of so many lanes, without running it; no instrument counts."""
     config = learning.config
     data = DeviceData(learning.data, 1)
     options = {name: v for name, v in learning.options.items() if name != "only"}
-    seeds = len(learning.rows)
 
     def kernels() -> Any:
         return models.draw_kernels(config.model, data.task.classes, range(1), data.probe, **options)
 
     one = jax.tree.map(lambda v: jnp.zeros((1, *v.shape[1:]), v.dtype), jax.eval_shape(kernels))
     model = models.build(config.model, learning.norm, data.task.classes, **options)
-    trainer = Trainer(model, optimizer(config)(config.lr), data, one, synced=True)
+    trainer = Trainer(model, optimizer(config)(config.lr), data, one, synced=True, parts=False)
     state = jax.eval_shape(jax.vmap(trainer.init_one), one)
     state = jax.tree.map(lambda v: jax.ShapeDtypeStruct((1, *v.shape), v.dtype), state)
     indices = jax.ShapeDtypeStruct((1, 1, 1, config.batch_size), jnp.int32)
     step = trainer._train.lower(state, data.inputs, data.labels, indices)
     batches = math.ceil(data.tests / data.task.batch)
     evaluation = trainer._evaluate.lower(state, *data.test, data.probe)  # the loop's body once
-    operations = seeds * (
+    operations = lanes * (
         config.steps * _operations(step) + config.evaluations * batches * _operations(evaluation)
     )
     return Count(config.steps, operations)

@@ -180,9 +180,8 @@ class Learning:
             yield from look(begin.evaluated(trainer))[: len(rows)]
         each = [batches[row["seed"]] for row in side_by_side]
         stops = {stop for _, stop in stretches(config.steps, config.evaluations)}
-        for at in drive(trainer, begin, turns(each, nets.turns), evaluate=False):
-            if at.step in stops:
-                at = at.evaluated(trainer)
+        for at in drive(trainer, begin, turns(each, nets.turns), evaluate=stops.__contains__):
+            if at.evaluation is not None:
                 yield from look(at)[: len(rows)]
             yield at.checkpoint()
 
@@ -296,7 +295,9 @@ def chosen(tried: Sequence[Record], rates: Sequence[float]) -> Record:
         whole = len(values) == sum(r["lr"] == lr for r in tried) and None not in values
         means.append(float(np.mean(values)) if whole else None)
     worst = math.inf if text else -math.inf
+    known = any(mean is not None for mean in means)
     best = (min if text else max)(rates, key=lambda lr: _or(means[rates.index(lr)], worst))
+    best = best if known else min(rates)  # all diverged: lower ones are worth a trial
     ends = {min(rates): "lowest", max(rates): "highest"} if len(rates) > 1 else {}
     return {
         "kind": "tuning",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -117,7 +117,11 @@ class Progress:
 
 
 def drive(
-    learner: Learner, at: Progress, turns: Iterable[tuple[int, Any]], *, evaluate: bool = True
+    learner: Learner,
+    at: Progress,
+    turns: Iterable[tuple[int, Any]],
+    *,
+    evaluate: Callable[[int], bool] = lambda step: True,
 ) -> Iterator[Progress]:
     """Trains turn by turn; stopping after any of them is safe.
 
@@ -125,7 +129,7 @@ def drive(
       learner: What is trained.
       at: Where it stands.
       turns: For each turn the step after it, and its batches; one that is done is left out.
-      evaluate: Whether to measure the test set after each.
+      evaluate: Whether to measure the test set after a step at which a turn ends.
     """
     for stop, batches in turns:
         if stop <= at.step:
@@ -137,6 +141,6 @@ def drive(
         first = np.where(bad.any(axis=0), at.step + 1 + bad.argmax(axis=0), -1)
         diverged = np.where(at.diverged < 0, first, at.diverged)
         at = Progress(stop, state, diverged, losses, None, step_ms)
-        if evaluate:
+        if evaluate(stop):
             at = at.evaluated(learner)
         yield at

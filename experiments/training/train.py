@@ -445,7 +445,7 @@ def _train(
     say("compiling")
     begin = time.perf_counter()
     at = there = Progress.start(state, 1, step=start)
-    for at in drive(program, there, program.batches(start), evaluate=False):
+    for at in drive(program, there, program.batches(start), evaluate=lambda step: False):
         done = at.step
         watchdog.beat(f"step {done + 1}")
         if first and (done % config.log_every == 0 or done == config.steps):

@@ -40,6 +40,8 @@ from experiments.engine.question import SCREENED
 from experiments.engine.records import draws
 from experiments.engine.verdict import adjusted
 from experiments.rundir import RunError, packed, unpacked
+from experiments.training.driver import Progress, drive
+from experiments.training.tasks import Evaluation
 
 EFFECTS = [0.9, 1.6, 0.4, 1.1, 0.7, 1.4]
 TINY = Config(
@@ -187,6 +189,21 @@ def run_of(measure, resume=None):
             yield found
 
 
+def test_a_test_loss_that_is_not_finite_on_the_way_is_remembered():
+    def evaluate(state):
+        return Evaluation(np.array([np.nan if state == 2 else 1.0]), np.array([0.5]), {}, {}, {})
+
+    def train(state, batches):
+        return state + 1, np.zeros((1, 1))
+
+    learner = types.SimpleNamespace(train=train, evaluate=evaluate)
+    turns = [(step, None) for step in range(1, 5)]
+    ends = [*drive(learner, Progress.start(0, 1), turns, evaluate=(2, 4).__contains__)]
+    assert [at.evaluation is not None for at in ends] == [False, True, False, True]
+    assert [at.diverged.item() for at in ends] == [-1, 2, 2, 2]
+    assert ends[-1].records([{}])[0]["diverged"] == 2
+
+
 class TestTuned:
     def test_rates_are_chosen_on_other_seeds_and_held_out_images(self):
         found = Records(run_of(tuned(TINY, nl.get("none"), (1e-6, 0.5, 1e-5))))
@@ -255,6 +272,13 @@ class TestTuned:
         found = chosen(rows, (0.1, 0.3, 1.0))
         assert (found["lr"], found["edge"]) == (0.3, "")
         assert found["accuracies"] == [0.5, 0.6, None]
+
+    def test_where_every_rate_diverges_the_lowest_is_taken_and_is_an_end(self):
+        rows = [
+            {"lr": lr, "seed": 0, "accuracy": 0.1, "diverged": 1} for lr in (1.0, 10.0, 0.1, 0.01)
+        ]
+        found = chosen(rows, (1.0, 10.0, 0.1, 0.01))
+        assert (found["lr"], found["edge"], found["accuracies"]) == (0.01, "lowest", [None] * 4)
 
     def test_a_text_is_tuned_on_its_validation_part(self):
         rows = [
