@@ -85,7 +85,7 @@ CELLS = (
         "32 blocks, no warm-up",
         "one example",
         "rezero_depth.post",
-        "post-norm",
+        "post",
         good=False,
     ),
     Cell("64 blurred test images", "batch, changed", "test_time.blur.statistics", "their own"),
