@@ -23,6 +23,7 @@ from .numbers import estimate
 from .page import SYMBOLS, image
 
 _HERE = Path(__file__).parent
+_DOCUMENT = re.compile(r'<a href="([a-z-]+\.md)">[^<]*</a>')
 _CITED = re.compile(r'"([a-z0-9_]+(?:[.-][a-z0-9_]+)+)"')
 
 
@@ -190,6 +191,7 @@ def as_page(words: str, picture: str, svg: str) -> str:
     """
     body = markdown_it.MarkdownIt("commonmark").enable("table").render(words)
     body = body.replace(f'src="{picture}"', f'src="{image(svg)}"')
+    body = _DOCUMENT.sub(r"<code>docs/\1</code>", body)  # which lies elsewhere
     engine = jinja2.Environment(loader=jinja2.FileSystemLoader(_HERE), autoescape=True)
     return engine.get_template("guide.html.j2").render(body=body)
 

@@ -62,7 +62,7 @@ def test_nothing_is_written_where_a_claim_lacks(claims):
     ],
 )
 def test_a_cell_is_what_its_claim_says(decision, good, said):
-    assert says(Cell("a", "b", "c", good), decision) == said
+    assert says(Cell("a", "b", "c", good=good), decision) == said
 
 
 def test_no_cell_is_drawn_over_another():
