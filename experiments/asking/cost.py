@@ -105,12 +105,15 @@ def count(condition: Condition) -> Count:
     if stages is None:
         return Count(0, None)
     lanes = max(len(stage.rows) for stage in stages)  # compiled once, for all of them
-    each = [of_learning(stage, lanes) for stage in stages]
-    return Count(sum(c.steps for c in each), sum(c.operations or 0.0 for c in each))
+    step, evaluation = of_net(stages[-1])
+    jax.clear_caches()  # programs hold their data, of which there are many
+    steps = sum(stage.config.steps for stage in stages)
+    evaluations = sum(stage.config.evaluations for stage in stages)
+    return Count(steps, lanes * (steps * step + evaluations * evaluation))
 
 
-def of_learning(learning: Learning, lanes: int) -> Count:
-    """The operations of a training of so many lanes, without running it; no instrument counts."""
+def of_net(learning: Learning) -> tuple[float, float]:
+    """The operations of a step and of an evaluation of one net, without an instrument."""
     config = learning.config
     data = DeviceData(learning.data, 1)
     options = {name: v for name, v in learning.options.items() if name != "only"}
@@ -127,10 +130,7 @@ def of_learning(learning: Learning, lanes: int) -> Count:
     step = trainer._train.lower(state, data.inputs, data.labels, indices)
     batches = math.ceil(data.tests / data.task.batch)
     evaluation = trainer._evaluate.lower(state, *data.test, data.probe)  # the loop's body once
-    operations = lanes * (
-        config.steps * _operations(step) + config.evaluations * batches * _operations(evaluation)
-    )
-    return Count(config.steps, operations)
+    return _operations(step), batches * _operations(evaluation)
 
 
 def _operations(lowered: Any) -> float:
