@@ -82,13 +82,7 @@ CELLS = (
     Cell("8 layers of sigmoids", "batch", "deep_sigmoid.depth-8.batch"),
     Cell("32 blocks, no warm-up", "no norm", "rezero_depth.plain", good=False),
     Cell("32 blocks, no warm-up", "no statistics", "rezero_depth.rezero", "ReZero"),
-    Cell(
-        "32 blocks, no warm-up",
-        "one example",
-        "rezero_depth.post",
-        "post",
-        good=False,
-    ),
+    Cell("32 blocks, no warm-up", "one example", "rezero_depth.post", "post", good=False),
     Cell("64 blurred test images", "batch, changed", "test_time.blur.statistics", "their own"),
     Cell("4 blurred test images", "batch, changed", "test_time.blur.few", "their own", good=False),
     Cell("an attack", "batch", "adversarial.attack-0.05", good=False),
@@ -125,7 +119,6 @@ def guide(claims: pd.DataFrame, page: str, picture: str) -> str:
     )
     return engine.get_template("guide.md.j2").render(
         evidence=functools.partial(_evidence, known, page),
-        effect=lambda id: _effect(known[id]),
         page=page,
         picture=picture,
     )
