@@ -13,14 +13,14 @@ import matplotlib.pyplot as plt
 import pandas as pd
 import pytest
 
-from experiments import figures, questions
-from experiments.asking import numbers, references, tables
-from experiments.asking import page as report
-from experiments.asking.section import Row, Section, Tuning, families, row
-from experiments.asking.thresholds import Line
-from experiments.engine import Config
-from experiments.engine.verdict import Source, Verdict, bounds, decide, decide_share
-from experiments.rundir import CHECKOUT, RunError
+from normlab.experiments import figures, questions
+from normlab.experiments.asking import numbers, references, tables
+from normlab.experiments.asking import page as report
+from normlab.experiments.asking.section import Row, Section, Tuning, families, row
+from normlab.experiments.asking.thresholds import Line
+from normlab.experiments.engine import Config
+from normlab.experiments.engine.verdict import Source, Verdict, bounds, decide, decide_share
+from normlab.experiments.rundir import CHECKOUT, RunError
 
 HTML = "{http://www.w3.org/1999/xhtml}"
 HOSTILE = "<script>alert(1)</script> & \"quotes\" 'too' " + "unbreakable" * 30
