@@ -17,11 +17,11 @@ PYTEST := -m pytest -n logical --dist worksteal
   test-ahead test-slow coverage lint reference bench bench-gpu bench-bytes dist lock clean
 
 compare: $(INSTALLED)-experiments
-	$(BIN)/python -m experiments compare $(ARGS)
+	$(BIN)/normlab compare $(ARGS)
 
 # More than an hour on two cores; what is finished is not run again.
 report: $(INSTALLED)-experiments
-	$(BIN)/python -m experiments report $(ARGS)
+	$(BIN)/normlab report $(ARGS)
 
 test: $(INSTALLED)-dev
 	$(BIN)/python $(PYTEST) $(ARGS)
@@ -93,13 +93,13 @@ reference: $(INSTALLED)-test
 
 # One batch norm training step beside an eager PyTorch loop, then every op beside its peers (ARGS).
 bench: $(INSTALLED)-peers
-	$(BIN)/python -m experiments bench step
-	$(BIN)/python -m experiments bench ops $(ARGS)
+	$(BIN)/normlab bench step
+	$(BIN)/normlab bench ops $(ARGS)
 
 # What programs move on a TPU v5e and an H100, compiled ahead of time; neither need be here. Tokamax
 # wants Python 3.12 or later: make bench-bytes PYTHON=python3.13 VENV=.venv-bytes
 bench-bytes: $(INSTALLED)-experiments $(INSTALLED)-tpu $(INSTALLED)-cuda $(INSTALLED)-tokamax
-	$(BIN)/python -m experiments bench bytes --markdown $(ARGS)
+	$(BIN)/normlab bench bytes --markdown $(ARGS)
 
 # On a machine with a GPU, in at most eight minutes: whoever is late is interrupted, and what was done
 # is kept and printed. make bench-gpu PYTHON=python3.13 VENV=.venv-gpu
@@ -108,11 +108,11 @@ OTHERS := jax.numpy tokamax torch torch.compile
 bench-gpu: $(INSTALLED)-cuda $(INSTALLED)-peers $(INSTALLED)-tokamax
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
 	  liger-kernel quack-kernels
-	$(RUN) 150 $(BIN)/python -m experiments bench ops --scale 8 --ops layer rms --shapes tokens \
+	$(RUN) 150 $(BIN)/normlab bench ops --scale 8 --ops layer rms --shapes tokens \
 	  --peers flax.linen $(OTHERS) liger quack
-	$(RUN) 120 $(BIN)/python -m experiments bench ops --scale 8 --ops batch group --shapes conv \
+	$(RUN) 120 $(BIN)/normlab bench ops --scale 8 --ops batch group --shapes conv \
 	  --peers flax.linen $(OTHERS)
-	$(RUN) 210 $(BIN)/python -m experiments bench bytes --targets here --dtypes bfloat16 \
+	$(RUN) 210 $(BIN)/normlab bench bytes --targets here --dtypes bfloat16 \
 	  --norms layer rms batch group --markdown
 
 # Every extra installs the locked versions (torch, a peer, is not locked), or the newest.

@@ -1,6 +1,6 @@
-"""The experiments: `python -m experiments --help`. They run from a checkout.
+"""The experiments: comparisons and questions on real data, `normlab --help`.
 
-`experiments.load("figure1")` is what a question measured, as a data frame.
+`normlab.experiments.load("figure1")` is what a question measured, as a data frame.
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ if TYPE_CHECKING:
 def load(name: str, archive: str | Path | None = None) -> pd.DataFrame:
     """The records of a question as a pandas data frame: a line for each measurement.
 
-    `experiments.load("figure1")` is its newest finished run in runs/questions, and
-    `experiments.load("figure1", "records.zip")` that of a report whose records are packed in a file
-    (`report --archive`). The frame's `attrs` say which run it is, with its config and environment.
+    `load("figure1")` is its newest finished run in runs/questions, and
+    `load("figure1", "records.zip")` that of a report whose records are packed in a file
+    (`normlab report --archive`). The frame's `attrs` say which run it is, with its config and
+    environment.
 
     Args:
       name: The question.

@@ -565,7 +565,8 @@ def _roots() -> dict[str, Path]:
     spec = importlib.util.find_spec("normlab")
     assert spec is not None
     assert spec.origin is not None
-    return {"normlab": Path(spec.origin).parent, HERE: Path(__file__).parent}
+    library = {"normlab": Path(spec.origin).parent}
+    return library if HERE.startswith("normlab.") else {**library, HERE: Path(__file__).parent}
 
 
 def _versions(roots: Mapping[str, Path]) -> dict[str, str | None]:

@@ -1,4 +1,4 @@
-"""The command line: `python -m experiments COMMAND`.
+"""The command line: `normlab COMMAND`.
 
 A command is a dataclass of its options and a function `run(config)`, both in the
 `command.py` of its folder, which is imported when it is asked for and not before.
@@ -167,7 +167,3 @@ def run(config: List) -> int:
         asked.add_row(name, questions.describe(name)["question"])
     console.print(asked)
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

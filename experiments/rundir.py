@@ -17,7 +17,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import numpy as np
 
-CHECKOUT = Path(__file__).resolve().parent.parent
+CHECKOUT = next(
+    (p for p in Path(__file__).resolve().parents[1:2] if (p / "pyproject.toml").is_file()), None
+)
+"""The checkout that this package runs from; `None` where it is installed from a wheel."""
+
 PACKAGES = ("normlab", "jax", "jaxlib", "flax", "optax", "numpy", "tensorflow-datasets")
 VARIABLES = ("XLA_FLAGS", "JAX_PLATFORMS", "MALLOC_MMAP_MAX_", "MALLOC_TRIM_THRESHOLD_")
 
@@ -42,14 +46,20 @@ def require_positive(config: Any, *fields: str) -> None:
 def default_path(name: str) -> Path:
     """Where a run goes that is not told."""
     now = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
-    return CHECKOUT / "runs" / f"{name}-{now}"
+    return runs() / f"{name}-{now}"
+
+
+def runs() -> Path:
+    """Where runs are kept: $NORMLAB_RUNS_DIR, or `runs` of the checkout or this directory."""
+    given = os.environ.get("NORMLAB_RUNS_DIR")
+    return Path(given).expanduser() if given else (CHECKOUT or Path()) / "runs"
 
 
 class RunDirectory:
     """A directory that belongs to one run.
 
     Args:
-      path: Where; `None` for `runs/<name>-<time>` in the checkout.
+      path: Where; `None` for `<name>-<time>` in `runs`.
       name: What the run is, for the default path.
       again: Whether it may be there already.
 
@@ -160,6 +170,8 @@ def processor() -> str:
 
 
 def _commit() -> str | None:
+    if CHECKOUT is None:
+        return None
     command = ["git", "-C", str(CHECKOUT), "describe", "--always", "--dirty", "--abbrev=12"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-PROGRAM = f"python -m {__package__}"
+PROGRAM = "normlab" if __package__ == "normlab.experiments" else f"python -m {__package__}"
 """How the commands are called, under whatever name this package is installed."""
 
 console = Console()

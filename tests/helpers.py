@@ -85,6 +85,6 @@ MAPPERS = ("pmap", "shard_map", "shard_map, check_vma=False", "vmap")
 
 def judged(question, records):
     """The verdicts of a question on these records."""
-    from experiments.engine import Records
+    from normlab.experiments.engine import Records
 
     return [*question.verdict(Records(records))]

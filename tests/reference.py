@@ -30,7 +30,7 @@ def namespaces() -> dict[str, dict[str, object]]:
     packages = [
         name
         for _, name, is_package in pkgutil.iter_modules(normlab.__path__, "normlab.")
-        if is_package and "._" not in name
+        if is_package and "._" not in name and name != "normlab.experiments"
     ]
     names = ["normlab", "normlab.combine", "normlab.measure", *packages]
     modules = {name: importlib.import_module(name) for name in names}

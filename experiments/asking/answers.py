@@ -35,7 +35,7 @@ class Ask:
     """What the commands have in common."""
 
     names: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
-    """Which questions (`python -m experiments list`)."""
+    """Which questions (`normlab list`)."""
 
     profile: Literal["quick", "full"] = "quick"
     """Minutes on two cores, or the paper's protocol on a GPU."""

@@ -94,9 +94,9 @@ def load(name: str, archive: str | Path | None = None, root: Path | None = None)
       RunError: For a question that there is not or that has no finished run there, and for an
         archive that cannot be read or is not whole.
     """
-    with _packed(Path(archive)) if archive is not None else _here(root or kept.ROOT) as runs:
+    with _packed(Path(archive)) if archive is not None else _here(root or kept.place()) as runs:
         mine = [run for run in runs if run.name.rpartition("-")[0] == name]
-        where = archive if archive is not None else root or kept.ROOT
+        where = archive if archive is not None else root or kept.place()
         if not mine:
             raise _absent(name, sorted({run.name.rpartition("-")[0] for run in runs}), where)
         try:

@@ -165,7 +165,7 @@ def ask(
 
     Args:
       questions: Names, modules and configs; with what sets them apart, where names are alike.
-      root: Where their directories lie; by default `kept.ROOT`.
+      root: Where their directories lie; by default `kept.place()`.
       jobs: Worker processes, by default one for each core; 0 works in this process.
       pinned: Whether a worker has one core to itself.
       ray: The Ray cluster that works in the place of this machine's processes, by its address; with
@@ -194,7 +194,7 @@ def ask(
                 say(f"reading the data of {asking.title}")
                 try:
                     data = [dataset(d, config.data_dir) for d in config.datasets]
-                    asked[asking.title] = _begin(asking, data, root or kept.ROOT, again)
+                    asked[asking.title] = _begin(asking, data, root or kept.place(), again)
                 except Exception as error:  # the other questions go on
                     why = pool.explain(error, f"in {name}")
                     yield Answer(name, config, None, failed=why, point=point)

@@ -14,7 +14,7 @@ import tyro
 from rich.table import Table
 
 from .. import figures, questions
-from ..rundir import CHECKOUT, RunError, environment
+from ..rundir import RunError, environment, runs
 from ..terminal import console, print_paths
 from . import archive, findings, guide, references, tables
 from .answers import Ask, answers, print_answer, status
@@ -50,7 +50,7 @@ class Run(Ask):
 class Report(Ask):
     """Run questions, by default all of them, and write one page of all their answers."""
 
-    out: Path = CHECKOUT / "runs" / "report.html"
+    out: Path = dataclasses.field(default_factory=lambda: runs() / "report.html")
     """The page. Beside it, with its name before theirs, the verdicts as JSON, the claims and their
     effects as CSV and Parquet, and the sources as BibTeX; and if no claim lacks that it cites, the
     guide: which norm, where and when. A picture, with its name and .png, is for sharing it."""

@@ -27,7 +27,7 @@ from flax import serialization
 
 from ..engine.question import Checkpoint, Condition, Config, Record
 from ..engine.verdict import Bounds, Verdict
-from ..rundir import CHECKOUT, RunDirectory, RunError, environment, number
+from ..rundir import RunDirectory, RunError, environment, number, runs
 
 PAUSE = 20.0
 """Seconds between two checkpoints of a condition, at least."""
@@ -35,8 +35,10 @@ PAUSE = 20.0
 SETTINGS = ("jax_platforms", "jax_enable_x64", "jax_default_matmul_precision")
 """Those of JAX that numbers depend on."""
 
-ROOT = CHECKOUT / "runs" / "questions"
-"""Where questions are kept by default."""
+
+def place() -> Path:
+    """Where questions are kept by default."""
+    return runs() / "questions"
 
 
 def key(config: Config, version: str, checksums: Sequence[str]) -> str:

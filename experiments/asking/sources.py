@@ -10,6 +10,7 @@ import importlib.util
 import itertools
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TypeGuard
 
 import normlab
 
@@ -23,8 +24,8 @@ says what they cost."""
 HERE = __name__.rsplit(".", 2)[0]
 """The package of the experiments, by the name it is installed under."""
 
-ROOTS = {"normlab": Path(normlab.__file__).parent, HERE: Path(__file__).parent.parent}
-"""Where the sources are that count."""
+ROOTS = {HERE: Path(__file__).parent.parent, "normlab": Path(normlab.__file__).parent}
+"""Where the sources are that count; of two that hold a module, the first."""
 
 ASIDE = (
     f"{HERE}.asking.archive",
@@ -47,7 +48,8 @@ def version(module: str) -> str:
     total = hashlib.sha256()
     for package in PACKAGES:
         total.update(f"{package} {importlib.metadata.version(package)}\n".encode())
-    for name, code in sorted(_closure(module).items()):
+    found = _closure(module).items()  # under whatever name this package goes:
+    for name, code in sorted((name.replace(HERE, "experiments", 1), code) for name, code in found):
         total.update(f"{name}\n{code}\n".encode())
     return total.hexdigest()
 
@@ -102,7 +104,7 @@ def _closure(module: str) -> dict[str, str]:
 def _read(name: str, package: str, text: str) -> tuple[str, tuple[str, ...]]:
     """The code of a source without what does not count, and what it imports."""
     tree = ast.parse(text)
-    tree.body = [part for part in tree.body if not _for_types(part)]
+    tree.body = [p for part in tree.body for p in (part.orelse if _for_types(part) else [part])]
     imported = tuple(_imports(tree, package))
     body = ast.Module(_measuring(name, tree.body), [])
     return ast.dump(_without_docstrings(body)), imported
@@ -128,7 +130,7 @@ def _file(module: str) -> Path | None:
     return None
 
 
-def _for_types(part: ast.stmt) -> bool:
+def _for_types(part: ast.stmt) -> TypeGuard[ast.If]:
     return isinstance(part, ast.If) and ast.unparse(part.test).endswith("TYPE_CHECKING")
 
 

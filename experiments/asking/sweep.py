@@ -98,7 +98,7 @@ def sweep(command: Ask, options: Sequence[str], fields: Sequence[str]) -> int:
         for asking, _ in grids:
             mine = [rows[title] for title, one in points.items() if one.name == asking.name]
             if any(one.failed != MISSING for one in mine):
-                show(mine, asking.name, write(mine, asking, command.run_dir or kept.ROOT))
+                show(mine, asking.name, write(mine, asking, command.run_dir or kept.place()))
     return status(answers)
 
 

@@ -1,7 +1,7 @@
 """The lock on thresholds: every bound, the commit that set it, every change and its reason.
 
 `experiments/questions/thresholds.csv` has a line for each bound that a claim has had, the newest
-last. Lines are appended by `python -m experiments lock` and never changed.
+last. Lines are appended by `normlab lock` and never changed.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from rich.table import Table
 
 from .. import questions
 from ..engine.verdict import Bounds, bounds
-from ..rundir import CHECKOUT, RunError
+from ..rundir import RunError
 from ..terminal import PROGRAM, console
 from .answers import Ask, answers, status
 from .ask import Answer
 
-PATH = Path(questions.__file__).with_name("thresholds.csv")
+PATH = Path(questions.__file__).resolve().with_name("thresholds.csv")
 """The file."""
 
 
@@ -154,7 +154,7 @@ def append(lines: Sequence[Line], path: Path | None = None) -> None:
 def _commit(name: str) -> tuple[str, str]:
     """When the question's file became what it is, and the commit that made it so."""
     file = str(PATH.with_name(f"{name}.py"))
-    git = ["git", "-C", str(CHECKOUT)]
+    git = ["git", "-C", str(PATH.parent)]
     try:
         run = lambda *a: subprocess.run(  # noqa: E731
             [*git, *a], capture_output=True, text=True, timeout=10, check=True
@@ -169,7 +169,7 @@ def _commit(name: str) -> tuple[str, str]:
         return date.isoformat(), commit
     except (OSError, subprocess.SubprocessError):
         raise RunError(
-            f"{CHECKOUT} is no git checkout that git can read, so that no commit can be named: "
+            f"{PATH.parent} is in no checkout that git can read, so that no commit can be named: "
             "lock bounds in one."
         ) from None
 

@@ -21,17 +21,20 @@ from rich.table import Table
 
 from .. import questions
 from ..engine.verdict import CONFIDENCE
-from ..rundir import CHECKOUT, RunError
+from ..rundir import RunError
 from ..terminal import EXIT_MISSING, PROGRAM, console
 from .answers import Ask, answers, status
 from .kept import as_json, verdict_json
+
+LAST = Path(questions.__file__).with_name("report.json")
+"""The verdicts of the last report."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Verify(Ask):
     """Run questions, by default those of the last report, and compare the verdicts with it."""
 
-    against: Path = CHECKOUT / "docs" / "report.json"
+    against: Path = LAST
     """The verdicts of a report."""
 
 

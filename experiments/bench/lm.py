@@ -1,7 +1,7 @@
 """What training the small language model costs, beside PyTorch, and what its norms take of it.
 
-    python -m experiments bench lm         # peers need torch: pip install -e '.[peers]'
-    python -m experiments bench compile    # scanned over its blocks, and written out
+    normlab bench lm         # peers need torch: pip install -e '.[peers]'
+    normlab bench compile    # scanned over its blocks, and written out
 
 All contestants train the same pre-norm model with RMS norm and AdamW, from the same weights on the
 same tokens, each in a process of its own with all cores; they take turns. normlab's steps are one

@@ -1,7 +1,7 @@
 """Synced batch norm beside flax's, haiku's and PyTorch's: its time, its variance, its collectives.
 
-    python -m experiments bench sync             # the peers: pip install -e '.[peers]'
-    python -m experiments bench sync --markdown  # the tables of docs/speed.md and docs/ledger.md
+    normlab bench sync             # the peers: pip install -e '.[peers]'
+    normlab bench sync --markdown  # the tables of docs/speed.md and docs/ledger.md
 
 The JAX libraries run in `shard_map`, over the devices of one process and over processes of one
 device each, which `jax.distributed` joins; PyTorch has a process for each device. Collectives of

@@ -1,7 +1,7 @@
 """What training costs: normlab in a scan beside an eager PyTorch loop, in one run, on the CPU.
 
-    python -m experiments bench step       # needs torch: pip install -e '.[peers]'
-    python -m experiments bench figure1
+    normlab bench step       # needs torch: pip install -e '.[peers]'
+    normlab bench figure1
 
 Figure 1 of Ioffe & Szegedy 2015 (https://arxiv.org/abs/1502.03167) compares two nets on MNIST's
 pixels, black or white: three layers of 100 sigmoids, without a norm and with batch norm, trained by

@@ -1,6 +1,6 @@
 """The main job: train the same network under every norm on real data, side by side.
 
-    python -m experiments compare --dataset mnist --model conv
+    normlab compare --dataset mnist --model conv
 
 All norms see the same minibatches and start from the same kernels (per seed). They take turns, a
 stretch of steps each, so their times are measured side by side, and stopping early leaves all of
@@ -75,7 +75,7 @@ class Compare(Command):
     """
 
     norms: tuple[str, ...] = ()
-    """Which norms (`python -m experiments list`, or module:factory for one of your own); by default
+    """Which norms (`normlab list`, or module:factory for one of your own); by default
     the eight common ones, without instance norm where the model has no positions; on text four."""
 
     schemes: tuple[str, ...] = ()

@@ -23,7 +23,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import platformdirs
 
+from ..rundir import CHECKOUT
 from . import markov, prepare, text
 from . import packages as fetch
 from .prepare import DataError
@@ -93,7 +95,8 @@ def load(
     Args:
       name: One of `NAMES`.
       data_dir: Where prepared sets are kept; by default the environment variable
-        `NORMLAB_DATA_DIR`, or else the folder `data` of the checkout.
+        `NORMLAB_DATA_DIR`, or else `data` of the checkout or, where this package is installed,
+        the user's cache directory.
       reading: How a text is read, by default as `Reading()`; images are read in one way.
       on_progress: Receives short messages while the set is fetched and prepared.
 
@@ -116,8 +119,7 @@ def load(
         arrays = markov.draw()
         return _text(name, arrays, "drawn by a seed", checksum(arrays), reading)
     say = on_progress or (lambda text: None)
-    default = os.environ.get("NORMLAB_DATA_DIR") or Path(__file__).resolve().parents[2] / "data"
-    root = Path(data_dir or default).expanduser().resolve() / "normlab"
+    root = Path(data_dir or _place()).expanduser().resolve() / "normlab"
     home = root / name
     if not (home / "manifest.json").is_file():
         try:
@@ -135,6 +137,12 @@ def load(
     if name in TEXTS:
         return _text(name, arrays, origin, found, reading)
     return Dataset(name, **arrays, classes=10, origin=origin, checksum=found, text=None)
+
+
+def _place() -> str | Path:
+    if given := os.environ.get("NORMLAB_DATA_DIR"):
+        return given
+    return CHECKOUT / "data" if CHECKOUT else platformdirs.user_cache_path("normlab") / "data"
 
 
 def checksum(arrays: Arrays) -> str:

@@ -1,6 +1,6 @@
 """What happens in every block of a net: the instruments of depth, before and after training.
 
-    python -m experiments depth --schemes post pre peri --dataset gutenberg --steps 300
+    normlab depth --schemes post pre peri --dataset gutenberg --steps 300
 
 All nets start from draws of one seed and are trained on the same minibatches. They are measured
 on one batch of the training set, with the gradient of its loss and the step that it would make.
@@ -73,7 +73,7 @@ class Depth:
     """Where the norms stand: the schemes of docs/placement.md."""
 
     norms: tuple[str, ...] = ("rms",)
-    """Which norms (`python -m experiments list`); each stands in each scheme."""
+    """Which norms (`normlab list`); each stands in each scheme."""
 
     inside: tuple[str, ...] = ()
     """Where the norm stands beside the scheme's places: q k is QK norm."""
@@ -89,7 +89,7 @@ class Depth:
 
     dataset: str = RANDOM
     """Random bytes, which can only be looked at; to train, a text, or images for the vit
-    (`python -m experiments list`)."""
+    (`normlab list`)."""
 
     context: int = 128
     """Of text: the tokens of a sequence."""

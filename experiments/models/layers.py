@@ -56,7 +56,7 @@ class MatmulConv(nl.Conv):
     The same numbers. XLA's own convolution is many times slower inside a scan on a CPU, and a norm
     is compared inside one. Windows take up as many times the image as a window has places: where
     they would not stay in the processor's cache, a few images are taken at a time, and their
-    windows gathered anew for the gradient (`python -m experiments bench conv`).
+    windows gathered anew for the gradient (`normlab bench conv`).
     """
 
     BLOCK: ClassVar[int] = 2**18

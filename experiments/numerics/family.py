@@ -1,6 +1,6 @@
 """What each norm of the registry does to one batch: a picture.
 
-    python -m experiments family --out docs/family.png
+    normlab family --out docs/family.png
 
 Four examples (colours) of 40 positions, drawn from correlated Gaussians that differ in mean and in
 spread; of eight channels two are shown, the first across. A panel has the same scale on both axes;

@@ -1,7 +1,7 @@
 """Under which changes each norm's output stays the same, and the spread at which ε breaks that.
 
-    python -m experiments invariances              # half a minute
-    python -m experiments invariances --markdown   # the table of docs/numerics.md
+    normlab invariances              # half a minute
+    normlab invariances --markdown   # the table of docs/numerics.md
 
 A row per norm and declared invariance of scale: the relative change of the output (float64) when
 the weights, one unit, the data or one case is rescaled, for pre-activations whose standard

@@ -1,7 +1,7 @@
 """What each variance algorithm costs, and how wrong it is at a large mean.
 
-    python -m experiments numerics              # half a minute
-    python -m experiments numerics --markdown   # the table of docs/numerics.md
+    normlab numerics              # half a minute
+    normlab numerics --markdown   # the table of docs/numerics.md
 
 Batch norm of x ~ N(mean, 1), against the same in float64 on the same rounded numbers. The error is
 that of the output before it is rounded to the input's type, in the root mean square; 1 is the size

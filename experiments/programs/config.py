@@ -18,7 +18,7 @@ class Ledger:
     """
 
     model: str = "conv"
-    """conv, mlp, resnet50, lm, or another of `python -m experiments list`."""
+    """conv, mlp, resnet50, lm, or another of `normlab list`."""
 
     widths: tuple[int, ...] = ()
     """Channels of the layers; by default the model's own."""
@@ -36,7 +36,7 @@ class Ledger:
     """Height, width and channels of an image; by default 28 28 1, of resnet50 224 224 3."""
 
     norms: tuple[str, ...] = ("batch",)
-    """Norms by name; `python -m experiments list` describes them. flax is flax.linen.BatchNorm,
+    """Norms by name; `normlab list` describes them. flax is flax.linen.BatchNorm,
     with --sync all, inner or local."""
 
     sync: tuple[str, ...] = ("all", "local")

@@ -1,7 +1,7 @@
 """The figure of docs/ledger.md: what synchronization costs on large machines, ours and flax's.
 
-    python -m experiments.programs.figure docs/ledger.png mlp         # needs .[tpu,cuda]; minutes
-    python -m experiments.programs.figure FILE.png                    # of ResNet-50: an hour
+    python -m normlab.experiments.programs.figure docs/ledger.png mlp    # .[tpu,cuda]; minutes
+    python -m normlab.experiments.programs.figure FILE.png    # of ResNet-50: an hour
 
 Every point is a training step that is compiled ahead of time for its machine, of which the
 collectives are read; only their times are those of the model in `experiments.programs.machines`.

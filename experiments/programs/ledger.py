@@ -1,9 +1,9 @@
 """What synchronization costs: the collectives of one training step, read from its program.
 
-    python -m experiments ledger --norms batch layer --sync all local groups=2
-    python -m experiments ledger --model resnet50 --norms batch flax
-    python -m experiments ledger --topology v5p:16x16x24    # needs libtpu: pip install -e '.[tpu]'
-    python -m experiments ledger --topology h100:1x128x8    # needs CUDA: pip install -e '.[cuda]'
+    normlab ledger --norms batch layer --sync all local groups=2
+    normlab ledger --model resnet50 --norms batch flax
+    normlab ledger --topology v5p:16x16x24    # needs libtpu: pip install -e '.[tpu]'
+    normlab ledger --topology h100:1x128x8    # needs CUDA: pip install -e '.[cuda]'
 
 A data-parallel step of plain SGD is compiled, for devices of this host or ahead of time for a
 machine that need not be here, and what its program says is listed: a row for each norm layer and

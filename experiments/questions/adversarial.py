@@ -14,7 +14,7 @@ logit less the largest other), within ε = 0.05 of each pixel of 0 to 1 and with
 steps of ε/5 from two random starts, with population statistics, on 300 test images; at ε = 0.3 it
 must leave nothing, or it is too weak. Noise is Gaussian with a standard deviation of 0.2 and 0.4.
 
-Command: python -m experiments run adversarial
+Command: normlab run adversarial
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ rates. Trained are γ and β alone; as many weights alone, 128 of each hidden la
 anew for each seed; the output layer alone; or everything. What is not trained stays as it was
 drawn, and γ at 1 and β at 0.
 
-Command: python -m experiments run affine_alone
+Command: normlab run affine_alone
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ norm (of the whole kernel) or none, and a dense output layer; no gains, no biase
 batches of 60, constant rate, decay multiplied by the rate, on all kernels. Measured: the root of
 the mean square of the angle of a step over units and steps, in the last quarter of the training.
 
-Command: python -m experiments run angular_equilibrium
+Command: normlab run angular_equilibrium
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ the output times a random cotangent for a loss. The six equations of the paper i
 `jax.grad` of the library's batch norm and central differences of it. The scale c runs from 0.01 to
 100, with ε = 1e-30 for the theorem's 0, and with 1e-5 to see what an ε does to it.
 
-Command: python -m experiments run backward
+Command: normlab run backward
 """
 
 from __future__ import annotations

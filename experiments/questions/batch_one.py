@@ -14,7 +14,7 @@ rate 0.1, batches of 100. Then the test set in batches of n = 100, 16, 4, 2
 and 1, normalized by the running statistics and by those of each batch. In batches of one the
 variance is 0, and the output of the norm is its bias, whatever the example.
 
-Command: python -m experiments run batch_one
+Command: normlab run batch_one
 """
 
 from __future__ import annotations

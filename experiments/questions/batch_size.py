@@ -20,7 +20,7 @@ norm this shows what the batch costs the optimizer. The running statistics remem
 at every batch. Half an epoch; in the full profile twenty, and every size. All norms have the one
 rate.
 
-Command: python -m experiments run batch_size
+Command: normlab run batch_size
 """
 
 from __future__ import annotations

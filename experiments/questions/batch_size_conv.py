@@ -19,7 +19,7 @@ together on one device. Inference uses running statistics of all 64. Group, inst
 profile layer norm beside it look at single images, whatever the batch. A net this shallow gains
 little from any norm.
 
-Command: python -m experiments run batch_size_conv
+Command: normlab run batch_size_conv
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ chosen at every rate, so that its mean over the seeds is one of two kinds; the s
 beside it. Why was not looked into; a patch that is nearly constant has a contrast near zero, by
 which the form divides.
 
-Command: python -m experiments run cosine
+Command: normlab run cosine
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ layer, where G′ is its gradient after the layers before it took a step on thes
 and the cosine of G and G′. The first step is judged apart from all that follow, of which the mean
 over layers and evaluations counts (of lengths the geometric one).
 
-Command: python -m experiments run covariate_shift
+Command: normlab run covariate_shift
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ which the learning rate falls linearly to 0, each net at the best of four or mor
 examples that batch norm needs for the accuracy that no norm has with 2,000 are read off its
 accuracies, linearly in the logarithm of the number, from 500 to 4,000.
 
-Command: python -m experiments run data_size
+Command: normlab run data_size
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ batches of 64, groups of 16 channels, 200 steps of SGD, whose rate falls to zero
 the best of a grid, chosen for each norm on held-out images; inference whitens by running
 covariances.
 
-Command: python -m experiments run decorrelated
+Command: normlab run decorrelated
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ Measured is the test accuracy at the end. A net learns or does not, so the share
 judged. The accuracies are those of our first look at the paper's figure 1 with small initial
 weights: 30% and 94%.
 
-Command: python -m experiments run deep_sigmoid
+Command: normlab run deep_sigmoid
 """
 
 from __future__ import annotations

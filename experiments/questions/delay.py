@@ -20,7 +20,7 @@ ones, or ("forward") as if they were the merged ones. "fresh, forward" tells apa
 age and what to that; so does in the full profile "fresh, constant" (no gradient through
 statistics). All have the one rate.
 
-Command: python -m experiments run delay
+Command: normlab run delay
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ that are changed in the same way (PreciseBN: one batch). Contrast is an affine m
 which the first norm takes back but for ε: that its own statistics win all back is an identity, and
 shows that the rest is right.
 
-Command: python -m experiments run domain
+Command: normlab run domain
 """
 
 from __future__ import annotations

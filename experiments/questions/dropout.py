@@ -16,7 +16,7 @@ outputs. Each net has the best of four or more first rates. What dropout wins is
 better of the two positive shares less that without; the better one is chosen with the rates, on
 held-out images.
 
-Command: python -m experiments run dropout
+Command: normlab run dropout
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ bits per byte, of 256 windows, in the end and at its lowest.
 
 Found: On little data its lowest loss on the way is lower as well, by 4%.
 
-Command: python -m experiments run dyt_data
+Command: normlab run dyt_data
 """
 
 from __future__ import annotations

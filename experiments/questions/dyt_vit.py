@@ -16,7 +16,7 @@ Found: The model reads out a class token that starts near zero, which layer norm
 does not; the authors average over the patches. How much of the difference that makes, and the few
 steps, was not looked into.
 
-Command: python -m experiments run dyt_vit
+Command: normlab run dyt_vit
 """
 
 from __future__ import annotations

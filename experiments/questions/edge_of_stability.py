@@ -15,7 +15,7 @@ low. Batch norm has the statistics of these images, and the Hessian goes through
 eigenvalue is that of LOBPCG, with its residual. The verdict is of its median over the last half of
 the training.
 
-Command: python -m experiments run edge_of_stability
+Command: normlab run edge_of_stability
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ norm, batches of 50, SGD at 0.1; ten steps on each device, then the average, thi
 is tested on 2,000 test images of its own kind, and counted is the mean of the devices. One rate for
 all, which nobody chose for any.
 
-Command: python -m experiments run fed_bn
+Command: normlab run fed_bn
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ each unit's input over 256 training images. Over training its median wanders, me
 its mean width (from the 15th to the 85th percentile), and its width ranges, in the same units; the
 median unit counts. A net that does not come to 95% counts with its last step.
 
-Command: python -m experiments run figure1
+Command: normlab run figure1
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ to 1), which the seed draws, two in a batch, at 0.001, falling to zero. Gains an
 in both. Live batch norm is tested with its running statistics, and with those of the 1,000 images
 with the last weights. Tested on 5,000 noisy images. One rate for all, which nobody chose for any.
 
-Command: python -m experiments run fine_tuning
+Command: normlab run fine_tuning
 """
 
 from __future__ import annotations

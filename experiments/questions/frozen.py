@@ -12,7 +12,7 @@ are normalized together; the rate falls linearly from 0.1 to 0, for all. After f
 steps each net goes on twice, over the same minibatches: as before, and with the statistics that
 inference reads, frozen. These are a moving average that remembers ten steps.
 
-Command: python -m experiments run frozen
+Command: normlab run frozen
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ SGD, over which the learning rate falls linearly to 0. Batch norm has both, the 
 alone, or neither, each at the best of four or more first rates, chosen on held-out training images
 with other seeds. Measured is what leaving out costs, in points of test accuracy.
 
-Command: python -m experiments run gain_bias
+Command: normlab run gain_bias
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ excess kurtosis; the median unit's absolute value counts. Over so few images tho
 about 0.07, 0.15 and 0.3 by chance. The limits are usual rules of thumb: 0.5 for about symmetric
 (Bulmer 1979, Principles of Statistics) and 1 for the kurtosis.
 
-Command: python -m experiments run gaussian
+Command: normlab run gaussian
 """
 
 from __future__ import annotations

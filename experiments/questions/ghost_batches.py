@@ -12,7 +12,7 @@ of 1,000 of which 50 are normalized together. Each has the best rate of its grid
 images. Running statistics remember ten of the largest batches. Measured is the test accuracy at the
 end, with the running statistics.
 
-Command: python -m experiments run ghost_batches
+Command: normlab run ghost_batches
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ Protocol: Batches of real images through random kernels: a batch-normalized laye
 random γ and β, a second layer of 32 ReLUs, ten classes, cross-entropy; float64 and ε = 1e-30 for
 the theorem's 0. Both sides for each unit. In the last verdict γ = 1 and β = 0.
 
-Command: python -m experiments run gradient_bound
+Command: normlab run gradient_bound
 """
 
 from __future__ import annotations

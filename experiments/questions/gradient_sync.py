@@ -15,7 +15,7 @@ on 8 devices with 4 examples each, at a rate that falls linearly from 0.05 to 0,
 constant one seeds end further apart than what is asked for here. The statistics are those of all
 devices forward (except for "backward"), and there are four gradients: `Sync(gradient=...)`.
 
-Command: python -m experiments run gradient_sync
+Command: normlab run gradient_sync
 """
 
 from __future__ import annotations

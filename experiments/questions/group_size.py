@@ -17,7 +17,7 @@ on 8 devices, at a rate that falls linearly from 0.05 to 0, the same batches and
 conditions; groups of 1, 2 and 8 devices, and parts of a device's batch. The running statistics are
 those of all devices in every condition, so that only the training differs.
 
-Command: python -m experiments run group_size
+Command: normlab run group_size
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ means as large, and ε = 1e-5, in float64, through the library's batch norm, wit
 the batch and with population statistics that have seen it. Measured: the largest difference
 between output and input, relative to the largest deviation of the input from its mean.
 
-Command: python -m experiments run identity
+Command: normlab run identity
 """
 
 from __future__ import annotations

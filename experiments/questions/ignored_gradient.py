@@ -12,7 +12,7 @@ alone, at rate 0.1, in float64, with the gradient through the mean and with `sto
 it. Exact: the step is the same each time, so that b grows tenfold between a tenth of the steps and
 the last.
 
-Command: python -m experiments run ignored_gradient
+Command: normlab run ignored_gradient
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ and the largest difference between batch norm and the layer that it was folded i
 Found: For the convolution the factor is too small: positions of one image are alike, so that m·p·q
 values know less of the variance than as many independent ones.
 
-Command: python -m experiments run inference
+Command: normlab run inference
 """
 
 from __future__ import annotations

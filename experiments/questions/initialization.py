@@ -12,7 +12,7 @@ deviation 0.01 to 1 in all layers, batches of 60, 1,000 steps of plain SGD at ra
 all: a net without a norm might do better from some of them at a rate of its own. Measured are the
 final test accuracies and their range over these standard deviations. The points are ours.
 
-Command: python -m experiments run initialization
+Command: normlab run initialization
 """
 
 from __future__ import annotations

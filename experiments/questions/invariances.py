@@ -13,7 +13,7 @@ convolution without padding of 6×6 images). Rescaling is by 2.7; recentring add
 to the weights of every unit, or to every example. Adding a constant to all weights of a unit, or to
 all inputs of an example, is a column of its own. Measured: the largest change of the output.
 
-Command: python -m experiments run invariances
+Command: normlab run invariances
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ change of the gradient is its largest ‖∇L(w − t·∇L) − ∇L(w)‖, and
 the length of the step. Each is averaged over training, after its first step. The paper's nets are
 VGG and a deep linear net.
 
-Command: python -m experiments run landscape
+Command: normlab run landscape
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ The bounds are ours, and were written before a pilot of L = 2 … 32, which had 
 pre-norm: the embedding's own variance counts as much as that of the first blocks. By the paper's
 lemma 2 the gradient falls as 1/√(1 + cL), c from 1/2 to 3/2: nearly 1/√L from L = 4 on.
 
-Command: python -m experiments run last_gradient
+Command: normlab run last_gradient
 
 Found: With pre-norm the slope is that of the theory. With post-norm the gradient still rises a
 little from 4 to 16 blocks, and is level from there on.

@@ -16,7 +16,7 @@ loss over the last third is below 2 nats; the largest stable one is bisected to 
 each seed. Seeds are those from 200 on: a run of those from 100 on trained for 1,000 steps at a
 constant rate, at whose end the net without a norm was still improving.
 
-Command: python -m experiments run last_layer_norm
+Command: normlab run last_layer_norm
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ cosine), since a constant one leaves seeds and steps apart by as much as is aske
 norm's running variance is the unbiased one, as in the paper, and remembers as many examples at
 either batch.
 
-Command: python -m experiments run layer_batch
+Command: normlab run layer_batch
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ best of a grid, chosen for each norm on held-out images. Layer and RMS norm are 
 and positions of an image (in the full profile also over the channels of each position). Tested on
 5,000 images.
 
-Command: python -m experiments run layer_conv
+Command: normlab run layer_conv
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ those of training, with their own statistics; and with population statistics. Im
 Fashion-MNIST at 14×14 pixels, batches of ten examples of each class, of which 10 are normalized
 together: all of one class, or one of each. Both train on the same batches.
 
-Command: python -m experiments run leakage
+Command: normlab run leakage
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ a norm at the best of four or more rates, chosen on held-out images, for 1,500 s
 times on 5,000 test images; its best accuracy is what batch norm has to reach, at 1, 5 and 30 times
 that rate. A net that never comes there counts with its last step.
 
-Command: python -m experiments run learning_rate
+Command: normlab run learning_rate
 """
 
 from __future__ import annotations

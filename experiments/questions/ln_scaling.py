@@ -19,7 +19,7 @@ Found: With pre-norm deep blocks do not do less here than early ones, so there i
 and what is said of LayerNorm Scaling and Mix-LN is tested where its premise does not hold. The
 embedding has RMS 1 and there are 8 blocks; the authors' has 0.02, and far more.
 
-Command: python -m experiments run ln_scaling
+Command: normlab run ln_scaling
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ of a beta distribution, for normal values), and less behind a layer that was nor
 which makes the devices' means alike. At the end the same nets are evaluated with merged and with
 averaged statistics.
 
-Command: python -m experiments run local_drift
+Command: normlab run local_drift
 """
 
 from __future__ import annotations

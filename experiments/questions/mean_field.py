@@ -13,7 +13,7 @@ norm before the activation, ε = 1e-12, float32. A random batch goes in, a rando
 gradient at the top. The growth is the mean over the inner layers (5 to 35) of the logarithm of
 ‖∇‖² at a layer's input over that at its output, exponentiated. Means over the seeds are geometric.
 
-Command: python -m experiments run mean_field
+Command: normlab run mean_field
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ a head of its own, and 8 sequences of 32 random tokens. Measured is the norm of 
 mean loss by all kernels of a block; unevenness is the largest over the smallest of the blocks. A
 seed draws weights and tokens.
 
-Command: python -m experiments run mix_ln
+Command: normlab run mix_ln
 """
 
 from __future__ import annotations

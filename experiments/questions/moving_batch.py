@@ -14,7 +14,7 @@ own, gradients are averaged; batch norm of 32 is one device. MABN keeps the last
 device and centres the weights of the layer before; its r is 1 for the first 100 steps. For
 inference the devices' running statistics are pooled. One rate for all, which nobody chose for any.
 
-Command: python -m experiments run moving_batch
+Command: normlab run moving_batch
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ validation set. Measured 20 times on the way are the bits per byte of 256 test w
 is where the pre-norm net of the same seed ends, at fewer steps than that net. Seeds are those from
 200 on: a run of those from 100 on had the embedding for its head and α from 0.05 on.
 
-Command: python -m experiments run ngpt_steps
+Command: normlab run ngpt_steps
 """
 
 from __future__ import annotations

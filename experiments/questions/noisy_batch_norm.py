@@ -18,7 +18,7 @@ moves the mean and the standard deviation of a unit's input, as a share of its s
 Measured at the end without noise: the accuracy on 4,000 test images, with their own statistics,
 since population statistics are those of noisy activations.
 
-Command: python -m experiments run noisy_batch_norm
+Command: normlab run noisy_batch_norm
 """
 
 from __future__ import annotations

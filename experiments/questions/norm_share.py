@@ -15,7 +15,7 @@ the machine does. Arithmetic (FLOPs) and traffic (bytes accessed) are those that
 for its program, fusions counted once; the norm's share is what the program has more than the one
 without a norm. A program has no spread: all seeds are one number.
 
-Command: python -m experiments run norm_share
+Command: normlab run norm_share
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ quarter to four and back, once in 180 batches, or by one. Each batch is predicte
 learned from; counted is the accuracy in the second half of the stream. One rate for all, which
 nobody chose for any.
 
-Command: python -m experiments run online
+Command: normlab run online
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ Protocol: The net of the paper's figure 1, three hidden layers of 100 sigmoids, 
 60, 1,000 steps over which the learning rate falls linearly to 0, each net and optimizer at the best
 of four or more first rates. Measured is the test accuracy at the end.
 
-Command: python -m experiments run optimizers
+Command: normlab run optimizers
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ On a batch of training windows: the variance of the stream over channels behind 
 over tokens, and the norm of the gradient of the loss by each block. Evenness is the largest over
 the smallest of the blocks.
 
-Command: python -m experiments run peri_variance
+Command: normlab run peri_variance
 """
 
 from __future__ import annotations

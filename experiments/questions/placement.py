@@ -11,7 +11,7 @@ SGD, over which the learning rate falls linearly to 0, each placement at the bes
 first rates. Before is f(norm(w·x)), after is norm(f(w·x + b)). Measured is the test accuracy at the
 end.
 
-Command: python -m experiments run placement
+Command: normlab run placement
 """
 
 from __future__ import annotations

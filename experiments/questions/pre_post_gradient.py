@@ -13,7 +13,7 @@ random tokens. Measured is the Frobenius norm of the gradient of the mean loss b
 each block's MLP. The factor per block is that of the straight line through its logarithm. A seed
 draws weights and tokens.
 
-Command: python -m experiments run pre_post_gradient
+Command: normlab run pre_post_gradient
 """
 
 from __future__ import annotations

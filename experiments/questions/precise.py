@@ -15,7 +15,7 @@ average is debiased: it does not begin at mean 0 and variance 1, to which a plai
 of its error in the first steps. What is compared is the mean over the evaluations of a part of a
 run.
 
-Command: python -m experiments run precise
+Command: normlab run precise
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ who knows how frequent each byte is. The largest stable rate of each seed is bra
 bisected to a factor of 1.4. The logit is the largest |q·k|/√D on a batch, at the end of training at
 a rate of the grid.
 
-Command: python -m experiments run qk_norm_rate
+Command: normlab run qk_norm_rate
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ scaled to unit root mean square, which leaves the rank and prevents underflow. T
 number of singular values of the batch above a share of the largest, after 1, 2, 4, … layers. With
 ReLUs kernels have variance 2/width.
 
-Command: python -m experiments run rank_collapse
+Command: normlab run rank_collapse
 """
 
 from __future__ import annotations

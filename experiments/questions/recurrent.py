@@ -20,7 +20,7 @@ random order; an LSTM of 32 units, 64 images in each of 400 steps of Adam at 0.0
 to zero as a cosine; gains start with 0.1. Tested on 2,000 images. One rate for all, which nobody
 chose for any.
 
-Command: python -m experiments run recurrent
+Command: normlab run recurrent
 """
 
 from __future__ import annotations

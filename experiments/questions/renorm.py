@@ -18,7 +18,7 @@ of it is normalized together; the net without a norm shows what such minibatches
 The limits r ≤ 3 and d ≤ 5 grow as the paper's would over 160,000 steps; the decay is 0.99. All nets
 have one rate, chosen for none of them.
 
-Command: python -m experiments run renorm
+Command: normlab run renorm
 """
 
 from __future__ import annotations

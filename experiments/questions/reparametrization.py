@@ -17,7 +17,7 @@ normalized inputs from white ones (independent channels would be at 0.16). Mean 
 checked in float64, with gains and biases drawn at random, for batch norm (per channel) and layer
 norm (per example).
 
-Command: python -m experiments run reparametrization
+Command: normlab run reparametrization
 """
 
 from __future__ import annotations

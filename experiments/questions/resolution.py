@@ -15,7 +15,7 @@ side at random places, resized; or whole images resized. Tested on 2,000 whole i
 and to 18 pixels, with running statistics and with those of 1,000 whole training images of that
 size. One rate for both, which nobody chose.
 
-Command: python -m experiments run resolution
+Command: normlab run resolution
 """
 
 from __future__ import annotations

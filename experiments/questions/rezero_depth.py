@@ -12,7 +12,7 @@ Protocol: A language model of 32 blocks of width 16 on bytes of 18 books, window
 needs 0.3 bits per byte less than one that knows how frequent each byte is, on 256 windows of the
 test set: so it uses what stands before.
 
-Command: python -m experiments run rezero_depth
+Command: normlab run rezero_depth
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ Protocol: A pre-norm language model of 2 blocks of width 32 on bytes of 18 books
 batches of 8, 400 steps of AdamW with a warm-up and a cosine. Each norm has the best of four or more
 rates, chosen with other seeds on the validation set. Bits per byte of 256 windows of the test set.
 
-Command: python -m experiments run rms_layer_lm
+Command: normlab run rms_layer_lm
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ difference of the logits of 256 training images from those at c = 1, relative; a
 step turns a unit's weights, as the tangent of the angle: a step at a right angle to the weights
 has the tangent lr·‖∇‖/‖w‖, however large it is.
 
-Command: python -m experiments run scale_invariance
+Command: normlab run scale_invariance
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ of a conv net of stride 1 trained on Fashion-MNIST, at 14×14 pixels, without a 
 norm, and with spectral norm of the matrix and of the map. The map of a trained layer has zero
 padding and is measured as it is, by 500 steps of power iteration.
 
-Command: python -m experiments run spectral_reshaped
+Command: normlab run spectral_reshaped
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ images in each of 300 steps of SGD with momentum 0.9, whose rate falls to zero a
 best of three or more, chosen for each norm on held-out images. Of the 64 images, batch norm takes
 all or two together; the others look at one, so a batch is no part of them. Tested on 5,000 images.
 
-Command: python -m experiments run standardized_weights
+Command: normlab run standardized_weights
 """
 
 from __future__ import annotations

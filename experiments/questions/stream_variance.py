@@ -21,7 +21,7 @@ and after each of the 48. The gain of an attention and that of an MLP, by which 
 mean square of what enters them, is taken from the first block of the pre-norm net of the same seed,
 and with these two numbers the whole of every curve is derived. A seed draws weights and tokens.
 
-Command: python -m experiments run stream_variance
+Command: normlab run stream_variance
 
 Found: The derivation holds to a few percent where norms stand behind the branches or where the
 stream grows slowly. With pre-norm, Mix-LN and unit scaling the stream ends 1.8 to 2.3 times as

@@ -18,7 +18,7 @@ points of the line above the straight line between the losses at its ends, the m
 of optimizers. "Alike" is the distance of a run's log loss from the median of the seeds, the mean
 over optimizers. One rate for each optimizer, with and without the norm.
 
-Command: python -m experiments run surfaces
+Command: normlab run surfaces
 """
 
 from __future__ import annotations

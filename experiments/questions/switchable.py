@@ -15,7 +15,7 @@ as a cosine. The weights are the softmax of logits that are learned at the same 
 mean over the layers, those of the means and of the variances apart. Inference uses running
 statistics of all 64. Tested on 5,000 images.
 
-Command: python -m experiments run switchable
+Command: normlab run switchable
 """
 
 from __future__ import annotations

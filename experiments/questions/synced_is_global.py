@@ -11,7 +11,7 @@ Protocol: real images through a random kernel; `instruments.equivalence` runs th
 and on D and compares output, running statistics and gradients. Then an MLP (three layers of 100
 sigmoids) is trained on one device and on D with the same batches and the losses are compared.
 
-Command: python -m experiments run synced_is_global
+Command: normlab run synced_is_global
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ with noise and blurred, in shuffled batches of 1 to 64, with the running statist
 each batch of 64 by one step of Adam at 0.001 on gains and biases; a batch is predicted before its
 step. In a perceptron a batch of one has no variance, where in a conv net its positions have.
 
-Command: python -m experiments run test_time
+Command: normlab run test_time
 """
 
 from __future__ import annotations

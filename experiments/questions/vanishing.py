@@ -21,7 +21,7 @@ layer to the first, as a geometric mean; and that factor split in two, the part 
 alone and that of norm and weights. Weight norm starts from the statistics of the batch, so that it
 is batch norm on that batch. A seed draws weights and batch.
 
-Command: python -m experiments run vanishing
+Command: normlab run vanishing
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ one over a quarter of the steps before it. The rate was chosen in a pilot of see
 at which post-norm learns with a warm-up, as the claim says. Bits per byte of 256 windows of the
 test set at the end.
 
-Command: python -m experiments run warmup
+Command: normlab run warmup
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ finds through the norm, in float64. The start is taken from one batch, layer by 
 Then plain SGD on batches of 60, and after every step the length of each unit's v. A seed draws
 kernels and batches.
 
-Command: python -m experiments run weight_norm
+Command: normlab run weight_norm
 """
 
 from __future__ import annotations

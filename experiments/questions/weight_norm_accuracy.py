@@ -13,7 +13,7 @@ rates. Weight normalization starts from the statistics of a batch, as in the pap
 has nine convolutions with hundreds of channels, dropout and 200 epochs: here the verdict is about a
 small net early in its training.
 
-Command: python -m experiments run weight_norm_accuracy
+Command: normlab run weight_norm_accuracy
 """
 
 from __future__ import annotations

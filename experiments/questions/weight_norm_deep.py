@@ -13,7 +13,7 @@ cosine from the best of a grid, chosen for each norm and depth on held-out image
 starts from the data (Salimans & Kingma 2016). The training loss is the mean over the last fifth of
 the steps.
 
-Command: python -m experiments run weight_norm_deep
+Command: normlab run weight_norm_deep
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ get a floor of 0.01 (of pixels from 0 to 1), as is usual: without it, noise in p
 vary is blown up. "Mixed" data are pixels from 0 to 1, a random half of them, the same for every
 seed, times 1000.
 
-Command: python -m experiments run whitening
+Command: normlab run whitening
 """
 
 from __future__ import annotations

@@ -41,7 +41,7 @@ class Training:
       dataset: mnist, fashion_mnist, cifar10 or digits (tiny, needs no download); of text
         tiny_shakespeare, gutenberg, lm1b or markov (tiny, needs no download).
       model: conv (three 3×3 convolutions, ReLU), mlp (three layers of 100 sigmoids), lm (of text),
-        or another of `python -m experiments list`.
+        or another of `normlab list`.
       batch_size: Examples per optimizer step, over all devices; of text windows.
       steps: Optimizer steps.
       optimizer: Plain SGD, SGD with momentum 0.9, RMSprop, Adam, or AdamW.
@@ -74,7 +74,7 @@ class Command(Training):
 
     Attributes:
       model: conv (three 3×3 convolutions, ReLU), mlp (three layers of 100 sigmoids), lm (of text),
-        or another of `python -m experiments list`; auto is conv, of text lm.
+        or another of `normlab list`; auto is conv, of text lm.
       batch_size: Examples per optimizer step, over all devices; by default 128, of text 16
         windows.
       optimizer: Plain SGD, SGD with momentum 0.9, RMSprop, Adam, or AdamW; auto is momentum, of

@@ -24,8 +24,10 @@ from typing import Annotated, Any
 
 import tyro
 
+import normlab
+
 from ..cluster import connect, imported
-from ..rundir import CHECKOUT, RunError, shown
+from ..rundir import RunError, shown
 from .config import require, require_division, require_mesh
 from .processes import gist, read_diaries
 from .train import Result, Train, check_directory, train
@@ -193,7 +195,8 @@ def failure(records: list[dict[str, Any]]) -> str:
 
 
 def _start_ray(config: Launch, temporary: Path) -> None:
-    here = (str(CHECKOUT), os.getcwd(), os.environ.get("PYTHONPATH", ""))  # a norm of one's own
+    library = str(Path(normlab.__file__).resolve().parents[1])
+    here = (library, os.getcwd(), os.environ.get("PYTHONPATH", ""))  # a norm of one's own
     variables = {"PYTHONPATH": os.pathsep.join(filter(None, here))} | (
         {} if config.gpus else {"JAX_PLATFORMS": "cpu"}
     )

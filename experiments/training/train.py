@@ -70,7 +70,7 @@ class Train(processes.Joining, Command):
     """
 
     norm: str = "auto"
-    """Which norm (`python -m experiments list`, or module:factory for one of your own); auto is
+    """Which norm (`normlab list`, or module:factory for one of your own); auto is
     batch, of text rms."""
 
     sync: str = "all"

@@ -1,6 +1,6 @@
 """Where a kernel is faster than what XLA makes: what `implementation="auto"` goes by.
 
-A row is added where a clock was read on that chip (`python -m experiments bench bytes --targets
+A row is added where a clock was read on that chip (`normlab bench bytes --targets
 here`, with its numbers in docs/speed.md), or where a whole block of a net moves a quarter less
 (`bench bytes`). None is: no accelerator's clock was read, and all norms of a transformer block are
 a tenth of what it moves.

@@ -21,10 +21,10 @@ from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 
 import normlab as nl
-from experiments.programs import machines
-from experiments.programs.machines import Missing, missing
-from experiments.programs.machines import compile_for as compile_machine
-from experiments.programs.passes import Passes, lower, moves, passes, place
+from normlab.experiments.programs import machines
+from normlab.experiments.programs.machines import Missing, missing
+from normlab.experiments.programs.machines import compile_for as compile_machine
+from normlab.experiments.programs.passes import Passes, lower, moves, passes, place
 
 ROOT = Path(__file__).resolve().parents[2]
 BARRIER = "optimization_barrier"

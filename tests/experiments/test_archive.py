@@ -7,9 +7,9 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-import experiments
-from experiments.asking import archive, kept
-from experiments.rundir import RunError
+from normlab import experiments
+from normlab.experiments.asking import archive, kept
+from normlab.experiments.rundir import RunError
 
 NAME = "figure1"
 
@@ -47,7 +47,7 @@ def packed(tmp_path) -> Path:
 
 
 def test_the_records_of_a_question_are_a_frame_in_one_line(tmp_path, monkeypatch):
-    monkeypatch.setattr(kept, "ROOT", tmp_path)
+    monkeypatch.setattr(kept, "place", lambda: tmp_path)
     run(tmp_path)
     frame = experiments.load(NAME)
     values = frame[frame.kind == "value"]
@@ -129,7 +129,7 @@ def test_what_is_not_there_is_said_with_what_to_do(tmp_path, packed):
         archive.load("figur1", root=tmp_path / "runs")
     with pytest.raises(RunError, match=r"no finished run of identity; it has figure1, landscape"):
         experiments.load("identity", packed)
-    with pytest.raises(RunError, match=r"no finished run of figure1.*experiments run figure1"):
+    with pytest.raises(RunError, match=r"no finished run of figure1.*normlab run figure1"):
         archive.load(NAME, root=tmp_path / "nowhere")
     with pytest.raises(RunError, match="cannot read the archive"):
         experiments.load(NAME, tmp_path / "none.zip")

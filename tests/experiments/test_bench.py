@@ -15,16 +15,16 @@ import numpy as np
 import pytest
 import tyro
 
-from experiments import console as cli
-from experiments import models
-from experiments.bench import conv as bench_conv
-from experiments.bench import lm as bench_lm
-from experiments.bench import ops as bench_ops
-from experiments.bench import peers_jax as bench_jax
-from experiments.bench import sync as bench_sync
-from experiments.bench import tables as bench_report
-from experiments.bench import training as bench_training
-from experiments.bench.config import (
+from normlab.experiments import console as cli
+from normlab.experiments import models
+from normlab.experiments.bench import conv as bench_conv
+from normlab.experiments.bench import lm as bench_lm
+from normlab.experiments.bench import ops as bench_ops
+from normlab.experiments.bench import peers_jax as bench_jax
+from normlab.experiments.bench import sync as bench_sync
+from normlab.experiments.bench import tables as bench_report
+from normlab.experiments.bench import training as bench_training
+from normlab.experiments.bench.config import (
     BenchCompile,
     BenchConv,
     BenchFigure1,
@@ -33,8 +33,8 @@ from experiments.bench.config import (
     BenchStep,
     BenchSync,
 )
-from experiments.bench.turns import Process, Repeated, ask_all, paired, take_turns
-from experiments.bench.worker import (
+from normlab.experiments.bench.turns import Process, Repeated, ask_all, paired, take_turns
+from normlab.experiments.bench.worker import (
     BOTH,
     COPY,
     DIRECTIONS,
@@ -48,8 +48,8 @@ from experiments.bench.worker import (
     Case,
     Server,
 )
-from experiments.programs.passes import Move
-from experiments.rundir import RunError
+from normlab.experiments.programs.passes import Move
+from normlab.experiments.rundir import RunError
 from tests import oracles
 from tests.helpers import gap
 
@@ -88,7 +88,7 @@ def family(peer: str):
     """The family that holds a peer, here in this process; skips where it is not installed."""
     pytest.importorskip({**PEERS, **OTHERS}.get(peer, ("jax", "jax"))[0])
     name = "torch" if peer in TORCH else "jax"
-    return importlib.import_module(f"experiments.bench.peers_{name}").family("cpu")
+    return importlib.import_module(f"normlab.experiments.bench.peers_{name}").family("cpu")
 
 
 def measure(peer: str, case: Case):

@@ -10,18 +10,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import console as cli
-from experiments.bench import blocks_jax, figure, worker
-from experiments.bench import bytes as moved
-from experiments.bench.blocks import BLOCKS, HERE, OURS, WITHOUT, Program, floor
-from experiments.bench.compiled import Target
-from experiments.bench.config import PEERS_OF_BYTES, TARGETS, BenchBytes
-from experiments.bench.turns import Process
-from experiments.bench.worker import BOTH, COPY, DIRECTIONS, FORWARD
-from experiments.programs import machines
-from experiments.programs.machines import missing
-from experiments.programs.passes import lower, moves, place
-from experiments.rundir import RunError
+from normlab.experiments import console as cli
+from normlab.experiments.bench import blocks_jax, figure, worker
+from normlab.experiments.bench import bytes as moved
+from normlab.experiments.bench.blocks import BLOCKS, HERE, OURS, WITHOUT, Program, floor
+from normlab.experiments.bench.compiled import Target
+from normlab.experiments.bench.config import PEERS_OF_BYTES, TARGETS, BenchBytes
+from normlab.experiments.bench.turns import Process
+from normlab.experiments.bench.worker import BOTH, COPY, DIRECTIONS, FORWARD
+from normlab.experiments.programs import machines
+from normlab.experiments.programs.machines import missing
+from normlab.experiments.programs.passes import lower, moves, place
+from normlab.experiments.rundir import RunError
 from tests.helpers import gap
 
 SHAPES = {"transformer": (2, 4, 16), "bottleneck": (4, 3, 3, 32)}
@@ -155,7 +155,7 @@ class TestTarget:
         )
 
     def test_here_programs_run(self, monkeypatch):
-        monkeypatch.setattr("experiments.bench.compiled.TURN_MS", 0.1)
+        monkeypatch.setattr("normlab.experiments.bench.compiled.TURN_MS", 0.1)
         target = Target(HERE)
         target.prepare(Program("transformer", "rms", "bfloat16", (1, 4, 16)), ["jax.numpy"])
         for direction in DIRECTIONS:

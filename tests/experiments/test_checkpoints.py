@@ -17,9 +17,9 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import normlab as nl
-from experiments.rundir import RunError
-from experiments.training.checkpoints import Checkpoints
-from experiments.training.trainer import TrainState
+from normlab.experiments.rundir import RunError
+from normlab.experiments.training.checkpoints import Checkpoints
+from normlab.experiments.training.trainer import TrainState
 from tests.helpers import array, draw, gap, mesh
 
 C = 3
@@ -161,8 +161,8 @@ SAVER = """
 import sys, jax, jax.numpy as jnp, numpy as np
 from pathlib import Path
 import normlab as nl
-from experiments.training.checkpoints import Checkpoints
-from experiments.training.trainer import TrainState
+from normlab.experiments.training.checkpoints import Checkpoints
+from normlab.experiments.training.trainer import TrainState
 
 checkpoints = Checkpoints(Path(sys.argv[1]), 2)
 for step in range(1, 1000):

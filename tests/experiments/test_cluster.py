@@ -16,15 +16,15 @@ import numpy as np
 import psutil
 import pytest
 
-from experiments import cluster as clusters
-from experiments import console as cli
-from experiments import questions
-from experiments.asking import kept
-from experiments.asking.ask import ask
-from experiments.asking.kept import Kept
-from experiments.cluster import Call, Cluster, Ended
-from experiments.compare.comparison import Compare, Comparison
-from experiments.rundir import CHECKOUT, RunError
+from normlab.experiments import cluster as clusters
+from normlab.experiments import console as cli
+from normlab.experiments import questions
+from normlab.experiments.asking import kept
+from normlab.experiments.asking.ask import ask
+from normlab.experiments.asking.kept import Kept
+from normlab.experiments.cluster import Call, Cluster, Ended
+from normlab.experiments.compare.comparison import Compare, Comparison
+from normlab.experiments.rundir import CHECKOUT, RunError
 from tests.helpers import environment
 
 from . import calls
@@ -118,7 +118,7 @@ class TestFaults:
         head = {"num_cpus": 1, "include_dashboard": False}
         nodes = Nodes(initialize_head=True, head_node_args=head)
         program = f"""
-from experiments.cluster import Call, Cluster
+from normlab.experiments.cluster import Call, Cluster
 from tests.experiments import calls
 with Cluster({nodes.address!r}) as cluster:
     list(cluster.run([Call(calls.__name__ + ":waits", lambda: ({str(tmp_path)!r}, 0))]))
@@ -225,7 +225,7 @@ def test_an_address_may_be_left_out():
 def test_nothing_of_ray_is_loaded_without_the_option(tmp_path):
     program = f"""
 import sys
-from experiments import console
+from normlab.experiments import console
 assert console.main(["run", "identity", "--jobs", "0", "--run-dir", {str(tmp_path)!r}]) == 0
 assert not [name for name in sys.modules if name.partition(".")[0] == "ray"]
 """
@@ -298,7 +298,7 @@ class TestQuestions:
         fields = ("--dataset", "digits", "--steps", "1000", "--evaluations", "20", "--seeds", "2")
 
         def start(where, *options):
-            command = [sys.executable, "-m", "experiments", "run", "figure1"]
+            command = [sys.executable, "-m", "normlab.experiments", "run", "figure1"]
             return subprocess.Popen(
                 [*command, "--run-dir", str(where), *options, "--", *fields],
                 cwd=CHECKOUT,
@@ -331,7 +331,15 @@ class TestQuestions:
 
     @pytest.mark.slow
     def test_without_an_address_a_ray_is_started_and_leaves_nothing(self, tmp_path):
-        command = [sys.executable, "-m", "experiments", "run", "--ray", "identity", "--run-dir"]
+        command = [
+            sys.executable,
+            "-m",
+            "normlab.experiments",
+            "run",
+            "--ray",
+            "identity",
+            "--run-dir",
+        ]
         found = subprocess.run(
             [*command, str(tmp_path / "runs")],
             cwd=CHECKOUT,

@@ -24,9 +24,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from experiments import data
-from experiments.data import packages as fetch
-from experiments.data import prepare
+from normlab.experiments import data
+from normlab.experiments.data import packages as fetch
+from normlab.experiments.data import prepare
 
 TRAIN, TEST = 20, 10  # images of the tiny MNIST
 

@@ -8,14 +8,14 @@ import optax
 import pytest
 
 import normlab as nl
-from experiments import console as cli
-from experiments import models
-from experiments.depth.command import table
-from experiments.depth.figure import picture
-from experiments.depth.profile import INSTRUMENTS, Depth, Profile, examples, measure
-from experiments.rundir import RunError
-from experiments.terminal import console
-from experiments.training.trainer import DeviceData, Trainer, TrainState
+from normlab.experiments import console as cli
+from normlab.experiments import models
+from normlab.experiments.depth.command import table
+from normlab.experiments.depth.figure import picture
+from normlab.experiments.depth.profile import INSTRUMENTS, Depth, Profile, examples, measure
+from normlab.experiments.rundir import RunError
+from normlab.experiments.terminal import console
+from normlab.experiments.training.trainer import DeviceData, Trainer, TrainState
 
 
 def test_scanned_and_recomputed_blocks_are_measured_as_those_that_are_written_out():

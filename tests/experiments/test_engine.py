@@ -22,14 +22,14 @@ import numpy as np
 import pandas as pd
 import pytest
 
-import experiments
 import normlab as nl
-from experiments import console as cli
-from experiments import models, questions, terminal
-from experiments.asking import kept, pool, sources
-from experiments.asking.ask import ask
-from experiments.asking.kept import Kept
-from experiments.engine import (
+from normlab import experiments
+from normlab.experiments import console as cli
+from normlab.experiments import models, questions, terminal
+from normlab.experiments.asking import kept, pool, sources
+from normlab.experiments.asking.ask import ask
+from normlab.experiments.asking.kept import Kept
+from normlab.experiments.engine import (
     Checkpoint,
     Condition,
     Config,
@@ -41,10 +41,10 @@ from experiments.engine import (
     learn,
     shuffled,
 )
-from experiments.engine import devices as on_devices
-from experiments.engine.learn import optimizer
-from experiments.rundir import CHECKOUT, RunError
-from experiments.training.trainer import AXIS
+from normlab.experiments.engine import devices as on_devices
+from normlab.experiments.engine.learn import optimizer
+from normlab.experiments.rundir import CHECKOUT, RunError
+from normlab.experiments.training.trainer import AXIS
 
 TINY = Config(
     dataset="digits", model="tiny", batch_size=16, steps=6, evaluations=3, seeds=2, first_seed=0
@@ -473,7 +473,7 @@ class TestFaults:
 
         make("wrong", [Condition({"a": 1}, exact(wrong))])
         monkeypatch.setattr(pool, "_heard", types.SimpleNamespace(put=lambda told: None))
-        code = sources.version("experiments.questions.wrong")
+        code = sources.version("normlab.experiments.questions.wrong")
         task = pool.Task("wrong", TINY, 0, Kept(tmp_path, "wrong", "key"), 1.0, code)
         sent = pool._measure(0, "wrong", pickle.dumps(task))
         assert sent == "Two: 1 and 2 (in wrong, a 1)"
@@ -484,7 +484,7 @@ class TestFaults:
     ):
         name = "figure1"
         wrong = dataclasses.replace(questions.require(name).QUICK, dataset="digits", model="none")
-        code = sources.version(f"experiments.questions.{name}")
+        code = sources.version(f"normlab.experiments.questions.{name}")
         at = Kept(tmp_path, name, "key")
         tasks = [pool.Task(name, wrong, 0, at, 0.5, version) for version in (code, "another")]
         ended = pool.work(tasks, lambda task, share: None, jobs=1, pinned=False)
@@ -523,14 +523,17 @@ class TestFaults:
 class TestVersion:
     @pytest.fixture
     def files(self, tmp_path, monkeypatch):
-        roots = {name: tmp_path / name for name in ("normlab", "experiments")}
+        roots = {
+            "normlab.experiments": tmp_path / "experiments",
+            "normlab": tmp_path / "normlab",
+        }
         monkeypatch.setattr(sources, "ROOTS", roots)
 
         def write(name, text):
             path = tmp_path / name
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(text)
-            return sources.version("experiments.questions.asked")
+            return sources.version("normlab.experiments.questions.asked")
 
         write("normlab/__init__.py", "from normlab.sums import mean\n")
         write("normlab/sums.py", "def mean(x):\n    return sum(x) / len(x)\n")
@@ -597,10 +600,18 @@ class TestVersion:
         assert files("experiments/questions/asked.py", asked) == first
 
     def test_a_question_depends_on_the_norms_and_the_trainer_and_not_on_the_page(self):
-        modules = sources._closure("experiments.questions.figure1")
-        used = {"normlab.batch", "experiments.training.trainer", "experiments.engine.learn"}
+        modules = sources._closure("normlab.experiments.questions.figure1")
+        used = {
+            "normlab.batch",
+            "normlab.experiments.training.trainer",
+            "normlab.experiments.engine.learn",
+        }
         assert used <= set(modules)
-        shown = {"experiments.asking.page", "experiments.console", "experiments.figures"}
+        shown = {
+            "normlab.experiments.asking.page",
+            "normlab.experiments.console",
+            "normlab.experiments.figures",
+        }
         assert not shown & set(modules)
 
 
@@ -862,7 +873,7 @@ class TestReport:
 @pytest.mark.slow
 class TestProcesses:
     COMMAND = (
-        *(sys.executable, "-m", "experiments", "run", "figure1", "--jobs", "2"),
+        *(sys.executable, "-m", "normlab.experiments", "run", "figure1", "--jobs", "2"),
         *("--run-dir",),
     )
     CONFIG = ("--", "--steps", "4000", "--evaluations", "40", "--seeds", "2")

@@ -16,14 +16,14 @@ import scipy.stats
 from statsmodels.stats.power import TTestPower
 
 import normlab as nl
-from experiments import console as cli
-from experiments import models, questions
-from experiments.asking import thresholds
-from experiments.asking.cost import count
-from experiments.asking.kept import verdict_json
-from experiments.asking.power import needed
-from experiments.asking.verify import Effect, agree
-from experiments.engine import (
+from normlab.experiments import console as cli
+from normlab.experiments import models, questions
+from normlab.experiments.asking import thresholds
+from normlab.experiments.asking.cost import count
+from normlab.experiments.asking.kept import verdict_json
+from normlab.experiments.asking.power import needed
+from normlab.experiments.asking.verify import Effect, agree
+from normlab.experiments.engine import (
     Checkpoint,
     Condition,
     Config,
@@ -35,13 +35,13 @@ from experiments.engine import (
     learn,
     tuned,
 )
-from experiments.engine.learn import chosen
-from experiments.engine.question import SCREENED
-from experiments.engine.records import draws
-from experiments.engine.verdict import adjusted
-from experiments.rundir import RunError, packed, unpacked
-from experiments.training.driver import Progress, drive
-from experiments.training.tasks import Evaluation
+from normlab.experiments.engine.learn import chosen
+from normlab.experiments.engine.question import SCREENED
+from normlab.experiments.engine.records import draws
+from normlab.experiments.engine.verdict import adjusted
+from normlab.experiments.rundir import RunError, packed, unpacked
+from normlab.experiments.training.driver import Progress, drive
+from normlab.experiments.training.tasks import Evaluation
 
 EFFECTS = [0.9, 1.6, 0.4, 1.1, 0.7, 1.4]
 TINY = Config(
@@ -495,7 +495,7 @@ class TestLock:
 
 
 def test_ids_name_a_claim_once(tmp_path):
-    from experiments.asking.ask import named
+    from normlab.experiments.asking.ask import named
 
     with pytest.raises(RunError, match="two claims have the id"):
         named("q", [decide("a", "", EFFECTS), decide("a", "", EFFECTS)])

@@ -5,7 +5,7 @@ import graphlib
 import importlib.util
 from pathlib import Path
 
-import experiments
+from normlab import experiments
 
 FLOORS = (
     {"__main__"},
@@ -17,7 +17,7 @@ FLOORS = (
     {"cluster", "data", "figures", "models"},
     {"rundir", "terminal"},
 )
-EXPERIMENTS = Path(experiments.__file__).parent
+EXPERIMENTS = Path(experiments.__file__).resolve().parent
 
 
 def imports() -> dict[str, set[str]]:

@@ -6,9 +6,9 @@ import xml.etree.ElementTree as ET
 import pandas as pd
 import pytest
 
-from experiments.asking import guide, numbers
-from experiments.asking.guide import CELLS, Cell, says
-from experiments.rundir import CHECKOUT
+from normlab.experiments.asking import guide, numbers
+from normlab.experiments.asking.guide import CELLS, Cell, says
+from normlab.experiments.rundir import CHECKOUT
 
 HTML = "{http://www.w3.org/1999/xhtml}"
 DOCS = CHECKOUT / "docs"

@@ -16,10 +16,10 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import normlab as nl
-from experiments.programs.machines import compile_for
-from experiments.programs.passes import Passes, lower, passes, place
 from normlab._kernels.examples import Forward, call
 from normlab._kernels.rows import Rows, problem
+from normlab.experiments.programs.machines import compile_for
+from normlab.experiments.programs.passes import Passes, lower, passes, place
 from tests.experiments.test_accelerators import BOTH, FORWARD, in_a_process
 
 silu = jax.nn.silu

@@ -15,8 +15,8 @@ import pytest
 from jax import lax
 
 import normlab as nl
-from experiments.programs.passes import Passes, lower, moves, passes, place
 from normlab._kernels import columns
+from normlab.experiments.programs.passes import Passes, lower, moves, passes, place
 from tests.experiments.test_accelerators import BOTH, FORWARD, in_a_process
 
 # Of the same size, larger than the vector memory of a v5e.

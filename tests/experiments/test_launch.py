@@ -17,12 +17,12 @@ import psutil
 import pytest
 
 import normlab as nl
-from experiments import console as cli
-from experiments.data import load
-from experiments.rundir import RunError
-from experiments.training import processes
-from experiments.training.checkpoints import Checkpoints
-from experiments.training.train import Program, Train, train
+from normlab.experiments import console as cli
+from normlab.experiments.data import load
+from normlab.experiments.rundir import RunError
+from normlab.experiments.training import processes
+from normlab.experiments.training.checkpoints import Checkpoints
+from normlab.experiments.training.train import Program, Train, train
 from tests.helpers import environment
 
 ROOT = Path(__file__).parents[2]
@@ -33,8 +33,8 @@ OFTEN = ["--checkpoint-every", "10"]
 
 FAULT = """
 import os, sys, time
-from experiments import console as cli
-from experiments.training.train import Program
+from normlab.experiments import console as cli
+from normlab.experiments.training.train import Program
 
 whole = Program.batches
 
@@ -183,7 +183,7 @@ def test_a_run_that_failed_in_every_way_is_the_run_that_did_not(tmp_path, undist
 def launched(path: Path, *options: str):
     """The driver of two workers, which is stopped, with all that it started, at the end."""
     pytest.importorskip("ray")
-    command = [sys.executable, "-m", "experiments", "launch", "--workers", "2", *options]
+    command = [sys.executable, "-m", "normlab.experiments", "launch", "--workers", "2", *options]
     driver = start(
         [*command, "--", "train", *TINY, "--checkpoint-every", "20", "--run-dir", str(path)], {}
     )
@@ -286,7 +286,7 @@ def test_the_death_of_process_0_ends_the_others(tmp_path, undisturbed):
 WATCHED = """
 import ctypes, sys, time
 from pathlib import Path
-from experiments.training.processes import Diary, Watchdog
+from normlab.experiments.training.processes import Diary, Watchdog
 Watchdog.LOCKED = 1.0
 with Watchdog(0.5, 60, Diary(Path(sys.argv[1]), 0)) as watchdog:
     for step in range(5):
@@ -545,7 +545,7 @@ def said(capsys, *arguments: str) -> str:
     ids=lambda v: " ".join(v) if isinstance(v, list) else "",
 )
 def test_wrong_use_is_one_clear_line(tmp_path, capsys, monkeypatch, arguments, says):
-    monkeypatch.setattr("experiments.rundir.CHECKOUT", tmp_path)
+    monkeypatch.setattr("normlab.experiments.rundir.CHECKOUT", tmp_path)
     assert re.search(says, said(capsys, *arguments))
 
 

@@ -13,11 +13,11 @@ from jax import lax
 from jax.sharding import Mesh
 
 import normlab as nl
-from experiments.bench import sync_jax as bench_sync
-from experiments.console import main
-from experiments.programs import machines
-from experiments.programs.config import Ledger
-from experiments.programs.ledger import (
+from normlab.experiments.bench import sync_jax as bench_sync
+from normlab.experiments.console import main
+from normlab.experiments.programs import machines
+from normlab.experiments.programs.config import Ledger
+from normlab.experiments.programs.ledger import (
     Found,
     asked_of_others,
     compile_all,
@@ -25,9 +25,9 @@ from experiments.programs.ledger import (
     remarks,
     table,
 )
-from experiments.programs.machines import Cluster, Machine, Torus, machine, missing
-from experiments.rundir import RunError
-from experiments.training.syncs import parse
+from normlab.experiments.programs.machines import Cluster, Machine, Torus, machine, missing
+from normlab.experiments.rundir import RunError
+from normlab.experiments.training.syncs import parse
 from normlab.instruments.collectives import (
     Collective,
     Entry,

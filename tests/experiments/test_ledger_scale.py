@@ -11,9 +11,9 @@ import sys
 
 import pytest
 
-from experiments.programs.config import Ledger
-from experiments.programs.ledger import compile_all
-from experiments.programs.machines import missing
+from normlab.experiments.programs.config import Ledger
+from normlab.experiments.programs.ledger import compile_all
+from normlab.experiments.programs.machines import missing
 from tests.helpers import environment
 
 HERE = (8, 16, 32)

@@ -5,12 +5,12 @@ import numpy as np
 import pytest
 
 import normlab as nl
-from experiments.programs.config import Ledger
-from experiments.programs.ledger import compile_all
-from experiments.rundir import RunError
-from experiments.training.config import Command
-from experiments.training.syncs import alike, delayed, parse
-from experiments.training.trainer import axes_of, mesh_of, on_devices
+from normlab.experiments.programs.config import Ledger
+from normlab.experiments.programs.ledger import compile_all
+from normlab.experiments.rundir import RunError
+from normlab.experiments.training.config import Command
+from normlab.experiments.training.syncs import alike, delayed, parse
+from normlab.experiments.training.trainer import axes_of, mesh_of, on_devices
 
 MESH = ("axis0", "axis1")
 OF_A_MESH = {

@@ -13,12 +13,12 @@ import pytest
 from flax.traverse_util import flatten_dict
 
 import normlab as nl
-from experiments import models
-from experiments.data import Dataset
-from experiments.models.block import LINEAR
-from experiments.models.layers import choose, rescaled
-from experiments.models.resnet import shortcut
-from experiments.training.trainer import AXIS, FORMS, DeviceData, Trainer
+from normlab.experiments import models
+from normlab.experiments.data import Dataset
+from normlab.experiments.models.block import LINEAR
+from normlab.experiments.models.layers import choose, rescaled
+from normlab.experiments.models.resnet import shortcut
+from normlab.experiments.training.trainer import AXIS, FORMS, DeviceData, Trainer
 from tests.cases import NAMES
 from tests.helpers import draw, gap
 

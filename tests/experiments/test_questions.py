@@ -16,14 +16,20 @@ import optax
 import pytest
 
 import normlab as nl
-from experiments import models, questions
-from experiments.asking.ask import Answer, ask
-from experiments.data import load
-from experiments.engine import Checkpoint, Config, Record, Records
-from experiments.engine.devices import Lab, forms_gap, relative
-from experiments.questions import delay, gradient_sync, group_size, local_drift, synced_is_global
-from experiments.rundir import CHECKOUT, RunError
-from experiments.training.trainer import FORMS, DeviceData, Trainer, TrainState, minibatches
+from normlab.experiments import models, questions
+from normlab.experiments.asking.ask import Answer, ask
+from normlab.experiments.data import load
+from normlab.experiments.engine import Checkpoint, Config, Record, Records
+from normlab.experiments.engine.devices import Lab, forms_gap, relative
+from normlab.experiments.questions import (
+    delay,
+    gradient_sync,
+    group_size,
+    local_drift,
+    synced_is_global,
+)
+from normlab.experiments.rundir import CHECKOUT, RunError
+from normlab.experiments.training.trainer import FORMS, DeviceData, Trainer, TrainState, minibatches
 from tests.helpers import judged
 
 TINY = {

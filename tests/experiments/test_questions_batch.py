@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 import normlab as nl
-from experiments import models
-from experiments.data import load
-from experiments.engine import Net, Records
-from experiments.questions import (
+from normlab.experiments import models
+from normlab.experiments.data import load
+from normlab.experiments.engine import Net, Records
+from normlab.experiments.questions import (
     batch_size,
     batch_size_conv,
     domain,

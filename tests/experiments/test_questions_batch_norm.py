@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 
 import normlab as nl
-from experiments import models, questions
-from experiments.data import load
-from experiments.engine import Checkpoint, Net, Records
-from experiments.questions import (
+from normlab.experiments import models, questions
+from normlab.experiments.data import load
+from normlab.experiments.engine import Checkpoint, Net, Records
+from normlab.experiments.questions import (
     data_size,
     deep_sigmoid,
     dropout,

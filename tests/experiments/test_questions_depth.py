@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from experiments.questions import last_gradient, stream_variance
+from normlab.experiments.questions import last_gradient, stream_variance
 from tests.experiments.test_questions_exact import decisions, measured, seeds
 
 TINY = {"width": 16, "length": 8, "batch_size": 2, "seeds": 2}

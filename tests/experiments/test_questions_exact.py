@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 import normlab as nl
-from experiments.engine import Checkpoint, Config, Record, Records
-from experiments.engine.records import DRAWS
-from experiments.questions import (
+from normlab.experiments.engine import Checkpoint, Config, Record, Records
+from normlab.experiments.engine.records import DRAWS
+from normlab.experiments.questions import (
     backward,
     batch_one,
     covariate_shift,

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 import normlab as nl
-from experiments.data import load
-from experiments.engine import Condition, Records
-from experiments.questions import (
+from normlab.experiments.data import load
+from normlab.experiments.engine import Condition, Records
+from normlab.experiments.questions import (
     cosine,
     landscape,
     reparametrization,

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 
 import normlab as nl
-from experiments.data import load
-from experiments.engine import Config, Nets, Records, lanes, pooled
-from experiments.engine.learn import masked
-from experiments.models import conv
-from experiments.questions import (
+from normlab.experiments.data import load
+from normlab.experiments.engine import Config, Nets, Records, lanes, pooled
+from normlab.experiments.engine.learn import masked
+from normlab.experiments.models import conv
+from normlab.experiments.questions import (
     adversarial,
     affine_alone,
     angular_equilibrium,
@@ -25,7 +25,7 @@ from experiments.questions import (
     rank_collapse,
     spectral_reshaped,
 )
-from experiments.training.optimizers import optimizer
+from normlab.experiments.training.optimizers import optimizer
 from tests.experiments.test_questions_exact import decisions, measured, seeds
 
 SEEDS = range(3)

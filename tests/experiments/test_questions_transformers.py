@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 
 import normlab as nl
-from experiments import models
-from experiments.data import load
-from experiments.engine import Net, Records, learn
-from experiments.engine.texts import Language, first_gradients, recut
-from experiments.questions import (
+from normlab.experiments import models
+from normlab.experiments.data import load
+from normlab.experiments.engine import Net, Records, learn
+from normlab.experiments.engine.texts import Language, first_gradients, recut
+from normlab.experiments.questions import (
     dyt_data,
     dyt_vit,
     ln_scaling,
@@ -26,7 +26,7 @@ from experiments.questions import (
     rms_layer_lm,
     warmup,
 )
-from experiments.rundir import RunError, packed
+from normlab.experiments.rundir import RunError, packed
 from tests.experiments.test_questions_exact import measured
 from tests.helpers import judged
 

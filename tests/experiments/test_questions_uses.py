@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 import normlab as nl
-from experiments.data import load
-from experiments.engine import Records, plain
-from experiments.questions import (
+from normlab.experiments.data import load
+from normlab.experiments.engine import Records, plain
+from normlab.experiments.questions import (
     decorrelated,
     fed_bn,
     fine_tuning,
@@ -82,7 +82,7 @@ def test_the_calibration_error_is_the_gap_between_confidence_and_accuracy():
 
 
 def tiny_net():
-    from experiments.engine import Net
+    from normlab.experiments.engine import Net
 
     config = dataclasses.replace(test_time.QUICK, dataset="digits", seeds=1, sizes=(4, 8))
     data = test_time.prepare(config, load("digits"))

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 import normlab as nl
-from experiments import models
-from experiments.data import load
-from experiments.engine import Checkpoint, Config, Records, largest_stable, rates
-from experiments.engine.learn import held_out
+from normlab.experiments import models
+from normlab.experiments.data import load
+from normlab.experiments.engine import Checkpoint, Config, Records, largest_stable, rates
+from normlab.experiments.engine.learn import held_out
 
 TINY = Config(dataset="digits", model="tiny", batch_size=16, steps=4, evaluations=2, seeds=3)
 

@@ -17,15 +17,15 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from experiments import figures, questions
-from experiments.asking import findings, numbers, references, tables
-from experiments.asking import page as report
-from experiments.asking.findings import Evidence, Finding
-from experiments.asking.section import Row, Section, Tuning, families, row
-from experiments.asking.thresholds import Line
-from experiments.engine import Config
-from experiments.engine.verdict import Source, Verdict, bounds, decide, decide_share
-from experiments.rundir import CHECKOUT, RunError
+from normlab.experiments import figures, questions
+from normlab.experiments.asking import findings, numbers, references, tables
+from normlab.experiments.asking import page as report
+from normlab.experiments.asking.findings import Evidence, Finding
+from normlab.experiments.asking.section import Row, Section, Tuning, families, row
+from normlab.experiments.asking.thresholds import Line
+from normlab.experiments.engine import Config
+from normlab.experiments.engine.verdict import Source, Verdict, bounds, decide, decide_share
+from normlab.experiments.rundir import CHECKOUT, RunError
 
 HTML = "{http://www.w3.org/1999/xhtml}"
 HOSTILE = "<script>alert(1)</script> & \"quotes\" 'too' " + "unbreakable" * 30
@@ -72,7 +72,7 @@ def question(name: str, **values) -> Section:
         "Claim": "It does (https://arxiv.org/abs/1502.03167).",
         "Source": "Ioffe & Szegedy 2015 (https://arxiv.org/abs/1502.03167).",
         "Protocol": "A net with `g` and `b`, trained.",
-        "Command": f"python -m experiments run {name}",
+        "Command": f"normlab run {name}",
     }
     config = {"lr": 0.1, "norms": ("none", "batch"), "data_dir": None}
     data = {"name": "digits", "origin": "scikit-learn", "sha256": "0123456789abcdef" * 4}
@@ -320,9 +320,9 @@ def test_a_claim_leads_to_its_seeds_its_threshold_its_source_and_a_command(tree)
     assert said["Source"] == (
         "One & Two 2015, section 3: 23.7 → 34.7% error; its abstract alone was read."
     )
-    assert said["Repeat"] == "python -m experiments run mixed --again"
+    assert said["Repeat"] == "normlab run mixed --again"
     assert "mixed-0123456789ab" in said["Records"]
-    assert 'experiments.load("mixed")' in said["Records"]
+    assert 'normlab.experiments.load("mixed")' in said["Records"]
     assert "set before the run" in evidence(tree, "mixed.small")["Threshold"]
     assert evidence(tree, "mixed.one")["Threshold"].startswith("Not locked")
     assert evidence(tree, "mixed.one")["Seeds"] == "One effect each, not by seed: 2"

@@ -18,15 +18,15 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 
-from experiments import console as cli
-from experiments import models, questions, terminal
-from experiments.asking import ask as asking
-from experiments.asking import sweep
-from experiments.asking.ask import answer
-from experiments.asking.fields import grid, words
-from experiments.asking.kept import Kept
-from experiments.engine import Condition, Config, decide, exact
-from experiments.rundir import CHECKOUT, RunError
+from normlab.experiments import console as cli
+from normlab.experiments import models, questions, terminal
+from normlab.experiments.asking import ask as asking
+from normlab.experiments.asking import sweep
+from normlab.experiments.asking.ask import answer
+from normlab.experiments.asking.fields import grid, words
+from normlab.experiments.asking.kept import Kept
+from normlab.experiments.engine import Condition, Config, decide, exact
+from normlab.experiments.rundir import CHECKOUT, RunError
 from tests.helpers import environment
 
 TINY = Config(dataset="", steps=4, evaluations=2, seeds=3)
@@ -375,7 +375,7 @@ def test_killed_in_the_middle_a_sweep_goes_on_to_the_same_numbers(tmp_path):
     """kill -9 when the first point is there; the rest is measured, and no point twice."""
 
     def start(where):
-        command = [sys.executable, "-m", "experiments", "run", "identity", "--jobs", "1"]
+        command = [sys.executable, "-m", "normlab.experiments", "run", "identity", "--jobs", "1"]
         command += ["--run-dir", str(where), "--sweep", "eps=1e-5,1e-4,1e-3"]
         return subprocess.Popen(command, cwd=CHECKOUT, env=environment(), stdout=subprocess.DEVNULL)
 

@@ -19,21 +19,21 @@ import numpy as np
 import pytest
 
 import normlab as nl
-from experiments import console as cli
-from experiments import data, models
-from experiments.compare import figures
-from experiments.compare.comparison import Compare, Comparison
-from experiments.compare.rates import Stable, best, diverged, largest_stable
-from experiments.data import Dataset, Reading, Text, markov, prepare, text
-from experiments.data import packages as fetch
-from experiments.engine import Records
-from experiments.figures import encode
-from experiments.models.layers import Activation
-from experiments.rundir import RunError
-from experiments.training.optimizers import at_rates, optimizer, set_rates
-from experiments.training.tasks import Classification, Language, Task
-from experiments.training.train import Train, train
-from experiments.training.trainer import DeviceData, Trainer, TrainState, minibatches
+from normlab.experiments import console as cli
+from normlab.experiments import data, models
+from normlab.experiments.compare import figures
+from normlab.experiments.compare.comparison import Compare, Comparison
+from normlab.experiments.compare.rates import Stable, best, diverged, largest_stable
+from normlab.experiments.data import Dataset, Reading, Text, markov, prepare, text
+from normlab.experiments.data import packages as fetch
+from normlab.experiments.engine import Records
+from normlab.experiments.figures import encode
+from normlab.experiments.models.layers import Activation
+from normlab.experiments.rundir import RunError
+from normlab.experiments.training.optimizers import at_rates, optimizer, set_rates
+from normlab.experiments.training.tasks import Classification, Language, Task
+from normlab.experiments.training.train import Train, train
+from normlab.experiments.training.trainer import DeviceData, Trainer, TrainState, minibatches
 
 
 class Bigram(models.Network):
