@@ -818,6 +818,20 @@ def test_findings_stand_on_the_first_screen_and_the_first_figure_soon_after(visi
     assert min(sizes) >= 11
 
 
+@pytest.mark.parametrize("width", WIDTHS)
+def test_the_report_of_this_tree_is_short_and_its_findings_fit(browser, width):
+    tab = browser.new_page(viewport={"width": width, "height": 844})
+    tab.goto((CHECKOUT / "docs/report.html").as_uri())
+    assert tab.locator(".findings li").count() == 10
+    assert tab.locator(".findings .notice").count() == 0
+    assert tab.locator(".findings li h3").first.bounding_box()["y"] < 844
+    assert tab.locator(".strip").first.bounding_box()["y"] < 2000
+    assert tab.evaluate("document.scrollingElement.scrollHeight") < 15_000
+    assert tab.evaluate("document.scrollingElement.scrollWidth") <= width
+    assert tab.evaluate(STICKING_OUT) == []
+    tab.close()
+
+
 def test_an_address_of_a_claim_opens_its_question_and_its_evidence(visit, address):
     tab = visit()
     body = tab.locator('[id="mixed.small"]')
