@@ -43,8 +43,9 @@ from normlab.experiments.engine import (
 )
 from normlab.experiments.engine import devices as on_devices
 from normlab.experiments.engine.learn import optimizer
-from normlab.experiments.rundir import CHECKOUT, RunError
+from normlab.experiments.rundir import RunError
 from normlab.experiments.training.trainer import AXIS
+from tests.helpers import CHECKOUT
 
 TINY = Config(
     dataset="digits", model="tiny", batch_size=16, steps=6, evaluations=3, seeds=2, first_seed=0

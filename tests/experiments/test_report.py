@@ -20,7 +20,8 @@ from normlab.experiments.asking.section import Row, Section, Tuning, families, r
 from normlab.experiments.asking.thresholds import Line
 from normlab.experiments.engine import Config
 from normlab.experiments.engine.verdict import Source, Verdict, bounds, decide, decide_share
-from normlab.experiments.rundir import CHECKOUT, RunError
+from normlab.experiments.rundir import RunError
+from tests.helpers import CHECKOUT
 
 HTML = "{http://www.w3.org/1999/xhtml}"
 HOSTILE = "<script>alert(1)</script> & \"quotes\" 'too' " + "unbreakable" * 30
@@ -413,7 +414,7 @@ def test_no_question_at_all_is_still_a_page():
 def test_every_source_that_a_question_cites_is_in_the_file():
     known = references.read()
     for name in questions.NAMES:
-        path = CHECKOUT / f"experiments/questions/{name}.py"
+        path = CHECKOUT / f"normlab/experiments/questions/{name}.py"
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Constant) and re.fullmatch(
                 r"[a-z]+\d{4}[a-z]?", str(node.value)
