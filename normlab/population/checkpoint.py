@@ -281,7 +281,8 @@ def _said(leaf: Any) -> str:
 
 def _is_alike(value: Any, leaf: Any) -> bool:
     """Whether one of them is a number of Python that stands for an array of rank 0."""
-    return any(map(is_number, (value, leaf))) and jnp.shape(value) == jnp.shape(leaf) == ()
+    single = (is_number(v) or getattr(v, "shape", None) == () for v in (value, leaf))
+    return any(map(is_number, (value, leaf))) and all(single)
 
 
 def _name(path: Any) -> str:
