@@ -14,7 +14,7 @@ INSTALLED := $(VENV)/installed
 PYTEST := -m pytest -n logical --dist worksteal
 
 .PHONY: compare report test test-library test-experiments test-wheel test-newest test-oldest \
-  test-ahead test-slow coverage lint reference bench bench-gpu bench-bytes dist lock clean
+  test-ahead test-slow coverage lint docs registry bench bench-gpu bench-bytes dist lock clean
 
 compare: $(INSTALLED)-experiments
 	$(BIN)/normlab compare $(ARGS)
@@ -87,8 +87,8 @@ lint: $(INSTALLED)-dev
 	$(BIN)/pyright
 	$(BIN)/mypy --strict --follow-imports=silent tests/typing_user.py
 
-# Renews docs/reference.md, the list of public names.
-reference: $(INSTALLED)-test
+# Renews the registry at the end of docs/family.md.
+registry: $(INSTALLED)-test
 	$(BIN)/python -m tests.reference
 
 # One batch norm training step beside an eager PyTorch loop, then every op beside its peers (ARGS).
