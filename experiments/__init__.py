@@ -12,6 +12,8 @@ if TYPE_CHECKING:
 
     import pandas as pd
 
+__all__ = ["load"]
+
 
 def load(name: str, archive: str | Path | None = None) -> pd.DataFrame:
     """The records of a question as a pandas data frame: a line for each measurement.
