@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import importlib
 import sys
 from typing import Any
@@ -85,6 +86,10 @@ COMMANDS = {
         ".training.command:Launch",
         "Run a training run on several processes, and start it again when one dies.",
     ),
+    "figures": (
+        ".redraw:Figures",
+        "Draw the figures of runs again, from their directories.",
+    ),
     "list": (
         ".console:List",
         "Describe the norms, models, schemes, data sets and questions that there are.",
@@ -125,12 +130,14 @@ def _run(name: str, arguments: list[str], fields: list[str]) -> int:
     from .rundir import RunError
 
     try:
-        config: Any = tyro.cli(
+        read = functools.partial(
+            tyro.cli,
             getattr(command, options),
             prog=f"{PROGRAM} {name}",
-            args=arguments,
             config=(tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes),
         )
+        parsed = getattr(command, "parsed", None)  # of a command with options that are files
+        config: Any = parsed(read, name, arguments) if parsed else read(args=arguments)
         if fields:
             config = dataclasses.replace(config, config=tuple(fields))
         return command.run(config)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import signal
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +23,15 @@ from ..terminal import (
     print_paths,
     report,
 )
+from . import again
 from .launch import Launch, launch
 from .processes import EXIT_FAILED, leave, together
 from .train import Train, explain, train
+
+
+def parsed(read: Callable[..., Any], name: str, arguments: Sequence[str]) -> Train | Launch:
+    """The options; of `train` with those of `--config`."""
+    return again.parsed(read, Train, arguments) if name == "train" else read(args=arguments)
 
 
 def run(config: Train | Launch) -> int:
@@ -53,10 +61,13 @@ def train_here(config: Train) -> int:
 
 def launch_run(config: Launch) -> int:
     """Trains in processes that Ray holds together, and prints what came out."""
-    options = (tyro.conf.OmitArgPrefixes,)
-    config_of_run = tyro.cli(
-        Train, prog=f"{PROGRAM} launch -- train", args=config.command[1:], config=options
+    read = functools.partial(
+        tyro.cli,
+        Train,
+        prog=f"{PROGRAM} launch -- train",
+        config=(tyro.conf.OmitArgPrefixes,),
     )
+    config_of_run = again.parsed(read, Train, config.command[1:])
 
     def tell(text: str) -> None:
         errors.print(f"[yellow]restarted:[/] {escape(text)}", highlight=False, soft_wrap=True)
