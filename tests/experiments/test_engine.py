@@ -720,7 +720,8 @@ class TestReport:
         assert verdicts["lacks"] == []
         assert 'id="has.one"' in page
         assert "threshold (not locked)" in page
-        beside = {file.name for file in out.parent.iterdir()} - {out.name}
+        assert f'property="og:image" content="{out.stem}.png"' in page
+        beside = {file.name for file in out.parent.iterdir()} - {out.name, f"{out.stem}.png"}
         assert beside == {"page.json", "page-sources.bib"} | {
             f"page-{name}.{kind}" for name in ("claims", "effects") for kind in ("csv", "parquet")
         }
