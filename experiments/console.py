@@ -10,13 +10,25 @@ import argparse
 import dataclasses
 import importlib
 import sys
-from typing import Any
+from typing import Annotated, Any
 
 import tyro
 from rich.table import Column, Table
 
 from .cluster import spelled
-from .terminal import EXIT_INTERRUPTED, EXIT_USAGE, PROGRAM, console, errors, report
+from .terminal import (
+    EXIT_INTERRUPTED,
+    EXIT_USAGE,
+    PROGRAM,
+    Form,
+    errors,
+    outcome,
+    printing,
+    remark,
+    report,
+    rows_table,
+    show,
+)
 
 __all__ = ["COMMANDS", "EXIT_INTERRUPTED", "EXIT_USAGE", "main"]
 
@@ -125,17 +137,47 @@ def _run(name: str, arguments: list[str], fields: list[str]) -> int:
     from .rundir import RunError
 
     try:
-        config: Any = tyro.cli(
-            getattr(command, options),
-            prog=f"{PROGRAM} {name}",
-            args=arguments,
-            config=(tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes),
-        )
+        config, form = _parse(name, getattr(command, options), arguments)
         if fields:
             config = dataclasses.replace(config, config=tuple(fields))
-        return command.run(config)
+        with printing(form):
+            return command.run(config)
     except (RunError, DataError) as error:
         return report(error)
+
+
+@dataclasses.dataclass(frozen=True)
+class Output:
+    """What every command has beside its own options."""
+
+    json: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Print the result as JSON, and nothing else on standard output."""
+
+    markdown: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Print tables as Markdown."""
+
+    @property
+    def form(self) -> Form:
+        """What results are printed as."""
+        return "json" if self.json else "markdown" if self.markdown else "table"
+
+
+def _parse(name: str, options: type, arguments: list[str]) -> tuple[Any, Form]:
+    """The options of a command, and how its results are to be printed."""
+    both = dataclasses.make_dataclass(name, (), bases=(Output, options), frozen=True)
+    both.__doc__ = options.__doc__
+    found: Any = tyro.cli(
+        both,
+        prog=f"{PROGRAM} {name}",
+        args=arguments,
+        config=(
+            tyro.conf.OmitArgPrefixes,
+            tyro.conf.OmitSubcommandPrefixes,
+            tyro.conf.ConsolidateSubcommandArgs,
+        ),
+    )
+    own = {field.name: getattr(found, field.name) for field in dataclasses.fields(options)}
+    return options(**own), found.form
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,16 +196,26 @@ def run(config: List) -> int:
     norms = Table(
         Column("norm", no_wrap=True), "μ and σ look at", "shift μ", "scale σ", title="norms"
     )
-    for name in nl.names():
-        row = nl.row(name)
+    rows = {name: nl.row(name) for name in nl.names()}
+    for name, row in rows.items():
         norms.add_row(name, row.looks_at, row.mu, row.sigma)
-    console.print(norms)
+    show(norms)
     schemes = nl.placement.names()
     others: dict[str, Any] = {"models": models.MODELS, "schemes": schemes, "data sets": NAMES}
     for what, names in others.items():
-        console.print(f"{what}: {', '.join(names)}", highlight=False)
-    asked = Table("question", "asks", title="questions, for `run`")
-    for name in questions.NAMES:
-        asked.add_row(name, questions.describe(name)["question"])
-    console.print(asked)
+        remark(f"{what}: {', '.join(names)}")
+    asked = {name: questions.describe(name)["question"] for name in questions.NAMES}
+    described = rows_table(("question", "asks"), asked.items())
+    described.title = "questions, for `run`"
+    show(described)
+    outcome(
+        norms={
+            name: {"looks_at": row.looks_at, "mu": row.mu, "sigma": row.sigma}
+            for name, row in rows.items()
+        },
+        models=list(models.MODELS),
+        schemes=list(schemes),
+        datasets=list(NAMES),
+        questions=asked,
+    )
     return 0

@@ -13,11 +13,11 @@ from typing import Annotated
 import tyro
 from rich.table import Table
 
-from .. import questions
+from .. import questions, terminal
 from ..rundir import RunError, environment, runs
-from ..terminal import console, print_paths
+from ..terminal import outcome, print_paths
 from . import archive, guide, references, tables
-from .answers import Ask, answers, print_answer, status
+from .answers import Ask, answer_json, answers, print_answer, status
 from .cost import Cost, cost
 from .kept import as_json, verdict_json
 from .page import page
@@ -26,6 +26,8 @@ from .section import section
 from .sweep import sweep
 from .thresholds import Lock, history, lock, require
 from .verify import Verify, verify
+
+DECISIONS = ("holds", "fails", "undecided")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,6 +101,7 @@ def show(command: Run) -> int:
         found.append(answer)
         if not answer.failed:
             print_answer(answer)
+        outcome(questions=[answer_json(answer) for answer in found])
     return status(found)
 
 
@@ -132,12 +135,23 @@ def report(command: Report) -> int:
         whole[command.archive.expanduser().resolve()] = archive.pack(runs)
     for path, content in whole.items():
         write(path, content)
-    counts = Table("question", "holds", "fails", "undecided", "seconds", title="report")
+    counts = Table("question", *DECISIONS, "seconds", title="report")
     for answer in told:
         decisions = [v.decision for v in answer.verdicts]
-        cells = (str(decisions.count(d)) for d in ("holds", "fails", "undecided"))
+        cells = (str(decisions.count(d)) for d in DECISIONS)
         counts.add_row(answer.name, *cells, f"{answer.seconds:.0f}" if answer.path else "missing")
-    console.print(counts)
+    terminal.show(counts)
+    outcome(
+        questions=[
+            {
+                "question": a.name,
+                **{d: [v.decision for v in a.verdicts].count(d) for d in DECISIONS},
+                "seconds": a.seconds if a.path else None,
+                "failed": a.failed,
+            }
+            for a in told
+        ]
+    )
     print_paths({"page": out, **({"archive": command.archive} if command.archive else {})})
     return status(told)
 

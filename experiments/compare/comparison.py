@@ -31,6 +31,7 @@ from ..cluster import Cluster, require_address
 from ..data import Dataset, hand, load
 from ..engine.records import Records
 from ..figures import encode
+from ..results.writers import Writer, writers
 from ..rundir import Record, RunDirectory, RunError, environment, number
 from ..training import syncs
 from ..training.config import (
@@ -171,7 +172,7 @@ class Measured(NamedTuple):
       step: Steps done.
       loss: The training loss of the last step, the mean over all.
       diverged: For each rate and seed the first step whose loss was not finite, or −1.
-      step_ms: Milliseconds for a step; `None` at the beginning.
+      step_seconds: Seconds for a step; `None` at the beginning.
       compile_seconds: What compiling took.
       records: A record of each rate and seed.
       parts: The percentiles of the four parts in every layer.
@@ -180,7 +181,7 @@ class Measured(NamedTuple):
     step: int
     loss: float
     diverged: np.ndarray
-    step_ms: float | None
+    step_seconds: float | None
     compile_seconds: float
     records: list[Record]
     parts: list[Record]
@@ -196,10 +197,15 @@ class Lane:
     diverged: np.ndarray
     step: int = -1
     compile_seconds: float = 0.0
-    step_ms: list[float] = dataclasses.field(default_factory=list)
+    step_seconds: list[float] = dataclasses.field(default_factory=list)
     records: Records = dataclasses.field(default_factory=Records)
     parts: list[Record] = dataclasses.field(default_factory=list)
     failed: str = ""
+
+    @property
+    def norm(self) -> str:
+        """Which norm, without its scheme."""
+        return self.config.norms[0]
 
     @property
     def goes_on(self) -> bool:
@@ -228,6 +234,7 @@ class Comparison:
     def __init__(self, config: Compare, say: Callable[[str], None] = lambda _: None) -> None:
         self.config, self.say = config, say
         self.warn: Callable[[str], None] = lambda text: None
+        self._writers: list[Writer] = []
         with contextlib.ExitStack() as leaving:
             cluster = None
             if config.ray is not None:  # before JAX starts, which does not like what Ray does then
@@ -252,7 +259,11 @@ class Comparison:
 
     def run(self) -> Iterator[Turn]:
         """Trains all norms; yields after each turn of one. Stopping between yields is safe."""
-        with self._leaving:
+        config = self.config
+        with self._leaving as leaving:
+            for writer in writers(config.log, self.run_dir.path, config.as_json()):
+                leaving.callback(writer.close)
+                self._writers.append(writer)
             for lane, found in self._turns:
                 turn = self._record(lane, found)
                 if found.step:
@@ -265,11 +276,13 @@ class Comparison:
         """Keeps what was measured; returns what a listener hears."""
         lane.step, lane.diverged = found.step, found.diverged
         lane.compile_seconds = found.compile_seconds
-        if found.step_ms is not None:
-            lane.step_ms.append(found.step_ms)
+        if found.step_seconds is not None:
+            lane.step_seconds.append(found.step_seconds)
         lane.records += found.records
         lane.parts += found.parts
         self.run_dir.append("metrics.jsonl", found.records + found.parts)
+        for writer in self._writers:
+            writer.write(found.records + found.parts)
         score = self.task.score
         alive = [r[score.key] for r in found.records if r["test_loss"] is not None]
         return Turn(lane.name, found.step, found.loss, score.best(alive, default=None))
@@ -296,16 +309,17 @@ class Comparison:
             )
             share = None  # nor is there one where the two were not measured side by side
             others = baseline is not None and baseline is not lane and self.config.ray is None
-            if baseline is not None and others and baseline.step_ms and lane.step_ms:
-                pairs = zip(lane.step_ms, baseline.step_ms, strict=False)
+            if baseline is not None and others and baseline.step_seconds and lane.step_seconds:
+                pairs = zip(lane.step_seconds, baseline.step_seconds, strict=False)
                 share = statistics.median(1 - base / mine for mine, base in pairs)
             row = {
-                "norm": lane.name,
+                "norm": lane.norm,
+                "scheme": lane.config.scheme,
                 "lr": lr,
                 "step": lane.step,
                 **self._spread(records.last()),
                 "steps_to_target": number(reached),
-                "step_ms": statistics.median(lane.step_ms) if lane.step_ms else None,
+                "step_seconds": statistics.median(lane.step_seconds) if lane.step_seconds else None,
                 "norm_share": share,
                 "compile_seconds": lane.compile_seconds,
                 "diverged": {
@@ -318,7 +332,7 @@ class Comparison:
             if self.config.rates:
                 row["largest_stable_rate"] = largest_stable(last, self.task)._asdict()
                 row["rates"] = [
-                    {"lr": rate, **self._spread(at), "diverged": self._diverged(at)}
+                    {"lr": rate, **self._spread(at), "above_chance": self._diverged(at)}
                     for rate in self.config.rates
                     for at in [last.where(lr=rate)]
                 ]
@@ -355,14 +369,14 @@ class Comparison:
         at_best = self.at_best_rates()
         if not at_best:
             return paths
-        records = [r for lane, lr in at_best for r in lane.records.where(lr=lr)]
-        parts = [r for lane, lr in at_best for r in lane.parts if r["lr"] == lr]
+        records = figures.named(r for lane, lr in at_best for r in lane.records.where(lr=lr))
+        parts = figures.named(r for lane, lr in at_best for r in lane.parts if r["lr"] == lr)
         title_at = f"{title}, {rate}"
         drawn = {"curves": figures.curves(records, title_at, self.task, config.batch_size)}
         if parts:  # a model without norms has none
             drawn["parts"] = figures.parts(parts, title_at)
         if config.rates:
-            last = [r for lane, _ in at_best for r in lane.records.last()]
+            last = figures.named(r for lane, _ in at_best for r in lane.records.last())
             drawn["rates"] = figures.rates(last, title, self.task)
         for name, figure in drawn.items():
             for kind in ("png", "svg"):
@@ -463,8 +477,9 @@ def compiled(
 
 def _measured(lane: Lane, at: Progress, seconds: float) -> Measured:
     assert at.evaluation is not None
-    rows = [{"norm": lane.name, **row} for row in lane.config.lanes]
-    records = [record | {"step_ms": at.step_ms} for record in at.records(rows)]
+    labels = {"norm": lane.norm, "scheme": lane.config.scheme}
+    rows = [{**labels, **row} for row in lane.config.lanes]
+    records = [record | {"step_seconds": at.step_seconds} for record in at.records(rows)]
     parts = [
         {"kind": "part", **row, "step": at.step, "layer": layer, "part": part}
         | {f"p{round(100 * q)}": number(v) for q, v in zip(QUANTILES, values[i], strict=True)}
@@ -472,7 +487,7 @@ def _measured(lane: Lane, at: Progress, seconds: float) -> Measured:
         for layer, four in at.evaluation.parts.items()
         for part, values in four._asdict().items()
     ]
-    return Measured(at.step, at.loss, at.diverged, at.step_ms, seconds, records, parts)
+    return Measured(at.step, at.loss, at.diverged, at.step_seconds, seconds, records, parts)
 
 
 def in_turns(

@@ -15,6 +15,7 @@ import normlab as nl
 
 from .. import models
 from ..data import NAMES, TEXTS, Dataset, Reading, Unit
+from ..results import writers
 from ..rundir import RunError
 from . import optimizers
 
@@ -95,6 +96,8 @@ class Command(Training):
       inside: Where the norm stands inside the branches beside: q k is QK norm.
       depth: The model's number of blocks, if not its own.
       width: The model's size of the residual stream, if not its own.
+      log: Where the measurements go as well: tensorboard (event files in the run directory) or
+        wandb (the project of $WANDB_PROJECT, or normlab).
     """
 
     model: str = "auto"
@@ -121,6 +124,7 @@ class Command(Training):
     groups: int = 4
     decay: float | None = None
     eps: float | None = None
+    log: tuple[writers.Name, ...] = ()
 
     def __post_init__(self) -> None:
         """Sets what suits the data; raises RunError for values that cannot be run."""
@@ -141,6 +145,7 @@ class Command(Training):
         require(self.warmup < self.steps, "warmup", self.warmup, last)
         decays = self.optimizer == "adamw" or not self.weight_decay
         require(decays, "weight_decay", self.weight_decay, "0 but with --optimizer adamw")
+        writers.require(self.log)
         require(self.decay is None or 0 <= self.decay < 1, "decay", self.decay, "in [0, 1)")
         try:
             models.require(self.model, **self.model_options)
