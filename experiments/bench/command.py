@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterable, Mapping
-from typing import Annotated, Any
+from typing import Any
 
-import tyro
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -20,6 +18,7 @@ from rich.table import Table
 from ..rundir import RunError
 from ..terminal import EXIT_INTERRUPTED, console, errors, print_paths, print_rows, report
 from .config import (
+    Bench,
     BenchBytes,
     BenchCompile,
     BenchConv,
@@ -29,22 +28,6 @@ from .config import (
     BenchStep,
     BenchSync,
 )
-
-
-@dataclasses.dataclass(frozen=True)
-class Bench:
-    """Measure speed beside other libraries, and the bytes that programs move."""
-
-    bench: (
-        Annotated[BenchStep, tyro.conf.subcommand("step")]
-        | Annotated[BenchOps, tyro.conf.subcommand("ops")]
-        | Annotated[BenchBytes, tyro.conf.subcommand("bytes")]
-        | Annotated[BenchFigure1, tyro.conf.subcommand("figure1")]
-        | Annotated[BenchConv, tyro.conf.subcommand("conv")]
-        | Annotated[BenchLm, tyro.conf.subcommand("lm")]
-        | Annotated[BenchCompile, tyro.conf.subcommand("compile")]
-        | Annotated[BenchSync, tyro.conf.subcommand("sync")]
-    )
 
 
 def run(config: Bench) -> int:
