@@ -8,13 +8,11 @@ grid are not counted.
 
 from __future__ import annotations
 
-import dataclasses
 import math
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import tyro
 from rich.table import Table
 
 from .. import models, questions
@@ -23,7 +21,8 @@ from ..engine.question import Condition
 from ..rundir import RunError
 from ..terminal import outcome, show
 from ..training.trainer import DeviceData, Trainer
-from .answers import Ask, chosen
+from .answers import chosen
+from .config import Cost
 from .page import duration
 
 RATE = 2e13
@@ -34,17 +33,6 @@ STEP = 5e-4
 
 PIECE = 480.0
 """Seconds of a piece, `--minutes 8`."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Cost(Ask):
-    """Say what questions cost on one GPU, by the operations of their programs."""
-
-    profile: Literal["quick", "full"] = "full"
-    """The paper's protocol on a GPU, or minutes on two cores."""
-
-    config: Annotated[tuple[str, ...], tyro.conf.Suppress] = ()
-    """What followed `--`."""
 
 
 class Count(NamedTuple):

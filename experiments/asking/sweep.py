@@ -13,18 +13,19 @@ from typing import Any, NamedTuple
 from rich.markup import escape
 from rich.table import Table
 
-from .. import terminal
+from .. import questions, terminal
 from ..engine.verdict import Verdict
 from ..rundir import RunDirectory, RunError
 from ..terminal import errors, print_paths, remark
 from . import kept
-from .answers import Ask, about, answered, chosen, status
+from .answers import about, answered, chosen, status
 from .ask import Answer, Asking
+from .config import Ask
 from .fields import Point, grid, words
 from .kept import verdict_json
 from .numbers import duration, threshold
 from .page import SYMBOLS
-from .sources import HERE, version
+from .sources import version
 
 MISSING = "not measured"
 """Of a point that was not measured to its end, because the sweep was stopped."""
@@ -190,7 +191,7 @@ def write(rows: Sequence[Row], asking: Asking, root: Path) -> Path:
 
     The same sweep of the same code has the same name.
     """
-    code = version(f"{HERE}.questions.{asking.name}")
+    code = version(questions.module_of(asking.name))
     keys = [kept.key(one.point.config, code, ()) for one in rows]
     name = f"sweep-{asking.name}-{hashlib.sha256(''.join(keys).encode()).hexdigest()[:12]}"
     directory = RunDirectory(root.expanduser().resolve(), name, again=True)

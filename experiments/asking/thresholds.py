@@ -7,21 +7,19 @@ last. Lines are appended by `normlab lock` and never changed.
 from __future__ import annotations
 
 import csv
-import dataclasses
 import datetime
 import subprocess
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Literal, NamedTuple
-
-import tyro
+from typing import Literal, NamedTuple
 
 from .. import questions
 from ..engine.verdict import Bounds, bounds
 from ..rundir import RunError
 from ..terminal import PROGRAM, outcome, remark, rows_table, show
-from .answers import Ask, answers, status
+from .answers import answers, status
 from .ask import Answer
+from .config import Lock
 
 PATH = Path(questions.__file__).resolve().with_name("thresholds.csv")
 """The file."""
@@ -98,25 +96,9 @@ def require(answers: Iterable[Answer], locked: Mapping[str, Sequence[Line]]) -> 
         )
 
 
-@dataclasses.dataclass(frozen=True)
-class Lock(Ask):
-    """Write down the bounds of questions, with the commit that has them and a reason.
-
-    The claims of a question are known once it has been asked; a pilot will do:
-    lock NAME --reason TEXT -- --seeds 2 --first-seed 0.
-    """
-
-    reason: str = ""
-    """Where the bounds come from, or why they were changed; it is shown on the page."""
-
-    config: Annotated[tuple[str, ...], tyro.conf.Suppress] = ()
-    """What followed `--`."""
-
-
 def lock(command: Lock) -> int:
     """Appends a line for each bound that is new or has changed."""
-    if not command.names:
-        raise RunError(f"name a question: {', '.join(questions.NAMES)}.")
+    command.require_names()
     if not command.reason.strip():
         raise RunError("--reason: say where the bounds come from, or why they were changed.")
     commits = {name: _commit(name) for name in command.names}

@@ -7,7 +7,6 @@ holds 0. Where there is none, as for an identity, the decisions are compared.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 from collections.abc import Iterator, Mapping
@@ -21,19 +20,9 @@ from .. import questions
 from ..engine.verdict import CONFIDENCE
 from ..rundir import RunError
 from ..terminal import EXIT_MISSING, PROGRAM, outcome, rows_table, show
-from .answers import Ask, answers, status
+from .answers import answers, status
+from .config import Verify
 from .kept import as_json, verdict_json
-
-LAST = Path(questions.__file__).with_name("report.json")
-"""The verdicts of the last report."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Verify(Ask):
-    """Run questions, by default those of the last report, and compare the verdicts with it."""
-
-    against: Path = LAST
-    """The verdicts of a report."""
 
 
 def verify(command: Verify) -> int:

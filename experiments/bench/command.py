@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterable, Mapping
-from typing import Annotated, Any
+from typing import Any
 
-import tyro
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -31,6 +29,7 @@ from ..terminal import (
     show,
 )
 from .config import (
+    Bench,
     BenchBytes,
     BenchCompile,
     BenchConv,
@@ -40,22 +39,6 @@ from .config import (
     BenchStep,
     BenchSync,
 )
-
-
-@dataclasses.dataclass(frozen=True)
-class Bench:
-    """Measure speed beside other libraries, and the bytes that programs move."""
-
-    bench: (
-        Annotated[BenchStep, tyro.conf.subcommand("step")]
-        | Annotated[BenchOps, tyro.conf.subcommand("ops")]
-        | Annotated[BenchBytes, tyro.conf.subcommand("bytes")]
-        | Annotated[BenchFigure1, tyro.conf.subcommand("figure1")]
-        | Annotated[BenchConv, tyro.conf.subcommand("conv")]
-        | Annotated[BenchLm, tyro.conf.subcommand("lm")]
-        | Annotated[BenchCompile, tyro.conf.subcommand("compile")]
-        | Annotated[BenchSync, tyro.conf.subcommand("sync")]
-    )
 
 
 def run(config: Bench) -> int:

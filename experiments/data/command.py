@@ -2,25 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
-from pathlib import Path
-from typing import Annotated
-
-import tyro
-
 from ..terminal import outcome, rows_table, saying, show
 from . import load
-
-
-@dataclasses.dataclass(frozen=True)
-class Data:
-    """Fetch, verify and prepare data sets, and say where each came from."""
-
-    names: Annotated[tuple[str, ...], tyro.conf.Positional] = ("mnist",)
-    """mnist, fashion_mnist, cifar10, digits; tiny_shakespeare, gutenberg, lm1b, markov."""
-
-    data_dir: Path | None = None
-    """Where prepared data sets are kept; by default $NORMLAB_DATA_DIR or data/."""
+from .config import Data
 
 
 def run(config: Data) -> int:

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from ..terminal import outcome, print_paths, rows_table, saying, show
 from . import family, invariances, variance
-from .family import Family
-from .invariances import Invariances
-from .variance import Numerics
+from .config import Family, Invariances, Numerics
 
 
 def run(config: Numerics | Invariances | Family) -> int:

@@ -12,7 +12,6 @@ more than a thousandth.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
@@ -21,6 +20,8 @@ import jax.numpy as jnp
 import numpy as np
 
 import normlab as nl
+
+from .config import Invariances
 
 NORMS = (
     "batch",
@@ -38,14 +39,6 @@ COLUMNS = nl.INVARIANCES[:6]
 SPREADS = tuple(10.0**-k for k in range(2, 21, 2))
 BROKEN = 1e-3
 _FACTOR = 2.7
-
-
-@dataclasses.dataclass(frozen=True)
-class Invariances:
-    """Show at which spread of the pre-activation ε breaks each invariance."""
-
-    eps: float = 1e-5
-    """ε of the norms that have one."""
 
 
 HEADINGS = ("norm", "what changes", *(f"{spread:.0e}" for spread in SPREADS), "breaks at")

@@ -12,7 +12,6 @@ and backward, in copies of x, all measured in turns.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import statistics
 import time
@@ -27,23 +26,11 @@ from jax import Array
 
 import normlab as nl
 
+from .config import Numerics
+
 MEANS = (0.0, 1e1, 1e2, 1e3, 1e4, 1e5, 1e6)
 ALGORITHMS = tuple(name for name in get_args(nl.measure.Algorithm) if name != "auto")
 EPS = 1e-5
-
-
-@dataclasses.dataclass(frozen=True)
-class Numerics:
-    """Measure the error and the cost of each variance algorithm."""
-
-    examples: int = 16_384
-    """Rows of the measured array; it has 64 channels."""
-
-    shards: int = 8
-    """Shards whose moments are merged by Chan's rule."""
-
-    rounds: int = 15
-    """Turns of each algorithm when its cost is measured; the medians count."""
 
 
 HEADINGS = ("statistics", "input", *(f"mean {mean:g}" for mean in MEANS), "cost in copies")
