@@ -89,6 +89,10 @@ COMMANDS = {
         "training:Launch",
         "Run a training run on several processes, and start it again when one dies.",
     ),
+    "export": (
+        "results:Export",
+        "Write what runs measured as one table, or to a dashboard.",
+    ),
     "list": (
         "listing:List",
         "Describe the norms, models, schemes, data sets and questions that there are.",
@@ -134,7 +138,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _run(name: str, arguments: list[str], begin: Callable[[], object]) -> int:
     folder, _, options = COMMANDS[name][0].partition(":")
-    known: Any = getattr(importlib.import_module(f".{folder}.config", __package__), options)
+    known: Any = _options(folder, options)
     arguments, rest = spelled(arguments), None
     if "config" in {field.name for field in dataclasses.fields(known)}:  # what follows --
         at = arguments.index("--") if "--" in arguments else len(arguments)
@@ -180,6 +184,16 @@ def _parse(options: Any, program: str, arguments: list[str]) -> tuple[Any, Form]
     found: Any = tyro.cli(both, prog=program, args=arguments, config=config)
     own = {field.name: getattr(found, field.name) for field in dataclasses.fields(options)}
     return options(**own), found.form
+
+
+def _options(folder: str, name: str) -> Any:
+    """The dataclass of a command, in config.py of its folder."""
+    for module in ("config", "command"):
+        try:
+            return getattr(importlib.import_module(f".{folder}.{module}", __package__), name)
+        except (ModuleNotFoundError, AttributeError):
+            continue
+    raise AttributeError(name)
 
 
 def _require_known(name: str, known: Any, arguments: list[str], rest: Sequence[str]) -> None:

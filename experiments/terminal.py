@@ -35,7 +35,7 @@ class Screen(Console):
     def size(self) -> ConsoleDimensions:
         """Columns and lines."""
         found = super().size
-        if self.is_terminal or "COLUMNS" in os.environ:
+        if self.is_terminal or self._width is not None or "COLUMNS" in os.environ:
             return found
         return ConsoleDimensions(10_000, found.height)
 
