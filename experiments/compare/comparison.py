@@ -34,9 +34,10 @@ from ..data import Dataset, hand, load
 from ..engine.learn import held_out
 from ..engine.records import Records
 from ..figures import encode
+from ..results.writers import Writer, writers
 from ..rundir import Record, RunDirectory, RunError, environment, number
 from ..training import syncs
-from ..training.again import check_directory
+from ..training.again import check_directory, parsed, taken
 from ..training.config import (
     Command,
     require,
@@ -174,6 +175,14 @@ class Compare(Command):
                     f"{nearest(name, self.chosen())}."
                 )
 
+    @classmethod
+    def parse(cls, read: Callable[..., Any], arguments: Sequence[str]) -> Any:
+        """The options that `read` finds in the arguments; those of --config, or of a --sweep."""
+        from .sweep import sweep
+
+        rest, words = taken(arguments, "--sweep")
+        return parsed(read, cls, rest) if words is None else sweep(read, rest, words)
+
     def as_json(self) -> dict[str, Any]:
         """The options that the numbers depend on."""
         return {k: v for k, v in super().as_json().items() if k not in FREE}
@@ -241,7 +250,7 @@ class Compare(Command):
         return sync if self.devices > 1 or isinstance(sync, nl.Sync) else None
 
 
-FREE = ("data_dir", "run_dir", "ray", "sweep")
+FREE = ("data_dir", "run_dir", "ray", "sweep", "log")
 """Options of which no number depends."""
 
 
@@ -252,7 +261,7 @@ class Measured(NamedTuple):
       step: Steps done.
       loss: The training loss of the last step, the mean over all.
       diverged: For each rate and seed the first step whose loss was not finite, or −1.
-      step_ms: Milliseconds for a step; `None` at the beginning.
+      step_seconds: Seconds for a step; `None` at the beginning.
       compile_seconds: What compiling took.
       records: A record of each rate and seed.
       parts: The percentiles of the four parts in every layer.
@@ -262,7 +271,7 @@ class Measured(NamedTuple):
     step: int
     loss: float
     diverged: np.ndarray
-    step_ms: float | None
+    step_seconds: float | None
     compile_seconds: float
     records: list[Record]
     parts: list[Record]
@@ -278,11 +287,16 @@ class Track:
     diverged: np.ndarray
     step: int = -1
     compile_seconds: float = 0.0
-    step_ms: list[float] = dataclasses.field(default_factory=list)
+    step_seconds: list[float] = dataclasses.field(default_factory=list)
     records: Records = dataclasses.field(default_factory=Records)
     parts: list[Record] = dataclasses.field(default_factory=list)
     tuning: Record | None = None
     failed: str = ""
+
+    @property
+    def labels(self) -> Record:
+        """What its records are known by: the norm, without its scheme, and the scheme."""
+        return {"norm": self.config.norms[0], "scheme": self.config.scheme}
 
     @property
     def goes_on(self) -> bool:
@@ -321,7 +335,8 @@ class Track:
         self.diverged = np.array([-1 if at is None or not whole else at for at in ended])
         self.diverged = self.diverged if whole else np.full(count, -1)
         times = self.records.where(seed=0, lr=self.config.lanes[0]["lr"])
-        self.step_ms = [r["step_ms"] for r in times if r["step_ms"] is not None]
+        measured = (r["step_seconds"] for r in times)
+        self.step_seconds = [value for value in measured if value is not None]
         return whole
 
 
@@ -379,7 +394,7 @@ class Outcome:
             for name in config.chosen():
                 alone = one.alone(name)
                 track = Track(name + where, alone, np.full(len(alone.lanes), -1))
-                found = records.get(track.name, Records())
+                found = records.get((*track.labels.values(),), Records())
                 for choice in found.where(kind="tuning")[-1:]:
                     track.tune(choice)
                 if found.where(kind="evaluation"):
@@ -409,16 +424,16 @@ class Outcome:
             )
             share = None  # nor is there one where the two were not measured side by side
             others = baseline is not None and baseline is not lane and self.config.ray is None
-            if baseline is not None and others and baseline.step_ms and lane.step_ms:
-                pairs = zip(lane.step_ms, baseline.step_ms, strict=False)
+            if baseline is not None and others and baseline.step_seconds and lane.step_seconds:
+                pairs = zip(lane.step_seconds, baseline.step_seconds, strict=False)
                 share = statistics.median(1 - base / mine for mine, base in pairs)
             row = {
-                "norm": lane.name,
+                **lane.labels,
                 "lr": lr,
                 "step": lane.step,
                 **self._spread(records.last()),
                 "steps_to_target": number(reached),
-                "step_ms": statistics.median(lane.step_ms) if lane.step_ms else None,
+                "step_seconds": statistics.median(lane.step_seconds) if lane.step_seconds else None,
                 "norm_share": share,
                 "compile_seconds": lane.compile_seconds,
                 "diverged": {
@@ -429,12 +444,12 @@ class Outcome:
                 "above_chance": self._diverged(records.last()),
             }
             if lane.tuning:
-                told = ("kind", "norm", "lr")
+                told = ("kind", *lane.labels, "lr")
                 row["tuning"] = {k: v for k, v in lane.tuning.items() if k not in told}
             if self.config.tried:
                 row["largest_stable_rate"] = largest_stable(last, self.task)._asdict()
                 row["rates"] = [
-                    {"lr": rate, **self._spread(at), "diverged": self._diverged(at)}
+                    {"lr": rate, **self._spread(at), "above_chance": self._diverged(at)}
                     for rate in self.config.tried
                     for at in [last.where(lr=rate)]
                 ]
@@ -477,14 +492,14 @@ class Outcome:
         at_best = self.at_best_rates()
         if not at_best:
             return paths
-        records = [r for lane, lr in at_best for r in lane.records.where(lr=lr)]
-        parts = [r for lane, lr in at_best for r in lane.parts if r["lr"] == lr]
+        records = figures.named(r for lane, lr in at_best for r in lane.records.where(lr=lr))
+        parts = figures.named(r for lane, lr in at_best for r in lane.parts if r["lr"] == lr)
         title_at = f"{title}, {rate}"
         drawn = {"curves": figures.curves(records, title_at, self.task, config.batch_size)}
         if parts:  # a model without norms has none
             drawn["parts"] = figures.parts(parts, title_at)
         if config.tried:
-            last = [r for lane, _ in at_best for r in lane.records.last()]
+            last = figures.named(r for lane, _ in at_best for r in lane.records.last())
             drawn["rates"] = figures.rates(last, title, self.task)
         for name, figure in drawn.items():
             for kind in ("png", "svg"):
@@ -506,6 +521,7 @@ class Comparison(Outcome):
     def __init__(self, config: Compare, say: Callable[[str], None] = lambda _: None) -> None:
         self.say = say
         self.warn: Callable[[str], None] = lambda text: None
+        self._writers: list[Writer] = []
         config.require_effects()
         again = check_directory(config)
         with contextlib.ExitStack() as leaving:
@@ -540,12 +556,18 @@ class Comparison(Outcome):
 
     def run(self) -> Iterator[Turn]:
         """Trains all norms; yields after each turn of one. Stopping between yields is safe."""
-        with self._leaving:
+        config = self.config
+        with self._leaving as leaving:
+            for writer in writers(config.log, self.run_dir.path, config.as_json()):
+                leaving.callback(writer.close)
+                self._writers.append(writer)
             for lane, found in self._turns:
                 if isinstance(found, tuning.Tuned):
                     if lane.tuning is None:
                         lane.tune(found.choice)
                         self.run_dir.append("metrics.jsonl", found.records)
+                        for writer in self._writers:
+                            writer.write(found.records)
                     continue
                 turn = self._record(lane, found)
                 if found.step:
@@ -556,12 +578,12 @@ class Comparison(Outcome):
 
     def _restore(self) -> None:
         """Takes over what the directory holds: norms that are done are not trained again."""
-        records, stay = kept.read_records(self.run_dir.path), {}
+        records, stay = kept.read_records(self.run_dir.path), []
         for lane in self.lanes:
-            found = records.get(lane.name, Records())
+            found = records.get((*lane.labels.values(),), Records())
             # A worker of a cluster begins at the beginning.
             checkpoint = self.checkpoints.load(lane.name) if self.config.ray is None else None
-            stay[lane.name] = lane.restore(found, checkpoint)
+            stay += lane.restore(found, checkpoint)
             lane.resume = checkpoint if lane.step > -1 and lane.goes_on else None
         if any(lane.goes_on for lane in self.lanes):  # the last line may be cut
             kept.write_records(self.run_dir, stay)
@@ -570,11 +592,13 @@ class Comparison(Outcome):
         """Keeps what was measured; returns what a listener hears."""
         lane.step, lane.diverged = found.step, found.diverged
         lane.compile_seconds = found.compile_seconds
-        if found.step_ms is not None:
-            lane.step_ms.append(found.step_ms)
+        if found.step_seconds is not None:
+            lane.step_seconds.append(found.step_seconds)
         lane.records += found.records
         lane.parts += found.parts
         self.run_dir.append("metrics.jsonl", found.records + found.parts)
+        for writer in self._writers:
+            writer.write(found.records + found.parts)
         if not lane.goes_on:
             self.checkpoints.drop(lane.name)
         elif found.at is not None:
@@ -698,8 +722,8 @@ def compiled(
 
 def _measured(lane: Lane, at: Progress, seconds: float) -> Measured:
     assert at.evaluation is not None
-    rows = [{"norm": lane.name, **row} for row in lane.config.lanes]
-    records = [record | {"step_ms": at.step_ms} for record in at.records(rows)]
+    rows = [{**lane.labels, **row} for row in lane.config.lanes]
+    records = [record | {"step_seconds": at.step_seconds} for record in at.records(rows)]
     parts = [
         {"kind": "part", **row, "step": at.step, "layer": layer, "part": part}
         | {f"p{round(100 * q)}": number(v) for q, v in zip(QUANTILES, values[i], strict=True)}
@@ -707,7 +731,7 @@ def _measured(lane: Lane, at: Progress, seconds: float) -> Measured:
         for layer, four in at.evaluation.parts.items()
         for part, values in four._asdict().items()
     ]
-    return Measured(at.step, at.loss, at.diverged, at.step_ms, seconds, records, parts, at)
+    return Measured(at.step, at.loss, at.diverged, at.step_seconds, seconds, records, parts)
 
 
 def in_turns(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -65,20 +66,24 @@ class Checkpoints:
         return self.directory.path / "checkpoints" / f"{slug}.msgpack"
 
 
-def read_records(path: Path) -> dict[str, Records]:
+Key = tuple[str, str | None]
+"""A norm and its scheme."""
+
+
+def read_records(path: Path) -> dict[Key, Records]:
     """The records of `metrics.jsonl` by norm; a last line that was cut is left out."""
-    found: dict[str, Records] = {}
+    found: dict[Key, Records] = {}
     file = path / "metrics.jsonl"
     for line in file.read_text().splitlines(keepends=True) if file.exists() else ():
         if line.endswith("\n"):
             record: Record = json.loads(line)
-            found.setdefault(record["norm"], Records()).append(record)
+            found.setdefault((record["norm"], record["scheme"]), Records()).append(record)
     return found
 
 
-def write_records(directory: RunDirectory, records: dict[str, Records]) -> None:
+def write_records(directory: RunDirectory, records: Iterable[Record]) -> None:
     """Writes `metrics.jsonl` anew."""
-    lines = (json.dumps(record) + "\n" for some in records.values() for record in some)
+    lines = (json.dumps(record) + "\n" for record in records)
     directory.write_bytes("metrics.jsonl", "".join(lines).encode())
 
 

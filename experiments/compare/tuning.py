@@ -66,14 +66,15 @@ def tune(lane: Any, data: Dataset, rates: Sequence[float]) -> Tuned:
         more = beyond(rates, choice["edge"])
         tried += _trial(lane, data, more)
         choice = chosen(tried, (*rates, *more))
-    return Tuned([{**r, "kind": "screening"} for r in tried] + [{"norm": lane.name, **choice}])
+    screened = [{**r, "kind": "screening"} for r in tried]
+    return Tuned([*screened, {"kind": "tuning", **lane.labels, **choice}])
 
 
 def _trial(lane: Any, data: Dataset, rates: Sequence[float]) -> Iterator[Record]:
     """Trains at these rates; yields the record of each net at the end."""
     config, held = lane.config, held_out(data)
     seeds = range(SCREENED, SCREENED + SEEDS)
-    rows = [{"norm": lane.name, "lr": lr, "seed": seed} for lr in rates for seed in seeds]
+    rows = [{**lane.labels, "lr": lr, "seed": seed} for lr in rates for seed in seeds]
     probe = lane.trainer.data.probe
     drawn = config.draw_kernels(data.classes, seeds, probe)
     at_rows = np.array([row["seed"] - SCREENED for row in rows])

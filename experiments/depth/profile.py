@@ -53,7 +53,7 @@ INSTRUMENTS = {
     "variance": Instrument("stream variance", "variance over channels"),
     "gradient": Instrument("gradient of the block", "‖∂loss/∂w‖ (nats)"),
     "update": Instrument("update beside weights", "‖Δw‖ / ‖w‖"),
-    "rate": Instrument("effective rate", "lr / ‖w‖²"),
+    "effective_rate": Instrument("effective rate", "lr / ‖w‖²"),
     "entropy": Instrument("attention entropy", "entropy / ln(keys)", log=False),
     "logit": Instrument("largest attention logit", "max |q·k|/√D (nats)"),
     "rank": Instrument("effective rank", "dimensions of a sequence", log=False),
@@ -214,8 +214,21 @@ class Profile:
                 values = jax.tree.map(lambda v: [number(x) for x in np.atleast_1d(v)], found)
                 record = {"net": name, "scheme": scheme, "norm": norm, "step": step, **values}
                 record["loss"] = values["loss"][0]
-                self.run_dir.append("metrics.jsonl", [record])
+                self.run_dir.append("metrics.jsonl", lines(record, config))
                 yield record
+
+
+def lines(record: Record, config: Depth) -> list[Record]:
+    """A net's record as the lines of metrics.jsonl: one of the net, and one of each block."""
+    labels = {"norm": record["norm"], "scheme": record["scheme"], "lr": config.lr}
+    labels |= {"seed": config.seed, "step": record["step"]}
+    return [
+        {"kind": "training", **labels, "train_loss": record["loss"]},
+        *(
+            {"kind": "block", **labels, "block": i, **{key: record[key][i] for key in INSTRUMENTS}}
+            for i in range(config.depth)
+        ),
+    ]
 
 
 def examples(config: Depth, say: Callable[[str], None]) -> Dataset:
@@ -263,7 +276,7 @@ def measure(trainer: Trainer, state: TrainState, lr: float) -> dict[str, Array]:
         "variance": stream.variance.mean(-1),
         "gradient": nl.instruments.block_norms(grads).block,
         "update": nl.instruments.update_ratio(params, change).block,
-        "rate": nl.instruments.block_lr(params, lr).block,
+        "effective_rate": nl.instruments.block_lr(params, lr).block,
         "entropy": heads.normalized_entropy.mean(-1),
         "logit": heads.largest.max(-1),
         "rank": stream.effective_rank.mean(-1),

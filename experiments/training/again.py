@@ -108,13 +108,13 @@ def parsed(read: Callable[..., Any], cls: Callable[..., Any], arguments: Sequenc
     """The options; those that are not given are those of `--config FILE`, if there is one.
 
     Args:
-      read: `tyro.cli` of the command, of `args` and perhaps a `default`.
+      read: Reads arguments; takes a `default`.
       cls: The dataclass of the command.
       arguments: What was given.
     """
     rest, found = taken(arguments, "--config")
     if found is None:
-        return read(args=rest)
+        return read(rest)
     if len(found) != 1:
         raise RunError(f"--config: got {words(found)}; it must be one file.")
-    return read(args=rest, default=read_config(cls, Path(found[0]).expanduser()))
+    return read(rest, default=read_config(cls, Path(found[0]).expanduser()))

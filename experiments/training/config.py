@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,7 @@ import normlab as nl
 
 from .. import models
 from ..data import NAMES, TEXTS, Dataset, Reading, Unit
+from ..results import writers
 from ..rundir import RunError
 from . import optimizers, syncs
 from .augment import Augmentation
@@ -99,6 +100,8 @@ class Command(Training):
       inside: Where the norm stands inside the branches beside: q k is QK norm.
       depth: The model's number of blocks, if not its own.
       width: The model's size of the residual stream, if not its own.
+      log: Where the measurements go as well: tensorboard (event files in the run directory) or
+        wandb (the project of $WANDB_PROJECT, or normlab).
     """
 
     model: str = "auto"
@@ -127,6 +130,7 @@ class Command(Training):
     groups: int = 4
     decay: float | None = None
     eps: float | None = None
+    log: tuple[writers.Name, ...] = ()
 
     def __post_init__(self) -> None:
         """Sets what suits the data; raises RunError for values that cannot be run."""
@@ -151,6 +155,7 @@ class Command(Training):
         optimizers.require_schedule(self.schedule)
         distinct = len(set(self.augment)) == len(self.augment)
         require(distinct, "augment", " ".join(self.augment), "distinct")
+        writers.require(self.log)
         require(self.decay is None or 0 <= self.decay < 1, "decay", self.decay, "in [0, 1)")
         try:
             models.require(self.model, **self.model_options)
@@ -175,6 +180,13 @@ class Command(Training):
     def as_json(self) -> dict[str, Any]:
         """The options as JSON values."""
         return {k: v for k, v in super().as_json().items() if k != "config"}
+
+    @classmethod
+    def parse(cls, read: Callable[..., Any], arguments: Sequence[str]) -> Any:
+        """The options that `read` finds in the arguments, and those of --config."""
+        from . import again
+
+        return again.parsed(read, cls, arguments)
 
     def require_effect(self, has: bool, option: str, why: str) -> None:
         """Raises RunError for an option that differs from its default, unless it has an effect."""

@@ -7,6 +7,7 @@ that was stopped and one that was not are the same numbers, bit for bit, on as m
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -30,7 +31,8 @@ import normlab as nl
 
 from .. import models
 from ..data import NAMES, Dataset, load
-from ..rundir import RunDirectory, RunError, default_path, environment
+from ..results.writers import writers
+from ..rundir import Record, RunDirectory, RunError, default_path, environment
 from . import processes, syncs
 from .again import check_directory
 from .augment import augment
@@ -58,7 +60,7 @@ from .trainer import (
 )
 
 FREE = {
-    *("steps", "checkpoint_every", "keep", "log_every", "data_dir", "run_dir", "devices"),
+    *("steps", "checkpoint_every", "keep", "log_every", "data_dir", "run_dir", "devices", "log"),
     *(field.name for field in dataclasses.fields(processes.Joining)),
 }
 """Options that may change when a run goes on: they change no number up to a given step."""
@@ -185,14 +187,38 @@ class Resumed(RunDirectory):
             self.write_json("config.json", config.as_json())
 
     def rewind(self, step: int) -> None:
-        """Takes out of the metrics what is to be measured again: everything after `step`."""
+        """Takes out of the metrics what is to be measured again: all after the training `step`."""
         path = self.path / "metrics.jsonl"
         lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
         whole = [line for line in lines if line.endswith(b"\n")]
-        kept = [line for line in whole if json.loads(line)["step"] <= step]
+        kept = [line for line in whole if before(json.loads(line), step)]
         if kept != lines:
             self.write_bytes(path.name, b"".join(kept))
         (self.path / "summary.json").unlink(missing_ok=True)
+
+
+def before(record: Record, step: int) -> bool:
+    """Whether a run that goes on from a step does not measure a record again."""
+    return record["step"] < step or (record["step"] == step and record["kind"] == "training")
+
+
+@contextlib.contextmanager
+def written(
+    config: Train, directory: RunDirectory, process: int
+) -> Iterator[Callable[[Record], None]]:
+    """What keeps records, in the run directory and where --log says; process 0 writes."""
+    others = writers(config.log, directory.path, config.as_json()) if process == 0 else []
+
+    def keep(record: Record) -> None:
+        directory.append("metrics.jsonl", [record])
+        for writer in others:
+            writer.write([record])
+
+    try:
+        yield keep
+    finally:
+        for writer in others:
+            writer.close()
 
 
 class Program:
@@ -344,12 +370,17 @@ class Program:
         return lax.psum(sums, self.axes)
 
 
-def train(config: Train, say: Callable[[str], None] = lambda _: None) -> Result:
+def train(
+    config: Train,
+    say: Callable[[str], None] = lambda _: None,
+    hear: Callable[[Record], None] = lambda _: None,
+) -> Result:
     """Trains, from the last checkpoint on if there is one.
 
     Args:
       config: What to run.
       say: Receives short messages about what is going on, on process 0.
+      hear: Receives each record as it is measured, on process 0.
 
     Raises:
       RunError: If the run cannot start or go on.
@@ -376,7 +407,9 @@ def train(config: Train, say: Callable[[str], None] = lambda _: None) -> Result:
         processes.Stop(directory.path / "stop") as stop,
     ):
         try:
-            result = _train(config, program, directory, diary, watchdog, stop, say)
+            with written(config, directory, process) as keep:
+                told = lambda record: (keep(record), hear(record))  # noqa: E731
+                result = _train(config, program, directory, diary, watchdog, stop, say, told)
             watchdog.beat("the end of the other processes", config.grace)
             if count > 1:
                 jax.distributed.shutdown()
@@ -408,6 +441,7 @@ def _train(
     watchdog: processes.Watchdog,
     stop: processes.Stop,
     say: Callable[[str], None],
+    hear: Callable[[Record], Any],
 ) -> Result:
     say("looking for a checkpoint")
     first = jax.process_index() == 0
@@ -427,12 +461,12 @@ def _train(
     say("compiling")
     begin = time.perf_counter()
     at = there = Progress.start(state, 1, step=start)
+    labels = {"norm": config.norm, "scheme": config.scheme, "lr": config.lr, "seed": config.seed}
     for at in drive(program, there, program.batches(start), evaluate=lambda step: False):
         done = at.step
         watchdog.beat(f"step {done + 1}")
         if first and (done % config.log_every == 0 or done == config.steps):
-            directory.append("metrics.jsonl", at.records([{}]))
-            say(f"step {done}/{config.steps}, loss {at.loss:.4f}")
+            hear(*at.records([labels]))
         stopping = stop.reached(done)
         if stopping or done == config.steps or done % config.checkpoint_every == 0:
             watchdog.beat(f"the checkpoint of step {done}", config.grace)
@@ -449,11 +483,12 @@ def _train(
     watchdog.beat("the evaluation", config.grace)
     say("evaluating")
     at = at.evaluated(program)
-    (record,) = at.records([{}])
-    summary = {k: v for k, v in record.items() if k not in ("kind", "train_loss", "diverged")}
+    (record,) = at.records([labels])
+    summary = {k: v for k, v in record.items() if k != "kind"}
     seconds = time.perf_counter() - begin
-    summary |= {**devices, "start": start, "seconds": round(seconds, 3)}
+    summary |= {**devices, "start_step": start, "seconds": round(seconds, 3)}
     if first:
+        hear(record)
         directory.write_json("summary.json", summary)
     diary.write("end", step=done)
     return Result(directory.path, done, summary, 0, jax.process_index())
