@@ -28,7 +28,7 @@ from ..data import TEXTS, Dataset, Reading, load
 from ..data.text import SPLITS, windows
 from ..rundir import Record, RunDirectory, RunError, environment, number
 from ..training import optimizers
-from ..training.config import require, require_fit, require_place
+from ..training.config import require, require_effect, require_fit, require_place
 from ..training.trainer import DeviceData, Trainer, TrainState, minibatches
 
 RANDOM = "random"
@@ -131,6 +131,8 @@ class Depth:
         optimizers.require(self.optimizer)
         random = self.dataset == RANDOM
         require(not (random and self.steps), "steps", self.steps, f"0 on {RANDOM} bytes")
+        require_effect(self, bool(self.steps), "batch_size", "without --steps")
+        require_effect(self, self.model in models.TEXT, "context", "on images")
         if (self.model in models.TEXT) != (random or self.dataset in TEXTS):
             raise RunError(
                 f"--dataset {self.dataset}: got it with --model {self.model}; lm reads text "

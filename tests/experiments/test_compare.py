@@ -34,23 +34,8 @@ TINY = Compare(
     seeds=2, devices=2,
 )  # fmt: skip
 ARGUMENTS = [
-    "--dataset",
-    "digits",
-    "--model",
-    "mlp",
-    "--norms",
-    "none",
-    "batch",
-    "--batch-size",
-    "32",
-    "--steps",
-    "6",
-    "--evaluations",
-    "3",
-    "--seeds",
-    "2",
-    "--devices",
-    "2",
+    *("--dataset", "digits", "--model", "mlp", "--norms", "none", "batch", "--batch-size", "32"),
+    *("--steps", "6", "--evaluations", "3", "--seeds", "2", "--devices", "2"),
 ]
 
 
@@ -82,6 +67,12 @@ def whole(tmp_path_factory) -> Path:
 
 
 class TestOptimizers:
+    @pytest.fixture(autouse=True)
+    def promotion(self):
+        """That of a user: optax does not go without."""
+        with jax.numpy_dtype_promotion("standard"):
+            yield
+
     @pytest.mark.parametrize("name", ["lion", "nadamw", "sgd:momentum=0.9,nesterov=true", "yogi"])
     def test_rates_that_are_set_later_are_those_of_optax(self, name):
         params = {"kernel": jnp.ones((3, 4)), "bias": jnp.zeros(4)}
