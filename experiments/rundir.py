@@ -159,6 +159,11 @@ def unpacked(text: str) -> np.ndarray:
     return np.unpackbits(np.frombuffer(base64.b64decode(bits), np.uint8), count=int(count)) > 0
 
 
+def words(value: Any) -> str:
+    """An option's value as it is given: the words of several beside one another."""
+    return " ".join(map(str, value)) or "nothing" if isinstance(value, list | tuple) else str(value)
+
+
 def shown(value: float | None) -> str:
     """A number of a record for a reader."""
     return "not finite" if value is None else f"{value:.4f}"

@@ -16,8 +16,9 @@ import normlab as nl
 from .. import models
 from ..data import NAMES, TEXTS, Dataset, Reading, Unit
 from ..results import writers
-from ..rundir import RunError
+from ..rundir import RunError, words
 from . import optimizers, syncs
+from .again import parsed
 from .augment import Augmentation
 
 IMAGES = {"model": "conv", "norm": "batch", "batch_size": 128, "optimizer": "momentum", "lr": 0.05}
@@ -184,9 +185,7 @@ class Command(Training):
     @classmethod
     def parse(cls, read: Callable[..., Any], arguments: Sequence[str]) -> Any:
         """The options that `read` finds in the arguments, and those of --config."""
-        from . import again
-
-        return again.parsed(read, cls, arguments)
+        return parsed(read, cls, arguments)
 
     def require_told(self, norms: Sequence[str], sync: str, *, devices: int | None = None) -> None:
         """Raises RunError for an option of norms that none of these is told.
@@ -289,11 +288,6 @@ def takes(name: str, option: str) -> bool:
     if option == "axis_name" and row.axis_of != "batch":  # those of a run share its examples
         return False
     return option != "groups" or known[option].default in (None, inspect.Parameter.empty)
-
-
-def words(value: Any) -> str:
-    """An option's value as it is given: the words of several beside one another."""
-    return " ".join(map(str, value)) or "nothing" if isinstance(value, list | tuple) else str(value)
 
 
 def require(holds: bool, option: str, given: Any, expected: str) -> None:
