@@ -338,7 +338,7 @@ class TestCompare:
         )  # fmt: skip
         comparison = Comparison(config)
         for lane, ms in zip(comparison.lanes, ([1.0, 2.0], [4.0, 4.0]), strict=True):
-            lane.step_ms = ms
+            lane.step_seconds = ms
             lane.records = Records(
                 {"kind": "evaluation", "lr": config.lr, "seed": seed, "step": step}
                 | {"accuracy": accuracy, "test_loss": 1.0, "diverged": None}
@@ -418,7 +418,7 @@ class TestNormsOfOnesOwn:
         assert mine in (out / "curves.svg").read_text()
 
     def test_a_norm_named_by_its_place_is_trained(self, mine, tmp_path):
-        config = Train(norm=mine, model="mlp", dataset="digits", groups=2, eps=0.5)
+        config = Train(norm=mine, model="mlp", dataset="digits", eps=0.5)
         assert config.norm_of(mine).init(nl.Site(jnp.ones((2, 3))))[0].g.shape == (3,)
         assert json.loads(json.dumps(config.as_json()))["norm"] == mine
 
