@@ -1,10 +1,13 @@
 """The command `normlab`, which is also `python -m normlab.experiments`."""
 
+import os
 import sys
 
 
 def main() -> int:
     """Runs the command; returns the exit status."""
+    if not {"", os.getcwd()} & {*sys.path}:  # an installed command begins without it
+        sys.path.append(os.getcwd())  # where modules of one's own are; they hide no other
     try:
         from .console import main
     except ModuleNotFoundError as error:
