@@ -13,14 +13,14 @@ from typing import Annotated
 import tyro
 from rich.table import Table
 
-from .. import questions
+from .. import figures, questions
 from ..rundir import RunError, environment, runs
 from ..terminal import console, print_paths
-from . import archive, guide, references, tables
+from . import archive, findings, guide, references, tables
 from .answers import Ask, answers, print_answer, status
 from .cost import Cost, cost
 from .kept import as_json, verdict_json
-from .page import page
+from .page import TITLE, page, summary
 from .power import Power, power
 from .section import section
 from .sweep import sweep
@@ -53,7 +53,11 @@ class Report(Ask):
     out: Path = dataclasses.field(default_factory=lambda: runs() / "report.html")
     """The page. Beside it, with its name before theirs, the verdicts as JSON, the claims and their
     effects as CSV and Parquet, and the sources as BibTeX; and if no claim lacks that it cites, the
-    guide: which norm, where and when."""
+    guide: which norm, where and when. A picture, with its name and .png, is for sharing it."""
+
+    url: str = ""
+    """Where the page will be found, https://example.org/report.html: where it is shared, its
+    picture is looked for beside that."""
 
     archive: Path | None = None
     """A zip file for the records of these questions: whoever has it has what was measured."""
@@ -126,7 +130,10 @@ def report(command: Report) -> int:
     guided = guide.files(tables.claims(sections), out.name, name)
     whole = {out.with_name(name): content for name, content in {**beside, **guided}.items()}
     link = f"{name}.html" if guided else ""
-    whole[out] = page(sections, machine, known, links, link).encode()
+    opening, image = findings.tell(findings.read(), sections), out.with_suffix(".png")
+    shared = {"told": opening, "picture": image.name, "url": command.url}
+    whole[out] = page(sections, machine, known, links, link, **shared).encode()
+    whole[image] = figures.encode(findings.picture(TITLE, summary(sections), opening), "png")
     if command.archive is not None:
         runs = [a.path for a in told if a.path is not None and not a.failed]
         whole[command.archive.expanduser().resolve()] = archive.pack(runs)
