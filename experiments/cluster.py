@@ -549,12 +549,13 @@ def _own() -> dict[str, Path]:
         if "." in name or name == "__main__" or not file or not Path(file).exists():
             continue
         path = Path(file).resolve()
-        if not _installed(path):
+        if not installed(path):
             found[name] = path.parent if path.name == "__init__.py" else path
     return found | {name: path.resolve() for name, path in _roots().items()}
 
 
-def _installed(path: Path) -> bool:
+def installed(path: Path) -> bool:
+    """Whether a file is one of Python or of a package that is installed."""
     folders = [sysconfig.get_path(name) for name in ("stdlib", "platstdlib")]
     folders.append(site.getusersitepackages())
     packages = {"site-packages", "dist-packages"} & set(path.parts)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, ClassVar
+
+import tyro
 
 from ..rundir import RunError, require_positive
 from .blocks import BLOCKS, HERE, Program
@@ -113,9 +115,6 @@ class BenchSync:
 
     reuse_memory: bool = True
     """Whether the C library keeps memory that was freed, in the processes of all contestants."""
-
-    markdown: bool = False
-    """Print the tables as Markdown."""
 
     def __post_init__(self) -> None:
         """Raises RunError for values that cannot be run."""
@@ -303,9 +302,6 @@ class BenchBytes:
     run_dir: Path | None = None
     """Where the results go; must not exist. By default runs/bench-bytes-TIME."""
 
-    markdown: bool = False
-    """Print the tables as Markdown."""
-
     def __post_init__(self) -> None:
         """Raises RunError for values that cannot be compiled."""
         choices = {
@@ -356,3 +352,30 @@ def require_known(config: Any, choices: Mapping[str, Iterable[str]]) -> None:
                 from normlab.errors import nearest  # which brings jax
 
                 raise RunError(f"--{option}: unknown {name!r}: {nearest(name, known)}.")
+
+
+@dataclasses.dataclass(frozen=True)
+class Bench:
+    """Measure speed beside other libraries, and the bytes that programs move."""
+
+    SUBCOMMANDS: ClassVar[dict[str, type]] = {
+        "step": BenchStep,
+        "ops": BenchOps,
+        "bytes": BenchBytes,
+        "figure1": BenchFigure1,
+        "conv": BenchConv,
+        "lm": BenchLm,
+        "compile": BenchCompile,
+        "sync": BenchSync,
+    }
+
+    bench: (
+        Annotated[BenchStep, tyro.conf.subcommand("step")]
+        | Annotated[BenchOps, tyro.conf.subcommand("ops")]
+        | Annotated[BenchBytes, tyro.conf.subcommand("bytes")]
+        | Annotated[BenchFigure1, tyro.conf.subcommand("figure1")]
+        | Annotated[BenchConv, tyro.conf.subcommand("conv")]
+        | Annotated[BenchLm, tyro.conf.subcommand("lm")]
+        | Annotated[BenchCompile, tyro.conf.subcommand("compile")]
+        | Annotated[BenchSync, tyro.conf.subcommand("sync")]
+    )
