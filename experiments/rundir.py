@@ -47,7 +47,7 @@ def require_positive(config: Any, *fields: str) -> None:
 def default_path(name: str) -> Path:
     """Where a run goes that is not told."""
     now = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
-    return runs() / f"{name}-{now}"
+    return runs() / f"{name.replace(':', '.')}-{now}"
 
 
 def runs() -> Path:

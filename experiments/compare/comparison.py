@@ -48,6 +48,7 @@ from ..training.config import (
     require_fit,
     require_mesh,
     require_place,
+    require_reading,
     takes,
 )
 from ..training.driver import Checkpoint, Progress, drive
@@ -227,9 +228,10 @@ class Compare(Command):
         """The norms to compare: those asked for, or the default ones that fit the model."""
         if self.norms:
             return self.norms
-        if self.model in models.TEXT:
+        if models.reads_text(self.model):
             return ON_TEXT
-        return tuple(name for name in COMMON if name != "instance" or self.model not in models.FLAT)
+        flat = models.is_flat(self.model)
+        return tuple(name for name in COMMON if name != "instance" or not flat)
 
     @property
     def lanes(self) -> list[Record]:
@@ -628,6 +630,7 @@ def lanes(
     norms = {name: config.norm_of(name, config.axis_name) for name in config.chosen()}
     set_devices(devices)
     data = load(config.dataset, config.data_dir, reading=config.reading, on_progress=say)
+    require_reading(config.model, data)
     require_fit(config.batch_size, data)
     room = 0
     if config.tune:

@@ -13,7 +13,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,11 +24,11 @@ from jax import Array
 import normlab as nl
 
 from .. import models
-from ..data import TEXTS, Dataset, Reading, load
+from ..data import TEXTS, Dataset, Reading, is_own, load
 from ..data.text import SPLITS, windows
 from ..rundir import Record, RunDirectory, RunError, environment, number
 from ..training import optimizers
-from ..training.config import require, require_effect, require_fit, require_place
+from ..training.config import require, require_effect, require_fit, require_place, require_reading
 from ..training.trainer import DeviceData, Trainer, TrainState, minibatches
 
 RANDOM = "random"
@@ -78,8 +78,9 @@ class Depth:
     inside: tuple[str, ...] = ()
     """Where the norm stands beside the scheme's places: q k is QK norm."""
 
-    model: Literal["lm", "vit"] = "lm"
-    """A language model, or a vision transformer."""
+    model: str = "lm"
+    """lm, a language model, vit, a vision transformer, or mypackage.module:Net, a transformer of
+    your own."""
 
     depth: int = 12
     """Blocks."""
@@ -89,7 +90,7 @@ class Depth:
 
     dataset: str = RANDOM
     """Random bytes, which can only be looked at; to train, a text, or images for the vit
-    (`normlab list`)."""
+    (`normlab list`), or mypackage.module:load, a function of your own."""
 
     context: int = 128
     """Of text: the tokens of a sequence."""
@@ -132,8 +133,13 @@ class Depth:
         random = self.dataset == RANDOM
         require(not (random and self.steps), "steps", self.steps, f"0 on {RANDOM} bytes")
         require_effect(self, bool(self.steps), "batch_size", "without --steps")
-        require_effect(self, self.model in models.TEXT, "context", "on images")
-        if (self.model in models.TEXT) != (random or self.dataset in TEXTS):
+        try:
+            reads_text = models.reads_text(self.model)
+            models.require(self.model, **self.options(self.schemes[0]))
+        except ValueError as error:
+            raise RunError(str(error)) from None
+        require_effect(self, reads_text, "context", "on images")
+        if not is_own(self.dataset) and reads_text != (random or self.dataset in TEXTS):
             raise RunError(
                 f"--dataset {self.dataset}: got it with --model {self.model}; lm reads text "
                 f"({', '.join((RANDOM, *TEXTS))}), vit images. Change one of them."
@@ -182,6 +188,7 @@ class Profile:
     def __init__(self, config: Depth, say: Callable[[str], None] = lambda _: None) -> None:
         self.config, self.say = config, say
         data = examples(config, say)
+        require_reading(config.model, data)
         require_fit(config.batch_size, data)
         self.data = DeviceData(data, 1)
         self.models = {name: config.build(*net, self.data) for name, net in config.nets.items()}

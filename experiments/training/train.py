@@ -30,7 +30,7 @@ from jax.sharding import PartitionSpec as P
 import normlab as nl
 
 from .. import models
-from ..data import NAMES, Dataset, load
+from ..data import NAMES, Dataset, is_own, load
 from ..results.writers import writers
 from ..rundir import Record, RunDirectory, RunError, default_path, environment
 from . import processes, syncs
@@ -45,6 +45,7 @@ from .config import (
     require_fit,
     require_mesh,
     require_place,
+    require_reading,
     takes,
 )
 from .driver import Progress, drive
@@ -129,7 +130,8 @@ class Train(processes.Joining, Command):
         require(0 <= self.process < self.processes, "process", self.process, last)
         together = self.processes == 1 or self.coordinator is not None
         require(together, "processes", self.processes, "beside a --coordinator HOST:PORT")
-        require(self.dataset in NAMES, "dataset", self.dataset, f"one of {', '.join(NAMES)}")
+        known = self.dataset in NAMES or is_own(self.dataset)
+        require(known, "dataset", self.dataset, f"one of {', '.join(NAMES)}")
         for name in ("batch", self.norm):  # no array is made: JAX must not start yet
             self.norm_of(name, population=self.population)
         self.require_told((self.norm,), self.sync)
@@ -234,6 +236,7 @@ class Program:
         self.config, self.data, self.devices = config, data, jax.device_count()
         require_mesh(config.mesh, self.devices)
         require_division(config.batch_size, self.devices, config.microbatches)
+        require_reading(config.model, data)
         require_fit(config.batch_size, data)
         mesh = mesh_of(jax.devices(), config.mesh)
         self.axes, each = mesh.axis_names, P(mesh.axis_names)
