@@ -502,6 +502,7 @@ class Outcome:
         drawn = {"curves": figures.curves(records, title_at, self.task, config.batch_size)}
         if parts:  # a model without norms has none
             drawn["parts"] = figures.parts(parts, title_at)
+            drawn["last_layer"] = figures.last_layer(parts, title_at)
         if config.tried:
             last = figures.named(r for lane, _ in at_best for r in lane.records.last())
             drawn["rates"] = figures.rates(last, title, self.task)

@@ -37,6 +37,9 @@ def named(records: Iterable[Record]) -> list[Record]:
 IDENTITY = {"mu": 0.0, "sigma": 1.0, "g": 1.0, "b": 0.0}
 """The parts where nothing stands."""
 
+LABELS = dict(zip(nl.Parts._fields, ("shift μ", "scale σ", "gain g", "bias b"), strict=True))
+"""How each part is called in a picture."""
+
 
 def curves(records: Records, title: str, task: Task, batch_size: int) -> Figure:
     """Training loss and the score against steps or tokens: the median seed, the band of all."""
@@ -108,14 +111,12 @@ def parts(records: Records, title: str) -> Figure:
 
     Of a deep model `MOST_LAYERS` are drawn, of those layers in which a norm or a bias stands.
     """
-    normed = dict.fromkeys(r["layer"] for r in records if r["p50"] != IDENTITY[r["part"]])
-    layers = list(normed) or list(dict.fromkeys(r["layer"] for r in records))
+    layers = _normed(records)
     count = min(len(layers), MOST_LAYERS)
     places = [round(i * (len(layers) - 1) / max(1, count - 1)) for i in range(count)]
     numbers = {layers[place]: place + 1 for place in places}
     layers = [layers[place] for place in places]
     paths = any("/" in layer for layer in layers)
-    labels = dict(zip(nl.Parts._fields, ("shift μ", "scale σ", "gain g", "bias b"), strict=True))
     figure, grid = plt.subplots(
         4,
         len(layers),
@@ -124,36 +125,64 @@ def parts(records: Records, title: str) -> Figure:
         squeeze=False,
         sharex=True,
     )
-    for row, (part, label) in enumerate(labels.items()):
+    for row, (part, label) in enumerate(LABELS.items()):
         for column, layer in enumerate(layers):
             axes = grid[row, column]
-            for name, style in styles(r["net"] for r in records).items():
-                chosen = [
-                    r for r in records if (r["net"], r["layer"], r["part"]) == (name, layer, part)
-                ]
-                steps, low = series(chosen, "p15")
-                _, middle = series(chosen, "p50")
-                _, high = series(chosen, "p85")
-                with np.errstate(all="ignore"):
-                    low, middle, high = (np.median(v, axis=1) for v in (low, middle, high))
-                axes.plot(steps, middle, label=name, **style)
-                axes.fill_between(steps, low, high, color=style["color"], alpha=0.12, lw=0)
-            if row == 1:
-                log_scale(axes)
-            if row == 2:  # a gain may be negative
-                axes.set_yscale("symlog", linthresh=0.1)
-                ticks = SymmetricalLogLocator(base=10, linthresh=0.1, subs=(1, 2, 5))
-                axes.yaxis.set_major_locator(ticks)
-                axes.yaxis.set_major_formatter("{x:g}")
+            _part(axes, records, layer, part)
             if column == 0:
                 axes.set_ylabel(label)
             if row == 0:
                 axes.set_title(layer if paths else f"layer {numbers[layer]}")
             if row == 3:
                 axes.set_xlabel("optimizer step")
-            axes.grid(alpha=0.3, lw=0.5)
     figure.legend(
         *grid[0, 0].get_legend_handles_labels(), loc="outside right center", frameon=False
     )
     figure.suptitle(f"{title}\nmedian, and band from 15% to 85%, over channels and examples")
     return figure
+
+
+def last_layer(records: Records, title: str) -> Figure:
+    """The four parts in the last layer in which a norm stands, to be read on a phone too."""
+    layer = _normed(records)[-1]
+    figure, grid = plt.subplots(2, 2, figsize=(6.4, 6), layout="constrained", sharex=True)
+    for axes, (part, label) in zip(grid.flat, LABELS.items(), strict=True):
+        _part(axes, records, layer, part)
+        axes.set_title(label, fontsize=13)
+        axes.tick_params(labelsize=11)
+    for axes in grid[1]:
+        axes.set_xlabel("optimizer step", fontsize=12)
+    handles, names = grid[0, 0].get_legend_handles_labels()
+    columns = min(4, len(names))
+    figure.legend(
+        handles, names, loc="outside upper center", ncols=columns, frameon=False, fontsize=12
+    )
+    figure.suptitle(title, fontsize=10)
+    return figure
+
+
+def _normed(records: Records) -> list[str]:
+    """The layers in which a norm or a bias stands; all of them where none does."""
+    normed = dict.fromkeys(r["layer"] for r in records if r["p50"] != IDENTITY[r["part"]])
+    return list(normed) or list(dict.fromkeys(r["layer"] for r in records))
+
+
+def _part(axes: Axes, records: Records, layer: str, part: str) -> None:
+    """One part of every norm in one layer: the median over values and seeds, the 15–85% band."""
+    for name, style in styles(r["net"] for r in records).items():
+        chosen = [r for r in records if (r["net"], r["layer"], r["part"]) == (name, layer, part)]
+        steps, low = series(chosen, "p15")
+        _, middle = series(chosen, "p50")
+        _, high = series(chosen, "p85")
+        with np.errstate(all="ignore"):
+            low, middle, high = (np.median(v, axis=1) for v in (low, middle, high))
+        axes.plot(steps, middle, label=name, **style)
+        axes.fill_between(steps, low, high, color=style["color"], alpha=0.12, lw=0)
+    if part == "sigma":
+        log_scale(axes)
+    if part == "g":  # a gain may be negative
+        axes.set_yscale("symlog", linthresh=0.1)
+        ticks = SymmetricalLogLocator(base=10, linthresh=0.1, subs=(1, 2, 5))
+        axes.yaxis.set_major_locator(ticks)
+        axes.yaxis.set_major_formatter("{x:g}")
+    axes.grid(alpha=0.3, lw=0.5)
