@@ -11,6 +11,7 @@ import math
 import os
 import platform
 import subprocess
+import weakref
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -87,9 +88,10 @@ class RunDirectory:
 
     def lock(self) -> None:
         """Takes the directory for this program; raises RunError if another has it."""
-        self._lock = (self.path / LOCK).open("w")
+        file = os.open(self.path / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+        self._lock = weakref.finalize(self, os.close, file)
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             self.release()
             raise RunError(
@@ -100,7 +102,7 @@ class RunDirectory:
     def release(self) -> None:
         """Gives the directory back."""
         if self._lock is not None:
-            self._lock.close()
+            self._lock()
 
     def write_json(self, name: str, content: Any) -> Path:
         """Writes a file of JSON; it appears whole or not at all."""
