@@ -69,7 +69,7 @@ def printing(form: Form) -> Iterator[None]:
     finally:
         _Printing.form, console.quiet = before
         if form == "json" and _Printing.result:
-            print(json.dumps(_plain(_Printing.result), indent=2), flush=True)
+            console.out(json.dumps(_plain(_Printing.result), indent=2), highlight=False)
 
 
 def outcome(**values: Any) -> None:
@@ -254,6 +254,6 @@ def _part(table: Table, sizes: Mapping[int, int]) -> Table:
 def _print_markdown(columns: Sequence[Sequence[Text]], table: Table) -> None:
     lines = [[_in_a_line(cell) for cell in row] for row in zip(*columns, strict=True)]
     for cells in (lines[0], ["---"] * len(columns), *lines[1:]):
-        print(f"| {' | '.join(cells)} |")
+        console.out(f"| {' | '.join(cells)} |", highlight=False)
     if table.caption:
-        print(f"\n{_in_a_line(_text(table.caption))}")
+        console.out(f"\n{_in_a_line(_text(table.caption))}", highlight=False)

@@ -36,14 +36,24 @@ def run(config: Export) -> int:
 
 
 def write(table: pd.DataFrame, path: Path, kind: str) -> None:
-    """Writes a table; raises RunError where it cannot."""
+    """Writes a table; raises RunError where it cannot.
+
+    Parquet has one type to a column: one that two questions fill with words and with numbers is of
+    words.
+    """
     try:
         if kind == "csv":
             table.to_csv(path, index=False, lineterminator="\n")
         else:
-            table.to_parquet(path, index=False)
+            mixed = [name for name in table if _mixed(table[name])]
+            table.astype(dict.fromkeys(mixed, "string")).to_parquet(path, index=False)
     except OSError as error:
         raise RunError(f"--{kind}: cannot write {path}: {error.strerror or error}.") from error
+
+
+def _mixed(column: pd.Series) -> bool:
+    kinds = {float if isinstance(v, int | float) else type(v) for v in column.dropna()}
+    return column.dtype == object and len(kinds) > 1
 
 
 def replay(path: Path, config: Export) -> None:
