@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import functools
 import importlib
 import shlex
 import sys
@@ -20,7 +21,7 @@ import tyro
 
 from .cluster import spelled
 from .rundir import RunError
-from .terminal import EXIT_INTERRUPTED, EXIT_USAGE, PROGRAM, Form, errors, printing, report
+from .terminal import EXIT_INTERRUPTED, EXIT_USAGE, PROGRAM, Form, errors, printing, report, stopped
 
 __all__ = ["COMMANDS", "EXIT_INTERRUPTED", "EXIT_USAGE", "main"]
 
@@ -89,6 +90,10 @@ COMMANDS = {
         "training:Launch",
         "Run a training run on several processes, and start it again when one dies.",
     ),
+    "figures": (
+        "redraw:Figures",
+        "Draw the figures of runs again, from their directories.",
+    ),
     "export": (
         "results:Export",
         "Write what runs measured as one table, or to a dashboard.",
@@ -112,9 +117,9 @@ def main(arguments: list[str] | None = None, begin: Callable[[], object] = lambd
     name, rest = _parser().parse_args(given[:1]).command, given[1:]
     try:
         return _run(name, rest, begin)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         errors.print("[yellow]interrupted[/] before there was anything to keep.")
-        return EXIT_INTERRUPTED
+        return stopped(error)
     except RunError as error:
         return report(error)
     except Exception as error:
@@ -140,17 +145,21 @@ def _run(name: str, arguments: list[str], begin: Callable[[], object]) -> int:
     folder, _, options = COMMANDS[name][0].partition(":")
     known: Any = _options(folder, options)
     arguments, rest = spelled(arguments), None
-    if "config" in {field.name for field in dataclasses.fields(known)}:  # what follows --
+    fields = {field.name: field for field in dataclasses.fields(known)}
+    if "config" in fields and fields["config"].default == ():  # what follows --
         at = arguments.index("--") if "--" in arguments else len(arguments)
         arguments, rest = arguments[:at], tuple(arguments[at + 1 :])
         _require_known(name, known, arguments, rest)
     parts = getattr(known, "SUBCOMMANDS", {})  # whose --help is their own
     part = arguments[0] if arguments and arguments[0] in parts else None
-    config, form = _parse(
+    read = functools.partial(
+        _parse,
         known if part is None else parts[part],
         f"{PROGRAM} {name}" if part is None else f"{PROGRAM} {name} {part}",
-        arguments if part is None else arguments[1:],
     )
+    parse = getattr(known, "parse", None)  # of a command with options that name files, or grids
+    given = arguments if part is None else arguments[1:]
+    config, form = parse(read, given) if parse else read(given)
     config = config if part is None else known(config)
     if rest:
         config = dataclasses.replace(config, config=rest)
@@ -176,12 +185,25 @@ class Output:
         return "json" if self.json else "markdown" if self.markdown else "table"
 
 
-def _parse(options: Any, program: str, arguments: list[str]) -> tuple[Any, Form]:
-    """The options of a command, and how its results are to be printed."""
+def _parse(
+    options: Any, program: str, arguments: Sequence[str], default: Any = None
+) -> tuple[Any, Form]:
+    """The options of a command, and how its results are to be printed.
+
+    Args:
+      options: The dataclass.
+      program: What is before the arguments.
+      arguments: What was given.
+      default: What holds where nothing was given, if not the dataclass's own.
+    """
     both = dataclasses.make_dataclass(options.__name__, (), bases=(Output, options), frozen=True)
     both.__doc__ = options.__doc__
     config = (tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes)
-    found: Any = tyro.cli(both, prog=program, args=arguments, config=config)
+    more: dict[str, Any] = {}
+    if default is not None:
+        names = (field.name for field in dataclasses.fields(options))
+        more["default"] = both(**{name: getattr(default, name) for name in names})
+    found: Any = tyro.cli(both, prog=program, args=arguments, config=config, **more)
     own = {field.name: getattr(found, field.name) for field in dataclasses.fields(options)}
     return options(**own), found.form
 

@@ -10,15 +10,15 @@ from pathlib import Path
 
 from rich.table import Table
 
-from .. import questions, terminal
+from .. import figures, questions, terminal
 from ..rundir import RunError, environment
 from ..terminal import outcome, print_paths
-from . import archive, guide, references, tables
+from . import archive, findings, guide, references, tables
 from .answers import answer_json, answers, print_answer, status
 from .config import Cost, Lock, Power, Report, Run, Verify
 from .cost import cost
 from .kept import as_json, verdict_json
-from .page import page
+from .page import TITLE, page, summary
 from .power import power
 from .section import section
 from .sweep import sweep
@@ -81,7 +81,10 @@ def report(command: Report) -> int:
     guided = guide.files(tables.claims(sections), out.name, name)
     whole = {out.with_name(name): content for name, content in {**beside, **guided}.items()}
     link = f"{name}.html" if guided else ""
-    whole[out] = page(sections, machine, known, links, link).encode()
+    opening, image = findings.tell(findings.read(), sections), out.with_suffix(".png")
+    shared = {"told": opening, "picture": image.name, "url": command.url}
+    whole[out] = page(sections, machine, known, links, link, **shared).encode()
+    whole[image] = figures.encode(findings.picture(TITLE, summary(sections), opening), "png")
     if command.archive is not None:
         runs = [a.path for a in told if a.path is not None and not a.failed]
         whole[command.archive.expanduser().resolve()] = archive.pack(runs)

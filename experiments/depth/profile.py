@@ -27,8 +27,8 @@ from .. import models
 from ..data import TEXTS, Dataset, Reading, load
 from ..data.text import SPLITS, windows
 from ..rundir import Record, RunDirectory, RunError, environment, number
-from ..training.config import Optimizer, require, require_fit, require_place
-from ..training.optimizers import optimizer
+from ..training import optimizers
+from ..training.config import require, require_fit, require_place
 from ..training.trainer import DeviceData, Trainer, TrainState, minibatches
 
 RANDOM = "random"
@@ -100,14 +100,14 @@ class Depth:
     batch_size: int = 32
     """Examples of a step; of text, sequences."""
 
-    optimizer: Optimizer = "adamw"
-    """Which optimizer."""
+    optimizer: str = "adamw"
+    """Any of optax by name, with options, as in `normlab compare --help`."""
 
     lr: float = 1e-3
     """Learning rate."""
 
     weight_decay: float = 0.0
-    """Of adamw."""
+    """Of kernels, not of gains, biases and norms."""
 
     seed: int = 0
     """What draws the weights and the minibatches."""
@@ -128,6 +128,7 @@ class Depth:
             given = getattr(self, name)
             distinct = 0 < len(set(given)) == len(given)
             require(distinct, name, given, "at least one, and distinct")
+        optimizers.require(self.optimizer)
         random = self.dataset == RANDOM
         require(not (random and self.steps), "steps", self.steps, f"0 on {RANDOM} bytes")
         if (self.model in models.TEXT) != (random or self.dataset in TEXTS):
@@ -190,7 +191,9 @@ class Profile:
     def run(self) -> Iterator[Record]:
         """A record of each net before the first step, and one after the last if there are steps."""
         config, data = self.config, self.data
-        make = optimizer(config.optimizer, config.steps, weight_decay=config.weight_decay)
+        make = optimizers.optimizer(
+            config.optimizer, config.steps, weight_decay=config.weight_decay
+        )
         for name, model in self.models.items():
             scheme, norm = config.nets[name]
             self.say(f"{name}: drawing")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import signal
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from ..terminal import (
     report,
     saying,
 )
+from . import again
 from .launch import Launch, launch
 from .processes import EXIT_FAILED, leave, together
 from .train import Train, explain, train
@@ -63,9 +65,14 @@ def line(record: Record, steps: int) -> None:
 
 def launch_run(config: Launch) -> int:
     """Trains in processes that Ray holds together, and prints what came out."""
-    options = (tyro.conf.OmitArgPrefixes,)
-    config_of_run = tyro.cli(
-        Train, prog=f"{PROGRAM} launch -- train", args=config.command[1:], config=options
+    read = functools.partial(
+        tyro.cli,
+        Train,
+        prog=f"{PROGRAM} launch -- train",
+        config=(tyro.conf.OmitArgPrefixes,),
+    )
+    config_of_run = again.parsed(
+        lambda args, **more: read(args=args, **more), Train, config.command[1:]
     )
 
     def tell(text: str) -> None:

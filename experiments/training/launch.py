@@ -28,9 +28,10 @@ import normlab
 
 from ..cluster import connect, imported
 from ..rundir import Record, RunError
+from .again import check_directory
 from .config import require, require_division, require_mesh
 from .processes import gist, read_diaries
-from .train import Result, Train, check_directory, train
+from .train import Result, Train, train
 
 
 @dataclasses.dataclass(frozen=True)

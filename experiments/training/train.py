@@ -34,6 +34,8 @@ from ..data import NAMES, Dataset, load
 from ..results.writers import writers
 from ..rundir import Record, RunDirectory, RunError, default_path, environment
 from . import processes, syncs
+from .again import check_directory
+from .augment import augment
 from .checkpoints import Checkpoints
 from .config import (
     Command,
@@ -52,6 +54,7 @@ from .trainer import (
     accumulate,
     axes_of,
     committed,
+    key_of,
     mesh_of,
     minibatches,
 )
@@ -128,6 +131,9 @@ class Train(processes.Joining, Command):
         require(self.dataset in NAMES, "dataset", self.dataset, f"one of {', '.join(NAMES)}")
         for name in ("batch", self.norm):  # no array is made: JAX must not start yet
             self.norm_of(name, population=self.population)
+        self.require_told((self.norm,), self.sync)
+        why = f"on norm {self.norm}, which keeps no statistics"
+        self.require_effect(takes(self.norm, "population"), "population", why)
         require_mesh(self.mesh)
         syncs.parse(self.sync, axes_of(self.mesh))
 
@@ -216,40 +222,6 @@ def written(
             writer.close()
 
 
-def check_directory(config: Train) -> None:
-    """Raises RunError if the run directory holds something other than this run."""
-    path = config.run_dir
-    if path is None or not path.exists():
-        return
-    try:
-        there = json.loads((path / "config.json").read_text())
-    except FileNotFoundError:
-        if path.is_dir() and not any(path.iterdir()):
-            return
-        raise RunError(
-            f"{path} exists and is not the directory of a run. Choose another --run-dir."
-        ) from None
-    except (OSError, ValueError) as error:
-        raise RunError(f"cannot read {path / 'config.json'}: {error}.") from None
-    here = json.loads(json.dumps(config.as_json()))
-    differ = [
-        f"--{name.replace('_', '-')} {_words(there.get(name, '?'))} and not {_words(value)}"
-        for name, value in here.items()
-        if there.get(name, "?") != value
-    ]
-    if differ or set(there) != set(here):
-        raise RunError(
-            f"the run directory {path} is that of another run: "
-            f"{', '.join(differ) or 'of another command'}. Choose another --run-dir, or give the "
-            "same options to go on with that run."
-        )
-
-
-def _words(value: Any) -> Any:
-    """An option's value as it is given: the words of several beside one another."""
-    return " ".join(map(str, value)) or "nothing" if isinstance(value, list) else value
-
-
 class Program:
     """The compiled functions of a run, over all devices of all processes.
 
@@ -275,7 +247,7 @@ class Program:
         mapped = functools.partial(jax.shard_map, mesh=mesh)
         states = TrainState(P(), each, P())  # type: ignore[arg-type]
         self._step = jax.jit(
-            mapped(self._step_shard, in_specs=(states, each, each), out_specs=(states, P()))
+            mapped(self._step_shard, in_specs=(states, *[each] * 3), out_specs=(states, P()))
         )
         self._evaluate = jax.jit(
             mapped(self._evaluate_shard, in_specs=(states, *[each] * 3), out_specs=P())
@@ -295,7 +267,7 @@ class Program:
         require_place(config.norm, self.model)
         params, opt_state = abstract((drawn.params, drawn.opt_state), self.copied)
         norm_state = abstract(drawn.norm_state, self.split, self.devices)
-        example = (self.data.train_inputs[0], self.data.train_labels[0])
+        example = (self.data.train_inputs[0], self.data.train_labels[0], np.int32(0))
         batch = abstract(example, self.split, config.batch_size)
         try:  # the first step is not traced again
             jax.eval_shape(self._step, TrainState(params, norm_state, opt_state), *batch)
@@ -329,16 +301,21 @@ class Program:
         copied, split = jax.tree.map(np.asarray, (copied, split))
         return jax.tree.map(lambda v: _array(v, self.copied), copied), jax.tree.map(stack, split)
 
-    def batches(self, start: int) -> Iterator[tuple[int, tuple[Array, Array]]]:
-        """The steps after `start`, and their minibatches; each process reads its own examples."""
+    def batches(self, start: int) -> Iterator[tuple[int, tuple[Array, Array, Array]]]:
+        """The steps after `start`, and their minibatches; each process reads its own examples.
+
+        Inputs, labels, and the places of the examples in the data set.
+        """
         config, data = self.config, self.data
         rows = minibatches(config.seed, len(data.train_inputs), config.batch_size, config.steps)
         for step, row in enumerate(rows[start:], start + 1):
             arrays = (data.train_inputs, data.train_labels)
             inputs, labels = (_array(v, self.split, row) for v in arrays)
-            yield step, (inputs, labels)
+            yield step, (inputs, labels, _array(row, self.split))
 
-    def train(self, state: TrainState, batch: tuple[Array, Array]) -> tuple[TrainState, np.ndarray]:
+    def train(
+        self, state: TrainState, batch: tuple[Array, Array, Array]
+    ) -> tuple[TrainState, np.ndarray]:
         """Takes one step; the loss is `[1, 1]`."""
         state, loss = self._step(state, *batch)
         return state, np.asarray(loss)[None, None]
@@ -358,17 +335,22 @@ class Program:
         return self.task.evaluation(measure(data.test_inputs, data.test_labels), {}, held)
 
     def _step_shard(
-        self, state: TrainState, inputs: Array, labels: Array
+        self, state: TrainState, inputs: Array, labels: Array, chosen: Array
     ) -> tuple[TrainState, Array]:
         own = jax.tree.map(lambda v: v[0], state.norm_state)
         flat, unravel = ravel_pytree(state.params)  # one collective for all gradients
 
-        def loss(flat: Array, own: Any, inputs: Array, labels: Array) -> tuple[Array, Any]:
+        def loss(
+            flat: Array, own: Any, inputs: Array, labels: Array, chosen: Array
+        ) -> tuple[Array, Any]:
+            if self.config.augment:
+                inputs = augment(self.config.augment, key_of(chosen), inputs)
             losses, after = self.task.losses(self.model, unravel(flat), own, inputs, labels)
             return nl.devices.global_mean(losses, self.axes), after
 
         parts = self.config.microbatches
-        value, after, grads = accumulate(loss, flat, own, (inputs, labels), parts, self.axes)
+        batch = (inputs, labels, chosen)
+        value, after, grads = accumulate(loss, flat, own, batch, parts, self.axes)
         if parts > 1:  # typed as if it varied over the devices
             value = lax.pmean(value, self.axes)
         grads = unravel(nl.devices.global_gradient(grads, self.axes))

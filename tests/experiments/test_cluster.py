@@ -24,8 +24,8 @@ from normlab.experiments.asking.ask import ask
 from normlab.experiments.asking.kept import Kept
 from normlab.experiments.cluster import Call, Cluster, Ended
 from normlab.experiments.compare.comparison import Compare, Comparison
-from normlab.experiments.rundir import CHECKOUT, RunError
-from tests.helpers import environment
+from normlab.experiments.rundir import RunError
+from tests.helpers import CHECKOUT, environment
 
 from . import calls
 
