@@ -100,8 +100,8 @@ def follow(comparison: Comparison) -> int:
     except KeyboardInterrupt as error:
         exit_status = stopped(error)
         errors.print(
-            f"[yellow]{escape(str(error)) or 'interrupted'}:[/] what was done follows, and is kept; "
-            f"the same command with --run-dir {escape(str(comparison.run_dir.path))} goes on.",
+            f"[yellow]{escape(str(error)) or 'interrupted'}:[/] what was done follows, and is "
+            f"kept; the same command with --run-dir {escape(str(comparison.run_dir.path))} goes on.",
             highlight=False,
             soft_wrap=True,
         )

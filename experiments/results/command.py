@@ -16,7 +16,7 @@ from .writers import writers
 
 def run(config: Export) -> int:
     """Writes the table and says what is in it; with --json the table is printed."""
-    paths = [path.expanduser() for path in config.runs]
+    paths = [run for path in config.runs for run in frames.runs(path.expanduser())]
     lines = [line for path in paths for line in frames.lines(path)]
     table = pd.DataFrame(lines)
     files = {"csv": config.csv, "parquet": config.parquet}

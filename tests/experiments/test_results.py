@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from rich.cells import cell_len
 from rich.table import Table
 
 from experiments import console as cli
@@ -167,6 +168,18 @@ class TestFrames:
         (sweep / "sweep-has-0123456789ab.json").write_text(json.dumps(content))
         (line,) = load(sweep).to_dict("records")
         assert (line["lr"], line["unit"], line["run"]) == (0.1, "nats", run.name)
+
+    def test_a_sweep_of_compare_is_one_frame(self, tmp_path):
+        for size in (8, 16):
+            run = tmp_path / f"batch_size-{size}"
+            run.mkdir()
+            record = {"kind": "evaluation", "norm": "rms", "lr": 0.1, "accuracy": size / 100}
+            (run / "metrics.jsonl").write_text(json.dumps(record) + "\n")
+            (run / "config.json").write_text(json.dumps({"batch_size": size, "lr": 0.5}))
+        frame = load(tmp_path)
+        assert list(frame["batch_size"] / 100) == list(frame["accuracy"])
+        assert list(frame["run"]) == ["batch_size-16", "batch_size-8"]
+        assert (frame["lr"] == 0.1).all()
 
 
 class TestExport:
@@ -327,38 +340,48 @@ class TestJson:
         assert "--json" in capsys.readouterr().out
 
 
-def printed(capsys, words, width):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(terminal.console, "_width", width)
-        assert cli.main(words) == 0
-    return capsys.readouterr().out
-
-
-def cells(markdown):
-    rows = [line.strip("| ").split(" | ") for line in markdown.splitlines() if line[:1] == "|"]
-    return {word for row in rows for cell in row for word in cell.split()} - {"---", "|"}
+def words_of(text):
+    return re.sub("[│┃|]", " ", text).split()
 
 
 class TestTables:
-    @pytest.mark.parametrize("width", [40, 80, 200, None])
     @pytest.mark.parametrize(
-        "words", ["list", "data digits", "invariances", "ledger", "export", "run"]
+        "command", ["list", "data digits", "invariances", "ledger", "export", "run"]
     )
-    def test_no_word_and_no_number_is_cut(self, ran, capsys, monkeypatch, words, width):
-        command = {
+    def test_no_word_and_no_number_is_cut(self, ran, capsys, monkeypatch, command):
+        words = {
             "export": ["export", str(ran("compare").path)],
             "ledger": ["ledger", "--model", "mlp", "--widths", "6", "--devices", "2"],
             "run": ["run", "identity", "--jobs", "0", "--run-dir", str(ran("depth").path.parent)],
-        }.get(words, words.split())
-        if words == "invariances":
-            monkeypatch.setattr("experiments.numerics.invariances.rows", moves)
-        text = printed(capsys, command, width)
-        wanted = cells(printed(capsys, [*command, "--markdown"], None))
-        found = re.sub("[│┃]", " ", text).split()
-        assert wanted <= {*found, *(word.removesuffix(":") for word in found)}
-        if width:
-            table = [line for line in text.splitlines() if line[:1] in tuple("┏┃┡│├└")]
-            assert all(len(line) <= width for line in table)
+        }.get(command, command.split())
+        monkeypatch.setattr("experiments.numerics.invariances.rows", moves)
+        tables = []
+        monkeypatch.setattr(terminal, "_print_markdown", lambda *told: tables.append(told))
+        assert cli.main([*words, "--markdown"]) == 0
+        capsys.readouterr()
+        assert tables
+        for columns, table in tables:
+            wanted = {
+                word for column in columns for cell in column for word in words_of(cell.plain)
+            }
+            for width in (40, 80, 200, None):
+                monkeypatch.setattr(terminal.console, "_width", width)
+                terminal.show(table)
+                text = capsys.readouterr().out
+                found = words_of(text)
+                assert wanted <= {*found, *(word.removesuffix(":") for word in found)}
+                lines = [line for line in text.splitlines() if line[:1] in tuple("┏┃┡│├└")]
+                assert [line for line in lines if cell_len(line) > (width or 10_000)] == []
+                assert width or len(lines) >= 4 + table.row_count  # as wide as it needs
+
+    def test_markdown_has_the_rows(self, capsys):
+        assert cli.main(["data", "digits", "--markdown"]) == 0
+        lines = capsys.readouterr().out.splitlines()
+        assert [line.split(" | ")[:3] for line in lines] == [
+            ["| set", "training", "test"],
+            ["| ---", "---", "---"],
+            ["| digits", "1437", "360"],
+        ]
 
     def test_a_wide_table_is_in_parts_with_the_first_columns(self, capsys, monkeypatch):
         monkeypatch.setattr(terminal.console, "_width", 30)
