@@ -41,6 +41,10 @@ class Screen(Console):
             return found
         return ConsoleDimensions(10_000, found.height)
 
+    @size.setter
+    def size(self, size: tuple[int, int]) -> None:
+        self._width, self._height = size
+
 
 console = Screen()
 errors = Screen(stderr=True)
@@ -119,8 +123,8 @@ def _plain(value: Any) -> Any:
         return {str(k): _plain(v) for k, v in value.items()}
     if hasattr(value, "_asdict"):
         return _plain(value._asdict())
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return _plain(dataclasses.asdict(value))
+    if dataclasses.is_dataclass(value):
+        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
     if isinstance(value, list | tuple):
         return [_plain(v) for v in value]
     if hasattr(value, "tolist"):  # of NumPy

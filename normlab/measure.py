@@ -35,10 +35,19 @@ from normlab._sums import (
     weighted_sums,
 )
 from normlab._trees import node
-from normlab._weights import align_weights
-from normlab._weights import effective_sample_size as effective_sample_size
+from normlab._weights import align_weights, effective_sample_size
 from normlab._xla import derivative_of, partitioned
 from normlab.errors import invalid
+
+__all__ = [
+    "Algorithm",
+    "Moments",
+    "effective_sample_size",
+    "empty",
+    "merge",
+    "merge_axes",
+    "moments",
+]
 
 Algorithm = Literal["auto", "shifted", "two_pass", "one_pass"]
 """About which pivot the moments are taken.

@@ -101,7 +101,8 @@ def follow(comparison: Comparison) -> int:
         exit_status = stopped(error)
         errors.print(
             f"[yellow]{escape(str(error)) or 'interrupted'}:[/] what was done follows, and is "
-            f"kept; the same command with --run-dir {escape(str(comparison.run_dir.path))} goes on.",
+            "kept; the same command goes on with "
+            f"--run-dir {escape(str(comparison.run_dir.path))}.",
             highlight=False,
             soft_wrap=True,
         )

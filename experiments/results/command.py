@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 from pathlib import Path
 
@@ -27,8 +28,8 @@ def run(config: Export) -> int:
         for path in paths if config.log else ():
             say(f"{path} to {', '.join(config.log)}")
             replay(path, config)
-    counts = table.groupby(["run", "kind"], sort=False, dropna=False).size()
-    rows = [(str(run), str(kind), f"{count:,}") for (run, kind), count in counts.items()]
+    counts = collections.Counter((line["run"], str(line.get("kind"))) for line in lines)
+    rows = [(run, kind, f"{count:,}") for (run, kind), count in counts.items()]
     show(rows_table(("run", "kind", "measurements"), rows))
     outcome(records=lines)
     print_paths(files)
@@ -45,7 +46,7 @@ def write(table: pd.DataFrame, path: Path, kind: str) -> None:
         if kind == "csv":
             table.to_csv(path, index=False, lineterminator="\n")
         else:
-            mixed = [name for name in table if _mixed(table[name])]
+            mixed = [name for name, column in table.items() if _mixed(column)]
             table.astype(dict.fromkeys(mixed, "string")).to_parquet(path, index=False)
     except OSError as error:
         raise RunError(f"--{kind}: cannot write {path}: {error.strerror or error}.") from error
