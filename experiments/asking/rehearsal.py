@@ -7,6 +7,7 @@ gave it would train for hours, and then miss what its claims compare.
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 import zlib
 from collections.abc import Iterable, Mapping
