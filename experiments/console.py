@@ -10,17 +10,18 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import functools
 import importlib
 import shlex
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import tyro
 
 from .cluster import spelled
 from .rundir import RunError
-from .terminal import EXIT_INTERRUPTED, EXIT_USAGE, PROGRAM, errors, report
+from .terminal import EXIT_INTERRUPTED, EXIT_USAGE, PROGRAM, Form, errors, printing, report, stopped
 
 __all__ = ["COMMANDS", "EXIT_INTERRUPTED", "EXIT_USAGE", "main"]
 
@@ -89,6 +90,14 @@ COMMANDS = {
         "training:Launch",
         "Run a training run on several processes, and start it again when one dies.",
     ),
+    "figures": (
+        "redraw:Figures",
+        "Draw the figures of runs again, from their directories.",
+    ),
+    "export": (
+        "results:Export",
+        "Write what runs measured as one table, or to a dashboard.",
+    ),
     "list": (
         "listing:List",
         "Describe the norms, models, schemes, data sets and questions that there are.",
@@ -108,9 +117,9 @@ def main(arguments: list[str] | None = None, begin: Callable[[], object] = lambd
     name, rest = _parser().parse_args(given[:1]).command, given[1:]
     try:
         return _run(name, rest, begin)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         errors.print("[yellow]interrupted[/] before there was anything to keep.")
-        return EXIT_INTERRUPTED
+        return stopped(error)
     except RunError as error:
         return report(error)
     except Exception as error:
@@ -134,26 +143,79 @@ def _parser() -> argparse.ArgumentParser:
 
 def _run(name: str, arguments: list[str], begin: Callable[[], object]) -> int:
     folder, _, options = COMMANDS[name][0].partition(":")
-    known: Any = getattr(importlib.import_module(f".{folder}.config", __package__), options)
+    known: Any = _options(folder, options)
     arguments, rest = spelled(arguments), None
-    if "config" in {field.name for field in dataclasses.fields(known)}:  # what follows --
+    fields = {field.name: field for field in dataclasses.fields(known)}
+    if "config" in fields and fields["config"].default == ():  # what follows --
         at = arguments.index("--") if "--" in arguments else len(arguments)
         arguments, rest = arguments[:at], tuple(arguments[at + 1 :])
         _require_known(name, known, arguments, rest)
     parts = getattr(known, "SUBCOMMANDS", {})  # whose --help is their own
     part = arguments[0] if arguments and arguments[0] in parts else None
-    config = tyro.cli(
+    read = functools.partial(
+        _parse,
         known if part is None else parts[part],
-        prog=f"{PROGRAM} {name}" if part is None else f"{PROGRAM} {name} {part}",
-        args=arguments if part is None else arguments[1:],
-        config=(tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes),
+        f"{PROGRAM} {name}" if part is None else f"{PROGRAM} {name} {part}",
     )
+    parse = getattr(known, "parse", None)  # of a command with options that name files, or grids
+    given = arguments if part is None else arguments[1:]
+    config, form = parse(read, given) if parse else read(given)
     config = config if part is None else known(config)
     if rest:
         config = dataclasses.replace(config, config=rest)
     command = importlib.import_module(f".{folder}.command", __package__)
     begin()
-    return command.run(config)
+    with printing(form):
+        return command.run(config)
+
+
+@dataclasses.dataclass(frozen=True)
+class Output:
+    """What every command has beside its own options."""
+
+    json: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Print the result as JSON, and nothing else on standard output."""
+
+    markdown: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Print tables as Markdown."""
+
+    @property
+    def form(self) -> Form:
+        """What results are printed as."""
+        return "json" if self.json else "markdown" if self.markdown else "table"
+
+
+def _parse(
+    options: Any, program: str, arguments: Sequence[str], default: Any = None
+) -> tuple[Any, Form]:
+    """The options of a command, and how its results are to be printed.
+
+    Args:
+      options: The dataclass.
+      program: What is before the arguments.
+      arguments: What was given.
+      default: What holds where nothing was given, if not the dataclass's own.
+    """
+    both = dataclasses.make_dataclass(options.__name__, (), bases=(Output, options), frozen=True)
+    both.__doc__ = options.__doc__
+    config = (tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes)
+    more: dict[str, Any] = {}
+    if default is not None:
+        names = (field.name for field in dataclasses.fields(options))
+        more["default"] = both(**{name: getattr(default, name) for name in names})
+    found: Any = tyro.cli(both, prog=program, args=arguments, config=config, **more)
+    own = {field.name: getattr(found, field.name) for field in dataclasses.fields(options)}
+    return options(**own), found.form
+
+
+def _options(folder: str, name: str) -> Any:
+    """The dataclass of a command, in config.py of its folder."""
+    for module in ("config", "command"):
+        try:
+            return getattr(importlib.import_module(f".{folder}.{module}", __package__), name)
+        except (ModuleNotFoundError, AttributeError):
+            continue
+    raise AttributeError(name)
 
 
 def _require_known(name: str, known: Any, arguments: list[str], rest: Sequence[str]) -> None:
@@ -161,7 +223,8 @@ def _require_known(name: str, known: Any, arguments: list[str], rest: Sequence[s
 
     What is near an option of the command is left to tyro, which names that.
     """
-    own = [f"--{field.name.replace('_', '-')}" for field in dataclasses.fields(known)]
+    fields = (*dataclasses.fields(known), *dataclasses.fields(Output))
+    own = [f"--{field.name.replace('_', '-')}" for field in fields]
     own += ["--help", *(f"--no-{option[2:]}" for option in own)]
     mine: list[str] = []
     theirs: list[str] = []

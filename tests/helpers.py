@@ -3,12 +3,15 @@
 import functools
 import os
 import re
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
+
+CHECKOUT = Path(__file__).resolve().parents[1]
 
 
 def gap(actual, expected) -> float:

@@ -8,19 +8,21 @@ import os
 import signal
 import threading
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 from rich.markup import escape
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
 from .. import questions
 from ..engine.devices import forms_gap
 from ..engine.question import Config, Question
 from ..engine.verdict import Verdict
-from ..terminal import EXIT_INTERRUPTED, EXIT_MISSING, console, errors, print_paths
+from ..terminal import EXIT_INTERRUPTED, EXIT_MISSING, errors, log, progress_bars, remark, show
 from .ask import Answer, Asking, ask
 from .config import Ask
 from .fields import parsed
+from .kept import verdict_json
 from .numbers import asked_size, estimate, p_value, threshold
 from .pool import explain
 
@@ -68,16 +70,19 @@ def answered(
     jobs = command.jobs
     if jobs is None and command.profile == "full" and command.ray is None:
         jobs = 1
-    with Progress(
-        *columns, console=errors, speed_estimate_period=600, refresh_per_second=2
-    ) as progress:
+    with progress_bars(*columns, speed_estimate_period=600, refresh_per_second=2) as progress:
         whole = progress.add_task("all questions", total=sum(seconds.values()))
         bars = {
             title: progress.add_task(escape(title), start=False, total=total, visible=not points)
             for title, total in seconds.items()
         }
 
+        tenths = dict.fromkeys(seconds, 0)
+
         def tell(title: str, share: float) -> None:
+            if int(10 * share) > tenths[title]:
+                tenths[title] = int(10 * share)
+                log(f"{title}: {10 * tenths[title]}%")
             progress.start_task(bars[title])
             progress.update(bars[title], completed=share * seconds[title])
             if points:
@@ -144,10 +149,22 @@ def print_answer(answer: Answer) -> None:
     result.caption = f"mean and interval over {', '.join(map(str, sorted(seeds)))} seeds" + (
         "" if gap is None else f"; pmap and shard_map differ by {gap:.1e}"
     )
-    console.print(result)
+    show(result)
     for lane in answer.diverged:
-        console.print(f"{'diverged':>12}  {lane}", highlight=False, markup=False)
-    print_paths({"run": answer.path})
+        remark(f"{'diverged':>12}  {lane}")
+    remark(f"{'run':>12}  {answer.path}")
+
+
+def answer_json(answer: Answer) -> dict[str, Any]:
+    """What became of a question as JSON values."""
+    return {
+        "question": answer.name,
+        "run": None if answer.path is None else str(answer.path),
+        "failed": answer.failed,
+        "seconds": answer.seconds,
+        "diverged": list(answer.diverged),
+        "verdicts": [verdict_json(verdict) for verdict in answer.verdicts],
+    }
 
 
 def _judged(v: Verdict) -> tuple[str, ...]:

@@ -10,20 +10,22 @@ from pathlib import Path
 
 from rich.table import Table
 
-from .. import questions
+from .. import figures, questions, terminal
 from ..rundir import RunError, environment
-from ..terminal import console, print_paths
-from . import archive, guide, references, tables
-from .answers import answers, print_answer, status
+from ..terminal import outcome, print_paths
+from . import archive, findings, guide, references, tables
+from .answers import answer_json, answers, print_answer, status
 from .config import Cost, Lock, Power, Report, Run, Verify
 from .cost import cost
 from .kept import as_json, verdict_json
-from .page import page
+from .page import TITLE, page, summary
 from .power import power
 from .section import section
 from .sweep import sweep
 from .thresholds import history, lock, require
 from .verify import verify
+
+DECISIONS = ("holds", "fails", "undecided")
 
 
 def run(config: Run | Report | Verify | Power | Lock | Cost) -> int:
@@ -51,6 +53,7 @@ def show(command: Run) -> int:
         found.append(answer)
         if not answer.failed:
             print_answer(answer)
+        outcome(questions=[answer_json(answer) for answer in found])
     return status(found)
 
 
@@ -78,18 +81,32 @@ def report(command: Report) -> int:
     guided = guide.files(tables.claims(sections), out.name, name)
     whole = {out.with_name(name): content for name, content in {**beside, **guided}.items()}
     link = f"{name}.html" if guided else ""
-    whole[out] = page(sections, machine, known, links, link).encode()
+    opening, image = findings.tell(findings.read(), sections), out.with_suffix(".png")
+    shared = {"told": opening, "picture": image.name, "url": command.url}
+    whole[out] = page(sections, machine, known, links, link, **shared).encode()
+    whole[image] = figures.encode(findings.picture(TITLE, summary(sections), opening), "png")
     if command.archive is not None:
         runs = [a.path for a in told if a.path is not None and not a.failed]
         whole[command.archive.expanduser().resolve()] = archive.pack(runs)
     for path, content in whole.items():
         write(path, content)
-    counts = Table("question", "holds", "fails", "undecided", "seconds", title="report")
+    counts = Table("question", *DECISIONS, "seconds", title="report")
     for answer in told:
         decisions = [v.decision for v in answer.verdicts]
-        cells = (str(decisions.count(d)) for d in ("holds", "fails", "undecided"))
+        cells = (str(decisions.count(d)) for d in DECISIONS)
         counts.add_row(answer.name, *cells, f"{answer.seconds:.0f}" if answer.path else "missing")
-    console.print(counts)
+    terminal.show(counts)
+    outcome(
+        questions=[
+            {
+                "question": a.name,
+                **{d: [v.decision for v in a.verdicts].count(d) for d in DECISIONS},
+                "seconds": a.seconds if a.path else None,
+                "failed": a.failed,
+            }
+            for a in told
+        ]
+    )
     print_paths({"page": out, **({"archive": command.archive} if command.archive else {})})
     return status(told)
 

@@ -17,6 +17,7 @@ from normlab.errors import nearest
 
 from .. import models
 from ..engine.question import Config
+from ..grids import split
 from ..rundir import RunError
 from ..terminal import PROGRAM
 from . import reads
@@ -129,7 +130,7 @@ def grid(name: str, config: Config, sweep: Iterable[str]) -> list[Point]:
     """
     values: dict[str, list[Any]] = {}
     for word in sweep:
-        field, texts = _split(word)
+        field, texts = split(word)
         if field in values:
             raise RunError(f"--sweep: {field} is given twice. Give all its values at once.")
         _require_fields(name, config, (field,), "--sweep: ")
@@ -166,20 +167,6 @@ def _words(value: Any) -> list[str]:
     if not isinstance(value, tuple):
         return [str(value)]
     return [word for part in value for word in _words(part)]
-
-
-def _split(word: str) -> tuple[str, list[list[str]]]:
-    field, equals, text = word.partition("=")
-    try:
-        texts = [shlex.split(part) for part in text.split(",")]
-    except ValueError as error:  # a quotation mark that is not closed
-        raise RunError(f"--sweep {word}: {error}.") from None
-    if not equals or not field or not all(texts):
-        raise RunError(
-            f"--sweep: got {word!r}; it must be FIELD=VALUE,VALUE,…, as in lr=0.01,0.1. Names of "
-            "questions stand before it."
-        )
-    return field.removeprefix("--").replace("-", "_"), texts
 
 
 def _value(name: str, config: Config, field: str, text: Sequence[str]) -> Any:

@@ -19,8 +19,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from .. import figures
-from .numbers import estimate
-from .page import SYMBOLS, image
+from .numbers import SYMBOLS, estimate
+from .page import image
 
 _HERE = Path(__file__).parent
 _DOCUMENT = re.compile(r'<a href="([a-z-]+\.md)">[^<]*</a>')

@@ -6,6 +6,9 @@ import math
 
 from ..engine.verdict import Verdict
 
+SYMBOLS = {"holds": "✓", "fails": "✗", "undecided": "?", "missing": "∅"}
+"""Of each verdict: none is told by its colour alone."""
+
 _EXPONENTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 

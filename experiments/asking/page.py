@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import collections
+import hashlib
 import json
 import re
 import typing
@@ -17,12 +19,15 @@ from markupsafe import Markup, escape
 from ..engine.verdict import CONFIDENCE, Kind, Verdict
 from ..rundir import RunError
 from ..terminal import PROGRAM
-from .numbers import asked_size, duration, estimate, number, p_value, threshold
+from .findings import Told
+from .numbers import SYMBOLS, asked_size, duration, estimate, number, p_value, threshold
 from .references import READ, Entry
 from .section import UNSEEN, Adjusted, Section, families
 
-SYMBOLS = {"holds": "✓", "fails": "✗", "undecided": "?", "missing": "∅"}
-"""Of each verdict: none is told by its colour alone."""
+TITLE = "Normalization: the claims, tested"
+
+PROJECT = "https://github.com/normlab/normlab"
+"""Where the code is."""
 
 KINDS: dict[Kind, str] = {
     "identity": "is so exactly or up to rounding",
@@ -38,7 +43,9 @@ INTERVALS = {
 }
 """By the scale of a verdict."""
 
+_HERE = Path(__file__).parent
 _TEMPLATE = "page.html.j2"
+_COMMIT = re.compile(r"[0-9a-f]{7,40}")
 _LINK = re.compile(r"https?://[^\s<>()]*[^\s<>().,;:]")
 _CODE = re.compile(r"`([^`]+)`")
 _AS_THEY_ARE = " !$()*,/:;=?@[]^{|}+"
@@ -69,8 +76,12 @@ def page(
     references: Mapping[str, Entry],
     files: Mapping[str, str],
     guide: str = "",
+    *,
+    told: Sequence[Told] = (),
+    picture: str = "",
+    url: str = "",
 ) -> str:
-    """The page: an overview of every claim, then each question, then the sources.
+    """The page: the findings, then each question, folded, then the sources and what was run.
 
     It needs no other file and no network, and the same arguments make the same bytes.
 
@@ -80,6 +91,9 @@ def page(
       references: The sources by their keys; those that no claim cites are left out.
       files: What lies beside the page, in words, and the name of its file.
       guide: The name of the guide's page, if there is one.
+      told: The findings.
+      picture: The name of a picture beside the page, which is shown where the page is shared.
+      url: The address of the page, if it is known: what shares a page asks for that of the picture.
 
     Returns:
       HTML that is also well-formed XML.
@@ -101,10 +115,20 @@ def page(
     locks = collections.Counter(
         row.history[-1][1] if row.history else "" for s in sections for row in s.rows
     )
+    script = (_HERE / "page.js").read_text(encoding="utf-8")
+    commit = environment["commit"] or ""
     return (
         _engine()
         .get_template(_TEMPLATE)
         .render(
+            title=TITLE,
+            summary=summary(sections),
+            told=told,
+            shared={"url": url, "image": picture and urllib.parse.urljoin(url, picture)},
+            code_at=f"{PROJECT}/blob/{commit if _COMMIT.fullmatch(commit) else 'main'}",
+            project=PROJECT,
+            script=Markup(script),
+            script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
             sections=sections,
             environment=environment,
             devices=collections.Counter(environment["devices"]),
@@ -128,6 +152,19 @@ def page(
     )
 
 
+def summary(sections: Sequence[Section]) -> str:
+    """How the claims came out, in a line.
+
+    >>> summary([])
+    '0 claims of 0 questions: 0 hold, 0 fail, 0 undecided'
+    """
+    found = collections.Counter(v.decision for s in sections for v in s.verdicts)
+    return (
+        f"{found.total()} claims of {len(sections)} questions: {found['holds']} hold, "
+        f"{found['fails']} fail, {found['undecided']} undecided"
+    )
+
+
 def _by_kind(sections: Sequence[Section], family: Mapping[str, Adjusted]) -> Iterable[Count]:
     verdicts = [v for section in sections for v in section.verdicts]
     for kind in typing.get_args(Kind):
@@ -146,7 +183,7 @@ def _by_kind(sections: Sequence[Section], family: Mapping[str, Adjusted]) -> Ite
 
 def _engine() -> jinja2.Environment:
     engine = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        loader=jinja2.FileSystemLoader(_HERE),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
@@ -161,6 +198,7 @@ def _engine() -> jinja2.Environment:
         "p_value": p_value,
         "number": number,
         "duration": duration,
+        "percent": lambda share: f"{100 * share:.2f}%",
         "image": image,
         "size": size,
         "json": lambda value: json.dumps(value, ensure_ascii=False, default=str),

@@ -7,12 +7,14 @@ from typing import NamedTuple
 
 import numpy as np
 import scipy.stats
+from rich.markup import escape
 from rich.table import Table
 
 from ..engine.verdict import CONFIDENCE, Verdict
-from ..terminal import console
+from ..terminal import outcome, remark, show
 from .answers import answers, status
 from .config import Power
+from .kept import verdict_json
 from .numbers import estimate, threshold
 
 MOST = 10_000
@@ -44,6 +46,7 @@ def power(command: Power) -> int:
         "seeds for a decision",
     )
     table = Table(*columns, title=f"power {command.wanted:g}")
+    told = []
     for answer in found:
         for verdict in answer.verdicts:
             if verdict.decision == "undecided" or command.all:
@@ -51,11 +54,13 @@ def power(command: Power) -> int:
                 number = f"{need.seeds:,}" if need.seeds is not None else f"none: {need.why}"
                 effect = " ".join(estimate(verdict))
                 row = (verdict.id, effect, threshold(verdict), verdict.decision)
-                table.add_row(*row, str(verdict.seeds), number)
+                table.add_row(*map(escape, (*row, str(verdict.seeds), number)))
+                told.append({**verdict_json(verdict), "seeds_needed": need.seeds, "why": need.why})
     if not table.row_count:
-        console.print("no claim is undecided; --all shows how many seeds would have done.")
+        remark("no claim is undecided; --all shows how many seeds would have done.")
     else:
-        console.print(table)
+        show(table)
+    outcome(power=command.wanted, claims=told)
     return status(found)
 
 

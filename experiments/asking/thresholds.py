@@ -13,12 +13,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from rich.table import Table
-
 from .. import questions
 from ..engine.verdict import Bounds, bounds
 from ..rundir import RunError
-from ..terminal import PROGRAM, console
+from ..terminal import PROGRAM, outcome, remark, rows_table, show
 from .answers import answers, status
 from .ask import Answer
 from .config import Lock
@@ -113,14 +111,14 @@ def lock(command: Lock) -> int:
         if [line.bounds for line in locked.get(verdict.id, ())][-1:] != [bounds(verdict)]
     ]
     append(lines)
-    table = Table("claim", "bounds", title="locked")
-    for line in lines:
-        table.add_row(line.id, str(line.bounds))
-    console.print(table)
+    table = rows_table(("claim", "bounds"), [(line.id, str(line.bounds)) for line in lines])
+    table.title = "locked"
+    show(table)
+    outcome(locked=[line._asdict() for line in lines])
     there = {verdict.id for answer in found for verdict in answer.verdicts}
     asked = {answer.name for answer in found if not answer.failed}
     for id in sorted(id for id in locked if id.partition(".")[0] in asked and id not in there):
-        console.print(f"{'gone':>12}  {id}: no claim has this id", highlight=False, markup=False)
+        remark(f"{'gone':>12}  {id}: no claim has this id")
     return status(found)
 
 

@@ -116,9 +116,6 @@ class BenchSync:
     reuse_memory: bool = True
     """Whether the C library keeps memory that was freed, in the processes of all contestants."""
 
-    markdown: bool = False
-    """Print the tables as Markdown."""
-
     def __post_init__(self) -> None:
         """Raises RunError for values that cannot be run."""
         require_positive(self, "devices", "processes", "rounds", "turn_ms")
@@ -304,9 +301,6 @@ class BenchBytes:
 
     run_dir: Path | None = None
     """Where the results go; must not exist. By default runs/bench-bytes-TIME."""
-
-    markdown: bool = False
-    """Print the tables as Markdown."""
 
     def __post_init__(self) -> None:
         """Raises RunError for values that cannot be compiled."""

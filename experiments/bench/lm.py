@@ -83,9 +83,10 @@ def run(config: BenchLm, say: Callable[[str], None] = lambda _: None) -> dict[st
       say: Receives short messages about what is going on.
 
     Returns:
-      By contestant, `ms_per_step` and its `range_ms`, `tokens_per_s`, `start_s` to build, compile
-      and take the first turn; `left_out`, the reasons by contestant; the largest relative gap
-      `loss_gap` of the losses; `norm_share`, its median and range; `fused`, from `fusions`.
+      By contestant, `ms_per_step` and its `range_ms`, `tokens_per_second`, `start_seconds` to
+      build, compile and take the first turn; `left_out`, the reasons by contestant; the largest
+      relative gap `loss_gap` of the losses; `norm_share`, its median and range; `fused`, from
+      `fusions`.
 
     Raises:
       RunError: If a process of normlab dies, a loss is not finite or the losses disagree.
@@ -96,7 +97,7 @@ def run(config: BenchLm, say: Callable[[str], None] = lambda _: None) -> dict[st
         **{name: (build_torch, config, compiled) for name, compiled in TORCH.items()},
         "floor": (build_floor, config),
     }
-    start_s: dict[str, float] = {}
+    start_seconds: dict[str, float] = {}
     losses: dict[str, np.ndarray] = {}
     turns: dict[str, Callable[[], float]] = {}
     left_out: dict[str, str] = {}
@@ -120,7 +121,7 @@ def run(config: BenchLm, say: Callable[[str], None] = lambda _: None) -> dict[st
                     raise
                 left_out[name] = str(error)
                 continue
-            start_s[name] = time.perf_counter() - begin
+            start_seconds[name] = time.perf_counter() - begin
             turns[name] = per_step(functools.partial(process.ask, "turn"), config.steps)
         gap = loss_gap({name: losses[name] for name in losses if name in ("normlab", *TORCH)})
         for taken in take_turns(turns, config.rounds):
@@ -129,8 +130,10 @@ def run(config: BenchLm, say: Callable[[str], None] = lambda _: None) -> dict[st
     tokens = config.batch_size * config.length
     here = {name: os.environ.get(name) for name in VARIABLES} | variables
     return result | {
-        "tokens_per_s": {name: 1e3 * tokens / ms for name, ms in result["ms_per_step"].items()},
-        "start_s": start_s,
+        "tokens_per_second": {
+            name: 1e3 * tokens / ms for name, ms in result["ms_per_step"].items()
+        },
+        "start_seconds": start_seconds,
         "left_out": left_out,
         "loss_gap": gap,
         "norm_share": share(*(taken[name] for name in NORMS)),

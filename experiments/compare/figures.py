@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -23,20 +23,31 @@ MOST_LAYERS = 8
 """How many layers `parts` draws, spread evenly over those in which a norm stands."""
 
 
+def named(records: Iterable[Record]) -> list[Record]:
+    """The records with what a figure or a table calls their `net`: the norm, and its scheme.
+
+    >>> named([{"norm": "rms", "scheme": None}])[0]["net"]
+    'rms'
+    """
+    found = list(records)
+    several = len({r["scheme"] for r in found}) > 1
+    return [r | {"net": f"{r['norm']}, {r['scheme']}" if several else r["norm"]} for r in found]
+
+
 IDENTITY = {"mu": 0.0, "sigma": 1.0, "g": 1.0, "b": 0.0}
 """The parts where nothing stands."""
 
 
 def curves(records: Records, title: str, task: Task, batch_size: int) -> Figure:
     """Training loss and the score against steps or tokens: the median seed, the band of all."""
-    norms = len({r["norm"] for r in records})
+    norms = len({r["net"] for r in records})
     size = (10, max(4.2, 0.26 * norms + 0.5))  # as high as the legend
     figure, (left, right) = plt.subplots(1, 2, figsize=size, layout="constrained")
     records = [r | {"score": task.score.draw(r)} for r in records if r["step"] > 0]
     along, per_step = task.along(batch_size)
-    for name, style in styles(r["norm"] for r in records).items():
+    for name, style in styles(r["net"] for r in records).items():
         for axes, key in ((left, "train_loss"), (right, "score")):
-            steps, values = series([r for r in records if r["norm"] == name], key)
+            steps, values = series([r for r in records if r["net"] == name], key)
             measured = np.isfinite(values).any(axis=1)  # a norm that diverged has none
             steps, values = per_step * steps[measured], values[measured]
             middle = np.nanmedian(values, axis=1)
@@ -62,17 +73,17 @@ def rates(last: Records, title: str, task: Task) -> Figure:
     Only runs that did not diverge; the others are crosses where one is who knows nothing.
     """
     figure, axes = plt.subplots(figsize=(8, 4.2), layout="constrained")
-    for name, style in styles(r["norm"] for r in last).items():
+    for name, style in styles(r["net"] for r in last).items():
         found: dict[float, list[float]] = {}
         for r in last:
             drawn = task.score.draw(r)
-            if r["norm"] == name and drawn is not None and not diverged(r, task.uninformed):
+            if r["net"] == name and drawn is not None and not diverged(r, task.uninformed):
                 found.setdefault(r["lr"], []).append(drawn)
         at = sorted(found)
         axes.plot(at, [np.median(found[lr]) for lr in at], label=name, **style)
         low, high = ([f(found[lr]) for lr in at] for f in (min, max))
         axes.fill_between(at, low, high, color=style["color"], alpha=0.15, lw=0)
-        lost = [r["lr"] for r in last if r["norm"] == name and diverged(r, task.uninformed)]
+        lost = [r["lr"] for r in last if r["net"] == name and diverged(r, task.uninformed)]
         axes.plot(lost, [task.chance] * len(lost), "x", color=style["color"], alpha=0.7)
     axes.set(xscale="log", xlabel="learning rate", ylabel=task.score.drawn)
     said = "median seed, band of all seeds\ncrosses: worse than the dotted line, or not finite"
@@ -116,9 +127,9 @@ def parts(records: Records, title: str) -> Figure:
     for row, (part, label) in enumerate(labels.items()):
         for column, layer in enumerate(layers):
             axes = grid[row, column]
-            for name, style in styles(r["norm"] for r in records).items():
+            for name, style in styles(r["net"] for r in records).items():
                 chosen = [
-                    r for r in records if (r["norm"], r["layer"], r["part"]) == (name, layer, part)
+                    r for r in records if (r["net"], r["layer"], r["part"]) == (name, layer, part)
                 ]
                 steps, low = series(chosen, "p15")
                 _, middle = series(chosen, "p50")

@@ -27,8 +27,8 @@ from .. import models
 from ..data import TEXTS, Dataset, Reading, load
 from ..data.text import SPLITS, windows
 from ..rundir import Record, RunDirectory, RunError, environment, number
-from ..training.config import Optimizer, require, require_fit, require_place
-from ..training.optimizers import optimizer
+from ..training import optimizers
+from ..training.config import require, require_fit, require_place
 from ..training.trainer import DeviceData, Trainer, TrainState, minibatches
 
 RANDOM = "random"
@@ -53,7 +53,7 @@ INSTRUMENTS = {
     "variance": Instrument("stream variance", "variance over channels"),
     "gradient": Instrument("gradient of the block", "‖∂loss/∂w‖ (nats)"),
     "update": Instrument("update beside weights", "‖Δw‖ / ‖w‖"),
-    "rate": Instrument("effective rate", "lr / ‖w‖²"),
+    "effective_rate": Instrument("effective rate", "lr / ‖w‖²"),
     "entropy": Instrument("attention entropy", "entropy / ln(keys)", log=False),
     "logit": Instrument("largest attention logit", "max |q·k|/√D (nats)"),
     "rank": Instrument("effective rank", "dimensions of a sequence", log=False),
@@ -100,14 +100,14 @@ class Depth:
     batch_size: int = 32
     """Examples of a step; of text, sequences."""
 
-    optimizer: Optimizer = "adamw"
-    """Which optimizer."""
+    optimizer: str = "adamw"
+    """Any of optax by name, with options, as in `normlab compare --help`."""
 
     lr: float = 1e-3
     """Learning rate."""
 
     weight_decay: float = 0.0
-    """Of adamw."""
+    """Of kernels, not of gains, biases and norms."""
 
     seed: int = 0
     """What draws the weights and the minibatches."""
@@ -128,6 +128,7 @@ class Depth:
             given = getattr(self, name)
             distinct = 0 < len(set(given)) == len(given)
             require(distinct, name, given, "at least one, and distinct")
+        optimizers.require(self.optimizer)
         random = self.dataset == RANDOM
         require(not (random and self.steps), "steps", self.steps, f"0 on {RANDOM} bytes")
         if (self.model in models.TEXT) != (random or self.dataset in TEXTS):
@@ -190,7 +191,9 @@ class Profile:
     def run(self) -> Iterator[Record]:
         """A record of each net before the first step, and one after the last if there are steps."""
         config, data = self.config, self.data
-        make = optimizer(config.optimizer, config.steps, weight_decay=config.weight_decay)
+        make = optimizers.optimizer(
+            config.optimizer, config.steps, weight_decay=config.weight_decay
+        )
         for name, model in self.models.items():
             scheme, norm = config.nets[name]
             self.say(f"{name}: drawing")
@@ -211,8 +214,21 @@ class Profile:
                 values = jax.tree.map(lambda v: [number(x) for x in np.atleast_1d(v)], found)
                 record = {"net": name, "scheme": scheme, "norm": norm, "step": step, **values}
                 record["loss"] = values["loss"][0]
-                self.run_dir.append("metrics.jsonl", [record])
+                self.run_dir.append("metrics.jsonl", lines(record, config))
                 yield record
+
+
+def lines(record: Record, config: Depth) -> list[Record]:
+    """A net's record as the lines of metrics.jsonl: one of the net, and one of each block."""
+    labels = {"norm": record["norm"], "scheme": record["scheme"], "lr": config.lr}
+    labels |= {"seed": config.seed, "step": record["step"]}
+    return [
+        {"kind": "training", **labels, "train_loss": record["loss"]},
+        *(
+            {"kind": "block", **labels, "block": i, **{key: record[key][i] for key in INSTRUMENTS}}
+            for i in range(config.depth)
+        ),
+    ]
 
 
 def examples(config: Depth, say: Callable[[str], None]) -> Dataset:
@@ -260,7 +276,7 @@ def measure(trainer: Trainer, state: TrainState, lr: float) -> dict[str, Array]:
         "variance": stream.variance.mean(-1),
         "gradient": nl.instruments.block_norms(grads).block,
         "update": nl.instruments.update_ratio(params, change).block,
-        "rate": nl.instruments.block_lr(params, lr).block,
+        "effective_rate": nl.instruments.block_lr(params, lr).block,
         "entropy": heads.normalized_entropy.mean(-1),
         "logit": heads.largest.max(-1),
         "rank": stream.effective_rank.mean(-1),

@@ -19,9 +19,6 @@ class Numerics:
     rounds: int = 15
     """Turns of each algorithm when its cost is measured; the medians count."""
 
-    markdown: bool = False
-    """Print the table as Markdown."""
-
 
 @dataclasses.dataclass(frozen=True)
 class Invariances:
@@ -29,9 +26,6 @@ class Invariances:
 
     eps: float = 1e-5
     """ε of the norms that have one."""
-
-    markdown: bool = False
-    """Print the table as Markdown."""
 
 
 @dataclasses.dataclass(frozen=True)

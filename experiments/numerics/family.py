@@ -73,8 +73,7 @@ def picture(norms: tuple[str, ...]) -> Figure:
     return figure
 
 
-def draw(config: Family) -> int:
+def draw(config: Family) -> None:
     """Writes the picture."""
     figure = picture(config.norms or nl.names())
     config.out.write_bytes(encode(figure, config.out.suffix.removeprefix(".") or "png"))
-    return 0

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
 from typing import Any, Literal
 
 from ..rundir import RunError, require_positive
@@ -67,12 +66,6 @@ class Ledger:
     """A row for each layer and direction, one for all layers in a direction, or the whole step
     alone; auto: by layer where there are no more than eight."""
 
-    json: Path | None = None
-    """A file for every collective, the memory and the model's times; must not exist."""
-
-    markdown: bool = False
-    """Print the table as Markdown."""
-
     def __post_init__(self) -> None:
         """Raises RunError for values that cannot be compiled."""
         from .. import models  # which, as the words of --sync, need jax
@@ -87,8 +80,6 @@ class Ledger:
         for name in ("width", "depth"):
             if getattr(self, name) is not None:
                 require_positive(self, name)
-        if self.json and self.json.exists():
-            raise RunError(f"--json {self.json}: there is such a file. Choose another name.")
         try:
             models.require(self.model, **self.model_options)
         except ValueError as error:

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-import json
 import math
 import re
 import time
@@ -95,7 +94,7 @@ class Found(NamedTuple):
 
 
 def compile_all(config: Ledger, say: Callable[[str], None] = lambda _: None) -> Found:
-    """Compiles for each machine, norm and topology in turn, and writes the JSON that was asked for.
+    """Compiles for each machine, norm and topology in turn.
 
     Args:
       config: What to compile.
@@ -120,12 +119,6 @@ def compile_all(config: Ledger, say: Callable[[str], None] = lambda _: None) -> 
                 found.accounts.append(_account(config, norm, sync, there))
     if not found.accounts:
         raise RunError("--norms: nothing is left to compile. " + " ".join(found.left_out))
-    if config.json:
-        content = [_as_json(config, account) for account in found.accounts]
-        try:
-            config.json.write_text(json.dumps(content, indent=2) + "\n")
-        except OSError as error:
-            raise RunError(f"--json: cannot write {config.json}: {error.strerror}.") from error
     return found
 
 
@@ -450,13 +443,13 @@ def modelled(there: Machine, one: Collective) -> float | None:
     return None if seconds is None else seconds * one.times
 
 
-def _as_json(config: Ledger, account: Account) -> dict[str, Any]:
-    settings = {
-        k: v for k, v in dataclasses.asdict(config).items() if k not in ("json", "markdown")
-    }
-    asked = {"norms": account.norm, "sync": account.sync, "topology": account.machine.name}
+def as_json(config: Ledger, account: Account) -> dict[str, Any]:
+    """A program and its collectives as JSON values; times are in seconds."""
     return {
-        "config": {**settings, **asked},
+        "norm": account.norm,
+        "sync": account.sync,
+        "machine": account.machine.name,
+        "config": dataclasses.asdict(config),
         "devices": len(account.machine.devices),
         "memory_bytes": account.program.memory,
         "flops": account.program.flops,

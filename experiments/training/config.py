@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from jax.typing import ArrayLike
 
@@ -15,11 +15,10 @@ import normlab as nl
 
 from .. import models
 from ..data import NAMES, TEXTS, Dataset, Reading, Unit
+from ..results import writers
 from ..rundir import RunError
-from . import optimizers
-
-Optimizer = Literal["momentum", "sgd", "adagrad", "rmsprop", "adam", "adamw"]
-"""The names of `optimizers.OPTIMIZERS`."""
+from . import optimizers, syncs
+from .augment import Augmentation
 
 IMAGES = {"model": "conv", "norm": "batch", "batch_size": 128, "optimizer": "momentum", "lr": 0.05}
 TEXT = {"model": "lm", "norm": "rms", "batch_size": 16, "optimizer": "adamw", "lr": 3e-3}
@@ -44,7 +43,7 @@ class Training:
         or another of `normlab list`.
       batch_size: Examples per optimizer step, over all devices; of text windows.
       steps: Optimizer steps.
-      optimizer: Plain SGD, SGD with momentum 0.9, RMSprop, Adam, or AdamW.
+      optimizer: As `Command` has it.
       lr: Learning rate.
       data_dir: Where prepared data sets are kept; by default $NORMLAB_DATA_DIR or data/.
     """
@@ -77,17 +76,23 @@ class Command(Training):
         or another of `normlab list`; auto is conv, of text lm.
       batch_size: Examples per optimizer step, over all devices; by default 128, of text 16
         windows.
-      optimizer: Plain SGD, SGD with momentum 0.9, RMSprop, Adam, or AdamW; auto is momentum, of
-        text adamw.
+      optimizer: Any of optax by name, contrib.muon and the like too, with options as in
+        sgd:momentum=0.9,nesterov=true; momentum is SGD with 0.9, and adamw has b2=0.95 if not told
+        otherwise. auto is momentum, of text adamw.
       lr: Learning rate; by default 0.05, of text 0.003.
       microbatches: Parts, one after the other, into which a device cuts its share of a batch.
       groups: Groups of the norms that have some; must divide the channels of every layer.
       decay: Weight of the old value in batch norm's running statistics; by default 0.9.
       eps: ε, added to the variance under the root; by default each norm's own, mostly 1e-5.
-      schedule: How the rate falls to 0 over the steps after the warm-up, or constant.
+      schedule: How the rate falls over the steps after the warm-up: constant, linear, cosine (to
+        0), polynomial, exponential or piecewise, of optax; with options as in cosine:alpha=0.1 or
+        piecewise:0.5=0.1,0.75=0.1.
       warmup: Steps in which the rate rises to its value; by default 0, of text a tenth of all.
       clip: The norm to which the gradient of all parameters is cut; 0 leaves it as it is.
-      weight_decay: Of adamw.
+      weight_decay: Of kernels, not of gains, biases and norms. Where optax's optimizer has it, as
+        adamw and lion; with others an L2 penalty on the loss, as in PyTorch's SGD.
+      config: What is not given is as in the config.json of another run: the file, or its directory.
+      augment: Of images: flip (left to right) and crop (moved by up to an eighth), at random.
       context: Of text: the tokens that a model sees at once.
       unit: Of text: what a token is.
       measured: Of text: windows of the validation and of the test set that are measured; 0 is all.
@@ -95,10 +100,12 @@ class Command(Training):
       inside: Where the norm stands inside the branches beside: q k is QK norm.
       depth: The model's number of blocks, if not its own.
       width: The model's size of the residual stream, if not its own.
+      log: Where the measurements go as well: tensorboard (event files in the run directory) or
+        wandb (the project of $WANDB_PROJECT, or normlab).
     """
 
     model: str = "auto"
-    optimizer: Optimizer | Literal["auto"] = "auto"
+    optimizer: str = "auto"
     if not TYPE_CHECKING:  # what is not given is set below, by the data
         batch_size: int | None = None
         lr: float | None = None
@@ -110,6 +117,8 @@ class Command(Training):
     schedule: optimizers.Schedule = "constant"
     clip: float = 0.0
     weight_decay: float = 0.0
+    augment: tuple[Augmentation, ...] = ()
+    config: Path | None = None
     context: int = 128
     unit: Unit = "bytes"
     measured: int = 512
@@ -121,9 +130,12 @@ class Command(Training):
     groups: int = 4
     decay: float | None = None
     eps: float | None = None
+    log: tuple[writers.Name, ...] = ()
 
     def __post_init__(self) -> None:
         """Sets what suits the data; raises RunError for values that cannot be run."""
+        if self.config is not None:
+            raise RunError("--config is read at the terminal; in Python use again.read_config.")
         text = self.dataset in TEXTS
         warmup = {"warmup": self.steps // 10 if text else 0}
         for name, value in ((TEXT if text else IMAGES) | warmup).items():
@@ -139,8 +151,11 @@ class Command(Training):
             require(0 <= value < math.inf, name, value, "0 or more, and finite")
         last = f"less than --steps {self.steps}"
         require(self.warmup < self.steps, "warmup", self.warmup, last)
-        decays = self.optimizer == "adamw" or not self.weight_decay
-        require(decays, "weight_decay", self.weight_decay, "0 but with --optimizer adamw")
+        optimizers.require(self.optimizer)
+        optimizers.require_schedule(self.schedule)
+        distinct = len(set(self.augment)) == len(self.augment)
+        require(distinct, "augment", " ".join(self.augment), "distinct")
+        writers.require(self.log)
         require(self.decay is None or 0 <= self.decay < 1, "decay", self.decay, "in [0, 1)")
         try:
             models.require(self.model, **self.model_options)
@@ -156,6 +171,54 @@ class Command(Training):
                 f"--model {self.model} reads {reads}, and --dataset {self.dataset} is none: use "
                 f"one of {', '.join(others)}, or another model."
             )
+        if self.dataset in NAMES and not text:
+            for name in ("context", "unit", "measured"):
+                self.require_effect(False, name, "on images")
+        if text:
+            self.require_effect(False, "augment", "on text")
+
+    def as_json(self) -> dict[str, Any]:
+        """The options as JSON values."""
+        return {k: v for k, v in super().as_json().items() if k != "config"}
+
+    @classmethod
+    def parse(cls, read: Callable[..., Any], arguments: Sequence[str]) -> Any:
+        """The options that `read` finds in the arguments, and those of --config."""
+        from . import again
+
+        return again.parsed(read, cls, arguments)
+
+    def require_effect(self, has: bool, option: str, why: str) -> None:
+        """Raises RunError for an option that differs from its default, unless it has an effect."""
+        [field] = [field for field in dataclasses.fields(self) if field.name == option]
+        given = getattr(self, option)
+        if not has and given != field.default:
+            raise RunError(
+                f"--{option.replace('_', '-')} {words(given)}: it has no effect {why}. Leave it "
+                "out."
+            )
+
+    def require_told(self, norms: Sequence[str], sync: str, *, devices: int | None = None) -> None:
+        """Raises RunError for an option of norms that none of these is told.
+
+        Args:
+          norms: Their names.
+          sync: The words of --sync.
+          devices: How many there are, where that is known.
+        """
+        try:
+            told = {option: [n for n in norms if takes(n, option)] for option in NORMS_OPTIONS}
+        except ValueError as error:  # an unknown name
+            raise RunError(str(error)) from None
+        beside = f"on norm {', '.join(norms)}" if len(norms) < 4 else "on these norms"
+        self.require_effect(bool(told["groups"]), "groups", beside)
+        self.require_effect(bool(told["eps"]), "eps", beside)
+        self.require_effect(bool(told["decay"] or told["batch"]), "decay", beside)
+        if sync != "all":
+            alone = devices == 1 and syncs.parse(sync, devices=1) in (None, "data")
+            why = f"{beside}, which measures no batch" if len(norms) < 2 else beside
+            self.require_effect(bool(told["axis_name"]), "sync", why)
+            self.require_effect(not alone, "sync", "on one device")
 
     @property
     def reading(self) -> Reading:
@@ -219,6 +282,10 @@ class Command(Training):
             raise RunError(str(error)) from None
 
 
+NORMS_OPTIONS = ("groups", "eps", "decay", "batch", "axis_name")
+"""What `Command.norm_of` tells those norms that take it."""
+
+
 def takes(name: str, option: str) -> bool:
     """Whether the norm called `name` is told an option of the run.
 
@@ -232,6 +299,11 @@ def takes(name: str, option: str) -> bool:
     if option == "axis_name" and row.axis_of != "batch":  # those of a run share its examples
         return False
     return option != "groups" or known[option].default in (None, inspect.Parameter.empty)
+
+
+def words(value: Any) -> str:
+    """An option's value as it is given: the words of several beside one another."""
+    return " ".join(map(str, value)) or "nothing" if isinstance(value, list | tuple) else str(value)
 
 
 def require(holds: bool, option: str, given: Any, expected: str) -> None:

@@ -27,10 +27,11 @@ import tyro
 import normlab
 
 from ..cluster import connect, imported
-from ..rundir import RunError, shown
+from ..rundir import Record, RunError
+from .again import check_directory
 from .config import require, require_division, require_mesh
 from .processes import gist, read_diaries
-from .train import Result, Train, check_directory, train
+from .train import Result, Train, train
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,6 +75,7 @@ def launch(
     run: Train,
     say: Callable[[str], None] = lambda _: None,
     tell: Callable[[str], None] = lambda _: None,
+    hear: Callable[[Record], None] = lambda _: None,
 ) -> Result:
     """Trains on Ray's workers until it is done, was stopped, or has failed too often.
 
@@ -82,6 +84,7 @@ def launch(
       run: What to launch.
       say: Receives where the run stands.
       tell: Receives what went wrong on the way and was mended.
+      hear: Receives each record as it is measured.
 
     Raises:
       RunError: If the run cannot start.
@@ -96,7 +99,7 @@ def launch(
     ray = imported("ray")
     imported("ray.train")
     temporary = Path(tempfile.mkdtemp(prefix="normlab-ray-"))
-    story = Story(path, run.steps, say, tell)
+    story = Story(path, tell, hear)
     stop = path / "stop"
     errors: list[BaseException] = []
     try:
@@ -125,17 +128,17 @@ class Story:
 
     Args:
       path: The run directory.
-      steps: How many steps there are to be.
-      say: Receives where the run stands.
       tell: Receives each new start after a failure.
+      hear: Receives each record.
     """
 
     def __init__(
-        self, path: Path, steps: int, say: Callable[[str], None], tell: Callable[[str], None]
+        self, path: Path, tell: Callable[[str], None], hear: Callable[[Record], None]
     ) -> None:
-        self.path, self.steps, self.say, self.tell = path, steps, say, tell
+        self.path, self.tell, self.hear = path, tell, hear
         self.before = len(read_diaries(path))
         self.told = 0
+        self.heard = (0, False)
 
     def gangs(self) -> list[list[dict[str, Any]]]:
         """What happened since the launch, for each time that all were started."""
@@ -155,10 +158,17 @@ class Story:
             for start in (r for r in gang if r["event"] == "start" and r["process"] == 0):
                 self.tell(f"{failure(failed)} Started again from step {start['step']}.")
                 self.told += 1
-        with contextlib.suppress(OSError, IndexError, ValueError):
-            last = json.loads((self.path / "metrics.jsonl").read_text().splitlines()[-1])
-            if any(r["event"] == "start" for r in gangs[-1]):
-                self.say(f"step {last['step']}/{self.steps}, loss {shown(last['train_loss'])}")
+        starts = [r["step"] for r in gangs[-1] if r["event"] == "start"]
+        if not starts:
+            return
+        self.heard = max(self.heard, (starts[0], True))
+        with contextlib.suppress(OSError, ValueError):
+            for line in (self.path / "metrics.jsonl").read_text().splitlines():
+                record = json.loads(line)
+                place = record["step"], record["kind"] == "evaluation"
+                if place > self.heard:
+                    self.heard = place
+                    self.hear(record)
 
     def outcome(self, error: BaseException | None, number: int) -> Result:
         """How it ended.

@@ -7,6 +7,7 @@ that was stopped and one that was not are the same numbers, bit for bit, on as m
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -30,8 +31,11 @@ import normlab as nl
 
 from .. import models
 from ..data import NAMES, Dataset, load
-from ..rundir import RunDirectory, RunError, default_path, environment
+from ..results.writers import writers
+from ..rundir import Record, RunDirectory, RunError, default_path, environment
 from . import processes, syncs
+from .again import check_directory
+from .augment import augment
 from .checkpoints import Checkpoints
 from .config import (
     Command,
@@ -50,12 +54,13 @@ from .trainer import (
     accumulate,
     axes_of,
     committed,
+    key_of,
     mesh_of,
     minibatches,
 )
 
 FREE = {
-    *("steps", "checkpoint_every", "keep", "log_every", "data_dir", "run_dir", "devices"),
+    *("steps", "checkpoint_every", "keep", "log_every", "data_dir", "run_dir", "devices", "log"),
     *(field.name for field in dataclasses.fields(processes.Joining)),
 }
 """Options that may change when a run goes on: they change no number up to a given step."""
@@ -126,6 +131,9 @@ class Train(processes.Joining, Command):
         require(self.dataset in NAMES, "dataset", self.dataset, f"one of {', '.join(NAMES)}")
         for name in ("batch", self.norm):  # no array is made: JAX must not start yet
             self.norm_of(name, population=self.population)
+        self.require_told((self.norm,), self.sync)
+        why = f"on norm {self.norm}, which keeps no statistics"
+        self.require_effect(takes(self.norm, "population"), "population", why)
         require_mesh(self.mesh)
         syncs.parse(self.sync, axes_of(self.mesh))
 
@@ -179,48 +187,38 @@ class Resumed(RunDirectory):
             self.write_json("config.json", config.as_json())
 
     def rewind(self, step: int) -> None:
-        """Takes out of the metrics what is to be measured again: everything after `step`."""
+        """Takes out of the metrics what is to be measured again: all after the training `step`."""
         path = self.path / "metrics.jsonl"
         lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
         whole = [line for line in lines if line.endswith(b"\n")]
-        kept = [line for line in whole if json.loads(line)["step"] <= step]
+        kept = [line for line in whole if before(json.loads(line), step)]
         if kept != lines:
             self.write_bytes(path.name, b"".join(kept))
         (self.path / "summary.json").unlink(missing_ok=True)
 
 
-def check_directory(config: Train) -> None:
-    """Raises RunError if the run directory holds something other than this run."""
-    path = config.run_dir
-    if path is None or not path.exists():
-        return
+def before(record: Record, step: int) -> bool:
+    """Whether a run that goes on from a step does not measure a record again."""
+    return record["step"] < step or (record["step"] == step and record["kind"] == "training")
+
+
+@contextlib.contextmanager
+def written(
+    config: Train, directory: RunDirectory, process: int
+) -> Iterator[Callable[[Record], None]]:
+    """What keeps records, in the run directory and where --log says; process 0 writes."""
+    others = writers(config.log, directory.path, config.as_json()) if process == 0 else []
+
+    def keep(record: Record) -> None:
+        directory.append("metrics.jsonl", [record])
+        for writer in others:
+            writer.write([record])
+
     try:
-        there = json.loads((path / "config.json").read_text())
-    except FileNotFoundError:
-        if path.is_dir() and not any(path.iterdir()):
-            return
-        raise RunError(
-            f"{path} exists and is not the directory of a run. Choose another --run-dir."
-        ) from None
-    except (OSError, ValueError) as error:
-        raise RunError(f"cannot read {path / 'config.json'}: {error}.") from None
-    here = json.loads(json.dumps(config.as_json()))
-    differ = [
-        f"--{name.replace('_', '-')} {_words(there.get(name, '?'))} and not {_words(value)}"
-        for name, value in here.items()
-        if there.get(name, "?") != value
-    ]
-    if differ or set(there) != set(here):
-        raise RunError(
-            f"the run directory {path} is that of another run: "
-            f"{', '.join(differ) or 'of another command'}. Choose another --run-dir, or give the "
-            "same options to go on with that run."
-        )
-
-
-def _words(value: Any) -> Any:
-    """An option's value as it is given: the words of several beside one another."""
-    return " ".join(map(str, value)) or "nothing" if isinstance(value, list) else value
+        yield keep
+    finally:
+        for writer in others:
+            writer.close()
 
 
 class Program:
@@ -248,7 +246,7 @@ class Program:
         mapped = functools.partial(jax.shard_map, mesh=mesh)
         states = TrainState(P(), each, P())  # type: ignore[arg-type]
         self._step = jax.jit(
-            mapped(self._step_shard, in_specs=(states, each, each), out_specs=(states, P()))
+            mapped(self._step_shard, in_specs=(states, *[each] * 3), out_specs=(states, P()))
         )
         self._evaluate = jax.jit(
             mapped(self._evaluate_shard, in_specs=(states, *[each] * 3), out_specs=P())
@@ -268,7 +266,7 @@ class Program:
         require_place(config.norm, self.model)
         params, opt_state = abstract((drawn.params, drawn.opt_state), self.copied)
         norm_state = abstract(drawn.norm_state, self.split, self.devices)
-        example = (self.data.train_inputs[0], self.data.train_labels[0])
+        example = (self.data.train_inputs[0], self.data.train_labels[0], np.int32(0))
         batch = abstract(example, self.split, config.batch_size)
         try:  # the first step is not traced again
             jax.eval_shape(self._step, TrainState(params, norm_state, opt_state), *batch)
@@ -302,16 +300,21 @@ class Program:
         copied, split = jax.tree.map(np.asarray, (copied, split))
         return jax.tree.map(lambda v: _array(v, self.copied), copied), jax.tree.map(stack, split)
 
-    def batches(self, start: int) -> Iterator[tuple[int, tuple[Array, Array]]]:
-        """The steps after `start`, and their minibatches; each process reads its own examples."""
+    def batches(self, start: int) -> Iterator[tuple[int, tuple[Array, Array, Array]]]:
+        """The steps after `start`, and their minibatches; each process reads its own examples.
+
+        Inputs, labels, and the places of the examples in the data set.
+        """
         config, data = self.config, self.data
         rows = minibatches(config.seed, len(data.train_inputs), config.batch_size, config.steps)
         for step, row in enumerate(rows[start:], start + 1):
             arrays = (data.train_inputs, data.train_labels)
             inputs, labels = (_array(v, self.split, row) for v in arrays)
-            yield step, (inputs, labels)
+            yield step, (inputs, labels, _array(row, self.split))
 
-    def train(self, state: TrainState, batch: tuple[Array, Array]) -> tuple[TrainState, np.ndarray]:
+    def train(
+        self, state: TrainState, batch: tuple[Array, Array, Array]
+    ) -> tuple[TrainState, np.ndarray]:
         """Takes one step; the loss is `[1, 1]`."""
         state, loss = self._step(state, *batch)
         return state, np.asarray(loss)[None, None]
@@ -331,17 +334,22 @@ class Program:
         return self.task.evaluation(measure(data.test_inputs, data.test_labels), {}, held)
 
     def _step_shard(
-        self, state: TrainState, inputs: Array, labels: Array
+        self, state: TrainState, inputs: Array, labels: Array, chosen: Array
     ) -> tuple[TrainState, Array]:
         own = jax.tree.map(lambda v: v[0], state.norm_state)
         flat, unravel = ravel_pytree(state.params)  # one collective for all gradients
 
-        def loss(flat: Array, own: Any, inputs: Array, labels: Array) -> tuple[Array, Any]:
+        def loss(
+            flat: Array, own: Any, inputs: Array, labels: Array, chosen: Array
+        ) -> tuple[Array, Any]:
+            if self.config.augment:
+                inputs = augment(self.config.augment, key_of(chosen), inputs)
             losses, after = self.task.losses(self.model, unravel(flat), own, inputs, labels)
             return nl.devices.global_mean(losses, self.axes), after
 
         parts = self.config.microbatches
-        value, after, grads = accumulate(loss, flat, own, (inputs, labels), parts, self.axes)
+        batch = (inputs, labels, chosen)
+        value, after, grads = accumulate(loss, flat, own, batch, parts, self.axes)
         if parts > 1:  # typed as if it varied over the devices
             value = lax.pmean(value, self.axes)
         grads = unravel(nl.devices.global_gradient(grads, self.axes))
@@ -362,12 +370,17 @@ class Program:
         return lax.psum(sums, self.axes)
 
 
-def train(config: Train, say: Callable[[str], None] = lambda _: None) -> Result:
+def train(
+    config: Train,
+    say: Callable[[str], None] = lambda _: None,
+    hear: Callable[[Record], None] = lambda _: None,
+) -> Result:
     """Trains, from the last checkpoint on if there is one.
 
     Args:
       config: What to run.
       say: Receives short messages about what is going on, on process 0.
+      hear: Receives each record as it is measured, on process 0.
 
     Raises:
       RunError: If the run cannot start or go on.
@@ -394,7 +407,9 @@ def train(config: Train, say: Callable[[str], None] = lambda _: None) -> Result:
         processes.Stop(directory.path / "stop") as stop,
     ):
         try:
-            result = _train(config, program, directory, diary, watchdog, stop, say)
+            with written(config, directory, process) as keep:
+                told = lambda record: (keep(record), hear(record))  # noqa: E731
+                result = _train(config, program, directory, diary, watchdog, stop, say, told)
             watchdog.beat("the end of the other processes", config.grace)
             if count > 1:
                 jax.distributed.shutdown()
@@ -426,6 +441,7 @@ def _train(
     watchdog: processes.Watchdog,
     stop: processes.Stop,
     say: Callable[[str], None],
+    hear: Callable[[Record], Any],
 ) -> Result:
     say("looking for a checkpoint")
     first = jax.process_index() == 0
@@ -445,12 +461,12 @@ def _train(
     say("compiling")
     begin = time.perf_counter()
     at = there = Progress.start(state, 1, step=start)
+    labels = {"norm": config.norm, "scheme": config.scheme, "lr": config.lr, "seed": config.seed}
     for at in drive(program, there, program.batches(start), evaluate=lambda step: False):
         done = at.step
         watchdog.beat(f"step {done + 1}")
         if first and (done % config.log_every == 0 or done == config.steps):
-            directory.append("metrics.jsonl", at.records([{}]))
-            say(f"step {done}/{config.steps}, loss {at.loss:.4f}")
+            hear(*at.records([labels]))
         stopping = stop.reached(done)
         if stopping or done == config.steps or done % config.checkpoint_every == 0:
             watchdog.beat(f"the checkpoint of step {done}", config.grace)
@@ -467,11 +483,12 @@ def _train(
     watchdog.beat("the evaluation", config.grace)
     say("evaluating")
     at = at.evaluated(program)
-    (record,) = at.records([{}])
-    summary = {k: v for k, v in record.items() if k not in ("kind", "train_loss", "diverged")}
+    (record,) = at.records([labels])
+    summary = {k: v for k, v in record.items() if k != "kind"}
     seconds = time.perf_counter() - begin
-    summary |= {**devices, "start": start, "seconds": round(seconds, 3)}
+    summary |= {**devices, "start_step": start, "seconds": round(seconds, 3)}
     if first:
+        hear(record)
         directory.write_json("summary.json", summary)
     diary.write("end", step=done)
     return Result(directory.path, done, summary, 0, jax.process_index())

@@ -539,8 +539,8 @@ class TestLm:
         result = {
             "ms_per_step": times,
             "range_ms": {name: (ms / 2, 3 * ms) for name, ms in times.items()},
-            "tokens_per_s": {name: 1e6 / ms for name, ms in times.items()},
-            "start_s": times,
+            "tokens_per_second": {name: 1e6 / ms for name, ms in times.items()},
+            "start_seconds": times,
             "left_out": {"torch, compiled": "no compiler"},
             "norm_share": (0.25, 0.1, 0.5),
             "loss_gap": 1e-6,
@@ -599,11 +599,11 @@ class TestLm:
     @pytest.mark.parametrize("scheme", ["pre", "post"])
     def test_all_take_turns_in_one_run(self, scheme):
         result = bench_lm.run(dataclasses.replace(TINY, scheme=scheme))
-        assert {"normlab", "normlab, no norms", "floor"} <= result["tokens_per_s"].keys()
-        assert result["tokens_per_s"].keys() | result["left_out"].keys() >= {*bench_lm.TORCH}
-        assert result["ms_per_step"].keys() == result["start_s"].keys()
+        assert {"normlab", "normlab, no norms", "floor"} <= result["tokens_per_second"].keys()
+        assert result["tokens_per_second"].keys() | result["left_out"].keys() >= {*bench_lm.TORCH}
+        assert result["ms_per_step"].keys() == result["start_seconds"].keys()
         tokens = TINY.batch_size * TINY.length
-        for name, speed in result["tokens_per_s"].items():
+        for name, speed in result["tokens_per_second"].items():
             assert speed * result["ms_per_step"][name] == pytest.approx(1e3 * tokens)
         if scheme == "post":
             assert result["left_out"]["torch, eager"] == "its model is pre-norm, not post"
@@ -639,9 +639,9 @@ def test_figure1_extrapolates_the_median_turn():
     pytest.importorskip("torch")
     config = BenchFigure1(seeds=2, steps=5, rounds=2, whole=1000)
     result = bench_training.figure1(config)
-    assert list(result["whole_s"]) == ["normlab", "torch", "torch, a process per net"]
-    for name, seconds in result["whole_s"].items():
-        assert seconds == pytest.approx(result["start_s"][name] + result["ms_per_step"][name])
+    assert list(result["whole_seconds"]) == ["normlab", "torch", "torch, a process per net"]
+    for name, seconds in result["whole_seconds"].items():
+        assert seconds == pytest.approx(result["start_seconds"][name] + result["ms_per_step"][name])
     assert result["ratios"]["normlab"] == 1
     assert result["loss_gap"] < 1e-5
 

@@ -43,8 +43,9 @@ from normlab.experiments.engine import (
 )
 from normlab.experiments.engine import devices as on_devices
 from normlab.experiments.engine.learn import optimizer
-from normlab.experiments.rundir import CHECKOUT, RunError
+from normlab.experiments.rundir import RunError
 from normlab.experiments.training.trainer import AXIS
+from tests.helpers import CHECKOUT
 
 TINY = Config(
     dataset="digits", model="tiny", batch_size=16, steps=6, evaluations=3, seeds=2, first_seed=0
@@ -719,7 +720,8 @@ class TestReport:
         assert verdicts["lacks"] == []
         assert 'id="has.one"' in page
         assert "threshold (not locked)" in page
-        beside = {file.name for file in out.parent.iterdir()} - {out.name}
+        assert f'property="og:image" content="{out.stem}.png"' in page
+        beside = {file.name for file in out.parent.iterdir()} - {out.name, f"{out.stem}.png"}
         assert beside == {"page.json", "page-sources.bib"} | {
             f"page-{name}.{kind}" for name in ("claims", "effects") for kind in ("csv", "parquet")
         }

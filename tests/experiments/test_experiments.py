@@ -338,7 +338,7 @@ class TestCompare:
         )  # fmt: skip
         comparison = Comparison(config)
         for lane, ms in zip(comparison.lanes, ([1.0, 2.0], [4.0, 4.0]), strict=True):
-            lane.step_ms = ms
+            lane.step_seconds = ms
             lane.records = Records(
                 {"kind": "evaluation", "lr": config.lr, "seed": seed, "step": step}
                 | {"accuracy": accuracy, "test_loss": 1.0, "diverged": None}

@@ -8,7 +8,7 @@ import pytest
 
 from normlab.experiments.asking import guide, numbers
 from normlab.experiments.asking.guide import CELLS, Cell, says
-from normlab.experiments.rundir import CHECKOUT
+from tests.helpers import CHECKOUT
 
 HTML = "{http://www.w3.org/1999/xhtml}"
 DOCS = CHECKOUT / "docs"

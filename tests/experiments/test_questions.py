@@ -28,9 +28,9 @@ from normlab.experiments.questions import (
     local_drift,
     synced_is_global,
 )
-from normlab.experiments.rundir import CHECKOUT, RunError
+from normlab.experiments.rundir import RunError
 from normlab.experiments.training.trainer import FORMS, DeviceData, Trainer, TrainState, minibatches
-from tests.helpers import judged
+from tests.helpers import CHECKOUT, judged
 
 TINY = {
     "dataset": "digits",
@@ -368,7 +368,7 @@ def test_the_worked_example_asks_it_of_another_net(tmp_path, monkeypatch):
     (diff,) = re.findall(r"```diff\n(.*?)```", text, re.DOTALL)
     home = tmp_path / "experiments" / "questions"
     home.mkdir(parents=True)
-    shutil.copy(CHECKOUT / "experiments/questions/initialization.py", home / "my_net.py")
+    shutil.copy(CHECKOUT / "normlab/experiments/questions/initialization.py", home / "my_net.py")
     changed = diff.replace("questions/initialization.py", "questions/my_net.py")
     subprocess.run(["git", "apply", "-"], input=changed.encode(), cwd=tmp_path, check=True)
     monkeypatch.setattr(questions, "__path__", [*questions.__path__, str(home)])

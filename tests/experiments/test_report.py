@@ -1,6 +1,9 @@
 """The report page: its structure, and what a real browser makes of it."""
 
 import ast
+import base64
+import hashlib
+import io
 import itertools
 import math
 import re
@@ -12,15 +15,18 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import pandas as pd
 import pytest
+from PIL import Image
 
 from normlab.experiments import figures, questions
-from normlab.experiments.asking import numbers, references, tables
+from normlab.experiments.asking import findings, numbers, references, tables
 from normlab.experiments.asking import page as report
+from normlab.experiments.asking.findings import Evidence, Finding
 from normlab.experiments.asking.section import Row, Section, Tuning, families, row
 from normlab.experiments.asking.thresholds import Line
 from normlab.experiments.engine import Config
 from normlab.experiments.engine.verdict import Source, Verdict, bounds, decide, decide_share
-from normlab.experiments.rundir import CHECKOUT, RunError
+from normlab.experiments.rundir import RunError
+from tests.helpers import CHECKOUT
 
 HTML = "{http://www.w3.org/1999/xhtml}"
 HOSTILE = "<script>alert(1)</script> & \"quotes\" 'too' " + "unbreakable" * 30
@@ -34,7 +40,8 @@ ENVIRONMENT = {
     "devices": ["cpu: cpu"] * 8,
     "variables": {"XLA_FLAGS": HOSTILE},
 }
-WIDTHS = (400, 1400)
+SVG = "{http://www.w3.org/2000/svg}svg"
+WIDTHS = (390, 800, 1400)
 SCHEMES = ("light", "dark")
 
 
@@ -66,7 +73,7 @@ def question(name: str, **values) -> Section:
         "Claim": "It does (https://arxiv.org/abs/1502.03167).",
         "Source": "Ioffe & Szegedy 2015 (https://arxiv.org/abs/1502.03167).",
         "Protocol": "A net with `g` and `b`, trained.",
-        "Command": f"python -m experiments run {name}",
+        "Command": f"normlab run {name}",
     }
     config = {"lr": 0.1, "norms": ("none", "batch"), "data_dir": None}
     data = {"name": "digits", "origin": "scikit-learn", "sha256": "0123456789abcdef" * 4}
@@ -125,8 +132,28 @@ def sections() -> tuple[Section, ...]:
     return mixed, missing, hostile
 
 
+FINDINGS = (
+    Finding(
+        "It is `large`, and small it is not",
+        "Of two nets.",
+        (
+            Evidence("mixed.large", "holds", "how large"),
+            Evidence("mixed.small", "fails", "how small"),
+            Evidence("mixed.exact", "holds", "how exact"),
+        ),
+    ),
+    Finding("Most learn", "All of them.", (Evidence("mixed.share", "holds", "how many"),)),
+    Finding(HOSTILE, HOSTILE, (Evidence("hostile.worst", "undecided", HOSTILE),)),
+    Finding("Nobody asked", "So nobody says.", (Evidence("absent.one", "holds", "what"),)),
+    Finding("A seed diverged", "So it did.", (Evidence("mixed.diverged", "undecided", "it"),)),
+)
+URL = "https://example.org/a/report.html"
+
+
 def write() -> str:
-    return report.page(sections(), ENVIRONMENT, REFERENCES, FILES)
+    told = findings.tell(FINDINGS, sections())
+    shared = {"told": told, "picture": "report.png", "url": URL}
+    return report.page(sections(), ENVIRONMENT, REFERENCES, FILES, **shared)
 
 
 @pytest.fixture(scope="module")
@@ -159,8 +186,8 @@ def test_every_id_is_unique_and_every_link_inside_the_page_arrives(tree):
     targets = [a.get("href")[1:] for a in tree.iter(HTML + "a") if a.get("href")[0] == "#"]
     assert len(ids) == len(set(ids))
     assert set(targets) <= set(ids)
-    for name in ("mixed", "absent", "hostile"):
-        assert {f"q-{name}", f"o-{name}"} <= set(targets)
+    assert {f"q-{name}" for name in ("mixed", "absent", "hostile")} <= set(ids)
+    assert {"q-mixed", "q-hostile", "overview", "about"} <= set(targets)
     claims = {v.id for section in sections() for v in section.verdicts}
     assert claims | {"ref-one2015", "ref-bad2015"} <= set(targets)
 
@@ -171,13 +198,19 @@ def test_nothing_is_loaded_from_elsewhere(page, tree):
             if key in ("src", "srcset", "data", "poster", "action"):
                 assert value.startswith("data:image/svg+xml,")
             if key == "href" and element.tag != HTML + "a":
-                assert value == "data:,"
+                assert value == {"icon": "data:,", "canonical": URL}[element.get("rel")]
     assert not re.search(r"@import|url\(|src:", "".join(e.text for e in tree.iter(HTML + "style")))
     assert "default-src 'none'" in page
 
 
+def test_no_script_runs_but_the_pages_own(tree):
+    (script,) = tree.iter(HTML + "script")
+    (policy,) = [e.get("content") for e in tree.iter() if e.get("http-equiv")]
+    digest = base64.b64encode(hashlib.sha256(script.text.encode()).digest()).decode()
+    assert f"script-src 'sha256-{digest}'" in policy
+
+
 def test_what_is_said_is_escaped(tree):
-    assert not list(tree.iter(HTML + "script"))
     hostile = next(e for e in tree.iter() if e.get("id") == "q-hostile")
     # headline, lead, claim, unit, the source's number, diverged, four parts, data (2), config (2)
     # and its data; of the evidence the line's commit and reason, the source (3); of tuning the net
@@ -187,21 +220,25 @@ def test_what_is_said_is_escaped(tree):
     assert "".join(source.itertext()).count("<script>alert(1)</script> &") == 4
 
 
-def test_every_claim_stands_in_the_overview_and_with_its_evidence_in_its_section(tree):
+def test_every_question_is_a_row_of_the_overview_that_counts_its_verdicts(tree):
     overview = next(e for e in tree.iter() if e.get("id") == "overview")
-    shown = [words(e) for e in of_class(overview, "claim")]
-    assert shown[:7] == [
-        "it is large ✓ holds 31.3 times [27.8, 35.3] ≥ 1 size ≥ 40: ✗ fails < 0.001",
-        "it is small ✗ fails 1.23 points [0.85, 1.61] ≤ 0.5 0.028",
-        "one seed says little ? undecided 2 nats no interval ≥ 1 –",
-        "a seed diverged ? undecided not finite no interval 1 to 2 –",
-        "it is zero ✓ holds 0 [0, 0] ≤ 1 × 10⁻⁹ identity",
-        "most learn ? undecided 0.67 of the seeds [0.09, 0.99] ≥ 0.5 1.00",
-        "It does (arXiv:1502.03167). ∅ missing cifar10 cannot be had.",
+    rows = [words(e.find(HTML + "summary")) for e in of_class(overview, "question")]
+    assert rows[:2] == [
+        "1 Does mixed hold? ✓ 2 holds ✗ 1 fails ? 3 undecided",
+        "2 Does absent hold? ∅ 1 missing",
     ]
+    assert rows[2].endswith("? 1 undecided")
+    (missing,) = [e for e in of_class(overview, "claim") if "missing" in e.get("class")]
+    assert words(missing) == "∅ missing cifar10 cannot be had."
+    shows, kinds = (words(e) for e in overview.iter(HTML + "fieldset"))
+    assert shows == "Show all 8 ✓ holds 2 ✗ fails 1 ? undecided 4 ∅ missing 1"
+    assert kinds == "of kind any identity 1 literature 3 ours 3"
+
+
+def test_every_claim_stands_with_its_evidence_under_its_question(tree):
     section = next(e for e in tree.iter() if e.get("id") == "q-mixed")
     (table,) = of_class(section, "claims")
-    assert [words(e) for e in of_class(table, "claim")] == [
+    assert [words(e.find(HTML + "tr")) for e in of_class(table, "claim")] == [
         "it is large mixed.large literature ✓ holds 31.3 times [27.8, 35.3] ≥ 1 "
         "size ≥ 40: ✗ fails 23.7 → 34.7% error 3 < 0.001 Holm < 0.001 BH < 0.001",
         "it is small mixed.small ours ✗ fails 1.23 points [0.85, 1.61] ≤ 0.5 – 3 0.014 "
@@ -213,12 +250,44 @@ def test_every_claim_stands_in_the_overview_and_with_its_evidence_in_its_section
         "most learn mixed.share literature untuned ? undecided 0.67 of the seeds [0.09, 0.99] "
         "≥ 0.5 23.7 → 34.7% error 3 1.00 Holm 1.00 BH 1.00",
     ]
-    counts = [words(e) for e in of_class(overview, "counts")]
-    assert counts[0] == "Show all 8 ✓ holds 2 ✗ fails 1 ? undecided 4 ∅ missing 1"
-    assert counts[1] == "of kind any identity 1 literature 3 ours 3"
 
 
-def test_the_overview_counts_each_kind_and_what_is_decided_still(tree):
+def test_the_first_screen_counts_each_kind(page, tree):
+    (table,) = of_class(tree, "tally")
+    assert [words(e) for e in table.iter(HTML + "tr")] == [
+        "✓ holds ✗ fails ? undecided",
+        "literature a source says it 1 0 2",
+        "ours no source says it 0 1 2",
+        "identity is so exactly or up to rounding 1 0 0",
+    ]
+    assert "7 claims of 3 questions: 2 hold, 1 fail, 4 undecided." in page
+
+
+def test_what_shares_the_page_finds_its_title_its_counts_and_its_picture(tree):
+    said = {
+        e.get("name") or e.get("property"): e.get("content")
+        for e in tree.iter(HTML + "meta")
+        if e.get("content")
+    }
+    assert said["og:title"] == said["twitter:title"] == report.TITLE
+    assert said["og:image"] == said["twitter:image"] == "https://example.org/a/report.png"
+    assert said["twitter:card"] == "summary_large_image"
+    for name in ("description", "og:description", "twitter:description"):
+        assert said[name].startswith("7 claims of 3 questions: 2 hold, 1 fail, 4 undecided.")
+    unshared = ET.fromstring(report.page(sections(), ENVIRONMENT, REFERENCES, FILES))
+    assert not [e for e in unshared.iter(HTML + "meta") if "image" in e.get("property", "")]
+
+
+def test_each_question_leads_to_its_code(page):
+    at = "https://github.com/normlab/normlab/blob"
+    assert f'href="{at}/main/experiments/questions/mixed.py"' in page
+    for commit, place in (("0123456789ab", "0123456789ab"), ("0123456789ab-dirty", "main")):
+        known = ENVIRONMENT | {"commit": commit}
+        found = report.page(sections(), known, REFERENCES, FILES)
+        assert f'href="{at}/{place}/experiments/questions/mixed.py"' in found
+
+
+def test_the_method_counts_each_kind_and_what_is_decided_still(tree):
     (table,) = of_class(tree, "kinds")
     found = [words(e) for e in table.iter(HTML + "tr")][1:]
     assert found == [
@@ -252,9 +321,9 @@ def test_a_claim_leads_to_its_seeds_its_threshold_its_source_and_a_command(tree)
     assert said["Source"] == (
         "One & Two 2015, section 3: 23.7 → 34.7% error; its abstract alone was read."
     )
-    assert said["Repeat"] == "python -m experiments run mixed --again"
+    assert said["Repeat"] == "normlab run mixed --again"
     assert "mixed-0123456789ab" in said["Records"]
-    assert 'experiments.load("mixed")' in said["Records"]
+    assert 'normlab.experiments.load("mixed")' in said["Records"]
     assert "set before the run" in evidence(tree, "mixed.small")["Threshold"]
     assert evidence(tree, "mixed.one")["Threshold"].startswith("Not locked")
     assert evidence(tree, "mixed.one")["Seeds"] == "One effect each, not by seed: 2"
@@ -331,13 +400,13 @@ def test_headings_are_in_order_tables_have_scopes_and_figures_are_described(tree
     assert tree.get("lang") == "en"
     assert all(th.get("scope") for th in tree.iter(HTML + "th"))
     assert all(table.find(HTML + "caption") is not None for table in tree.iter(HTML + "table"))
+    assert all(svg.get("aria-hidden") for svg in tree.iter(SVG))  # the words have its numbers
     alts = [img.get("alt") for img in tree.iter(HTML + "img")]
     assert len(alts) == len(set(alts)) == 2
     assert all("question" in alt for alt in alts)
 
 
 def test_each_figure_is_a_document_of_its_own_that_refers_to_nothing_outside(tree):
-    assert not list(tree.iter("{http://www.w3.org/2000/svg}svg"))
     for img in tree.iter(HTML + "img"):
         svg = urllib.parse.unquote(img.get("src").partition(",")[2])
         ids = {e.get("id") for e in ET.fromstring(svg).iter()}
@@ -356,7 +425,7 @@ def test_every_text_colour_has_contrast_on_every_ground(tree, scheme):
     if scheme == "dark":
         colours |= dict(re.findall(r"--(\w+): (#\w{6})", dark))
     grounds = {"paper", "tint"}
-    texts = colours.keys() - grounds - {"card", "line"}
+    texts = colours.keys() - grounds - {"card", "claimed", "line"}
     assert texts == {"ink", "quiet", "link", *report.SYMBOLS}
     for text, ground in itertools.product(texts, grounds):
         assert contrast(colours[text], colours[ground]) >= 4.5, (text, ground)
@@ -407,13 +476,102 @@ def test_no_question_at_all_is_still_a_page():
     assert "all <b>0</b>" in report.page([], ENVIRONMENT, {}, {})
 
 
+# --- The findings -----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def told():
+    return {one.title: one for one in findings.tell(FINDINGS, sections())}
+
+
+def test_a_finding_is_told_with_its_effects_and_leads_to_its_question_and_its_source(tree):
+    (listed,) = [e for e in tree.iter() if e.get("id") == "findings"]
+    first = words(next(listed.iter(HTML + "li")))
+    assert first == (
+        "1 It is large, and small it is not Of two nets. how large 31.3 times [27.8, 35.3] ✓ holds "
+        "0.5 1 2 5 10 20 how small 1.23 points [0.85, 1.61] ✗ fails 0 0.5 1 1.5 "
+        "how exact 0 [0, 0] ✓ holds 0 5 × 10⁻¹⁰ 1 × 10⁻⁹ Does mixed hold? One & Two 2015"
+    ).replace("0.5 1 2 5 10 20", words(of_class(listed, "axis")[0]))
+    links = {a.get("href") for a in next(listed.iter(HTML + "li")).iter(HTML + "a")}
+    assert links == {"#mixed.large", "#mixed.small", "#mixed.exact", "#q-mixed", "#ref-one2015"}
+
+
+def test_a_finding_whose_verdict_came_out_otherwise_is_not_told(tree, told):
+    assert "Most learn" not in told
+    assert "Most learn" not in words(tree)
+    other = told["Does mixed hold?"]
+    assert not other.so
+    assert other.more == ""
+    assert other.panels[0].strips[0].name == "most learn"  # the claim in its own words
+    (listed,) = [e for e in tree.iter() if e.get("id") == "findings"]
+    said = words([*listed.iter(HTML + "li")][1])
+    assert "The verdicts of this report are not those that a finding was written for" in said
+    assert "most learn 0.67 of the seeds [0.09, 0.99] ? undecided" in said
+
+
+def test_a_finding_whose_claims_lack_is_left_out(tree, told):
+    assert len(told) == 4
+    assert "Nobody asked" not in words(tree)
+    assert not findings.tell(FINDINGS, [])
+    assert 'id="findings"' not in report.page([], ENVIRONMENT, {}, {})
+
+
+def test_effects_lie_in_their_order_on_an_axis_with_their_bounds(told):
+    large, small, exact = told["It is `large`, and small it is not"].panels
+    (strip,) = large.strips
+    assert 0 < large.nothing < strip.low < strip.mean < strip.high < 1
+    assert strip.claimed == (pytest.approx(large.nothing), 1.0)  # at least 1, of a factor
+    assert len(strip.seeds) == 3
+    (strip,) = small.strips
+    assert 0 < small.nothing < strip.claimed[1] < strip.low < strip.high < 1
+    places = [at for at, _ in large.ticks]
+    assert places == sorted(places)
+    (strip,) = exact.strips
+    assert strip.low == strip.mean == strip.high == exact.nothing
+    (strip,) = told["A seed diverged"].panels[0].strips
+    assert math.isnan(strip.mean)
+    assert len(strip.seeds) == 1
+
+
+def test_the_picture_to_share_is_as_wide_as_asked_and_has_the_first_three(told):
+    drawn = findings.picture("A title", "some counts", [*told.values()])
+    said = " ".join(text.get_text() for text in drawn.texts)
+    assert "A title some counts It is `large`" in said
+    assert "31.3 times ✓ holds" in said
+    picture = Image.open(io.BytesIO(figures.encode(drawn, "png")))
+    assert picture.size == (1200, 630)
+    assert findings.picture("A title", "some counts", []).axes == []
+
+
+def test_the_ten_findings_are_those_of_the_report_beside_the_guide():
+    claims = pd.read_parquet(CHECKOUT / "docs/report-claims.parquet").set_index("id")
+    found = findings.read()
+    assert len(found) == 10
+    for finding in found:
+        for claim in finding.claims:
+            assert claims.loc[claim.id].decision == claim.told, claim.id
+        kinds = {claims.loc[claim.id].kind for claim in finding.claims}
+        assert "identity" not in kinds
+    assert {c.told for f in found for c in f.claims} == {"holds", "fails", "undecided"}
+    page = (CHECKOUT / "docs/report.html").read_text(encoding="utf-8")
+    for finding in found:
+        assert finding.title in page
+    assert (CHECKOUT / "docs/report.png").stat().st_size > 1000
+
+
+def test_the_words_of_a_finding_have_no_number():
+    for finding in findings.read():
+        for words in (finding.title, finding.more, *(claim.name for claim in finding.claims)):
+            assert not re.search(r"\d", words), words
+
+
 # --- The sources and the tables ---------------------------------------------------------------
 
 
 def test_every_source_that_a_question_cites_is_in_the_file():
     known = references.read()
     for name in questions.NAMES:
-        path = CHECKOUT / f"experiments/questions/{name}.py"
+        path = CHECKOUT / f"normlab/experiments/questions/{name}.py"
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Constant) and re.fullmatch(
                 r"[a-z]+\d{4}[a-z]?", str(node.value)
@@ -533,7 +691,6 @@ def test_every_column_is_described():
 
 # --- In a browser -----------------------------------------------------------------------------
 
-CHOSEN = (".claim", "tbody")
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 
 STICKING_OUT = """() => [...document.querySelectorAll("body *")].filter(e => {
@@ -595,7 +752,7 @@ def visit(browser, address):
     for context in browser.contexts:
         context.close()
     assert wrong == []
-    assert {url for url in requested if not url.startswith("data:")} == {address}
+    assert {url.split("?")[0] for url in requested if not url.startswith("data:")} == {address}
 
 
 @pytest.mark.parametrize("width", WIDTHS)
@@ -624,13 +781,16 @@ def test_text_has_contrast_on_a_ground_as_light_or_dark_as_asked(visit, width, s
         assert contrast(text, behind) >= 4.5, (text, behind)
 
 
-def test_a_choice_shows_the_claims_of_one_verdict_and_of_one_kind(visit):
+def test_a_choice_opens_the_questions_that_have_such_claims_and_shows_these(visit):
     tab = visit()
-    claims, questions = (tab.locator(f".overview .questions {what}:visible") for what in CHOSEN)
-    assert claims.count() == 8
-    for name, count in {"holds": 2, "fails": 1, "undecided": 4, "missing": 1, "all": 8}.items():
+    claims, questions = (tab.locator(f".{what}:visible") for what in ("claim", "question"))
+    assert (claims.count(), questions.count()) == (0, 3)
+    for name, count in {"holds": 2, "fails": 1, "undecided": 4, "missing": 1}.items():
         tab.check(f"#show-{name}")
         assert claims.count() == count
+        assert tab.locator(".question figure:visible").count() == 0
+    tab.check("#show-all")
+    assert (claims.count(), questions.count()) == (0, 3)
     for name, count in {"identity": 1, "literature": 3, "ours": 3}.items():
         tab.check(f"#kind-{name}")
         assert claims.count() == count
@@ -640,39 +800,89 @@ def test_a_choice_shows_the_claims_of_one_verdict_and_of_one_kind(visit):
     assert (claims.count(), questions.count()) == (0, 0)
     tab.check("#show-undecided")
     assert (claims.count(), questions.count()) == (2, 2)
-    assert tab.locator(".kinds tbody:visible").count() == 1
 
 
-def test_an_address_leads_to_a_claim_whose_evidence_opens_by_keyboard(visit):
+@pytest.mark.parametrize("width", WIDTHS)
+def test_findings_stand_on_the_first_screen_and_the_first_figure_soon_after(visit, width):
+    tab = visit(width)
+    assert tab.locator(".findings li h3").first.bounding_box()["y"] < 844
+    for what in (".strip", ".findings figure"):
+        box = tab.locator(what).first.bounding_box()
+        assert box["y"] < 2000
+        assert box["width"] > 300
+    assert tab.evaluate("document.scrollingElement.scrollHeight") < 6000
+    sizes = tab.evaluate(
+        "[...document.querySelectorAll('.findings :is(p, text, h3, .mark)')]"
+        ".map(e => parseFloat(getComputedStyle(e).fontSize))"
+    )
+    assert min(sizes) >= 11
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_the_report_of_this_tree_is_short_and_its_findings_fit(browser, width):
+    tab = browser.new_page(viewport={"width": width, "height": 844})
+    tab.goto((CHECKOUT / "docs/report.html").as_uri())
+    assert tab.locator(".findings li").count() == 10
+    assert tab.locator(".findings .notice").count() == 0
+    assert tab.locator(".findings li h3").first.bounding_box()["y"] < 844
+    assert tab.locator(".strip").first.bounding_box()["y"] < 2000
+    assert tab.evaluate("document.scrollingElement.scrollHeight") < 15_000
+    assert tab.evaluate("document.scrollingElement.scrollWidth") <= width
+    assert tab.evaluate(STICKING_OUT) == []
+    tab.close()
+
+
+def test_an_address_of_a_claim_opens_its_question_and_its_evidence(visit, address):
     tab = visit()
-    tab.click('.overview a[href="#mixed.small"]')
-    assert tab.url.endswith("#mixed.small")
     body = tab.locator('[id="mixed.small"]')
+    assert not body.is_visible()
+    tab.click('.findings a[href="#mixed.small"]')
+    assert tab.url.endswith("#mixed.small")
     assert body.evaluate("e => e.matches(':target')")
-    assert not body.locator(".evidence").is_visible()
-    body.locator("summary").focus()
-    tab.keyboard.press("Enter")
     assert body.locator(".evidence").is_visible()
+    assert 0 <= body.bounding_box()["y"] < 900
+    tab.goto(address + "?again#hostile.worst")
+    assert tab.locator('[id="hostile.worst"] .evidence').is_visible()
+    tab.goto(address + "?again#ref-one2015")
+    assert tab.locator("#ref-one2015").is_visible()
+    tab.goto(address + "?again#nothing")
 
 
-def test_a_keyboard_reaches_the_overview_first_and_links_lead_there_and_back(visit):
+def test_a_link_to_a_question_opens_it_and_a_keyboard_its_claims(visit):
+    tab = visit()
+    tab.click('.findings a[href="#q-mixed"]')
+    figure, claim = tab.locator("#q-mixed figure"), tab.locator('[id="mixed.large"]')
+    assert figure.is_visible()
+    assert figure.bounding_box()["y"] < claim.bounding_box()["y"]
+    assert not claim.locator(".evidence").is_visible()
+    claim.locator("summary").focus()
+    tab.keyboard.press("Enter")
+    assert claim.locator(".evidence").is_visible()
+
+
+def test_a_keyboard_reaches_the_questions_first(visit):
     tab = visit()
     tab.keyboard.press("Tab")
-    assert tab.evaluate("document.activeElement.textContent") == "Skip to the overview"
-    tab.click("#o-absent")
-    assert tab.url.endswith("#q-absent")
-    tab.click("#q-absent .back a")
-    assert tab.url.endswith("#o-absent")
+    assert tab.evaluate("document.activeElement.textContent") == "Skip to the questions"
 
 
-def test_in_print_the_page_is_white_whole_and_fits(visit):
+def test_without_script_claims_are_found_by_their_address_all_the_same(browser, address):
+    tab = browser.new_context(java_script_enabled=False).new_page()
+    tab.goto(address + "#mixed.small")
+    assert tab.locator('[id="mixed.small"]').is_visible()
+    tab.context.close()
+
+
+def test_in_print_the_page_is_white_short_and_fits(visit):
     tab = visit(700, "dark")
     tab.check("#show-fails")
     tab.emulate_media(media="print")
     assert tab.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
-    assert tab.locator(".overview .claim:visible").count() == 8
-    assert all(found.is_visible() for found in tab.locator(".evidence").all())
-    assert all(config.is_visible() for config in tab.locator(".config").all())
+    assert tab.locator(".claims .claim:visible").count() == 7
+    assert all(found.is_visible() for found in tab.locator("figure").all())
+    assert not any(found.is_visible() for found in tab.locator(".evidence, .config").all())
     assert all(contrast(*pair) >= 4.5 for pair in tab.evaluate(TEXT_ON_GROUND))
     assert tab.evaluate(STICKING_OUT) == []
-    assert tab.pdf(format="A4").startswith(b"%PDF")
+    tab.emulate_media()
+    pdf = tab.pdf(format="A4")
+    assert 1 <= len(re.findall(rb"/Type\s*/Page\b", pdf)) <= 6

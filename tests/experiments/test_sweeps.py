@@ -26,8 +26,8 @@ from normlab.experiments.asking.ask import answer
 from normlab.experiments.asking.fields import grid, words
 from normlab.experiments.asking.kept import Kept
 from normlab.experiments.engine import Condition, Config, decide, exact
-from normlab.experiments.rundir import CHECKOUT, RunError
-from tests.helpers import environment
+from normlab.experiments.rundir import RunError
+from tests.helpers import CHECKOUT, environment
 
 TINY = Config(dataset="", steps=4, evaluations=2, seeds=3)
 
