@@ -60,7 +60,7 @@ class _Record(dict[str, Any]):
     def keys(self) -> Any:
         return _Everything(super().keys())
 
-    def __or__(self, other: Mapping[str, Any]) -> _Record:
+    def __or__(self, other: Mapping[str, Any]) -> _Record:  # type: ignore[override]
         return _Record({**dict(self.items()), **other})
 
 
