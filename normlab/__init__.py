@@ -27,7 +27,8 @@ else:  # or a checker would let every name pass
             return globals().setdefault(name, getattr(public, name))
         if name in globals():  # a module, which has been loaded meanwhile
             return globals()[name]
-        raise AttributeError(f"module 'normlab' has no attribute {name!r}")
+        hint = f": import normlab.{name}" if name in ("linen", "nnx") else ""
+        raise AttributeError(f"module 'normlab' has no attribute {name!r}{hint}")
 
     def __dir__():
         return sorted({*globals(), *__getattr__("__all__")})

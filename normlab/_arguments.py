@@ -44,6 +44,7 @@ class Kind(NamedTuple):
       static: Whether it must be known when the function is traced.
       words: The only ones, if it is a word.
       numbers: Of which types it is if it is a number: those the error need not tell.
+      saved: Whether a checkpoint may give it back as dicts or lists.
     """
 
     expected: str
@@ -53,7 +54,14 @@ class Kind(NamedTuple):
     static: bool = False
     words: tuple[str, ...] = ()
     numbers: tuple[type, ...] = ()
+    saved: bool = False
 
+
+RESTORE = (
+    "give the dicts of a checkpoint their types back: "
+    "nl.population.restore_states(states, restored), with states as they are made"
+)
+"""What to do about a dict or a list in the place of a state."""
 
 KINDS: dict[str, Kind] = {}
 """What a value must be, by the name of the argument."""
@@ -126,6 +134,8 @@ def read(where: str, name: str, value: Any, kind: Kind | None = None) -> Any:
     except (TypeError, ValueError, OverflowError):
         pass  # what NumPy or JAX say about it would be no help
     expected, change = kind.expected, kind.change
+    if kind.saved and isinstance(value, Mapping | list):
+        change = RESTORE
     if kind.words:
         change = f"use a known one: {nearest(str(value), kind.words)}"
     if kind.static and _is_traced(value):

@@ -178,7 +178,7 @@ def gain_and_bias(
                 f"channels on axis {channel_axis}",
                 f"shape ({channels},); () for one number; by example ({shape[0]}, {channels}); or "
                 "as many axes as the input, each of its size or 1",
-                f"make the parameters with init_affine({channels}), or set channel_axis",
+                _gain_that_fits(name, jnp.shape(value), shape, channel_axis % len(shape)),
             )
         if not jnp.issubdtype(jnp.result_type(value), jnp.floating):
             raise invalid(
@@ -189,6 +189,32 @@ def gain_and_bias(
             )
         out.append(jnp.asarray(value).astype(dtype).reshape(along))
     return out[0], out[1]
+
+
+def _gain_that_fits(name: str, of: tuple[int, ...], shape: tuple[int, ...], channel: int) -> str:
+    """What to do about a gain of the shape `of`, which may be one that a condition made."""
+    n, c = shape[0], shape[channel]
+    if len(of) < 2:
+        change, ones = f"make the parameters with init_affine({c})", ", 1" * (len(shape) - 1)
+        each = f", or say one number for each example as {name}.reshape(-1{ones})"
+        return f"{change}, or set channel_axis{each if of == (n,) else ''}"
+    sizes = [m for m in of if m != 1]
+    if sizes == [c]:
+        change = f"say one for all examples as {name}.reshape({c})"
+    elif sizes == [n, c]:
+        change = f"reshape it to one by example, ({n}, {c}), or set channel_axis"
+    elif of == (c, n):
+        change = f"transpose it to one by example, ({n}, {c})"
+    elif of[0] == n and of[-1] != c and of[-1] % c == 0:
+        parts = of[-1] // c
+        change = f"split what the net made: jnp.split(..., {parts}, axis=-1), each ({n}, {c})"
+    elif of[1:] == (c,):
+        change = f"take its row for each example, {name}[labels], of shape ({n}, {c})"
+    elif of == shape[1:]:
+        change = f"give it an axis for the examples, {name}[None]"
+    else:
+        change = f"make it one by example, ({n}, {c})"
+    return f"{change}; for a condition pass nl.modulate(params, scale, shift) as the params"
 
 
 def _along(

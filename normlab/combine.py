@@ -155,7 +155,15 @@ def join(shift: Parts, scale: Parts) -> Parts:
     return scale._replace(mu=shift.mu)
 
 
-def tuple_of(norms: Sequence[Any]) -> Kind:
+MODULATED = (
+    "pass what init returned; a condition changes those of one norm: "
+    "(*params[:-1], nl.modulate(params[-1], scale, shift))"
+)
+
+
+def tuple_of(
+    norms: Sequence[Any], change: str = "pass what init, or the last call, returned"
+) -> Kind:
     """What `init` returns of so many norms."""
 
     def read(value: Any) -> Any:
@@ -164,9 +172,7 @@ def tuple_of(norms: Sequence[Any]) -> Kind:
         return value
 
     expected = f"a tuple of {len(norms)}, one of each norm"
-    return Kind(
-        expected, "pass what init, or the last call, returned", read, (None, "x", 1, [], {})
-    )
+    return Kind(expected, change, read, (None, "x", 1, [], {}), saved=True)
 
 
 @checked("chain", norms=_NORMS)
@@ -206,7 +212,7 @@ def chain(norms: Sequence[Norm]) -> Norm:
         assert whole is not None
         return whole, tuple(states)
 
-    made = made_of("chain", init, parts, params=tuple_of(norms), state=tuple_of(norms))
+    made = made_of("chain", init, parts, params=tuple_of(norms, MODULATED), state=tuple_of(norms))
     return made.known_as(None, fused=norms[-1].fused)
 
 
@@ -227,7 +233,9 @@ class Mixed(NamedTuple):
     of: tuple[Any, ...]
 
 
-_MIXED = instance(Mixed, "pass what init returned", arrays=False)
+_MIXED = instance(
+    Mixed, "pass what init returned, or nl.modulate(params, scale, shift) of it", arrays=False
+)
 
 
 @checked("mixture", norms=_NORMS, combine=a_function(of=2), weights=a_function(of=1))
@@ -335,7 +343,7 @@ def split(norms: Sequence[Norm], sizes: Sequence[int]) -> Norm:
 
         return partitioned(beside, site.a, *found), states
 
-    made = made_of("split", init, parts, params=tuple_of(norms), state=tuple_of(norms))
+    made = made_of("split", init, parts, params=tuple_of(norms, MODULATED), state=tuple_of(norms))
     return made.known_as(None, fused=all(norm.fused for norm in norms))
 
 

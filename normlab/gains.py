@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
-from normlab._arguments import SIZES, array, checked, declare, one_of, real
+from normlab._arguments import KINDS, SIZES, array, checked, declare, one_of, real
 from normlab._checks import expand, promote
 from normlab._trees import node
 from normlab.equation import Affine, init_affine
@@ -117,7 +117,12 @@ def kept_as(gain: Gain, made: Affine) -> Any:
 _CONDITION = array("an array that broadcasts to the input, such as [N, C]", "pass what a net made")
 
 
-@checked("modulate", **dict.fromkeys(("scale", "shift", "gate"), _CONDITION))
+_NORMS = KINDS["params"]._replace(
+    change="pass those of the norm first, or None: modulate(None, scale, shift)"
+)
+
+
+@checked("modulate", params=_NORMS, **dict.fromkeys(("scale", "shift", "gate"), _CONDITION))
 def modulate(
     params: Any = None,
     scale: ArrayLike | None = None,
@@ -179,7 +184,8 @@ def _met(f: Callable[..., Array], name: str, condition: Array, own: Any, axis: i
         jnp.broadcast_shapes(own.shape, condition.shape)
     except ValueError as error:
         given = f"a {name} of shape {condition.shape} for params of shape {own.shape}"
-        change = "let the condition end in the channels of the norm, or set channel_axis"
+        change = "let the condition end in the channels of the norm (scale and shift of one net: "
+        change += "jnp.split(..., 2, axis=-1)), or set channel_axis"
         raise invalid("modulate", given, "shapes that broadcast", change) from error
     dtype = jnp.promote_types(own.dtype, condition.dtype)
     return f(own.astype(dtype), condition.astype(dtype))

@@ -63,6 +63,41 @@ TABLE = [
         "b of shape (4,)",
         "(3,)",
     ),
+    *(
+        case(
+            f"a gain that a condition made, of {shape}",
+            lambda shape=shape: nl.instance_norm(IMAGE, Affine(jnp.ones(shape), None)),
+            *("instance norm", f"g of shape {shape}", "example (2, 6)", *words),
+        )
+        for shape, *words in (
+            ((6, 2), "transpose it to one by example, (2, 6)", "nl.modulate(params, scale, shift)"),
+            ((2, 12), "jnp.split(..., 2, axis=-1), each (2, 6)", "nl.modulate("),
+            ((2, 1, 6), "reshape it to one by example, (2, 6)", "nl.modulate("),
+            ((2, 6, 1, 1), "reshape it to one by example, (2, 6)", "set channel_axis"),
+            ((10, 6), "its row for each example, g[labels], of shape (2, 6)", "nl.modulate("),
+            ((1, 6), "g.reshape(6)", "nl.modulate("),
+            ((4, 4, 6), "an axis for the examples, g[None]", "nl.modulate("),
+            ((2, 4, 6), "make it one by example, (2, 6)", "nl.modulate("),
+            ((2,), "init_affine(6)", "g.reshape(-1, 1, 1, 1)"),
+        )
+    ),
+    case(
+        "scale and shift of one net together",
+        lambda: nl.modulate(nl.init_affine(3), jnp.ones((4, 6))),
+        *("modulate", "scale of shape (4, 6)", "jnp.split(..., 2, axis=-1)"),
+    ),
+    case(
+        "a condition in the place of the params",
+        lambda: nl.modulate(jnp.ones((4, 3)), jnp.ones((4, 3))),
+        *("modulate", "params of type", "modulate(None, scale, shift)"),
+    ),
+    case(
+        "a condition of several norms",
+        lambda: nl.combine.chain([nl.get("batch"), nl.get("rms")]).parts(
+            nl.modulate(None, A), (STATE, ()), Site(A), train=True
+        ),
+        *("chain", "Affine", "(*params[:-1], nl.modulate(params[-1], scale, shift))"),
+    ),
     case(
         "gain of integers",
         lambda: nl.layer_norm(A, Affine(jnp.ones(3, int), None)),

@@ -161,3 +161,26 @@ def test_what_the_gradient_sees_is_the_formula_of_the_docstring(gradient, mapper
     h, found = mappers()[mapper](on_device)(params, (a, dy, dy))
     assert gap(h, g * hat + np.asarray(params.b)) < 5e-6
     assert gap(found, dx) < 5e-6
+
+
+@pytest.mark.parametrize("kind", list(jax.sharding.AxisType)[:2])
+def test_the_helpers_are_the_same_in_plain_jit_where_arrays_are_of_all_devices(kind):
+    params, (a, c, w) = problem()
+    mesh = jax.make_mesh((D,), ("data",), axis_types=(kind,))
+    place = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
+
+    def step(params, a, c, w):
+        def loss(params):
+            each = losses(params, a, c, "data", w)
+            return nl.devices.global_mean(each, "data", weights=w)
+
+        value, grads = jax.value_and_grad(loss)(params)
+        return value, nl.devices.global_gradient(grads, "data")
+
+    whole = [v.reshape(-1, *v.shape[2:]) for v in (a, c, w)]
+    with jax.set_mesh(mesh):
+        found = jax.jit(step)(params, *jax.device_put(whole, place))
+    value, (grads, _) = expected(params, (a, c, w), True)
+    assert gap(found, (value, grads)) < 1e-5
+    alone = nl.devices.global_mean(whole[0], None), nl.devices.global_gradient(grads, None)
+    assert gap(alone, (whole[0].mean(), grads)) < 1e-6

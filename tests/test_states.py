@@ -1,7 +1,9 @@
 """What holds of every population: types, NumPy leaves, debug settings, checkpoints, averages."""
 
 import functools
+import pickle
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,6 +13,7 @@ import pytest
 from flax import nnx, serialization
 
 import normlab as nl
+import normlab.linen
 import normlab.nnx
 from tests.helpers import array, draw, gap
 
@@ -238,6 +241,140 @@ def test_another_convention_is_an_error_that_names_both(old, new, says):
         with pytest.raises(ValueError, match=rf"conventions: got 'norm', which is .*{says}"):
             check()
         nl.population.check_conventions(nl.population.conventions(old), old)
+
+
+class Net(nn.Module):
+    @nn.compact
+    def __call__(self, x, train):
+        for population in ("ema", "debiased"):
+            x = normlab.linen.BatchNorm(use_running_average=not train, population=population)(x)
+        return x
+
+
+class Model(nnx.Module):
+    def __init__(self):
+        rngs = nnx.Rngs(0)
+        self.norms = nnx.List(
+            normlab.nnx.BatchNorm(C, population=population, rngs=rngs)
+            for population in ("ema", "window")
+        )
+
+    def __call__(self, x):
+        for norm in self.norms:
+            x = norm(x)
+        return x
+
+
+def without_a_target(tree, folder):
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(folder / "tree", tree)
+        checkpointer.wait_until_finished()
+        return checkpointer.restore(folder / "tree")
+
+
+WAYS = {
+    "orbax": without_a_target,
+    "msgpack": lambda tree, _: serialization.msgpack_restore(serialization.to_bytes(tree)),
+    "state dict": lambda tree, _: serialization.to_state_dict(tree),
+}
+every_way = pytest.mark.parametrize("way", WAYS)
+
+
+@every_way
+def test_the_variables_of_a_linen_model_come_back_from_plain_dicts(way, tmp_path):
+    net, x = Net(), array(draw(1, N, 2, C))
+    fresh = net.init(jax.random.key(0), x, train=False)
+    _, changed = net.apply(fresh, x, train=True, mutable=["batch_stats"])
+    old = {**fresh, **changed}
+    plain = WAYS[way](old, tmp_path)
+    with pytest.raises(ValueError, match=r"of type dict .*nl\.population\.restore_states\("):
+        net.apply(plain, x, train=False)
+    back = nl.population.restore_states(fresh, plain)
+    assert jax.tree.structure(back) == jax.tree.structure(old)
+    assert gap(net.apply(back, x, train=False), net.apply(old, x, train=False)) == 0
+
+
+@pytest.mark.parametrize("pure", [False, True])
+def test_an_nnx_model_comes_back_from_plain_dicts(pure, tmp_path):
+    model, x = Model(), array(A)
+    model(x)
+    state = nnx.state(model)
+    plain = without_a_target(nnx.to_pure_dict(state) if pure else state, tmp_path)
+    new = Model()
+    nnx.update(new, nl.population.restore_states(nnx.state(new), plain))
+    whole = nl.population.restore_states(Model(), plain)
+    for other in (new, whole):
+        other.eval()
+    model.eval()
+    assert gap(new(x), model(x)) == 0
+    assert gap(whole(x), model(x)) == 0
+
+
+@every_way
+def test_states_come_back_at_any_depth_beside_those_of_an_optimizer(way, tmp_path):
+    norm = nl.get("lp_batch")
+    _, inner = norm.init(nl.Site(array(A)))
+    states = {"stem": [nl.init_running(C), ()], "blocks": ({"norm": inner}, {"norm": ()})}
+    tree = {"states": states, "optimizer": optax.adam(0.1).init({"w": jnp.ones((2, C))})}
+    plain = WAYS[way](tree, tmp_path)
+    like = jax.eval_shape(lambda: tree)
+    back = nl.population.restore_states(like, plain)
+    assert jax.tree.structure(back) == jax.tree.structure(tree)
+    assert gap(back, tree) == 0
+    kept = pickle.loads(pickle.dumps(tree))  # which keeps types
+    assert gap(nl.population.restore_states(tree, kept), tree) == 0
+
+
+STATEFUL = {
+    "batch": {},
+    "batch_channel": {"groups": 2},
+    "cross_iteration": {},
+    "evo_b0": {},
+    "lp_batch": {},
+    "recurrent_batch": {"steps": 3},
+    "spectral": {},
+    "switchable": {},
+    "whitening": {},
+}
+
+
+@pytest.mark.parametrize("name", STATEFUL)
+def test_a_norm_refuses_a_state_of_plain_dicts_and_says_what_to_do(name):
+    x, w = array(draw(2, 4, 3, 5)), jnp.eye(5, 6) + 0.1
+    norm, site = nl.get(name, **STATEFUL[name]), nl.Site(x @ w, x, w)
+    params, state = norm.init(site)
+    plain = without_types(state)
+    with pytest.raises(ValueError, match=r"restore_states\(states, restored\)"):
+        norm.apply(params, plain, site, train=True)
+    back = nl.population.restore_states(state, plain)
+    _, after = norm.apply(params, back, site, train=True)
+    assert jax.tree.structure(after) == jax.tree.structure(state)
+
+
+def without_types(tree):
+    """As Orbax without a target: fields by name, tuples as lists, no settings."""
+    if isinstance(tree, tuple) and hasattr(tree, "_fields"):
+        below, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda v: v is not tree)
+        return {path[0].name: without_types(v) for path, v in below}
+    if isinstance(tree, tuple | list):
+        return [without_types(v) for v in tree]
+    return tree
+
+
+def test_what_a_checkpoint_has_too_much_or_of_another_type_is_named():
+    states = {"a": nl.init_running(C)}
+    saved = {"a": states["a"]._asdict()}
+    for extra, says in [
+        ({"b": saved["a"]}, r"with 'b', which the states do not have.*Known: a"),
+        ({"a": saved["a"] | {"men": jnp.ones(C)}}, r"with 'a/men'.*did you mean 'mean'"),
+    ]:
+        with pytest.raises(ValueError, match=says):
+            nl.population.restore_states(states, saved | extra)
+    wrong = {"a": saved["a"] | {"updates": jnp.zeros(())}}
+    with pytest.raises(ValueError, match=r"'a/updates' of shape \(\) and type float32.*int32, as"):
+        nl.population.restore_states(states, wrong)
+    with pytest.raises(ValueError, match=r"begin: got .* nl\.population\.restore_states"):
+        nl.population.begin(saved)
 
 
 def test_what_a_checkpoint_lacks_is_named():

@@ -180,6 +180,13 @@ def apply(call: Call, parts: Parts, scale: Array | None, bias: Array | None) -> 
     return affine(parts, call.x, weights=call.weights).astype(call.dtype)
 
 
+CONDITION = (
+    "make the module with use_scale=False, use_bias=False, and apply to its result what a "
+    "condition made: h * (1 + scale) + shift"
+)
+"""What to do about a gain that is no variable of the module."""
+
+
 def check_features(call: Call, name: str, given: int) -> None:
     """Raises ValueError unless there are as many features as `given`.
 
@@ -191,7 +198,9 @@ def check_features(call: Call, name: str, given: int) -> None:
             call.where,
             f"{name} of {given} for an input of shape {call.x.shape}",
             f"{size}, its features on axes {call.features}",
-            "make the module for the features of its input, or change the axes",
+            CONDITION
+            if name != "num_features" and given > size and given % size == 0
+            else "make the module for the features of its input, or change the axes",
         )
 
 

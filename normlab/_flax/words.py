@@ -38,7 +38,9 @@ STEPS = either(
 EDGE = integer("a whole number", "pass an int")
 EDGES = either("", "", EDGE, sequence(EDGE, length=2))
 INIT = a_function("an initializer", "pass one of flax.linen.initializers", of=3)
-MODE = flag()._replace(expected="True or False (a mask goes by its name, mask=...)")
+MODE = flag(
+    "pass a Python bool (what a condition made is applied to the result: h * (1 + scale) + shift)"
+)._replace(expected="True or False (a mask goes by its name, mask=...)")
 METADATA = mapping(anything, "a mapping", "pass a dict")
 MOMENTUM = settled_decay._replace(
     change='pass for example momentum=0.9, or, for statistics that stay, population="frozen"'

@@ -23,7 +23,7 @@ from normlab._arguments import array, checked
 from normlab._checks import promote
 from normlab._weights import align_weights
 from normlab._xla import derivative_of
-from normlab.devices.mapped import check_bound, is_typed, varying_axes
+from normlab.devices.mapped import check_bound, is_bound, is_typed, varying_axes
 from normlab.devices.topology import AxisName, as_sync
 from normlab.errors import invalid
 
@@ -32,7 +32,7 @@ Tree = TypeVar("Tree")
 
 @checked("global mean", weights=array())
 def global_mean(
-    values: ArrayLike, axis_name: AxisName, *, weights: ArrayLike | None = None
+    values: ArrayLike, axis_name: AxisName | None, *, weights: ArrayLike | None = None
 ) -> Array:
     """Σ w·v / Σ w over all values of all devices: the mean that one device would have taken.
 
@@ -42,7 +42,8 @@ def global_mean(
 
     Args:
       values: `[N, ...]`, this device's losses; or one number, which counts as one value.
-      axis_name: One mapped axis or several; a `Sync` stands for its axes.
+      axis_name: One mapped axis or several; a `Sync` stands for its axes. In plain `jit` they are
+        those of the mesh, and the values are of all devices; so they are with `None`.
       weights: Importance, aligned with the leading axes of `values`. Not differentiated.
 
     Returns:
@@ -51,8 +52,7 @@ def global_mean(
     Raises:
       ValueError: If an axis is not bound, or the weights do not fit.
     """
-    names = as_sync(axis_name).names
-    check_bound("global mean", names)
+    names = _summed("global mean", axis_name)
     values = promote(values)
     w = align_weights("global mean", weights, values)
     if w is None:
@@ -68,11 +68,11 @@ def global_mean(
 
 
 @checked("global gradient")
-def global_gradient(grads: Tree, axis_name: AxisName) -> Tree:
+def global_gradient(grads: Tree, axis_name: AxisName | None) -> Tree:
     """The gradient of a `global_mean` by replicated parameters, from each device's.
 
     The sum over the devices of what each differentiated by its own copy. Where types say so,
-    JAX has added them up already, and the gradient is returned as it is.
+    JAX has added them up already, as in plain `jit`, and the gradient is returned as it is.
 
     Args:
       grads: What `jax.grad` of a `global_mean` returned on this device.
@@ -81,8 +81,9 @@ def global_gradient(grads: Tree, axis_name: AxisName) -> Tree:
     Raises:
       ValueError: If an axis is not bound, or some but not all axes were added up.
     """
-    names = as_sync(axis_name).names
-    check_bound("global gradient", names)
+    names = _summed("global gradient", axis_name)
+    if not names:
+        return grads
     if not is_typed(names):
         return jax.tree.map(lambda g: lax.psum(g, names), grads)
 
@@ -98,3 +99,13 @@ def global_gradient(grads: Tree, axis_name: AxisName) -> Tree:
         return lax.psum(g, names) if own else g
 
     return jax.tree.map(whole, grads)
+
+
+def _summed(where: str, axis_name: AxisName | None) -> tuple[str, ...]:
+    """The axes to sum over: none in plain jit, where every array is of all devices."""
+    sync, here = as_sync(axis_name), jax.sharding.get_abstract_mesh()
+    mesh = sync.mesh or here
+    if not is_bound(sync.names) and {*sync.names} <= {*mesh.axis_names} - {*here.manual_axes}:
+        return ()
+    check_bound(where, sync.names)
+    return sync.names

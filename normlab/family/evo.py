@@ -62,7 +62,7 @@ def evolved_params(site: Site, *, use_gain: bool = True, use_bias: bool = True) 
 def _steepness(where: str, params: Any, a: Array, channel: int) -> Array:
     if params is not None and not hasattr(params, "v"):
         given = f"params of type {type(params).__name__}"
-        change = "take those of norm.init, or wrap yours: Evolved(g, b, v)"
+        change = "take those of norm.init, modulated or not, or wrap yours: Evolved(g, b, v)"
         raise invalid(where, given, "params with a field v, or None", change)
     v = None if params is None else Affine(params.v, None)
     return gain_and_bias(where, v, a, channel)[0]

@@ -206,4 +206,5 @@ def cross_iteration(
         patch, slope = (lax.psum(v, names) if names else v for v in found)
         return patch, slope
 
-    return made_of(where, init, parts, state=instance(CrossIteration, "make it with norm.init"))
+    state = instance(CrossIteration, "make it with norm.init")._replace(saved=True)
+    return made_of(where, init, parts, state=state)

@@ -32,7 +32,7 @@ from normlab._arguments import (
 )
 from normlab._checks import check_options, promote_dtype
 from normlab._trees import node
-from normlab.combine import blend, chain, mix, mixture, pair, split, tuple_of
+from normlab.combine import MODULATED, blend, chain, mix, mixture, pair, split, tuple_of
 from normlab.devices.topology import AxisName
 from normlab.equation import Parts
 from normlab.errors import invalid
@@ -226,7 +226,7 @@ def ibn(
     def parts(params: Any, state: State, site: Site, *, train: bool) -> tuple[Parts, State]:
         return sized(site).parts(params, state, site, train=train)
 
-    two: Any = {"params": tuple_of(norms), "state": tuple_of(norms)}
+    two: Any = {"params": tuple_of(norms, MODULATED), "state": tuple_of(norms)}
     return made_of("IBN", lambda site: sized(site).init(site), parts, **two)
 
 

@@ -125,7 +125,7 @@ def pointwise_parts(
     a, channel, weights = aligned(where, a, weights, channel_axis)
     if params is not None and not hasattr(params, "alpha"):
         given = f"params of type {type(params).__name__}"
-        change = "take those of norm.init, or wrap yours: Dynamic(g, b, alpha)"
+        change = "take those of norm.init, modulated or not, or wrap yours: Dynamic(g, b, alpha)"
         raise invalid(where, given, "params with a field alpha, or None", change)
     g, b = gain_and_bias(where, params, a, channel)
     scales = None if params is None else Affine(params.alpha, getattr(params, "shift", None))

@@ -268,7 +268,7 @@ def seed_parts(
         return rms_parts(a, None, eps=eps, axis_name=axis_name, **how)
     if not (hasattr(params, "alpha") and hasattr(params, "beta")):
         given = f"params of type {type(params).__name__}"
-        change = "take those of norm.init, or wrap yours: Rescaled(g, b, alpha, beta)"
+        change = "take those of norm.init, modulated or not, or make Rescaled(g, b, alpha, beta)"
         raise invalid(where, given, "params with the fields alpha and beta, or None", change)
     a, channel, weights = aligned(where, a, weights, channel_axis)
     alpha, _ = gain_and_bias(where, Affine(params.alpha, None), a, channel)

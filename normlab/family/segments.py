@@ -198,7 +198,7 @@ def graph_parts(
     g, b = gain_and_bias(where, params, a, channel_axis)
     if params is not None and not hasattr(params, "alpha"):
         given = f"params of type {type(params).__name__}"
-        change = "take those of norm.init, or wrap yours: Graph(g, b, alpha)"
+        change = "take those of norm.init, modulated or not, or wrap yours: Graph(g, b, alpha)"
         raise invalid(where, given, "params with a field alpha, or None", change)
     kept = None if params is None else Affine(params.alpha, None)
     alpha, _ = gain_and_bias(where, kept, a, channel_axis)

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import ArrayLike
 
-from normlab._arguments import checked, declare, flag, instance, integer, number, one_of
+from normlab._arguments import RESTORE, checked, declare, flag, instance, integer, number, one_of
 from normlab._checks import kernel, promote, promote_dtype
 from normlab._trees import node
 from normlab._xla import zeros_of
@@ -317,6 +317,7 @@ def _operator(
 def _check_state(state: Any, shapes: _Shapes, of: Of) -> None:
     if not isinstance(state, Spectral):
         change = "make it with init_spectral, or take what norm.init returned"
+        change = RESTORE if isinstance(state, dict | list) else change
         raise invalid(_WHERE, f"a state of type {type(state).__name__}", "a Spectral", change)
     given = tuple(map(jnp.shape, state))
     if given != tuple(shapes):

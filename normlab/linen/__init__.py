@@ -7,6 +7,7 @@ modules of the same name in `flax.linen`, and so are the numbers, except where t
 looks at it.
 """
 
+import normlab._flax.installed  # noqa: F401
 from normlab.linen.norms import BatchNorm, GroupNorm, InstanceNorm, LayerNorm, RMSNorm
 from normlab.linen.replace import RegistryNorm, Swapped, swap
 from normlab.linen.residual import Residual

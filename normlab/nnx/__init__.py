@@ -7,6 +7,7 @@ modules of the same name in `flax.nnx`, and so are the numbers, except where tho
 looks at it.
 """
 
+import normlab._flax.installed  # noqa: F401
 from normlab.nnx.norms import BatchNorm, GroupNorm, InstanceNorm, LayerNorm, RMSNorm
 from normlab.nnx.replace import RegistryNorm, swap
 from normlab.nnx.residual import Residual

@@ -92,21 +92,35 @@ were saved, or convert them afterwards (change_ddof; state._replace for a decay)
             )
 
 
-@checked("restore states", saved=anything)
+def _like(states: Any) -> Any:
+    def whole(leaf: Any) -> Any:
+        return np.zeros(()) if isinstance(leaf, jax.ShapeDtypeStruct) else leaf
+
+    KINDS["states"].read(jax.tree.map(whole, states))
+    return states
+
+
+@checked("restore states", states=KINDS["states"]._replace(read=_like), saved=anything)
 def restore_states(states: Any, saved: Any) -> Any:
     """Returns the states that a checkpoint holds as plain dicts.
 
-    Orbax returns such dicts where it is given no target, `nnx.to_pure_dict` of a model among them,
-    and so does `flax.serialization.msgpack_restore`.
+    Orbax returns such dicts where it is given no target, and so do
+    `flax.serialization.msgpack_restore` and `to_state_dict`, and `nnx.to_pure_dict` of a model.
 
     Args:
-      states: States, or any pytree, of the structure that was saved; the values do not matter.
-      saved: The same as nested dicts by the names of fields, keys and numbers. What tells how to
-        merge with other devices (`Running.fresh`, `Cumulative.among`) may be missing, as in
-        checkpoints from before there was such: then nothing was ever merged.
+      states: A state, or any pytree that was saved: a dict of states, the variables of a linen
+        model, the state of an nnx one, an optimizer's. It says the structure, the shapes, the types
+        and the settings; its values do not matter, and may be those of `jax.eval_shape`.
+      saved: The same as nested dicts, or lists, by the names of fields, keys and numbers. What
+        tells how to merge with other devices (`Running.fresh`, `Cumulative.among`) may be missing,
+        as in checkpoints from before there was such: then nothing was ever merged.
+
+    Returns:
+      The structure of `states` with the arrays of `saved`.
 
     Raises:
-      ValueError: If something is missing or has another shape, or a setting is saved and differs.
+      ValueError: If something is missing, left over, or of another shape or type, or a setting is
+        saved and differs; it names the path.
 
     >>> from normlab import init_running
     >>> saved = {"norm": init_running(2)._asdict()}
@@ -114,24 +128,20 @@ def restore_states(states: Any, saved: Any) -> Any:
     'Running'
     """
     populations, _ = jax.tree_util.tree_flatten_with_path(states, is_leaf=is_population)
-    there = {
-        _name(path): _describe(leaf, _found(path, saved))
-        for path, leaf in populations
-        if is_population(leaf)
-    }
-    check_conventions(there, states)
+    populations = [(path, leaf) for path, leaf in populations if is_population(leaf)]
+    there = {_name(path): _describe(leaf, _found(path, saved)) for path, leaf in populations}
+    check_conventions(there, {_name(path): _describe(leaf) for path, leaf in populations})
     leaves, structure = jax.tree_util.tree_flatten_with_path(states)
+    _check_left_over(states, saved)
     later = _later(states, saved)
     found = [later[path] if path in later else _found(path, saved) for path, _ in leaves]
     for (path, leaf), value in zip(leaves, found, strict=True):
-        known = is_array(value) or is_number(value)
-        if not known or jnp.shape(value) != jnp.shape(leaf):
-            given = f"of shape {jnp.shape(value)}" if known else f"that is {value!r}"
+        if _said(value) != _said(leaf) and not _is_alike(value, leaf):
             raise invalid(
                 "restore states",
-                f"{_name(path)!r} {given} in the checkpoint",
-                f"shape {jnp.shape(leaf)}, as here",
-                "make the states as those that were saved",
+                f"{_name(path)!r} {_said(value)} in the checkpoint",
+                f"{_said(leaf).removeprefix('of ')}, as here",
+                "make the states as those that were saved, or cast the arrays before",
             )
     return jax.tree.unflatten(structure, found)
 
@@ -211,24 +221,68 @@ def _later(states: Any, saved: Any) -> dict[Any, Any]:
 
 def _found(path: Any, saved: Any) -> Any:
     """What plain dicts (or lists, or what was saved itself) have at a path of a pytree."""
-    for key in path:
-        name = _name((key,))
-        if isinstance(saved, Mapping):
-            known = {str(k): v for k, v in saved.items()}
-        elif isinstance(saved, tuple) and hasattr(saved, "_fields"):
-            known = saved._asdict()  # pyright: ignore[reportAttributeAccessIssue]
-        else:
-            values = saved if isinstance(saved, list | tuple) else ()
-            known = {str(i): value for i, value in enumerate(values)}
+    for i, key in enumerate(path):
+        name, known = _name((key,)), _children(saved)
         if name not in known:
+            if name == BOX and is_array(saved):  # a pure dict has the array itself
+                continue
             raise invalid(
                 "restore states",
-                f"a checkpoint without {_name(path)!r}",
+                f"a checkpoint without {_name(path[: i + 1])!r}",
                 "all that the states hold",
                 f"make the states as those that were saved: {nearest(name, known)}",
             )
         saved = known[name]
-    return saved
+    unboxed = _children(saved)
+    return unboxed[BOX] if unboxed.keys() == {BOX} else saved
+
+
+BOX = "value"
+"""The name under which the variable of an nnx model has its array."""
+
+
+def _children(saved: Any) -> dict[str, Any]:
+    """What lies in a node, by name; nothing in what is none."""
+    if isinstance(saved, Mapping):
+        return {str(name): value for name, value in saved.items()}
+    if isinstance(saved, tuple) and hasattr(saved, "_fields"):
+        return saved._asdict()  # pyright: ignore[reportAttributeAccessIssue]
+    values = saved if isinstance(saved, list | tuple) else ()
+    return {str(i): value for i, value in enumerate(values)}
+
+
+def _check_left_over(node: Any, saved: Any, at: str = "") -> None:
+    """Raises ValueError for an array of a checkpoint that the states have no place for."""
+    below, _ = jax.tree_util.tree_flatten_with_path(node, is_leaf=lambda v: v is not node)
+    known = {_name(path): child for path, child in below if path}
+    held = _children(saved)
+    if not known or (held.keys() == {BOX} and BOX not in known):  # what restores a leaf
+        return
+    for name, value in held.items():
+        if name in known:
+            _check_left_over(known[name], value, f"{at}{name}/")
+        elif name not in getattr(node, "_fields", ()) and jax.tree.leaves(value):
+            raise invalid(
+                "restore states",
+                f"a checkpoint with {at + name!r}, which the states do not have",
+                "no more than the states hold",
+                "make the states as those that were saved, or pass the part of the checkpoint that "
+                f"they are: {nearest(name, known)}",
+            )
+
+
+def _said(leaf: Any) -> str:
+    """The type and the shape of what a checkpoint holds."""
+    if not (hasattr(leaf, "shape") and hasattr(leaf, "dtype")) and not is_number(leaf):
+        return f"that is {leaf!r}"
+    dtype = getattr(leaf, "dtype", type(leaf).__name__)
+    return f"of shape {jnp.shape(leaf)} and type {dtype}"
+
+
+def _is_alike(value: Any, leaf: Any) -> bool:
+    """Whether one of them is a number of Python that stands for an array of rank 0."""
+    single = (is_number(v) or getattr(v, "shape", None) == () for v in (value, leaf))
+    return any(map(is_number, (value, leaf))) and all(single)
 
 
 def _name(path: Any) -> str:

@@ -152,7 +152,7 @@ def _holds_domains(state: Any) -> Any:
 
 
 BY_DOMAIN = instance(Domains, "pass what init, or the last call, returned")
-BY_DOMAIN = BY_DOMAIN._replace(expected="Domains, frozen or not", read=_holds_domains)
+BY_DOMAIN = BY_DOMAIN._replace(expected="Domains, frozen or not", read=_holds_domains, saved=True)
 """What the state of a norm that looks at the domain must be."""
 
 

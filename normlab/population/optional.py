@@ -75,8 +75,10 @@ def _state(value: Any) -> Any:
     return value if value is None or value == () else POPULATION.read(value)
 
 
-POPULATION = instance(Population, "make it with init_running(channels)")
-STATE = Kind("a Population, (), or None", POPULATION.change, _state, POPULATION.wrong[1:])
+POPULATION = instance(Population, "make it with init_running(channels)")._replace(saved=True)
+STATE = POPULATION._replace(
+    expected="a Population, (), or None", read=_state, wrong=POPULATION.wrong[1:]
+)
 TREE = tree("a state of batch norm, or a pytree of states", "pass what the norms returned")
 
 

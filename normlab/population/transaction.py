@@ -23,7 +23,7 @@ from jax import Array, lax
 from jax.core import Tracer
 from jax.typing import ArrayLike
 
-from normlab._arguments import Kind, checked, is_array, only, read, tree
+from normlab._arguments import RESTORE, Kind, checked, is_array, only, read, tree
 from normlab._trees import node
 from normlab._xla import zeros_of
 from normlab.devices.topology import AxisName, as_sync
@@ -350,7 +350,7 @@ def _map(where: str, states: Any, chosen: Any, change: Any, expected: str) -> An
             where,
             "a tree without " + ("running statistics" if first else "a transaction"),
             expected,
-            "pass the norms' states" if first else "call begin(states) first",
+            f"pass the norms' states; {RESTORE}" if first else "call begin(states) first",
         )
 
     def ended(leaf: Any) -> Any:
