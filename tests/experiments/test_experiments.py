@@ -635,9 +635,10 @@ class TestCommandLine:
     @pytest.mark.parametrize("name", cli.COMMANDS)
     def test_the_list_of_commands_says_what_each_is_for(self, name):
         where, sentence = cli.COMMANDS[name]
-        module, _, options = where.partition(":")
-        command = importlib.import_module(module, cli.__package__)
-        told = inspect.getdoc(getattr(command, options))
+        folder, _, options = where.partition(":")
+        config = importlib.import_module(f".{folder}.config", cli.__package__)
+        command = importlib.import_module(f".{folder}.command", cli.__package__)
+        told = inspect.getdoc(getattr(config, options))
         assert " ".join(told.split("\n\n")[0].split()) == sentence
         assert len(inspect.signature(command.run).parameters) == 1
 
