@@ -36,7 +36,8 @@ from ..terminal import (
 from ..training.again import check_directory
 from ..training.trainer import set_devices
 from . import figures
-from .comparison import Compare, Comparison, Outcome
+from .comparison import Comparison, Outcome
+from .config import Compare
 from .rates import Stable
 from .sweep import Sweep
 
@@ -101,8 +102,8 @@ def follow(comparison: Comparison) -> int:
         exit_status = stopped(error)
         errors.print(
             f"[yellow]{escape(str(error)) or 'interrupted'}:[/] what was done follows, and is "
-            "kept; the same command goes on with "
-            f"--run-dir {escape(str(comparison.run_dir.path))}.",
+            "kept; the same command with "
+            f"--run-dir {escape(str(comparison.run_dir.path))} goes on.",
             highlight=False,
             soft_wrap=True,
         )

@@ -14,7 +14,7 @@ from normlab.errors import nearest
 from ..grids import split
 from ..rundir import RunError
 from ..training.again import parsed
-from .comparison import FREE, Compare
+from .config import FREE, Compare
 
 LARGEST = 1000
 """Points of a grid: a comparison each."""

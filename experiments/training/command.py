@@ -25,9 +25,10 @@ from ..terminal import (
     saying,
 )
 from . import again
-from .launch import Launch, launch
+from .config import Launch, Train
+from .launch import launch
 from .processes import EXIT_FAILED, leave, together
-from .train import Train, explain, train
+from .train import explain, train
 
 
 def run(config: Train | Launch) -> int:

@@ -20,54 +20,16 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated, Any
-
-import tyro
+from typing import Any
 
 import normlab
 
 from ..cluster import connect, imported
 from ..rundir import Record, RunError
 from .again import check_directory
-from .config import require, require_division, require_mesh
+from .config import Launch, Train, require_division, require_mesh
 from .processes import gist, read_diaries
-from .train import Result, Train, train
-
-
-@dataclasses.dataclass(frozen=True)
-class Launch:
-    """Run a training run on several processes, and start it again when one dies.
-
-    Example: `launch --workers 4 -- train --dataset mnist --sync all`. What follows `--` is `train`
-    with its options. Ctrl-C or SIGTERM stops all processes with a checkpoint.
-    """
-
-    command: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
-    """After `--`: train, and its options."""
-
-    workers: int = 2
-    """Processes."""
-
-    gpus: int = 0
-    """GPUs for each process; without any, the processes compute on CPUs."""
-
-    address: str | None = None
-    """A Ray cluster, as ray.init(address=...) takes it; by default this machine alone. This
-    checkout, the data and --run-dir must be at the same place on all of its machines."""
-
-    max_failures: int = 3
-    """How often to start all processes again after one of them failed."""
-
-    def __post_init__(self) -> None:
-        """Raises RunError for values that cannot be run."""
-        for name, least in (("workers", 1), ("gpus", 0), ("max_failures", 0)):
-            value = getattr(self, name)
-            require(value >= least, name, value, f"at least {least}")
-        example = "for example: launch --workers 4 -- train --dataset mnist"
-        if not self.command:
-            raise RunError(f"there is nothing to launch; {example}")
-        if self.command[0] != "train":
-            raise RunError(f"cannot launch {self.command[0]!r}, only train; {example}")
+from .train import Result, train
 
 
 def launch(

@@ -22,7 +22,8 @@ from normlab.experiments.data import load
 from normlab.experiments.rundir import RunError
 from normlab.experiments.training import processes
 from normlab.experiments.training.checkpoints import Checkpoints
-from normlab.experiments.training.train import Program, Train, train
+from normlab.experiments.training.config import Joining, Train
+from normlab.experiments.training.train import Program, train
 from tests.helpers import environment
 
 ROOT = Path(__file__).parents[2]
@@ -593,10 +594,10 @@ def test_no_cluster_is_asked_where_there_is_none(monkeypatch):
     monkeypatch.setattr(jax.distributed, "initialize", refuse)
     for name in processes.CLUSTERS:
         monkeypatch.delenv(name, raising=False)
-    processes.form(processes.Joining(cluster="auto", **waits))
+    processes.form(Joining(cluster="auto", **waits))
     monkeypatch.setenv("SLURM_STEP_NODELIST", "node[1-4]")
-    processes.form(processes.Joining(cluster="no", **waits))
+    processes.form(Joining(cluster="no", **waits))
     with pytest.raises(RunError, match=r"found Slurm \(srun\).*asked with.*--cluster no"):
-        processes.form(processes.Joining(cluster="auto", **waits))
+        processes.form(Joining(cluster="auto", **waits))
     with pytest.raises(RunError, match=r"--coordinator a:1.*'deactivate'"):
-        processes.form(processes.Joining("a:1", 2, 1, cluster="auto", **waits))
+        processes.form(Joining("a:1", 2, 1, cluster="auto", **waits))

@@ -22,7 +22,8 @@ import normlab as nl
 from normlab.experiments import console as cli
 from normlab.experiments import data, models
 from normlab.experiments.compare import figures
-from normlab.experiments.compare.comparison import Compare, Comparison
+from normlab.experiments.compare.comparison import Comparison
+from normlab.experiments.compare.config import Compare
 from normlab.experiments.compare.rates import Stable, best, diverged, largest_stable
 from normlab.experiments.data import Dataset, Reading, Text, markov, prepare, text
 from normlab.experiments.data import packages as fetch
@@ -30,9 +31,10 @@ from normlab.experiments.engine import Records
 from normlab.experiments.figures import encode
 from normlab.experiments.models.layers import Activation
 from normlab.experiments.rundir import RunError
+from normlab.experiments.training.config import Train
 from normlab.experiments.training.optimizers import at_rates, optimizer, set_rates
 from normlab.experiments.training.tasks import Classification, Language, Task
-from normlab.experiments.training.train import Train, train
+from normlab.experiments.training.train import train
 from normlab.experiments.training.trainer import DeviceData, Trainer, TrainState, minibatches
 
 
