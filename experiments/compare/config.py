@@ -210,6 +210,8 @@ class Compare(Command):
     @property
     def axis_name(self) -> nl.devices.AxisName | None:
         """The devices over which a norm measures."""
+        import normlab as nl
+
         from ..training import syncs
         from ..training.trainer import axes_of
 
