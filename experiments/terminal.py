@@ -134,6 +134,16 @@ def _plain(value: Any) -> Any:
     return value if isinstance(value, str | int | None) else str(value)
 
 
+def counted(number: int, what: str) -> str:
+    """A number of things in words.
+
+    >>> counted(1, "seed"), counted(3, "process"), counted(1200, "point")
+    ('1 seed', '3 processes', '1,200 points')
+    """
+    ending = "" if number == 1 else "es" if what.endswith("s") else "s"
+    return f"{number:,} {what}{ending}"
+
+
 def report(error: Exception) -> int:
     """Prints an error the user can act on; returns the exit status for it."""
     errors.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)

@@ -32,6 +32,7 @@ from ..engine.records import Records
 from ..figures import encode
 from ..results.writers import Writer, writers
 from ..rundir import Record, RunDirectory, RunError, environment, number
+from ..terminal import counted
 from ..training import syncs
 from ..training.again import check_directory
 from ..training.config import (
@@ -285,8 +286,8 @@ class Outcome:
         config = self.config
         title = (
             f"{config.dataset}, {config.model}, batch {config.batch_size} over "
-            f"{config.devices} device{'s' * (config.devices > 1)}, sync {config.sync}, "
-            f"{config.optimizer}, {config.seeds} seed{'s' * (config.seeds > 1)}"
+            f"{counted(config.devices, 'device')}, sync {config.sync}, "
+            f"{config.optimizer}, {counted(config.seeds, 'seed')}"
         )
         own = config.tried or config.tune or config.lr_of
         rate = "each at its own rate" if own else f"lr {config.lr:g}"

@@ -523,7 +523,7 @@ class Launch:
     gpus: int = 0
     """GPUs for each process; without any, the processes compute on CPUs."""
 
-    address: str | None = None
+    ray: str | None = None
     """A Ray cluster, as ray.init(address=...) takes it; by default this machine alone. This
     checkout, the data and --run-dir must be at the same place on all of its machines."""
 

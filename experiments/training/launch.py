@@ -24,7 +24,7 @@ from typing import Any
 
 import normlab
 
-from ..cluster import connect, imported
+from ..cluster import LOCAL, connect, imported
 from ..rundir import Record, RunError
 from .again import check_directory
 from .config import Launch, Train, require_division, require_mesh
@@ -173,8 +173,8 @@ def _start_ray(config: Launch, temporary: Path) -> None:
         {} if config.gpus else {"JAX_PLATFORMS": "cpu"}
     )
     connect(
-        config.address,
-        "--address",
+        config.ray,
+        "--ray",
         {"env_vars": variables},
         num_cpus=max(config.workers, os.cpu_count() or 1),
         object_store_memory=100 * 2**20,  # nothing is passed through it
@@ -187,7 +187,7 @@ def _trainer(config: Launch, run: Train, temporary: Path) -> Any:
     from ray.train.v2.jax import JaxConfig, JaxTrainer  # pyright: ignore[reportMissingImports]
 
     assert run.run_dir is not None
-    storage = run.run_dir / ".ray" if config.address else temporary / "storage"
+    storage = run.run_dir / ".ray" if config.ray not in (None, LOCAL) else temporary / "storage"
     return JaxTrainer(
         _work,
         train_loop_config={"run": dataclasses.asdict(run)},

@@ -265,7 +265,7 @@ class TestServer:
 class TestOps:
     def test_a_run_leaves_tables_every_turn_and_a_figure(self, tmp_path, capsys):
         out = tmp_path / "run"
-        chosen = ("--ops", "rms", "--shapes", "dense", "--dtypes", "float32")
+        chosen = ("--norms", "rms", "--shapes", "dense", "--dtypes", "float32")
         assert run(out, *chosen, "--peers", "flax.linen") == 0
         printed = capsys.readouterr().out
         for text in ("rms 4096×256 f32", "flax.linen", "floor", "normlab / peer", "GB/s"):
@@ -302,7 +302,7 @@ class TestOps:
     ):
         for module in ("haiku", "equinox", "torch"):
             monkeypatch.setitem(sys.modules, module, None)
-        chosen = ("--ops", "rms", "--shapes", "tokens", "--dtypes", "float32")
+        chosen = ("--norms", "rms", "--shapes", "tokens", "--dtypes", "float32")
         out = tmp_path / "run"
         assert run(out, *chosen, "--peers", "haiku", "torch", "--no-reuse-memory") == 0
         printed = capsys.readouterr().out
@@ -383,11 +383,11 @@ class TestOps:
 
 
 REFUSED = {
-    "op": (["--ops", "bach"], ["--ops", "did you mean 'batch'", "instance"]),
+    "op": (["--norms", "bach"], ["--norms", "did you mean 'batch'", "instance"]),
     "shape": (["--shapes", "conf"], ["--shapes", "did you mean 'conv'", "tokens"]),
     "dtype": (["--dtypes", "float23"], ["did you mean 'float32'"]),
     "peer": (["--peers", "flax.line"], ["did you mean 'flax.linen'", "equinox"]),
-    "nothing": (["--ops", "group", "--shapes", "dense"], ["leave nothing", "group: conv"]),
+    "nothing": (["--norms", "group", "--shapes", "dense"], ["leave nothing", "group: conv"]),
     "rounds": (["--rounds", "0"], ["--rounds", "at least 1"]),
     "scale": (["--scale", "0"], ["--scale", "at least 1"]),
     "turn": (["--turn-ms", "0"], ["--turn-ms", "positive"]),
@@ -493,7 +493,9 @@ class TestConv:
             BenchConv(cores=999)
 
 
-TINY = BenchLm(width=16, depth=3, heads=2, length=8, batch_size=2, vocabulary=11, steps=3, rounds=2)
+TINY = BenchLm(
+    width=16, depth=3, heads=2, context=8, batch_size=2, vocabulary=11, steps=3, rounds=2
+)
 
 
 class TestLm:
@@ -602,7 +604,7 @@ class TestLm:
         assert {"normlab", "normlab, no norms", "floor"} <= result["tokens_per_second"].keys()
         assert result["tokens_per_second"].keys() | result["left_out"].keys() >= {*bench_lm.TORCH}
         assert result["ms_per_step"].keys() == result["start_seconds"].keys()
-        tokens = TINY.batch_size * TINY.length
+        tokens = TINY.batch_size * TINY.context
         for name, speed in result["tokens_per_second"].items():
             assert speed * result["ms_per_step"][name] == pytest.approx(1e3 * tokens)
         if scheme == "post":

@@ -14,6 +14,7 @@ import pytest
 import normlab as nl
 from normlab.experiments import models, questions
 from normlab.experiments.asking.ask import Answer, ask
+from normlab.experiments.asking.reads import unread
 from normlab.experiments.data import load
 from normlab.experiments.engine import Checkpoint, Config, Record, Records
 from normlab.experiments.engine.devices import Lab, forms_gap, relative
@@ -26,6 +27,7 @@ from normlab.experiments.questions import (
 )
 from normlab.experiments.rundir import RunError
 from normlab.experiments.training.trainer import FORMS, DeviceData, Trainer, TrainState, minibatches
+from tests.experiments.reading import recording
 from tests.helpers import judged
 
 TINY = {
@@ -106,9 +108,12 @@ def test_a_study_of_devices_ends_in_a_figure_and_verdicts(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", questions.NAMES)
 def test_every_question_ends_in_a_figure_and_verdicts(name, tmp_path):
+    read: set[str] = set()
+    config = recording(tiny(name), read)
     with jax.numpy_dtype_promotion("standard"):  # optax wants it
-        found = ask_tiny(name, tmp_path)
-    assert found.verdicts
+        (found,) = ask([(name, questions.require(name), config)], root=tmp_path, jobs=0)
+    assert found.verdicts, found.failed
+    assert not read & unread(name)  # what is refused as an option would have done something
     assert (found.path / "figure.svg").stat().st_size < 200_000
     (again,) = ask([(name, questions.require(name), tiny(name))], root=tmp_path, jobs=0)
     assert repr(again.verdicts) == repr(found.verdicts)  # NaN is not NaN
