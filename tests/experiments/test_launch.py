@@ -339,7 +339,8 @@ def test_a_run_that_goes_on_is_the_run_in_one_piece(tmp_path, sync, mesh):
     assert whole is not None
     assert all(pieces[name] == whole[name] for name in ("test_loss", "accuracy"))
     assert metrics(tmp_path / "pieces") == metrics(tmp_path / "whole")
-    assert [record["step"] for record in metrics(tmp_path / "whole")] == [1, 2, 3, 4]
+    found = [(record["kind"], record["step"]) for record in metrics(tmp_path / "whole")]
+    assert found == [*(("training", step) for step in (1, 2, 3, 4)), ("evaluation", 4)]
 
 
 @pytest.mark.parametrize("norm", ["weight", *slow("layer", "cosine")])

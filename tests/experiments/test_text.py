@@ -565,7 +565,7 @@ def test_norms_are_compared_on_a_language_and_none_is_below_its_entropy(
         assert row["largest_stable_rate"] == {"rate": 0.03, "bound": 3e3}
         assert one - 4 * 2 / math.sqrt(255 * 32) < row["bits_per_byte_mean"] < one + 0.1
         assert [r["lr"] for r in row["rates"]] == [1e-3, 0.03, 3e3]
-        assert [r["diverged"] for r in row["rates"]] == [[0, 1], [], [0, 1]]
+        assert [r["above_chance"] for r in row["rates"]] == [[0, 1], [], [0, 1]]
     records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     last = [r for r in records if r["kind"] == "evaluation" and r["step"] == 60]
     assert len(last) == 2 * 3 * 2
