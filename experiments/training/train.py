@@ -81,6 +81,11 @@ class Result(NamedTuple):
     usage: bool = False
 
 
+def before(record: Record, step: int) -> bool:
+    """Whether a run in one piece has a record before it goes on from a step."""
+    return record["step"] < step + (record["kind"] == "training")
+
+
 class Resumed(RunDirectory):
     """The directory of a run that may be there already.
 
@@ -91,21 +96,15 @@ class Resumed(RunDirectory):
 
     def __init__(self, config: Train, process: int) -> None:
         super().__init__(config.path, "", again=True)
-        self.steps = config.steps
         if process == 0:
             self.write_json("config.json", config.as_json())
-
-    def before(self, record: Record, step: int) -> bool:
-        """Whether going on from a step does not measure a record again."""
-        at_end = step == self.steps and record["kind"] == "evaluation"
-        return record["step"] < step + (not at_end)
 
     def rewind(self, step: int) -> None:
         """Takes out of the metrics what is to be measured again: all after the training `step`."""
         path = self.path / "metrics.jsonl"
         lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
         whole = [line for line in lines if line.endswith(b"\n")]
-        kept = [line for line in whole if self.before(json.loads(line), step)]
+        kept = [line for line in whole if before(json.loads(line), step)]
         if kept != lines:
             self.write_bytes(path.name, b"".join(kept))
         (self.path / "summary.json").unlink(missing_ok=True)
