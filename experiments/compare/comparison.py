@@ -338,6 +338,8 @@ class Comparison(Outcome):
             name = f"compare-{config.dataset}-{config.model}"
             directory = RunDirectory(config.run_dir, name, again=config.run_dir is not None)
             super().__init__(config, self.lanes[0].trainer.data.task, self.lanes, directory)
+            directory.lock()
+            leaving.callback(directory.release)
             self.checkpoints = kept.Checkpoints(directory)
             if again:
                 self._restore()
@@ -535,7 +537,7 @@ def _measured(lane: Lane, at: Progress, seconds: float) -> Measured:
         for layer, four in at.evaluation.parts.items()
         for part, values in four._asdict().items()
     ]
-    return Measured(at.step, at.loss, at.diverged, at.step_seconds, seconds, records, parts)
+    return Measured(at.step, at.loss, at.diverged, at.step_seconds, seconds, records, parts, at)
 
 
 def in_turns(

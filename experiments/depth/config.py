@@ -12,7 +12,7 @@ import normlab as nl
 
 from ..data import TEXTS
 from ..rundir import Record, RunError
-from ..training.config import require, require_place
+from ..training.config import require, require_effect, require_place
 
 if TYPE_CHECKING:
     from .. import models
@@ -94,6 +94,8 @@ class Depth:
         optimizers.require(self.optimizer)
         random = self.dataset == RANDOM
         require(not (random and self.steps), "steps", self.steps, f"0 on {RANDOM} bytes")
+        require_effect(self, bool(self.steps), "batch_size", "without --steps")
+        require_effect(self, self.model in models.TEXT, "context", "on images")
         if (self.model in models.TEXT) != (random or self.dataset in TEXTS):
             raise RunError(
                 f"--dataset {self.dataset}: got it with --model {self.model}; lm reads text "

@@ -202,7 +202,7 @@ def _account(config: Ledger, norm: str, sync: str, there: Machine) -> Account:
         said = str(error).splitlines()[0]
         raise RunError(
             f"--norms {norm} --sync {sync}: {there.name} cannot have this step: {said} "
-            "Try a smaller --batch-size, or another machine."
+            "Try a smaller --per-device, or another machine."
         ) from None
     seconds = time.perf_counter() - begin
     entries = by_purpose(found.collectives, purposes)
