@@ -122,7 +122,7 @@ def imported(module: str) -> Any:
     except ImportError as error:
         raise RunError(
             f"Ray is not installed ({error}). To install it: "
-            "pip install -c constraints.txt -e '.[launch]'"
+            "pip install 'normlab[launch]'"
         ) from None
 
 

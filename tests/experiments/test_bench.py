@@ -308,7 +308,7 @@ class TestOps:
         printed = capsys.readouterr().out
         assert (
             "not installed, and left out: haiku, torch. To add them: "
-            "pip install -c constraints.txt -e '.[peers]'\n"
+            "pip install 'normlab[peers]'\n"
         ) in printed
         result = json.loads((out / "ops.json").read_text())
         assert result["absent"] == {"haiku": "not installed", "torch": "not installed"}
@@ -421,7 +421,7 @@ class TestCommandLine:
     def test_step_without_torch_is_one_clear_line(self, monkeypatch, capsys):
         monkeypatch.setitem(sys.modules, "torch", None)
         assert cli.main(["bench", "step", "--steps", "2"]) == cli.EXIT_USAGE
-        assert "pip install -c constraints.txt -e '.[peers]'" in capsys.readouterr().err
+        assert "pip install 'normlab[peers]'" in capsys.readouterr().err
 
 
 class TestFigure1:
