@@ -47,7 +47,7 @@ def require_positive(config: Any, *fields: str) -> None:
 def default_path(name: str) -> Path:
     """Where a run goes that is not told."""
     now = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
-    return runs() / f"{name}-{now}"
+    return runs() / f"{name.replace(':', '.')}-{now}"
 
 
 def runs() -> Path:
@@ -157,6 +157,11 @@ def unpacked(text: str) -> np.ndarray:
 
     count, _, bits = text.partition(":")
     return np.unpackbits(np.frombuffer(base64.b64decode(bits), np.uint8), count=int(count)) > 0
+
+
+def words(value: Any) -> str:
+    """An option's value as it is given: the words of several beside one another."""
+    return " ".join(map(str, value)) or "nothing" if isinstance(value, list | tuple) else str(value)
 
 
 def shown(value: float | None) -> str:

@@ -38,6 +38,7 @@ from ..training.again import check_directory
 from ..training.config import (
     require_fit,
     require_place,
+    require_reading,
     takes,
 )
 from ..training.driver import Checkpoint, Progress, drive
@@ -430,6 +431,7 @@ def lanes(
     norms = {name: config.norm_of(name, config.axis_name) for name in config.chosen()}
     set_devices(devices)
     data = load(config.dataset, config.data_dir, reading=config.reading, on_progress=say)
+    require_reading(config.model, data)
     require_fit(config.batch_size, data)
     room = 0
     if config.tune:

@@ -359,7 +359,7 @@ def program(config: Ledger, norm: str, sync: str, mesh: Mesh) -> tuple[Any, tupl
 
 def _example(config: Ledger) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
     """A batch of one device: images or tokens, and their labels."""
-    if config.model in models.TEXT:
+    if models.reads_text(config.model):
         tokens = jax.ShapeDtypeStruct((config.per_device, config.context), jnp.int32)
         return tokens, tokens
     size = config.image or IMAGE.get(config.model, (28, 28, 1))

@@ -10,8 +10,7 @@ from typing import Any, Protocol
 
 from normlab.errors import nearest
 
-from ..rundir import LOCK, RunError
-from .config import words
+from ..rundir import LOCK, RunError, words
 
 
 class Config(Protocol):

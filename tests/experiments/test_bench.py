@@ -307,8 +307,7 @@ class TestOps:
         assert run(out, *chosen, "--peers", "haiku", "torch", "--no-reuse-memory") == 0
         printed = capsys.readouterr().out
         assert (
-            "not installed, and left out: haiku, torch. To add them: "
-            "pip install 'normlab[peers]'\n"
+            "not installed, and left out: haiku, torch. To add them: pip install 'normlab[peers]'\n"
         ) in printed
         result = json.loads((out / "ops.json").read_text())
         assert result["absent"] == {"haiku": "not installed", "torch": "not installed"}

@@ -150,9 +150,7 @@ class TestTarget:
         monkeypatch.setitem(sys.modules, "tokamax", None)
         rows = Target("cpu").prepare(Program("alone", "rms", "float32", (8, 16)), ["tokamax"])
         assert "cannot be imported" in rows[0]["reason"]
-        assert (
-            "pip install 'normlab[tokamax]', with Python 3.12" in rows[0]["reason"]
-        )
+        assert "pip install 'normlab[tokamax]', with Python 3.12" in rows[0]["reason"]
 
     def test_here_programs_run(self, monkeypatch):
         monkeypatch.setattr("normlab.experiments.bench.compiled.TURN_MS", 0.1)
