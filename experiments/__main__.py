@@ -7,6 +7,8 @@ import sys
 
 def main() -> int:
     """Runs the command; returns the exit status."""
+    if not {"", os.getcwd()} & {*sys.path}:  # an installed command begins without it
+        sys.path.append(os.getcwd())  # where modules of one's own are; they hide no other
     quiet = signal.getsignal(signal.SIGINT) is signal.default_int_handler
     if quiet:  # a Ctrl-C in the midst of an import leaves through any library
         signal.signal(signal.SIGINT, _leave)

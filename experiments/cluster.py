@@ -121,8 +121,7 @@ def imported(module: str) -> Any:
         return importlib.import_module(module)
     except ImportError as error:
         raise RunError(
-            f"Ray is not installed ({error}). To install it: "
-            "pip install -c constraints.txt -e '.[launch]'"
+            f"Ray is not installed ({error}). To install it: pip install 'normlab[launch]'"
         ) from None
 
 

@@ -139,7 +139,7 @@ def rehearse(question: Question, config: Config) -> Rehearsed:
 
 def require(question: Question, config: Config) -> None:
     """Raises RunError for a config with which the claims of a question could not be judged."""
-    known = [question.QUICK, question.FULL]
+    known = [getattr(question, profile, config) for profile in ("QUICK", "FULL")]
     apart = [_changed(config, other) for other in known]
     near, changed = min(zip(known, apart, strict=True), key=lambda pair: len(pair[1]))
     if not changed:

@@ -101,10 +101,10 @@ def follow(comparison: Comparison) -> int:
                 progress.update(whole, completed=done)
     except KeyboardInterrupt as error:
         exit_status = stopped(error)
+        where = escape(str(comparison.run_dir.path))
         errors.print(
             f"[yellow]{escape(str(error)) or 'interrupted'}:[/] what was done follows, and is "
-            "kept; the same command with "
-            f"--run-dir {escape(str(comparison.run_dir.path))} goes on.",
+            f"kept; the same command with --run-dir {where} goes on.",
             highlight=False,
             soft_wrap=True,
         )

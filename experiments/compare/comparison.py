@@ -38,6 +38,7 @@ from ..training.again import check_directory
 from ..training.config import (
     require_fit,
     require_place,
+    require_reading,
     takes,
 )
 from ..training.driver import Checkpoint, Progress, drive
@@ -338,6 +339,8 @@ class Comparison(Outcome):
             name = f"compare-{config.dataset}-{config.model}"
             directory = RunDirectory(config.run_dir, name, again=config.run_dir is not None)
             super().__init__(config, self.lanes[0].trainer.data.task, self.lanes, directory)
+            directory.lock()
+            leaving.callback(directory.release)
             self.checkpoints = kept.Checkpoints(directory)
             if again:
                 self._restore()
@@ -428,6 +431,7 @@ def lanes(
     norms = {name: config.norm_of(name, config.axis_name) for name in config.chosen()}
     set_devices(devices)
     data = load(config.dataset, config.data_dir, reading=config.reading, on_progress=say)
+    require_reading(config.model, data)
     require_fit(config.batch_size, data)
     room = 0
     if config.tune:
@@ -535,7 +539,7 @@ def _measured(lane: Lane, at: Progress, seconds: float) -> Measured:
         for layer, four in at.evaluation.parts.items()
         for part, values in four._asdict().items()
     ]
-    return Measured(at.step, at.loss, at.diverged, at.step_seconds, seconds, records, parts)
+    return Measured(at.step, at.loss, at.diverged, at.step_seconds, seconds, records, parts, at)
 
 
 def in_turns(

@@ -11,15 +11,19 @@ from typing import TYPE_CHECKING, Any
 from normlab.errors import nearest
 
 from ..cluster import require_address
+from ..data import TEXTS
 from ..rundir import Record, RunError
 from ..training.again import parsed, taken
 from ..training.config import (
+    IMAGES,
+    TEXT,
     Command,
     require,
     require_division,
     require_evaluations,
     require_mesh,
 )
+from .sweep import sweep
 
 if TYPE_CHECKING:
     import normlab as nl
@@ -111,9 +115,10 @@ class Compare(Command):
         for value in self.rates:
             require(0 < value < math.inf, "rates", value, "positive and finite")
         require(len(set(self.rates)) == len(self.rates), "rates", self.rates, "distinct")
-        lr = f"--lr {self.lr:g}: it has no effect beside --rates. Leave it out."
         if self.rates and self.lr != self.rates[0]:
-            raise RunError(lr)
+            if self.lr != (TEXT if self.dataset in TEXTS else IMAGES)["lr"]:
+                raise RunError(f"--lr {self.lr:g}: it has no effect beside --rates. Leave it out.")
+            object.__setattr__(self, "lr", self.rates[0])
         if self.lr_of and (self.rates or self.tune):
             beside = "--rates" if self.rates else "--tune"
             raise RunError(f"--lr-of: it has no effect beside {beside}. Leave one of them out.")
@@ -140,10 +145,8 @@ class Compare(Command):
     @classmethod
     def parse(cls, read: Callable[..., Any], arguments: Sequence[str]) -> Any:
         """The options that `read` finds in the arguments; those of --config, or of a --sweep."""
-        from .sweep import sweep
-
         rest, words = taken(arguments, "--sweep")
-        return parsed(read, cls, rest) if words is None else sweep(read, rest, words)
+        return parsed(read, cls, rest) if words is None else sweep(cls, read, rest, words, FREE)
 
     def as_json(self) -> dict[str, Any]:
         """The options that the numbers depend on."""
@@ -189,9 +192,10 @@ class Compare(Command):
 
         if self.norms:
             return self.norms
-        if self.model in models.TEXT:
+        if models.reads_text(self.model):
             return ON_TEXT
-        return tuple(name for name in COMMON if name != "instance" or self.model not in models.FLAT)
+        flat = models.is_flat(self.model)
+        return tuple(name for name in COMMON if name != "instance" or not flat)
 
     @property
     def lanes(self) -> list[Record]:

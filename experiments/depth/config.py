@@ -6,13 +6,13 @@ import dataclasses
 import itertools
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import normlab as nl
 
-from ..data import TEXTS
+from ..data import TEXTS, is_own
 from ..rundir import Record, RunError
-from ..training.config import require, require_place
+from ..training.config import require, require_effect, require_place
 
 if TYPE_CHECKING:
     from .. import models
@@ -38,8 +38,9 @@ class Depth:
     inside: tuple[str, ...] = ()
     """Where the norm stands beside the scheme's places: q k is QK norm."""
 
-    model: Literal["lm", "vit"] = "lm"
-    """A language model, or a vision transformer."""
+    model: str = "lm"
+    """lm, a language model, vit, a vision transformer, or mypackage.module:Net, a transformer of
+    your own."""
 
     depth: int = 12
     """Blocks."""
@@ -49,7 +50,7 @@ class Depth:
 
     dataset: str = RANDOM
     """Random bytes, which can only be looked at; to train, a text, or images for the vit
-    (`normlab list`)."""
+    (`normlab list`), or mypackage.module:load, a function of your own."""
 
     context: int = 128
     """Of text: the tokens of a sequence."""
@@ -94,7 +95,14 @@ class Depth:
         optimizers.require(self.optimizer)
         random = self.dataset == RANDOM
         require(not (random and self.steps), "steps", self.steps, f"0 on {RANDOM} bytes")
-        if (self.model in models.TEXT) != (random or self.dataset in TEXTS):
+        require_effect(self, bool(self.steps), "batch_size", "without --steps")
+        try:
+            reads_text = models.reads_text(self.model)
+            models.require(self.model, **self.options(self.schemes[0]))
+        except ValueError as error:
+            raise RunError(str(error)) from None
+        require_effect(self, reads_text, "context", "on images")
+        if not is_own(self.dataset) and reads_text != (random or self.dataset in TEXTS):
             raise RunError(
                 f"--dataset {self.dataset}: got it with --model {self.model}; lm reads text "
                 f"({', '.join((RANDOM, *TEXTS))}), vit images. Change one of them."

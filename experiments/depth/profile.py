@@ -24,7 +24,7 @@ from ..data import Dataset, Reading, load
 from ..data.text import SPLITS, windows
 from ..rundir import Record, RunDirectory, environment, number
 from ..training import optimizers
-from ..training.config import require_fit
+from ..training.config import require_fit, require_reading
 from ..training.trainer import DeviceData, Trainer, TrainState, minibatches
 from .config import RANDOM, Depth
 
@@ -67,6 +67,7 @@ class Profile:
     def __init__(self, config: Depth, say: Callable[[str], None] = lambda _: None) -> None:
         self.config, self.say = config, say
         data = examples(config, say)
+        require_reading(config.model, data)
         require_fit(config.batch_size, data)
         self.data = DeviceData(data, 1)
         self.models = {name: config.build(*net, self.data) for name, net in config.nets.items()}

@@ -60,7 +60,7 @@ class Ledger:
     """The forward pass alone, with the backward pass, or the whole step."""
 
     per_device: int = 32
-    """Examples on each device."""
+    """Examples on each device; a batch has as many more as there are devices."""
 
     by: Literal["auto", "layer", "direction", "step"] = "auto"
     """A row for each layer and direction, one for all layers in a direction, or the whole step

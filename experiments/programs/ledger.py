@@ -202,7 +202,7 @@ def _account(config: Ledger, norm: str, sync: str, there: Machine) -> Account:
         said = str(error).splitlines()[0]
         raise RunError(
             f"--norms {norm} --sync {sync}: {there.name} cannot have this step: {said} "
-            "Try a smaller --batch-size, or another machine."
+            "Try a smaller --per-device, or another machine."
         ) from None
     seconds = time.perf_counter() - begin
     entries = by_purpose(found.collectives, purposes)
@@ -359,7 +359,7 @@ def program(config: Ledger, norm: str, sync: str, mesh: Mesh) -> tuple[Any, tupl
 
 def _example(config: Ledger) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
     """A batch of one device: images or tokens, and their labels."""
-    if config.model in models.TEXT:
+    if models.reads_text(config.model):
         tokens = jax.ShapeDtypeStruct((config.per_device, config.context), jnp.int32)
         return tokens, tokens
     size = config.image or IMAGE.get(config.model, (28, 28, 1))

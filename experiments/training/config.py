@@ -13,9 +13,10 @@ import tyro
 
 import normlab as nl
 
-from ..data import NAMES, TEXTS, Dataset, Reading, Unit
+from ..data import NAMES, TEXTS, Dataset, Reading, Unit, is_own
 from ..results import writers
-from ..rundir import RunError, default_path
+from ..rundir import RunError, default_path, words
+from .again import parsed
 
 if TYPE_CHECKING:  # what takes JAX is imported where it is used
     from jax.typing import ArrayLike
@@ -44,9 +45,10 @@ class Training:
 
     Attributes:
       dataset: mnist, fashion_mnist, cifar10 or digits (tiny, needs no download); of text
-        tiny_shakespeare, gutenberg, lm1b or markov (tiny, needs no download).
+        tiny_shakespeare, gutenberg, lm1b or markov (tiny, needs no download); or
+        mypackage.module:load, a function of your own.
       model: conv (three 3×3 convolutions, ReLU), mlp (three layers of 100 sigmoids), lm (of text),
-        or another of `normlab list`.
+        another of `normlab list`, or mypackage.module:Net, one of your own.
       batch_size: Examples per optimizer step, over all devices; of text windows.
       steps: Optimizer steps.
       optimizer: As `Command` has it.
@@ -79,7 +81,8 @@ class Command(Training):
 
     Attributes:
       model: conv (three 3×3 convolutions, ReLU), mlp (three layers of 100 sigmoids), lm (of text),
-        or another of `normlab list`; auto is conv, of text lm.
+        another of `normlab list`, or mypackage.module:Net, one of your own; auto is conv, of text
+        lm.
       batch_size: Examples per optimizer step, over all devices; by default 128, of text 16
         windows.
       optimizer: Any of optax by name, contrib.muon and the like too, with options as in
@@ -145,7 +148,12 @@ class Command(Training):
 
         if self.config is not None:
             raise RunError("--config is read at the terminal; in Python use again.read_config.")
-        text = self.dataset in TEXTS
+        try:
+            text = self.dataset in TEXTS or (
+                is_own(self.dataset) and self.model != "auto" and models.reads_text(self.model)
+            )
+        except ValueError as error:  # an unknown model
+            raise RunError(str(error)) from None
         warmup = {"warmup": self.steps // 10 if text else 0}
         for name, value in ((TEXT if text else IMAGES) | warmup).items():
             if getattr(self, name, value) in ("auto", None):  # `norm` is of train alone
@@ -170,10 +178,11 @@ class Command(Training):
             models.require(self.model, **self.model_options)
         except ValueError as error:  # an unknown name
             raise RunError(str(error)) from None
-        if self.dataset in NAMES and (self.model in models.TEXT) != (self.dataset in TEXTS):
+        reads_text = models.reads_text(self.model)
+        if self.dataset in NAMES and reads_text != (self.dataset in TEXTS):
             reads, others = (
                 ("text", TEXTS)
-                if self.model in models.TEXT
+                if reads_text
                 else ("images", [name for name in NAMES if name not in TEXTS])
             )
             raise RunError(
@@ -182,9 +191,9 @@ class Command(Training):
             )
         if self.dataset in NAMES and not text:
             for name in ("context", "unit", "measured"):
-                self.require_effect(False, name, "on images")
+                require_effect(self, False, name, "on images")
         if text:
-            self.require_effect(False, "augment", "on text")
+            require_effect(self, False, "augment", "on text")
 
     def as_json(self) -> dict[str, Any]:
         """The options as JSON values."""
@@ -193,19 +202,7 @@ class Command(Training):
     @classmethod
     def parse(cls, read: Callable[..., Any], arguments: Sequence[str]) -> Any:
         """The options that `read` finds in the arguments, and those of --config."""
-        from . import again
-
-        return again.parsed(read, cls, arguments)
-
-    def require_effect(self, has: bool, option: str, why: str) -> None:
-        """Raises RunError for an option that differs from its default, unless it has an effect."""
-        [field] = [field for field in dataclasses.fields(self) if field.name == option]
-        given = getattr(self, option)
-        if not has and given != field.default:
-            raise RunError(
-                f"--{option.replace('_', '-')} {words(given)}: it has no effect {why}. Leave it "
-                "out."
-            )
+        return parsed(read, cls, arguments)
 
     def require_told(self, norms: Sequence[str], sync: str, *, devices: int | None = None) -> None:
         """Raises RunError for an option of norms that none of these is told.
@@ -222,14 +219,14 @@ class Command(Training):
         except ValueError as error:  # an unknown name
             raise RunError(str(error)) from None
         beside = f"on norm {', '.join(norms)}" if len(norms) < 4 else "on these norms"
-        self.require_effect(bool(told["groups"]), "groups", beside)
-        self.require_effect(bool(told["eps"]), "eps", beside)
-        self.require_effect(bool(told["decay"] or told["batch"]), "decay", beside)
+        require_effect(self, bool(told["groups"]), "groups", beside)
+        require_effect(self, bool(told["eps"]), "eps", beside)
+        require_effect(self, bool(told["decay"] or told["batch"]), "decay", beside)
         if sync != "all":
             alone = devices == 1 and syncs.parse(sync, devices=1) in (None, "data")
             why = f"{beside}, which measures no batch" if len(norms) < 2 else beside
-            self.require_effect(bool(told["axis_name"]), "sync", why)
-            self.require_effect(not alone, "sync", "on one device")
+            require_effect(self, bool(told["axis_name"]), "sync", why)
+            require_effect(self, not alone, "sync", "on one device")
 
     @property
     def reading(self) -> Reading:
@@ -292,7 +289,7 @@ class Command(Training):
                 given |= {"decay": self.decay, "batch": {"decay": self.decay}}
             options = {k: v for k, v in given.items() if takes(name, k)}
             own = OWN.get(name, {})
-            if self.model in models.FLAT:  # by channels: the same there, and right for heads
+            if models.is_flat(self.model):  # by channels: the same there, and right for heads
                 own = {k: v for k, v in own.items() if k != "axes"}
             return nl.get(name, **options, **own)
         except ValueError as error:
@@ -318,15 +315,20 @@ def takes(name: str, option: str) -> bool:
     return option != "groups" or known[option].default in (None, inspect.Parameter.empty)
 
 
-def words(value: Any) -> str:
-    """An option's value as it is given: the words of several beside one another."""
-    return " ".join(map(str, value)) or "nothing" if isinstance(value, list | tuple) else str(value)
-
-
 def require(holds: bool, option: str, given: Any, expected: str) -> None:
     """Raises RunError about an option unless something holds."""
     if not holds:
         raise RunError(f"--{option.replace('_', '-')}: got {given}; it must be {expected}.")
+
+
+def require_effect(config: Any, has: bool, option: str, why: str) -> None:
+    """Raises RunError for an option that is not at its default, unless it has an effect."""
+    [field] = [field for field in dataclasses.fields(config) if field.name == option]
+    given = getattr(config, option)
+    if not has and given != field.default:
+        raise RunError(
+            f"--{option.replace('_', '-')} {words(given)}: it has no effect {why}. Leave it out."
+        )
 
 
 def require_mesh(sizes: Sequence[int], devices: int | None = None) -> None:
@@ -355,6 +357,26 @@ def require_fit(examples: int, data: Dataset, given: str = "", change: str = "")
         raise RunError(
             f"{given or f'--batch-size: got {examples}'}, but {data.name} has "
             f"{len(data.train_inputs)} training examples. {change or 'Give at most that many.'}"
+        )
+
+
+def require_reading(model: str, data: Dataset) -> None:
+    """Raises RunError if a model does not read what the data are: a text, images, other inputs."""
+    from .. import models
+
+    if models.reads_text(model) != (data.text is not None):
+        what, change = (
+            ("arrays of inputs and labels", "Take a model of images, or return a string")
+            if data.text is None
+            else ("a text", "Give --model lm, or return arrays of inputs and labels")
+        )
+        raise RunError(f"--dataset {data.name} is {what}, which {model} does not read. {change}.")
+    shape = data.train_inputs.shape[1:]
+    if data.text is None and len(shape) != 3 and model in models.MODELS and model != "mlp":
+        said = ", ".join(map(str, ("N", *shape)))
+        raise RunError(
+            f"--dataset {data.name} has inputs [{said}], and {model} reads images [N, H, W, C]. "
+            "Take --model mlp or one of your own, or return images."
         )
 
 
@@ -485,12 +507,13 @@ class Train(Joining, Command):
         require(0 <= self.process < self.processes, "process", self.process, last)
         together = self.processes == 1 or self.coordinator is not None
         require(together, "processes", self.processes, "beside a --coordinator HOST:PORT")
-        require(self.dataset in NAMES, "dataset", self.dataset, f"one of {', '.join(NAMES)}")
+        known = self.dataset in NAMES or is_own(self.dataset)
+        require(known, "dataset", self.dataset, f"one of {', '.join(NAMES)}")
         for name in ("batch", self.norm):  # no array is made: JAX must not start yet
             self.norm_of(name, population=self.population)
         self.require_told((self.norm,), self.sync)
         why = f"on norm {self.norm}, which keeps no statistics"
-        self.require_effect(takes(self.norm, "population"), "population", why)
+        require_effect(self, takes(self.norm, "population"), "population", why)
         require_mesh(self.mesh)
         syncs.parse(self.sync, axes_of(self.mesh))
 

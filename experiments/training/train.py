@@ -41,6 +41,7 @@ from .config import (
     require_fit,
     require_mesh,
     require_place,
+    require_reading,
     takes,
 )
 from .driver import Progress, drive
@@ -141,6 +142,7 @@ class Program:
         self.config, self.data, self.devices = config, data, jax.device_count()
         require_mesh(config.mesh, self.devices)
         require_division(config.batch_size, self.devices, config.microbatches)
+        require_reading(config.model, data)
         require_fit(config.batch_size, data)
         mesh = mesh_of(jax.devices(), config.mesh)
         self.axes, each = mesh.axis_names, P(mesh.axis_names)

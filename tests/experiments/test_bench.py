@@ -307,8 +307,7 @@ class TestOps:
         assert run(out, *chosen, "--peers", "haiku", "torch", "--no-reuse-memory") == 0
         printed = capsys.readouterr().out
         assert (
-            "not installed, and left out: haiku, torch. To add them: "
-            "pip install -c constraints.txt -e '.[peers]'\n"
+            "not installed, and left out: haiku, torch. To add them: pip install 'normlab[peers]'\n"
         ) in printed
         result = json.loads((out / "ops.json").read_text())
         assert result["absent"] == {"haiku": "not installed", "torch": "not installed"}
@@ -421,7 +420,7 @@ class TestCommandLine:
     def test_step_without_torch_is_one_clear_line(self, monkeypatch, capsys):
         monkeypatch.setitem(sys.modules, "torch", None)
         assert cli.main(["bench", "step", "--steps", "2"]) == cli.EXIT_USAGE
-        assert "pip install -c constraints.txt -e '.[peers]'" in capsys.readouterr().err
+        assert "pip install 'normlab[peers]'" in capsys.readouterr().err
 
 
 class TestFigure1:

@@ -455,7 +455,7 @@ def test_a_missing_compiler_is_named_with_the_line_that_installs_it(
     monkeypatch.setitem(machines.TARGETS, extra, "no_such.module")
     assert main(["ledger", "--topology", topology]) == 2
     said = capsys.readouterr().err
-    assert f"pip install -c constraints.txt -e '.[{extra}]'" in said
+    assert f"pip install 'normlab[{extra}]'" in said
     assert "Traceback" not in said
 
 

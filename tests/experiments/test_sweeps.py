@@ -180,7 +180,6 @@ class TestGrid:
             ("lr=0.1,x", "could not convert string to float: 'x'"),
             ("seeds=1.5", "invalid literal for int() with base 10: '1.5'"),
             ("seeds=1 2", "Unrecognized options: 2"),
-            ("schedule=lin", "Expected one of ('constant', 'linear', 'cosine')"),
         ],
     )
     def test_a_value_of_another_type_is_refused_as_the_option_would_be(self, given, said, capsys):
