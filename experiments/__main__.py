@@ -19,7 +19,11 @@ def main() -> int:
             raise
         print(f"normlab needs {error.name}: pip install 'normlab[experiments]'", file=sys.stderr)
         return 2
-    return main(begin=_begin if quiet else lambda: None)
+    try:
+        return main(begin=_begin if quiet else lambda: None)
+    except BrokenPipeError:  # of `| head`: what it printed is no longer wanted
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
 
 
 def _leave(*_: object) -> None:

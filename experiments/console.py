@@ -143,7 +143,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _run(name: str, arguments: list[str], begin: Callable[[], object]) -> int:
     folder, _, options = COMMANDS[name][0].partition(":")
-    known: Any = _options(folder, options)
+    known: Any = getattr(importlib.import_module(f".{folder}.config", __package__), options)
     arguments, rest = spelled(arguments), None
     fields = {field.name: field for field in dataclasses.fields(known)}
     if "config" in fields and fields["config"].default == ():  # what follows --
@@ -206,16 +206,6 @@ def _parse(
     found: Any = tyro.cli(both, prog=program, args=arguments, config=config, **more)
     own = {field.name: getattr(found, field.name) for field in dataclasses.fields(options)}
     return options(**own), found.form
-
-
-def _options(folder: str, name: str) -> Any:
-    """The dataclass of a command, in config.py of its folder."""
-    for module in ("config", "command"):
-        try:
-            return getattr(importlib.import_module(f".{folder}.{module}", __package__), name)
-        except (ModuleNotFoundError, AttributeError):
-            continue
-    raise AttributeError(name)
 
 
 def _require_known(name: str, known: Any, arguments: list[str], rest: Sequence[str]) -> None:

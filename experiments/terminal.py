@@ -41,6 +41,10 @@ class Screen(Console):
             return found
         return ConsoleDimensions(10_000, found.height)
 
+    @size.setter
+    def size(self, size: tuple[int, int]) -> None:
+        self._width, self._height = size
+
 
 console = Screen()
 errors = Screen(stderr=True)
@@ -104,7 +108,7 @@ def printing(form: Form) -> Iterator[None]:
     finally:
         _Printing.form, console.quiet = before
         if form == "json" and _Printing.result:
-            print(json.dumps(_plain(_Printing.result), indent=2), flush=True)
+            console.out(json.dumps(_plain(_Printing.result), indent=2), highlight=False)
 
 
 def outcome(**values: Any) -> None:
@@ -119,8 +123,8 @@ def _plain(value: Any) -> Any:
         return {str(k): _plain(v) for k, v in value.items()}
     if hasattr(value, "_asdict"):
         return _plain(value._asdict())
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return _plain(dataclasses.asdict(value))
+    if dataclasses.is_dataclass(value):
+        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
     if isinstance(value, list | tuple):
         return [_plain(v) for v in value]
     if hasattr(value, "tolist"):  # of NumPy
@@ -128,6 +132,16 @@ def _plain(value: Any) -> Any:
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     return value if isinstance(value, str | int | None) else str(value)
+
+
+def counted(number: int, what: str) -> str:
+    """A number of things in words.
+
+    >>> counted(1, "seed"), counted(3, "process"), counted(1200, "point")
+    ('1 seed', '3 processes', '1,200 points')
+    """
+    ending = "" if number == 1 else "es" if what.endswith("s") else "s"
+    return f"{number:,} {what}{ending}"
 
 
 def report(error: Exception) -> int:
@@ -289,6 +303,6 @@ def _part(table: Table, sizes: Mapping[int, int]) -> Table:
 def _print_markdown(columns: Sequence[Sequence[Text]], table: Table) -> None:
     lines = [[_in_a_line(cell) for cell in row] for row in zip(*columns, strict=True)]
     for cells in (lines[0], ["---"] * len(columns), *lines[1:]):
-        print(f"| {' | '.join(cells)} |")
+        console.out(f"| {' | '.join(cells)} |", highlight=False)
     if table.caption:
-        print(f"\n{_in_a_line(_text(table.caption))}")
+        console.out(f"\n{_in_a_line(_text(table.caption))}", highlight=False)

@@ -18,7 +18,16 @@ from .. import questions
 from ..engine.devices import forms_gap
 from ..engine.question import Config, Question
 from ..engine.verdict import Verdict
-from ..terminal import EXIT_INTERRUPTED, EXIT_MISSING, errors, log, progress_bars, remark, show
+from ..terminal import (
+    EXIT_INTERRUPTED,
+    EXIT_MISSING,
+    counted,
+    errors,
+    log,
+    progress_bars,
+    remark,
+    show,
+)
 from .ask import Answer, Asking, ask
 from .config import Ask
 from .fields import parsed
@@ -145,8 +154,10 @@ def print_answer(answer: Answer) -> None:
         named = f"{verdict.id.removeprefix(f'{answer.name}.')}\n  {verdict.claim}"
         result.add_row(escape(named), *map(escape, _judged(verdict)))
     seeds = {verdict.seeds for verdict in answer.verdicts}
+    *few, most = sorted(seeds) or [0]
+    over = ", ".join([*map(str, few), counted(most, "seed")])
     gap = forms_gap(answer.records)
-    result.caption = f"mean and interval over {', '.join(map(str, sorted(seeds)))} seeds" + (
+    result.caption = f"mean and interval over {over}" + (
         "" if gap is None else f"; pmap and shard_map differ by {gap:.1e}"
     )
     show(result)

@@ -17,7 +17,7 @@ from ..engine.question import Condition, Config, Question, Record
 from ..engine.records import Records
 from ..engine.verdict import Bounds, Verdict, bounds
 from ..rundir import RunError
-from . import kept, pool, remote
+from . import kept, pool, rehearsal, remote
 from .fields import replaced
 from .kept import Kept, verdict_json
 from .sources import version
@@ -252,6 +252,7 @@ def _begin(asking: Asking, data: Sequence[Dataset], root: Path, again: bool) -> 
     conditions = list(question.run(config))
     if len({c.name for c in conditions}) < len(conditions):
         raise RunError(f"{name}: two of its conditions have the same labels. Tell them apart.")
+    rehearsal.require(question, config)
     directory = Kept(
         root.expanduser().resolve(), name, kept.key(config, code, [d.checksum for d in data])
     )

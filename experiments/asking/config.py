@@ -99,7 +99,12 @@ class Report(Ask):
     out: Path | None = None
     """The page; by default report.html in --run-dir, or in runs. Beside it, with its name before
     theirs, the verdicts as JSON, the claims and their effects as CSV and Parquet, and the sources
-    as BibTeX; and if no claim lacks that it cites, the guide: which norm, where and when."""
+    as BibTeX; and if no claim lacks that it cites, the guide: which norm, where and when. A
+    picture, with its name and .png, is for sharing it."""
+
+    url: str = ""
+    """Where the page will be found, https://example.org/report.html: where it is shared, its
+    picture is looked for beside that."""
 
     archive: Path | None = None
     """A zip file for the records of these questions: whoever has it has what was measured."""

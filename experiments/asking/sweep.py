@@ -16,7 +16,7 @@ from rich.table import Table
 from .. import questions, terminal
 from ..engine.verdict import Verdict
 from ..rundir import RunDirectory, RunError
-from ..terminal import errors, print_paths, remark
+from ..terminal import counted, errors, print_paths, remark
 from . import kept
 from .answers import about, answered, chosen, status
 from .ask import Answer, Asking
@@ -114,7 +114,7 @@ def announce(command: Ask, asking: Asking, points: Sequence[Point]) -> None:
     }
     seconds = sum(about(asking._replace(config=point.config)) for point in points)
     cost = f"about {duration(seconds)} of one core" if command.profile == "quick" else "no estimate"
-    count = f"{len(points):,} point{'s' * (len(points) > 1)}"
+    count = counted(len(points), "point")
     sizes = " × ".join(f"{number} {field}" for field, number in counts.items())
     errors.print(
         f"{asking.name}: {count} ({sizes}), {cost}; what was measured before is kept.",

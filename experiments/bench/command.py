@@ -17,6 +17,7 @@ from rich.table import Table
 from ..rundir import RunError
 from ..terminal import (
     EXIT_INTERRUPTED,
+    counted,
     errors,
     log,
     outcome,
@@ -91,7 +92,7 @@ def _figure1(config: BenchFigure1) -> int:
         )
         for (name, ms), (low, high) in _times(result)
     ]
-    title = f"figure 1: {len(training.NETS)} nets, {config.seeds} seeds"
+    title = f"figure 1: {len(training.NETS)} nets, {counted(config.seeds, 'seed')}"
     headings = ("ms per step", "range", "start s", f"{config.whole:,} steps s", "÷ normlab")
     caption = (
         f"A step of all nets and seeds, median of {config.rounds} turns of {config.steps} steps; "
@@ -115,8 +116,8 @@ def _conv(config: BenchConv) -> int:
         rows.append((result["label"], *cells, f"{ms['MatmulConv'] / ms['torch']:.2f}"))
     headings = (*results[0]["ms_per_step"], "MatmulConv / torch")
     caption = (
-        f"forward and backward in a scan, batch {config.batch_size}, {config.seeds} seeds side by "
-        f"side, {config.cores} cores, memory "
+        f"forward and backward in a scan, batch {config.batch_size}, "
+        f"{counted(config.seeds, 'seed')} side by side, {counted(config.cores, 'core')}, memory "
         + ("reused" if config.reuse_memory else "as the system has it")
     )
     outcome(cases=results)

@@ -209,11 +209,11 @@ class BenchOps:
     installed are named and left out.
     """
 
-    ops: tuple[str, ...] = tuple(KINDS_OF)
+    norms: tuple[str, ...] = tuple(KINDS_OF)
     """batch, layer, rms, group (8 groups), instance."""
 
     shapes: tuple[str, ...] = tuple(SHAPES)
-    """Kinds of input: conv [N, H, W, C], dense [N, C], tokens [N, T, C]. An op runs on those it is
+    """Kinds of input: conv [N, H, W, C], dense [N, C], tokens [N, T, C]. A norm runs on those it is
     used for."""
 
     dtypes: tuple[str, ...] = tuple(BYTES)
@@ -241,12 +241,17 @@ class BenchOps:
 
     def __post_init__(self) -> None:
         """Raises RunError for values that cannot be run."""
-        choices = {"ops": KINDS_OF, "shapes": SHAPES, "dtypes": BYTES, "peers": {**PEERS, **OTHERS}}
+        choices = {
+            "norms": KINDS_OF,
+            "shapes": SHAPES,
+            "dtypes": BYTES,
+            "peers": {**PEERS, **OTHERS},
+        }
         require_known(self, choices)
         require_positive(self, "rounds", "scale", "turn_ms")
         if not self.cases():
-            kinds = "; ".join(f"{op}: {', '.join(KINDS_OF[op])}" for op in self.ops or KINDS_OF)
-            raise RunError(f"--ops and --shapes leave nothing to time. Ops run on ({kinds}).")
+            kinds = "; ".join(f"{op}: {', '.join(KINDS_OF[op])}" for op in self.norms or KINDS_OF)
+            raise RunError(f"--norms and --shapes leave nothing to time. They run on ({kinds}).")
 
     def cases(self) -> list[Case]:
         """What is timed, in order."""
@@ -256,7 +261,7 @@ class BenchOps:
             for kind in kinds
             for shape in SHAPES[kind]
             for dtype in BYTES
-            if op in self.ops and kind in self.shapes and dtype in self.dtypes
+            if op in self.norms and kind in self.shapes and dtype in self.dtypes
         ]
 
 

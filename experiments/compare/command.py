@@ -21,6 +21,7 @@ from ..terminal import (
     EXIT_INTERRUPTED,
     EXIT_MISSING,
     EXIT_TERMINATED,
+    counted,
     errors,
     log,
     outcome,
@@ -36,7 +37,8 @@ from ..terminal import (
 from ..training.again import check_directory
 from ..training.trainer import set_devices
 from . import figures
-from .comparison import Compare, Comparison, Outcome
+from .comparison import Comparison, Outcome
+from .config import Compare
 from .rates import Stable
 from .sweep import Sweep
 
@@ -175,7 +177,7 @@ def sweep_table(sweep: Sweep, rows: Sequence[Record]) -> Table:
         values = map(escape, row["point"].values.values())
         result.add_row(*values, row["net"], f"{row['lr']:g}", *cells)
     seeds = {point.config.seeds for point in sweep.points}
-    many = f"{min(seeds)} seed{'s' * (min(seeds) > 1)}" if len(seeds) == 1 else "the seeds"
+    many = counted(min(seeds), "seed") if len(seeds) == 1 else "the seeds"
     result.caption = f"mean ± standard deviation over {many}, or those that did not diverge."
     return result
 
@@ -212,7 +214,7 @@ def table(comparison: Outcome) -> Table:
             *more,
         )
     result.caption = (
-        f"mean ± standard deviation over {config.seeds} seed{'s' * (config.seeds > 1)}, or those "
+        f"mean ± standard deviation over {counted(config.seeds, 'seed')}, or those "
         "that did not diverge; medians. "
         f"Measured every {config.steps / config.evaluations:g} steps. "
     ) + (
@@ -221,6 +223,8 @@ def table(comparison: Outcome) -> Table:
         if config.tried
         else "A step trains all seeds. Time in the norm: 1 − (step without a norm / step with it)."
     )
+    if any((row["norm_share"] or 0) < 0 for row in comparison.summary()):
+        result.caption += " Below 0 it is smaller than the noise of the times."
     return result
 
 

@@ -26,7 +26,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import platformdirs
 
-from normlab._checks import imported
 from normlab.errors import invalid
 
 from ..rundir import CHECKOUT
@@ -195,6 +194,8 @@ def own(name: str, reading: Reading | None = None) -> Dataset:
     Raises:
       DataError: For what cannot be imported, or is no data set.
     """
+    from normlab._checks import imported  # which takes JAX
+
     try:
         made = imported("data", "data set", name)
         if not callable(made):

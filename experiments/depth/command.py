@@ -10,8 +10,9 @@ from rich.table import Table
 from ..figures import encode
 from ..rundir import Record
 from ..terminal import EXIT_INTERRUPTED, errors, outcome, print_paths, saying, show
+from .config import Depth
 from .figure import picture
-from .profile import INSTRUMENTS, Depth, Profile, lines
+from .profile import INSTRUMENTS, Profile, lines
 
 __all__ = ["Depth", "run"]
 

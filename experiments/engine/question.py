@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 from matplotlib.figure import Figure
 
@@ -41,6 +41,9 @@ class Config(Training):
         100; verdicts are of seeds that nobody has seen.
       screening: With how many further seeds a learning rate is chosen.
     """
+
+    INSTEAD: ClassVar[Mapping[str, str]] = {}
+    """Fields that a question sets itself for each of its conditions, and the options by which."""
 
     model: str = "mlp"
     batch_size: int = 60

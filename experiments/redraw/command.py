@@ -7,10 +7,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from ..compare.comparison import Compare, Outcome
+from ..compare.comparison import Outcome
+from ..compare.config import Compare
 from ..depth.command import title
+from ..depth.config import Depth
 from ..depth.figure import picture
-from ..depth.profile import INSTRUMENTS, Depth
+from ..depth.profile import INSTRUMENTS
 from ..figures import encode
 from ..rundir import Record, RunDirectory, RunError
 from ..terminal import outcome, print_paths

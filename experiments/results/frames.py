@@ -25,16 +25,25 @@ def load(run: str | Path, archive: str | Path | None = None) -> pd.DataFrame:
 def read(path: Path) -> pd.DataFrame:
     """The records of a run directory: of `compare`, `train`, `depth`, a question or a sweep.
 
+    Those of a sweep of `compare` are as `lines` has them, of all its points.
+
     Args:
       path: The directory. `attrs` of the frame has the `run`, its `config` and its `environment`.
 
     Raises:
       RunError: If it is none, or is not whole.
     """
-    frame = pd.DataFrame(records(path))
+    several = runs(path)
+    lone = several == [path]
+    frame = pd.DataFrame(records(path) if lone else [r for run in several for r in lines(run)])
     names = ("config", "environment")
     frame.attrs = {"run": path.resolve().name, **{name: told(path, name) for name in names}}
     return frame
+
+
+def runs(path: Path) -> list[Path]:
+    """The run of a directory, or, of a sweep of `compare`, those of its points."""
+    return sorted(file.parent for file in path.glob("*/metrics.jsonl")) or [path]
 
 
 def told(path: Path, name: str) -> dict[str, Any]:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-Augmentation = Literal["flip", "crop"]
+from .config import Augmentation
 
 
 def augment(kinds: Sequence[Augmentation], key: Array, images: Array) -> Array:

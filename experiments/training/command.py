@@ -17,6 +17,7 @@ from ..terminal import (
     EXIT_TERMINATED,
     EXIT_USAGE,
     PROGRAM,
+    counted,
     errors,
     outcome,
     print_paths,
@@ -25,9 +26,10 @@ from ..terminal import (
     saying,
 )
 from . import again
-from .launch import Launch, launch
+from .config import Launch, Train
+from .launch import launch
 from .processes import EXIT_FAILED, leave, together
-from .train import Train, explain, train
+from .train import explain, train
 
 
 def run(config: Train | Launch) -> int:
@@ -106,8 +108,8 @@ def conclude(path: Path, step: int, summary: dict[str, Any] | None) -> None:
     bits = f", {bits} bits per byte" if "bits_per_byte" in summary else ""
     devices, processes = summary["devices"], summary["processes"]
     remark(
-        f"step {step}: test loss {loss}{bits}, accuracy {summary['accuracy']:.2%}, on {devices} "
-        f"device{'s' * (devices > 1)} in {processes} process{'es' * (processes > 1)}"
+        f"step {step}: test loss {loss}{bits}, accuracy {summary['accuracy']:.2%}, on "
+        f"{counted(devices, 'device')} in {counted(processes, 'process')}"
     )
     outcome(**summary)
     print_paths({"summary": path / "summary.json"})

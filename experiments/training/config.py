@@ -7,19 +7,25 @@ import inspect
 import math
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from jax.typing import ArrayLike
+import tyro
 
 import normlab as nl
 
-from .. import models
 from ..data import NAMES, TEXTS, Dataset, Reading, Unit, is_own
 from ..results import writers
-from ..rundir import RunError, words
-from . import optimizers, syncs
+from ..rundir import RunError, default_path, words
 from .again import parsed
-from .augment import Augmentation
+
+if TYPE_CHECKING:  # what takes JAX is imported where it is used
+    from jax.typing import ArrayLike
+
+    from .. import models
+    from . import optimizers
+
+Augmentation = Literal["flip", "crop"]
+"""What `--augment` takes."""
 
 IMAGES = {"model": "conv", "norm": "batch", "batch_size": 128, "optimizer": "momentum", "lr": 0.05}
 TEXT = {"model": "lm", "norm": "rms", "batch_size": 16, "optimizer": "adamw", "lr": 3e-3}
@@ -117,7 +123,7 @@ class Command(Training):
         batch_size: int = 128
         lr: float = 0.05
         warmup: int = 0
-    schedule: optimizers.Schedule = "constant"
+    schedule: str = "constant"
     clip: float = 0.0
     weight_decay: float = 0.0
     augment: tuple[Augmentation, ...] = ()
@@ -137,6 +143,9 @@ class Command(Training):
 
     def __post_init__(self) -> None:
         """Sets what suits the data; raises RunError for values that cannot be run."""
+        from .. import models
+        from . import optimizers
+
         if self.config is not None:
             raise RunError("--config is read at the terminal; in Python use again.read_config.")
         try:
@@ -203,6 +212,8 @@ class Command(Training):
           sync: The words of --sync.
           devices: How many there are, where that is known.
         """
+        from . import syncs
+
         try:
             told = {option: [n for n in norms if takes(n, option)] for option in NORMS_OPTIONS}
         except ValueError as error:  # an unknown name
@@ -231,6 +242,8 @@ class Command(Training):
     @property
     def make_optimizer(self) -> optimizers.Make:
         """What makes the optimizer of a learning rate."""
+        from . import optimizers
+
         return optimizers.optimizer(
             self.optimizer,
             self.steps,
@@ -246,6 +259,8 @@ class Command(Training):
         Raises:
           RunError: For a scheme or sizes that the model cannot have.
         """
+        from .. import models
+
         try:
             return models.draw_kernels(self.model, classes, seeds, probe, **self.model_options)
         except ValueError as error:
@@ -264,6 +279,8 @@ class Command(Training):
         Raises:
           RunError: For an unknown name, or options that the norm does not take.
         """
+        from .. import models
+
         try:
             given = {"groups": self.groups, "axis_name": axis_name, **more}
             if self.eps is not None:
@@ -345,6 +362,8 @@ def require_fit(examples: int, data: Dataset, given: str = "", change: str = "")
 
 def require_reading(model: str, data: Dataset) -> None:
     """Raises RunError if a model does not read what the data are: a text, images, other inputs."""
+    from .. import models
+
     if models.reads_text(model) != (data.text is not None):
         what, change = (
             ("arrays of inputs and labels", "Take a model of images, or return a string")
@@ -363,6 +382,8 @@ def require_reading(model: str, data: Dataset) -> None:
 
 def require_place(name: str, model: models.Network) -> None:
     """Raises RunError if the norm called `name` stands nowhere in a model."""
+    from .. import models
+
     placed = not isinstance(model, models.Transformer) or model.norm in model.norms().values()
     if not placed and name != "none":
         raise RunError(
@@ -383,3 +404,162 @@ def require_division(batch_size: int, devices: int, microbatches: int = 1) -> No
             f"--batch-size {batch_size} does not divide over {devices} devices{cut}. Use a batch "
             f"size of {fit}, or another number of devices."
         )
+
+
+@dataclasses.dataclass(frozen=True)
+class Joining:
+    """How the processes of a run find each other, and when they give up.
+
+    Attributes:
+      coordinator: HOST:PORT of process 0, where no cluster says it; with --processes and --process.
+      processes: With --coordinator: how many processes there are.
+      process: With --coordinator: which of them this is.
+      cluster: Whether to ask the cluster for the other processes: if its variables are there, or
+        always (TPU VMs have none), or never.
+      start_timeout: Seconds in which all processes must have started.
+      heartbeat_timeout: Seconds after which a process that is not heard of is dead, and the others
+        end.
+      shutdown_timeout: Seconds that a process that is done waits for the others.
+      step_timeout: Seconds for a step; the watchdog ends a process that is over it.
+      grace: Seconds for the first step, which compiles, for a checkpoint and for the evaluation.
+    """
+
+    coordinator: str | None = None
+    processes: int = 1
+    process: int = 0
+    cluster: Literal["auto", "yes", "no"] = "auto"
+    start_timeout: int = 120
+    heartbeat_timeout: int = 10
+    shutdown_timeout: int = 8
+    step_timeout: float = 60.0
+    grace: float = 600.0
+
+
+FREE = {
+    *("steps", "checkpoint_every", "keep", "log_every", "data_dir", "run_dir", "devices", "log"),
+    *(field.name for field in dataclasses.fields(Joining)),
+}
+"""Options that may change when a run goes on: they change no number up to a given step."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Train(Joining, Command):
+    """Train one network, data-parallel, in one process or many; go on where it was stopped.
+
+    The same command with the same --run-dir goes on from the last checkpoint. Under Slurm,
+    Kubernetes and on TPU pods the processes find each other; `launch` starts them elsewhere.
+    """
+
+    norm: str = "auto"
+    """Which norm (`normlab list`, or module:factory for one of your own); auto is
+    batch, of text rms."""
+
+    sync: str = "all"
+    """Over which devices batch norm measures: all, local, groups=2, ring=1, virtual=64, ghost=4;
+    of a --mesh inner (its last axis) or together=axis0; joined by + with every=2,
+    gradient=forward, second=always and the like."""
+
+    mesh: tuple[int, ...] = ()
+    """Sizes of the axes along which the devices of all processes lie, as in 4 2: axis0 and axis1,
+    neighbours along the last; by default one axis of all."""
+
+    steps: int = 200
+    """Optimizer steps; more than before lets a run that is done go on, if its rate is constant
+    behind the same --warmup."""
+
+    seed: int = 0
+    """Draws the kernels and the minibatches."""
+
+    population: str = "debiased"
+    """What batch norm keeps: debiased, ema, cumulative, renorm, frozen, or batch (nothing)."""
+
+    checkpoint_every: int = 50
+    """Steps between checkpoints; there is one at the end and one at a stop as well."""
+
+    keep: int = 2
+    """How many checkpoints to keep."""
+
+    log_every: int = 10
+    """Steps between lines of metrics.jsonl."""
+
+    devices: int = 0
+    """On a CPU, devices that each process makes; 0 takes those that there are."""
+
+    run_dir: Path | None = None
+    """Where the results go; the place of a run of the same options lets that run go on. By default
+    runs/train-DATASET-MODEL-TIME, for one process; several must share a directory."""
+
+    def __post_init__(self) -> None:
+        """Raises RunError for values that cannot be run."""
+        from . import syncs
+        from .trainer import axes_of
+
+        super().__post_init__()
+        self.require_counts(
+            *("keep", "log_every", "checkpoint_every", "processes"),
+            *("start_timeout", "heartbeat_timeout", "shutdown_timeout"),
+        )
+        for name in ("step_timeout", "grace"):
+            value = getattr(self, name)
+            require(0 < value < math.inf, name, value, "positive and finite")
+        require(self.devices >= 0, "devices", self.devices, "0 or more")
+        last = f"one of 0 to {self.processes - 1}"
+        require(0 <= self.process < self.processes, "process", self.process, last)
+        together = self.processes == 1 or self.coordinator is not None
+        require(together, "processes", self.processes, "beside a --coordinator HOST:PORT")
+        known = self.dataset in NAMES or is_own(self.dataset)
+        require(known, "dataset", self.dataset, f"one of {', '.join(NAMES)}")
+        for name in ("batch", self.norm):  # no array is made: JAX must not start yet
+            self.norm_of(name, population=self.population)
+        self.require_told((self.norm,), self.sync)
+        why = f"on norm {self.norm}, which keeps no statistics"
+        require_effect(self, takes(self.norm, "population"), "population", why)
+        require_mesh(self.mesh)
+        syncs.parse(self.sync, axes_of(self.mesh))
+
+    @property
+    def path(self) -> Path:
+        """The run directory."""
+        default = default_path(f"train-{self.dataset}-{self.model}")
+        return (self.run_dir or default).expanduser().resolve()
+
+    def as_json(self) -> dict[str, Any]:
+        """The options that the numbers depend on."""
+        free = FREE if self.schedule == "constant" else FREE - {"steps"}
+        return {k: v for k, v in super().as_json().items() if k not in free}
+
+
+@dataclasses.dataclass(frozen=True)
+class Launch:
+    """Run a training run on several processes, and start it again when one dies.
+
+    Example: `launch --workers 4 -- train --dataset mnist --sync all`. What follows `--` is `train`
+    with its options. Ctrl-C or SIGTERM stops all processes with a checkpoint.
+    """
+
+    command: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
+    """After `--`: train, and its options."""
+
+    workers: int = 2
+    """Processes."""
+
+    gpus: int = 0
+    """GPUs for each process; without any, the processes compute on CPUs."""
+
+    ray: str | None = None
+    """A Ray cluster, as ray.init(address=...) takes it; by default this machine alone. This
+    checkout, the data and --run-dir must be at the same place on all of its machines."""
+
+    max_failures: int = 3
+    """How often to start all processes again after one of them failed."""
+
+    def __post_init__(self) -> None:
+        """Raises RunError for values that cannot be run."""
+        for name, least in (("workers", 1), ("gpus", 0), ("max_failures", 0)):
+            value = getattr(self, name)
+            require(value >= least, name, value, f"at least {least}")
+        example = "for example: launch --workers 4 -- train --dataset mnist"
+        if not self.command:
+            raise RunError(f"there is nothing to launch; {example}")
+        if self.command[0] != "train":
+            raise RunError(f"cannot launch {self.command[0]!r}, only train; {example}")

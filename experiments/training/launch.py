@@ -20,54 +20,16 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated, Any
-
-import tyro
+from typing import Any
 
 import normlab
 
-from ..cluster import connect, imported
+from ..cluster import LOCAL, connect, imported
 from ..rundir import Record, RunError
 from .again import check_directory
-from .config import require, require_division, require_mesh
+from .config import Launch, Train, require_division, require_mesh
 from .processes import gist, read_diaries
-from .train import Result, Train, train
-
-
-@dataclasses.dataclass(frozen=True)
-class Launch:
-    """Run a training run on several processes, and start it again when one dies.
-
-    Example: `launch --workers 4 -- train --dataset mnist --sync all`. What follows `--` is `train`
-    with its options. Ctrl-C or SIGTERM stops all processes with a checkpoint.
-    """
-
-    command: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
-    """After `--`: train, and its options."""
-
-    workers: int = 2
-    """Processes."""
-
-    gpus: int = 0
-    """GPUs for each process; without any, the processes compute on CPUs."""
-
-    address: str | None = None
-    """A Ray cluster, as ray.init(address=...) takes it; by default this machine alone. This
-    checkout, the data and --run-dir must be at the same place on all of its machines."""
-
-    max_failures: int = 3
-    """How often to start all processes again after one of them failed."""
-
-    def __post_init__(self) -> None:
-        """Raises RunError for values that cannot be run."""
-        for name, least in (("workers", 1), ("gpus", 0), ("max_failures", 0)):
-            value = getattr(self, name)
-            require(value >= least, name, value, f"at least {least}")
-        example = "for example: launch --workers 4 -- train --dataset mnist"
-        if not self.command:
-            raise RunError(f"there is nothing to launch; {example}")
-        if self.command[0] != "train":
-            raise RunError(f"cannot launch {self.command[0]!r}, only train; {example}")
+from .train import Result, train
 
 
 def launch(
@@ -211,8 +173,8 @@ def _start_ray(config: Launch, temporary: Path) -> None:
         {} if config.gpus else {"JAX_PLATFORMS": "cpu"}
     )
     connect(
-        config.address,
-        "--address",
+        config.ray,
+        "--ray",
         {"env_vars": variables},
         num_cpus=max(config.workers, os.cpu_count() or 1),
         object_store_memory=100 * 2**20,  # nothing is passed through it
@@ -225,7 +187,7 @@ def _trainer(config: Launch, run: Train, temporary: Path) -> Any:
     from ray.train.v2.jax import JaxConfig, JaxTrainer  # pyright: ignore[reportMissingImports]
 
     assert run.run_dir is not None
-    storage = run.run_dir / ".ray" if config.address else temporary / "storage"
+    storage = run.run_dir / ".ray" if config.ray not in (None, LOCAL) else temporary / "storage"
     return JaxTrainer(
         _work,
         train_loop_config={"run": dataclasses.asdict(run)},

@@ -8,10 +8,8 @@ that was stopped and one that was not are the same numbers, bit for bit, on as m
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 import json
-import math
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -30,18 +28,16 @@ from jax.sharding import PartitionSpec as P
 import normlab as nl
 
 from .. import models
-from ..data import NAMES, Dataset, is_own, load
+from ..data import Dataset, load
 from ..results.writers import writers
-from ..rundir import Record, RunDirectory, RunError, default_path, environment
+from ..rundir import Record, RunDirectory, RunError, environment
 from . import processes, syncs
 from .again import check_directory
 from .augment import augment
 from .checkpoints import Checkpoints
 from .config import (
-    Command,
-    require,
+    Train,
     require_division,
-    require_effect,
     require_fit,
     require_mesh,
     require_place,
@@ -60,96 +56,6 @@ from .trainer import (
     mesh_of,
     minibatches,
 )
-
-FREE = {
-    *("steps", "checkpoint_every", "keep", "log_every", "data_dir", "run_dir", "devices", "log"),
-    *(field.name for field in dataclasses.fields(processes.Joining)),
-}
-"""Options that may change when a run goes on: they change no number up to a given step."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Train(processes.Joining, Command):
-    """Train one network, data-parallel, in one process or many; go on where it was stopped.
-
-    The same command with the same --run-dir goes on from the last checkpoint. Under Slurm,
-    Kubernetes and on TPU pods the processes find each other; `launch` starts them elsewhere.
-    """
-
-    norm: str = "auto"
-    """Which norm (`normlab list`, or module:factory for one of your own); auto is
-    batch, of text rms."""
-
-    sync: str = "all"
-    """Over which devices batch norm measures: all, local, groups=2, ring=1, virtual=64, ghost=4;
-    of a --mesh inner (its last axis) or together=axis0; joined by + with every=2,
-    gradient=forward, second=always and the like."""
-
-    mesh: tuple[int, ...] = ()
-    """Sizes of the axes along which the devices of all processes lie, as in 4 2: axis0 and axis1,
-    neighbours along the last; by default one axis of all."""
-
-    steps: int = 200
-    """Optimizer steps; more than before lets a run that is done go on, if its rate is constant
-    behind the same --warmup."""
-
-    seed: int = 0
-    """Draws the kernels and the minibatches."""
-
-    population: str = "debiased"
-    """What batch norm keeps: debiased, ema, cumulative, renorm, frozen, or batch (nothing)."""
-
-    checkpoint_every: int = 50
-    """Steps between checkpoints; there is one at the end and one at a stop as well."""
-
-    keep: int = 2
-    """How many checkpoints to keep."""
-
-    log_every: int = 10
-    """Steps between lines of metrics.jsonl."""
-
-    devices: int = 0
-    """On a CPU, devices that each process makes; 0 takes those that there are."""
-
-    run_dir: Path | None = None
-    """Where the results go; the place of a run of the same options lets that run go on. By default
-    runs/train-DATASET-MODEL-TIME, for one process; several must share a directory."""
-
-    def __post_init__(self) -> None:
-        """Raises RunError for values that cannot be run."""
-        super().__post_init__()
-        self.require_counts(
-            *("keep", "log_every", "checkpoint_every", "processes"),
-            *("start_timeout", "heartbeat_timeout", "shutdown_timeout"),
-        )
-        for name in ("step_timeout", "grace"):
-            value = getattr(self, name)
-            require(0 < value < math.inf, name, value, "positive and finite")
-        require(self.devices >= 0, "devices", self.devices, "0 or more")
-        last = f"one of 0 to {self.processes - 1}"
-        require(0 <= self.process < self.processes, "process", self.process, last)
-        together = self.processes == 1 or self.coordinator is not None
-        require(together, "processes", self.processes, "beside a --coordinator HOST:PORT")
-        known = self.dataset in NAMES or is_own(self.dataset)
-        require(known, "dataset", self.dataset, f"one of {', '.join(NAMES)}")
-        for name in ("batch", self.norm):  # no array is made: JAX must not start yet
-            self.norm_of(name, population=self.population)
-        self.require_told((self.norm,), self.sync)
-        why = f"on norm {self.norm}, which keeps no statistics"
-        require_effect(self, takes(self.norm, "population"), "population", why)
-        require_mesh(self.mesh)
-        syncs.parse(self.sync, axes_of(self.mesh))
-
-    @property
-    def path(self) -> Path:
-        """The run directory."""
-        default = default_path(f"train-{self.dataset}-{self.model}")
-        return (self.run_dir or default).expanduser().resolve()
-
-    def as_json(self) -> dict[str, Any]:
-        """The options that the numbers depend on."""
-        free = FREE if self.schedule == "constant" else FREE - {"steps"}
-        return {k: v for k, v in super().as_json().items() if k not in free}
 
 
 class Result(NamedTuple):
@@ -176,6 +82,11 @@ class Result(NamedTuple):
     usage: bool = False
 
 
+def before(record: Record, step: int) -> bool:
+    """Whether a run in one piece has a record before it goes on from a step."""
+    return record["step"] < step + (record["kind"] == "training")
+
+
 class Resumed(RunDirectory):
     """The directory of a run that may be there already.
 
@@ -198,11 +109,6 @@ class Resumed(RunDirectory):
         if kept != lines:
             self.write_bytes(path.name, b"".join(kept))
         (self.path / "summary.json").unlink(missing_ok=True)
-
-
-def before(record: Record, step: int) -> bool:
-    """Whether a run that goes on from a step does not measure a record again."""
-    return record["step"] < step or (record["step"] == step and record["kind"] == "training")
 
 
 @contextlib.contextmanager

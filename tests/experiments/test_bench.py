@@ -265,7 +265,7 @@ class TestServer:
 class TestOps:
     def test_a_run_leaves_tables_every_turn_and_a_figure(self, tmp_path, capsys):
         out = tmp_path / "run"
-        chosen = ("--ops", "rms", "--shapes", "dense", "--dtypes", "float32")
+        chosen = ("--norms", "rms", "--shapes", "dense", "--dtypes", "float32")
         assert run(out, *chosen, "--peers", "flax.linen") == 0
         printed = capsys.readouterr().out
         for text in ("rms 4096×256 f32", "flax.linen", "floor", "normlab / peer", "GB/s"):
@@ -302,13 +302,12 @@ class TestOps:
     ):
         for module in ("haiku", "equinox", "torch"):
             monkeypatch.setitem(sys.modules, module, None)
-        chosen = ("--ops", "rms", "--shapes", "tokens", "--dtypes", "float32")
+        chosen = ("--norms", "rms", "--shapes", "tokens", "--dtypes", "float32")
         out = tmp_path / "run"
         assert run(out, *chosen, "--peers", "haiku", "torch", "--no-reuse-memory") == 0
         printed = capsys.readouterr().out
         assert (
-            "not installed, and left out: haiku, torch. To add them: "
-            "pip install -c constraints.txt -e '.[peers]'\n"
+            "not installed, and left out: haiku, torch. To add them: pip install 'normlab[peers]'\n"
         ) in printed
         result = json.loads((out / "ops.json").read_text())
         assert result["absent"] == {"haiku": "not installed", "torch": "not installed"}
@@ -383,11 +382,11 @@ class TestOps:
 
 
 REFUSED = {
-    "op": (["--ops", "bach"], ["--ops", "did you mean 'batch'", "instance"]),
+    "op": (["--norms", "bach"], ["--norms", "did you mean 'batch'", "instance"]),
     "shape": (["--shapes", "conf"], ["--shapes", "did you mean 'conv'", "tokens"]),
     "dtype": (["--dtypes", "float23"], ["did you mean 'float32'"]),
     "peer": (["--peers", "flax.line"], ["did you mean 'flax.linen'", "equinox"]),
-    "nothing": (["--ops", "group", "--shapes", "dense"], ["leave nothing", "group: conv"]),
+    "nothing": (["--norms", "group", "--shapes", "dense"], ["leave nothing", "group: conv"]),
     "rounds": (["--rounds", "0"], ["--rounds", "at least 1"]),
     "scale": (["--scale", "0"], ["--scale", "at least 1"]),
     "turn": (["--turn-ms", "0"], ["--turn-ms", "positive"]),
@@ -421,7 +420,7 @@ class TestCommandLine:
     def test_step_without_torch_is_one_clear_line(self, monkeypatch, capsys):
         monkeypatch.setitem(sys.modules, "torch", None)
         assert cli.main(["bench", "step", "--steps", "2"]) == cli.EXIT_USAGE
-        assert "pip install -c constraints.txt -e '.[peers]'" in capsys.readouterr().err
+        assert "pip install 'normlab[peers]'" in capsys.readouterr().err
 
 
 class TestFigure1:

@@ -23,7 +23,8 @@ from normlab.experiments.asking import kept
 from normlab.experiments.asking.ask import ask
 from normlab.experiments.asking.kept import Kept
 from normlab.experiments.cluster import Call, Cluster, Ended
-from normlab.experiments.compare.comparison import Compare, Comparison
+from normlab.experiments.compare.comparison import Comparison
+from normlab.experiments.compare.config import Compare
 from normlab.experiments.rundir import RunError
 from tests.helpers import CHECKOUT, environment
 

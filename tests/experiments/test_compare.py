@@ -18,13 +18,14 @@ import pytest
 import normlab as nl
 from normlab.experiments import console as cli
 from normlab.experiments.compare import tuning
-from normlab.experiments.compare.comparison import Compare, Comparison
+from normlab.experiments.compare.comparison import Comparison
+from normlab.experiments.compare.config import Compare
 from normlab.experiments.engine.learn import held_out
 from normlab.experiments.rundir import RunError
 from normlab.experiments.terminal import EXIT_TERMINATED
 from normlab.experiments.training import optimizers
 from normlab.experiments.training.augment import augment
-from normlab.experiments.training.train import Train
+from normlab.experiments.training.config import Train
 from normlab.experiments.training.trainer import Trainer
 from tests.helpers import environment
 

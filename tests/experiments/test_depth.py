@@ -11,8 +11,9 @@ import normlab as nl
 from normlab.experiments import console as cli
 from normlab.experiments import models
 from normlab.experiments.depth.command import table
+from normlab.experiments.depth.config import Depth
 from normlab.experiments.depth.figure import picture
-from normlab.experiments.depth.profile import INSTRUMENTS, Depth, Profile, examples, measure
+from normlab.experiments.depth.profile import INSTRUMENTS, Profile, examples, measure
 from normlab.experiments.rundir import RunError
 from normlab.experiments.terminal import console
 from normlab.experiments.training.trainer import DeviceData, Trainer, TrainState

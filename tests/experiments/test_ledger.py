@@ -455,29 +455,27 @@ def test_a_missing_compiler_is_named_with_the_line_that_installs_it(
     monkeypatch.setitem(machines.TARGETS, extra, "no_such.module")
     assert main(["ledger", "--topology", topology]) == 2
     said = capsys.readouterr().err
-    assert f"pip install -c constraints.txt -e '.[{extra}]'" in said
+    assert f"pip install 'normlab[{extra}]'" in said
     assert "Traceback" not in said
 
 
 # --- The commands -----------------------------------------------------------------------------
 
 
-def test_the_command_prints_the_table_and_writes_the_json(tmp_path, capsys):
-    path = tmp_path / "ledger.json"
-    words = ["ledger", "--model", "mlp", "--widths", "6", "--sync", "all", "--json", str(path)]
+def test_the_command_prints_the_table_or_the_json(capsys):
+    words = ["ledger", "--model", "mlp", "--widths", "6", "--sync", "all"]
     assert main([*words, "--markdown"]) == 0
     said = capsys.readouterr().out
     assert "| batch, all | Normed_0 forward | 1 all-reduce | 52 | all 8 |" in said
-    (content,) = json.loads(path.read_text())
-    assert content["config"]["sync"] == "all"
+    assert main([*words, "--json"]) == 0
+    (content,) = json.loads(capsys.readouterr().out)["programs"]
+    assert (content["norm"], content["sync"]) == ("batch", "all")
     first = content["collectives"][0]
     assert (first["purposes"], first["kind"], first["nbytes"]) == (
         ["Normed_0 forward"],
         "all-reduce",
         52,
     )
-    with pytest.raises(RunError, match="there is such a file"):
-        Ledger(json=path)
 
 
 def test_a_norm_that_there_is_not_and_groups_that_do_not_divide_are_refused(capsys):
