@@ -6,8 +6,9 @@ import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import normlab as nl
 from normlab.errors import nearest
 
 from ..cluster import require_address
@@ -24,9 +25,6 @@ from ..training.config import (
     require_mesh,
 )
 from .sweep import sweep
-
-if TYPE_CHECKING:
-    import normlab as nl
 
 COMMON = ("none", "batch", "layer", "rms", "group", "instance", "weight", "cosine")
 """The norms that are compared by default on images."""
