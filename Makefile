@@ -1,5 +1,6 @@
 # make compare   set up, fetch MNIST, train eight norms side by side (the main job)
 # make test      set up, run the tests; docs/development.md names the other ways to run them
+# make docs      set up, build the site into docs/_build/html
 # make report    set up, run every question's quick profile, write runs/report.html
 # Options of the main job: make compare ARGS="--dataset cifar10 --steps 2000"
 # Another interpreter: make test-newest PYTHON=python3.13
@@ -14,7 +15,7 @@ INSTALLED := $(VENV)/installed
 PYTEST := -m pytest -n logical --dist worksteal
 
 .PHONY: compare report test test-library test-experiments test-wheel test-newest test-oldest \
-  test-ahead test-slow coverage lint reference bench bench-gpu bench-bytes dist lock clean
+  test-ahead test-slow coverage lint docs docs-links registry bench bench-gpu bench-bytes dist lock clean
 
 compare: $(INSTALLED)-experiments
 	$(BIN)/normlab compare $(ARGS)
@@ -87,8 +88,16 @@ lint: $(INSTALLED)-dev
 	$(BIN)/pyright
 	$(BIN)/mypy --strict --follow-imports=silent tests/typing_user.py
 
-# Renews docs/reference.md, the list of public names.
-reference: $(INSTALLED)-test
+# The site, into docs/_build/html: a warning is an error. The notebooks run.
+docs: $(INSTALLED)-docs
+	$(BIN)/python -m sphinx -b html -W --keep-going docs docs/_build/html $(ARGS)
+
+# Its links to other sites, which need a network and change without us.
+docs-links: $(INSTALLED)-docs
+	$(BIN)/python -m sphinx -b linkcheck docs docs/_build/links $(ARGS)
+
+# Renews the registry at the end of docs/family.md.
+registry: $(INSTALLED)-test
 	$(BIN)/python -m tests.reference
 
 # One batch norm training step beside an eager PyTorch loop, then every op beside its peers (ARGS).
@@ -136,4 +145,4 @@ lock: $(INSTALLED)-dev
 	  --python-version 3.11 --upgrade --no-header --no-annotate --no-emit-index-url -o constraints.txt
 
 clean:
-	rm -rf .venv .venv-* .coverage runs build dist *.egg-info
+	rm -rf .venv .venv-* .coverage runs build dist docs/_build *.egg-info

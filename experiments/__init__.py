@@ -12,6 +12,8 @@ if TYPE_CHECKING:
 
     import pandas as pd
 
+__all__ = ["load"]
+
 
 def load(run: str | Path, archive: str | Path | None = None) -> pd.DataFrame:
     """What a run measured as a pandas data frame: a line for each measurement.

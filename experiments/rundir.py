@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import datetime
+import fcntl
 import importlib.metadata
 import json
 import math
@@ -55,6 +56,10 @@ def runs() -> Path:
     return Path(given).expanduser() if given else (CHECKOUT or Path()) / "runs"
 
 
+LOCK = ".lock"
+"""The file that the program holds which writes into a run directory."""
+
+
 class RunDirectory:
     """A directory that belongs to one run.
 
@@ -69,6 +74,7 @@ class RunDirectory:
 
     def __init__(self, path: Path | None, name: str, *, again: bool = False) -> None:
         self.path = path or default_path(name)
+        self._lock: Any = None
         try:
             self.path.mkdir(parents=True, exist_ok=again)
         except FileExistsError:
@@ -78,6 +84,23 @@ class RunDirectory:
             ) from None
         except OSError as error:
             raise RunError(f"cannot make the run directory {self.path}: {error}.") from error
+
+    def lock(self) -> None:
+        """Takes the directory for this program; raises RunError if another has it."""
+        self._lock = (self.path / LOCK).open("w")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self.release()
+            raise RunError(
+                f"another run is writing into {self.path}. Wait for its end, or choose another "
+                "place with --run-dir."
+            ) from None
+
+    def release(self) -> None:
+        """Gives the directory back."""
+        if self._lock is not None:
+            self._lock.close()
 
     def write_json(self, name: str, content: Any) -> Path:
         """Writes a file of JSON; it appears whole or not at all."""
@@ -134,6 +157,11 @@ def unpacked(text: str) -> np.ndarray:
 
     count, _, bits = text.partition(":")
     return np.unpackbits(np.frombuffer(base64.b64decode(bits), np.uint8), count=int(count)) > 0
+
+
+def words(value: Any) -> str:
+    """An option's value as it is given: the words of several beside one another."""
+    return " ".join(map(str, value)) or "nothing" if isinstance(value, list | tuple) else str(value)
 
 
 def shown(value: float | None) -> str:

@@ -149,6 +149,10 @@ def batch_parts(
     """The parts and the next state of `batch_norm`, which see.
 
     Flax's modules, which warn themselves, let `_one_value` per channel pass.
+
+    >>> parts, _ = batch_parts(jnp.array([[1.0, 3.0], [5.0, 9.0]]), train=True)
+    >>> print(parts.mu, parts.sigma.round(3))
+    [[3. 6.]] [[2.        3.0000002]]
     """
     where = "batch norm"
     a, channel, weights = aligned(where, a, weights, channel_axis)
@@ -249,7 +253,12 @@ def batch_moments(
     channel_axis: int = -1,
     algorithm: Algorithm = "auto",
 ) -> Moments:
-    """The moments, broadcastable to `a`, that `batch_norm`, which see, normalizes training with."""
+    """The moments, broadcastable to `a`, that `batch_norm`, which see, normalizes training with.
+
+    >>> m = batch_moments(jnp.array([[1.0, 3.0], [5.0, 9.0]]))
+    >>> print(m.mean, m.var())
+    [[3. 6.]] [[4. 9.]]
+    """
     a, channel, weights = aligned("batch norm", a, weights, channel_axis)
     x, w, axes, kept = examples_first(a, weights, channel)
     m, _ = measure("batch norm", x, axes, as_sync(axis_name), weights=w, algorithm=algorithm)

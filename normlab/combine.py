@@ -151,6 +151,11 @@ def join(shift: Parts, scale: Parts) -> Parts:
     Args:
       shift: The parts whose μ counts.
       scale: Those whose σ, g and b do.
+
+    >>> shift, scale = (Parts(*map(jnp.float32, p)) for p in ((1, 2, 1, 0), (9, 4, 1, 0)))
+    >>> joined = join(shift, scale)
+    >>> float(joined.mu), float(joined.sigma)
+    (1.0, 4.0)
     """
     return scale._replace(mu=shift.mu)
 
@@ -291,6 +296,13 @@ def pair(shift: Norm, scale: Norm, *, use_gain: bool = True, use_bias: bool = Tr
       scale: The norm whose σ does.
       use_gain: Whether there is a gain.
       use_bias: Whether there is a bias.
+
+    >>> from normlab import Site, get
+    >>> norm = pair(get("batch"), get("rms"))
+    >>> site = Site(jnp.array([[1.0, 3.0], [5.0, 9.0]]))
+    >>> parts, _ = norm.parts(*norm.init(site), site, train=True)
+    >>> parts.mu.shape, parts.sigma.shape
+    ((1, 2), (2, 1))
     """
 
     def combine(parts: list[Parts], weights: Any) -> Parts:

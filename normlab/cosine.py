@@ -107,6 +107,12 @@ def cosine_parts(
     The arguments are those of `weight_parts`, which see, of a site that has an `x` too; the others
     are those of `cosine_norm`. With an `axis_name`, x and w are those of the device and a is the
     sum over devices.
+
+    >>> import jax.numpy as jnp
+    >>> from normlab.site import Site
+    >>> x, w = jnp.array([[3.0, 4.0]]), jnp.array([[1.0], [0.0]])
+    >>> cosine_parts(Site(x @ w, x, w)).sigma.tolist()
+    [[5.0]]
     """
     where = "centred cosine norm" if centred else "cosine norm"
     w, x = promote(kernel(where, site)), promote(inputs(where, site))

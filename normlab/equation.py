@@ -45,6 +45,10 @@ class Parts(NamedTuple):
         was measured.
       g: The gain, learned.
       b: The bias, learned.
+
+    >>> parts = Parts(mu=jnp.array(3.0), sigma=jnp.array(2.0), g=jnp.array(1.0), b=jnp.array(0.5))
+    >>> affine(parts, jnp.array([1.0, 5.0])).tolist()
+    [-0.5, 1.5]
     """
 
     mu: Array
@@ -60,6 +64,9 @@ class Affine(NamedTuple):
     Attributes:
       g: `[C]`, the gain (the papers' γ).
       b: `[C]`, the bias (the papers' β).
+
+    >>> Affine(g=jnp.ones(2), b=None)  # a gain and no bias
+    Affine(g=Array([1., 1.], dtype=float32), b=None)
     """
 
     g: Array | None
@@ -217,6 +224,10 @@ def invert(parts: Parts | Applied, h: ArrayLike) -> Array:
     """Undoes `affine`, which see: a = (h − b) · σ / g + μ, in the shape and floating type of `h`.
 
     Where g is zero the information is gone and the result is not finite.
+
+    >>> parts = Parts(*map(jnp.float32, (3.0, 2.0, 1.0, 0.5)))
+    >>> invert(parts, affine(parts, jnp.array([1.0, 5.0]))).tolist()
+    [1.0, 5.0]
     """
     if isinstance(parts, Applied):
         return parts.invert(jnp.asarray(h))

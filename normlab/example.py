@@ -65,7 +65,11 @@ def layer_moments(
     channel_axis: int = -1,
     algorithm: Algorithm = "auto",
 ) -> Moments:
-    """The moments that `layer_norm`, which see, normalizes with."""
+    """The moments that `layer_norm`, which see, normalizes with.
+
+    >>> layer_moments(jnp.array([[1.0, 3.0]])).mean.tolist()
+    [[2.0]]
+    """
     a, channel, weights = aligned("layer norm", a, weights, channel_axis)
     axes = _example_axes("layer norm", axes, a.ndim, channel)
     over = _sharing("layer norm", axis_name, axes, channel)
@@ -86,7 +90,12 @@ def layer_parts(
     algorithm: Algorithm = "auto",
     implementation: Implementation = "auto",
 ) -> Parts:
-    """The parts of `layer_norm`, which see."""
+    """The parts of `layer_norm`, which see.
+
+    >>> parts = layer_parts(jnp.array([[1.0, 3.0]]))
+    >>> print(parts.mu, parts.sigma.round(3))
+    [[2.]] [[1.]]
+    """
     where = "layer norm"
     a, channel, weights = aligned(where, a, weights, channel_axis)
     axes = _example_axes(where, axes, a.ndim, channel)
@@ -192,7 +201,11 @@ def rms_moments(
     weights: ArrayLike | None = None,
     channel_axis: int = -1,
 ) -> Moments:
-    """The moments about zero that `rms_norm`, which see, normalizes with: m2 = Σ w·a²."""
+    """The moments about zero that `rms_norm`, which see, normalizes with: m2 = Σ w·a².
+
+    >>> rms_moments(jnp.array([[3.0, 4.0]])).m2.tolist()
+    [[25.0]]
+    """
     square, count = mean_square(
         "RMS norm",
         a,
@@ -222,7 +235,11 @@ def rms_parts(
     feature_axes: Sequence[int] | None = None,
     implementation: Implementation = "auto",
 ) -> Parts:
-    """The parts of `rms_norm`, which see."""
+    """The parts of `rms_norm`, which see.
+
+    >>> print(rms_parts(jnp.array([[1.0, 7.0]])).sigma.round(3))
+    [[5.]]
+    """
     where = "RMS norm"
     how: Any = {"groups": groups, "part": part, "axis_name": axis_name, "weights": weights}
     square, count = mean_square(where, a, axes, channel_axis=channel_axis, **how)
@@ -270,7 +287,11 @@ def group_moments(
     channel_axis: int = -1,
     algorithm: Algorithm = "auto",
 ) -> Moments:
-    """The moments that `group_norm`, which see, normalizes with; not `centred`, those about 0."""
+    """The moments that `group_norm`, which see, normalizes with; not `centred`, those about 0.
+
+    >>> group_moments(jnp.array([[1.0, 3.0, 10.0, 30.0]]), groups=2).mean.tolist()
+    [[2.0, 2.0, 20.0, 20.0]]
+    """
     how: Any = {"axis_name": axis_name, "weights": weights, "channel_axis": channel_axis}
     how |= {"centred": centred, "algorithm": algorithm}
     return spread_group_moments("group norm", a, groups, spread=False, **how)
@@ -327,7 +348,11 @@ def group_parts(
     algorithm: Algorithm = "auto",
     implementation: Implementation = "auto",
 ) -> Parts:
-    """The parts of `group_norm`, which see."""
+    """The parts of `group_norm`, which see.
+
+    >>> print(group_parts(jnp.array([[1.0, 3.0, 10.0, 30.0]]), groups=2).sigma.round(3))
+    [[ 1.  1. 10. 10.]]
+    """
     where = "group norm"
     how: Any = {"axis_name": axis_name, "weights": weights, "channel_axis": channel_axis}
     how |= {"centred": centred, "algorithm": algorithm}
@@ -389,7 +414,11 @@ def instance_moments(
     channel_axis: int = -1,
     algorithm: Algorithm = "auto",
 ) -> Moments:
-    """The moments that `instance_norm`, which see, normalizes with."""
+    """The moments that `instance_norm`, which see, normalizes with.
+
+    >>> instance_moments(jnp.array([[[1.0], [3.0]]])).mean.tolist()
+    [[[2.0]]]
+    """
     a, channel, weights = aligned("instance norm", a, weights, channel_axis, by_example=True)
     axes = [i for i in range(1, a.ndim) if i != channel]
     over = shared("instance norm", axis_name, channels=False, positions=True)
@@ -408,7 +437,11 @@ def instance_parts(
     algorithm: Algorithm = "auto",
     implementation: Implementation = "auto",
 ) -> Parts:
-    """The parts of `instance_norm`, which see."""
+    """The parts of `instance_norm`, which see.
+
+    >>> print(instance_parts(jnp.array([[[1.0], [3.0]]])).sigma.round(3))
+    [[[1.]]]
+    """
     where = "instance norm"
     a, channel, weights = aligned(where, a, weights, channel_axis, by_example=True)
     axes = [i for i in range(1, a.ndim) if i != channel]

@@ -20,7 +20,13 @@ from normlab.measure import Moments, moments
 
 @runtime_checkable
 class Linear(Protocol):
-    """A linear map `a = linear(x, w)` with the output channels of `w` last."""
+    """A linear map `a = linear(x, w)` with the output channels of `w` last.
+
+    >>> isinstance(Dense(), Linear)
+    True
+    >>> Dense()(jnp.ones((2, 3)), jnp.ones((3, 4))).shape
+    (2, 4)
+    """
 
     @property
     def channel_axis(self) -> int:

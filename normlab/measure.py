@@ -35,10 +35,19 @@ from normlab._sums import (
     weighted_sums,
 )
 from normlab._trees import node
-from normlab._weights import align_weights
-from normlab._weights import effective_sample_size as effective_sample_size
+from normlab._weights import align_weights, effective_sample_size
 from normlab._xla import derivative_of, partitioned
 from normlab.errors import invalid
+
+__all__ = [
+    "Algorithm",
+    "Moments",
+    "effective_sample_size",
+    "empty",
+    "merge",
+    "merge_axes",
+    "moments",
+]
 
 Algorithm = Literal["auto", "shifted", "two_pass", "one_pass"]
 """About which pivot the moments are taken.
@@ -69,6 +78,10 @@ class Moments(NamedTuple):
       count: Σ w, broadcastable to `mean`. The number of values when there are no weights.
       mean: Σ w·x / Σ w; zero for an empty sample.
       m2: Σ w·(x − mean)², never negative.
+
+    >>> m = moments(jnp.array([1.0, 3.0, 5.0]), 0)
+    >>> m.count.tolist(), m.mean.tolist(), m.m2.tolist()
+    ([3.0], [3.0], [8.0])
     """
 
     count: Array  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -132,6 +145,10 @@ def empty(shape: Sequence[int] = (), dtype: DTypeLike = jnp.float32) -> Moments:
     Args:
       shape: The shape of each field.
       dtype: Their type, float32 or float64.
+
+    >>> m = moments(jnp.array([1.0, 3.0]), 0)
+    >>> merge(m, empty()).mean.tolist()
+    [2.0]
     """
     return Moments(*(jnp.zeros(shape, dtype) for _ in Moments._fields))
 
@@ -239,6 +256,11 @@ def merge_axes(m: Moments, axes: int | Sequence[int]) -> Moments:
     Args:
       m: Moments of many samples, one per position along `axes`.
       axes: Axes of `m.mean`; they stay, with size 1.
+
+    >>> m = moments(jnp.array([[1.0, 3.0], [5.0, 7.0]]), 0)
+    >>> m = merge_axes(m, 1)
+    >>> m.count.tolist(), m.mean.tolist()
+    ([[4.0]], [[4.0]])
     """
     axes = normalize_axes("merge_axes", axes, m.mean.ndim)
     count = jnp.broadcast_to(m.count, m.mean.shape)

@@ -59,6 +59,10 @@ class Row(NamedTuple):
       paper: Where it comes from.
       with_positions: Which do so behind a layer with several positions; `None` for the same.
       fused: Whether the activation is part of it, so that a model applies none after it.
+
+    >>> from normlab import row
+    >>> row("layer").mu, row("layer").paper
+    ('mean a', 'Ba, Kiros & Hinton 2016')
     """
 
     name: str
@@ -135,7 +139,15 @@ def register(row: Row, *, replace: bool = False) -> Row:
 
 @checked("unregister", name=NAME)
 def unregister(name: str) -> None:
-    """Takes a norm out of the table again, by its name; raises ValueError for an unknown one."""
+    """Takes a norm out of the table again, by its name; raises ValueError for an unknown one.
+
+    >>> from normlab import example, making, names, register, unregister
+    >>> own = Row("own", making.stateless(example.rms_parts))
+    >>> _ = register(own)
+    >>> unregister("own")
+    >>> "own" in names()
+    False
+    """
     del _ROWS[row(name).name]
 
 
@@ -180,7 +192,12 @@ def _hashable(value: Any) -> Any:
 
 @checked("row", name=NAME)
 def row(name: str) -> Row:
-    """Returns the registry's row for `name`; raises ValueError for an unknown one."""
+    """Returns the registry's row for `name`; raises ValueError for an unknown one.
+
+    >>> from normlab import row
+    >>> row("rms").sigma
+    '√(mean a² + ε)'
+    """
     if ":" in name:
         found = imported("registry", "norm", name)
         there = found if isinstance(found, Row) else Row(name, found)
@@ -192,7 +209,12 @@ def row(name: str) -> Row:
 
 
 def names() -> tuple[str, ...]:
-    """The names of all norms, in the registry's order."""
+    """The names of all norms, in the registry's order.
+
+    >>> from normlab import names
+    >>> names()[:4]
+    ('none', 'batch', 'layer', 'rms')
+    """
     return tuple(_ROWS)
 
 

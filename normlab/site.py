@@ -43,6 +43,10 @@ class Site(NamedTuple):
       linear: The linear map; its `channel_axis` says where `a` has its channels.
       segments: `[N]` integers, or one for each position: which of them are one graph, set or packed
         sequence. Only the norms of segments look at it (`normlab.family.segments`).
+
+    >>> import jax.numpy as jnp
+    >>> Site(jnp.ones((8, 5))).channels
+    5
     """
 
     a: Array

@@ -142,6 +142,12 @@ def weight_standardization_parts(
 
     The arguments are those of `weight_parts` and of `weight_standardization`, which see; the site
     has an `x` too.
+
+    >>> from normlab.site import Site
+    >>> x, w = jnp.ones((1, 2)), jnp.array([[3.0], [5.0]])
+    >>> parts = weight_standardization_parts(Site(x @ w, x, w))
+    >>> print(parts.mu, parts.sigma.round(3))
+    [[8.]] [[1.414]]
     """
     where = "weight standardization"
     return mapped_parts(where, of_deviations(kernel(where, site), form, eps), site, params)
@@ -158,6 +164,11 @@ def weight_parts(site: Site, params: Affine | None = None, *, of: Of = "unit") -
 
     Raises:
       ValueError: If `w` is missing or does not fit `a`.
+
+    >>> from normlab.site import Site
+    >>> x, w = jnp.ones((1, 2)), jnp.array([[3.0], [4.0]])
+    >>> weight_parts(Site(x @ w, x, w)).sigma.tolist()
+    [[5.0]]
     """
     w = kernel("weight norm", site, of_x=False)
     return mapped_parts("weight norm", of_lengths(w, of), site, params)
@@ -180,7 +191,13 @@ def centred_weight(w: ArrayLike, params: Affine | None = None) -> Array:
 
 @checked("centred weights")
 def centred_weight_parts(site: Site, params: Affine | None = None) -> Parts:
-    """The parts of `centred_weight`, which see: μ = w̄·Σx, σ = 1; the site has an `x` too."""
+    """The parts of `centred_weight`, which see: μ = w̄·Σx, σ = 1; the site has an `x` too.
+
+    >>> from normlab.site import Site
+    >>> x, w = jnp.ones((1, 2)), jnp.array([[3.0], [5.0]])
+    >>> centred_weight_parts(Site(x @ w, x, w)).sigma.tolist()
+    [[1.0]]
+    """
     where = "centred weights"
     return mapped_parts(where, centred(kernel(where, site)), site, params)
 
@@ -210,6 +227,12 @@ def weight_norm_init(
 
     Returns:
       `Affine(g [C], b [C])`.
+
+    >>> from normlab.site import Site
+    >>> x, w = jnp.array([[1.0], [3.0]]), jnp.array([[2.0]])
+    >>> params = weight_norm_init(Site(x @ w, x, w))
+    >>> params.g.tolist(), params.b.tolist()
+    ([1.0], [-2.0])
     """
     t = affine(weight_parts(site, of=of), site.a)
     axes = [i for i in range(t.ndim) if i != site.linear.channel_axis % t.ndim]

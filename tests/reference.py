@@ -1,63 +1,10 @@
-"""Writes docs/reference.md: every public name with the first line of its docstring."""
+"""The registry at the end of docs/family.md: `make registry` writes it."""
 
-import importlib
-import inspect
-import pkgutil
-import typing
 from pathlib import Path
 
 import normlab
 
-PAGE = Path(__file__).parent.parent / "docs/reference.md"
-MEASURE = (
-    "Algorithm",
-    "Moments",
-    "effective_sample_size",
-    "empty",
-    "merge",
-    "merge_axes",
-    "moments",
-)
-HEAD = """# Reference
-
-Every public name, with the first line of its docstring; `help(nl.batch_norm)` shows the whole.
-This page is written by `make reference`, and a test fails where it is not what that writes.
-"""
-
-
-def namespaces() -> dict[str, dict[str, object]]:
-    """The public names by namespace: of the package, and of its packages without an underscore."""
-    packages = [
-        name
-        for _, name, is_package in pkgutil.iter_modules(normlab.__path__, "normlab.")
-        if is_package and "._" not in name and name != "normlab.experiments"
-    ]
-    names = ["normlab", "normlab.combine", "normlab.measure", *packages]
-    modules = {name: importlib.import_module(name) for name in names}
-    return {
-        name: {public: getattr(module, public) for public in getattr(module, "__all__", MEASURE)}
-        for name, module in modules.items()
-    }
-
-
-def sentence(value: object) -> str:
-    """What a name is: the first line of its docstring, or the values that a type allows."""
-    if inspect.isclass(value) or inspect.isfunction(value) or inspect.ismodule(value):
-        return (inspect.getdoc(value) or "").partition("\n")[0].replace("|", "\\|")
-    values = typing.get_args(value) or value
-    return ", ".join(f"`{getattr(v, '__name__', v)}`" for v in values)
-
-
-def page() -> str:
-    """The document."""
-    parts = [HEAD]
-    for namespace, public in namespaces().items():
-        rows = (f"| `{name}` | {sentence(value)} |\n" for name, value in public.items())
-        parts.append(f"\n## {namespace}\n\n| name | what it is |\n|---|---|\n" + "".join(rows))
-    return "".join(parts)
-
-
-FAMILY = PAGE.parent / "family.md"
+FAMILY = Path(__file__).parent.parent / "docs/family.md"
 ROWS = "\n## The registry\n"
 
 
@@ -85,5 +32,4 @@ def family() -> str:
 
 
 if __name__ == "__main__":
-    PAGE.write_text(page())
     FAMILY.write_text(family())

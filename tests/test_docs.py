@@ -40,7 +40,7 @@ def test_the_docs_hold_the_registrys_invariances():
 
 
 def test_the_page_of_the_family_holds_the_registry_as_it_is():
-    assert reference.FAMILY.read_text() == reference.family(), "renew it: make reference"
+    assert reference.FAMILY.read_text() == reference.family(), "renew it: make registry"
 
 
 CALLS = [

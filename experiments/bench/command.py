@@ -150,7 +150,7 @@ def _lm(config: BenchLm) -> int:
     )
     title = (
         f"language model of {config.depth} blocks of {config.width}, {config.batch_size} sequences "
-        f"of {config.length} tokens"
+        f"of {config.context} tokens"
     )
     headings = ("ms per step", "range", "tokens/s", "÷ floor", "start s")
     _print(title, headings, rows, caption)

@@ -134,7 +134,7 @@ class BenchLm:
     heads: int = 4
     """Heads of the attention; twice their number divides the width."""
 
-    length: int = 128
+    context: int = 128
     """Tokens of a sequence."""
 
     batch_size: int = 16
@@ -166,7 +166,7 @@ class BenchLm:
 
     def __post_init__(self) -> None:
         """Raises RunError for values that cannot be run."""
-        sizes = ("width", "depth", "heads", "length", "batch_size", "vocabulary")
+        sizes = ("width", "depth", "heads", "context", "batch_size", "vocabulary")
         require_positive(self, *sizes, "steps", "rounds", "lr")
         if self.width % (2 * self.heads):
             raise RunError(

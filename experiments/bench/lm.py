@@ -127,7 +127,7 @@ def run(config: BenchLm, say: Callable[[str], None] = lambda _: None) -> dict[st
         for taken in take_turns(turns, config.rounds):
             say(f"{len(taken['normlab'])} of {config.rounds} rounds")
     result = medians(taken)
-    tokens = config.batch_size * config.length
+    tokens = config.batch_size * config.context
     here = {name: os.environ.get(name) for name in VARIABLES} | variables
     return result | {
         "tokens_per_second": {
@@ -190,7 +190,7 @@ def weights(config: BenchLm) -> dict[str, np.ndarray]:
 
 def batches(config: BenchLm) -> np.ndarray:
     """The windows of a turn, `[steps, N, T + 1]`."""
-    shape = (config.steps, config.batch_size, config.length + 1)
+    shape = (config.steps, config.batch_size, config.context + 1)
     return np.random.default_rng(1).integers(0, config.vocabulary, shape, dtype=np.int32)
 
 
@@ -220,7 +220,7 @@ def start(config: BenchLm, model: Any) -> State:
     kernels = {"blocks": {name: {"kernel": w} for name, w in drawn.items()}}
     blocks = models.unstack(kernels)
     blocks = model.stack(blocks) if config.scan else blocks
-    tokens = np.zeros((1, config.length), np.int32)
+    tokens = np.zeros((1, config.context), np.int32)
     params, _ = models.split(models.complete(model, stacked | blocks, tokens))
     return params, optimizer(config).init(params)
 
@@ -270,7 +270,7 @@ def build_floor(config: BenchLm) -> Turn:
     drawn["up"] *= 1e-3
     config = dataclasses.replace(config, lr=1e-12)  # and the kernels theirs through all steps
     embed = drawn.pop("embed")
-    heads = (config.batch_size, config.length, config.heads, -1)
+    heads = (config.batch_size, config.context, config.heads, -1)
 
     def block(x: Array, w: dict[str, Array]) -> Array:
         q, k, v = ((x @ w[name]).reshape(heads) for name in ("q", "k", "v"))
@@ -285,7 +285,7 @@ def build_floor(config: BenchLm) -> Turn:
             x = block(x, {name: w[i] for name, w in blocks.items()})
         return jnp.square(x @ embed.T).mean()
 
-    shape = (config.steps, config.batch_size * config.length, config.width)
+    shape = (config.steps, config.batch_size * config.context, config.width)
     inputs = np.random.default_rng(1).standard_normal(shape, np.float32)
     state = (drawn, embed), optimizer(config).init((drawn, embed))
     return _scanned(descend(config, loss), state, inputs)
@@ -323,7 +323,7 @@ def build_torch(config: BenchLm, compiled: bool) -> Turn:
     torch.set_num_threads(len(available_cores()))
     warnings.simplefilter("ignore")  # the compiler's, about caches that are turned off
     base = build_model(config, NORMS["normlab"]).rope
-    model: Any = peer_lm.Lm(weights(config), config.length, config.heads, EPS, base)
+    model: Any = peer_lm.Lm(weights(config), config.context, config.heads, EPS, base)
     betas = (ADAMW["b1"], ADAMW["b2"])
     more = {"eps": ADAMW["eps"], "weight_decay": ADAMW["weight_decay"], "fused": True}
     optimizer = torch.optim.AdamW(model.parameters(), config.lr, betas, **more)
@@ -483,7 +483,7 @@ def timed(config: BenchCompile, depth: int, form: str) -> dict[str, float]:
     sizes = BenchLm(depth=depth, scheme=config.scheme, **FORMS[form])
     model = build_model(sizes, NORMS["normlab"])
     state = jax.eval_shape(lambda: start(sizes, model))
-    windows = jax.ShapeDtypeStruct((sizes.batch_size, sizes.length + 1), jnp.int32)
+    windows = jax.ShapeDtypeStruct((sizes.batch_size, sizes.context + 1), jnp.int32)
     jax.block_until_ready(jnp.zeros(1))  # the backend is there
     step: Any = jax.jit(training_step(sizes, model), donate_argnums=0)
     marks = [time.perf_counter()]

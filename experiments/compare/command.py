@@ -99,9 +99,10 @@ def follow(comparison: Comparison) -> int:
                 progress.update(whole, completed=done)
     except KeyboardInterrupt as error:
         exit_status = stopped(error)
+        where = escape(str(comparison.run_dir.path))
         errors.print(
-            f"[yellow]{escape(str(error)) or 'interrupted'}:[/] what was done follows, and is kept; "
-            f"the same command with --run-dir {escape(str(comparison.run_dir.path))} goes on.",
+            f"[yellow]{escape(str(error)) or 'interrupted'}:[/] what was done follows, and is "
+            f"kept; the same command with --run-dir {where} goes on.",
             highlight=False,
             soft_wrap=True,
         )

@@ -30,7 +30,7 @@ from normlab.errors import nearest
 
 from .. import models
 from ..cluster import Cluster, require_address
-from ..data import Dataset, hand, load
+from ..data import TEXTS, Dataset, hand, load
 from ..engine.learn import held_out
 from ..engine.records import Records
 from ..figures import encode
@@ -39,6 +39,8 @@ from ..rundir import Record, RunDirectory, RunError, environment, number
 from ..training import syncs
 from ..training.again import check_directory, parsed, taken
 from ..training.config import (
+    IMAGES,
+    TEXT,
     Command,
     require,
     require_division,
@@ -65,6 +67,7 @@ from ..training.trainer import (
 )
 from . import figures, kept, remote, tuning
 from .rates import best, diverged, largest_stable
+from .sweep import sweep
 
 COMMON = ("none", "batch", "layer", "rms", "group", "instance", "weight", "cosine")
 """The norms that are compared by default on images."""
@@ -150,9 +153,10 @@ class Compare(Command):
         for value in self.rates:
             require(0 < value < math.inf, "rates", value, "positive and finite")
         require(len(set(self.rates)) == len(self.rates), "rates", self.rates, "distinct")
-        lr = f"--lr {self.lr:g}: it has no effect beside --rates. Leave it out."
         if self.rates and self.lr != self.rates[0]:
-            raise RunError(lr)
+            if self.lr != (TEXT if self.dataset in TEXTS else IMAGES)["lr"]:
+                raise RunError(f"--lr {self.lr:g}: it has no effect beside --rates. Leave it out.")
+            object.__setattr__(self, "lr", self.rates[0])
         if self.lr_of and (self.rates or self.tune):
             beside = "--rates" if self.rates else "--tune"
             raise RunError(f"--lr-of: it has no effect beside {beside}. Leave one of them out.")
@@ -179,10 +183,8 @@ class Compare(Command):
     @classmethod
     def parse(cls, read: Callable[..., Any], arguments: Sequence[str]) -> Any:
         """The options that `read` finds in the arguments; those of --config, or of a --sweep."""
-        from .sweep import sweep
-
         rest, words = taken(arguments, "--sweep")
-        return parsed(read, cls, rest) if words is None else sweep(read, rest, words)
+        return parsed(read, cls, rest) if words is None else sweep(cls, read, rest, words, FREE)
 
     def as_json(self) -> dict[str, Any]:
         """The options that the numbers depend on."""
@@ -536,6 +538,8 @@ class Comparison(Outcome):
             name = f"compare-{config.dataset}-{config.model}"
             directory = RunDirectory(config.run_dir, name, again=config.run_dir is not None)
             super().__init__(config, self.lanes[0].trainer.data.task, self.lanes, directory)
+            directory.lock()
+            leaving.callback(directory.release)
             self.checkpoints = kept.Checkpoints(directory)
             if again:
                 self._restore()
@@ -734,7 +738,7 @@ def _measured(lane: Lane, at: Progress, seconds: float) -> Measured:
         for layer, four in at.evaluation.parts.items()
         for part, values in four._asdict().items()
     ]
-    return Measured(at.step, at.loss, at.diverged, at.step_seconds, seconds, records, parts)
+    return Measured(at.step, at.loss, at.diverged, at.step_seconds, seconds, records, parts, at)
 
 
 def in_turns(

@@ -13,8 +13,8 @@ from normlab.errors import nearest
 
 from ..grids import split
 from ..rundir import RunError
+from ..terminal import errors
 from ..training.again import parsed
-from .comparison import FREE, Compare
 
 LARGEST = 1000
 """Points of a grid: a comparison each."""
@@ -25,11 +25,11 @@ class Point(NamedTuple):
 
     Attributes:
       values: The fields that are swept, as they were given.
-      config: The comparison there.
+      config: The `comparison.Compare` there.
     """
 
     values: Mapping[str, str]
-    config: Compare
+    config: Any
 
     @property
     def name(self) -> str:
@@ -65,20 +65,26 @@ class Sweep:
 
 
 def sweep(
-    read: Callable[..., Any], arguments: Sequence[str], words: Sequence[str]
+    cls: Any,
+    read: Callable[..., Any],
+    arguments: Sequence[str],
+    words: Sequence[str],
+    aside: Sequence[str],
 ) -> tuple[Sweep, Any]:
     """The sweep that words of a grid ask for; what they say is read as options are.
 
     Args:
+      cls: The dataclass of the command.
       read: Reads arguments; returns a config and the form of the output.
       arguments: Those that all points have in common.
       words: The grid, `lr=0.01,0.1`.
+      aside: Fields on which no number depends.
 
     Raises:
       RunError: For an unknown field, one that is given twice, or values that cannot be run.
     """
-    names = [field.name for field in dataclasses.fields(Compare)]
-    names = [name for name in names if name not in (*FREE, "config")]
+    names = [field.name for field in dataclasses.fields(cls)]
+    names = [name for name in names if name not in (*aside, "config")]
     given = {w.partition("=")[0].lstrip("-").replace("-", "_") for w in arguments if w[:2] == "--"}
     values: dict[str, list[list[str]]] = {}
     for word in words:
@@ -94,17 +100,20 @@ def sweep(
     if not values or count > LARGEST:
         said = f"{count:,} points" if values else "no field"
         raise RunError(f"--sweep: got {said}; it must be 1 to {LARGEST:,} points.")
-    common, form = parsed(read, Compare, arguments)
+    common, form = parsed(read, cls, arguments)
     points = []
     for row in itertools.product(*values.values()):
         at = {name: " ".join(text) for name, text in zip(values, row, strict=True)}
         options = itertools.chain(*(_option(k, v) for k, v in zip(values, row, strict=True)))
+        where = ", ".join(f"{name} {value}" for name, value in at.items())
         try:
-            config, _ = parsed(read, Compare, [*arguments, *options])
+            config, _ = parsed(read, cls, [*arguments, *options])
             config.require_effects()
         except RunError as error:
-            where = ", ".join(f"{name} {value}" for name, value in at.items())
             raise RunError(f"--sweep: at {where}: {error}") from None
+        except SystemExit:  # it was told what is wrong, and not where
+            errors.print(f"--sweep: that is at {where}.", markup=False, soft_wrap=True)
+            raise
         points.append(Point(at, config))
     return Sweep(tuple(points), common.run_dir), form
 

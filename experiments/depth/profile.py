@@ -28,7 +28,7 @@ from ..data import TEXTS, Dataset, Reading, is_own, load
 from ..data.text import SPLITS, windows
 from ..rundir import Record, RunDirectory, RunError, environment, number
 from ..training import optimizers
-from ..training.config import require, require_fit, require_place, require_reading
+from ..training.config import require, require_effect, require_fit, require_place, require_reading
 from ..training.trainer import DeviceData, Trainer, TrainState, minibatches
 
 RANDOM = "random"
@@ -132,11 +132,13 @@ class Depth:
         optimizers.require(self.optimizer)
         random = self.dataset == RANDOM
         require(not (random and self.steps), "steps", self.steps, f"0 on {RANDOM} bytes")
+        require_effect(self, bool(self.steps), "batch_size", "without --steps")
         try:
             reads_text = models.reads_text(self.model)
             models.require(self.model, **self.options(self.schemes[0]))
         except ValueError as error:
             raise RunError(str(error)) from None
+        require_effect(self, reads_text, "context", "on images")
         if not is_own(self.dataset) and reads_text != (random or self.dataset in TEXTS):
             raise RunError(
                 f"--dataset {self.dataset}: got it with --model {self.model}; lm reads text "

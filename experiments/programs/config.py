@@ -59,8 +59,8 @@ class Ledger:
     program: Literal["forward", "both", "step"] = "step"
     """The forward pass alone, with the backward pass, or the whole step."""
 
-    batch_size: int = 32
-    """Examples on each device."""
+    per_device: int = 32
+    """Examples on each device; a batch has as many more as there are devices."""
 
     by: Literal["auto", "layer", "direction", "step"] = "auto"
     """A row for each layer and direction, one for all layers in a direction, or the whole step
@@ -73,7 +73,7 @@ class Ledger:
         from ..training.config import require_mesh
         from ..training.trainer import require_form
 
-        require_positive(self, "devices", "batch_size", "context")
+        require_positive(self, "devices", "per_device", "context")
         for name in ("widths", "image"):
             if any(size < 1 for size in getattr(self, name) or ()):
                 raise RunError(f"--{name}: got {getattr(self, name)}; they must be at least 1.")

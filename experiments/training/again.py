@@ -10,8 +10,7 @@ from typing import Any, Protocol
 
 from normlab.errors import nearest
 
-from ..rundir import RunError
-from .config import words
+from ..rundir import LOCK, RunError, words
 
 
 class Config(Protocol):
@@ -35,7 +34,7 @@ def check_directory(config: Config) -> bool:
     try:
         there = json.loads((path / "config.json").read_text())
     except FileNotFoundError:
-        if path.is_dir() and not any(path.iterdir()):
+        if path.is_dir() and not any(file.name != LOCK for file in path.iterdir()):
             return False
         raise RunError(
             f"{path} exists already and is not the directory of a run. Choose another --run-dir."

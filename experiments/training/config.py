@@ -16,8 +16,9 @@ import normlab as nl
 from .. import models
 from ..data import NAMES, TEXTS, Dataset, Reading, Unit, is_own
 from ..results import writers
-from ..rundir import RunError
+from ..rundir import RunError, words
 from . import optimizers, syncs
+from .again import parsed
 from .augment import Augmentation
 
 IMAGES = {"model": "conv", "norm": "batch", "batch_size": 128, "optimizer": "momentum", "lr": 0.05}
@@ -181,9 +182,9 @@ class Command(Training):
             )
         if self.dataset in NAMES and not text:
             for name in ("context", "unit", "measured"):
-                self.require_effect(False, name, "on images")
+                require_effect(self, False, name, "on images")
         if text:
-            self.require_effect(False, "augment", "on text")
+            require_effect(self, False, "augment", "on text")
 
     def as_json(self) -> dict[str, Any]:
         """The options as JSON values."""
@@ -192,19 +193,7 @@ class Command(Training):
     @classmethod
     def parse(cls, read: Callable[..., Any], arguments: Sequence[str]) -> Any:
         """The options that `read` finds in the arguments, and those of --config."""
-        from . import again
-
-        return again.parsed(read, cls, arguments)
-
-    def require_effect(self, has: bool, option: str, why: str) -> None:
-        """Raises RunError for an option that differs from its default, unless it has an effect."""
-        [field] = [field for field in dataclasses.fields(self) if field.name == option]
-        given = getattr(self, option)
-        if not has and given != field.default:
-            raise RunError(
-                f"--{option.replace('_', '-')} {words(given)}: it has no effect {why}. Leave it "
-                "out."
-            )
+        return parsed(read, cls, arguments)
 
     def require_told(self, norms: Sequence[str], sync: str, *, devices: int | None = None) -> None:
         """Raises RunError for an option of norms that none of these is told.
@@ -219,14 +208,14 @@ class Command(Training):
         except ValueError as error:  # an unknown name
             raise RunError(str(error)) from None
         beside = f"on norm {', '.join(norms)}" if len(norms) < 4 else "on these norms"
-        self.require_effect(bool(told["groups"]), "groups", beside)
-        self.require_effect(bool(told["eps"]), "eps", beside)
-        self.require_effect(bool(told["decay"] or told["batch"]), "decay", beside)
+        require_effect(self, bool(told["groups"]), "groups", beside)
+        require_effect(self, bool(told["eps"]), "eps", beside)
+        require_effect(self, bool(told["decay"] or told["batch"]), "decay", beside)
         if sync != "all":
             alone = devices == 1 and syncs.parse(sync, devices=1) in (None, "data")
             why = f"{beside}, which measures no batch" if len(norms) < 2 else beside
-            self.require_effect(bool(told["axis_name"]), "sync", why)
-            self.require_effect(not alone, "sync", "on one device")
+            require_effect(self, bool(told["axis_name"]), "sync", why)
+            require_effect(self, not alone, "sync", "on one device")
 
     @property
     def reading(self) -> Reading:
@@ -309,15 +298,20 @@ def takes(name: str, option: str) -> bool:
     return option != "groups" or known[option].default in (None, inspect.Parameter.empty)
 
 
-def words(value: Any) -> str:
-    """An option's value as it is given: the words of several beside one another."""
-    return " ".join(map(str, value)) or "nothing" if isinstance(value, list | tuple) else str(value)
-
-
 def require(holds: bool, option: str, given: Any, expected: str) -> None:
     """Raises RunError about an option unless something holds."""
     if not holds:
         raise RunError(f"--{option.replace('_', '-')}: got {given}; it must be {expected}.")
+
+
+def require_effect(config: Any, has: bool, option: str, why: str) -> None:
+    """Raises RunError for an option that is not at its default, unless it has an effect."""
+    [field] = [field for field in dataclasses.fields(config) if field.name == option]
+    given = getattr(config, option)
+    if not has and given != field.default:
+        raise RunError(
+            f"--{option.replace('_', '-')} {words(given)}: it has no effect {why}. Leave it out."
+        )
 
 
 def require_mesh(sizes: Sequence[int], devices: int | None = None) -> None:

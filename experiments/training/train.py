@@ -41,6 +41,7 @@ from .config import (
     Command,
     require,
     require_division,
+    require_effect,
     require_fit,
     require_mesh,
     require_place,
@@ -135,7 +136,7 @@ class Train(processes.Joining, Command):
             self.norm_of(name, population=self.population)
         self.require_told((self.norm,), self.sync)
         why = f"on norm {self.norm}, which keeps no statistics"
-        self.require_effect(takes(self.norm, "population"), "population", why)
+        require_effect(self, takes(self.norm, "population"), "population", why)
         require_mesh(self.mesh)
         syncs.parse(self.sync, axes_of(self.mesh))
 

@@ -51,6 +51,10 @@ def global_mean(
 
     Raises:
       ValueError: If an axis is not bound, or the weights do not fit.
+
+    >>> losses = jnp.array([[1.0, 3.0], [5.0, 7.0]])  # of two devices
+    >>> jax.vmap(lambda loss: global_mean(loss, "data"), axis_name="data")(losses).tolist()
+    [4.0, 4.0]
     """
     names = _summed("global mean", axis_name)
     values = promote(values)
@@ -80,6 +84,14 @@ def global_gradient(grads: Tree, axis_name: AxisName | None) -> Tree:
 
     Raises:
       ValueError: If an axis is not bound, or some but not all axes were added up.
+
+    >>> def gradient(w, x):
+    ...     grads = jax.grad(lambda w: global_mean(w * x, "data"))(w)
+    ...     return global_gradient(grads, "data")
+    ...
+    >>> x = jnp.array([[1.0, 3.0], [5.0, 7.0]])  # of two devices
+    >>> jax.vmap(gradient, (None, 0), axis_name="data")(2.0, x).tolist()
+    [4.0, 4.0]
     """
     names = _summed("global gradient", axis_name)
     if not names:

@@ -118,6 +118,11 @@ class Sync:
 
     Raises:
       ValueError: For a combination that means nothing.
+
+    >>> Sync("data", groups=2).groups  # two halves of the devices
+    2
+    >>> Sync(virtual_batch=32).virtual_batch  # batches of 32 in each device
+    32
     """
 
     axes: str | tuple[str, ...] = ()

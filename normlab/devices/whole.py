@@ -70,6 +70,13 @@ def all_reduce(m: Tree, axis_name: AxisName | None) -> Tree:
 
     Raises:
       ValueError: If an axis name is not bound where this is called.
+
+    >>> import jax
+    >>> import jax.numpy as jnp
+    >>> from normlab import moments
+    >>> mean = lambda x: all_reduce(moments(x, 0), "data").mean
+    >>> jax.vmap(mean, axis_name="data")(jnp.array([[1.0, 3.0], [5.0, 7.0]])).tolist()
+    [[4.0], [4.0]]
     """
     sync = as_sync(axis_name)
     if not sync.whole:

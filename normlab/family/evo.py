@@ -81,7 +81,13 @@ def evo_b0_parts(
     algorithm: Algorithm = "auto",
     **batch: Any,
 ) -> tuple[Parts, S]:
-    """The parts and the next state of `evo_b0_norm`, which see."""
+    """The parts and the next state of `evo_b0_norm`, which see.
+
+    >>> a = jnp.arange(8.0).reshape(2, 2, 2)
+    >>> parts, _ = evo_b0_parts(a, train=True)
+    >>> parts.sigma.shape
+    (2, 2, 2)
+    """
     layout: dict[str, Any] = {"weights": weights, "channel_axis": channel_axis}
     how: dict[str, Any] = {"eps": eps, "algorithm": algorithm, **layout}
     check_positions(a, channel_axis)
@@ -220,7 +226,12 @@ def evo_s0_parts(
     channel_axis: int = -1,
     algorithm: Algorithm = "auto",
 ) -> Parts:
-    """The parts of `evo_s0_norm`, which see."""
+    """The parts of `evo_s0_norm`, which see.
+
+    >>> print(evo_s0_parts(jnp.array([[1.0, 3.0], [5.0, 9.0]]), groups=1).sigma.round(2))
+    [[1. 1.]
+     [2. 2.]]
+    """
     where = "EvoNorm S0"
     a, channel, x, m = _grouped(where, a, groups, axis_name, weights, channel_axis, algorithm)
     g, b = gain_and_bias(where, params, a, channel)
@@ -258,7 +269,12 @@ def evo_s1_parts(
     channel_axis: int = -1,
     algorithm: Algorithm = "auto",
 ) -> Parts:
-    """The parts of `evo_s1_norm`, which see."""
+    """The parts of `evo_s1_norm`, which see.
+
+    >>> print(evo_s1_parts(jnp.array([[1.0, 3.0], [5.0, 9.0]]), groups=1).sigma.round(2))
+    [[1. 1.]
+     [2. 2.]]
+    """
     where = "EvoNorm S1"
     a, channel, x, m = _grouped(where, a, groups, axis_name, weights, channel_axis, algorithm)
     g, b = gain_and_bias(where, params, a, channel)
@@ -288,7 +304,12 @@ def evo_s2_parts(
     channel_axis: int = -1,
     algorithm: Algorithm = "auto",
 ) -> Parts:
-    """The parts of `evo_s2_norm`, which see."""
+    """The parts of `evo_s2_norm`, which see.
+
+    >>> print(evo_s2_parts(jnp.array([[1.0, 3.0], [5.0, 9.0]]), groups=1).sigma.round(2))
+    [[2.24      2.24     ]
+     [7.2799997 7.2799997]]
+    """
     where = "EvoNorm S2"
     a, channel, x, m = _grouped(where, a, groups, axis_name, weights, channel_axis, algorithm)
     g, b = gain_and_bias(where, params, a, channel)

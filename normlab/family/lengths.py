@@ -32,7 +32,11 @@ def scale_parts(
     weights: ArrayLike | None = None,
     channel_axis: int = -1,
 ) -> Parts:
-    """The parts of `scale_norm`, which see."""
+    """The parts of `scale_norm`, which see.
+
+    >>> print(scale_parts(jnp.array([[3.0, 4.0]])).sigma.round(3))
+    [[5.]]
+    """
     a, channel, weights = aligned("scale norm", a, weights, channel_axis)
     g, b = gain_and_bias("scale norm", params, a, channel_axis)
     square = jnp.square(promote(leave_out(a, weights))).sum(channel, keepdims=True)

@@ -205,7 +205,11 @@ def local_parts(
     weights: ArrayLike | None = None,
     channel_axis: int = -1,
 ) -> Parts:
-    """The parts of `local_norm`, which see."""
+    """The parts of `local_norm`, which see.
+
+    >>> print(local_parts(jnp.arange(4.0).reshape(1, 4, 1), window=3).mu[0, :, 0])
+    [0.5 1.  2.  2.5]
+    """
     group = None
     if groups is not None:
         channels = jnp.shape(a)[aligned("local norm", a, None, channel_axis)[1]]
@@ -266,7 +270,11 @@ def local_response_parts(
     weights: ArrayLike | None = None,
     channel_axis: int = -1,
 ) -> Parts:
-    """The parts of `local_response_norm`, which see."""
+    """The parts of `local_response_norm`, which see.
+
+    >>> print(local_response_parts(jnp.array([[1.0, 3.0, 5.0]])).sigma.round(3))
+    [[1.6840001 1.6840001 1.6840001]]
+    """
     how: dict[str, Any] = {"alpha": alpha, "k": k, "power": power, "counts": counts}
     how |= {"channel_window": channel_window, "weights": weights, "channel_axis": channel_axis}
     _check_k("local response norm", k)
@@ -316,7 +324,11 @@ def divisive_parts(
     weights: ArrayLike | None = None,
     channel_axis: int = -1,
 ) -> Parts:
-    """The parts of `divisive_norm`, which see."""
+    """The parts of `divisive_norm`, which see.
+
+    >>> print(divisive_parts(jnp.array([[1.0, 3.0, 5.0]])).mu.round(3))
+    [[3.0000002 3.0000002 3.0000002]]
+    """
     _check_k("divisive norm", k)
     channels = jnp.shape(a)[aligned("divisive norm", a, None, channel_axis)[1]]
     how: dict[str, Any] = {"window": window, "group": channels, "k": k, "centred": "each"}
@@ -362,7 +374,12 @@ def local_context_parts(
     weights: ArrayLike | None = None,
     channel_axis: int = -1,
 ) -> Parts:
-    """The parts of `local_context_norm`, which see."""
+    """The parts of `local_context_norm`, which see.
+
+    >>> parts = local_context_parts(jnp.arange(4.0).reshape(1, 4, 1), window=3, group_size=1)
+    >>> print(parts.mu[0, :, 0])
+    [0.5 1.  2.  2.5]
+    """
     where = "local context norm"
     channels = jnp.shape(a)[aligned(where, a, None, channel_axis)[1]]
     if channels % group_size:

@@ -120,7 +120,12 @@ def pointwise_parts(
     weights: ArrayLike | None = None,
     channel_axis: int = -1,
 ) -> Parts:
-    """The parts of `pointwise_norm`, which see."""
+    """The parts of `pointwise_norm`, which see.
+
+    >>> a = jnp.array([[0.5, 2.0]])
+    >>> print((a / pointwise_parts(a, phi="tanh").sigma).round(3))
+    [[0.462      0.96400005]]
+    """
     where = "pointwise norm"
     a, channel, weights = aligned(where, a, weights, channel_axis)
     if params is not None and not hasattr(params, "alpha"):
@@ -171,7 +176,12 @@ def dyt_parts(
     weights: ArrayLike | None = None,
     channel_axis: int = -1,
 ) -> Parts:
-    """The parts of `dyt_norm`, which see."""
+    """The parts of `dyt_norm`, which see.
+
+    >>> a = jnp.array([[0.5, 2.0]])
+    >>> print((a / dyt_parts(a).sigma).round(3))  # tanh(a), before α is learned
+    [[0.462      0.96400005]]
+    """
     return pointwise_parts(a, params, phi="tanh", weights=weights, channel_axis=channel_axis)
 
 
@@ -197,7 +207,12 @@ def derf_parts(
     weights: ArrayLike | None = None,
     channel_axis: int = -1,
 ) -> Parts:
-    """The parts of `derf_norm`, which see."""
+    """The parts of `derf_norm`, which see.
+
+    >>> a = jnp.array([[0.5, 2.0]])
+    >>> print((a / derf_parts(a).sigma).round(3))
+    [[0.52000004 0.99500006]]
+    """
     return pointwise_parts(a, params, phi="erf", weights=weights, channel_axis=channel_axis)
 
 
@@ -223,7 +238,11 @@ def dyisru_parts(
     weights: ArrayLike | None = None,
     channel_axis: int = -1,
 ) -> Parts:
-    """The parts of `dyisru_norm`, which see."""
+    """The parts of `dyisru_norm`, which see.
+
+    >>> print(dyisru_parts(jnp.array([[0.5, 2.0]])).sigma.round(3))
+    [[1.118 2.236]]
+    """
     parts = pointwise_parts(a, params, phi="isru", weights=weights, channel_axis=channel_axis)
     shared("DyISRU", axis_name, channels=True, positions=False)  # says no where it is not mapped
     channels = channels_in_all(axis_name, jnp.shape(a)[channel_axis])

@@ -92,7 +92,11 @@ def frn_parts(
     weights: ArrayLike | None = None,
     channel_axis: int = -1,
 ) -> Parts:
-    """The parts of `frn_norm`, which see: below τ the gain is 0 and the bias τ."""
+    """The parts of `frn_norm`, which see: below τ the gain is 0 and the bias τ.
+
+    >>> print(frn_parts(jnp.array([[[1.0], [7.0]]])).sigma.round(2))
+    [[[5.]]]
+    """
     where = "FRN"
     a, channel, weights = aligned(where, a, weights, channel_axis, by_example=True)
     g, b = gain_and_bias(where, params, a, channel)
@@ -172,7 +176,13 @@ def grn_parts(
     weights: ArrayLike | None = None,
     channel_axis: int = -1,
 ) -> Parts:
-    """The parts of `grn_norm`, which see."""
+    """The parts of `grn_norm`, which see.
+
+    >>> a = jnp.array([[[3.0, 1.0], [4.0, 0.0]]])
+    >>> parts = grn_parts(a)
+    >>> parts.sigma.shape, parts.g.shape
+    ((), (1, 1, 2))
+    """
     where = "GRN"
     a, channel, weights = aligned(where, a, weights, channel_axis, by_example=True)
     g, b = gain_and_bias(where, params, a, channel)
@@ -261,7 +271,12 @@ def seed_parts(
     weights: ArrayLike | None = None,
     channel_axis: int = -1,
 ) -> Parts:
-    """The parts of `seed_norm`, which see."""
+    """The parts of `seed_norm`, which see.
+
+    >>> print(seed_parts(jnp.array([[[3.0, 4.0], [0.0, 0.0]]])).sigma.round(2))
+    [[[3.54]
+      [0.  ]]]
+    """
     where = "SeeDNorm"
     if params is None:
         how: dict[str, Any] = {"weights": weights, "channel_axis": channel_axis}

@@ -127,7 +127,13 @@ def segment_parts(
     weights: ArrayLike | None = None,
     channel_axis: int = -1,
 ) -> Parts:
-    """The parts of `segment_norm`, which see."""
+    """The parts of `segment_norm`, which see.
+
+    >>> a = jnp.array([[1.0], [3.0], [10.0], [30.0]])
+    >>> parts = segment_parts(a, segments=jnp.array([0, 0, 1, 1]), num_segments=2)
+    >>> print(parts.mu[:, 0])
+    [ 2.  2. 20. 20.]
+    """
     how: dict[str, Any] = {"num_segments": num_segments, "weights": weights}
     m = _measured("segment norm", a, segments, channel_axis, channels_too=channels_too, **how)
     g, b = gain_and_bias("segment norm", params, a, channel_axis)
@@ -191,7 +197,13 @@ def graph_parts(
     weights: ArrayLike | None = None,
     channel_axis: int = -1,
 ) -> Parts:
-    """The parts of `graph_norm`, which see."""
+    """The parts of `graph_norm`, which see.
+
+    >>> a = jnp.array([[1.0], [3.0], [10.0], [30.0]])
+    >>> parts = graph_parts(a, segments=jnp.array([0, 0, 1, 1]), num_segments=2)
+    >>> print(parts.mu[:, 0])
+    [ 2.  2. 20. 20.]
+    """
     where = "GraphNorm"
     how: dict[str, Any] = {"num_segments": num_segments, "weights": weights}
     m = _measured(where, a, segments, channel_axis, **how)
@@ -248,7 +260,13 @@ def pair_parts(
     weights: ArrayLike | None = None,
     channel_axis: int = -1,
 ) -> Parts:
-    """The parts of `pair_norm`, which see."""
+    """The parts of `pair_norm`, which see.
+
+    >>> a = jnp.array([[1.0], [3.0], [10.0], [30.0]])
+    >>> parts = pair_parts(a, segments=jnp.array([0, 0, 1, 1]), num_segments=2)
+    >>> print(parts.mu[:, 0])
+    [ 2.  2. 20. 20.]
+    """
     where = "PairNorm"
     how: dict[str, Any] = {"num_segments": num_segments, "weights": weights}
     m = _measured(where, a, segments, channel_axis, **how)

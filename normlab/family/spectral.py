@@ -185,6 +185,13 @@ def spectral_parts(
     """The parts of `spectral_norm`, which see, and the next state: μ = 0, σ = σ̂, one number.
 
     The kernel, the layer and its input are those of the site.
+
+    >>> from normlab.site import Site
+    >>> x, w = jnp.ones((1, 2)), jnp.diag(jnp.array([3.0, 1.0]))
+    >>> state = init_spectral(w)
+    >>> parts, state = spectral_parts(Site(x @ w, x, w), None, state, train=True)
+    >>> print(parts.sigma.round(2))
+    3.0
     """
     w = promote(kernel(_WHERE, site, of_x=False))
     at: dict[str, Any] = {"of": of, "linear": site.linear, "x": site.x}

@@ -111,7 +111,15 @@ def whitening_parts(
     bad_batch: BadBatch = "skip",
     state_gradient: bool = False,
 ) -> tuple[MatrixParts, Any]:
-    """The parts and the next state of `whitening_norm`, which see."""
+    """The parts and the next state of `whitening_norm`, which see.
+
+    >>> import jax
+    >>> a = jax.random.normal(jax.random.key(0), (64, 2)) @ jnp.array([[1.0, 2.0], [0.0, 1.0]])
+    >>> parts, _ = whitening_parts(a, train=True)
+    >>> h = parts.apply(a)
+    >>> bool((abs(h.T @ h / 64 - jnp.eye(2)) < 0.01).all())
+    True
+    """
     where = "whitening"
     a, channel, w = aligned(where, a, weights, channel_axis)
     g, b = gain_and_bias(where, params, a, channel)
@@ -323,7 +331,14 @@ def group_whitening_parts(
     weights: ArrayLike | None = None,
     channel_axis: int = -1,
 ) -> Any:
-    """The `MatrixParts` of `group_whitening_norm`, which see."""
+    """The `MatrixParts` of `group_whitening_norm`, which see.
+
+    >>> import jax
+    >>> a = jax.random.normal(jax.random.key(0), (2, 16, 4))
+    >>> parts = group_whitening_parts(a, groups=2)
+    >>> parts.apply(a).shape
+    (2, 16, 4)
+    """
     where = "group whitening"
     a, channel, w = aligned(where, a, weights, channel_axis, by_example=True)
     channels = a.shape[channel]
@@ -447,7 +462,14 @@ def switchable_whitening_parts(
     bad_batch: BadBatch = "skip",
     state_gradient: bool = False,
 ) -> tuple[MatrixParts, Any]:
-    """The parts and the next state of `switchable_whitening_norm`, which see."""
+    """The parts and the next state of `switchable_whitening_norm`, which see.
+
+    >>> import jax
+    >>> a = jax.random.normal(jax.random.key(0), (4, 16, 4))
+    >>> parts, _ = switchable_whitening_parts(a, train=True, of=("bw",))
+    >>> parts.apply(a).shape
+    (4, 16, 4)
+    """
     where = "switchable whitening"
     a, channel, w = aligned(where, a, weights, channel_axis, by_example=True)
     g, b = gain_and_bias(where, params, a, channel)

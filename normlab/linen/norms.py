@@ -152,6 +152,14 @@ class LayerNorm(_ExampleNorm):
         them. Or a `normlab.Sharded`, of which those count that are reduced over.
       force_float32_reductions: Without effect: reductions are in float32 at least.
       implementation: By XLA or by a kernel, a `normlab.Implementation`.
+
+    >>> import jax
+    >>> import jax.numpy as jnp
+    >>> layer = LayerNorm()
+    >>> a = jnp.array([[1.0, 3.0]])
+    >>> variables = layer.init(jax.random.key(0), a)
+    >>> print(layer.apply(variables, a).round(2))
+    [[-1.  1.]]
     """
 
     epsilon: float = 1e-6
@@ -180,6 +188,14 @@ class RMSNorm(_ExampleNorm):
 
     Attributes as those of `LayerNorm`, without a bias; `use_fast_variance` is without effect, as
     there is no mean to subtract.
+
+    >>> import jax
+    >>> import jax.numpy as jnp
+    >>> layer = RMSNorm()
+    >>> a = jnp.array([[1.0, 3.0]])
+    >>> variables = layer.init(jax.random.key(0), a)
+    >>> print(layer.apply(variables, a).round(2))
+    [[0.45      1.3399999]]
     """
 
     epsilon: float = 1e-6
@@ -213,6 +229,14 @@ class GroupNorm(_ExampleNorm):
         devices, as Flax does: the positions lie along it. Where the channels do, say
         `Sharded(channels=...)`, and in `num_groups` the number of all.
       reduction_axes: What is measured over, the last axis included; `None` for all but the first.
+
+    >>> import jax
+    >>> import jax.numpy as jnp
+    >>> layer = GroupNorm(num_groups=1)
+    >>> a = jnp.array([[1.0, 3.0]])
+    >>> variables = layer.init(jax.random.key(0), a)
+    >>> print(layer.apply(variables, a).round(2))
+    [[-1.  1.]]
     """
 
     num_groups: int | None = 32
@@ -244,6 +268,15 @@ class InstanceNorm(_ExampleNorm):
 
     Attributes as those of `LayerNorm`; measured is over all axes but the first and the feature
     axes, and with `axis_name` the positions are split.
+
+    >>> import jax
+    >>> import jax.numpy as jnp
+    >>> layer = InstanceNorm()
+    >>> a = jnp.array([[[1.0], [3.0]]])
+    >>> variables = layer.init(jax.random.key(0), a)
+    >>> print(layer.apply(variables, a).round(2))
+    [[[-1.]
+      [ 1.]]]
     """
 
     epsilon: float = 1e-6

@@ -47,6 +47,12 @@ class WeightNorm(nn.Module):
       scale_init: Its initializer.
       feature_axes: The axes of the units; `None` if the kernel is one.
       variable_filter: Parts of the paths of the parameters that are normalized; `None` for all.
+
+    >>> import jax
+    >>> layer = WeightNorm(nn.Dense(3))
+    >>> variables = layer.init(jax.random.key(0), x := jnp.ones((2, 4)))
+    >>> layer.apply(variables, x).shape
+    (2, 3)
     """
 
     layer_instance: nn.Module
@@ -90,6 +96,13 @@ class SpectralNorm(nn.Module):
       param_dtype: The type of u and σ̂.
       error_on_non_matrix: Whether parameters of more than two axes are errors.
       collection_name: Where u `[1, C]` and sigma `[]` are.
+
+    >>> import jax
+    >>> layer = SpectralNorm(nn.Dense(3))
+    >>> variables = layer.init(jax.random.key(0), x := jnp.ones((2, 4)), update_stats=False)
+    >>> h, updated = layer.apply(variables, x, update_stats=True, mutable=["batch_stats"])
+    >>> h.shape
+    (2, 3)
     """
 
     layer_instance: nn.Module
@@ -220,6 +233,13 @@ class CosineDense(nn.Module):
       use_scale: Whether there is a scale; without, |h| ≤ 1 before the bias.
       scale_init: Its initializer; `None` for √K, so that h varies as w·x does in other layers.
       centred: Whether w and x lose their means first: Pearson's correlation.
+
+    >>> import jax
+    >>> layer = CosineDense(3)
+    >>> variables = layer.init(jax.random.key(0), x := jnp.ones((2, 4)))
+    >>> h = layer.apply(variables, x)
+    >>> h.shape, bool((abs(h) <= 1.001).all())
+    ((2, 3), True)
     """
 
     features: int
@@ -255,6 +275,12 @@ class CosineConv(nn.Module):
       kernel_init: Initializer of the kernel, `[*kernel_size, K / groups, features]`.
       scale_init: Its initializer; `None` for the root of the number of inputs of a unit.
       centred: Whether w and each patch lose their means first: Pearson's correlation.
+
+    >>> import jax
+    >>> layer = CosineConv(3, (3, 3))
+    >>> variables = layer.init(jax.random.key(0), x := jnp.ones((2, 8, 8, 4)))
+    >>> layer.apply(variables, x).shape
+    (2, 8, 8, 3)
     """
 
     features: int

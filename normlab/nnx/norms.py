@@ -191,7 +191,13 @@ class _ExampleNorm(_Norm):
 
 
 class LayerNorm(_ExampleNorm):
-    """Layer normalization, `normlab.layer_norm`, with the interface of `flax.nnx.LayerNorm`."""
+    """Layer normalization, `normlab.layer_norm`, with the interface of `flax.nnx.LayerNorm`.
+
+    >>> import jax.numpy as jnp
+    >>> layer = LayerNorm(2, rngs=nnx.Rngs(0))
+    >>> print(layer(jnp.array([[1.0, 3.0]])).round(2))
+    [[-1.  1.]]
+    """
 
     reduction_axes: Axes
     feature_axes: Axes
@@ -233,7 +239,13 @@ class LayerNorm(_ExampleNorm):
 
 
 class RMSNorm(_Norm):
-    """Root mean square normalization, `normlab.rms_norm`, as `flax.nnx.RMSNorm`."""
+    """Root mean square normalization, `normlab.rms_norm`, as `flax.nnx.RMSNorm`.
+
+    >>> import jax.numpy as jnp
+    >>> layer = RMSNorm(2, rngs=nnx.Rngs(0))
+    >>> print(layer(jnp.array([[1.0, 3.0]])).round(2))
+    [[0.45      1.3399999]]
+    """
 
     reduction_axes: Axes
     feature_axes: Axes
@@ -275,7 +287,13 @@ class RMSNorm(_Norm):
 
 
 class GroupNorm(_ExampleNorm):
-    """Group normalization, `normlab.group_norm`, with the interface of `flax.nnx.GroupNorm`."""
+    """Group normalization, `normlab.group_norm`, with the interface of `flax.nnx.GroupNorm`.
+
+    >>> import jax.numpy as jnp
+    >>> layer = GroupNorm(2, num_groups=1, rngs=nnx.Rngs(0))
+    >>> print(layer(jnp.array([[1.0, 3.0]])).round(2))
+    [[-1.  1.]]
+    """
 
     num_groups: int
     group_size: int
@@ -321,7 +339,14 @@ class GroupNorm(_ExampleNorm):
 
 
 class InstanceNorm(_ExampleNorm):
-    """Instance normalization, `normlab.instance_norm`, as `flax.nnx.InstanceNorm`."""
+    """Instance normalization, `normlab.instance_norm`, as `flax.nnx.InstanceNorm`.
+
+    >>> import jax.numpy as jnp
+    >>> layer = InstanceNorm(1, rngs=nnx.Rngs(0))
+    >>> print(layer(jnp.array([[[1.0], [3.0]]])).round(2))
+    [[[-1.]
+      [ 1.]]]
+    """
 
     feature_axes: Axes
 

@@ -39,6 +39,10 @@ class WeightNorm(nnx.Module):
     """Weight normalization, `normlab.weight_norm`, with the interface of `flax.nnx.WeightNorm`.
 
     The layer's own kernels stay as they are, and `scales` holds an `nnx.Param` for each, by path.
+
+    >>> layer = WeightNorm(nnx.Linear(4, 3, rngs=nnx.Rngs(0)), rngs=nnx.Rngs(0))
+    >>> layer(jnp.ones((2, 4))).shape
+    (2, 3)
     """
 
     @checked("WeightNorm")
@@ -100,6 +104,10 @@ class SpectralNorm(nnx.Module):
 
     The layer's own kernels stay as they are. `batch_stats` holds a u `[1, C]` and a sigma `[]` for
     each, by path, which calls with `update_stats` write.
+
+    >>> layer = SpectralNorm(nnx.Linear(4, 3, rngs=nnx.Rngs(0)), rngs=nnx.Rngs(0))
+    >>> layer(jnp.ones((2, 4))).shape
+    (2, 3)
     """
 
     @checked("SpectralNorm")
@@ -300,7 +308,12 @@ class CosineDense(_Cosine):
 
 
 class CosineConv(_Cosine):
-    """A convolution of cosines, `normlab.cosine_norm`: each patch x of the input meets w."""
+    """A convolution of cosines, `normlab.cosine_norm`: each patch x of the input meets w.
+
+    >>> layer = CosineConv(4, 3, (3, 3), rngs=nnx.Rngs(0))
+    >>> layer(jnp.ones((2, 8, 8, 4))).shape
+    (2, 8, 8, 3)
+    """
 
     @checked("CosineConv")
     def __init__(

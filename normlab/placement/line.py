@@ -69,6 +69,9 @@ class Learned:
       per: One number, or one for each channel.
       factor: The gain is this times the parameter, which starts at `init / factor`: for Adam, whose
         steps do not depend on the size of a gradient, a learning rate of its own.
+
+    >>> Learned(0.0)  # a factor that starts at 0, as in ReZero
+    Learned(init=0.0, per='scalar', factor=1.0)
     """
 
     init: float
@@ -240,6 +243,11 @@ class Residual(NamedTuple):
       skip: α, where it is learned.
       branch: β, where it is learned.
       read: What weighs or normalizes the streams that the branch reads, where there are several.
+
+    >>> from normlab import get
+    >>> pre = Residual(inner=get("rms"))  # x + F(norm(x))
+    >>> pre.outer, pre.total
+    (None, None)
     """
 
     inner: Any = None

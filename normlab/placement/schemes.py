@@ -101,6 +101,10 @@ class Scheme:
       streams: How many streams there are between `enter` and `leave`; `None` where x is none.
       merge: The norm of the streams before `leave`, `[N, ..., S, C]`; `None` for none.
       made: How `scheme` made it; `None` for one of one's own.
+
+    >>> peri = scheme("peri", depth=12, norm="rms")
+    >>> peri.name, peri.depth, peri.at(3, "attention").inner is not None
+    ('peri', 12, True)
     """
 
     name: str
@@ -254,7 +258,11 @@ _NORM = either(
 
 
 def names() -> tuple[str, ...]:
-    """The names of all schemes."""
+    """The names of all schemes.
+
+    >>> names()[:3]
+    ('post', 'pre', 'sandwich')
+    """
     return tuple(_SCHEMES)
 
 

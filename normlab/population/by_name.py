@@ -57,6 +57,10 @@ def init_domains(
       inner: What is kept of each: a population, as in `init_population`.
       dtype: As in `init_running`.
       **options: Those of that population.
+
+    >>> state = init_domains(4, domains=3)
+    >>> state.inner.mean.shape, int(state.current)
+    ((3, 4), 0)
     """
     dtype = statistics_dtype(dtype)
     one = init_population(inner, channels, dtype=dtype, **options)

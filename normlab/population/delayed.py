@@ -89,7 +89,12 @@ def init_delayed(
     debias: bool = True,
     dtype: DTypeLike | None = None,
 ) -> Delayed:
-    """The state before the first batch; arguments as those of `init_running`, which see."""
+    """The state before the first batch; arguments as those of `init_running`, which see.
+
+    >>> state = init_delayed(2)
+    >>> type(state.inner).__name__, int(state.age)
+    ('Running', -1)
+    """
     return delay(init_running(channels, decay=decay, ddof=ddof, debias=debias, dtype=dtype))
 
 

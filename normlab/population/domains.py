@@ -102,6 +102,11 @@ def select_domain(states: Any, domain: ArrayLike) -> Any:
 
     Raises:
       ValueError: If there is no `Domains`, the shape is another, or a domain is not there.
+
+    >>> from normlab.population import init_domains
+    >>> state = select_domain(init_domains(4, domains=3), 2)
+    >>> int(state.current)
+    2
     """
     found = list(filter(_is_domains, jax.tree.leaves(states, is_leaf=_is_domains)))
     if not found:

@@ -106,7 +106,12 @@ def freeze(states: Any, rule: str | Callable[[str], bool] | None = None) -> Any:
 
 @checked("thaw", rule=RULE)
 def thaw(states: Any, rule: str | Callable[[str], bool] | None = None) -> Any:
-    """Undoes `freeze`, which see."""
+    """Undoes `freeze`, which see.
+
+    >>> from normlab import init_running
+    >>> type(thaw(freeze(init_running(2)))).__name__
+    'Running'
+    """
     return where_chosen("thaw", states, rule, lambda s: s.inner if isinstance(s, Frozen) else s)
 
 

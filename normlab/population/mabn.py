@@ -188,6 +188,13 @@ def init_mabn(
       r_max: The limit of r; 1 for none of it.
       begin: The number of updates up to which r is 1.
       dtype: As in `init_running`.
+
+    >>> from normlab import batch_norm
+    >>> a, state = jnp.array([[1.0], [3.0]]), init_mabn(1)
+    >>> h, state = batch_norm(a, None, state, train=True)
+    >>> print(h.round(2))
+    [[0.45     ]
+     [1.3399999]]
     """
     dtype = statistics_dtype(dtype)
     count, m2, gz = (jnp.zeros((size, channels), dtype) for _ in range(3))

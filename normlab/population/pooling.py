@@ -117,6 +117,12 @@ def share_running(states: Any, devices: int) -> Any:
     Args:
       states: A state, or a pytree of states, as `merge_running` returned it.
       devices: Their number.
+
+    >>> from normlab import moments
+    >>> from normlab.population import init_cumulative
+    >>> state = init_cumulative(1).update(moments(jnp.array([[1.0], [3.0]]), 0))
+    >>> state.count.tolist(), share_running(state, 2).count.tolist()
+    ([2.0], [1.0])
     """
     one = lambda leaf: share(leaf, devices) if is_population(leaf) else leaf  # noqa: E731
     return jax.tree.map(one, states, is_leaf=is_population)

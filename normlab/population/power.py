@@ -119,6 +119,13 @@ def init_power(
         10000.
       debias: As in `init_running`.
       dtype: As in `init_running`.
+
+    >>> from normlab import batch_norm
+    >>> a, state = jnp.array([[1.0], [3.0]]), init_power(1)
+    >>> h, state = batch_norm(a, None, state, train=True)
+    >>> print(h.round(2))
+    [[1.]
+     [3.]]
     """
     inner = init_running(channels, decay=decay, debias=debias, dtype=dtype)
     zeros = jnp.zeros_like(inner.mean)

@@ -125,6 +125,13 @@ def init_renorm(
 
     Raises:
       ValueError: If r_max < 1, d_max < 0, a limit's end comes before `begin`, or as `init_running`.
+
+    >>> from normlab import batch_norm
+    >>> a, state = jnp.array([[1.0], [3.0]]), init_renorm(1)
+    >>> h, state = batch_norm(a, None, state, train=True)
+    >>> print(h.round(2))
+    [[-1.]
+     [ 1.]]
     """
     if begin > min(r_end, d_end):
         raise invalid(

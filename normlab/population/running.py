@@ -53,6 +53,11 @@ class Running(NamedTuple):
       estimator: `None` averages the variances alone. `"pooled"` adds the part between the means of
         the batches, rate·(1 − rate)·(batch mean − mean)²: the variance of all values together,
         each with the weight of its batch; not a leaf.
+
+    >>> from normlab import moments
+    >>> state = init_running(1).update(moments(jnp.array([[1.0], [3.0]]), 0))
+    >>> state.mean.tolist(), state.var.tolist(), int(state.updates)
+    ([2.0], [1.0], 1)
     """
 
     mean: Array
@@ -195,6 +200,10 @@ def init_running(
     Raises:
       ValueError: If `decay` is outside [0, 1), `ddof` neither 0 nor 1, the groups do not divide the
         channels, or the type is no real floating type.
+
+    >>> state = init_running(2, decay=0.9)
+    >>> state.mean.tolist(), state.var.tolist(), float(state.mass)
+    ([0.0, 0.0], [1.0, 1.0], 0.0)
     """
     dtype = statistics_dtype(dtype)
     shape = second_shape("running statistics", channels, groups)

@@ -98,6 +98,16 @@ def begin(states: Any) -> Any:
 
     Raises:
       ValueError: If there are arrays, and no running average.
+
+    >>> import jax.numpy as jnp
+    >>> from normlab import init_running, moments
+    >>> state = begin(init_running(1))
+    >>> for x in (1.0, 5.0):  # two microbatches
+    ...     state = state.update(moments(jnp.array([[x], [x + 2]]), 0))
+    ...
+    >>> state = settle(state)
+    >>> float(state.mean[0]), int(state.updates)
+    (4.0, 2)
     """
     return _map("begin", states, _plain, _begin, "the states of batch norms")
 
@@ -215,6 +225,12 @@ def settle(states: Any, *, estimator: Estimator | None = None) -> Any:
     Raises:
       ValueError: If there is no transaction, nothing was seen (where that can be known), or the
         state cannot be replaced.
+
+    >>> import jax.numpy as jnp
+    >>> from normlab import init_running, moments
+    >>> state = begin(init_running(1)).update(moments(jnp.array([[1.0], [3.0]]), 0))
+    >>> settle(state).mean.tolist()
+    [2.0]
     """
 
     def one(state: Pending) -> Any:

@@ -493,7 +493,9 @@ class TestConv:
             BenchConv(cores=999)
 
 
-TINY = BenchLm(width=16, depth=3, heads=2, length=8, batch_size=2, vocabulary=11, steps=3, rounds=2)
+TINY = BenchLm(
+    width=16, depth=3, heads=2, context=8, batch_size=2, vocabulary=11, steps=3, rounds=2
+)
 
 
 class TestLm:
@@ -602,7 +604,7 @@ class TestLm:
         assert {"normlab", "normlab, no norms", "floor"} <= result["tokens_per_second"].keys()
         assert result["tokens_per_second"].keys() | result["left_out"].keys() >= {*bench_lm.TORCH}
         assert result["ms_per_step"].keys() == result["start_seconds"].keys()
-        tokens = TINY.batch_size * TINY.length
+        tokens = TINY.batch_size * TINY.context
         for name, speed in result["tokens_per_second"].items():
             assert speed * result["ms_per_step"][name] == pytest.approx(1e3 * tokens)
         if scheme == "post":

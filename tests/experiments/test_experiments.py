@@ -418,7 +418,7 @@ class TestNormsOfOnesOwn:
         assert mine in (out / "curves.svg").read_text()
 
     def test_a_norm_named_by_its_place_is_trained(self, mine, tmp_path):
-        config = Train(norm=mine, model="mlp", dataset="digits", groups=2, eps=0.5)
+        config = Train(norm=mine, model="mlp", dataset="digits", eps=0.5)
         assert config.norm_of(mine).init(nl.Site(jnp.ones((2, 3))))[0].g.shape == (3,)
         assert json.loads(json.dumps(config.as_json()))["norm"] == mine
 

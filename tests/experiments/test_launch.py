@@ -391,7 +391,7 @@ def test_groups_of_a_mesh_keep_the_population_of_all_devices(tmp_path, monkeypat
     # The first layer's input does not depend on how anything was normalized.
     start = Program(alone, program.data)
     kernel = np.asarray(jax.tree.leaves(start.init().params["Normed_0"]["kernel"])[0], np.float64)
-    (_, (inputs, _)) = next(iter(start.batches(0)))
+    (_, (inputs, *_)) = next(iter(start.batches(0)))
     a = np.asarray(start.task.preprocess(np.asarray(inputs)), np.float64).reshape(32, -1) @ kernel
     first = running(mesh)[0]
     np.testing.assert_allclose(first.mean[0], a.mean(0), rtol=1e-4, atol=1e-5)
