@@ -117,9 +117,9 @@ OTHERS := jax.numpy tokamax torch torch.compile
 bench-gpu: $(INSTALLED)-cuda $(INSTALLED)-peers $(INSTALLED)-tokamax
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
 	  liger-kernel quack-kernels
-	$(RUN) 150 $(BIN)/normlab bench ops --scale 8 --ops layer rms --shapes tokens \
+	$(RUN) 150 $(BIN)/normlab bench ops --scale 8 --norms layer rms --shapes tokens \
 	  --peers flax.linen $(OTHERS) liger quack
-	$(RUN) 120 $(BIN)/normlab bench ops --scale 8 --ops batch group --shapes conv \
+	$(RUN) 120 $(BIN)/normlab bench ops --scale 8 --norms batch group --shapes conv \
 	  --peers flax.linen $(OTHERS)
 	$(RUN) 210 $(BIN)/normlab bench bytes --targets here --dtypes bfloat16 \
 	  --norms layer rms batch group --markdown

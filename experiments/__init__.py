@@ -15,21 +15,25 @@ if TYPE_CHECKING:
 __all__ = ["load"]
 
 
-def load(name: str, archive: str | Path | None = None) -> pd.DataFrame:
-    """The records of a question as a pandas data frame: a line for each measurement.
+def load(run: str | Path, archive: str | Path | None = None) -> pd.DataFrame:
+    """What a run measured as a pandas data frame: a line for each measurement.
 
-    `load("figure1")` is its newest finished run in runs/questions, and
+    `load("runs/compare-digits-mlp-…")` is a run of `compare`, `train` or `depth`, of a question or
+    of its sweep; `load("figure1")` the newest finished run of a question in runs/questions, and
     `load("figure1", "records.zip")` that of a report whose records are packed in a file
-    (`normlab report --archive`). The frame's `attrs` say which run it is, with its config and
-    environment.
+    (`normlab report --archive`). Columns and their units are in docs/reference/results.md. The
+    frame's `attrs` say which run it is, with its config and environment.
 
     Args:
-      name: The question.
+      run: The directory of a run, or the name of a question.
       archive: The file.
 
     Raises:
-      RunError: If there is no such question or no finished run of it, with what to do.
-    """
-    from .asking import archive as archives
+      RunError: If there is no such run or question, with what to do.
 
-    return archives.load(name, archive)
+    >>> frame = load("runs/compare-digits-mlp-20260101-120000")  # doctest: +SKIP
+    >>> frame[frame["kind"] == "evaluation"].groupby("norm")["accuracy"].mean()  # doctest: +SKIP
+    """
+    from .results import frames
+
+    return frames.load(run, archive)

@@ -35,6 +35,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from .rundir import RunError
+from .terminal import counted
 
 LOCAL = "local"
 """The address of a Ray that is started for one command, on this machine."""
@@ -120,8 +121,7 @@ def imported(module: str) -> Any:
         return importlib.import_module(module)
     except ImportError as error:
         raise RunError(
-            f"Ray is not installed ({error}). To install it: "
-            "pip install -c constraints.txt -e '.[launch]'"
+            f"Ray is not installed ({error}). To install it: pip install 'normlab[launch]'"
         ) from None
 
 
@@ -315,7 +315,7 @@ class Cluster:
     def __enter__(self) -> Cluster:
         """Connects and sends the code."""
         self.say("starting Ray" if self.address == LOCAL else f"connecting to {self.address}")
-        cores = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))(0)
+        cores = getattr(os, "sched_getaffinity", lambda _: range(os.cpucounted() or 1))(0)
         try:
             self._folder = Path(tempfile.mkdtemp(prefix=PREFIX))
             _copy(self._folder / "code")
@@ -465,7 +465,7 @@ class Cluster:
         nodes = [node for node in nodes if node["Resources"].get(kind, 0) >= 1]
         if not nodes:
             raise RunError("no node of the cluster has a core to measure with (`ray status`).")
-        self.say(f"asking {_count(len(nodes), 'node')} for their versions")
+        self.say(f"asking {counted(len(nodes), 'node')} for their versions")
         task, asked = ray.remote(_present), {}
         modules = sorted({call.function.partition(":")[0] for call in calls})
         env = self._environment(calls[0].devices, calls[0].cores)  # a process that is used again
@@ -501,11 +501,7 @@ class Cluster:
                 "cluster (`ray stop` on them)."
             )
         slots = sum(int(node["Resources"][kind]) for node in nodes)
-        self.say(f"{_count(len(nodes), 'node')}, {_count(slots, kind)}")
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number} {what}{'s' * (number != 1)}"
+        self.say(f"{counted(len(nodes), 'node')}, {counted(slots, kind)}")
 
 
 def _said(error: BaseException) -> str:
@@ -549,12 +545,13 @@ def _own() -> dict[str, Path]:
         if "." in name or name == "__main__" or not file or not Path(file).exists():
             continue
         path = Path(file).resolve()
-        if not _installed(path):
+        if not installed(path):
             found[name] = path.parent if path.name == "__init__.py" else path
     return found | {name: path.resolve() for name, path in _roots().items()}
 
 
-def _installed(path: Path) -> bool:
+def installed(path: Path) -> bool:
+    """Whether a file is one of Python or of a package that is installed."""
     folders = [sysconfig.get_path(name) for name in ("stdlib", "platstdlib")]
     folders.append(site.getusersitepackages())
     packages = {"site-packages", "dist-packages"} & set(path.parts)

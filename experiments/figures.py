@@ -5,12 +5,14 @@ from __future__ import annotations
 import io
 import math
 import re
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import matplotlib
 
-matplotlib.use("agg")
+if "ipykernel" not in sys.modules:  # a notebook shows its own figures
+    matplotlib.use("agg")
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import base64
 import datetime
+import fcntl
 import importlib.metadata
 import json
 import math
 import os
 import platform
 import subprocess
+import weakref
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -46,13 +48,17 @@ def require_positive(config: Any, *fields: str) -> None:
 def default_path(name: str) -> Path:
     """Where a run goes that is not told."""
     now = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
-    return runs() / f"{name}-{now}"
+    return runs() / f"{name.replace(':', '.')}-{now}"
 
 
 def runs() -> Path:
     """Where runs are kept: $NORMLAB_RUNS_DIR, or `runs` of the checkout or this directory."""
     given = os.environ.get("NORMLAB_RUNS_DIR")
     return Path(given).expanduser() if given else (CHECKOUT or Path()) / "runs"
+
+
+LOCK = ".lock"
+"""The file that the program holds which writes into a run directory."""
 
 
 class RunDirectory:
@@ -69,6 +75,7 @@ class RunDirectory:
 
     def __init__(self, path: Path | None, name: str, *, again: bool = False) -> None:
         self.path = path or default_path(name)
+        self._lock: Any = None
         try:
             self.path.mkdir(parents=True, exist_ok=again)
         except FileExistsError:
@@ -78,6 +85,24 @@ class RunDirectory:
             ) from None
         except OSError as error:
             raise RunError(f"cannot make the run directory {self.path}: {error}.") from error
+
+    def lock(self) -> None:
+        """Takes the directory for this program; raises RunError if another has it."""
+        file = os.open(self.path / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+        self._lock = weakref.finalize(self, os.close, file)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self.release()
+            raise RunError(
+                f"another run is writing into {self.path}. Wait for its end, or choose another "
+                "place with --run-dir."
+            ) from None
+
+    def release(self) -> None:
+        """Gives the directory back."""
+        if self._lock is not None:
+            self._lock()
 
     def write_json(self, name: str, content: Any) -> Path:
         """Writes a file of JSON; it appears whole or not at all."""
@@ -134,6 +159,11 @@ def unpacked(text: str) -> np.ndarray:
 
     count, _, bits = text.partition(":")
     return np.unpackbits(np.frombuffer(base64.b64decode(bits), np.uint8), count=int(count)) > 0
+
+
+def words(value: Any) -> str:
+    """An option's value as it is given: the words of several beside one another."""
+    return " ".join(map(str, value)) or "nothing" if isinstance(value, list | tuple) else str(value)
 
 
 def shown(value: float | None) -> str:

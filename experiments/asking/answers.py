@@ -4,76 +4,36 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import math
 import os
 import signal
 import threading
 from collections.abc import Iterator, Sequence
-from pathlib import Path
-from typing import Annotated, Literal
+from typing import Any
 
-import tyro
 from rich.markup import escape
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
 from .. import questions
-from ..cluster import require_address
 from ..engine.devices import forms_gap
 from ..engine.question import Config, Question
 from ..engine.verdict import Verdict
-from ..rundir import RunError
-from ..terminal import EXIT_INTERRUPTED, EXIT_MISSING, console, errors, print_paths
+from ..terminal import (
+    EXIT_INTERRUPTED,
+    EXIT_MISSING,
+    counted,
+    errors,
+    log,
+    progress_bars,
+    remark,
+    show,
+)
 from .ask import Answer, Asking, ask
+from .config import Ask
 from .fields import parsed
+from .kept import verdict_json
 from .numbers import asked_size, estimate, p_value, threshold
 from .pool import explain
-
-
-@dataclasses.dataclass(frozen=True)
-class Ask:
-    """What the commands have in common."""
-
-    names: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
-    """Which questions (`normlab list`)."""
-
-    profile: Literal["quick", "full"] = "quick"
-    """Minutes on two cores, or the paper's protocol on a GPU."""
-
-    jobs: int | None = None
-    """Worker processes: by default one for each core, or one in the full profile. 0 works in this
-    process."""
-
-    ray: str | None = None
-    """A Ray cluster to measure on, as ray.init(address=...) takes it, or auto; without an address
-    one is started on this machine. Each of its cores, or of its GPUs, is a worker."""
-
-    minutes: float | None = None
-    """Stop after so long, as Ctrl-C does; the same command goes on. For a machine that is lent for
-    some minutes."""
-
-    again: bool = False
-    """Measure again what is finished. Without it a question is measured once for a config, a
-    version of the code and a checksum of the data."""
-
-    data_dir: Path | None = None
-    """Where prepared data sets are kept; by default $NORMLAB_DATA_DIR or data/."""
-
-    run_dir: Path | None = None
-    """Where the results go, a directory for each question in it. By default runs/questions."""
-
-    def __post_init__(self) -> None:
-        """Raises RunError for an unknown question, before any is run."""
-        for name in self.names:
-            if name not in questions.NAMES:
-                questions.require(name)
-        if self.jobs is not None and self.jobs < 0:
-            raise RunError(f"--jobs: got {self.jobs}; it must be 0 or more.")
-        if self.minutes is not None and not 0 < self.minutes < math.inf:
-            raise RunError(f"--minutes: got {self.minutes}; it must be positive and finite.")
-        require_address(self.ray)
-        if self.ray is not None and self.jobs == 0:
-            raise RunError("--jobs: got 0; beside --ray it must be 1 or more, or left out.")
 
 
 def answers(command: Ask, names: Sequence[str], rest: Sequence[str] = ()) -> Iterator[Answer]:
@@ -119,16 +79,19 @@ def answered(
     jobs = command.jobs
     if jobs is None and command.profile == "full" and command.ray is None:
         jobs = 1
-    with Progress(
-        *columns, console=errors, speed_estimate_period=600, refresh_per_second=2
-    ) as progress:
+    with progress_bars(*columns, speed_estimate_period=600, refresh_per_second=2) as progress:
         whole = progress.add_task("all questions", total=sum(seconds.values()))
         bars = {
             title: progress.add_task(escape(title), start=False, total=total, visible=not points)
             for title, total in seconds.items()
         }
 
+        tenths = dict.fromkeys(seconds, 0)
+
         def tell(title: str, share: float) -> None:
+            if int(10 * share) > tenths[title]:
+                tenths[title] = int(10 * share)
+                log(f"{title}: {10 * tenths[title]}%")
             progress.start_task(bars[title])
             progress.update(bars[title], completed=share * seconds[title])
             if points:
@@ -191,14 +154,28 @@ def print_answer(answer: Answer) -> None:
         named = f"{verdict.id.removeprefix(f'{answer.name}.')}\n  {verdict.claim}"
         result.add_row(escape(named), *map(escape, _judged(verdict)))
     seeds = {verdict.seeds for verdict in answer.verdicts}
+    *few, most = sorted(seeds) or [0]
+    over = ", ".join([*map(str, few), counted(most, "seed")])
     gap = forms_gap(answer.records)
-    result.caption = f"mean and interval over {', '.join(map(str, sorted(seeds)))} seeds" + (
+    result.caption = f"mean and interval over {over}" + (
         "" if gap is None else f"; pmap and shard_map differ by {gap:.1e}"
     )
-    console.print(result)
+    show(result)
     for lane in answer.diverged:
-        console.print(f"{'diverged':>12}  {lane}", highlight=False, markup=False)
-    print_paths({"run": answer.path})
+        remark(f"{'diverged':>12}  {lane}")
+    remark(f"{'run':>12}  {answer.path}")
+
+
+def answer_json(answer: Answer) -> dict[str, Any]:
+    """What became of a question as JSON values."""
+    return {
+        "question": answer.name,
+        "run": None if answer.path is None else str(answer.path),
+        "failed": answer.failed,
+        "seconds": answer.seconds,
+        "diverged": list(answer.diverged),
+        "verdicts": [verdict_json(verdict) for verdict in answer.verdicts],
+    }
 
 
 def _judged(v: Verdict) -> tuple[str, ...]:

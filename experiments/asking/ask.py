@@ -17,10 +17,10 @@ from ..engine.question import Condition, Config, Question, Record
 from ..engine.records import Records
 from ..engine.verdict import Bounds, Verdict, bounds
 from ..rundir import RunError
-from . import kept, pool, remote
+from . import kept, pool, rehearsal, remote
 from .fields import replaced
 from .kept import Kept, verdict_json
-from .sources import HERE, version
+from .sources import version
 
 ID = re.compile(r"[a-z0-9_]+(?:[.-][a-z0-9_]+)*")
 """What names a claim: `figure1.sd-0.1.gain`."""
@@ -220,7 +220,7 @@ def answer(
     was measured is kept, and for the same fields it is not measured again.
 
     Args:
-      name: The question.
+      name: The question; one of your own by its file or module.
       profile: Which of its configs is changed.
       root: As in `ask`.
       jobs: As in `ask`; a script with worker processes starts under `if __name__ == "__main__":`.
@@ -236,6 +236,7 @@ def answer(
       ...
     experiments.rundir.RunError: identity has no field 'spread': did you mean 'spreads'? Known: ...
     """
+    name = questions.find(name)
     question = questions.require(name)
     config = replaced(name, question.QUICK if profile == "quick" else question.FULL, fields)
     pinned = profile == "quick"
@@ -247,10 +248,11 @@ def answer(
 
 def _begin(asking: Asking, data: Sequence[Dataset], root: Path, again: bool) -> Asked:
     name, question, config, point = asking
-    code = version(f"{HERE}.questions.{name}")
+    code = version(questions.module_of(name))
     conditions = list(question.run(config))
     if len({c.name for c in conditions}) < len(conditions):
         raise RunError(f"{name}: two of its conditions have the same labels. Tell them apart.")
+    rehearsal.require(question, config)
     directory = Kept(
         root.expanduser().resolve(), name, kept.key(config, code, [d.checksum for d in data])
     )
@@ -297,8 +299,10 @@ def _answer(
     for title in sorted(left, key=lambda title: -asked[title].question.SECONDS):  # longest first
         one = asked[title]
         share = 1 / len(one.files)
+        own = questions.own_module(one.name)
         tasks += [
-            pool.Task(one.name, one.config, i, one.kept, share, one.version) for i in left[title]
+            pool.Task(one.name, one.config, i, one.kept, share, one.version, own)
+            for i in left[title]
         ]
         tell(title, 1 - len(left[title]) * share)
     done: dict[str, dict[int, float]] = {title: {} for title in left}

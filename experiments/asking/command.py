@@ -3,78 +3,29 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import itertools
 import json
 import os
 from pathlib import Path
-from typing import Annotated
 
-import tyro
 from rich.table import Table
 
-from .. import figures, questions
-from ..rundir import RunError, environment, runs
-from ..terminal import console, print_paths
+from .. import figures, questions, terminal
+from ..rundir import RunError, environment
+from ..terminal import outcome, print_paths
 from . import archive, findings, guide, references, tables
-from .answers import Ask, answers, print_answer, status
-from .cost import Cost, cost
+from .answers import answer_json, answers, print_answer, status
+from .config import Cost, Lock, Power, Report, Run, Verify
+from .cost import cost
 from .kept import as_json, verdict_json
 from .page import TITLE, page, summary
-from .power import Power, power
+from .power import power
 from .section import section
 from .sweep import sweep
-from .thresholds import Lock, history, lock, require
-from .verify import Verify, verify
+from .thresholds import history, lock, require
+from .verify import verify
 
-
-@dataclasses.dataclass(frozen=True)
-class Run(Ask):
-    """Run questions: a figure, and for each claim a verdict with its interval over seeds.
-
-    What was measured is kept: the same command goes on where a run was stopped, and shows again
-    what is finished. After `--` follow fields of the config: run NAME -- --model vgg --seeds 5.
-    """
-
-    sweep: Annotated[tuple[tuple[str, ...], ...], tyro.conf.UseAppendAction] = ()
-    """A grid over fields of the config, --sweep lr=0.01,0.1 seeds=3: the question is asked at every
-    point, and one table says what they came to, here and as CSV and JSON beside the runs. Values
-    are read as the options after -- are; several words of one are quoted, "norms=none,none batch".
-    """
-
-    config: Annotated[tuple[str, ...], tyro.conf.Suppress] = ()
-    """What followed `--`."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Report(Ask):
-    """Run questions, by default all of them, and write one page of all their answers."""
-
-    out: Path = dataclasses.field(default_factory=lambda: runs() / "report.html")
-    """The page. Beside it, with its name before theirs, the verdicts as JSON, the claims and their
-    effects as CSV and Parquet, and the sources as BibTeX; and if no claim lacks that it cites, the
-    guide: which norm, where and when. A picture, with its name and .png, is for sharing it."""
-
-    url: str = ""
-    """Where the page will be found, https://example.org/report.html: where it is shared, its
-    picture is looked for beside that."""
-
-    archive: Path | None = None
-    """A zip file for the records of these questions: whoever has it has what was measured."""
-
-    def __post_init__(self) -> None:
-        """Raises RunError for a page in the place of its data, as well."""
-        super().__post_init__()
-        if self.out.suffix.lower() not in (".html", ".htm", ".xhtml"):
-            raise RunError(
-                f"--out: got {self.out}, but it is a page, and its data lie beside it. Name it "
-                f"{self.out.stem or 'report'}.html for example."
-            )
-        if self.archive is not None and self.archive.suffix.lower() != ".zip":
-            raise RunError(
-                f"--archive: got {self.archive}, but it is a zip file. Name it "
-                f"{self.archive.stem or 'records'}.zip for example."
-            )
+DECISIONS = ("holds", "fails", "undecided")
 
 
 def run(config: Run | Report | Verify | Power | Lock | Cost) -> int:
@@ -94,8 +45,7 @@ def run(config: Run | Report | Verify | Power | Lock | Cost) -> int:
 
 def show(command: Run) -> int:
     """Runs the questions and prints what each came to."""
-    if not command.names:
-        raise RunError(f"name a question: {', '.join(questions.NAMES)}.")
+    command.require_names()
     if command.sweep:
         return sweep(command, command.config, [*itertools.chain(*command.sweep)])
     found = []
@@ -103,6 +53,7 @@ def show(command: Run) -> int:
         found.append(answer)
         if not answer.failed:
             print_answer(answer)
+        outcome(questions=[answer_json(answer) for answer in found])
     return status(found)
 
 
@@ -111,12 +62,12 @@ def report(command: Report) -> int:
     names = tuple(dict.fromkeys(command.names or questions.NAMES))
     found = {a.name: a for a in answers(command, names)}
     told = [found[name] for name in names]
-    locked, known = history(), references.read()
+    locked, known = history(), references.known(names)
     require(told, locked)
     references.require((v for a in told for v in a.verdicts), known)
     machine = environment()
     sections = [section(answer, locked) for answer in told]
-    out = command.out.expanduser().resolve()
+    out = command.page.expanduser().resolve()
     beside = {f"{out.stem}-{end}": content for end, content in tables.files(sections).items()}
     cited = {v.source.key for a in told for v in a.verdicts if v.source}
     bibtex = "\n\n".join(known[key].bibtex for key in sorted(cited)) + "\n"
@@ -139,12 +90,23 @@ def report(command: Report) -> int:
         whole[command.archive.expanduser().resolve()] = archive.pack(runs)
     for path, content in whole.items():
         write(path, content)
-    counts = Table("question", "holds", "fails", "undecided", "seconds", title="report")
+    counts = Table("question", *DECISIONS, "seconds", title="report")
     for answer in told:
         decisions = [v.decision for v in answer.verdicts]
-        cells = (str(decisions.count(d)) for d in ("holds", "fails", "undecided"))
+        cells = (str(decisions.count(d)) for d in DECISIONS)
         counts.add_row(answer.name, *cells, f"{answer.seconds:.0f}" if answer.path else "missing")
-    console.print(counts)
+    terminal.show(counts)
+    outcome(
+        questions=[
+            {
+                "question": a.name,
+                **{d: [v.decision for v in a.verdicts].count(d) for d in DECISIONS},
+                "seconds": a.seconds if a.path else None,
+                "failed": a.failed,
+            }
+            for a in told
+        ]
+    )
     print_paths({"page": out, **({"archive": command.archive} if command.archive else {})})
     return status(told)
 

@@ -8,22 +8,21 @@ grid are not counted.
 
 from __future__ import annotations
 
-import dataclasses
 import math
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import tyro
 from rich.table import Table
 
 from .. import models, questions
 from ..engine.learn import Learning, optimizer
 from ..engine.question import Condition
 from ..rundir import RunError
-from ..terminal import console
+from ..terminal import outcome, show
 from ..training.trainer import DeviceData, Trainer
-from .answers import Ask, chosen
+from .answers import chosen
+from .config import Cost
 from .page import duration
 
 RATE = 2e13
@@ -34,17 +33,6 @@ STEP = 5e-4
 
 PIECE = 480.0
 """Seconds of a piece, `--minutes 8`."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Cost(Ask):
-    """Say what questions cost on one GPU, by the operations of their programs."""
-
-    profile: Literal["quick", "full"] = "full"
-    """The paper's protocol on a GPU, or minutes on two cores."""
-
-    config: Annotated[tuple[str, ...], tyro.conf.Suppress] = ()
-    """What followed `--`."""
 
 
 class Count(NamedTuple):
@@ -73,7 +61,7 @@ def cost(command: Cost) -> int:
         raise RunError(broken[0].failed)
     columns = ("question", "conditions", "steps", "operations", "one GPU, a model", "pieces")
     table = Table(*columns, title=f"cost of the {command.profile} profile")
-    total, rest = 0.0, 0
+    total, rest, told = 0.0, 0, []
     for asking in asked:
         conditions = [*asking.question.run(asking.config)]
         counts = [count(condition) for condition in conditions]
@@ -88,6 +76,16 @@ def cost(command: Cost) -> int:
             duration(seconds) if known else "–",
             f"{math.ceil(seconds / PIECE)}" if known else "–",
         )
+        told.append(
+            {
+                "question": asking.name,
+                "conditions": len(counts),
+                "counted": len(known),
+                "steps": sum(c.steps for c in counts),
+                "operations": sum(known),
+                "seconds": seconds if known else None,
+            }
+        )
     table.add_section()
     pieces = math.ceil(total / PIECE)
     table.add_row("all", "", "", "", duration(total), str(pieces))
@@ -95,7 +93,8 @@ def cost(command: Cost) -> int:
         f"{RATE:.0e} operations a second, {1e3 * STEP:g} ms a step at least; {rest} conditions "
         "that are no training of one device were not counted. A piece is --minutes 8"
     )
-    console.print(table)
+    show(table)
+    outcome(profile=command.profile, questions=told, seconds=total)
     return 0
 
 

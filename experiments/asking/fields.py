@@ -9,7 +9,7 @@ import math
 import shlex
 import typing
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import tyro
 
@@ -17,8 +17,10 @@ from normlab.errors import nearest
 
 from .. import models
 from ..engine.question import Config
+from ..grids import split
 from ..rundir import RunError
 from ..terminal import PROGRAM
+from . import reads
 
 LARGEST = 100_000
 """Points of a grid: a directory each."""
@@ -45,13 +47,50 @@ class Point(NamedTuple):
 
 
 def parsed(name: str, config: Config, options: Sequence[str]) -> Config:
-    """The config with options of the terminal, `--lr 0.1 --norms none batch`."""
-    return tyro.cli(
-        type(config),
-        default=config,
+    """The config with options of the terminal, `--lr 0.1 --norms none batch`.
+
+    Raises:
+      RunError: For an option that the question does not read.
+      SystemExit: For one that there is not, or a value that is refused; the reason is printed.
+    """
+    unread = reads.unread(name)
+    for option in options:
+        field = option.partition("=")[0].removeprefix("--").replace("-", "_")
+        if option.startswith("--") and field in unread:
+            raise _unread(name, config, field, option)
+    kind = type(config)
+    hints = typing.get_type_hints(kind, include_extras=True)
+    hidden = {
+        "__annotations__": {field: Annotated[hints[field], tyro.conf.Suppress] for field in unread},
+        **{field: getattr(config, field) for field in unread},
+    }
+    offered = dataclasses.dataclass(frozen=True)(type(kind.__name__, (kind,), hidden))
+    found = tyro.cli(
+        offered,
+        default=offered(**_values(config)),
         args=list(options),
         prog=f"{PROGRAM} run {name} --",
         config=(tyro.conf.OmitArgPrefixes,),
+    )
+    return kind(**_values(found))
+
+
+def _values(config: Config) -> dict[str, Any]:
+    return {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+
+
+def _unread(name: str, config: Config, field: str, said: str) -> RunError:
+    """The error about a field that a question does not read."""
+    instead = config.INSTEAD.get(field)
+    if instead:
+        return RunError(
+            f"{said}: {name} sets {field} itself for each of its conditions, by {instead}. Give "
+            "that in its place."
+        )
+    offered = [known for known in _values(config) if known not in reads.unread(name)]
+    return RunError(
+        f"{said}: {name} does not read {field}, so that nothing would change. Leave it out. It "
+        f"reads {', '.join(offered)}."
     )
 
 
@@ -64,8 +103,8 @@ def replaced(name: str, config: Config, values: Mapping[str, Any]) -> Config:
       values: Fields and what they shall be.
 
     Raises:
-      RunError: For a field that the question does not have, with the nearest, or a value that its
-        config refuses.
+      RunError: For a field that the question does not have, with the nearest, or does not read, or
+        a value that its config refuses.
     """
     _require_fields(name, config, values)
     return dataclasses.replace(config, **values)
@@ -91,7 +130,7 @@ def grid(name: str, config: Config, sweep: Iterable[str]) -> list[Point]:
     """
     values: dict[str, list[Any]] = {}
     for word in sweep:
-        field, texts = _split(word)
+        field, texts = split(word)
         if field in values:
             raise RunError(f"--sweep: {field} is given twice. Give all its values at once.")
         _require_fields(name, config, (field,), "--sweep: ")
@@ -130,20 +169,6 @@ def _words(value: Any) -> list[str]:
     return [word for part in value for word in _words(part)]
 
 
-def _split(word: str) -> tuple[str, list[list[str]]]:
-    field, equals, text = word.partition("=")
-    try:
-        texts = [shlex.split(part) for part in text.split(",")]
-    except ValueError as error:  # a quotation mark that is not closed
-        raise RunError(f"--sweep {word}: {error}.") from None
-    if not equals or not field or not all(texts):
-        raise RunError(
-            f"--sweep: got {word!r}; it must be FIELD=VALUE,VALUE,…, as in lr=0.01,0.1. Names of "
-            "questions stand before it."
-        )
-    return field.removeprefix("--").replace("-", "_"), texts
-
-
 def _value(name: str, config: Config, field: str, text: Sequence[str]) -> Any:
     """A value as the option of the field's name reads it, whatever the other fields are."""
     if list(text) == [""] and isinstance(getattr(config, field), tuple):
@@ -175,3 +200,5 @@ def _require_fields(name: str, config: Config, given: Iterable[str], where: str 
     for field in given:
         if field not in known:
             raise RunError(f"{where}{name} has no field {field!r}: {nearest(field, known)}.")
+        if field in reads.unread(name):
+            raise _unread(name, config, field, f"{where}{field}")

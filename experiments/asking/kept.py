@@ -12,7 +12,6 @@ bounds.json                      by which bounds each claim was judged when it w
 from __future__ import annotations
 
 import dataclasses
-import fcntl
 import hashlib
 import json
 import re
@@ -83,26 +82,9 @@ class Kept(RunDirectory):
             ) from error
         self._lock: Any = None
 
-    def lock(self) -> None:
-        """Takes the directory for this program; raises RunError if another has it."""
-        self._lock = (self.path / ".lock").open("w")
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            self.release()
-            raise RunError(
-                f"another run is writing into {self.path}. Wait for its end, or choose another "
-                "place with --run-dir."
-            ) from None
-
     def __getstate__(self) -> dict[str, Any]:
         """What a worker gets: the lock stays with the program that took it."""
         return {"path": self.path, "_lock": None}
-
-    def release(self) -> None:
-        """Gives the directory back."""
-        if self._lock is not None:
-            self._lock.close()
 
     def file(self, index: int, condition: Condition) -> str:
         """The name of a condition's file."""

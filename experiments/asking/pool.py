@@ -22,13 +22,14 @@ from typing import Any, NamedTuple, Protocol
 
 import jax
 
+from .. import questions
 from ..cluster import ALLOCATION, ALONE, pin
 from ..data import DataError
 from ..engine.question import Condition, Config
 from ..rundir import RunError
 from ..training.trainer import set_devices
 from .kept import Kept, Partial, Whole, measure
-from .sources import HERE, version
+from .sources import version
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +43,7 @@ class Task:
       kept: Where its records go.
       weight: What it costs, as a share of all that is to be done.
       version: That of the code it is to be measured with.
+      own: Its module, if it is one of the user's own.
     """
 
     question: str
@@ -50,6 +52,7 @@ class Task:
     kept: Kept
     weight: float
     version: str
+    own: str = ""
 
     @property
     def devices(self) -> int:
@@ -59,9 +62,14 @@ class Task:
     @property
     def condition(self) -> Condition:
         """The condition."""
-        from ..questions import require
+        return list(questions.require(self.question).run(self.config))[self.index]
 
-        return list(require(self.question).run(self.config))[self.index]
+    @property
+    def module(self) -> str:
+        """Where the question is, which this process may not know yet."""
+        if self.own:
+            questions.learn(self.own)
+        return questions.module_of(self.question)
 
     @property
     def file(self) -> str:
@@ -216,9 +224,9 @@ def measured(
     where = f"in {task.question}"
     try:
         _have(task.devices, task.question)
-        condition = task.condition
+        module, condition = task.module, task.condition
         where += f", {condition.name}"
-        if version(f"{HERE}.questions.{task.question}") != task.version:
+        if version(module) != task.version:
             raise RunError(f"the sources of {task.question} changed while it ran; run it again.")
         for made in measure(condition, partial(), pause):
             yield made if isinstance(made, Partial | Whole) else made / max(1, task.config.steps)

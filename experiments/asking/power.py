@@ -2,47 +2,23 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
-from typing import Annotated, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import scipy.stats
-import tyro
+from rich.markup import escape
 from rich.table import Table
 
-from .. import questions
 from ..engine.verdict import CONFIDENCE, Verdict
-from ..rundir import RunError
-from ..terminal import console
-from .answers import Ask, answers, status
+from ..terminal import outcome, remark, show
+from .answers import answers, status
+from .config import Power
+from .kept import verdict_json
 from .numbers import estimate, threshold
 
 MOST = 10_000
 """Seeds that are looked at, at most."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Power(Ask):
-    """Say how many seeds would decide what is undecided, from its own spread.
-
-    What was measured is kept, as by `run`. After `--` follow fields of the config.
-    """
-
-    wanted: float = 0.8
-    """The power: how likely the claim is to be decided, if the true effect is the one found."""
-
-    all: bool = False
-    """Whether decided claims are listed as well: how many seeds would have done."""
-
-    config: Annotated[tuple[str, ...], tyro.conf.Suppress] = ()
-    """What followed `--`."""
-
-    def __post_init__(self) -> None:
-        """Raises RunError for a power that is none, as well."""
-        super().__post_init__()
-        if not 0 < self.wanted < 1:
-            raise RunError(f"--wanted: got {self.wanted}; it must be between 0 and 1.")
 
 
 class Needed(NamedTuple):
@@ -59,8 +35,7 @@ class Needed(NamedTuple):
 
 def power(command: Power) -> int:
     """Asks the questions and prints a row for each claim that is undecided."""
-    if not command.names:
-        raise RunError(f"name a question: {', '.join(questions.NAMES)}.")
+    command.require_names()
     found = [*answers(command, command.names, command.config)]
     columns = (
         "claim",
@@ -71,6 +46,7 @@ def power(command: Power) -> int:
         "seeds for a decision",
     )
     table = Table(*columns, title=f"power {command.wanted:g}")
+    told = []
     for answer in found:
         for verdict in answer.verdicts:
             if verdict.decision == "undecided" or command.all:
@@ -78,11 +54,13 @@ def power(command: Power) -> int:
                 number = f"{need.seeds:,}" if need.seeds is not None else f"none: {need.why}"
                 effect = " ".join(estimate(verdict))
                 row = (verdict.id, effect, threshold(verdict), verdict.decision)
-                table.add_row(*row, str(verdict.seeds), number)
+                table.add_row(*map(escape, (*row, str(verdict.seeds), number)))
+                told.append({**verdict_json(verdict), "seeds_needed": need.seeds, "why": need.why})
     if not table.row_count:
-        console.print("no claim is undecided; --all shows how many seeds would have done.")
+        remark("no claim is undecided; --all shows how many seeds would have done.")
     else:
-        console.print(table)
+        show(table)
+    outcome(power=command.wanted, claims=told)
     return status(found)
 
 

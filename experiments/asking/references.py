@@ -81,6 +81,16 @@ def read(path: Path | None = None) -> dict[str, Entry]:
     return {entry.key: _entry(path, entry) for entry in found.entries}
 
 
+def known(names: Iterable[str]) -> dict[str, Entry]:
+    """The entries that questions may cite, and those of a `sources.bib` beside one's own."""
+    own = (questions.path_of(name) for name in names if questions.own_module(name))
+    beside = {path.with_name(PATH.name) for path in own}
+    found: dict[str, Entry] = {}
+    for path in sorted(path for path in beside if path.is_file()):
+        found |= read(path)
+    return found | read()
+
+
 def require(verdicts: Iterable[Verdict], known: Mapping[str, Entry]) -> None:
     """Raises RunError, naming all, for claims whose source is not in the file."""
     lost = [
@@ -90,7 +100,8 @@ def require(verdicts: Iterable[Verdict], known: Mapping[str, Entry]) -> None:
     ]
     if lost:
         raise RunError(
-            f"claims cite what is not in {PATH}: {'; '.join(lost)}. Add the entry, or mend the key."
+            f"claims cite what is not in {PATH}: {'; '.join(lost)}. Add the entry, or mend the "
+            f"key; what a question of your own cites is in a {PATH.name} beside its file."
         )
 
 

@@ -8,11 +8,13 @@ import hashlib
 import importlib.metadata
 import importlib.util
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TypeGuard
 
 import normlab
+
+from ..cluster import installed
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy")
 """Those whose versions count."""
@@ -54,10 +56,8 @@ def version(module: str) -> str:
     return total.hexdigest()
 
 
-def _measuring(module: str, body: list[ast.stmt]) -> list[ast.stmt]:
-    """The statements of a module that count: of a question what `MEASURES` reach, else all."""
-    if not module.startswith(f"{HERE}.questions."):
-        return body
+def _measuring(body: list[ast.stmt]) -> list[ast.stmt]:
+    """The statements of a question that count: what `MEASURES` reach."""
     named = [(part, _defines(part)) for part in body]
     uses = {name: _names(part) for part, defined in named for name in defined}
     reached = {name for part, defined in named if not defined for name in _names(part)}
@@ -87,26 +87,27 @@ def _names(part: ast.AST) -> set[str]:
 def _closure(module: str) -> dict[str, str]:
     """The code of each module that counts, by its name."""
     found: dict[str, str] = {}
-    waiting = [module]
+    waiting, own = [module], _own(module)
     while waiting:
         name = waiting.pop()
-        path = _file(name)
+        path = _file(name, own)
         if path is None or name in found or name in ASIDE:
             continue
         package = name if path.name == "__init__.py" else name.rpartition(".")[0]
-        found[name], imported = _read(name, package, path.read_text())
+        asks = name == module or name.startswith(f"{HERE}.questions.")
+        found[name], imported = _read(package, path.read_text(encoding="utf-8"), asks)
         within = itertools.accumulate(name.split("."), "{}.{}".format)
         waiting += [*imported, *within]
     return found
 
 
 @functools.cache
-def _read(name: str, package: str, text: str) -> tuple[str, tuple[str, ...]]:
-    """The code of a source without what does not count, and what it imports."""
+def _read(package: str, text: str, asks: bool) -> tuple[str, tuple[str, ...]]:
+    """The code of a source, perhaps a question, without what does not count; what it imports."""
     tree = ast.parse(text)
     tree.body = [p for part in tree.body for p in (part.orelse if _for_types(part) else [part])]
     imported = tuple(_imports(tree, package))
-    body = ast.Module(_measuring(name, tree.body), [])
+    body = ast.Module(_measuring(tree.body) if asks else tree.body, [])
     return ast.dump(_without_docstrings(body)), imported
 
 
@@ -121,8 +122,28 @@ def _imports(tree: ast.Module, package: str) -> Iterator[str]:
             yield from (f"{module}.{alias.name}" for alias in node.names)
 
 
-def _file(module: str) -> Path | None:
-    for package, root in ROOTS.items():
+def _own(module: str) -> dict[str, Path]:
+    """Where more sources are that count for a question of the user's own.
+
+    They are its package, or its file, and where that is not installed, what lies beside it.
+    """
+    top = module.partition(".")[0]
+    if f"{module}.".startswith(tuple(f"{package}." for package in ROOTS)):
+        return {}
+    spec = importlib.util.find_spec(top)
+    if spec is None or spec.origin is None:
+        return {}
+    file = Path(spec.origin)
+    place = file.parent.parent if file.name == "__init__.py" else file.parent
+    names = {top}
+    if not installed(file.resolve()):
+        files = [*place.glob("*.py"), *(path.parent for path in place.glob("*/__init__.py"))]
+        names |= {path.stem for path in files}
+    return {name: place / name for name in sorted(names - ROOTS.keys())}
+
+
+def _file(module: str, own: Mapping[str, Path]) -> Path | None:
+    for package, root in {**ROOTS, **own}.items():
         if f"{module}.".startswith(f"{package}."):
             path = root.joinpath(*module.removeprefix(package).split("."))
             files = (path / "__init__.py", path.with_suffix(".py"))

@@ -13,17 +13,19 @@ from typing import Any, NamedTuple
 from rich.markup import escape
 from rich.table import Table
 
+from .. import questions, terminal
 from ..engine.verdict import Verdict
 from ..rundir import RunDirectory, RunError
-from ..terminal import console, errors, print_paths
+from ..terminal import counted, errors, print_paths, remark
 from . import kept
-from .answers import Ask, about, answered, chosen, status
+from .answers import about, answered, chosen, status
 from .ask import Answer, Asking
+from .config import Ask
 from .fields import Point, grid, words
 from .kept import verdict_json
 from .numbers import duration, threshold
 from .page import SYMBOLS
-from .sources import HERE, version
+from .sources import version
 
 MISSING = "not measured"
 """Of a point that was not measured to its end, because the sweep was stopped."""
@@ -95,10 +97,13 @@ def sweep(command: Ask, options: Sequence[str], fields: Sequence[str]) -> int:
                 rows[answer.title] = row(rows[answer.title].point, answer)
             answers.append(answer._replace(records=()))
     finally:
+        told = []
         for asking, _ in grids:
             mine = [rows[title] for title, one in points.items() if one.name == asking.name]
             if any(one.failed != MISSING for one in mine):
                 show(mine, asking.name, write(mine, asking, command.run_dir or kept.place()))
+                told.append(as_json(mine, asking))
+                terminal.outcome(sweeps=told)
     return status(answers)
 
 
@@ -109,7 +114,7 @@ def announce(command: Ask, asking: Asking, points: Sequence[Point]) -> None:
     }
     seconds = sum(about(asking._replace(config=point.config)) for point in points)
     cost = f"about {duration(seconds)} of one core" if command.profile == "quick" else "no estimate"
-    count = f"{len(points):,} point{'s' * (len(points) > 1)}"
+    count = counted(len(points), "point")
     sizes = " × ".join(f"{number} {field}" for field, number in counts.items())
     errors.print(
         f"{asking.name}: {count} ({sizes}), {cost}; what was measured before is kept.",
@@ -132,7 +137,7 @@ def claims(rows: Sequence[Row]) -> dict[str, Verdict]:
 
 
 def show(rows: Sequence[Row], name: str, path: Path) -> None:
-    """Prints the table: a row for each point, in parts if the terminal is narrow.
+    """Prints the table: a row for each point.
 
     Args:
       rows: The points.
@@ -143,45 +148,23 @@ def show(rows: Sequence[Row], name: str, path: Path) -> None:
     head = [(field, [words(one.point.values[field]) for one in rows]) for field in fields]
     rest = [(str(i), [_cell(one, id) for one in rows]) for i, id in enumerate(told, 1)]
     rest.append(("run", [one.run or "" for one in rows]))
-    for part in _parts(head, rest, console.width):
-        result = Table(title=name)
-        for heading, _ in part:
-            result.add_column(escape(heading), overflow="fold")
-        for cells in zip(*(cells for _, cells in part), strict=True):
-            result.add_row(*map(escape, cells))
-        console.print(result)
+    result = Table(title=name)
+    for heading, _ in (*head, *rest):
+        result.add_column(escape(heading), no_wrap=True)
+    for cells in zip(*(cells for _, cells in (*head, *rest)), strict=True):
+        result.add_row(*map(escape, cells))
+    terminal.show(result, head=len(head))
     for i, verdict in enumerate(told.values(), 1):
         unit = f" {verdict.unit}" if verdict.unit else ""
-        text = f"{i:>12}  {verdict.id}: {verdict.claim}, {threshold(verdict)}{unit}"
-        console.print(text, highlight=False, markup=False, soft_wrap=True)
+        remark(f"{i:>12}  {verdict.id}: {verdict.claim}, {threshold(verdict)}{unit}")
     marks = ", ".join(f"{mark} {what}" for what, mark in SYMBOLS.items())
-    console.print(f"{marks}; the effect is the mean over the seeds.", highlight=False)
+    remark(f"{marks}; the effect is the mean over the seeds.")
     for one in rows:
         for lane in one.diverged:
-            text = f"{'diverged':>12}  {one.point.name}: {lane}"
-            console.print(text, highlight=False, markup=False, soft_wrap=True)
+            remark(f"{'diverged':>12}  {one.point.name}: {lane}")
     for field in idle(rows):
         errors.print(f"[yellow]{field} changed nothing:[/] {name} does not read it.")
     print_paths({"table": path, "with it": path.with_suffix(".json")})
-
-
-Column = tuple[str, list[str]]
-"""Its heading and its cells."""
-
-
-def _parts(head: list[Column], rest: list[Column], width: int) -> Iterator[list[Column]]:
-    """The columns in parts that fit, each of which begins with those of `head`."""
-    part: list[Column] = []
-    for column in rest:
-        if part and sum(map(_width, [*head, *part, column])) >= width:
-            yield [*head, *part]
-            part = []
-        part.append(column)
-    yield [*head, *part]
-
-
-def _width(column: Column) -> int:
-    return 3 + max(map(len, (column[0], *column[1])))
 
 
 def _cell(one: Row, id: str) -> str:
@@ -208,7 +191,7 @@ def write(rows: Sequence[Row], asking: Asking, root: Path) -> Path:
 
     The same sweep of the same code has the same name.
     """
-    code = version(f"{HERE}.questions.{asking.name}")
+    code = version(questions.module_of(asking.name))
     keys = [kept.key(one.point.config, code, ()) for one in rows]
     name = f"sweep-{asking.name}-{hashlib.sha256(''.join(keys).encode()).hexdigest()[:12]}"
     directory = RunDirectory(root.expanduser().resolve(), name, again=True)

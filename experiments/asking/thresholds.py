@@ -7,22 +7,19 @@ last. Lines are appended by `normlab lock` and never changed.
 from __future__ import annotations
 
 import csv
-import dataclasses
 import datetime
 import subprocess
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Literal, NamedTuple
-
-import tyro
-from rich.table import Table
+from typing import Literal, NamedTuple
 
 from .. import questions
 from ..engine.verdict import Bounds, bounds
 from ..rundir import RunError
-from ..terminal import PROGRAM, console
-from .answers import Ask, answers, status
+from ..terminal import PROGRAM, outcome, remark, rows_table, show
+from .answers import answers, status
 from .ask import Answer
+from .config import Lock
 
 PATH = Path(questions.__file__).resolve().with_name("thresholds.csv")
 """The file."""
@@ -99,25 +96,9 @@ def require(answers: Iterable[Answer], locked: Mapping[str, Sequence[Line]]) -> 
         )
 
 
-@dataclasses.dataclass(frozen=True)
-class Lock(Ask):
-    """Write down the bounds of questions, with the commit that has them and a reason.
-
-    The claims of a question are known once it has been asked; a pilot will do:
-    lock NAME --reason TEXT -- --seeds 2 --first-seed 0.
-    """
-
-    reason: str = ""
-    """Where the bounds come from, or why they were changed; it is shown on the page."""
-
-    config: Annotated[tuple[str, ...], tyro.conf.Suppress] = ()
-    """What followed `--`."""
-
-
 def lock(command: Lock) -> int:
     """Appends a line for each bound that is new or has changed."""
-    if not command.names:
-        raise RunError(f"name a question: {', '.join(questions.NAMES)}.")
+    command.require_names()
     if not command.reason.strip():
         raise RunError("--reason: say where the bounds come from, or why they were changed.")
     commits = {name: _commit(name) for name in command.names}
@@ -130,14 +111,14 @@ def lock(command: Lock) -> int:
         if [line.bounds for line in locked.get(verdict.id, ())][-1:] != [bounds(verdict)]
     ]
     append(lines)
-    table = Table("claim", "bounds", title="locked")
-    for line in lines:
-        table.add_row(line.id, str(line.bounds))
-    console.print(table)
+    table = rows_table(("claim", "bounds"), [(line.id, str(line.bounds)) for line in lines])
+    table.title = "locked"
+    show(table)
+    outcome(locked=[line._asdict() for line in lines])
     there = {verdict.id for answer in found for verdict in answer.verdicts}
     asked = {answer.name for answer in found if not answer.failed}
     for id in sorted(id for id in locked if id.partition(".")[0] in asked and id not in there):
-        console.print(f"{'gone':>12}  {id}: no claim has this id", highlight=False, markup=False)
+        remark(f"{'gone':>12}  {id}: no claim has this id")
     return status(found)
 
 

@@ -7,7 +7,6 @@ holds 0. Where there is none, as for an identity, the decisions are compared.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 from collections.abc import Iterator, Mapping
@@ -16,26 +15,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import scipy.stats
-from rich.markup import escape
-from rich.table import Table
 
 from .. import questions
 from ..engine.verdict import CONFIDENCE
 from ..rundir import RunError
-from ..terminal import EXIT_MISSING, PROGRAM, console
-from .answers import Ask, answers, status
+from ..terminal import EXIT_MISSING, PROGRAM, outcome, rows_table, show
+from .answers import answers, status
+from .config import Verify
 from .kept import as_json, verdict_json
-
-LAST = Path(questions.__file__).with_name("report.json")
-"""The verdicts of the last report."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Verify(Ask):
-    """Run questions, by default those of the last report, and compare the verdicts with it."""
-
-    against: Path = LAST
-    """The verdicts of a report."""
 
 
 def verify(command: Verify) -> int:
@@ -61,10 +48,12 @@ def verify(command: Verify) -> int:
             rows.append((answer.name, f"(config) {field}", *values, "differs"))
         now = {v.id: Effect.of(verdict_json(v)) for v in answer.verdicts}
         rows += _compared(answer.name, told[answer.name], now)
-    table = Table("question", "claim", "the report", "here", "", title="verify")
-    for row in rows:
-        table.add_row(*map(escape, row))
-    console.print(table)
+    columns = ("question", "claim", "the report", "here", "")
+    table = rows_table(columns, rows)
+    table.title = "verify"
+    show(table, head=2)
+    names_of = ("question", "claim", "then", "now", "agreement")
+    outcome(claims=[dict(zip(names_of, row, strict=True)) for row in rows])
     return status(found) or (EXIT_MISSING if any(row[-1] == "differs" for row in rows) else 0)
 
 

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterable, Mapping
-from typing import Annotated, Any
+from typing import Any
 
-import tyro
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
-    Progress,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
@@ -18,8 +15,22 @@ from rich.progress import (
 from rich.table import Table
 
 from ..rundir import RunError
-from ..terminal import EXIT_INTERRUPTED, console, errors, print_paths, print_rows, report
+from ..terminal import (
+    EXIT_INTERRUPTED,
+    counted,
+    errors,
+    log,
+    outcome,
+    print_paths,
+    progress_bars,
+    remark,
+    report,
+    rows_table,
+    saying,
+    show,
+)
 from .config import (
+    Bench,
     BenchBytes,
     BenchCompile,
     BenchConv,
@@ -29,22 +40,6 @@ from .config import (
     BenchStep,
     BenchSync,
 )
-
-
-@dataclasses.dataclass(frozen=True)
-class Bench:
-    """Measure speed beside other libraries, and the bytes that programs move."""
-
-    bench: (
-        Annotated[BenchStep, tyro.conf.subcommand("step")]
-        | Annotated[BenchOps, tyro.conf.subcommand("ops")]
-        | Annotated[BenchBytes, tyro.conf.subcommand("bytes")]
-        | Annotated[BenchFigure1, tyro.conf.subcommand("figure1")]
-        | Annotated[BenchConv, tyro.conf.subcommand("conv")]
-        | Annotated[BenchLm, tyro.conf.subcommand("lm")]
-        | Annotated[BenchCompile, tyro.conf.subcommand("compile")]
-        | Annotated[BenchSync, tyro.conf.subcommand("sync")]
-    )
 
 
 def run(config: Bench) -> int:
@@ -66,7 +61,7 @@ def _step(config: BenchStep) -> int:
     """Times a step beside PyTorch and prints the ratio."""
     from . import training
 
-    with errors.status("taking turns …"):
+    with saying("taking turns"):
         result = training.step(config)
     rows = [
         (name, f"{ms:.3f}", f"{low:.3f} – {high:.3f}") for (name, ms), (low, high) in _times(result)
@@ -76,6 +71,7 @@ def _step(config: BenchStep) -> int:
         f"{result['floor_over_torch']:.2f}. Floor: the matrix products and the update alone. "
         + _machine(result)
     )
+    outcome(**result)
     return _print("step of the 3×100 MLP with batch norm", ("median ms", "range ms"), rows, caption)
 
 
@@ -83,26 +79,27 @@ def _figure1(config: BenchFigure1) -> int:
     """Times the runs of figure 1 beside PyTorch and prints what all its steps would take."""
     from . import training
 
-    with errors.status("starting") as status:
-        result = training.figure1(config, lambda text: status.update(f"{text} …"))
+    with saying("starting") as say:
+        result = training.figure1(config, say)
     rows = [
         (
             name,
             f"{ms:.2f}",
             f"{low:.2f} – {high:.2f}",
-            f"{result['start_s'][name]:.1f}",
-            f"{result['whole_s'][name]:.0f}",
+            f"{result['start_seconds'][name]:.1f}",
+            f"{result['whole_seconds'][name]:.0f}",
             f"{result['ratios'][name]:.2f}",
         )
         for (name, ms), (low, high) in _times(result)
     ]
-    title = f"figure 1: {len(training.NETS)} nets, {config.seeds} seeds"
+    title = f"figure 1: {len(training.NETS)} nets, {counted(config.seeds, 'seed')}"
     headings = ("ms per step", "range", "start s", f"{config.whole:,} steps s", "÷ normlab")
     caption = (
         f"A step of all nets and seeds, median of {config.rounds} turns of {config.steps} steps; "
         f"the seconds are extrapolated from it. Losses agree to {result['loss_gap']:.0e}. "
         + _machine(result)
     )
+    outcome(**result)
     return _print(title, headings, rows, caption)
 
 
@@ -110,8 +107,8 @@ def _conv(config: BenchConv) -> int:
     """Times forms of a convolution beside PyTorch and prints the table."""
     from . import conv
 
-    with errors.status("starting") as status:
-        results = conv.run(config, lambda text: status.update(f"{text} …"))
+    with saying("starting") as say:
+        results = conv.run(config, say)
     rows = []
     for result in results:
         ms = result["ms_per_step"]
@@ -119,10 +116,11 @@ def _conv(config: BenchConv) -> int:
         rows.append((result["label"], *cells, f"{ms['MatmulConv'] / ms['torch']:.2f}"))
     headings = (*results[0]["ms_per_step"], "MatmulConv / torch")
     caption = (
-        f"forward and backward in a scan, batch {config.batch_size}, {config.seeds} seeds side by "
-        f"side, {config.cores} cores, memory "
+        f"forward and backward in a scan, batch {config.batch_size}, "
+        f"{counted(config.seeds, 'seed')} side by side, {counted(config.cores, 'core')}, memory "
         + ("reused" if config.reuse_memory else "as the system has it")
     )
+    outcome(cases=results)
     return _print("3×3 convolution, ms per step [range]", headings, rows, caption)
 
 
@@ -130,17 +128,17 @@ def _lm(config: BenchLm) -> int:
     """Times the language model beside PyTorch, and prints that and what XLA fuses."""
     from . import lm
 
-    with errors.status("starting") as status:
-        result = lm.run(config, lambda text: status.update(f"{text} …"))
+    with saying("starting") as say:
+        result = lm.run(config, say)
     floor = result["ms_per_step"]["floor"]
     rows = [
         (
             name,
             f"{ms:.1f}",
             f"{low:.1f} – {high:.1f}",
-            f"{result['tokens_per_s'][name]:,.0f}",
+            f"{result['tokens_per_second'][name]:,.0f}",
             f"{ms / floor:.2f}",
-            f"{result['start_s'][name]:.1f}",
+            f"{result['start_seconds'][name]:.1f}",
         )
         for (name, ms), (low, high) in _times(result)
     ]
@@ -153,11 +151,12 @@ def _lm(config: BenchLm) -> int:
     )
     title = (
         f"language model of {config.depth} blocks of {config.width}, {config.batch_size} sequences "
-        f"of {config.length} tokens"
+        f"of {config.context} tokens"
     )
     headings = ("ms per step", "range", "tokens/s", "÷ floor", "start s")
     _print(title, headings, rows, caption)
     _print(*_fused(result["fused"]))
+    outcome(**result)
     return 0
 
 
@@ -189,8 +188,8 @@ def _compile(config: BenchCompile) -> int:
     """Times compiling the language model, and prints the table."""
     from . import lm
 
-    with errors.status("starting") as status:
-        results = list(lm.compiling(config, lambda text: status.update(f"{text} …")))
+    with saying("starting") as say:
+        results = list(lm.compiling(config, say))
     rows = []
     for result in results:
         seconds, (low, high) = result["seconds"], result["range"]
@@ -199,6 +198,7 @@ def _compile(config: BenchCompile) -> int:
         rows.append((f"{result['depth']} blocks, {result['form']}", *cells))
     caption = f"medians of {config.rounds} fresh processes each, without a cache of programs"
     headings = ("trace s", "lower s", "compile s", "all s", "range", "temporary MB")
+    outcome(programs=results)
     return _print("compiling a training step of the language model", headings, rows, caption)
 
 
@@ -207,15 +207,16 @@ def _ops(config: BenchOps) -> int:
     from . import tables
     from .ops import Ops
 
-    with errors.status("starting") as status:
-        measured = Ops(config, say=lambda text: status.update(f"{text} …"))
+    with saying("starting") as say:
+        measured = Ops(config, say=say)
     total = len(config.cases()) * (config.rounds + 1)
     exit_status = _with_progress(measured.run(), total, "cases")
     if measured.results:
-        console.print(tables.times(measured.results, measured.machine()))
-        console.print(tables.comparison(measured.results))
-    for remark in tables.remarks(measured):
-        console.print(remark, highlight=False, markup=False, soft_wrap=True)
+        show(tables.times(measured.results, measured.machine()))
+        show(tables.comparison(measured.results))
+        outcome(cases=measured.results)
+    for said in tables.remarks(measured):
+        remark(said)
     print_paths(measured.finish())
     return exit_status
 
@@ -224,18 +225,17 @@ def _bytes(config: BenchBytes) -> int:
     """Compiles blocks with each library's norm, then prints the tables and the paths."""
     from . import bytes as moved
 
-    with errors.status("starting") as status:
-        measured = moved.Bytes(config, say=lambda text: status.update(f"{text} …"))
+    with saying("starting") as say:
+        measured = moved.Bytes(config, say=say)
     exit_status = _with_progress(measured.run(), len(config.programs()), "programs")
     found, targets = measured.results, measured.targets
     paths = measured.finish()
     if found:
-        print_rows(moved.headings(targets), moved.table(found, targets), config.markdown)
-        print_rows(
-            moved.headings_compared(targets), moved.compared(found, targets), config.markdown
-        )
-    for remark in measured.remarks():
-        console.print(remark, highlight=False, markup=False, soft_wrap=True)
+        show(rows_table(moved.headings(targets), moved.table(found, targets)))
+        show(rows_table(moved.headings_compared(targets), moved.compared(found, targets)))
+        outcome(programs=found)
+    for said in measured.remarks():
+        remark(said)
     print_paths(paths)
     return exit_status
 
@@ -250,10 +250,11 @@ def _with_progress(doing: Iterable[str], total: int, what: str) -> int:
         TimeRemainingColumn(),
     )
     try:
-        with Progress(*columns, console=errors) as progress:
+        with progress_bars(*columns) as progress:
             bar = progress.add_task("", total=total)
             for label in doing:
                 progress.update(bar, description=label, advance=1)
+                log(label)
     except KeyboardInterrupt:
         errors.print(f"[yellow]interrupted:[/] the {what} that were done follow, and are kept.")
         return EXIT_INTERRUPTED
@@ -266,12 +267,14 @@ def _sync(config: BenchSync) -> int:
     """Times synced batch norm beside others' and prints the tables."""
     from . import sync
 
-    with errors.status("starting") as status:
-        result = sync.run(config, lambda text: status.update(f"{text} …"))
-    print_rows(sync.TIMES, sync.times(result), config.markdown)
-    print_rows(sync.COUNTS, result.counts, config.markdown)
-    for remark in sync.remarks(config, result):
-        console.print(remark, highlight=False, markup=False, soft_wrap=True)
+    with saying("starting") as say:
+        result = sync.run(config, say)
+    show(rows_table(sync.TIMES, sync.times(result)))
+    show(rows_table(sync.COUNTS, result.counts))
+    for said in sync.remarks(config, result):
+        remark(said)
+    counts = [dict(zip(sync.COUNTS, row, strict=True)) for row in result.counts]
+    outcome(times=sync.as_json(result), counts=counts)
     return 0
 
 
@@ -290,5 +293,5 @@ def _print(title: str, headings: Iterable[str], rows: Iterable[Iterable[str]], c
         table.add_column(heading, justify="right")
     for row in rows:
         table.add_row(*row)
-    console.print(table)
+    show(table)
     return 0

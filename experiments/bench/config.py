@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, ClassVar
+
+import tyro
 
 from ..rundir import RunError, require_positive
 from .blocks import BLOCKS, HERE, Program
@@ -114,9 +116,6 @@ class BenchSync:
     reuse_memory: bool = True
     """Whether the C library keeps memory that was freed, in the processes of all contestants."""
 
-    markdown: bool = False
-    """Print the tables as Markdown."""
-
     def __post_init__(self) -> None:
         """Raises RunError for values that cannot be run."""
         require_positive(self, "devices", "processes", "rounds", "turn_ms")
@@ -135,7 +134,7 @@ class BenchLm:
     heads: int = 4
     """Heads of the attention; twice their number divides the width."""
 
-    length: int = 128
+    context: int = 128
     """Tokens of a sequence."""
 
     batch_size: int = 16
@@ -167,7 +166,7 @@ class BenchLm:
 
     def __post_init__(self) -> None:
         """Raises RunError for values that cannot be run."""
-        sizes = ("width", "depth", "heads", "length", "batch_size", "vocabulary")
+        sizes = ("width", "depth", "heads", "context", "batch_size", "vocabulary")
         require_positive(self, *sizes, "steps", "rounds", "lr")
         if self.width % (2 * self.heads):
             raise RunError(
@@ -210,11 +209,11 @@ class BenchOps:
     installed are named and left out.
     """
 
-    ops: tuple[str, ...] = tuple(KINDS_OF)
+    norms: tuple[str, ...] = tuple(KINDS_OF)
     """batch, layer, rms, group (8 groups), instance."""
 
     shapes: tuple[str, ...] = tuple(SHAPES)
-    """Kinds of input: conv [N, H, W, C], dense [N, C], tokens [N, T, C]. An op runs on those it is
+    """Kinds of input: conv [N, H, W, C], dense [N, C], tokens [N, T, C]. A norm runs on those it is
     used for."""
 
     dtypes: tuple[str, ...] = tuple(BYTES)
@@ -242,12 +241,17 @@ class BenchOps:
 
     def __post_init__(self) -> None:
         """Raises RunError for values that cannot be run."""
-        choices = {"ops": KINDS_OF, "shapes": SHAPES, "dtypes": BYTES, "peers": {**PEERS, **OTHERS}}
+        choices = {
+            "norms": KINDS_OF,
+            "shapes": SHAPES,
+            "dtypes": BYTES,
+            "peers": {**PEERS, **OTHERS},
+        }
         require_known(self, choices)
         require_positive(self, "rounds", "scale", "turn_ms")
         if not self.cases():
-            kinds = "; ".join(f"{op}: {', '.join(KINDS_OF[op])}" for op in self.ops or KINDS_OF)
-            raise RunError(f"--ops and --shapes leave nothing to time. Ops run on ({kinds}).")
+            kinds = "; ".join(f"{op}: {', '.join(KINDS_OF[op])}" for op in self.norms or KINDS_OF)
+            raise RunError(f"--norms and --shapes leave nothing to time. They run on ({kinds}).")
 
     def cases(self) -> list[Case]:
         """What is timed, in order."""
@@ -257,7 +261,7 @@ class BenchOps:
             for kind in kinds
             for shape in SHAPES[kind]
             for dtype in BYTES
-            if op in self.ops and kind in self.shapes and dtype in self.dtypes
+            if op in self.norms and kind in self.shapes and dtype in self.dtypes
         ]
 
 
@@ -302,9 +306,6 @@ class BenchBytes:
 
     run_dir: Path | None = None
     """Where the results go; must not exist. By default runs/bench-bytes-TIME."""
-
-    markdown: bool = False
-    """Print the tables as Markdown."""
 
     def __post_init__(self) -> None:
         """Raises RunError for values that cannot be compiled."""
@@ -356,3 +357,30 @@ def require_known(config: Any, choices: Mapping[str, Iterable[str]]) -> None:
                 from normlab.errors import nearest  # which brings jax
 
                 raise RunError(f"--{option}: unknown {name!r}: {nearest(name, known)}.")
+
+
+@dataclasses.dataclass(frozen=True)
+class Bench:
+    """Measure speed beside other libraries, and the bytes that programs move."""
+
+    SUBCOMMANDS: ClassVar[dict[str, type]] = {
+        "step": BenchStep,
+        "ops": BenchOps,
+        "bytes": BenchBytes,
+        "figure1": BenchFigure1,
+        "conv": BenchConv,
+        "lm": BenchLm,
+        "compile": BenchCompile,
+        "sync": BenchSync,
+    }
+
+    bench: (
+        Annotated[BenchStep, tyro.conf.subcommand("step")]
+        | Annotated[BenchOps, tyro.conf.subcommand("ops")]
+        | Annotated[BenchBytes, tyro.conf.subcommand("bytes")]
+        | Annotated[BenchFigure1, tyro.conf.subcommand("figure1")]
+        | Annotated[BenchConv, tyro.conf.subcommand("conv")]
+        | Annotated[BenchLm, tyro.conf.subcommand("lm")]
+        | Annotated[BenchCompile, tyro.conf.subcommand("compile")]
+        | Annotated[BenchSync, tyro.conf.subcommand("sync")]
+    )

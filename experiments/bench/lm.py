@@ -83,9 +83,10 @@ def run(config: BenchLm, say: Callable[[str], None] = lambda _: None) -> dict[st
       say: Receives short messages about what is going on.
 
     Returns:
-      By contestant, `ms_per_step` and its `range_ms`, `tokens_per_s`, `start_s` to build, compile
-      and take the first turn; `left_out`, the reasons by contestant; the largest relative gap
-      `loss_gap` of the losses; `norm_share`, its median and range; `fused`, from `fusions`.
+      By contestant, `ms_per_step` and its `range_ms`, `tokens_per_second`, `start_seconds` to
+      build, compile and take the first turn; `left_out`, the reasons by contestant; the largest
+      relative gap `loss_gap` of the losses; `norm_share`, its median and range; `fused`, from
+      `fusions`.
 
     Raises:
       RunError: If a process of normlab dies, a loss is not finite or the losses disagree.
@@ -96,7 +97,7 @@ def run(config: BenchLm, say: Callable[[str], None] = lambda _: None) -> dict[st
         **{name: (build_torch, config, compiled) for name, compiled in TORCH.items()},
         "floor": (build_floor, config),
     }
-    start_s: dict[str, float] = {}
+    start_seconds: dict[str, float] = {}
     losses: dict[str, np.ndarray] = {}
     turns: dict[str, Callable[[], float]] = {}
     left_out: dict[str, str] = {}
@@ -120,17 +121,19 @@ def run(config: BenchLm, say: Callable[[str], None] = lambda _: None) -> dict[st
                     raise
                 left_out[name] = str(error)
                 continue
-            start_s[name] = time.perf_counter() - begin
+            start_seconds[name] = time.perf_counter() - begin
             turns[name] = per_step(functools.partial(process.ask, "turn"), config.steps)
         gap = loss_gap({name: losses[name] for name in losses if name in ("normlab", *TORCH)})
         for taken in take_turns(turns, config.rounds):
             say(f"{len(taken['normlab'])} of {config.rounds} rounds")
     result = medians(taken)
-    tokens = config.batch_size * config.length
+    tokens = config.batch_size * config.context
     here = {name: os.environ.get(name) for name in VARIABLES} | variables
     return result | {
-        "tokens_per_s": {name: 1e3 * tokens / ms for name, ms in result["ms_per_step"].items()},
-        "start_s": start_s,
+        "tokens_per_second": {
+            name: 1e3 * tokens / ms for name, ms in result["ms_per_step"].items()
+        },
+        "start_seconds": start_seconds,
         "left_out": left_out,
         "loss_gap": gap,
         "norm_share": share(*(taken[name] for name in NORMS)),
@@ -187,7 +190,7 @@ def weights(config: BenchLm) -> dict[str, np.ndarray]:
 
 def batches(config: BenchLm) -> np.ndarray:
     """The windows of a turn, `[steps, N, T + 1]`."""
-    shape = (config.steps, config.batch_size, config.length + 1)
+    shape = (config.steps, config.batch_size, config.context + 1)
     return np.random.default_rng(1).integers(0, config.vocabulary, shape, dtype=np.int32)
 
 
@@ -217,7 +220,7 @@ def start(config: BenchLm, model: Any) -> State:
     kernels = {"blocks": {name: {"kernel": w} for name, w in drawn.items()}}
     blocks = models.unstack(kernels)
     blocks = model.stack(blocks) if config.scan else blocks
-    tokens = np.zeros((1, config.length), np.int32)
+    tokens = np.zeros((1, config.context), np.int32)
     params, _ = models.split(models.complete(model, stacked | blocks, tokens))
     return params, optimizer(config).init(params)
 
@@ -267,7 +270,7 @@ def build_floor(config: BenchLm) -> Turn:
     drawn["up"] *= 1e-3
     config = dataclasses.replace(config, lr=1e-12)  # and the kernels theirs through all steps
     embed = drawn.pop("embed")
-    heads = (config.batch_size, config.length, config.heads, -1)
+    heads = (config.batch_size, config.context, config.heads, -1)
 
     def block(x: Array, w: dict[str, Array]) -> Array:
         q, k, v = ((x @ w[name]).reshape(heads) for name in ("q", "k", "v"))
@@ -282,7 +285,7 @@ def build_floor(config: BenchLm) -> Turn:
             x = block(x, {name: w[i] for name, w in blocks.items()})
         return jnp.square(x @ embed.T).mean()
 
-    shape = (config.steps, config.batch_size * config.length, config.width)
+    shape = (config.steps, config.batch_size * config.context, config.width)
     inputs = np.random.default_rng(1).standard_normal(shape, np.float32)
     state = (drawn, embed), optimizer(config).init((drawn, embed))
     return _scanned(descend(config, loss), state, inputs)
@@ -320,7 +323,7 @@ def build_torch(config: BenchLm, compiled: bool) -> Turn:
     torch.set_num_threads(len(available_cores()))
     warnings.simplefilter("ignore")  # the compiler's, about caches that are turned off
     base = build_model(config, NORMS["normlab"]).rope
-    model: Any = peer_lm.Lm(weights(config), config.length, config.heads, EPS, base)
+    model: Any = peer_lm.Lm(weights(config), config.context, config.heads, EPS, base)
     betas = (ADAMW["b1"], ADAMW["b2"])
     more = {"eps": ADAMW["eps"], "weight_decay": ADAMW["weight_decay"], "fused": True}
     optimizer = torch.optim.AdamW(model.parameters(), config.lr, betas, **more)
@@ -480,7 +483,7 @@ def timed(config: BenchCompile, depth: int, form: str) -> dict[str, float]:
     sizes = BenchLm(depth=depth, scheme=config.scheme, **FORMS[form])
     model = build_model(sizes, NORMS["normlab"])
     state = jax.eval_shape(lambda: start(sizes, model))
-    windows = jax.ShapeDtypeStruct((sizes.batch_size, sizes.length + 1), jnp.int32)
+    windows = jax.ShapeDtypeStruct((sizes.batch_size, sizes.context + 1), jnp.int32)
     jax.block_until_ready(jnp.zeros(1))  # the backend is there
     step: Any = jax.jit(training_step(sizes, model), donate_argnums=0)
     marks = [time.perf_counter()]

@@ -221,6 +221,21 @@ def times(result: Result) -> Iterator[tuple[str, ...]]:
             yield _times(shape), over, "floor" if name == COPY else name, *cells
 
 
+def as_json(result: Result) -> list[dict[str, Any]]:
+    """The medians, of each shape, arrangement, contestant and direction."""
+    return [
+        {
+            "shape": list(shape),
+            "over": over,
+            "name": name,
+            "direction": direction,
+            "median_ms": statistics.median(turns),
+        }
+        for shape, taken in result.taken.items()
+        for (over, name, direction), turns in taken.items()
+    ]
+
+
 def remarks(config: BenchSync, result: Result) -> Iterator[str]:
     """What the tables do not say of themselves."""
     cores = len(available_cores())

@@ -24,7 +24,8 @@ from normlab.devices.mapped import vary
 from normlab.instruments.collectives import Collective, collectives
 
 from ..programs.machines import Machine, machine, missing
-from ..training.processes import Joining, form
+from ..training.config import Joining
+from ..training.processes import form
 from ..training.trainer import AXIS, abstract, on_devices, set_devices
 from .turns import Repeated
 from .worker import BOTH, COPY, DIRECTIONS, EPS, FORWARD

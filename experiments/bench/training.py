@@ -105,9 +105,9 @@ def figure1(config: BenchFigure1, say: Callable[[str], None] = lambda _: None) -
       say: Receives short messages about what is going on.
 
     Returns:
-      By contestant, `ms_per_step` (a step of all seeds of both nets), its `range_ms`, `start_s` to
-      build and compile, and `whole_s`, the extrapolation; `ratios` of each contestant's `whole_s`
-      to normlab's; and the largest relative gap of their losses.
+      By contestant, `ms_per_step` (a step of all seeds of both nets), its `range_ms`,
+      `start_seconds` to build and compile, and `whole_seconds`, the extrapolation; `ratios` of
+      each contestant's `whole_seconds` to normlab's; and the largest relative gap of their losses.
 
     Raises:
       RunError: If torch is missing, a process dies or the losses disagree.
@@ -121,7 +121,7 @@ def figure1(config: BenchFigure1, say: Callable[[str], None] = lambda _: None) -
         "torch": (build_torch, [(NETS, cores)]),
         "torch, a process per net": (build_torch, one_each),
     }
-    start_s: dict[str, float] = {}
+    start_seconds: dict[str, float] = {}
     losses: dict[str, np.ndarray] = {}
     turns: dict[str, Callable[[], float]] = {}
     taken = {}
@@ -134,7 +134,7 @@ def figure1(config: BenchFigure1, say: Callable[[str], None] = lambda _: None) -
                 )
                 for nets, where in parts
             ]
-            start_s[name] = max(ask_all(processes, "start_s"))
+            start_seconds[name] = max(ask_all(processes, "start_seconds"))
             turn = functools.partial(ask_all, processes, "turn")
             losses[name] = np.concatenate(turn())
             turns[name] = per_step(turn, config.steps)
@@ -149,11 +149,11 @@ def figure1(config: BenchFigure1, say: Callable[[str], None] = lambda _: None) -
             say(f"{len(taken['normlab'])} of {config.rounds} rounds")
     result = medians(taken)
     ms = result["ms_per_step"]
-    whole_s = {name: start_s[name] + config.whole * ms[name] / 1e3 for name in ms}
+    whole_seconds = {name: start_seconds[name] + config.whole * ms[name] / 1e3 for name in ms}
     return result | {
-        "start_s": start_s,
-        "whole_s": whole_s,
-        "ratios": {name: s / whole_s["normlab"] for name, s in whole_s.items()},
+        "start_seconds": start_seconds,
+        "whole_seconds": whole_seconds,
+        "ratios": {name: s / whole_seconds["normlab"] for name, s in whole_seconds.items()},
         "loss_gap": gap,
         "cores": len(cores),
         "variables": {name: variables.get(name, os.environ.get(name)) for name in REUSE},
@@ -171,11 +171,11 @@ class Part:
     def __init__(self, build: Callable[..., Turn], *arguments: Any) -> None:
         begin = time.perf_counter()
         self.turn = build(*arguments)
-        self._start_s = time.perf_counter() - begin
+        self._start_seconds = time.perf_counter() - begin
 
-    def start_s(self) -> float:
+    def start_seconds(self) -> float:
         """Seconds that it took to build and compile."""
-        return self._start_s
+        return self._start_seconds
 
 
 def build_normlab(config: BenchFigure1, nets: Iterable[str]) -> Turn:

@@ -23,7 +23,7 @@ from ..rundir import RunError
 REUSE = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "100000000000"}
 """Environment of a process whose C library keeps memory that was freed."""
 
-INSTALL = "pip install -c constraints.txt -e '.[peers]'"
+INSTALL = "pip install 'normlab[peers]'"
 
 Key = TypeVar("Key")
 

@@ -4,6 +4,7 @@
     data.train_inputs.shape  # (60000, 28, 28, 1)
     data = load("gutenberg", reading=Reading(context=128))
     data.train_inputs.shape  # (82478, 128)
+    data = load("mypackage.module:load")  # what a function of your own returns
 
 A set is prepared once, beneath the data directory, and read from there afterwards. What is read
 always has the checksum pinned here, wherever its files came from: the official download, or a
@@ -24,6 +25,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import platformdirs
+
+from normlab.errors import invalid
 
 from ..rundir import CHECKOUT
 from . import markov, prepare, text
@@ -93,7 +96,8 @@ def load(
     """Load a data set into memory, preparing it first where it is not there yet.
 
     Args:
-      name: One of `NAMES`.
+      name: One of `NAMES`, or `"mypackage.module:load"`, a function of your own without arguments
+        (see `own`).
       data_dir: Where prepared sets are kept; by default the environment variable
         `NORMLAB_DATA_DIR`, or else `data` of the checkout or, where this package is installed,
         the user's cache directory.
@@ -106,13 +110,18 @@ def load(
     Raises:
       DataError: If the name is unknown, or the set cannot be had or is damaged.
     """
-    if name not in NAMES:
+    if name not in NAMES and not is_own(name):
         near = difflib.get_close_matches(name.lower().replace("-", "_"), NAMES, 1, 0.4)
         hint = f"; did you mean {near[0]!r}?" if near else "."
-        raise DataError(f"There is no data set {name!r}{hint} There are: {', '.join(NAMES)}.")
+        raise DataError(
+            f"There is no data set {name!r}{hint} There are: {', '.join(NAMES)}; one of your own "
+            "is mypackage.module:load."
+        )
     data = _HANDED.get(name)
     if data is not None and (data.text is None or data.text.reading == (reading or Reading())):
         return data
+    if is_own(name):
+        return own(name, reading)
     if name == "digits":
         return _digits()
     if name == "markov":
@@ -161,6 +170,77 @@ def _text(name: str, arrays: Arrays, origin: str, sha256: str, reading: Reading 
     except ValueError as error:
         raise DataError(f"{name}: {error}. Give a shorter --context.") from None
     return Dataset(name, **halves, classes=classes, origin=origin, checksum=sha256, text=more)
+
+
+def is_own(name: str) -> bool:
+    """Whether a name is the path of a function of one's own, and none of `NAMES`."""
+    return ":" in name
+
+
+def own(name: str, reading: Reading | None = None) -> Dataset:
+    """Loads a data set of one's own.
+
+    The function that `name` names takes no argument. It returns `(train_inputs, train_labels,
+    test_inputs, test_labels)`, arrays of NumPy or what becomes one: inputs `[N, ...]`, whole
+    numbers (which are shifted and scaled as pixels are, by the mean and the standard deviation of
+    the training set) or floats (which a model sees as they are); labels `[N]`, 0 to classes − 1.
+    Or it returns a text, as one string: its first 90% are trained on, the next 5% validate, the
+    last 5% test.
+
+    Args:
+      name: `"mypackage.module:load"`.
+      reading: How a text is read.
+
+    Raises:
+      DataError: For what cannot be imported, or is no data set.
+    """
+    from normlab._checks import imported  # which takes JAX
+
+    try:
+        made = imported("data", "data set", name)
+        if not callable(made):
+            raise _no_set(name, f"{type(made).__name__}", "a function without arguments")
+        made = made()
+        if isinstance(made, str):
+            arrays = text.divided([made])
+            return _text(name, arrays, "a function of one's own", checksum(arrays), reading)
+        if not isinstance(made, tuple | list) or len(made) != len(ARRAYS):
+            given = f"{len(made)} values" if isinstance(made, tuple | list) else type(made).__name__
+            raise _no_set(name, f"a function that returns {given}", f"({', '.join(ARRAYS)})")
+        arrays = _checked(name, dict(zip(ARRAYS, map(np.asarray, made), strict=True)))
+    except ValueError as error:
+        raise DataError(str(error)) from error
+    classes = 1 + int(max(arrays[half].max() for half in ("train_labels", "test_labels")))
+    return Dataset(name, **arrays, classes=classes, origin="one's own", checksum=checksum(arrays))
+
+
+def _no_set(name: str, given: str, expected: str) -> ValueError:
+    return invalid(
+        f"data set {name}", given, expected, "return what `normlab.experiments.data.own` says"
+    )
+
+
+def _checked(name: str, arrays: Arrays) -> Arrays:
+    """The arrays of a data set in the types of a `Dataset`; ValueError for what is none."""
+    for half in ("train", "test"):
+        inputs, labels = (arrays[f"{half}_{what}"] for what in ("inputs", "labels"))
+        said = f"{half}_inputs of {inputs.dtype} {list(inputs.shape)}"
+        if inputs.ndim < 2 or not len(inputs) or inputs.dtype.kind not in "uif":
+            raise _no_set(name, said, "numbers [N, ...], of one example at least")
+        if inputs.dtype.kind == "f" and not np.isfinite(inputs).all():
+            raise _no_set(name, f"{half}_inputs with values that are not finite", "finite values")
+        if labels.shape != inputs.shape[:1] or labels.dtype.kind not in "ui" or labels.min() < 0:
+            given = f"{half}_labels of {labels.dtype} {list(labels.shape)} beside {said}"
+            raise _no_set(name, given, f"whole numbers [{len(inputs)}], 0 or more")
+        kind = {"f": np.float32}.get(inputs.dtype.kind, np.int32)
+        arrays[f"{half}_inputs"] = inputs if inputs.dtype == np.uint8 else inputs.astype(kind)
+        arrays[f"{half}_labels"] = labels.astype(np.int32)
+    train, test = (arrays[f"{half}_inputs"] for half in ("train", "test"))
+    if train.shape[1:] != test.shape[1:] or train.dtype != test.dtype:
+        given = f"examples of {train.dtype} {list(train.shape[1:])} to train on, and of"
+        given = f"{given} {test.dtype} {list(test.shape[1:])} to test"
+        raise _no_set(name, given, "both alike")
+    return arrays
 
 
 def _digits() -> Dataset:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 from rich.table import Table
 
 from ..figures import encode
 from ..rundir import Record
-from ..terminal import EXIT_INTERRUPTED, console, errors, print_paths
+from ..terminal import EXIT_INTERRUPTED, errors, outcome, print_paths, saying, show
+from .config import Depth
 from .figure import picture
-from .profile import INSTRUMENTS, Depth, Profile
+from .profile import INSTRUMENTS, Profile, lines
 
 __all__ = ["Depth", "run"]
 
@@ -20,8 +21,8 @@ def run(config: Depth) -> int:
     """Measures the nets one after the other, then prints the table and the paths."""
     records: list[Record] = []
     exit_status = 0
-    with errors.status("starting") as status:
-        profile = Profile(config, say=lambda text: status.update(f"{text} …"))
+    with saying("starting") as say:
+        profile = Profile(config, say=say)
         try:
             records.extend(profile.run())
         except KeyboardInterrupt:
@@ -29,8 +30,8 @@ def run(config: Depth) -> int:
     if exit_status:
         errors.print("[yellow]interrupted:[/] what was done follows, and is kept.")
     if records:
-        for some in tables(records):
-            console.print(some)
+        show(table(records), head=3)
+        outcome(records=[line for record in records for line in lines(record, config)])
         files = {
             f"depth.{kind}": encode(picture(records, title(config)), kind)
             for kind in ("png", "svg")
@@ -51,19 +52,12 @@ def title(config: Depth) -> str:
     )
 
 
-def tables(records: Sequence[Record], most: int = 5) -> Iterator[Table]:
-    """Tables of so many nets as fit beside each other."""
-    nets = list(dict.fromkeys(record["net"] for record in records))
-    for i in range(0, len(nets), most):
-        yield table([record for record in records if record["net"] in nets[i : i + most]])
-
-
 def table(records: Sequence[Record]) -> Table:
     """A column for each net: every instrument at the first and at the last block."""
     nets = list(dict.fromkeys(record["net"] for record in records))
     result = Table("", "step", "block")
     for net in nets:
-        result.add_column(net, justify="right", overflow="fold")
+        result.add_column(net, justify="right")
     for key, name in {"loss": "loss (nats)", **{k: i.name for k, i in INSTRUMENTS.items()}}.items():
         for step in sorted({record["step"] for record in records}):
             found = {r["net"]: np.atleast_1d(r[key]) for r in records if r["step"] == step}

@@ -8,12 +8,8 @@ on one batch of the training set, with the gradient of its loss and the step tha
 
 from __future__ import annotations
 
-import dataclasses
-import itertools
-import math
 from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,15 +20,13 @@ from jax import Array
 import normlab as nl
 
 from .. import models
-from ..data import TEXTS, Dataset, Reading, load
+from ..data import Dataset, Reading, load
 from ..data.text import SPLITS, windows
-from ..rundir import Record, RunDirectory, RunError, environment, number
-from ..training.config import Optimizer, require, require_fit, require_place
-from ..training.optimizers import optimizer
+from ..rundir import Record, RunDirectory, environment, number
+from ..training import optimizers
+from ..training.config import require_fit, require_reading
 from ..training.trainer import DeviceData, Trainer, TrainState, minibatches
-
-RANDOM = "random"
-"""What random bytes are called in the place of a data set."""
+from .config import RANDOM, Depth
 
 
 class Instrument(NamedTuple):
@@ -53,119 +47,13 @@ INSTRUMENTS = {
     "variance": Instrument("stream variance", "variance over channels"),
     "gradient": Instrument("gradient of the block", "‖∂loss/∂w‖ (nats)"),
     "update": Instrument("update beside weights", "‖Δw‖ / ‖w‖"),
-    "rate": Instrument("effective rate", "lr / ‖w‖²"),
+    "effective_rate": Instrument("effective rate", "lr / ‖w‖²"),
     "entropy": Instrument("attention entropy", "entropy / ln(keys)", log=False),
     "logit": Instrument("largest attention logit", "max |q·k|/√D (nats)"),
     "rank": Instrument("effective rank", "dimensions of a sequence", log=False),
     "massive": Instrument("massive activations", "max |x| / median |x|"),
 }
 """By its key in a record: means over sequences and heads, the logit and the last a maximum."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Depth:
-    """Look through the blocks of nets that differ in where their norms stand, or in which.
-
-    Draws one figure: a panel for each instrument, the blocks along it, a line for each net.
-    """
-
-    schemes: tuple[str, ...] = ("post", "pre", "peri", "lns")
-    """Where the norms stand: the schemes of docs/placement.md."""
-
-    norms: tuple[str, ...] = ("rms",)
-    """Which norms (`normlab list`); each stands in each scheme."""
-
-    inside: tuple[str, ...] = ()
-    """Where the norm stands beside the scheme's places: q k is QK norm."""
-
-    model: Literal["lm", "vit"] = "lm"
-    """A language model, or a vision transformer."""
-
-    depth: int = 12
-    """Blocks."""
-
-    width: int = 128
-    """The size of the residual stream."""
-
-    dataset: str = RANDOM
-    """Random bytes, which can only be looked at; to train, a text, or images for the vit
-    (`normlab list`)."""
-
-    context: int = 128
-    """Of text: the tokens of a sequence."""
-
-    steps: int = 0
-    """Optimizer steps; the net is measured before and after them."""
-
-    batch_size: int = 32
-    """Examples of a step; of text, sequences."""
-
-    optimizer: Optimizer = "adamw"
-    """Which optimizer."""
-
-    lr: float = 1e-3
-    """Learning rate."""
-
-    weight_decay: float = 0.0
-    """Of adamw."""
-
-    seed: int = 0
-    """What draws the weights and the minibatches."""
-
-    data_dir: Path | None = None
-    """Where prepared data sets are kept; by default $NORMLAB_DATA_DIR or data/."""
-
-    run_dir: Path | None = None
-    """Where the results go; must not exist. By default runs/depth-DATASET-MODEL-TIME."""
-
-    def __post_init__(self) -> None:
-        """Raises RunError for values that cannot be run."""
-        for name in ("depth", "width", "context", "batch_size"):
-            require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
-        require(self.steps >= 0, "steps", self.steps, "0 or more")
-        require(0 < self.lr < math.inf, "lr", self.lr, "positive and finite")
-        for name in ("schemes", "norms"):
-            given = getattr(self, name)
-            distinct = 0 < len(set(given)) == len(given)
-            require(distinct, name, given, "at least one, and distinct")
-        random = self.dataset == RANDOM
-        require(not (random and self.steps), "steps", self.steps, f"0 on {RANDOM} bytes")
-        if (self.model in models.TEXT) != (random or self.dataset in TEXTS):
-            raise RunError(
-                f"--dataset {self.dataset}: got it with --model {self.model}; lm reads text "
-                f"({', '.join((RANDOM, *TEXTS))}), vit images. Change one of them."
-            )
-
-    @property
-    def nets(self) -> dict[str, tuple[str, str]]:
-        """The scheme and the norm of each net, by the word in which it differs from the others."""
-        named = {}
-        for scheme, norm in itertools.product(self.schemes, self.norms):
-            words = [scheme] * (len(self.schemes) > 1) + [norm] * (len(self.norms) > 1)
-            named[", ".join(words) or scheme] = scheme, norm
-        return named
-
-    def build(self, scheme: str, norm: str, data: DeviceData) -> models.Network:
-        """The net; raises RunError where there is none."""
-        try:
-            options = self.options(scheme)
-            model = models.build(self.model, nl.get(norm), data.task.classes, **options)
-            jax.eval_shape(lambda: model.init(jax.random.key(0), data.probe, train=False))
-        except ValueError as error:
-            raise RunError(str(error)) from None
-        if len(self.norms) > 1:
-            require_place(norm, model)
-        return model
-
-    def options(self, scheme: str) -> dict[str, Any]:
-        """What the model is told beside the norm. Blocks are scanned, which compiles fast."""
-        sizes = {"depth": self.depth, "width": self.width}
-        return {"scheme": scheme, "inside": self.inside, "scan": True, **sizes}
-
-    def as_json(self) -> Record:
-        """The options as JSON values."""
-        values = dataclasses.asdict(self)
-        return {k: str(v) if isinstance(v, Path) else v for k, v in values.items()}
 
 
 class Profile:
@@ -179,6 +67,7 @@ class Profile:
     def __init__(self, config: Depth, say: Callable[[str], None] = lambda _: None) -> None:
         self.config, self.say = config, say
         data = examples(config, say)
+        require_reading(config.model, data)
         require_fit(config.batch_size, data)
         self.data = DeviceData(data, 1)
         self.models = {name: config.build(*net, self.data) for name, net in config.nets.items()}
@@ -190,7 +79,9 @@ class Profile:
     def run(self) -> Iterator[Record]:
         """A record of each net before the first step, and one after the last if there are steps."""
         config, data = self.config, self.data
-        make = optimizer(config.optimizer, config.steps, weight_decay=config.weight_decay)
+        make = optimizers.optimizer(
+            config.optimizer, config.steps, weight_decay=config.weight_decay
+        )
         for name, model in self.models.items():
             scheme, norm = config.nets[name]
             self.say(f"{name}: drawing")
@@ -211,8 +102,21 @@ class Profile:
                 values = jax.tree.map(lambda v: [number(x) for x in np.atleast_1d(v)], found)
                 record = {"net": name, "scheme": scheme, "norm": norm, "step": step, **values}
                 record["loss"] = values["loss"][0]
-                self.run_dir.append("metrics.jsonl", [record])
+                self.run_dir.append("metrics.jsonl", lines(record, config))
                 yield record
+
+
+def lines(record: Record, config: Depth) -> list[Record]:
+    """A net's record as the lines of metrics.jsonl: one of the net, and one of each block."""
+    labels = {"norm": record["norm"], "scheme": record["scheme"], "lr": config.lr}
+    labels |= {"seed": config.seed, "step": record["step"]}
+    return [
+        {"kind": "training", **labels, "train_loss": record["loss"]},
+        *(
+            {"kind": "block", **labels, "block": i, **{key: record[key][i] for key in INSTRUMENTS}}
+            for i in range(config.depth)
+        ),
+    ]
 
 
 def examples(config: Depth, say: Callable[[str], None]) -> Dataset:
@@ -260,7 +164,7 @@ def measure(trainer: Trainer, state: TrainState, lr: float) -> dict[str, Array]:
         "variance": stream.variance.mean(-1),
         "gradient": nl.instruments.block_norms(grads).block,
         "update": nl.instruments.update_ratio(params, change).block,
-        "rate": nl.instruments.block_lr(params, lr).block,
+        "effective_rate": nl.instruments.block_lr(params, lr).block,
         "entropy": heads.normalized_entropy.mean(-1),
         "logit": heads.largest.max(-1),
         "rank": stream.effective_rank.mean(-1),

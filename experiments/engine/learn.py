@@ -406,13 +406,18 @@ class Nets:
         return state._replace(opt_state=set_rates(state.opt_state, self._rates(rows), 1, where))
 
     def _rates(self, rows: Sequence[Lane]) -> list[float]:
-        return [row.get("lr", self.config.lr) for row in rows]
+        return rates_of(rows, self.config)
 
     def _kernels(self, rows: Sequence[Lane]) -> Any:
         at = [self.seeds.index(row["seed"]) for row in rows]
         trees = [jax.tree.map(lambda v, i=i: np.asarray(v[i]), self.drawn) for i in at]
         each = [gaussian(tree, row) for tree, row in zip(trees, rows, strict=True)]
         return jax.tree.map(lambda *leaves: np.stack(leaves), *each)
+
+
+def rates_of(rows: Sequence[Lane], config: Config) -> list[float]:
+    """The learning rate of each lane: its own, or that of the config."""
+    return [row["lr"] if "lr" in row else config.lr for row in rows]  # noqa: SIM401
 
 
 def optimizer(config: Config) -> Make:
@@ -494,7 +499,7 @@ def _looking(
     """What makes the records of an evaluation, with what the instrument measures."""
     labels = jnp.asarray(trainer.data.probe_labels)
     images = jnp.asarray(trainer.data.probe)
-    rates = jnp.array([row.get("lr", config.lr) for row in rows], jnp.float32)
+    rates = jnp.array(rates_of(rows, config), jnp.float32)
 
     @jax.jit
     @jax.vmap

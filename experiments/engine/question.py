@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 from matplotlib.figure import Figure
 
@@ -14,9 +14,10 @@ from normlab.errors import nearest
 
 from ..data import NAMES
 from ..rundir import Record, RunError
+from ..training import optimizers
 from ..training.config import Training, require, require_evaluations
 from ..training.driver import Checkpoint
-from ..training.optimizers import OPTIMIZERS, Schedule
+from ..training.optimizers import Schedule
 from .records import Records
 from .verdict import Verdict
 
@@ -32,13 +33,17 @@ class Config(Training):
       dataset: A name of `data.NAMES`, or "" for a question that needs none.
       batch_size: Examples in each batch.
       evaluations: How often to measure on the way.
-      schedule: How the rate falls to 0 over the steps, or "constant".
+      optimizer: Any of optax, as in `normlab compare --help`.
+      schedule: How the rate falls over the steps: constant, linear, cosine and the like.
       warmup: Steps in which it first rises to its value.
       seeds: How many seeds, each with kernels and minibatches of its own.
       first_seed: The first of them. What was looked at before thresholds were set had seeds below
         100; verdicts are of seeds that nobody has seen.
       screening: With how many further seeds a learning rate is chosen.
     """
+
+    INSTEAD: ClassVar[Mapping[str, str]] = {}
+    """Fields that a question sets itself for each of its conditions, and the options by which."""
 
     model: str = "mlp"
     batch_size: int = 60
@@ -61,10 +66,11 @@ class Config(Training):
         room = f"0 to {SCREENED - self.seeds}, below the seeds on which rates are chosen"
         require(0 <= self.first_seed <= SCREENED - self.seeds, "first_seed", self.first_seed, room)
         require(0 <= self.warmup < max(self.steps, 1), "warmup", self.warmup, "0 to steps - 1")
-        for option, known in (("dataset", NAMES), ("optimizer", OPTIMIZERS)):
-            given = getattr(self, option)
-            there = given in known or (option == "dataset" and not given)
-            require(there, option, repr(given), f"a known name; {nearest(given, known)}")
+        there = not self.dataset or self.dataset in NAMES
+        known = f"a known name; {nearest(self.dataset, NAMES)}"
+        require(there, "dataset", repr(self.dataset), known)
+        optimizers.require(self.optimizer)
+        optimizers.require_schedule(self.schedule)
         for name in getattr(self, "norms", ()):
             try:
                 nl.row(name)

@@ -18,7 +18,8 @@ from flax.traverse_util import flatten_dict
 from jax.typing import ArrayLike
 
 import normlab as nl
-from normlab.errors import nearest
+from normlab._checks import imported
+from normlab.errors import invalid, nearest
 
 from .feedforward import ConvNet, Mlp, Nin, Vgg
 from .layers import (
@@ -60,34 +61,65 @@ MODELS: dict[str, Callable[..., Network]] = {
 """Every model by name: what makes it from `norm`, `classes` and its options."""
 
 
-FLAT = ("mlp", "lstm", "gru", "vit", "lm")
-"""Those whose layers have no positions, which instance norm measures over: in a transformer every
-token is an example."""
-
-TEXT = ("lm",)
-"""Those that read the ids of tokens, and say of each which token follows."""
-
-
 def require(name: str, **options: Any) -> Callable[..., Network]:
-    """Returns the model called `name`.
+    """Returns what makes the model called `name`.
+
+    Args:
+      name: One of `MODELS`, or `"mypackage.module:Net"`, which is imported: a subclass of
+        `Network`, or a `functools.partial` of one.
+      **options: What it is told beside the norm and the classes.
 
     Raises:
-      ValueError: For an unknown name or option, with the nearest known one.
+      ValueError: For an unknown name or option, with the nearest known one, or for what is no
+        model.
     """
-    if name not in MODELS:
+    if ":" in name:
+        make = imported("models", "model", name)
+        _class_of(name, make)
+    elif name in MODELS:
+        make = MODELS[name]
+    else:
         raise ValueError(f"unknown model {name!r}: {nearest(name, MODELS)}")
-    known = set(inspect.signature(MODELS[name]).parameters) - {"parent", "name"}
+    known = set(inspect.signature(make).parameters) - {"parent", "name"}
     for option in options:
         if option not in known:
             raise ValueError(f"{name}: unknown option {option!r}: {nearest(option, sorted(known))}")
-    return MODELS[name]
+    return make
+
+
+def _class_of(name: str, make: Any) -> type[Network]:
+    found = make
+    while isinstance(found, functools.partial):
+        found = found.func
+    if isinstance(found, type) and issubclass(found, nn.Module) and hasattr(found, "carriers"):
+        return found
+    expected = "a subclass of normlab.experiments.models.Network, or a functools.partial of one"
+    raise invalid("models", f"{name!r}, which is {found!r}", expected, "derive it from Network")
+
+
+def reads_text(name: str) -> bool:
+    """Whether the model called `name` reads tokens, and not images; ValueError for an unknown one.
+
+    >>> reads_text("lm"), reads_text("vit")
+    (True, False)
+    """
+    return _class_of(name, require(name)).text
+
+
+def is_flat(name: str) -> bool:
+    """Whether the layers of the model called `name` have no positions; see `Network.flat`.
+
+    >>> is_flat("mlp"), is_flat("conv")
+    (True, False)
+    """
+    return _class_of(name, require(name)).flat
 
 
 def build(name: str, norm: nl.Norm, classes: int, **options: Any) -> Network:
     """Returns the model called `name` with a norm.
 
     Args:
-      name: One of `MODELS`.
+      name: What `require` takes.
       norm: The norm.
       classes: The size of the output.
       **options: `activation`, `placement` and `where`, which every model takes, and the model's

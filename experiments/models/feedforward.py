@@ -28,6 +28,7 @@ class Mlp(Network):
       normed_output: Whether the output layer may carry the norm too, as the last `Normed_i`.
     """
 
+    flat = True
     widths: tuple[int, ...] = (100, 100, 100)
     activation: Callable[[Array], Array] = nn.sigmoid
     dropout: float = 0.0

@@ -344,6 +344,13 @@ class Network(nn.Module):
       where: Which layers of `layers` carry it; `None` for the model's default, the hidden layers.
     """
 
+    text: ClassVar[bool] = False
+    """Whether it reads the ids of tokens, and says of each which token follows."""
+
+    flat: ClassVar[bool] = False
+    """Whether its layers have no positions, which instance norm measures over: in a transformer
+    every token is an example."""
+
     norm: nl.Norm
     classes: int
     activation: Callable[[Array], Array] = nn.relu
@@ -353,7 +360,12 @@ class Network(nn.Module):
     @property
     def layers(self) -> tuple[str, ...]:
         """The names of the layers that may carry the norm, in order."""
-        raise NotImplementedError
+        raise invalid(
+            type(self).__name__,
+            "no property `layers`",
+            "the names of the layers that may carry the norm, in order",
+            "define it, beside `__call__`",
+        )
 
     def carriers(self) -> frozenset[str]:
         """The names of the layers that carry the norm.
@@ -376,6 +388,10 @@ class Network(nn.Module):
 
     def layer(self, name: str, linear: nl.Linear, shape: tuple[int, ...], **options: Any) -> Normed:
         """The layer called `name`, with the norm if it carries it, with a bias if not."""
+        if name not in self.layers:
+            given = f"a layer {name!r}; {nearest(name, self.layers)}"
+            expected = "the name of a layer that is in `layers`"
+            raise invalid(type(self).__name__, given, expected, "let `layers` name it too")
         if name not in self.carriers():
             return Normed(linear, NONE, shape, name=name, **options)
         return Normed(linear, self.norm, shape, placement=self.placement, name=name, **options)

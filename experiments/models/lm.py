@@ -34,7 +34,7 @@ class Lm(Transformer):
       rope: The base of the rotation's periods; `None` for no positions.
     """
 
-    causal = True
+    causal = text = True
     tied: bool = True
     context: int | None = None
     rope: float | None = 10_000.0

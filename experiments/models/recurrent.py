@@ -118,6 +118,7 @@ class Recurrent(Network):
       read: How an image becomes a sequence.
     """
 
+    flat = True
     widths: tuple[int, ...] = (100,)
     activation: Callable[[Array], Array] = nn.tanh
     max_steps: int | None = None

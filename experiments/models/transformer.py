@@ -82,6 +82,7 @@ class Transformer(Network):
     context: int | None = None
     rope: float | None = None
 
+    flat = True
     causal: ClassVar[bool] = False
     """Whether a token sees none behind it."""
 

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from ..terminal import print_rows
+from ..terminal import outcome, print_paths, rows_table, saying, show
 from . import family, invariances, variance
-from .family import Family
-from .invariances import Invariances
-from .variance import Numerics
+from .config import Family, Invariances, Numerics
 
 
 def run(config: Numerics | Invariances | Family) -> int:
-    """Measures and prints the table, or writes the picture."""
+    """Measures and prints the table, or draws the picture."""
     if isinstance(config, Family):
-        return family.draw(config)
-    if isinstance(config, Numerics):
-        return print_rows(variance.HEADINGS, variance.rows(config), config.markdown)
-    return print_rows(invariances.HEADINGS, invariances.rows(config), config.markdown)
+        family.draw(config)
+        print_paths({"picture": config.out})
+        return 0
+    measure = variance if isinstance(config, Numerics) else invariances
+    with saying("measuring"):
+        rows = list(measure.rows(config))  # type: ignore[arg-type]
+    show(rows_table(measure.HEADINGS, [measure.shown(row) for row in rows]), head=2)
+    outcome(rows=rows)
+    return 0

@@ -9,9 +9,7 @@ its limit stands in the corner. Params are the initial ones, statistics those of
 
 from __future__ import annotations
 
-import dataclasses
 import inspect
-from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
@@ -22,6 +20,7 @@ from matplotlib.figure import Figure
 import normlab as nl
 
 from ..figures import encode
+from .config import Family
 
 REQUIRED = {"groups": 2, "steps": 2}
 """The options that have no default."""
@@ -29,17 +28,6 @@ REQUIRED = {"groups": 2, "steps": 2}
 _COLUMNS = 8
 _SMALL: dict[str, Any] = {"fontsize": 6, "bbox": {"color": "white", "pad": 0.5}}
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")
-
-
-@dataclasses.dataclass(frozen=True)
-class Family:
-    """Draw what every norm does to the same batch."""
-
-    out: Path = Path("family.png")
-    """Where the picture goes, a .png or an .svg."""
-
-    norms: tuple[str, ...] = ()
-    """Which norms; by default all of the registry."""
 
 
 def batch(seed: int = 0) -> nl.Site:
@@ -85,8 +73,7 @@ def picture(norms: tuple[str, ...]) -> Figure:
     return figure
 
 
-def draw(config: Family) -> int:
+def draw(config: Family) -> None:
     """Writes the picture."""
     figure = picture(config.norms or nl.names())
     config.out.write_bytes(encode(figure, config.out.suffix.removeprefix(".") or "png"))
-    return 0

@@ -12,7 +12,6 @@ more than a thousandth.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
@@ -21,6 +20,8 @@ import jax.numpy as jnp
 import numpy as np
 
 import normlab as nl
+
+from .config import Invariances
 
 NORMS = (
     "batch",
@@ -40,17 +41,6 @@ BROKEN = 1e-3
 _FACTOR = 2.7
 
 
-@dataclasses.dataclass(frozen=True)
-class Invariances:
-    """Show at which spread of the pre-activation ε breaks each invariance."""
-
-    eps: float = 1e-5
-    """ε of the norms that have one."""
-
-    markdown: bool = False
-    """Print the table as Markdown."""
-
-
 HEADINGS = ("norm", "what changes", *(f"{spread:.0e}" for spread in SPREADS), "breaks at")
 
 
@@ -67,23 +57,35 @@ def changed(column: str, x: np.ndarray, w: np.ndarray, seed: int = 20) -> tuple:
     }[column]()
 
 
-def rows(config: Invariances) -> Iterator[tuple[str, ...]]:
-    """The table, a row per norm and declared invariance of scale."""
+def rows(config: Invariances) -> Iterator[dict[str, Any]]:
+    """What was measured, of each norm and declared invariance of scale.
+
+    `moves` is the relative change of the output at each spread, `breaks_at` the largest spread at
+    which it is more than a thousandth, or null.
+    """
     with jax.enable_x64(True):
         for name in NORMS:
             for column in COLUMNS:
                 if "rescaled" in column and column in nl.row(name).invariances:
-                    moves = [f"{change(name, column, s, config.eps):.0e}" for s in SPREADS]
-                    yield name, column, *moves, breaks_at(name, column, config.eps)
+                    moves = {f"{s:.0e}": change(name, column, s, config.eps) for s in SPREADS}
+                    ends = breaks_at(name, column, config.eps)
+                    yield {"norm": name, "change": column, "moves": moves, "breaks_at": ends}
 
 
-def breaks_at(name: str, column: str, eps: float) -> str:
+def shown(row: dict[str, Any]) -> tuple[str, ...]:
+    """A row of the table."""
+    moves = (f"{move:.0e}" for move in row["moves"].values())
+    ends = row["breaks_at"]
+    return row["norm"], row["change"], *moves, "never" if ends is None else f"{ends:.0e}"
+
+
+def breaks_at(name: str, column: str, eps: float) -> float | None:
     """The largest spread, to half a decade, at which the output moves by a thousandth."""
     for halves in range(41):
         spread = 10 ** (-halves / 2)
         if change(name, column, spread, eps) > BROKEN:
-            return f"{spread:.0e}"
-    return "never"
+            return spread
+    return None
 
 
 def change(name: str, column: str, spread: float, eps: float) -> float:

@@ -12,7 +12,6 @@ and backward, in copies of x, all measured in turns.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import statistics
 import time
@@ -27,42 +26,37 @@ from jax import Array
 
 import normlab as nl
 
+from .config import Numerics
+
 MEANS = (0.0, 1e1, 1e2, 1e3, 1e4, 1e5, 1e6)
 ALGORITHMS = tuple(name for name in get_args(nl.measure.Algorithm) if name != "auto")
 EPS = 1e-5
 
 
-@dataclasses.dataclass(frozen=True)
-class Numerics:
-    """Measure the error and the cost of each variance algorithm."""
-
-    examples: int = 16_384
-    """Rows of the measured array; it has 64 channels."""
-
-    shards: int = 8
-    """Shards whose moments are merged by Chan's rule."""
-
-    rounds: int = 15
-    """Turns of each algorithm when its cost is measured; the medians count."""
-
-    markdown: bool = False
-    """Print the table as Markdown."""
-
-
 HEADINGS = ("statistics", "input", *(f"mean {mean:g}" for mean in MEANS), "cost in copies")
 
 
-def rows(config: Numerics) -> Iterator[tuple[str, ...]]:
-    """The table, a row per algorithm and input type."""
+def rows(config: Numerics) -> Iterator[dict[str, Any]]:
+    """What was measured, of each algorithm and input type.
+
+    `errors` is the relative error at each mean, `cost_copies` that of a step, or null.
+    """
     copies = costs(config.rounds)
     for dtype in ("float32", "bfloat16"):
-        by_algorithm: dict[str, list[str]] = {}
+        by_algorithm: dict[str, dict[str, float]] = {}
         for mean in MEANS:
             for name, error in errors(config, mean, dtype).items():
-                by_algorithm.setdefault(name, []).append(f"{error:.0e}")
-        for name, errors_by_mean in by_algorithm.items():
-            cost = f"{copies[name]:.1f}" if name in copies and dtype == "float32" else "–"
-            yield (name, dtype, *errors_by_mean, cost)
+                by_algorithm.setdefault(name, {})[f"{mean:g}"] = error
+        for name, by_mean in by_algorithm.items():
+            cost = copies.get(name) if dtype == "float32" else None
+            yield {"algorithm": name, "dtype": dtype, "errors": by_mean, "cost_copies": cost}
+
+
+def shown(row: dict[str, Any]) -> tuple[str, ...]:
+    """A row of the table."""
+    cost = row["cost_copies"]
+    errors = (f"{error:.0e}" for error in row["errors"].values())
+    return row["algorithm"], row["dtype"], *errors, "–" if cost is None else f"{cost:.1f}"
 
 
 def errors(config: Numerics, mean: float, dtype: str) -> dict[str, float]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..terminal import console, errors, print_rows
+from ..terminal import outcome, remark, rows_table, saying, show
 from .config import Ledger
 
 
@@ -10,10 +10,11 @@ def run(config: Ledger) -> int:
     """Prints the collectives of a step, and what the table leaves out."""
     from . import ledger
 
-    with errors.status("compiling") as status:
-        found = ledger.compile_all(config, say=lambda text: status.update(f"{text} …"))
+    with saying("compiling") as say:
+        found = ledger.compile_all(config, say=say)
     headings, *rows = ledger.table(found)
-    print_rows(headings, rows, config.markdown)
-    for remark in ledger.remarks(found):
-        console.print(remark, highlight=False, markup=False)
+    show(rows_table(headings, rows))
+    for said in ledger.remarks(found):
+        remark(said)
+    outcome(programs=[ledger.as_json(config, account) for account in found.accounts])
     return 0

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
 from typing import Any, Literal
 
 from ..rundir import RunError, require_positive
@@ -60,18 +59,12 @@ class Ledger:
     program: Literal["forward", "both", "step"] = "step"
     """The forward pass alone, with the backward pass, or the whole step."""
 
-    batch_size: int = 32
-    """Examples on each device."""
+    per_device: int = 32
+    """Examples on each device; a batch has as many more as there are devices."""
 
     by: Literal["auto", "layer", "direction", "step"] = "auto"
     """A row for each layer and direction, one for all layers in a direction, or the whole step
     alone; auto: by layer where there are no more than eight."""
-
-    json: Path | None = None
-    """A file for every collective, the memory and the model's times; must not exist."""
-
-    markdown: bool = False
-    """Print the table as Markdown."""
 
     def __post_init__(self) -> None:
         """Raises RunError for values that cannot be compiled."""
@@ -80,15 +73,13 @@ class Ledger:
         from ..training.config import require_mesh
         from ..training.trainer import require_form
 
-        require_positive(self, "devices", "batch_size", "context")
+        require_positive(self, "devices", "per_device", "context")
         for name in ("widths", "image"):
             if any(size < 1 for size in getattr(self, name) or ()):
                 raise RunError(f"--{name}: got {getattr(self, name)}; they must be at least 1.")
         for name in ("width", "depth"):
             if getattr(self, name) is not None:
                 require_positive(self, name)
-        if self.json and self.json.exists():
-            raise RunError(f"--json {self.json}: there is such a file. Choose another name.")
         try:
             models.require(self.model, **self.model_options)
         except ValueError as error:

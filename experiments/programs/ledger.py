@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-import json
 import math
 import re
 import time
@@ -95,7 +94,7 @@ class Found(NamedTuple):
 
 
 def compile_all(config: Ledger, say: Callable[[str], None] = lambda _: None) -> Found:
-    """Compiles for each machine, norm and topology in turn, and writes the JSON that was asked for.
+    """Compiles for each machine, norm and topology in turn.
 
     Args:
       config: What to compile.
@@ -120,12 +119,6 @@ def compile_all(config: Ledger, say: Callable[[str], None] = lambda _: None) -> 
                 found.accounts.append(_account(config, norm, sync, there))
     if not found.accounts:
         raise RunError("--norms: nothing is left to compile. " + " ".join(found.left_out))
-    if config.json:
-        content = [_as_json(config, account) for account in found.accounts]
-        try:
-            config.json.write_text(json.dumps(content, indent=2) + "\n")
-        except OSError as error:
-            raise RunError(f"--json: cannot write {config.json}: {error.strerror}.") from error
     return found
 
 
@@ -169,7 +162,7 @@ def remarks(found: Found) -> Iterator[str]:
     """What the table does not say of itself."""
     config = found.config
     machines = {account.machine.name: account.machine for account in found.accounts}
-    said = f"{config.program} of {config.model} in {config.mode}, {config.batch_size} examples a "
+    said = f"{config.program} of {config.model} in {config.mode}, {config.per_device} examples a "
     said += f"device, on {', '.join(machines)}. Bytes: what each device puts in."
     if any(one.received > one.nbytes for a in found.accounts for one in a.program.collectives):
         said += " Received: where that is another number, of a gather a row from each device."
@@ -209,7 +202,7 @@ def _account(config: Ledger, norm: str, sync: str, there: Machine) -> Account:
         said = str(error).splitlines()[0]
         raise RunError(
             f"--norms {norm} --sync {sync}: {there.name} cannot have this step: {said} "
-            "Try a smaller --batch-size, or another machine."
+            "Try a smaller --per-device, or another machine."
         ) from None
     seconds = time.perf_counter() - begin
     entries = by_purpose(found.collectives, purposes)
@@ -274,7 +267,7 @@ def group_size(
     sizes = [mesh.shape[name] for name in sync.names]
     if sync.whole:
         return math.prod(sizes) if math.prod(sizes) < mesh.devices.size else None
-    cut = plan("ledger", sync, sizes, config.batch_size)
+    cut = plan("ledger", sync, sizes, config.per_device)
     if cut.members is None:
         return 1
     return max(len({shard // cut.shards for shard in row}) for row in cut.members)
@@ -366,12 +359,12 @@ def program(config: Ledger, norm: str, sync: str, mesh: Mesh) -> tuple[Any, tupl
 
 def _example(config: Ledger) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
     """A batch of one device: images or tokens, and their labels."""
-    if config.model in models.TEXT:
-        tokens = jax.ShapeDtypeStruct((config.batch_size, config.context), jnp.int32)
+    if models.reads_text(config.model):
+        tokens = jax.ShapeDtypeStruct((config.per_device, config.context), jnp.int32)
         return tokens, tokens
     size = config.image or IMAGE.get(config.model, (28, 28, 1))
-    images = jax.ShapeDtypeStruct((config.batch_size, *size), jnp.float32)
-    return images, jax.ShapeDtypeStruct((config.batch_size,), jnp.int32)
+    images = jax.ShapeDtypeStruct((config.per_device, *size), jnp.float32)
+    return images, jax.ShapeDtypeStruct((config.per_device,), jnp.int32)
 
 
 def _steps(
@@ -450,13 +443,13 @@ def modelled(there: Machine, one: Collective) -> float | None:
     return None if seconds is None else seconds * one.times
 
 
-def _as_json(config: Ledger, account: Account) -> dict[str, Any]:
-    settings = {
-        k: v for k, v in dataclasses.asdict(config).items() if k not in ("json", "markdown")
-    }
-    asked = {"norms": account.norm, "sync": account.sync, "topology": account.machine.name}
+def as_json(config: Ledger, account: Account) -> dict[str, Any]:
+    """A program and its collectives as JSON values; times are in seconds."""
     return {
-        "config": {**settings, **asked},
+        "norm": account.norm,
+        "sync": account.sync,
+        "machine": account.machine.name,
+        "config": dataclasses.asdict(config),
         "devices": len(account.machine.devices),
         "memory_bytes": account.program.memory,
         "flops": account.program.flops,

@@ -65,7 +65,7 @@ def missing(target: str) -> str:
         installed = not module or importlib.util.find_spec(module)
     except ModuleNotFoundError:  # of the package that would hold it
         installed = False
-    return "" if installed else f"pip install -c constraints.txt -e '.[{target}]'"
+    return "" if installed else f"pip install 'normlab[{target}]'"
 
 
 class Torus(NamedTuple):

@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from jax import Array
@@ -62,6 +62,8 @@ class Figure1(Config):
       norms: What stands before each sigmoid.
       starts: Pairs of the initial kernels' standard deviation and the learning rate.
     """
+
+    INSTEAD: ClassVar = {"lr": "--starts"}
 
     norms: tuple[str, ...] = ("none", "batch")
     starts: tuple[tuple[float, float], ...] = tuple((sd, RATE) for sd in SMALL)

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from flax import linen as nn
@@ -61,6 +61,8 @@ class GhostBatches(Config):
       pool: Pixels along each axis whose mean makes one.
       width: Units of each of three layers.
     """
+
+    INSTEAD: ClassVar = {"batch_size": "--small and --large", "steps": "--epochs"}
 
     dataset: str = "fashion_mnist"
     small: int = 50

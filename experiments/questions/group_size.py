@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
+from typing import ClassVar
 
 from matplotlib.figure import Figure
 
@@ -57,6 +58,8 @@ class GroupSize(Config):
       groups: Devices in a group.
       ghost: Examples in the parts of a device's batch.
     """
+
+    INSTEAD: ClassVar = {"per_device": "--per-devices"}
 
     per_devices: tuple[int, ...] = (2, 8)
     groups: tuple[int, ...] = (1, 2, 8)

@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from flax import linen as nn
@@ -73,6 +73,8 @@ class LastLayerNorm(Config):
       width: Units of each.
       pool: Pixels along each axis whose mean makes one.
     """
+
+    INSTEAD: ClassVar = {"lr": "--rates"}
 
     rates: tuple[float, ...] = (0.01, 0.03, 0.1, 0.3, 1.0)
     grid: tuple[float, ...] = (0.1, 1.0, 10.0, 100.0)

@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
+from typing import ClassVar
 
 import flax.linen as nn
 import numpy as np
@@ -79,6 +80,8 @@ class LearningRate(Config):
       starts: Rates of which the net without a norm has its best.
       tests: How many test images are read.
     """
+
+    INSTEAD: ClassVar = {"lr": "--rates"}
 
     norms: tuple[str, ...] = ("none", "batch", "layer")
     rates: tuple[float, ...] = (0.01, 0.08, 0.64, 5.12, 40.96)

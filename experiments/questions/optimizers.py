@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
+from typing import ClassVar
 
 from matplotlib.figure import Figure
 
@@ -48,6 +49,8 @@ class Optimizers(Config):
       norms: What stands before each sigmoid.
       optimizers: Names of `RATES`, in the place of `optimizer`.
     """
+
+    INSTEAD: ClassVar = {"optimizer": "--optimizers"}
 
     norms: tuple[str, ...] = ("none", "batch")
     optimizers: tuple[str, ...] = tuple(RATES)

@@ -23,6 +23,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Iterator
+from typing import ClassVar
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -65,6 +66,8 @@ class Precise(Config):
       batches: Training batches of which the precise statistics are made.
       tests: How many test images are read.
     """
+
+    INSTEAD: ClassVar = {"lr": "--rates"}
 
     averages: tuple[tuple[str, float], ...] = (("debiased", 0.9), ("debiased", 0.99))
     rates: tuple[float, float] = (0.1, 3.0)

@@ -26,7 +26,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
@@ -69,6 +69,8 @@ class Renorm(Config):
       decay: Weight of the old value in the running statistics.
       rates: "constant" and "falling".
     """
+
+    INSTEAD: ClassVar = {"schedule": "--rates"}
 
     together: int = 4
     r_max: float = 3.0

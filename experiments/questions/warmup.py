@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
+from typing import ClassVar
 
 from matplotlib.figure import Figure
 
@@ -43,6 +44,8 @@ class Warmup(Language):
       norm: Which norm.
       share: The steps of the warm-up, as a share of all.
     """
+
+    INSTEAD: ClassVar = {"warmup": "--share"}
 
     schemes: tuple[str, ...] = ("post", "pre")
     norm: str = "layer"

@@ -49,7 +49,7 @@ class Progress:
       diverged: `[seeds]`, the first step whose training or test loss was not finite, or −1.
       losses: `[steps, seeds]`, the training losses of the last turn.
       evaluation: What was measured after it.
-      step_ms: Milliseconds for each of its steps.
+      step_seconds: Seconds for each of its steps.
     """
 
     step: int
@@ -57,7 +57,7 @@ class Progress:
     diverged: np.ndarray
     losses: np.ndarray | None = None
     evaluation: Evaluation | None = None
-    step_ms: float | None = None
+    step_seconds: float | None = None
 
     @classmethod
     def start(
@@ -136,11 +136,11 @@ def drive(
             continue
         begin = time.perf_counter()
         state, losses = learner.train(at.state, batches)
-        step_ms = (time.perf_counter() - begin) / len(losses) * 1e3
+        step_seconds = (time.perf_counter() - begin) / len(losses)
         bad = ~np.isfinite(losses)
         first = np.where(bad.any(axis=0), at.step + 1 + bad.argmax(axis=0), -1)
         diverged = np.where(at.diverged < 0, first, at.diverged)
-        at = Progress(stop, state, diverged, losses, None, step_ms)
+        at = Progress(stop, state, diverged, losses, None, step_seconds)
         if evaluate(stop):
             at = at.evaluated(learner)
         yield at

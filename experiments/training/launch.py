@@ -20,53 +20,16 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated, Any
-
-import tyro
+from typing import Any
 
 import normlab
 
-from ..cluster import connect, imported
-from ..rundir import RunError, shown
-from .config import require, require_division, require_mesh
+from ..cluster import LOCAL, connect, imported
+from ..rundir import Record, RunError
+from .again import check_directory
+from .config import Launch, Train, require_division, require_mesh
 from .processes import gist, read_diaries
-from .train import Result, Train, check_directory, train
-
-
-@dataclasses.dataclass(frozen=True)
-class Launch:
-    """Run a training run on several processes, and start it again when one dies.
-
-    Example: `launch --workers 4 -- train --dataset mnist --sync all`. What follows `--` is `train`
-    with its options. Ctrl-C or SIGTERM stops all processes with a checkpoint.
-    """
-
-    command: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
-    """After `--`: train, and its options."""
-
-    workers: int = 2
-    """Processes."""
-
-    gpus: int = 0
-    """GPUs for each process; without any, the processes compute on CPUs."""
-
-    address: str | None = None
-    """A Ray cluster, as ray.init(address=...) takes it; by default this machine alone. This
-    checkout, the data and --run-dir must be at the same place on all of its machines."""
-
-    max_failures: int = 3
-    """How often to start all processes again after one of them failed."""
-
-    def __post_init__(self) -> None:
-        """Raises RunError for values that cannot be run."""
-        for name, least in (("workers", 1), ("gpus", 0), ("max_failures", 0)):
-            value = getattr(self, name)
-            require(value >= least, name, value, f"at least {least}")
-        example = "for example: launch --workers 4 -- train --dataset mnist"
-        if not self.command:
-            raise RunError(f"there is nothing to launch; {example}")
-        if self.command[0] != "train":
-            raise RunError(f"cannot launch {self.command[0]!r}, only train; {example}")
+from .train import Result, train
 
 
 def launch(
@@ -74,6 +37,7 @@ def launch(
     run: Train,
     say: Callable[[str], None] = lambda _: None,
     tell: Callable[[str], None] = lambda _: None,
+    hear: Callable[[Record], None] = lambda _: None,
 ) -> Result:
     """Trains on Ray's workers until it is done, was stopped, or has failed too often.
 
@@ -82,6 +46,7 @@ def launch(
       run: What to launch.
       say: Receives where the run stands.
       tell: Receives what went wrong on the way and was mended.
+      hear: Receives each record as it is measured.
 
     Raises:
       RunError: If the run cannot start.
@@ -96,7 +61,7 @@ def launch(
     ray = imported("ray")
     imported("ray.train")
     temporary = Path(tempfile.mkdtemp(prefix="normlab-ray-"))
-    story = Story(path, run.steps, say, tell)
+    story = Story(path, tell, hear)
     stop = path / "stop"
     errors: list[BaseException] = []
     try:
@@ -125,17 +90,17 @@ class Story:
 
     Args:
       path: The run directory.
-      steps: How many steps there are to be.
-      say: Receives where the run stands.
       tell: Receives each new start after a failure.
+      hear: Receives each record.
     """
 
     def __init__(
-        self, path: Path, steps: int, say: Callable[[str], None], tell: Callable[[str], None]
+        self, path: Path, tell: Callable[[str], None], hear: Callable[[Record], None]
     ) -> None:
-        self.path, self.steps, self.say, self.tell = path, steps, say, tell
+        self.path, self.tell, self.hear = path, tell, hear
         self.before = len(read_diaries(path))
         self.told = 0
+        self.heard = (0, False)
 
     def gangs(self) -> list[list[dict[str, Any]]]:
         """What happened since the launch, for each time that all were started."""
@@ -155,10 +120,17 @@ class Story:
             for start in (r for r in gang if r["event"] == "start" and r["process"] == 0):
                 self.tell(f"{failure(failed)} Started again from step {start['step']}.")
                 self.told += 1
-        with contextlib.suppress(OSError, IndexError, ValueError):
-            last = json.loads((self.path / "metrics.jsonl").read_text().splitlines()[-1])
-            if any(r["event"] == "start" for r in gangs[-1]):
-                self.say(f"step {last['step']}/{self.steps}, loss {shown(last['train_loss'])}")
+        starts = [r["step"] for r in gangs[-1] if r["event"] == "start"]
+        if not starts:
+            return
+        self.heard = max(self.heard, (starts[0], True))
+        with contextlib.suppress(OSError, ValueError):
+            for line in (self.path / "metrics.jsonl").read_text().splitlines():
+                record = json.loads(line)
+                place = record["step"], record["kind"] == "evaluation"
+                if place > self.heard:
+                    self.heard = place
+                    self.hear(record)
 
     def outcome(self, error: BaseException | None, number: int) -> Result:
         """How it ended.
@@ -201,8 +173,8 @@ def _start_ray(config: Launch, temporary: Path) -> None:
         {} if config.gpus else {"JAX_PLATFORMS": "cpu"}
     )
     connect(
-        config.address,
-        "--address",
+        config.ray,
+        "--ray",
         {"env_vars": variables},
         num_cpus=max(config.workers, os.cpu_count() or 1),
         object_store_memory=100 * 2**20,  # nothing is passed through it
@@ -215,7 +187,7 @@ def _trainer(config: Launch, run: Train, temporary: Path) -> Any:
     from ray.train.v2.jax import JaxConfig, JaxTrainer  # pyright: ignore[reportMissingImports]
 
     assert run.run_dir is not None
-    storage = run.run_dir / ".ray" if config.address else temporary / "storage"
+    storage = run.run_dir / ".ray" if config.ray not in (None, LOCAL) else temporary / "storage"
     return JaxTrainer(
         _work,
         train_loop_config={"run": dataclasses.asdict(run)},

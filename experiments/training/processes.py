@@ -6,7 +6,6 @@ one process that does not leave the others waiting.
 
 from __future__ import annotations
 
-import dataclasses
 import datetime
 import faulthandler
 import json
@@ -19,7 +18,7 @@ import time
 import traceback
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, NoReturn
+from typing import Any, NoReturn
 
 import jax
 from jax.experimental import multihost_utils
@@ -27,6 +26,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from ..rundir import RunError
+from .config import Joining
 
 CLUSTERS = {
     "JAX_COORDINATOR_ADDRESS": "JAX's own variables",
@@ -39,35 +39,6 @@ CLUSTERS = {
 
 EXIT_FAILED = 1
 """Something outside the run failed; the same command goes on from the last checkpoint."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Joining:
-    """How the processes of a run find each other, and when they give up.
-
-    Attributes:
-      coordinator: HOST:PORT of process 0, where no cluster says it; with --processes and --process.
-      processes: With --coordinator: how many processes there are.
-      process: With --coordinator: which of them this is.
-      cluster: Whether to ask the cluster for the other processes: if its variables are there, or
-        always (TPU VMs have none), or never.
-      start_timeout: Seconds in which all processes must have started.
-      heartbeat_timeout: Seconds after which a process that is not heard of is dead, and the others
-        end.
-      shutdown_timeout: Seconds that a process that is done waits for the others.
-      step_timeout: Seconds for a step; the watchdog ends a process that is over it.
-      grace: Seconds for the first step, which compiles, for a checkpoint and for the evaluation.
-    """
-
-    coordinator: str | None = None
-    processes: int = 1
-    process: int = 0
-    cluster: Literal["auto", "yes", "no"] = "auto"
-    start_timeout: int = 120
-    heartbeat_timeout: int = 10
-    shutdown_timeout: int = 8
-    step_timeout: float = 60.0
-    grace: float = 600.0
 
 
 def form(options: Joining) -> None:

@@ -122,6 +122,18 @@ class Task:
             mean, std = float(pixels.mean()), float(pixels.std())
         return Classification(**common, mean=mean, std=std, dtype=dtype)
 
+    def as_json(self) -> Record:
+        """What figures are drawn with, as JSON values; `from_json` reads them."""
+        values = dataclasses.asdict(self)
+        return {k: v for k, v in values.items() if k not in ("mean", "std", "dtype")}
+
+    @staticmethod
+    def from_json(values: Record) -> Task:
+        """A task that draws, and trains nothing."""
+        if "bytes_per_token" in values:
+            return Language(**values)
+        return Classification(**values, mean=0.0, std=1.0, dtype=jnp.float32)
+
     @property
     def chance(self) -> float:
         """What is drawn of one who knows nothing of the inputs."""

@@ -7,10 +7,9 @@ that was stopped and one that was not are the same numbers, bit for bit, on as m
 
 from __future__ import annotations
 
-import dataclasses
+import contextlib
 import functools
 import json
-import math
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -29,17 +28,20 @@ from jax.sharding import PartitionSpec as P
 import normlab as nl
 
 from .. import models
-from ..data import NAMES, Dataset, load
-from ..rundir import RunDirectory, RunError, default_path, environment
+from ..data import Dataset, load
+from ..results.writers import writers
+from ..rundir import Record, RunDirectory, RunError, environment
 from . import processes, syncs
+from .again import check_directory
+from .augment import augment
 from .checkpoints import Checkpoints
 from .config import (
-    Command,
-    require,
+    Train,
     require_division,
     require_fit,
     require_mesh,
     require_place,
+    require_reading,
     takes,
 )
 from .driver import Progress, drive
@@ -50,95 +52,10 @@ from .trainer import (
     accumulate,
     axes_of,
     committed,
+    key_of,
     mesh_of,
     minibatches,
 )
-
-FREE = {
-    *("steps", "checkpoint_every", "keep", "log_every", "data_dir", "run_dir", "devices"),
-    *(field.name for field in dataclasses.fields(processes.Joining)),
-}
-"""Options that may change when a run goes on: they change no number up to a given step."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Train(processes.Joining, Command):
-    """Train one network, data-parallel, in one process or many; go on where it was stopped.
-
-    The same command with the same --run-dir goes on from the last checkpoint. Under Slurm,
-    Kubernetes and on TPU pods the processes find each other; `launch` starts them elsewhere.
-    """
-
-    norm: str = "auto"
-    """Which norm (`normlab list`, or module:factory for one of your own); auto is
-    batch, of text rms."""
-
-    sync: str = "all"
-    """Over which devices batch norm measures: all, local, groups=2, ring=1, virtual=64, ghost=4;
-    of a --mesh inner (its last axis) or together=axis0; joined by + with every=2,
-    gradient=forward, second=always and the like."""
-
-    mesh: tuple[int, ...] = ()
-    """Sizes of the axes along which the devices of all processes lie, as in 4 2: axis0 and axis1,
-    neighbours along the last; by default one axis of all."""
-
-    steps: int = 200
-    """Optimizer steps; more than before lets a run that is done go on, if its rate is constant
-    behind the same --warmup."""
-
-    seed: int = 0
-    """Draws the kernels and the minibatches."""
-
-    population: str = "debiased"
-    """What batch norm keeps: debiased, ema, cumulative, renorm, frozen, or batch (nothing)."""
-
-    checkpoint_every: int = 50
-    """Steps between checkpoints; there is one at the end and one at a stop as well."""
-
-    keep: int = 2
-    """How many checkpoints to keep."""
-
-    log_every: int = 10
-    """Steps between lines of metrics.jsonl."""
-
-    devices: int = 0
-    """On a CPU, devices that each process makes; 0 takes those that there are."""
-
-    run_dir: Path | None = None
-    """Where the results go; the place of a run of the same options lets that run go on. By default
-    runs/train-DATASET-MODEL-TIME, for one process; several must share a directory."""
-
-    def __post_init__(self) -> None:
-        """Raises RunError for values that cannot be run."""
-        super().__post_init__()
-        self.require_counts(
-            *("keep", "log_every", "checkpoint_every", "processes"),
-            *("start_timeout", "heartbeat_timeout", "shutdown_timeout"),
-        )
-        for name in ("step_timeout", "grace"):
-            value = getattr(self, name)
-            require(0 < value < math.inf, name, value, "positive and finite")
-        require(self.devices >= 0, "devices", self.devices, "0 or more")
-        last = f"one of 0 to {self.processes - 1}"
-        require(0 <= self.process < self.processes, "process", self.process, last)
-        together = self.processes == 1 or self.coordinator is not None
-        require(together, "processes", self.processes, "beside a --coordinator HOST:PORT")
-        require(self.dataset in NAMES, "dataset", self.dataset, f"one of {', '.join(NAMES)}")
-        for name in ("batch", self.norm):  # no array is made: JAX must not start yet
-            self.norm_of(name, population=self.population)
-        require_mesh(self.mesh)
-        syncs.parse(self.sync, axes_of(self.mesh))
-
-    @property
-    def path(self) -> Path:
-        """The run directory."""
-        default = default_path(f"train-{self.dataset}-{self.model}")
-        return (self.run_dir or default).expanduser().resolve()
-
-    def as_json(self) -> dict[str, Any]:
-        """The options that the numbers depend on."""
-        free = FREE if self.schedule == "constant" else FREE - {"steps"}
-        return {k: v for k, v in super().as_json().items() if k not in free}
 
 
 class Result(NamedTuple):
@@ -165,6 +82,11 @@ class Result(NamedTuple):
     usage: bool = False
 
 
+def before(record: Record, step: int) -> bool:
+    """Whether a run in one piece has a record before it goes on from a step."""
+    return record["step"] < step + (record["kind"] == "training")
+
+
 class Resumed(RunDirectory):
     """The directory of a run that may be there already.
 
@@ -179,48 +101,33 @@ class Resumed(RunDirectory):
             self.write_json("config.json", config.as_json())
 
     def rewind(self, step: int) -> None:
-        """Takes out of the metrics what is to be measured again: everything after `step`."""
+        """Takes out of the metrics what is to be measured again: all after the training `step`."""
         path = self.path / "metrics.jsonl"
         lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
         whole = [line for line in lines if line.endswith(b"\n")]
-        kept = [line for line in whole if json.loads(line)["step"] <= step]
+        kept = [line for line in whole if before(json.loads(line), step)]
         if kept != lines:
             self.write_bytes(path.name, b"".join(kept))
         (self.path / "summary.json").unlink(missing_ok=True)
 
 
-def check_directory(config: Train) -> None:
-    """Raises RunError if the run directory holds something other than this run."""
-    path = config.run_dir
-    if path is None or not path.exists():
-        return
+@contextlib.contextmanager
+def written(
+    config: Train, directory: RunDirectory, process: int
+) -> Iterator[Callable[[Record], None]]:
+    """What keeps records, in the run directory and where --log says; process 0 writes."""
+    others = writers(config.log, directory.path, config.as_json()) if process == 0 else []
+
+    def keep(record: Record) -> None:
+        directory.append("metrics.jsonl", [record])
+        for writer in others:
+            writer.write([record])
+
     try:
-        there = json.loads((path / "config.json").read_text())
-    except FileNotFoundError:
-        if path.is_dir() and not any(path.iterdir()):
-            return
-        raise RunError(
-            f"{path} exists and is not the directory of a run. Choose another --run-dir."
-        ) from None
-    except (OSError, ValueError) as error:
-        raise RunError(f"cannot read {path / 'config.json'}: {error}.") from None
-    here = json.loads(json.dumps(config.as_json()))
-    differ = [
-        f"--{name.replace('_', '-')} {_words(there.get(name, '?'))} and not {_words(value)}"
-        for name, value in here.items()
-        if there.get(name, "?") != value
-    ]
-    if differ or set(there) != set(here):
-        raise RunError(
-            f"the run directory {path} is that of another run: "
-            f"{', '.join(differ) or 'of another command'}. Choose another --run-dir, or give the "
-            "same options to go on with that run."
-        )
-
-
-def _words(value: Any) -> Any:
-    """An option's value as it is given: the words of several beside one another."""
-    return " ".join(map(str, value)) or "nothing" if isinstance(value, list) else value
+        yield keep
+    finally:
+        for writer in others:
+            writer.close()
 
 
 class Program:
@@ -235,6 +142,7 @@ class Program:
         self.config, self.data, self.devices = config, data, jax.device_count()
         require_mesh(config.mesh, self.devices)
         require_division(config.batch_size, self.devices, config.microbatches)
+        require_reading(config.model, data)
         require_fit(config.batch_size, data)
         mesh = mesh_of(jax.devices(), config.mesh)
         self.axes, each = mesh.axis_names, P(mesh.axis_names)
@@ -248,7 +156,7 @@ class Program:
         mapped = functools.partial(jax.shard_map, mesh=mesh)
         states = TrainState(P(), each, P())  # type: ignore[arg-type]
         self._step = jax.jit(
-            mapped(self._step_shard, in_specs=(states, each, each), out_specs=(states, P()))
+            mapped(self._step_shard, in_specs=(states, *[each] * 3), out_specs=(states, P()))
         )
         self._evaluate = jax.jit(
             mapped(self._evaluate_shard, in_specs=(states, *[each] * 3), out_specs=P())
@@ -268,7 +176,7 @@ class Program:
         require_place(config.norm, self.model)
         params, opt_state = abstract((drawn.params, drawn.opt_state), self.copied)
         norm_state = abstract(drawn.norm_state, self.split, self.devices)
-        example = (self.data.train_inputs[0], self.data.train_labels[0])
+        example = (self.data.train_inputs[0], self.data.train_labels[0], np.int32(0))
         batch = abstract(example, self.split, config.batch_size)
         try:  # the first step is not traced again
             jax.eval_shape(self._step, TrainState(params, norm_state, opt_state), *batch)
@@ -302,16 +210,21 @@ class Program:
         copied, split = jax.tree.map(np.asarray, (copied, split))
         return jax.tree.map(lambda v: _array(v, self.copied), copied), jax.tree.map(stack, split)
 
-    def batches(self, start: int) -> Iterator[tuple[int, tuple[Array, Array]]]:
-        """The steps after `start`, and their minibatches; each process reads its own examples."""
+    def batches(self, start: int) -> Iterator[tuple[int, tuple[Array, Array, Array]]]:
+        """The steps after `start`, and their minibatches; each process reads its own examples.
+
+        Inputs, labels, and the places of the examples in the data set.
+        """
         config, data = self.config, self.data
         rows = minibatches(config.seed, len(data.train_inputs), config.batch_size, config.steps)
         for step, row in enumerate(rows[start:], start + 1):
             arrays = (data.train_inputs, data.train_labels)
             inputs, labels = (_array(v, self.split, row) for v in arrays)
-            yield step, (inputs, labels)
+            yield step, (inputs, labels, _array(row, self.split))
 
-    def train(self, state: TrainState, batch: tuple[Array, Array]) -> tuple[TrainState, np.ndarray]:
+    def train(
+        self, state: TrainState, batch: tuple[Array, Array, Array]
+    ) -> tuple[TrainState, np.ndarray]:
         """Takes one step; the loss is `[1, 1]`."""
         state, loss = self._step(state, *batch)
         return state, np.asarray(loss)[None, None]
@@ -331,17 +244,22 @@ class Program:
         return self.task.evaluation(measure(data.test_inputs, data.test_labels), {}, held)
 
     def _step_shard(
-        self, state: TrainState, inputs: Array, labels: Array
+        self, state: TrainState, inputs: Array, labels: Array, chosen: Array
     ) -> tuple[TrainState, Array]:
         own = jax.tree.map(lambda v: v[0], state.norm_state)
         flat, unravel = ravel_pytree(state.params)  # one collective for all gradients
 
-        def loss(flat: Array, own: Any, inputs: Array, labels: Array) -> tuple[Array, Any]:
+        def loss(
+            flat: Array, own: Any, inputs: Array, labels: Array, chosen: Array
+        ) -> tuple[Array, Any]:
+            if self.config.augment:
+                inputs = augment(self.config.augment, key_of(chosen), inputs)
             losses, after = self.task.losses(self.model, unravel(flat), own, inputs, labels)
             return nl.devices.global_mean(losses, self.axes), after
 
         parts = self.config.microbatches
-        value, after, grads = accumulate(loss, flat, own, (inputs, labels), parts, self.axes)
+        batch = (inputs, labels, chosen)
+        value, after, grads = accumulate(loss, flat, own, batch, parts, self.axes)
         if parts > 1:  # typed as if it varied over the devices
             value = lax.pmean(value, self.axes)
         grads = unravel(nl.devices.global_gradient(grads, self.axes))
@@ -362,12 +280,17 @@ class Program:
         return lax.psum(sums, self.axes)
 
 
-def train(config: Train, say: Callable[[str], None] = lambda _: None) -> Result:
+def train(
+    config: Train,
+    say: Callable[[str], None] = lambda _: None,
+    hear: Callable[[Record], None] = lambda _: None,
+) -> Result:
     """Trains, from the last checkpoint on if there is one.
 
     Args:
       config: What to run.
       say: Receives short messages about what is going on, on process 0.
+      hear: Receives each record as it is measured, on process 0.
 
     Raises:
       RunError: If the run cannot start or go on.
@@ -394,7 +317,9 @@ def train(config: Train, say: Callable[[str], None] = lambda _: None) -> Result:
         processes.Stop(directory.path / "stop") as stop,
     ):
         try:
-            result = _train(config, program, directory, diary, watchdog, stop, say)
+            with written(config, directory, process) as keep:
+                told = lambda record: (keep(record), hear(record))  # noqa: E731
+                result = _train(config, program, directory, diary, watchdog, stop, say, told)
             watchdog.beat("the end of the other processes", config.grace)
             if count > 1:
                 jax.distributed.shutdown()
@@ -426,6 +351,7 @@ def _train(
     watchdog: processes.Watchdog,
     stop: processes.Stop,
     say: Callable[[str], None],
+    hear: Callable[[Record], Any],
 ) -> Result:
     say("looking for a checkpoint")
     first = jax.process_index() == 0
@@ -445,12 +371,12 @@ def _train(
     say("compiling")
     begin = time.perf_counter()
     at = there = Progress.start(state, 1, step=start)
+    labels = {"norm": config.norm, "scheme": config.scheme, "lr": config.lr, "seed": config.seed}
     for at in drive(program, there, program.batches(start), evaluate=lambda step: False):
         done = at.step
         watchdog.beat(f"step {done + 1}")
         if first and (done % config.log_every == 0 or done == config.steps):
-            directory.append("metrics.jsonl", at.records([{}]))
-            say(f"step {done}/{config.steps}, loss {at.loss:.4f}")
+            hear(*at.records([labels]))
         stopping = stop.reached(done)
         if stopping or done == config.steps or done % config.checkpoint_every == 0:
             watchdog.beat(f"the checkpoint of step {done}", config.grace)
@@ -467,11 +393,12 @@ def _train(
     watchdog.beat("the evaluation", config.grace)
     say("evaluating")
     at = at.evaluated(program)
-    (record,) = at.records([{}])
-    summary = {k: v for k, v in record.items() if k not in ("kind", "train_loss", "diverged")}
+    (record,) = at.records([labels])
+    summary = {k: v for k, v in record.items() if k != "kind"}
     seconds = time.perf_counter() - begin
-    summary |= {**devices, "start": start, "seconds": round(seconds, 3)}
+    summary |= {**devices, "start_step": start, "seconds": round(seconds, 3)}
     if first:
+        hear(record)
         directory.write_json("summary.json", summary)
     diary.write("end", step=done)
     return Result(directory.path, done, summary, 0, jax.process_index())

@@ -34,6 +34,7 @@ from normlab.devices.mapped import vary
 from .. import models
 from ..data import Dataset
 from ..rundir import RunError
+from .augment import Augmentation, augment
 from .tasks import Evaluation, Task
 
 AXIS = "data"
@@ -73,6 +74,7 @@ class Trainer:
       delayed: The `Sync(every=...)` of the norm, if it has one: the devices exchange their
         statistics after each step.
       microbatches: Into how many parts, one after the other, a device cuts its share of a batch.
+      augment: How images are changed at random before each step.
       parts: Whether an evaluation looks at the norms' parts.
     """
 
@@ -87,12 +89,13 @@ class Trainer:
         form: Form = "pmap",
         delayed: nl.Sync | None = None,
         microbatches: int = 1,
+        augment: Sequence[Augmentation] = (),
         parts: bool = True,
     ) -> None:
         self.model, self.optimizer, self.data = model, optimizer, data
         self.task = data.task
         self.kernels, self.synced, self.delayed = kernels, synced, delayed
-        self.microbatches, self.parts = microbatches, parts
+        self.microbatches, self.augment, self.parts = microbatches, tuple(augment), parts
         # The big arrays come as they lie, one copy per device; everything else is mapped.
         self._train = on_devices(
             form, data.mesh, self._train_device, in_axes=(0, None, None, 0), donate=0
@@ -181,11 +184,12 @@ class Trainer:
     ) -> tuple[Array, Any]:
         """The mean cross-entropy of a device's share of the batch, and the norms' next state.
 
-        `chosen` are the examples' places in the data set: what they are decides what dropout
-        leaves out, so that no state is needed to repeat a step.
+        `chosen` are the examples' places in the data set.
         """
-        drawn = jax.random.fold_in(jax.random.key(chosen[0]), chosen[-1])
+        drawn = key_of(chosen)
         rngs = {"dropout": drawn}
+        if self.augment:
+            inputs = augment(self.augment, jax.random.fold_in(drawn, 1), inputs)
         losses, after = self.task.losses(self.model, params, norm_state, inputs, labels, rngs=rngs)
         return losses.mean(), after
 
@@ -359,6 +363,15 @@ def on_devices(
     specs = tuple(P() if axis is None else split for axis in in_axes)
     mapped = jax.shard_map(body, mesh=mesh, in_specs=specs, out_specs=split)
     return jax.jit(mapped, donate_argnums=donate)
+
+
+def key_of(chosen: Array) -> Array:
+    """The key of a device's share of a step, of the places of its examples in the data set.
+
+    They decide what dropout leaves out and how images are changed, the same for every norm, and no
+    state is needed to repeat a step.
+    """
+    return jax.random.fold_in(jax.random.key(chosen[0]), chosen[-1])
 
 
 def minibatches(seed: int, examples: int, batch_size: int, steps: int) -> np.ndarray:

@@ -265,7 +265,7 @@ class TestServer:
 class TestOps:
     def test_a_run_leaves_tables_every_turn_and_a_figure(self, tmp_path, capsys):
         out = tmp_path / "run"
-        chosen = ("--ops", "rms", "--shapes", "dense", "--dtypes", "float32")
+        chosen = ("--norms", "rms", "--shapes", "dense", "--dtypes", "float32")
         assert run(out, *chosen, "--peers", "flax.linen") == 0
         printed = capsys.readouterr().out
         for text in ("rms 4096×256 f32", "flax.linen", "floor", "normlab / peer", "GB/s"):
@@ -302,13 +302,12 @@ class TestOps:
     ):
         for module in ("haiku", "equinox", "torch"):
             monkeypatch.setitem(sys.modules, module, None)
-        chosen = ("--ops", "rms", "--shapes", "tokens", "--dtypes", "float32")
+        chosen = ("--norms", "rms", "--shapes", "tokens", "--dtypes", "float32")
         out = tmp_path / "run"
         assert run(out, *chosen, "--peers", "haiku", "torch", "--no-reuse-memory") == 0
         printed = capsys.readouterr().out
         assert (
-            "not installed, and left out: haiku, torch. To add them: "
-            "pip install -c constraints.txt -e '.[peers]'\n"
+            "not installed, and left out: haiku, torch. To add them: pip install 'normlab[peers]'\n"
         ) in printed
         result = json.loads((out / "ops.json").read_text())
         assert result["absent"] == {"haiku": "not installed", "torch": "not installed"}
@@ -383,11 +382,11 @@ class TestOps:
 
 
 REFUSED = {
-    "op": (["--ops", "bach"], ["--ops", "did you mean 'batch'", "instance"]),
+    "op": (["--norms", "bach"], ["--norms", "did you mean 'batch'", "instance"]),
     "shape": (["--shapes", "conf"], ["--shapes", "did you mean 'conv'", "tokens"]),
     "dtype": (["--dtypes", "float23"], ["did you mean 'float32'"]),
     "peer": (["--peers", "flax.line"], ["did you mean 'flax.linen'", "equinox"]),
-    "nothing": (["--ops", "group", "--shapes", "dense"], ["leave nothing", "group: conv"]),
+    "nothing": (["--norms", "group", "--shapes", "dense"], ["leave nothing", "group: conv"]),
     "rounds": (["--rounds", "0"], ["--rounds", "at least 1"]),
     "scale": (["--scale", "0"], ["--scale", "at least 1"]),
     "turn": (["--turn-ms", "0"], ["--turn-ms", "positive"]),
@@ -421,7 +420,7 @@ class TestCommandLine:
     def test_step_without_torch_is_one_clear_line(self, monkeypatch, capsys):
         monkeypatch.setitem(sys.modules, "torch", None)
         assert cli.main(["bench", "step", "--steps", "2"]) == cli.EXIT_USAGE
-        assert "pip install -c constraints.txt -e '.[peers]'" in capsys.readouterr().err
+        assert "pip install 'normlab[peers]'" in capsys.readouterr().err
 
 
 class TestFigure1:
@@ -493,7 +492,9 @@ class TestConv:
             BenchConv(cores=999)
 
 
-TINY = BenchLm(width=16, depth=3, heads=2, length=8, batch_size=2, vocabulary=11, steps=3, rounds=2)
+TINY = BenchLm(
+    width=16, depth=3, heads=2, context=8, batch_size=2, vocabulary=11, steps=3, rounds=2
+)
 
 
 class TestLm:
@@ -539,8 +540,8 @@ class TestLm:
         result = {
             "ms_per_step": times,
             "range_ms": {name: (ms / 2, 3 * ms) for name, ms in times.items()},
-            "tokens_per_s": {name: 1e6 / ms for name, ms in times.items()},
-            "start_s": times,
+            "tokens_per_second": {name: 1e6 / ms for name, ms in times.items()},
+            "start_seconds": times,
             "left_out": {"torch, compiled": "no compiler"},
             "norm_share": (0.25, 0.1, 0.5),
             "loss_gap": 1e-6,
@@ -599,11 +600,11 @@ class TestLm:
     @pytest.mark.parametrize("scheme", ["pre", "post"])
     def test_all_take_turns_in_one_run(self, scheme):
         result = bench_lm.run(dataclasses.replace(TINY, scheme=scheme))
-        assert {"normlab", "normlab, no norms", "floor"} <= result["tokens_per_s"].keys()
-        assert result["tokens_per_s"].keys() | result["left_out"].keys() >= {*bench_lm.TORCH}
-        assert result["ms_per_step"].keys() == result["start_s"].keys()
-        tokens = TINY.batch_size * TINY.length
-        for name, speed in result["tokens_per_s"].items():
+        assert {"normlab", "normlab, no norms", "floor"} <= result["tokens_per_second"].keys()
+        assert result["tokens_per_second"].keys() | result["left_out"].keys() >= {*bench_lm.TORCH}
+        assert result["ms_per_step"].keys() == result["start_seconds"].keys()
+        tokens = TINY.batch_size * TINY.context
+        for name, speed in result["tokens_per_second"].items():
             assert speed * result["ms_per_step"][name] == pytest.approx(1e3 * tokens)
         if scheme == "post":
             assert result["left_out"]["torch, eager"] == "its model is pre-norm, not post"
@@ -639,9 +640,9 @@ def test_figure1_extrapolates_the_median_turn():
     pytest.importorskip("torch")
     config = BenchFigure1(seeds=2, steps=5, rounds=2, whole=1000)
     result = bench_training.figure1(config)
-    assert list(result["whole_s"]) == ["normlab", "torch", "torch, a process per net"]
-    for name, seconds in result["whole_s"].items():
-        assert seconds == pytest.approx(result["start_s"][name] + result["ms_per_step"][name])
+    assert list(result["whole_seconds"]) == ["normlab", "torch", "torch, a process per net"]
+    for name, seconds in result["whole_seconds"].items():
+        assert seconds == pytest.approx(result["start_seconds"][name] + result["ms_per_step"][name])
     assert result["ratios"]["normlab"] == 1
     assert result["loss_gap"] < 1e-5
 

@@ -23,7 +23,8 @@ from normlab.experiments.asking import kept
 from normlab.experiments.asking.ask import ask
 from normlab.experiments.asking.kept import Kept
 from normlab.experiments.cluster import Call, Cluster, Ended
-from normlab.experiments.compare.comparison import Compare, Comparison
+from normlab.experiments.compare.comparison import Comparison
+from normlab.experiments.compare.config import Compare
 from normlab.experiments.rundir import RunError
 from tests.helpers import CHECKOUT, environment
 
@@ -375,7 +376,7 @@ def test_a_comparison_has_the_numbers_of_this_machine_and_fails_by_norm(ray, tmp
         lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
         records = [json.loads(line) for line in lines]
         found[name] = sorted(
-            json.dumps({k: v for k, v in r.items() if k != "step_ms"}) for r in records
+            json.dumps({k: v for k, v in r.items() if k != "step_seconds"}) for r in records
         )
         summary = json.loads((tmp_path / name / "summary.json").read_text())
         assert summary["complete"]
@@ -383,4 +384,4 @@ def test_a_comparison_has_the_numbers_of_this_machine_and_fails_by_norm(ray, tmp
         assert shares[0] is None
         assert (shares[1] is None) == (address is not None)  # not measured side by side
     assert found["there"] == found["here"]
-    assert all(np.isfinite(lane.step_ms).all() for lane in comparison.lanes)
+    assert all(np.isfinite(lane.step_seconds).all() for lane in comparison.lanes)

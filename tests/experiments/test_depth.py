@@ -11,8 +11,9 @@ import normlab as nl
 from normlab.experiments import console as cli
 from normlab.experiments import models
 from normlab.experiments.depth.command import table
+from normlab.experiments.depth.config import Depth
 from normlab.experiments.depth.figure import picture
-from normlab.experiments.depth.profile import INSTRUMENTS, Depth, Profile, examples, measure
+from normlab.experiments.depth.profile import INSTRUMENTS, Profile, examples, measure
 from normlab.experiments.rundir import RunError
 from normlab.experiments.terminal import console
 from normlab.experiments.training.trainer import DeviceData, Trainer, TrainState
@@ -55,7 +56,7 @@ def test_scanned_and_recomputed_blocks_are_measured_as_those_that_are_written_ou
         )
         ratio = np.linalg.norm(v - w) / np.linalg.norm(w)
         np.testing.assert_allclose(b["update"][i], ratio, rtol=1e-3)
-        np.testing.assert_allclose(b["rate"][i], 0.01 / np.square(w).sum(), rtol=1e-5)
+        np.testing.assert_allclose(b["effective_rate"][i], 0.01 / np.square(w).sum(), rtol=1e-5)
 
 
 def test_the_command_measures_before_and_after_training(tmp_path, capsys):
@@ -67,15 +68,18 @@ def test_the_command_measures_before_and_after_training(tmp_path, capsys):
     records = [
         json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()
     ]
-    assert [(r["net"], r["step"]) for r in records] == [("peri", 0), ("peri", 2)]
-    for record in records:
-        assert all(len(record[key]) == 12 and None not in record[key] for key in INSTRUMENTS)
-        assert record["variance"] == sorted(record["variance"])  # block10 is behind block9
-        assert all(0 < share < 1 for share in record["entropy"])
-        assert all(1 < rank <= 8 for rank in record["rank"])
-    before, after = records
-    assert after["loss"] < before["loss"]
-    assert before["rate"] != after["rate"]
+    before, after = (r for r in records if r["kind"] == "training")
+    assert [(r["scheme"], r["step"]) for r in (before, after)] == [("peri", 0), ("peri", 2)]
+    assert after["train_loss"] < before["train_loss"]
+    halves = [[r for r in records if r["kind"] == "block" and r["step"] == at] for at in (0, 2)]
+    for blocks in halves:
+        assert [r["block"] for r in blocks] == list(range(12))
+        assert all(r[key] is not None for r in blocks for key in INSTRUMENTS)
+        variances = [r["variance"] for r in blocks]
+        assert variances == sorted(variances)  # block10 is behind block9
+        assert all(0 < r["entropy"] < 1 for r in blocks)
+        assert all(1 < r["rank"] <= 8 for r in blocks)
+    assert halves[0][0]["effective_rate"] != halves[1][0]["effective_rate"]
     for name in ("config.json", "environment.json", "depth.png", "depth.svg"):
         assert (tmp_path / "run" / name).stat().st_size
     assert "metrics.jsonl" in capsys.readouterr().out.replace("\n", "")

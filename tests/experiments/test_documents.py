@@ -6,19 +6,27 @@ import tomllib
 import pytest
 import yaml
 
-from tests.test_docs import ROOT
+from tests.test_docs import ROOT, python_blocks
+
+DOCS = [str(path.relative_to(ROOT)) for path in sorted((ROOT / "docs").glob("**/*.md"))]
+PAGES = ["README.md", *(path for path in DOCS if "/_build/" not in path)]
+HOWTOS = [path for path in PAGES if path.startswith("docs/howto/")]
 
 
-@pytest.mark.parametrize(
-    "document",
-    ["README.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md")))],
-)
+@pytest.mark.parametrize("document", PAGES)
 def test_links_and_files_that_are_named_exist(document):
     text = (ROOT / document).read_text()
     for target in re.findall(r"\]\((?!http)([^)#]+)\)", text):
         assert ((ROOT / document).parent / target).exists(), target
     for target in re.findall(r"`(tests/[\w./]+|experiments/[\w./]+)`", text):
         assert (ROOT / target).exists(), target
+
+
+@pytest.mark.parametrize("document", ["docs/quickstart.md", *HOWTOS])
+def test_the_examples_of_a_how_to_run(document):
+    names: dict = {"__name__": "howto"}
+    for block in python_blocks(document):
+        exec(compile(block, document, "exec"), names)
 
 
 def test_the_citation_is_of_this_version_and_has_what_the_format_asks_for():

@@ -634,7 +634,7 @@ class TestConfig:
 
     @pytest.mark.parametrize(("field", "near"), [("dataset", "digits"), ("optimizer", "adam")])
     def test_an_unknown_name_is_refused_with_the_nearest(self, field, near):
-        with pytest.raises(RunError, match=f"--{field}: got '{near}s'.*did you mean '{near}'"):
+        with pytest.raises(RunError, match=f"--{field}.*'{near}s'.*did you mean '{near}'"):
             dataclasses.replace(TINY, **{field: f"{near}s"})
 
     def test_a_batch_larger_than_the_data_is_refused(self):

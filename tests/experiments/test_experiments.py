@@ -25,15 +25,15 @@ import normlab as nl
 from normlab.experiments import console as cli
 from normlab.experiments import figures, models
 from normlab.experiments.compare.command import remarks
-from normlab.experiments.compare.comparison import COMMON, Compare, Comparison
+from normlab.experiments.compare.comparison import Comparison
+from normlab.experiments.compare.config import COMMON, Compare
 from normlab.experiments.data import Dataset
 from normlab.experiments.engine import Records
 from normlab.experiments.numerics import family
 from normlab.experiments.rundir import RunDirectory, RunError
 from normlab.experiments.terminal import console
-from normlab.experiments.training.config import takes
+from normlab.experiments.training.config import Train, takes
 from normlab.experiments.training.tasks import Classification
-from normlab.experiments.training.train import Train
 from normlab.experiments.training.trainer import (
     AXIS,
     QUANTILES,
@@ -338,7 +338,7 @@ class TestCompare:
         )  # fmt: skip
         comparison = Comparison(config)
         for lane, ms in zip(comparison.lanes, ([1.0, 2.0], [4.0, 4.0]), strict=True):
-            lane.step_ms = ms
+            lane.step_seconds = ms
             lane.records = Records(
                 {"kind": "evaluation", "lr": config.lr, "seed": seed, "step": step}
                 | {"accuracy": accuracy, "test_loss": 1.0, "diverged": None}
@@ -418,7 +418,7 @@ class TestNormsOfOnesOwn:
         assert mine in (out / "curves.svg").read_text()
 
     def test_a_norm_named_by_its_place_is_trained(self, mine, tmp_path):
-        config = Train(norm=mine, model="mlp", dataset="digits", groups=2, eps=0.5)
+        config = Train(norm=mine, model="mlp", dataset="digits", eps=0.5)
         assert config.norm_of(mine).init(nl.Site(jnp.ones((2, 3))))[0].g.shape == (3,)
         assert json.loads(json.dumps(config.as_json()))["norm"] == mine
 
@@ -635,9 +635,10 @@ class TestCommandLine:
     @pytest.mark.parametrize("name", cli.COMMANDS)
     def test_the_list_of_commands_says_what_each_is_for(self, name):
         where, sentence = cli.COMMANDS[name]
-        module, _, options = where.partition(":")
-        command = importlib.import_module(module, cli.__package__)
-        told = inspect.getdoc(getattr(command, options))
+        folder, _, options = where.partition(":")
+        config = importlib.import_module(f".{folder}.config", cli.__package__)
+        command = importlib.import_module(f".{folder}.command", cli.__package__)
+        told = inspect.getdoc(getattr(config, options))
         assert " ".join(told.split("\n\n")[0].split()) == sentence
         assert len(inspect.signature(command.run).parameters) == 1
 

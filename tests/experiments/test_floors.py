@@ -10,11 +10,11 @@ from normlab import experiments
 FLOORS = (
     {"__main__"},
     {"console"},
-    {"asking", "bench"},
+    {"asking", "bench", "redraw"},
     {"questions", "compare", "depth", "programs"},
     {"engine", "numerics"},
     {"training"},
-    {"cluster", "data", "figures", "models"},
+    {"cluster", "data", "figures", "grids", "models"},
     {"rundir", "terminal"},
 )
 EXPERIMENTS = Path(experiments.__file__).resolve().parent

@@ -22,7 +22,8 @@ from normlab.experiments.data import load
 from normlab.experiments.rundir import RunError
 from normlab.experiments.training import processes
 from normlab.experiments.training.checkpoints import Checkpoints
-from normlab.experiments.training.train import Program, Train, train
+from normlab.experiments.training.config import Joining, Train
+from normlab.experiments.training.train import Program, train
 from tests.helpers import environment
 
 ROOT = Path(__file__).parents[2]
@@ -338,7 +339,8 @@ def test_a_run_that_goes_on_is_the_run_in_one_piece(tmp_path, sync, mesh):
     assert whole is not None
     assert all(pieces[name] == whole[name] for name in ("test_loss", "accuracy"))
     assert metrics(tmp_path / "pieces") == metrics(tmp_path / "whole")
-    assert [record["step"] for record in metrics(tmp_path / "whole")] == [1, 2, 3, 4]
+    found = [(record["kind"], record["step"]) for record in metrics(tmp_path / "whole")]
+    assert found == [*(("training", step) for step in (1, 2, 3, 4)), ("evaluation", 4)]
 
 
 @pytest.mark.parametrize("norm", ["weight", *slow("layer", "cosine")])
@@ -391,7 +393,7 @@ def test_groups_of_a_mesh_keep_the_population_of_all_devices(tmp_path, monkeypat
     # The first layer's input does not depend on how anything was normalized.
     start = Program(alone, program.data)
     kernel = np.asarray(jax.tree.leaves(start.init().params["Normed_0"]["kernel"])[0], np.float64)
-    (_, (inputs, _)) = next(iter(start.batches(0)))
+    (_, (inputs, *_)) = next(iter(start.batches(0)))
     a = np.asarray(start.task.preprocess(np.asarray(inputs)), np.float64).reshape(32, -1) @ kernel
     first = running(mesh)[0]
     np.testing.assert_allclose(first.mean[0], a.mean(0), rtol=1e-4, atol=1e-5)
@@ -593,10 +595,10 @@ def test_no_cluster_is_asked_where_there_is_none(monkeypatch):
     monkeypatch.setattr(jax.distributed, "initialize", refuse)
     for name in processes.CLUSTERS:
         monkeypatch.delenv(name, raising=False)
-    processes.form(processes.Joining(cluster="auto", **waits))
+    processes.form(Joining(cluster="auto", **waits))
     monkeypatch.setenv("SLURM_STEP_NODELIST", "node[1-4]")
-    processes.form(processes.Joining(cluster="no", **waits))
+    processes.form(Joining(cluster="no", **waits))
     with pytest.raises(RunError, match=r"found Slurm \(srun\).*asked with.*--cluster no"):
-        processes.form(processes.Joining(cluster="auto", **waits))
+        processes.form(Joining(cluster="auto", **waits))
     with pytest.raises(RunError, match=r"--coordinator a:1.*'deactivate'"):
-        processes.form(processes.Joining("a:1", 2, 1, cluster="auto", **waits))
+        processes.form(Joining("a:1", 2, 1, cluster="auto", **waits))

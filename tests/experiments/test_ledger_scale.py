@@ -60,7 +60,7 @@ def measure(**options):
     What runs when needed is counted by itself, under `"rare"`.
     """
     options = {"norms": ("batch",), "program": "both", **options}
-    config = Ledger(model="mlp", widths=WIDTHS, batch_size=BATCH, **options)
+    config = Ledger(model="mlp", widths=WIDTHS, per_device=BATCH, **options)
     (account,) = compile_all(config).accounts
     found = {"temporary": account.program.memory["temporary"], "asked": account.asked}
     for key, rare in (("steady", False), ("rare", True)):

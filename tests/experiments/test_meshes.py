@@ -92,7 +92,7 @@ def test_pmap_has_one_axis():
 
 @pytest.mark.parametrize("mode", ["shard_map", "jit"])
 def test_only_an_axis_is_asked_for_what_normalizes(mode):
-    config = Ledger(model="mlp", widths=(6,), batch_size=4, mesh=(4, 2), mode=mode, sync=("inner",))
+    config = Ledger(model="mlp", widths=(6,), per_device=4, mesh=(4, 2), mode=mode, sync=("inner",))
     (account,) = compile_all(config).accounts
     pairs, everyone = ((0, 1), (2, 3), (4, 5), (6, 7)), (tuple(range(8)),)
     asked = {

@@ -3,10 +3,6 @@
 import dataclasses
 import functools
 import json
-import re
-import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import jax
@@ -18,6 +14,7 @@ import pytest
 import normlab as nl
 from normlab.experiments import models, questions
 from normlab.experiments.asking.ask import Answer, ask
+from normlab.experiments.asking.reads import unread
 from normlab.experiments.data import load
 from normlab.experiments.engine import Checkpoint, Config, Record, Records
 from normlab.experiments.engine.devices import Lab, forms_gap, relative
@@ -30,7 +27,8 @@ from normlab.experiments.questions import (
 )
 from normlab.experiments.rundir import RunError
 from normlab.experiments.training.trainer import FORMS, DeviceData, Trainer, TrainState, minibatches
-from tests.helpers import CHECKOUT, judged
+from tests.experiments.reading import recording
+from tests.helpers import judged
 
 TINY = {
     "dataset": "digits",
@@ -110,9 +108,12 @@ def test_a_study_of_devices_ends_in_a_figure_and_verdicts(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", questions.NAMES)
 def test_every_question_ends_in_a_figure_and_verdicts(name, tmp_path):
+    read: set[str] = set()
+    config = recording(tiny(name), read)
     with jax.numpy_dtype_promotion("standard"):  # optax wants it
-        found = ask_tiny(name, tmp_path)
-    assert found.verdicts
+        (found,) = ask([(name, questions.require(name), config)], root=tmp_path, jobs=0)
+    assert found.verdicts, found.failed
+    assert not read & unread(name)  # what is refused as an option would have done something
     assert (found.path / "figure.svg").stat().st_size < 200_000
     (again,) = ask([(name, questions.require(name), tiny(name))], root=tmp_path, jobs=0)
     assert repr(again.verdicts) == repr(found.verdicts)  # NaN is not NaN
@@ -360,26 +361,3 @@ def test_averaging_the_running_statistics_leaves_out_what_lies_between():
     merged = nl.population.merge_running(jax.tree.map(lambda v: v[:, 0], running))
     assert merged.var.tolist() == [6.0]
     np.testing.assert_allclose(local_drift.shares(running), [4 / 6], rtol=1e-6)
-
-
-def test_the_worked_example_asks_it_of_another_net(tmp_path, monkeypatch):
-    """`docs/questions.md` changes a copy of a question by a dozen lines; the copy runs."""
-    text = (CHECKOUT / "docs/questions.md").read_text()
-    (diff,) = re.findall(r"```diff\n(.*?)```", text, re.DOTALL)
-    home = tmp_path / "experiments" / "questions"
-    home.mkdir(parents=True)
-    shutil.copy(CHECKOUT / "normlab/experiments/questions/initialization.py", home / "my_net.py")
-    changed = diff.replace("questions/initialization.py", "questions/my_net.py")
-    subprocess.run(["git", "apply", "-"], input=changed.encode(), cwd=tmp_path, check=True)
-    monkeypatch.setattr(questions, "__path__", [*questions.__path__, str(home)])
-    monkeypatch.setattr(questions, "NAMES", (*questions.NAMES, "my_net"))
-    monkeypatch.setitem(models.MODELS, "hourglass", None)  # so that it is taken out again
-    module = questions.require("my_net")
-    monkeypatch.delitem(sys.modules, module.__name__)
-    assert questions.describe("my_net")["question"].endswith("in my net?")
-    tiny = {"dataset": "digits", "steps": 4, "evaluations": 1, "seeds": 2, "sds": (0.1, 0.3)}
-    config = dataclasses.replace(module.QUICK, **tiny)
-    (found,) = ask([("my_net", module, config)], root=tmp_path, jobs=0)
-    assert not found.failed
-    assert {r["activation"] for r in found.records} == {"tanh"}
-    assert all("tanh" in verdict.claim for verdict in found.verdicts)

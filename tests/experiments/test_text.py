@@ -22,7 +22,8 @@ import normlab as nl
 from normlab.experiments import console as cli
 from normlab.experiments import data, models
 from normlab.experiments.compare import figures
-from normlab.experiments.compare.comparison import Compare, Comparison
+from normlab.experiments.compare.comparison import Comparison
+from normlab.experiments.compare.config import Compare
 from normlab.experiments.compare.rates import Stable, best, diverged, largest_stable
 from normlab.experiments.data import Dataset, Reading, Text, markov, prepare, text
 from normlab.experiments.data import packages as fetch
@@ -30,15 +31,17 @@ from normlab.experiments.engine import Records
 from normlab.experiments.figures import encode
 from normlab.experiments.models.layers import Activation
 from normlab.experiments.rundir import RunError
+from normlab.experiments.training.config import Train
 from normlab.experiments.training.optimizers import at_rates, optimizer, set_rates
 from normlab.experiments.training.tasks import Classification, Language, Task
-from normlab.experiments.training.train import Train, train
+from normlab.experiments.training.train import train
 from normlab.experiments.training.trainer import DeviceData, Trainer, TrainState, minibatches
 
 
 class Bigram(models.Network):
     """Tells a token by the one before it: an embedding, a norm and a dense layer."""
 
+    text = True
     width: int = 16
 
     @property
@@ -55,6 +58,7 @@ class Bigram(models.Network):
 class Known(models.Network):
     """Tells token i + 1 after token i, with logits that are known."""
 
+    text = True
     layers = ()
 
     @nn.compact
@@ -73,7 +77,6 @@ class Halved(Bigram):
 def bigram(monkeypatch):
     monkeypatch.setitem(models.MODELS, "bigram", Bigram)
     monkeypatch.setitem(models.MODELS, "halved", Halved)
-    monkeypatch.setattr(models, "TEXT", (*models.TEXT, "bigram", "halved"))
 
 
 @pytest.fixture
@@ -563,7 +566,7 @@ def test_norms_are_compared_on_a_language_and_none_is_below_its_entropy(
         assert row["largest_stable_rate"] == {"rate": 0.03, "bound": 3e3}
         assert one - 4 * 2 / math.sqrt(255 * 32) < row["bits_per_byte_mean"] < one + 0.1
         assert [r["lr"] for r in row["rates"]] == [1e-3, 0.03, 3e3]
-        assert [r["diverged"] for r in row["rates"]] == [[0, 1], [], [0, 1]]
+        assert [r["above_chance"] for r in row["rates"]] == [[0, 1], [], [0, 1]]
     records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     last = [r for r in records if r["kind"] == "evaluation" and r["step"] == 60]
     assert len(last) == 2 * 3 * 2

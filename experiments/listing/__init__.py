@@ -1,0 +1,1 @@
+"""The command `list`: what norms, models, schemes, data sets and questions there are."""

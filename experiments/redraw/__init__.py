@@ -1,0 +1,1 @@
+"""The command `figures`: the figures of runs, drawn again."""

@@ -1,0 +1,1 @@
+"""What runs have written: as data frames, as files of other programs, on dashboards."""
