@@ -51,6 +51,7 @@ autosummary_generate = False
 autodoc_member_order = "bysource"
 napoleon_numpy_docstring = False
 napoleon_use_ivar = True
+napoleon_attr_annotations = False  # the signature has them
 napoleon_use_rtype = False
 maximum_signature_line_length = 88
 toc_object_entries_show_parents = "hide"
