@@ -65,6 +65,13 @@ def stateless(
 
     Returns:
       `(**options) -> Norm`.
+
+    >>> import jax.numpy as jnp
+    >>> from normlab import Site, example
+    >>> norm = stateless(example.rms_parts)(eps=1e-6)
+    >>> params, state = norm.init(Site(jnp.ones((2, 3))))
+    >>> params.g.tolist(), state
+    ([1.0, 1.0, 1.0], ())
     """
     known, start = inspect.signature(parts).parameters, params or initial_affine
     of_params = {n: p for n, p in inspect.signature(start).parameters.items() if n != "site"}

@@ -66,6 +66,10 @@ def tap(parts: Parts) -> Backward:
 
     Args:
       parts: Of a norm, or their shapes.
+
+    >>> from normlab import layer_parts
+    >>> tap(layer_parts(jnp.ones((4, 3)))).g.shape
+    (4, 1)
     """
     shape = jnp.broadcast_shapes(parts.mu.shape, parts.sigma.shape)
     zeros = jnp.zeros(shape, parts.sigma.dtype)

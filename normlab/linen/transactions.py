@@ -33,6 +33,15 @@ def commit(variables: Mapping[str, Any], transaction: Any, ok: ArrayLike = True)
 
     Raises:
       ValueError: If the transaction is empty, or is not one of these variables.
+
+    >>> import jax
+    >>> import jax.numpy as jnp
+    >>> from normlab.linen import BatchNorm
+    >>> layer, a = BatchNorm(momentum=0.0), jnp.array([[1.0], [3.0]])
+    >>> variables = layer.init(jax.random.key(0), a, use_running_average=True)
+    >>> _, seen = layer.apply(variables, a, use_running_average=False, mutable=["transaction"])
+    >>> print(commit(variables, seen["transaction"])["mean"])
+    [2.]
     """
     return _end(variables, transaction, functools.partial(transactions.commit, ok=ok))
 
@@ -44,6 +53,15 @@ def settle(
     """Returns the `batch_stats` that are what the transaction saw: PreciseBN.
 
     Arguments and errors are those of `commit`, and `normlab.population.settle`'s `estimator`.
+
+    >>> import jax
+    >>> import jax.numpy as jnp
+    >>> from normlab.linen import BatchNorm
+    >>> layer, a = BatchNorm(momentum=0.0), jnp.array([[1.0], [3.0]])
+    >>> variables = layer.init(jax.random.key(0), a, use_running_average=True)
+    >>> _, seen = layer.apply(variables, a, use_running_average=False, mutable=["transaction"])
+    >>> print(settle(variables, seen["transaction"])["mean"])
+    [2.]
     """
     end = functools.partial(transactions.settle, estimator=estimator)
     return _end(variables, transaction, end)

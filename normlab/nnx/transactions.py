@@ -123,6 +123,17 @@ def begin(model: nnx.Module) -> None:
 
     Raises:
       ValueError: If there is none.
+
+    >>> import jax.numpy as jnp
+    >>> from normlab.nnx import BatchNorm
+    >>> model = BatchNorm(1, momentum=0.5, rngs=nnx.Rngs(0))
+    >>> begin(model)
+    >>> for a in (jnp.array([[1.0], [3.0]]), jnp.array([[5.0], [7.0]])):  # two microbatches
+    ...     _ = model(a, use_running_average=False)
+    ...
+    >>> commit(model)
+    >>> model.mean[...].tolist()
+    [2.0]
     """
     modules = [m for m in _stateful(model) if has_average(m._statistics()[0])]
     if not modules:
@@ -138,6 +149,15 @@ def commit(model: nnx.Module, ok: ArrayLike = True) -> None:
 
     Whether the step is `ok`, and may count, is as in `normlab.population.commit`, and so are the
     errors.
+
+    >>> import jax.numpy as jnp
+    >>> from normlab.nnx import BatchNorm
+    >>> model = BatchNorm(1, rngs=nnx.Rngs(0))
+    >>> begin(model)
+    >>> _ = model(jnp.array([[1.0], [3.0]]), use_running_average=False)
+    >>> commit(model, ok=False)  # a step that was thrown away
+    >>> model.mean[...].tolist()
+    [0.0]
     """
     _end("commit", model, functools.partial(transactions.commit, ok=ok))
 
@@ -147,6 +167,15 @@ def settle(model: nnx.Module, *, estimator: Estimator | None = None) -> None:
     """Ends a transaction: what it saw becomes the population, PreciseBN.
 
     The `estimator` and the errors are those of `normlab.population.settle`.
+
+    >>> import jax.numpy as jnp
+    >>> from normlab.nnx import BatchNorm
+    >>> model = BatchNorm(1, rngs=nnx.Rngs(0))
+    >>> begin(model)
+    >>> _ = model(jnp.array([[1.0], [3.0]]), use_running_average=False)
+    >>> settle(model)
+    >>> model.mean[...].tolist()
+    [2.0]
     """
     _end("settle", model, functools.partial(transactions.settle, estimator=estimator))
 

@@ -139,6 +139,12 @@ def taps(states: Any) -> Any:
 
     Raises:
       ValueError: If none has one.
+
+    >>> from normlab import init_running
+    >>> from normlab.population import init_power
+    >>> found = taps({"first": init_running(1), "second": init_power(1)})
+    >>> found["second"].gz.tolist()
+    [0.0]
     """
     return _each("taps", lambda s: s.tap if _is_tapped(s) else None, states)
 
@@ -150,6 +156,11 @@ def tapped(states: Any, taps: Any) -> Any:
     Args:
       states: A state, or a pytree of states.
       taps: Of `taps(states)`.
+
+    >>> from normlab.population import init_power
+    >>> state = init_power(1)
+    >>> tapped(state, taps(state)).tap.gz.tolist()
+    [0.0]
     """
 
     def put(state: Any, tap: Any) -> Any:
@@ -167,6 +178,19 @@ def take_back(states: Any, seen: Any) -> Any:
     Args:
       states: The states that the forward pass returned.
       seen: The gradient by the taps; over devices their sum (`normlab.devices.global_gradient`).
+
+    >>> import jax
+    >>> from normlab import batch_norm
+    >>> from normlab.population import init_power
+    >>> a, state = jnp.array([[1.0], [3.0]]), init_power(1)
+    >>> def loss(taps):
+    ...     h, new = batch_norm(a, None, tapped(state, taps), train=True)
+    ...     return (h**2).sum(), new
+    ...
+    >>> seen, state = jax.grad(loss, has_aux=True)(taps(state))
+    >>> state = take_back(state, seen)
+    >>> state.tap.gz.tolist()  # zero again, for the next step
+    [0.0]
     """
 
     def one(state: Any, seen: Any) -> Any:

@@ -128,6 +128,19 @@ def exchange(states: Any, axis_name: AxisName) -> Any:
 
     Raises:
       ValueError: If an axis is not bound, or there is no `Delayed` state.
+
+    >>> import jax
+    >>> import jax.numpy as jnp
+    >>> from normlab import Sync, batch_norm
+    >>> sync = Sync("data", every=1)
+    >>> def step(state, a):
+    ...     h, state = batch_norm(a, None, state, train=True, axis_name=sync)
+    ...     return exchange(state, sync)
+    ...
+    >>> states = jax.tree.map(lambda v: jnp.stack([v, v]), init_delayed(1))
+    >>> states = jax.vmap(step, axis_name="data")(states, jnp.arange(4.0).reshape(2, 2, 1))
+    >>> states.others.mean.ravel().tolist()
+    [2.5, 0.5]
     """
     sync = as_sync(axis_name)
     check_bound("exchange", sync.names)
