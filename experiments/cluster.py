@@ -315,7 +315,7 @@ class Cluster:
     def __enter__(self) -> Cluster:
         """Connects and sends the code."""
         self.say("starting Ray" if self.address == LOCAL else f"connecting to {self.address}")
-        cores = getattr(os, "sched_getaffinity", lambda _: range(os.cpucounted() or 1))(0)
+        cores = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))(0)
         try:
             self._folder = Path(tempfile.mkdtemp(prefix=PREFIX))
             _copy(self._folder / "code")

@@ -42,8 +42,8 @@ class Screen(Console):
         return ConsoleDimensions(10_000, found.height)
 
     @size.setter
-    def size(self, size: tuple[int, int]) -> None:
-        self._width, self._height = size
+    def size(self, new_size: tuple[int, int]) -> None:
+        self._width, self._height = new_size
 
 
 console = Screen()

@@ -22,14 +22,6 @@ def python_blocks(path: str) -> list[str]:
     return re.findall(r"```python\n(.*?)```", (ROOT / path).read_text(), re.DOTALL)
 
 
-def test_the_readme_holds_the_registrys_table():
-    readme = (ROOT / "README.md").read_text()
-    for name in NAMES:
-        row = nl.row(name)
-        line = f"| `{name}` | {row.looks_at} | {row.mu} | {row.sigma} | {row.paper} |"
-        assert line in readme
-
-
 def test_the_docs_hold_the_registrys_invariances():
     text = (ROOT / "docs/framework.md").read_text()
     assert "| norm | " + " | ".join(nl.INVARIANCES) + " |" in text

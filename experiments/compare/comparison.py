@@ -30,7 +30,6 @@ from ..data import Dataset, hand, load
 from ..engine.learn import held_out
 from ..engine.records import Records
 from ..figures import encode
-from ..results.writers import Writer, writers
 from ..rundir import Record, RunDirectory, RunError, environment, number
 from ..terminal import counted
 from ..training import syncs
@@ -54,6 +53,7 @@ from ..training.trainer import (
     set_devices,
     turns,
 )
+from ..writers import Writer, writers
 from . import figures, kept, remote, tuning
 from .config import Compare
 from .rates import best, diverged, largest_stable

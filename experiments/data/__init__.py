@@ -211,7 +211,8 @@ def own(name: str, reading: Reading | None = None) -> Dataset:
     except ValueError as error:
         raise DataError(str(error)) from error
     classes = 1 + int(max(arrays[half].max() for half in ("train_labels", "test_labels")))
-    return Dataset(name, **arrays, classes=classes, origin="one's own", checksum=checksum(arrays))
+    sha256 = checksum(arrays)
+    return Dataset(name, **arrays, classes=classes, origin="one's own", checksum=sha256, text=None)
 
 
 def _no_set(name: str, given: str, expected: str) -> ValueError:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, cast
 
 import flax.linen as nn
 import jax
@@ -92,7 +92,7 @@ def _class_of(name: str, make: Any) -> type[Network]:
     while isinstance(found, functools.partial):
         found = found.func
     if isinstance(found, type) and issubclass(found, nn.Module) and hasattr(found, "carriers"):
-        return found
+        return cast(type[Network], found)  # `python -m experiments` has a Network of its own
     expected = "a subclass of normlab.experiments.models.Network, or a functools.partial of one"
     raise invalid("models", f"{name!r}, which is {found!r}", expected, "derive it from Network")
 

@@ -10,9 +10,9 @@ import pandas as pd
 
 from ..rundir import RunError
 from ..terminal import outcome, print_paths, rows_table, saying, show
+from ..writers import writers
 from . import frames
 from .config import Export
-from .writers import writers
 
 
 def run(config: Export) -> int:

@@ -8,8 +8,8 @@ from typing import Annotated
 
 import tyro
 
+from .. import writers
 from ..rundir import RunError
-from . import writers
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,10 +8,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from .config import Augmentation
 
-
-def augment(kinds: Sequence[Augmentation], key: Array, images: Array) -> Array:
+def augment(kinds: Sequence[str], key: Array, images: Array) -> Array:
     """Images `[N, H, W, K]` changed at random, each by itself.
 
     Args:

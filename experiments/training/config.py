@@ -13,8 +13,8 @@ import tyro
 
 import normlab as nl
 
+from .. import writers
 from ..data import NAMES, TEXTS, Dataset, Reading, Unit, is_own
-from ..results import writers
 from ..rundir import RunError, default_path, words
 from .again import parsed
 

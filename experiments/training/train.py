@@ -29,8 +29,8 @@ import normlab as nl
 
 from .. import models
 from ..data import Dataset, load
-from ..results.writers import writers
 from ..rundir import Record, RunDirectory, RunError, environment
+from ..writers import writers
 from . import processes, syncs
 from .again import check_directory
 from .augment import augment

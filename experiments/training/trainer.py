@@ -34,7 +34,7 @@ from normlab.devices.mapped import vary
 from .. import models
 from ..data import Dataset
 from ..rundir import RunError
-from .augment import Augmentation, augment
+from .augment import augment
 from .tasks import Evaluation, Task
 
 AXIS = "data"
@@ -89,7 +89,7 @@ class Trainer:
         form: Form = "pmap",
         delayed: nl.Sync | None = None,
         microbatches: int = 1,
-        augment: Sequence[Augmentation] = (),
+        augment: Sequence[str] = (),
         parts: bool = True,
     ) -> None:
         self.model, self.optimizer, self.data = model, optimizer, data

@@ -18,8 +18,28 @@ def test_links_and_files_that_are_named_exist(document):
     text = (ROOT / document).read_text()
     for target in re.findall(r"\]\((?!http)([^)#]+)\)", text):
         assert ((ROOT / document).parent / target).exists(), target
-    for target in re.findall(r"`(tests/[\w./]+|experiments/[\w./]+)`", text):
-        assert (ROOT / target).exists(), target
+    for target in re.findall(r"`tests/[\w./]+`|`experiments/[\w./]+`", text):
+        path = ROOT / target.strip("`")  # or, in the sdist, the package
+        assert path.exists() or (ROOT / "normlab" / target.strip("`")).exists(), target
+
+
+def test_the_readmes_links_are_whole_and_lead_to_pages_and_pictures_of_this_tree():
+    """A package index shows the page too, and knows no relative links."""
+    text = (ROOT / "README.md").read_text()
+    targets = re.findall(r"\]\(([^)#]+)", text)
+    assert len(targets) > 10
+    for target in targets:
+        if page := re.fullmatch(r"https://normlab\.github\.io/normlab/(.+)\.html", target):
+            paths = [ROOT / f"docs/{page[1]}{end}" for end in (".md", ".html", ".ipynb")]
+            assert any(path.is_file() for path in paths), target
+        else:
+            file = re.fullmatch(
+                r"https://(?:raw\.githubusercontent\.com|github\.com)/normlab/normlab/"
+                r"(?:blob/)?main/(.+)",
+                target,
+            )
+            assert file, target
+            assert (ROOT / file[1]).is_file(), target
 
 
 @pytest.mark.parametrize("document", ["docs/quickstart.md", *HOWTOS])

@@ -10,11 +10,12 @@ from normlab import experiments
 FLOORS = (
     {"__main__"},
     {"console"},
-    {"asking", "bench", "redraw"},
+    {"results"},
+    {"asking", "bench", "listing", "redraw"},
     {"questions", "compare", "depth", "programs"},
     {"engine", "numerics"},
     {"training"},
-    {"cluster", "data", "figures", "grids", "models"},
+    {"cluster", "data", "figures", "grids", "models", "writers"},
     {"rundir", "terminal"},
 )
 EXPERIMENTS = Path(experiments.__file__).resolve().parent

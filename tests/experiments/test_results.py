@@ -15,12 +15,11 @@ import pytest
 from rich.cells import cell_len
 from rich.table import Table
 
-from experiments import console as cli
-from experiments import load, terminal
-from experiments.asking.kept import verdict_json
-from experiments.engine.verdict import decide
-from experiments.results import writers
-from experiments.rundir import RunError
+from normlab.experiments import console as cli
+from normlab.experiments import load, terminal, writers
+from normlab.experiments.asking.kept import verdict_json
+from normlab.experiments.engine.verdict import decide
+from normlab.experiments.rundir import RunError
 
 DOCS = Path(__file__).resolve().parents[2] / "docs" / "reference" / "results.md"
 IDS = ("norm", "scheme", "lr", "seed", "step")
@@ -354,7 +353,7 @@ class TestTables:
             "ledger": ["ledger", "--model", "mlp", "--widths", "6", "--devices", "2"],
             "run": ["run", "identity", "--jobs", "0", "--run-dir", str(ran("depth").path.parent)],
         }.get(command, command.split())
-        monkeypatch.setattr("experiments.numerics.invariances.rows", moves)
+        monkeypatch.setattr("normlab.experiments.numerics.invariances.rows", moves)
         tables = []
         monkeypatch.setattr(terminal, "_print_markdown", lambda *told: tables.append(told))
         assert cli.main([*words, "--markdown"]) == 0
@@ -409,7 +408,7 @@ class TestTables:
 
 
 def moves(config):
-    from experiments.numerics.invariances import SPREADS
+    from normlab.experiments.numerics.invariances import SPREADS
 
     moved = {f"{spread:.0e}": 1e-7 / spread for spread in SPREADS}
     yield {"norm": "batch", "change": "weights rescaled", "moves": moved, "breaks_at": 1e-3}

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from ..rundir import Record, RunError
+from .rundir import Record, RunError
 
 Name = Literal["tensorboard", "wandb"]
 """What `--log` takes."""
