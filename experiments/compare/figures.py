@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterable, Sequence
 
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter, SymmetricalLogLocator
+from matplotlib.ticker import EngFormatter, NullLocator, SymmetricalLogLocator
 
 import normlab as nl
 
@@ -89,6 +90,9 @@ def rates(last: Records, title: str, task: Task) -> Figure:
         lost = [r["lr"] for r in last if r["net"] == name and diverged(r, task.uninformed)]
         axes.plot(lost, [task.chance] * len(lost), "x", color=style["color"], alpha=0.7)
     axes.set(xscale="log", xlabel="learning rate", ylabel=task.score.drawn)
+    tried = sorted({r["lr"] for r in last})
+    axes.set_xticks(tried, [f"{lr:g}" for lr in tried])
+    axes.xaxis.set_minor_locator(NullLocator())
     said = "median seed, band of all seeds\ncrosses: worse than the dotted line, or not finite"
     axes.set_title(said, fontsize=9, loc="left")
     _chance(axes, task)
@@ -155,9 +159,9 @@ def last_layer(records: Records, title: str) -> Figure:
     handles, names = grid[0, 0].get_legend_handles_labels()
     columns = min(4, len(names))
     figure.legend(
-        handles, names, loc="outside upper center", ncols=columns, frameon=False, fontsize=12
+        handles, names, loc="outside lower center", ncols=columns, frameon=False, fontsize=12
     )
-    figure.suptitle(title, fontsize=10)
+    figure.suptitle(textwrap.fill(title, 60), fontsize=11)
     return figure
 
 
