@@ -12,6 +12,7 @@ import dataclasses
 import difflib
 import functools
 import importlib
+import importlib.metadata
 import shlex
 import sys
 from collections.abc import Callable, Sequence
@@ -135,6 +136,8 @@ def _parser() -> argparse.ArgumentParser:
         prog=PROGRAM,
         description="Compare normalizations on real data. Each command has its own --help.",
     )
+    version = importlib.metadata.version("normlab")
+    parser.add_argument("--version", action="version", version=f"normlab {version}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name, (_, sentence) in COMMANDS.items():
         commands.add_parser(name, help=sentence, add_help=False)

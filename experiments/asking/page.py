@@ -16,9 +16,10 @@ from typing import Any, NamedTuple
 import jinja2
 from markupsafe import Markup, escape
 
+from .. import questions
 from ..engine.verdict import CONFIDENCE, Kind, Verdict
 from ..rundir import RunError
-from ..terminal import PROGRAM
+from ..terminal import PROGRAM, counted
 from .findings import Told
 from .numbers import SYMBOLS, asked_size, duration, estimate, number, p_value, threshold
 from .references import READ, Entry
@@ -125,6 +126,11 @@ def page(
             summary=summary(sections),
             told=told,
             shared={"url": url, "image": picture and urllib.parse.urljoin(url, picture)},
+            own={
+                s.name: questions.path_of(s.name).name
+                for s in sections
+                if questions.own_module(s.name)
+            },
             code_at=f"{PROJECT}/blob/{commit if _COMMIT.fullmatch(commit) else 'main'}",
             project=PROJECT,
             script=Markup(script),
@@ -160,8 +166,8 @@ def summary(sections: Sequence[Section]) -> str:
     """
     found = collections.Counter(v.decision for s in sections for v in s.verdicts)
     return (
-        f"{found.total()} claims of {len(sections)} questions: {found['holds']} hold, "
-        f"{found['fails']} fail, {found['undecided']} undecided"
+        f"{counted(found.total(), 'claim')} of {counted(len(sections), 'question')}: "
+        f"{found['holds']} hold, {found['fails']} fail, {found['undecided']} undecided"
     )
 
 
@@ -190,6 +196,7 @@ def _engine() -> jinja2.Environment:
         lstrip_blocks=True,
     )
     engine.filters |= {
+        "counted": counted,
         "prose": prose,
         "code": code,
         "estimate": estimate,

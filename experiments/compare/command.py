@@ -203,7 +203,7 @@ def table(comparison: Outcome) -> Table:
         else:
             more = (
                 "–" if row["step_seconds"] is None else f"{1e3 * row['step_seconds']:.2f}",
-                "–" if row["norm_share"] is None else f"{row['norm_share']:.0%}",
+                "–" if (share := row["norm_share"]) is None or share < 0 else f"{share:.0%}",
             )
         reached = row["steps_to_target"]
         result.add_row(
@@ -223,8 +223,8 @@ def table(comparison: Outcome) -> Table:
         if config.tried
         else "A step trains all seeds. Time in the norm: 1 − (step without a norm / step with it)."
     )
-    if any((row["norm_share"] or 0) < 0 for row in comparison.summary()):
-        result.caption += " Below 0 it is smaller than the noise of the times."
+    if not config.tried and any((row["norm_share"] or 0) < 0 for row in comparison.summary()):
+        result.caption += " Where it is less than the noise of the times, – stands."
     return result
 
 

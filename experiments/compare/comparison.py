@@ -166,7 +166,7 @@ class Lane(Track):
 
 @dataclasses.dataclass(frozen=True)
 class Turn:
-    """What a listener hears after a norm's turn; the score is that of its best rate and seed."""
+    """What a listener hears after a norm's turn; the score is the seeds' mean at its best rate."""
 
     norm: str
     step: int
@@ -412,8 +412,12 @@ class Comparison(Outcome):
         elif found.at is not None:
             self.checkpoints.save(lane.name, found.at)
         score = self.task.score
-        alive = [r[score.key] for r in found.records if r["test_loss"] is not None]
-        return Turn(lane.name, found.step, found.loss, score.best(alive, default=None))
+        alive: dict[float, list[float]] = {}
+        for r in found.records:
+            if r["test_loss"] is not None:
+                alive.setdefault(r["lr"], []).append(r[score.key])
+        means = [statistics.fmean(seeds) for seeds in alive.values()]
+        return Turn(lane.name, found.step, found.loss, score.best(means, default=None))
 
 
 def lanes(

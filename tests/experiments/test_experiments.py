@@ -561,13 +561,13 @@ class TestBadInput:
             ["bash", "-c", command], cwd=ROOT, capture_output=True, text=True, timeout=120
         )
         assert done.returncode == cli.EXIT_USAGE, done.stderr
-        assert "metrics.jsonl" in done.stderr
+        assert f"cannot write {out / 'checkpoints'}" in done.stderr
         assert "Traceback" not in done.stderr
         assert "none" in done.stdout
         assert "stopped after" in " ".join(done.stdout.split())
         lines = (out / "metrics.jsonl").read_text().splitlines()
         assert len(lines) > 10
-        assert all(json.loads(line) for line in lines[:-1])  # the last one was cut by the disk
+        assert all(json.loads(line) for line in lines)
 
     def test_an_interrupted_compilation_leaves_no_directory(self, tmp_path, monkeypatch, capsys):
         def interrupt(*_):
@@ -687,7 +687,9 @@ class TestCommandLine:
             told = {id(n.value) for n in words if isinstance(n, ast.Expr)}  # documentation
             for node in words:
                 if isinstance(node, ast.Constant) and id(node) not in told:
-                    assert not re.search(r"-m experiments|experiments\.", str(node.value)), path
+                    assert not re.search(
+                        r"-m experiments|(?<!normlab\.)experiments\.", str(node.value)
+                    ), path
 
 
 # The tables.
