@@ -272,7 +272,7 @@ class TestOps:
             assert text in printed
         result = json.loads((out / "ops.json").read_text())
         assert result["complete"]
-        assert result["config"]["ops"] == ["rms"]
+        assert result["config"]["norms"] == ["rms"]
         assert result["environment"]["jax"]["variables"]["MALLOC_MMAP_MAX_"] == "0"
         assert result["environment"]["jax"]["backend"] == "cpu"  # where torch would compute, too
         assert result["environment"]["packages"]["flax"]
@@ -316,7 +316,7 @@ class TestOps:
 
     def test_stopping_keeps_the_cases_that_were_done(self, tmp_path):
         config = BenchOps(
-            ops=("rms",), shapes=("dense",), dtypes=("float32",), peers=(), rounds=1,
+            norms=("rms",), shapes=("dense",), dtypes=("float32",), peers=(), rounds=1,
             turn_ms=0.1, run_dir=tmp_path / "run",
         )  # fmt: skip
         ops = bench_ops.Ops(config)

@@ -125,7 +125,7 @@ def test_every_question_says_what_it_asks(name):
     told = questions.describe(name)
     assert told["question"].endswith("?")
     assert set(told) - {"Found"} == {"question", "Claim", "Source", "Protocol", "Command"}
-    assert told["Command"] == f"python -m experiments run {name}"
+    assert told["Command"] == f"normlab run {name}"
     assert "https://" in told["Source"]
     assert question.QUICK.seeds >= 3
     assert question.QUICK != question.FULL
