@@ -1,6 +1,6 @@
 """The bytes that compiled programs move, with each library's norm in the same place.
 
-    normlab bench bytes    # the compilers: pip install -e '.[tpu,cuda]'
+    normlab bench bytes    # the compilers: pip install 'normlab[tpu,cuda]'
 
 Each target has a process of its own, which compiles ahead of time (`compiled`), so no accelerator
 need be here. What a program moves is read from it by `experiments.programs.passes.moves`, where it

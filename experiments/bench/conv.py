@@ -1,6 +1,6 @@
 """What a convolution costs on a CPU: the forms the experiments could use, beside PyTorch.
 
-    normlab bench conv    # needs torch: pip install -e '.[peers]'
+    normlab bench conv    # needs torch: pip install 'normlab[peers]'
 
 A turn is a scan over training steps of one 3×3 convolution per seed, forward and backward by image
 and kernel, on the cores that a worker of the questions has. PyTorch does the same in an eager loop

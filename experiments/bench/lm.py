@@ -1,6 +1,6 @@
 """What training the small language model costs, beside PyTorch, and what its norms take of it.
 
-    normlab bench lm         # peers need torch: pip install -e '.[peers]'
+    normlab bench lm         # peers need torch: pip install 'normlab[peers]'
     normlab bench compile    # scanned over its blocks, and written out
 
 All contestants train the same pre-norm model with RMS norm and AdamW, from the same weights on the

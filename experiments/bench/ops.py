@@ -1,6 +1,6 @@
 """What each op costs: normlab beside Flax, Haiku, Equinox and PyTorch, in one run.
 
-    normlab bench ops    # the peers: pip install -e '.[peers]'
+    normlab bench ops    # the peers: pip install 'normlab[peers]'
 
 Each family of libraries has a process of its own (`worker`), and the contestants of a case take
 turns across both. The floor is the traffic that no implementation can avoid, timed as a copy in the

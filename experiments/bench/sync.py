@@ -1,6 +1,6 @@
 """Synced batch norm beside flax's, haiku's and PyTorch's: its time, its variance, its collectives.
 
-    normlab bench sync             # the peers: pip install -e '.[peers]'
+    normlab bench sync             # the peers: pip install 'normlab[peers]'
     normlab bench sync --markdown  # the tables of docs/speed.md and docs/ledger.md
 
 The JAX libraries run in `shard_map`, over the devices of one process and over processes of one

@@ -1,6 +1,6 @@
 """What training costs: normlab in a scan beside an eager PyTorch loop, in one run, on the CPU.
 
-    normlab bench step       # needs torch: pip install -e '.[peers]'
+    normlab bench step       # needs torch: pip install 'normlab[peers]'
     normlab bench figure1
 
 Figure 1 of Ioffe & Szegedy 2015 (https://arxiv.org/abs/1502.03167) compares two nets on MNIST's

@@ -247,7 +247,7 @@ def import_tfds() -> Any:
     try:
         import tensorflow_datasets as tfds
     except ImportError as error:
-        raise DataError(f"{error}: pip install -e '.[experiments]'") from error
+        raise DataError(f"{error}: pip install 'normlab[experiments]'") from error
     tfds.disable_progress_bar()
     # Its only warning recommends to decode images with OpenCV.
     logging.getLogger("absl").addFilter(lambda record: "OpenCV" not in record.getMessage())

@@ -2,8 +2,8 @@
 
     normlab ledger --norms batch layer --sync all local groups=2
     normlab ledger --model resnet50 --norms batch flax
-    normlab ledger --topology v5p:16x16x24    # needs libtpu: pip install -e '.[tpu]'
-    normlab ledger --topology h100:1x128x8    # needs CUDA: pip install -e '.[cuda]'
+    normlab ledger --topology v5p:16x16x24    # needs libtpu: pip install 'normlab[tpu]'
+    normlab ledger --topology h100:1x128x8    # needs CUDA: pip install 'normlab[cuda]'
 
 A data-parallel step of plain SGD is compiled, for devices of this host or ahead of time for a
 machine that need not be here, and what its program says is listed: a row for each norm layer and

@@ -408,7 +408,7 @@ def in_a_process(target: str, *arguments, module: str = "test_accelerators"):
 
 def test_a_compiler_that_is_not_installed_is_named(monkeypatch):
     monkeypatch.setitem(machines.TARGETS, "tpu", "no_such.module")
-    with pytest.raises(Missing, match=r"pip install -c constraints\.txt -e '\.\[tpu\]'"):
+    with pytest.raises(Missing, match=r"pip install 'normlab\[tpu\]'"):
         place("tpu")
 
 
