@@ -208,7 +208,7 @@ with Cluster({nodes.address!r}) as cluster:
 
     def test_without_ray_it_says_what_to_install(self, monkeypatch):
         monkeypatch.setitem(sys.modules, "ray", None)
-        with pytest.raises(RunError, match=r"Ray is not installed .*-e '\.\[launch\]'"):
+        with pytest.raises(RunError, match=r"Ray is not installed .*'normlab\[launch\]'"):
             run(clusters.LOCAL, call("squares", 1))
 
 
