@@ -47,7 +47,7 @@ def runs_in(path: Path) -> Iterator[Path]:
 def of(path: Path) -> Callable[[Path], dict[str, Path]]:
     """What draws a run."""
     options = _read(path / "config.json")
-    if "seeds" in options and "evaluations" in options:
+    if "question" not in options and {"seeds", "evaluations"} <= {*options}:
         return comparison
     if "depth" in options and "schemes" in options:
         return depth

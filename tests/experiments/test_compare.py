@@ -358,3 +358,10 @@ class TestCommandLine:
         ):
             with pytest.raises(RunError, match=words):
                 Train(dataset="digits", model="mlp", **options)
+
+
+def test_figures_of_a_question_are_drawn_by_its_command(tmp_path, capsys):
+    config = {"question": "figure1", "seeds": 2, "evaluations": 1}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert cli.main(["figures", str(tmp_path)]) == cli.EXIT_USAGE
+    assert "Of a question run the same command again" in capsys.readouterr().err
