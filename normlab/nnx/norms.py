@@ -243,8 +243,9 @@ class RMSNorm(_Norm):
 
     >>> import jax.numpy as jnp
     >>> layer = RMSNorm(2, rngs=nnx.Rngs(0))
-    >>> print(layer(jnp.array([[1.0, 3.0]])).round(2))
-    [[0.45      1.3399999]]
+    >>> import numpy as np
+    >>> print(np.asarray(layer(jnp.array([[1.0, 3.0]]))).round(2))
+    [[0.45 1.34]]
     """
 
     reduction_axes: Axes
