@@ -145,10 +145,18 @@ def test_an_unknown_population_or_option_is_an_error_with_the_nearest():
         nl.population.init_population("frozen", C, dcay=0.5)
 
 
-@pytest.mark.parametrize("state", [5, jnp.zeros(3), (jnp.zeros(3), jnp.ones(3)), {"mean": 0}])
-def test_a_state_of_the_wrong_kind_is_an_error(state):
+@pytest.mark.parametrize(
+    ("state", "remedy"),
+    [
+        (5, "init_r"),
+        (jnp.zeros(3), "init_r"),
+        ((jnp.zeros(3), jnp.ones(3)), "init_r"),
+        ({"mean": 0}, r"restore_states\(states, restored\)"),
+    ],
+)
+def test_a_state_of_the_wrong_kind_is_an_error(state, remedy):
     with pytest.raises(
-        ValueError, match=r"batch norm: got a state of type .* a Population.*init_r"
+        ValueError, match=rf"batch norm: got a state of type .* a Population.*{remedy}"
     ):
         nl.batch_norm(array(BATCHES[0]), None, state, train=True)
 
