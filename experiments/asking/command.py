@@ -18,7 +18,7 @@ from .answers import answer_json, answers, print_answer, status
 from .config import Cost, Lock, Power, Report, Run, Verify
 from .cost import cost
 from .kept import as_json, verdict_json
-from .page import TITLE, page, summary
+from .page import page, summary, title
 from .power import power
 from .section import section
 from .sweep import sweep
@@ -84,7 +84,9 @@ def report(command: Report) -> int:
     opening, image = findings.tell(findings.read(), sections), out.with_suffix(".png")
     shared = {"told": opening, "picture": image.name, "url": command.url}
     whole[out] = page(sections, machine, known, links, link, **shared).encode()
-    whole[image] = figures.encode(findings.picture(TITLE, summary(sections), opening), "png")
+    shown = {"told": opening or findings.bare(sections), "intervals": not opening}
+    drawn = findings.picture(title(sections), summary(sections), **shown)
+    whole[image] = figures.encode(drawn, "png")
     if command.archive is not None:
         runs = [a.path for a in told if a.path is not None and not a.failed]
         whole[command.archive.expanduser().resolve()] = archive.pack(runs)

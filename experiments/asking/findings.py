@@ -152,6 +152,15 @@ def _told(finding: Finding, places: Mapping[str, tuple[Section, Verdict]]) -> To
     )
 
 
+def bare(sections: Iterable[Section]) -> tuple[Told, ...]:
+    """Each claim as a picture shows it where a report has no findings, in its own words."""
+    return tuple(
+        Told(v.claim.replace("`", ""), "", True, (panel([(v.claim, v)]),), (section,), ())
+        for section in sections
+        for v in section.verdicts
+    )
+
+
 def panel(named: Sequence[tuple[str, Verdict]]) -> Panel:
     """Effects of one unit and scale on one axis, which has all of them and their bounds on it.
 
@@ -212,29 +221,41 @@ def _ticks(low: float, high: float, geometric: bool) -> list[float]:
     return [float(x) for x in LogLocator(subs=subs, numticks=20).tick_values(*ends)]
 
 
-def picture(title: str, counts: str, told: Sequence[Told]) -> Figure:
+def picture(title: str, counts: str, told: Sequence[Told], *, intervals: bool = False) -> Figure:
     """The first findings as a picture to share, which a phone shows at a third of its size.
 
     Args:
       title: That of the page.
       counts: How the claims came out, in words.
-      told: The findings; three are drawn, each with its first effect.
+      told: The findings, or claims; three are drawn, each with its first effect.
+      intervals: Whether the interval of the effect is there in numbers too.
     """
     figure = Figure(figsize=(8, 4.2), facecolor="#fffefb")  # 1200 × 630 pixels
-    figure.text(0.04, 0.945, title, fontsize=23, fontweight="bold", va="top", color="#1c1b19")
-    figure.text(0.04, 0.83, counts, fontsize=15.5, va="top", color="#5f5b53")
+    head = {"va": "top", "parse_math": False}
+    titled = textwrap.wrap(title, 56, max_lines=2, placeholder=" …")
+    large = len(title) < 45
+    figure.text(
+        *(0.04, 0.945 if large else 0.97, title if large else "\n".join(titled)),
+        **{"fontsize": 23 if large else 16, "weight": "bold", "color": "#1c1b19", **head},
+    )
+    figure.text(0.04, 0.83, counts, fontsize=15.5, color="#5f5b53", **head)
     for at, finding in enumerate(told[:3]):
         top = 0.725 - 0.235 * at
-        words = textwrap.fill(finding.title, 60)
-        figure.text(0.04, top, words, fontsize=15, va="top", color="#1c1b19", linespacing=1.15)
+        lines = textwrap.wrap(finding.title, 60, max_lines=2, placeholder=" …")
+        words = "\n".join(lines)
+        figure.text(0.04, top, words, fontsize=15, color="#1c1b19", linespacing=1.15, **head)
         strip, nothing = finding.panels[0].strips[0], finding.panels[0].nothing
         axes = figure.add_axes((0.04, top - 0.195, 0.40, 0.055))
         _draw(axes, strip, nothing)
         v = strip.verdict
-        said = " ".join(f"{estimate(v)[0]} {v.unit}  {SYMBOLS[v.decision]} {v.decision}".split())
+        effect, interval = estimate(v)
+        parts = (effect, v.unit, interval if intervals else "", SYMBOLS[v.decision])
+        said = " ".join([*filter(None, parts), v.decision])
         figure.text(
             *(0.47, top - 0.167, said),
-            **{"fontsize": 15, "va": "center", "weight": "bold", "color": COLOURS[v.decision]},
+            fontsize=min(15.0, 15.0 * 31 / len(said)),
+            **{"va": "center", "weight": "bold", "color": COLOURS[v.decision]},
+            parse_math=False,
         )
     return figure
 

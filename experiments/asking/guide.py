@@ -18,9 +18,8 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from .. import figures
+from .. import figures, pages
 from .numbers import SYMBOLS, estimate
-from .page import image
 
 _HERE = Path(__file__).parent
 _DOCUMENT = re.compile(r'<a href="([a-z-]+\.md)">[^<]*</a>')
@@ -183,10 +182,9 @@ def as_page(words: str, picture: str, svg: str) -> str:
       svg: The figure.
     """
     body = markdown_it.MarkdownIt("commonmark").enable("table").render(words)
-    body = body.replace(f'src="{picture}"', f'src="{image(svg)}"')
+    body = body.replace(f'src="{picture}"', f'src="{pages.image(svg)}"')
     body = _DOCUMENT.sub(r"<code>docs/\1</code>", body)  # which lies elsewhere
-    engine = jinja2.Environment(loader=jinja2.FileSystemLoader(_HERE), autoescape=True)
-    return engine.get_template("guide.html.j2").render(body=body)
+    return pages.engine(_HERE).get_template("guide.html.j2").render(body=body)
 
 
 def files(claims: pd.DataFrame, page: str, name: str) -> dict[str, bytes]:

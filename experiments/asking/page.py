@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import collections
 import hashlib
-import json
 import re
 import typing
 import urllib.parse
@@ -14,10 +13,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jinja2
-from markupsafe import Markup, escape
+from markupsafe import Markup
 
-from .. import questions
+from .. import pages, questions
 from ..engine.verdict import CONFIDENCE, Kind, Verdict
+from ..pages import PROJECT, Shared
 from ..rundir import RunError
 from ..terminal import PROGRAM, counted
 from .findings import Told
@@ -26,9 +26,6 @@ from .references import READ, Entry
 from .section import UNSEEN, Adjusted, Section, families
 
 TITLE = "Normalization: the claims, tested"
-
-PROJECT = "https://github.com/normlab/normlab"
-"""Where the code is."""
 
 KINDS: dict[Kind, str] = {
     "identity": "is so exactly or up to rounding",
@@ -47,10 +44,6 @@ INTERVALS = {
 _HERE = Path(__file__).parent
 _TEMPLATE = "page.html.j2"
 _COMMIT = re.compile(r"[0-9a-f]{7,40}")
-_LINK = re.compile(r"https?://[^\s<>()]*[^\s<>().,;:]")
-_CODE = re.compile(r"`([^`]+)`")
-_AS_THEY_ARE = " !$()*,/:;=?@[]^{|}+"
-"""What a data URI may hold besides letters and digits."""
 
 
 class Count(NamedTuple):
@@ -118,14 +111,21 @@ def page(
     )
     script = (_HERE / "page.js").read_text(encoding="utf-8")
     commit = environment["commit"] or ""
+    said = summary(sections)
     return (
         _engine()
         .get_template(_TEMPLATE)
         .render(
-            title=TITLE,
-            summary=summary(sections),
+            title=title(sections),
             told=told,
-            shared={"url": url, "image": picture and urllib.parse.urljoin(url, picture)},
+            shared=Shared(
+                description=f"{said}. What the literature says of normalization, judged by "
+                "effects over random seeds.",
+                short=f"{said}.",
+                image=picture and urllib.parse.urljoin(url, picture),
+                image_alt=f"{said}; the first findings, each with an effect",
+                url=url,
+            ),
             own={
                 s.name: questions.path_of(s.name).name
                 for s in sections
@@ -158,6 +158,13 @@ def page(
     )
 
 
+def title(sections: Sequence[Section]) -> str:
+    """That of the page: of one question of one's own the question."""
+    if len(sections) == 1 and questions.own_module(sections[0].name):
+        return sections[0].text["question"]
+    return TITLE
+
+
 def summary(sections: Sequence[Section]) -> str:
     """How the claims came out, in a line.
 
@@ -188,17 +195,8 @@ def _by_kind(sections: Sequence[Section], family: Mapping[str, Adjusted]) -> Ite
 
 
 def _engine() -> jinja2.Environment:
-    engine = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(_HERE),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    engine = pages.engine(_HERE)
     engine.filters |= {
-        "counted": counted,
-        "prose": prose,
-        "code": code,
         "estimate": estimate,
         "threshold": threshold,
         "asked_size": asked_size,
@@ -206,38 +204,5 @@ def _engine() -> jinja2.Environment:
         "number": number,
         "duration": duration,
         "percent": lambda share: f"{100 * share:.2f}%",
-        "image": image,
-        "size": size,
-        "json": lambda value: json.dumps(value, ensure_ascii=False, default=str),
     }
     return engine
-
-
-def prose(text: str) -> Markup:
-    """The text with its links to be followed (arXiv by its number) and `code` set as such."""
-    return Markup(_LINK.sub(_anchor, code(text)))
-
-
-def code(text: str) -> Markup:
-    """The text with `code` set as such."""
-    return Markup(_CODE.sub(r"<code>\1</code>", str(escape(text))))
-
-
-def _anchor(match: re.Match[str]) -> str:
-    address = match[0]
-    label = re.sub(r"^https?://arxiv\.org/abs/", "arXiv:", address)
-    return f'<a href="{address}">{label}</a>'
-
-
-def image(svg: str) -> str:
-    """The figure as an address: an image of its own, whose ids meet no other figure's."""
-    content = " ".join(svg[svg.index("<svg") :].split())
-    return "data:image/svg+xml," + urllib.parse.quote(content, _AS_THEY_ARE)
-
-
-def size(svg: str) -> tuple[int, int]:
-    """Width and height in pixels of CSS, which has 96 to the inch and matplotlib 72."""
-    found = re.search(r'viewBox="0 0 (\S+) (\S+)"', svg)
-    if found is None:
-        raise RunError("a figure of the report has no viewBox; give an SVG that matplotlib wrote.")
-    return round(float(found[1]) * 4 / 3), round(float(found[2]) * 4 / 3)
