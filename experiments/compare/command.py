@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
 
 from rich.markup import escape
 from rich.progress import (
@@ -21,7 +20,6 @@ from ..terminal import (
     EXIT_INTERRUPTED,
     EXIT_MISSING,
     EXIT_TERMINATED,
-    counted,
     errors,
     log,
     outcome,
@@ -35,12 +33,13 @@ from ..terminal import (
     terminable,
 )
 from ..training.again import check_directory
+from ..training.tasks import Score
 from ..training.trainer import set_devices
-from . import figures
-from .comparison import Comparison, Outcome
+from .comparison import Comparison
 from .config import Compare
-from .rates import Stable
+from .page import PAGE, sweep_page
 from .sweep import Sweep
+from .tables import Tabled, remarks, tabled, tabled_sweep
 
 __all__ = ["Compare", "run"]
 
@@ -56,7 +55,7 @@ def run_one(config: Compare) -> int:
     with saying("starting") as say:
         comparison = Comparison(config, say=say)
     exit_status = follow(comparison)
-    show(table(comparison))
+    show(table(tabled(comparison)))
     for said in remarks(comparison):
         remark(said)
     paths = comparison.finish()
@@ -126,9 +125,8 @@ def run_sweep(sweep: Sweep) -> int:
     name = f"compare-sweep-{first.dataset}-{first.model}"
     directory = RunDirectory(sweep.run_dir, name, again=sweep.run_dir is not None)
     directory.write_json("config.json", sweep.as_json())
-    rows: list[Record] = []
     told: list[Record] = []
-    score = None
+    scores: list[Score] = []
     for i, point in enumerate(sweep.points, 1):
         log(f"{point.name} ({i} of {len(sweep.points)})")
         config = dataclasses.replace(point.config, run_dir=directory.path / point.name)
@@ -144,114 +142,30 @@ def run_sweep(sweep: Sweep) -> int:
         complete = not any(lane.goes_on for lane in comparison.lanes)
         told.append({"values": point.values, "run": point.name, "complete": complete})
         told[-1]["norms"] = found
-        score = comparison.task.score
-        rows += [{"point": point, "score": score, **row} for row in figures.named(found)]
+        scores.append(comparison.task.score)
         exit_status = exit_status or status
         if status in (EXIT_INTERRUPTED, EXIT_TERMINATED):
             break
     complete = len(told) == len(sweep.points) and all(point["complete"] for point in told)
     done = {"complete": complete, "points": told}
     paths = {"summary": directory.write_json("summary.json", done)}
-    if rows:
-        show(sweep_table(sweep, rows), head=1 + len(sweep.points[0].values))
+    if told:
+        seeds = [point.config.seeds for point in sweep.points]
+        shown = tabled_sweep(told, scores, len(sweep.points), seeds)
+        show(table(shown), head=shown.names)
+        paths["page"] = directory.write_bytes(PAGE, sweep_page(directory.path).encode())
     outcome(**done)
     print_paths({"run": directory.path, **paths})
     return exit_status
 
 
-def sweep_table(sweep: Sweep, rows: Sequence[Record]) -> Table:
-    """A row for each norm at each point."""
-    scores = dict.fromkeys(row["score"] for row in rows)  # a data set may be swept
-    result = Table(title=f"{len(sweep.points)} points")
-    for field in sweep.points[0].values:
-        result.add_column(field)
-    result.add_column("norm")
-    result.add_column("rate", justify="right", no_wrap=True)
-    for score in scores:
-        result.add_column(f"{score.name} {score.unit}".strip(), justify="right", no_wrap=True)
-    for row in rows:
-        cells = [
-            _spread(s.factor, row[f"{s.key}_mean"], row[f"{s.key}_sd"]) if s == row["score"] else ""
-            for s in scores
-        ]
-        values = map(escape, row["point"].values.values())
-        result.add_row(*values, row["net"], f"{row['lr']:g}", *cells)
-    seeds = {point.config.seeds for point in sweep.points}
-    many = counted(min(seeds), "seed") if len(seeds) == 1 else "the seeds"
-    result.caption = f"mean ± standard deviation over {many}, or those that did not diverge."
+def table(shown: Tabled) -> Table:
+    """A table for the terminal."""
+    result = Table(title=escape(shown.title), caption=escape(shown.caption))
+    for place, heading in enumerate(shown.headings):
+        number = place >= shown.names
+        justify = "right" if number else "left"
+        result.add_column(escape(heading), justify=justify, no_wrap=number)
+    for row in shown.rows:
+        result.add_row(*map(escape, row))
     return result
-
-
-def table(comparison: Outcome) -> Table:
-    """The result, a row per norm."""
-    config, score = comparison.config, comparison.task.score
-    result = Table(title=f"{config.dataset}, {config.model}, {config.sync} statistics")
-    result.add_column("norm")
-    rates = ("best rate", "largest stable rate")
-    own = config.tune or config.lr_of
-    for heading in (
-        f"{score.name} {score.unit}".strip(),
-        f"steps to {score.factor * comparison.target:g}{score.unit}",
-        *(("rate",) if own else ()),
-        *(rates if config.tried else ("ms per step", "time in the norm")),
-    ):
-        result.add_column(heading, justify="right", no_wrap=True)
-    for row in figures.named(comparison.summary()):
-        mean, sd = (row[f"{score.key}_{of}"] for of in ("mean", "sd"))
-        if config.tried:
-            more = f"{row['lr']:g}", str(Stable(**row["largest_stable_rate"]))
-        else:
-            more = (
-                "–" if row["step_seconds"] is None else f"{1e3 * row['step_seconds']:.2f}",
-                "–" if (share := row["norm_share"]) is None or share < 0 else f"{share:.0%}",
-            )
-        reached = row["steps_to_target"]
-        result.add_row(
-            row["net"],
-            _spread(score.factor, mean, sd),
-            "–" if reached is None else f"{reached:g}",
-            *((f"{row['lr']:g}",) if own else ()),
-            *more,
-        )
-    result.caption = (
-        f"mean ± standard deviation over {counted(config.seeds, 'seed')}, or those "
-        "that did not diverge; medians. "
-        f"Measured every {config.steps / config.evaluations:g} steps. "
-    ) + (
-        "From the best rate up to the largest stable one no run diverged; at the one in brackets "
-        "one did."
-        if config.tried
-        else "A step trains all seeds. Time in the norm: 1 − (step without a norm / step with it)."
-    )
-    if not config.tried and any((row["norm_share"] or 0) < 0 for row in comparison.summary()):
-        result.caption += " Where it is less than the noise of the times, – stands."
-    return result
-
-
-def remarks(comparison: Outcome) -> list[str]:
-    """What the table does not show: seeds that diverged, norms that were stopped early."""
-    said = []
-    for row in figures.named(comparison.summary()):
-        edge = row.get("tuning", {}).get("edge")
-        if edge:
-            tried = ", ".join(f"{lr:g}" for lr in sorted(row["tuning"]["rates"]))
-            said.append(
-                f"{row['net']}: the rate {row['lr']:g} is the {edge} that was tried ({tried})"
-            )
-        for seed, step in row["diverged"].items():
-            said.append(f"{row['net']}: the loss of seed {seed} was not finite at step {step}")
-        if row["step"] < comparison.config.steps:
-            said.append(f"{row['net']}: stopped after {row['step']} steps")
-            continue
-        for seed in row["above_chance"]:
-            if str(seed) not in row["diverged"]:
-                chance = comparison.task.score.chance
-                said.append(f"{row['net']}: the loss of seed {seed} ended above that of {chance}")
-    return said
-
-
-def _spread(factor: float, mean: float | None, sd: float | None) -> str:
-    if mean is None:
-        return "–"
-    digits = 2 if factor > 1 else 3 if mean < 100 else 0
-    return f"{factor * mean:.{digits}f}" + ("" if sd is None else f" ± {factor * sd:.{digits}f}")

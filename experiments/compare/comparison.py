@@ -56,6 +56,7 @@ from ..training.trainer import (
 from ..writers import Writer, writers
 from . import figures, kept, remote, tuning
 from .config import Compare
+from .page import PAGE, page
 from .rates import best, diverged, largest_stable
 
 
@@ -283,7 +284,7 @@ class Outcome:
         return {"summary": self.run_dir.write_json("summary.json", done), **self.draw()}
 
     def draw(self) -> dict[str, Path]:
-        """Writes the figures; returns their paths."""
+        """Writes the figures and the page that has them; returns their paths."""
         config = self.config
         title = (
             f"{config.dataset}, {config.model}, batch {config.batch_size} over "
@@ -311,7 +312,7 @@ class Outcome:
             for kind in ("png", "svg"):
                 file = f"{name}.{kind}"
                 paths[file] = self.run_dir.write_bytes(file, encode(figure, kind))
-        return paths
+        return {**paths, "page": self.run_dir.write_bytes(PAGE, page(self, [*drawn]).encode())}
 
 
 class Comparison(Outcome):

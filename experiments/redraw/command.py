@@ -9,6 +9,7 @@ from typing import Any
 
 from ..compare.comparison import Outcome
 from ..compare.config import Compare
+from ..compare.page import PAGE, sweep_page
 from ..depth.command import title
 from ..depth.config import Depth
 from ..depth.figure import picture
@@ -24,10 +25,15 @@ from .config import Figures
 def run(config: Figures) -> int:
     """Draws, and prints where the figures are."""
     drawn: dict[str, Path] = {}
-    for path in config.runs:
-        for run in runs_in(path.expanduser()):
+    for path in map(Path.expanduser, config.runs):
+        for run in runs_in(path):
             for name, file in of(run)(run).items():
                 drawn[f"{run.name}/{name}"] = file
+        if "sweep" in _read(path / "config.json"):
+            content = sweep_page(path).encode()
+            drawn[f"{path.name}/page"] = RunDirectory(path, "", again=True).write_bytes(
+                PAGE, content
+            )
     outcome(figures=drawn)
     print_paths(drawn)
     return 0
@@ -58,7 +64,7 @@ def of(path: Path) -> Callable[[Path], dict[str, Path]]:
 
 
 def comparison(path: Path) -> dict[str, Path]:
-    """Draws those of `compare`."""
+    """Draws those of `compare`, and writes its page."""
     config = read_config(Compare, path)
     told = _read(path / "environment.json").get("task")
     if told is None:

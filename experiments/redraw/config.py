@@ -13,7 +13,7 @@ from ..rundir import RunError
 
 @dataclasses.dataclass(frozen=True)
 class Figures:
-    """Draw the figures of runs again, from their directories.
+    """Draw the figures of runs again, from their directories, and the page of a comparison.
 
     Nothing is trained, and no data set is needed.
     """

@@ -24,9 +24,9 @@ import pytest
 import normlab as nl
 from normlab.experiments import console as cli
 from normlab.experiments import figures, models
-from normlab.experiments.compare.command import remarks
 from normlab.experiments.compare.comparison import Comparison
 from normlab.experiments.compare.config import COMMON, Compare
+from normlab.experiments.compare.tables import remarks
 from normlab.experiments.data import Dataset
 from normlab.experiments.engine import Records
 from normlab.experiments.numerics import family
