@@ -12,7 +12,7 @@ import textwrap
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -231,13 +231,13 @@ def picture(title: str, counts: str, told: Sequence[Told], *, intervals: bool = 
       intervals: Whether the interval of the effect is there in numbers too.
     """
     figure = Figure(figsize=(8, 4.2), facecolor="#fffefb")  # 1200 × 630 pixels
-    head = {"va": "top", "parse_math": False}
+    head: dict[str, Any] = {"va": "top", "parse_math": False}
     titled = textwrap.wrap(title, 56, max_lines=2, placeholder=" …")
     large = len(title) < 45
-    figure.text(
-        *(0.04, 0.945 if large else 0.97, title if large else "\n".join(titled)),
-        **{"fontsize": 23 if large else 16, "weight": "bold", "color": "#1c1b19", **head},
-    )
+    words = title if large else "\n".join(titled)
+    size = 23 if large else 16
+    bold: dict[str, Any] = {"fontsize": size, "weight": "bold", "color": "#1c1b19", **head}
+    figure.text(0.04, 0.945 if large else 0.97, words, **bold)
     figure.text(0.04, 0.83, counts, fontsize=15.5, color="#5f5b53", **head)
     for at, finding in enumerate(told[:3]):
         top = 0.725 - 0.235 * at
@@ -252,9 +252,13 @@ def picture(title: str, counts: str, told: Sequence[Told], *, intervals: bool = 
         parts = (effect, v.unit, interval if intervals else "", SYMBOLS[v.decision])
         said = " ".join([*filter(None, parts), v.decision])
         figure.text(
-            *(0.47, top - 0.167, said),
+            0.47,
+            top - 0.167,
+            said,
             fontsize=min(15.0, 15.0 * 31 / len(said)),
-            **{"va": "center", "weight": "bold", "color": COLOURS[v.decision]},
+            va="center",
+            weight="bold",
+            color=COLOURS[v.decision],
             parse_math=False,
         )
     return figure

@@ -300,7 +300,7 @@ class TestCommandLine:
             assert str(config["batch_size"]) == point["values"]["batch_size"]
 
     def test_figures_are_drawn_again_without_the_data(self, whole, monkeypatch, capsys):
-        pictures = {file: (whole / file).read_bytes() for file in ("curves.svg", "parts.svg")}
+        pictures = {file: (whole / file).read_bytes() for file in ("curves.svg", "report.html")}
         for file in pictures:
             (whole / file).unlink()
         monkeypatch.setattr("normlab.experiments.data.load", lambda *_, **__: pytest.fail("loaded"))

@@ -15,6 +15,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import pandas as pd
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
 
 from normlab.experiments import figures, questions
@@ -541,6 +542,22 @@ def test_the_picture_to_share_is_as_wide_as_asked_and_has_the_first_three(told):
     picture = Image.open(io.BytesIO(figures.encode(drawn, "png")))
     assert picture.size == (1200, 630)
     assert findings.picture("A title", "some counts", []).axes == []
+
+
+def test_a_report_without_findings_is_shared_with_its_claims():
+    claims = findings.bare(sections())
+    assert [one.title for one in claims[:2]] == ["it is large", "it is small"]
+    drawn = findings.picture("A long question, " * 4, "some counts", claims, intervals=True)
+    said = [text.get_text() for text in drawn.texts]
+    assert "31.3 times [27.8, 35.3] ✓ holds" in said
+    assert "1.23 points [0.85, 1.61] ✗ fails" in said
+    assert len(drawn.axes) == 3
+    edge = 1200
+    canvas = FigureCanvasAgg(drawn)
+    drawn.set_dpi(150)
+    canvas.draw()
+    for text in drawn.texts:
+        assert text.get_window_extent(canvas.get_renderer()).x1 < edge, text.get_text()
 
 
 def test_the_ten_findings_are_those_of_the_report_beside_the_guide():
