@@ -153,6 +153,7 @@ def run_sweep(sweep: Sweep) -> int:
         seeds = [point.config.seeds for point in sweep.points]
         shown = tabled_sweep(told, scores, len(sweep.points), seeds)
         show(table(shown), head=shown.names)
+    if any(point["norms"] for point in told):
         paths["page"] = directory.write_bytes(PAGE, sweep_page(directory.path).encode())
     outcome(**done)
     print_paths({"run": directory.path, **paths})

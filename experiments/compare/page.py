@@ -129,7 +129,7 @@ def sweep_page(path: Path) -> str:
       RunError: If no point of it was begun.
     """
     options, told = frames.told(path, "config"), frames.told(path, "summary")
-    points: list[Record] = told.get("points", [])
+    points: list[Record] = [point for point in told.get("points", ()) if point["norms"]]
     if not points:
         raise RunError(f"{path}: no point of this sweep was begun, so there is nothing to show.")
     swept: Mapping[str, list[str]] = options["sweep"]

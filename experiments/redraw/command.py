@@ -29,7 +29,7 @@ def run(config: Figures) -> int:
         for run in runs_in(path):
             for name, file in of(run)(run).items():
                 drawn[f"{run.name}/{name}"] = file
-        if "sweep" in _read(path / "config.json"):
+        if "sweep" in _read(path / "config.json") and (path / "summary.json").is_file():
             content = sweep_page(path).encode()
             drawn[f"{path.name}/page"] = RunDirectory(path, "", again=True).write_bytes(
                 PAGE, content
