@@ -51,6 +51,11 @@ class Dynamic(NamedTuple):
       b: `[C]`, the bias, or `None`.
       alpha: `[]` or `[C]`, the factor of a, in units of 1/a.
       shift: `[]` or `[C]`, what is added to α·a; `None` for 0.
+
+    >>> from normlab import Site, get
+    >>> params, _ = get("dyt").init(Site(jnp.ones((2, 3))))
+    >>> params.g.tolist(), params.alpha.item(), params.shift
+    ([1.0, 1.0, 1.0], 0.5, None)
     """
 
     g: Array | None

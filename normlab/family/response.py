@@ -49,6 +49,11 @@ class Response(NamedTuple):
       b: `[C]`, the bias, or `None`.
       tau: `[C]`, TLU's threshold τ; `None` for no TLU.
       eps: `[]` or `[C]`, what |·| of is added to ε; `None` for nothing.
+
+    >>> from normlab import Site, get
+    >>> params, _ = get("frn").init(Site(jnp.ones((2, 4, 3))))
+    >>> params.tau.tolist(), params.eps
+    ([0.0, 0.0, 0.0], None)
     """
 
     g: Array | None
@@ -253,6 +258,11 @@ class Rescaled(NamedTuple):
       b: `[C]`, a bias, or `None`.
       alpha: `[C]`, α, how much of the gain the input makes.
       beta: `[C]`, β, in units of 1/a.
+
+    >>> from normlab import Site, get
+    >>> params, _ = get("seed").init(Site(jnp.ones((2, 3))))
+    >>> params.alpha.tolist(), params.beta.tolist()        # β = 0: RMS norm at first
+    ([1.0, 1.0, 1.0], [0.0, 0.0, 0.0])
     """
 
     g: Array | None

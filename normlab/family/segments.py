@@ -179,6 +179,12 @@ class Graph(NamedTuple):
       g: `[C]`, the gain, or `None`.
       b: `[C]`, the bias, or `None`.
       alpha: `[C]`, how much of the mean is taken off.
+
+    >>> from normlab import Site, get
+    >>> site = Site(jnp.ones((4, 3)), segments=jnp.array([0, 0, 1, 1]))
+    >>> params, _ = get("graph", num_segments=2).init(site)
+    >>> params.alpha.tolist()                              # at first the whole mean
+    [1.0, 1.0, 1.0]
     """
 
     g: Array | None

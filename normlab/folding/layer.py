@@ -41,6 +41,12 @@ class Folded(NamedTuple):
         largest |unfolded| of that channel. Measured.
       bound: `[C]`, in the same unit: what rounding alone can make of it, in any order of the sums,
         while nothing over- or underflows. Never below `error`.
+
+    >>> from normlab import get, init_running
+    >>> state = init_running(1)._replace(var=jnp.array([4.0]))
+    >>> folded = fold_norm(get("batch"), None, state, jnp.array([[6.0]]), x=jnp.ones((1, 1)))
+    >>> folded.kernel.round(2).tolist(), bool((folded.error <= folded.bound).all())
+    ([[3.0]], True)
     """
 
     kernel: Array
