@@ -233,7 +233,8 @@ def connect(app) -> None:
 
 
 def _docstring(app, what, name, value, options, lines):
-    lines[:] = rst(lines)
+    # An empty comment first: of "The variance: of all." napoleon would make a type and a text.
+    lines[:] = ["..", ""] * (what == "property") + rst(lines)
 
 
 def _signature(app, what, name, value, options, given, returns):

@@ -65,7 +65,7 @@ class WeightMap(Norm):
 
 @node
 class Mapped(NamedTuple):
-    """What a map of the weights measured of a kernel w `[..., K, C]`.
+    """What a map of the weights, w' = g · (w − m)/σ, measured of a kernel w `[..., K, C]`.
 
     Attributes:
       unit: (w − m)/σ, in the shape of w: the new kernel, without a gain.

@@ -38,7 +38,7 @@ from normlab.site import SHAPES, Norm, Site, State
 
 @node
 class Evolved(NamedTuple):
-    """The params of EvoNorm B0 and S0.
+    """The params of EvoNorm B0 and S0: see `evo_b0_norm` and `evo_s0_norm`.
 
     Attributes:
       g: `[C]`, the gain, or `None`.

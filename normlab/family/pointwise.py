@@ -44,7 +44,7 @@ _POSITIVE = number("a positive number", "pass for example beta=64.0", lambda v: 
 
 @node
 class Dynamic(NamedTuple):
-    """The params of a norm of single values.
+    """The params of a norm of single values, h = g · φ(α·a + s) + b: see `pointwise_norm`.
 
     Attributes:
       g: `[C]`, the gain, or `None`.

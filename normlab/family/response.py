@@ -42,7 +42,7 @@ TAU = array("a threshold for each channel, [C]", "pass an array, such as params.
 
 @node
 class Response(NamedTuple):
-    """The params of FRN.
+    """The params of FRN, h = max(g · a/√(ν² + ε + |ε_l|) + b, τ): see `frn_norm`.
 
     Attributes:
       g: `[C]`, the gain, or `None`.
@@ -251,7 +251,7 @@ def grn_params(site: Site, *, use_gain: bool = True, use_bias: bool = True) -> A
 
 @node
 class Rescaled(NamedTuple):
-    """The params of SeeDNorm.
+    """The params of SeeDNorm, whose gain is g + tanh(a·β)·α: see `seed_norm`.
 
     Attributes:
       g: `[C]`, the paper's γ, or `None` for 1.

@@ -173,7 +173,7 @@ def segment_norm() -> None:
 
 @node
 class Graph(NamedTuple):
-    """The params of GraphNorm.
+    """The params of GraphNorm, which takes α·mean off: see `graph_norm`.
 
     Attributes:
       g: `[C]`, the gain, or `None`.

@@ -77,10 +77,11 @@ def fold_norm(
 ) -> Folded:
     """Folds a norm, as it is with `train=False`, into the linear layer before it.
 
-    `norm.apply` after `linear(x, kernel) + bias` equals `linear(x, folded.kernel) + folded.bias`.
+    `norm.apply` after `linear(x, kernel) + bias` equals `linear(x, folded.kernel) + folded.bias`:
+    with k = g/σ the kernel w becomes w·k, and the bias c becomes (c − μ)·k + b.
 
     Whether the norm can be folded is not judged by its name. The parts are traced, and those that
-    depend on the values of x are found; mu may, if it is linear in x (weight
+    depend on the values of x are found; μ may, if it is linear in x (weight
     standardization's). Then the result is compared with the norm on `x`. For use outside of `jit`.
 
     Args:
