@@ -87,7 +87,8 @@ def segment_moments(
         change = "number the segments, one for each example or for each position"
         raise invalid(where, given, f"integers of shape {shape[:1]} or {shape}", change)
     if num_segments is None:
-        raise invalid(where, "ids without num_segments", "their number", "pass num_segments=...")
+        change = "pass num_segments=... in the call, or to nl.get"
+        raise invalid(where, "ids without num_segments", "how many segments there are", change)
     by_position = ids.ndim > 1
 
     def measure(x: Array, w: Array, ids: Array) -> Moments:
