@@ -109,7 +109,11 @@ class TestFields:
         ]
         for record in run.lines():
             assert_record_documented(record)
-        assert_documented(run.json("summary.json"), "`summary.json` of train")
+        summary = run.json("summary.json")
+        evaluation = [name for name, of in documented("`evaluation`").items() if of == ""]
+        shared = {name: summary.pop(name) for name in (*IDS, *evaluation)}
+        assert shared["test_loss"] == run.lines()[-1]["test_loss"]
+        assert_documented(summary, "`summary.json` of train")
 
     def test_those_of_depth(self, ran):
         for record in ran("depth").lines():
