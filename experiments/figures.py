@@ -18,7 +18,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullFormatter
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 from PIL import Image
 
 import normlab as nl
@@ -127,8 +127,10 @@ def log_scale(axes: Axes, most: float = math.inf) -> None:
 
 def plain_numbers(axis: Axis, low: float, high: float) -> None:
     """Ticks of a logarithmic axis with plain numbers: at 1, 2 and 5 where it spans few decades."""
-    near = high / low < 50
-    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if near else (1.0,)))
+    if high / low < 5:  # where those are too few
+        axis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
+    else:
+        axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if high / low < 50 else (1.0,)))
     axis.set_major_formatter("{x:g}")
     axis.set_minor_formatter(NullFormatter())
 

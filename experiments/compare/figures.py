@@ -184,7 +184,8 @@ def _part(axes: Axes, records: Records, layer: str, part: str) -> None:
         axes.fill_between(steps, low, high, color=style["color"], alpha=0.12, lw=0)
     if part == "sigma":
         log_scale(axes)
-    if part == "g":  # a gain may be negative
+    low, high = axes.get_ylim()
+    if part == "g" and not 0 < low < high < 5 * low:  # over decades, or negative
         axes.set_yscale("symlog", linthresh=0.1)
         ticks = SymmetricalLogLocator(base=10, linthresh=0.1, subs=(1, 2, 5))
         axes.yaxis.set_major_locator(ticks)
