@@ -15,11 +15,39 @@ from ..terminal import PROGRAM
 
 def load(run: str | Path, archive: str | Path | None = None) -> pd.DataFrame:
     """The records of a run; see `experiments.load`."""
-    if archive is None and str(run) not in questions.NAMES and Path(run).expanduser().is_dir():
+    if archive is None and _is_directory(run):
         return read(Path(run).expanduser())
     from ..asking import archive as archives
 
-    return archives.load(str(run), archive)
+    return archives.load(_question(run), archive)
+
+
+def directory(run: str | Path) -> Path:
+    """The directory of a run: itself, or that of the newest finished run of a question.
+
+    Args:
+      run: The directory; or a question by its name, its file or its module.
+
+    Raises:
+      RunError: If there is neither.
+    """
+    if _is_directory(run):
+        return Path(run).expanduser()
+    from ..asking import archive as archives
+
+    return archives.newest(_question(run))
+
+
+def _is_directory(run: str | Path) -> bool:
+    return str(run) not in questions.NAMES and Path(run).expanduser().is_dir()
+
+
+def _question(run: str | Path) -> str:
+    """The name of a question, which is the last part of its file or module."""
+    path = Path(run)
+    if path.suffix == ".py":
+        return path.stem
+    return str(run) if len(path.parts) > 1 else path.name.rpartition(".")[2]
 
 
 def read(path: Path) -> pd.DataFrame:

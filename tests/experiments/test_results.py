@@ -196,6 +196,20 @@ class TestExport:
         assert one["accuracy"].item() == ran("train").json("summary.json")["accuracy"]
         assert csv["lr"].notna().all()  # what a record says, not the option of the run
 
+    @pytest.mark.parametrize("word", ["my_net", "my_net.py", "of/mine/my_net.py", "mine.my_net"])
+    def test_a_question_is_found_by_its_name(self, word, tmp_path, capsys, monkeypatch):
+        monkeypatch.setenv("NORMLAB_RUNS_DIR", str(tmp_path))
+        for at, accuracy in ((0, 0.25), (1, 0.5)):  # the newest counts
+            run = tmp_path / "questions" / f"my_net-00000000000{at}"
+            (run / "conditions").mkdir(parents=True)
+            record = {"kind": "evaluation", "norm": "rms", "seed": 0, "accuracy": accuracy}
+            (run / "conditions/00-rms.jsonl").write_text(json.dumps(record) + "\n")
+            (run / "environment.json").write_text(json.dumps({"time": f"2026-01-0{at + 1}"}))
+            (run / "verdict.json").write_text("[]")
+        assert cli.main(["export", word, "--json"]) == 0
+        (line,) = json.loads(capsys.readouterr().out)["records"]
+        assert (line["run"], line["accuracy"]) == ("my_net-000000000001", 0.5)
+
     def test_a_column_of_words_and_numbers_is_of_words_in_parquet(self, tmp_path):
         for i, norm in enumerate(("rms", 0.5)):
             run = tmp_path / f"run{i}"
@@ -206,10 +220,12 @@ class TestExport:
         assert list(pd.read_parquet(tmp_path / "x.parquet")["norm"]) == ["rms", "0.5"]
 
     def test_what_it_refuses(self, ran, capsys):
-        for words, said in (([], "name a run directory"), (["nowhere"], "no such directory")):
+        for words, said in (([], "name a run directory"), (["no/where"], "no such directory")):
             with pytest.raises(SystemExit):
                 cli.main(["export", *words])
             assert said in " ".join(capsys.readouterr().err.replace("│", " ").split())
+        assert cli.main(["export", "figur1"]) == terminal.EXIT_USAGE
+        assert "unknown question 'figur1': did you mean 'figure1'?" in capsys.readouterr().err
         path = ran("depth").path
         words = ["export", str(path), "--csv", str(path / "no" / "x.csv")]
         assert cli.main(words) == terminal.EXIT_USAGE
