@@ -11,6 +11,7 @@ import pandas as pd
 from .. import questions
 from ..rundir import Record, RunError
 from ..terminal import PROGRAM
+from . import benches
 
 
 def load(run: str | Path, archive: str | Path | None = None) -> pd.DataFrame:
@@ -51,7 +52,7 @@ def _question(run: str | Path) -> str:
 
 
 def read(path: Path) -> pd.DataFrame:
-    """The records of a run directory: of `compare`, `train`, `depth`, a question or a sweep.
+    """The records of a run directory: of a command, a question or a sweep.
 
     Those of a sweep of `compare` are as `lines` has them, of all its points.
 
@@ -93,7 +94,9 @@ def records(path: Path) -> list[Record]:
     if found is None:
         raise RunError(
             f"{path}: there are no records in it. It must be the directory of a run, which has "
-            "metrics.jsonl (compare, train, depth), conditions/ (a question) or sweep-….json. "
+            "metrics.jsonl (compare, train, depth), ops.json or bytes.json (bench), conditions/ "
+            "(a question) or sweep-….json. Other parts of bench keep none: with --json they print "
+            "their numbers. "
             f"{PROGRAM} compare, for example, says at its end where its results are."
         )
     return found
@@ -121,6 +124,8 @@ def lines(path: Path) -> list[Record]:
 def _records(path: Path) -> list[Record] | None:
     if (metrics := path / "metrics.jsonl").exists():
         return _lines(metrics)
+    if (timed := benches.records(path)) is not None:
+        return timed
     if conditions := sorted(path.glob("conditions/*.jsonl")):
         return [record for file in conditions for record in _lines(file)]
     if sweeps := sorted(path.glob("sweep-*.json")):

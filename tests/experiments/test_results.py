@@ -48,6 +48,12 @@ COMMANDS = {
     "depth": "--depth 2 --width 8 --context 4 --schemes pre post --optimizer momentum",
 }
 
+BENCHES = {
+    "ops": "--norms rms --shapes dense --dtypes float32 --peers jax.numpy --rounds 1 --turn-ms 1",
+    "bytes": "--blocks alone --norms rms --dtypes float32 --peers jax.numpy --rounds 1"
+    " --tokens 1 8 16 --targets here",
+}
+
 
 @pytest.fixture(scope="module")
 def ran(tmp_path_factory):
@@ -195,6 +201,29 @@ class TestExport:
         one = csv[(csv["run"] == "train") & (csv["kind"] == "evaluation")]
         assert one["accuracy"].item() == ran("train").json("summary.json")["accuracy"]
         assert csv["lr"].notna().all()  # what a record says, not the option of the run
+
+    @pytest.mark.parametrize("kind", ["ops", "bytes"])
+    def test_a_bench_is_a_frame_in_seconds_and_bytes(self, kind, tmp_path, capsys):
+        words = [*BENCHES[kind].split(), "--run-dir", str(tmp_path / "b")]
+        assert cli.main(["bench", kind, *words]) == 0
+        assert cli.main(["export", str(tmp_path / "b"), "--csv", str(tmp_path / "x.csv")]) == 0
+        capsys.readouterr()
+        frame = load(tmp_path / "b")
+        assert list(pd.read_csv(tmp_path / "x.csv")["seconds"]) == pytest.approx(
+            list(frame["seconds"])
+        )
+        for line in frame.to_dict("records"):
+            assert_documented(line, "`program`", kind)
+        assert {"normlab", "jax.numpy"} == {*frame["library"]}
+        assert (frame["norm"] == "rms").all()
+        whole = json.loads((tmp_path / "b" / f"{kind}.json").read_text())
+        if kind == "ops":
+            turns = whole["cases"][0]["contestants"][0]["turns"]["forward"]
+            assert frame["x_bytes"][0] == 4096 * 256 * 4
+        else:
+            turns = whole["programs"][0]["targets"]["here"][0]["forward"]
+            assert frame["x_bytes"].eq(8 * 16 * 4).all()
+        assert frame["seconds"][0] == turns["median_ms"] / 1e3
 
     @pytest.mark.parametrize("word", ["my_net", "my_net.py", "of/mine/my_net.py", "mine.my_net"])
     def test_a_question_is_found_by_its_name(self, word, tmp_path, capsys, monkeypatch):
