@@ -105,10 +105,10 @@ def compile_all(config: Ledger, say: Callable[[str], None] = lambda _: None) -> 
     """
     jax.config.update("jax_platforms", "cpu")
     if not config.topology:
-        set_devices(config.devices)
+        set_devices(config.devices or DEVICES)
     found = Found(config, [], [])
     for topology in config.topology or (None,):
-        there = machine(topology, config.devices)
+        there = machine(topology, config.devices or DEVICES)
         for norm in config.norms:
             for sync in config.sync if _synced(norm) else ("",):
                 if norm in PEERS and sync not in PEERS_SYNC:
@@ -121,6 +121,12 @@ def compile_all(config: Ledger, say: Callable[[str], None] = lambda _: None) -> 
         raise RunError("--norms: nothing is left to compile. " + " ".join(found.left_out))
     return found
 
+
+DEVICES = 8
+"""Of this host, where none are given."""
+
+CONTEXT = 1024
+"""Tokens of an example, where none are given."""
 
 HEADINGS = (
     "norm, sync",
@@ -360,7 +366,7 @@ def program(config: Ledger, norm: str, sync: str, mesh: Mesh) -> tuple[Any, tupl
 def _example(config: Ledger) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
     """A batch of one device: images or tokens, and their labels."""
     if models.reads_text(config.model):
-        tokens = jax.ShapeDtypeStruct((config.per_device, config.context), jnp.int32)
+        tokens = jax.ShapeDtypeStruct((config.per_device, config.context or CONTEXT), jnp.int32)
         return tokens, tokens
     size = config.image or IMAGE.get(config.model, (28, 28, 1))
     images = jax.ShapeDtypeStruct((config.per_device, *size), jnp.float32)

@@ -505,3 +505,16 @@ def test_the_bench_counts_one_collective_each_way(capsys):
     said = "1 (132 B) + 1 (128 B); when needed 1 (132 B)"
     assert bench_sync.counted("normlab", here, (4, 16)) == said
     assert bench_sync.counted("flax", here, (4, 16)).startswith("1 (")
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"devices": 4, "topology": ("v5e:4x4",)}, "--devices does nothing beside --topology"),
+        ({"context": 64}, "--context does nothing beside --model conv"),
+        ({"model": "lm", "image": (8, 8, 1)}, "--image does nothing beside --model lm"),
+    ],
+)
+def test_an_option_that_does_nothing_beside_another_is_refused(options, said):
+    with pytest.raises(RunError, match=said):
+        Ledger(**options)

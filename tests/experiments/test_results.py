@@ -340,6 +340,11 @@ class TestProgress:
         said = [line for line in lines if line.startswith("batch: step")]
         assert [re.findall(r"step (\d/\d)", line) for line in said] == [["1/2"], ["2/2"]]
         assert all("test accuracy" in line for line in said)
+        told = [float(re.search(r"train loss +(\S+) \(1 step\)", line)[1]) for line in said]
+        rows = [r for r in ran("compare").lines() if r["kind"] == "evaluation" and r["step"]]
+        for loss, step in zip(told, (1, 2), strict=True):  # as it is recorded, of both seeds
+            mean = math.fsum(r["train_loss"] for r in rows if r["step"] == step) / 2
+            assert loss == pytest.approx(mean, abs=1e-4)
         said = [line for line in ran("train").err.splitlines() if line.startswith("step ")]
         assert [line.split()[1] for line in said] == ["2/4", "4/4", "4/4"]
         assert "accuracy" in said[-1]
