@@ -38,10 +38,10 @@ class Ledger:
     """Norms by name; `normlab list` describes them. flax is flax.linen.BatchNorm,
     with --sync all, inner or local."""
 
-    sync: tuple[str, ...] = ("all", "local")
+    sync: tuple[str, ...] = ()
     """Over which devices batch statistics are measured: local, all, groups=4, groups=0,2|1,3,
     ring=1, virtual=64, ghost=4; of a --mesh inner (its last axis) or together=axis0; joined by +
-    with staged, every=2, gradient=forward, second=always and the like."""
+    with staged, every=2, gradient=forward, second=always and the like. By default all, local."""
 
     devices: int | None = None
     """Devices of this host, without a topology; by default 8."""

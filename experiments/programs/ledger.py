@@ -103,6 +103,11 @@ def compile_all(config: Ledger, say: Callable[[str], None] = lambda _: None) -> 
     Raises:
       RunError: For a model, norm, topology or machine that there is not, or that do not fit.
     """
+    if config.sync and not any(map(_synced, config.norms)):
+        norms = " ".join(config.norms)
+        raise RunError(
+            f"--sync does nothing beside --norms {norms}, which measure no batch. Leave it out."
+        )
     jax.config.update("jax_platforms", "cpu")
     if not config.topology:
         set_devices(config.devices or DEVICES)
@@ -110,7 +115,7 @@ def compile_all(config: Ledger, say: Callable[[str], None] = lambda _: None) -> 
     for topology in config.topology or (None,):
         there = machine(topology, config.devices or DEVICES)
         for norm in config.norms:
-            for sync in config.sync if _synced(norm) else ("",):
+            for sync in config.sync or SYNC if _synced(norm) else ("",):
                 if norm in PEERS and sync not in PEERS_SYNC:
                     known = ", ".join(PEERS_SYNC)
                     found.left_out.append(f"{norm}, {sync}: left out; {norm} is there for {known}.")
@@ -124,6 +129,9 @@ def compile_all(config: Ledger, say: Callable[[str], None] = lambda _: None) -> 
 
 DEVICES = 8
 """Of this host, where none are given."""
+
+SYNC = ("all", "local")
+"""What is compiled where none is given."""
 
 CONTEXT = 1024
 """Tokens of an example, where none are given."""
