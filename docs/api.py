@@ -42,6 +42,8 @@ def page(namespace: str, public: dict[str, object]) -> str:
             elsewhere.append(name)
     text = f"{namespace}\n{'=' * len(namespace)}\n\n.. py:module:: {namespace}\n\n"
     text += "\n".join(rst(doc.splitlines())) + "\n\n"
+    text += "The examples begin with\n\n.. code-block:: python\n\n"
+    text += "".join(f"   {line}\n" for line in beginning(namespace)) + "\n"
     if elsewhere:
         text += "Here too: " + ", ".join(f":py:obj:`{name}`" for name in elsewhere) + ".\n\n"
     for title, directive, names in (
@@ -59,6 +61,13 @@ def page(namespace: str, public: dict[str, object]) -> str:
         text += f".. py:data:: {name}\n\n   {held(public[name])}\n\n"
         text += "".join(f"   {line}\n" for line in rst(comment(name, public[name]))) + "\n"
     return text
+
+
+def beginning(namespace: str) -> list[str]:
+    """The lines of code with which the examples of a page begin."""
+    flax = {"normlab.linen": ["import flax.linen as nn"], "normlab.nnx": ["from flax import nnx"]}
+    own = {"normlab": "from normlab import *", namespace: f"from {namespace} import *"}
+    return ["import jax", "import jax.numpy as jnp", *flax.get(namespace, []), *own.values()]
 
 
 def kind(value: object) -> str:
@@ -224,7 +233,8 @@ def connect(app) -> None:
 
 
 def _docstring(app, what, name, value, options, lines):
-    lines[:] = rst(lines)
+    # An empty comment first: of "The variance: of all." napoleon would make a type and a text.
+    lines[:] = ["..", ""] * (what == "property") + rst(lines)
 
 
 def _signature(app, what, name, value, options, given, returns):

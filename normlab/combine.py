@@ -230,6 +230,11 @@ class Mixed(NamedTuple):
       b: `[C]`, the bias, or `None`.
       weights: What says how much each counts.
       of: The params of each.
+
+    >>> from normlab import get
+    >>> params, _ = get("switchable").init(Site(jnp.ones((2, 5, 3))))
+    >>> params.g.shape, len(params.of), params.weights.scale.shape     # 3 norms, 3 channels
+    ((3,), 3, (3,))
     """
 
     g: Array | None

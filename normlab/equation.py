@@ -91,6 +91,9 @@ def init_affine(
       g: The initial gain, a number.
       dtype: A floating type for both.
 
+    Raises:
+      ValueError: For no channel, a `g` that is not finite, or a type that is not floating.
+
     >>> init_affine(2).g.tolist()
     [1.0, 1.0]
     """

@@ -16,7 +16,7 @@ def invalid(where: str, given: str, expected: str, change: str) -> ValueError:
 
 def nearest(word: object, known: Iterable[str]) -> str:
     """Returns `did you mean 'x'? Known: ...` for a word that is not among `known`."""
-    known = list(known)
+    known = [name or repr(name) for name in known]
     close = difflib.get_close_matches(str(word), known, n=1, cutoff=0.5)
     guess = f"did you mean {close[0]!r}? " if close else ""
     return f"{guess}Known: {', '.join(known) or 'none'}"

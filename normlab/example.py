@@ -271,6 +271,9 @@ def rms_norm() -> None:
       part: Which part of the channels, the first of them, the mean square is taken from (the
         paper's partial RMS norm, section 3.2); 1 where the channels lie on several devices.
 
+    Raises:
+      ValueError: If `groups` does not divide `C`, `part` is outside (0, 1], or as `layer_norm`.
+
     >>> rms_norm(jnp.array([[1.0, -1.0], [10.0, 10.0]])).round(3).tolist()
     [[1.0, -1.0], [1.0, 1.0]]
     """

@@ -65,12 +65,18 @@ class WeightMap(Norm):
 
 @node
 class Mapped(NamedTuple):
-    """What a map of the weights measured of a kernel w `[..., K, C]`.
+    """What a map of the weights, w' = g · (w − m)/σ, measured of a kernel w `[..., K, C]`.
 
     Attributes:
       unit: (w − m)/σ, in the shape of w: the new kernel, without a gain.
       shift: m: one number for each unit, `[1, ..., 1, C]`, or in the shape of w; `None` for 0.
       sigma: σ ≥ 0, `[]`, or `[1, ..., 1, C]`; 0 where the map makes zero of a unit.
+
+    >>> def centred(w, state, **_):
+    ...     mean = w.mean(0, keepdims=True)
+    ...     return Mapped(unit=w - mean, shift=mean, sigma=jnp.ones(())), state
+    >>> weight_map(centred).kernel(None, (), jnp.array([[1.0], [5.0]]), train=False)[0].tolist()
+    [[-2.0], [2.0]]
     """
 
     unit: Array

@@ -162,6 +162,11 @@ def get(name: str, **options: Any) -> Norm:
     Raises:
       ValueError: For an unknown name or option, with the nearest known one.
 
+    >>> import jax.numpy as jnp
+    >>> from normlab import Site
+    >>> norm, site = get("group", groups=2), Site(jnp.array([[1.0, 3.0, 10.0, 30.0]]))
+    >>> norm.apply(*norm.init(site), site, train=True)[0].round(3).tolist()
+    [[-1.0, 1.0, -1.0, 1.0]]
     >>> get("bach")  # doctest: +ELLIPSIS
     Traceback (most recent call last):
     ...

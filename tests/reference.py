@@ -9,21 +9,22 @@ ROWS = "\n## The registry\n"
 
 
 def registry() -> str:
-    """The last section of docs/family.md: every row, and what it is invariant to."""
-    changes = " · ".join(normlab.INVARIANCES)
+    """The last section of docs/family.md: every norm, by what it is invariant to."""
     text = f"""{ROWS}
-`I` where h stays as it is, of the changes {changes}: behind a dense layer; then behind one with
-positions where that differs. Tested, and that no other holds: `pytest tests/test_family.py`.
+Every norm, by what it is invariant to. `I` where h stays as it is behind a dense layer, of the
+changes {" · ".join(normlab.INVARIANCES)};
+then behind a layer with positions, where that differs. That these hold, and no others:
+`pytest tests/test_family.py`.
 
-| norm | μ and σ look at | μ | σ | invariances | proposed by |
-|---|---|---|---|---|---|
+| invariances | norms |
+|---|---|
 """
+    alike: dict[str, list[str]] = {}
     for row in map(normlab.row, normlab.names()):
         held = [row.invariances, *([] if row.with_positions is None else [row.with_positions])]
         marks = " ".join("".join("I" if c in h else "–" for c in normlab.INVARIANCES) for h in held)
-        cells = (f"`{row.name}`", row.looks_at, row.mu, row.sigma, f"`{marks}`", row.paper)
-        text += f"| {' | '.join(cells)} |\n"
-    return text.replace("|a − μ|", "\\|a − μ\\|")
+        alike.setdefault(marks, []).append(f"`{row.name}`")
+    return text + "".join(f"| `{marks}` | {', '.join(norms)} |\n" for marks, norms in alike.items())
 
 
 def family() -> str:

@@ -29,7 +29,7 @@ EFFECTS = {"question": "string", "id": "string", "seed": "Int64", "effect": "flo
 
 
 def claims(sections: Sequence[Section]) -> pd.DataFrame:
-    """A line for each claim; what each column is stands in docs/questions.md."""
+    """A line for each claim; what each column is stands in docs/reference/results.md."""
     family = families(sections)
     lines = []
     for section in sections:

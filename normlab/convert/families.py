@@ -36,6 +36,9 @@ class Form(NamedTuple):
       gain: How the leaf `weight` keeps the gain, g itself or δ = g − 1; `None` for no leaf.
       bias: Whether there is a leaf `bias`.
       order: When it casts to the type of its input, an `Order`.
+
+    >>> Form("rms", gain="offset").leaves                  # Gemma's: 1 + weight, and no bias
+    {'g': 'weight'}
     """
 
     kind: str
@@ -65,6 +68,10 @@ class Place(NamedTuple):
       optional: Whether some blocks, or models, do without it.
       beside: Of a norm without leaves: the path of the one that is there where it is, if it is not
         everywhere.
+
+    >>> place = FAMILIES["llama"].places["layers.*.post_attention_layernorm"]
+    >>> place.place, place.branch                          # before the mlp, whatever its name says
+    ('inner', 'mlp')
     """
 
     place: str
@@ -86,6 +93,15 @@ class Family(NamedTuple):
       eps: ε, or the field of config.json that holds it.
       depth: The field that holds the number of blocks.
       fixed: Fields with the value at which this row is right.
+
+    >>> import numpy as np
+    >>> from normlab.convert import from_transformers
+    >>> place = {"blocks.*.norm": Place("inner", "mlp")}
+    >>> own = Family(("own",), Form("rms"), place, eps="eps", depth="layers")
+    >>> leaves = {f"blocks.{i}.norm.weight": np.ones(4, "float32") for i in range(2)}
+    >>> norms = from_transformers(leaves, {"layers": 2, "eps": 1e-6}, family=own)
+    >>> print(*norms.values(), sep="; ")
+    block 0, mlp, inner; block 1, mlp, inner
     """
 
     models: tuple[str, ...]

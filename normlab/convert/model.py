@@ -80,6 +80,16 @@ def to_model(
 
     Raises:
       ValueError: If a norm cannot be converted.
+
+    >>> import flax.linen as nn
+    >>> import jax
+    >>> from normlab.convert import from_linen, to_torch
+    >>> model = nn.Sequential([nn.Dense(4), nn.LayerNorm()])
+    >>> variables = model.init(jax.random.key(0), jax.numpy.ones((2, 3)))
+    >>> norms = from_model(from_linen, variables, {"layers_1": nn.LayerNorm()})
+    >>> written = to_model(to_torch, norms)
+    >>> sorted(written.variables), written.arguments["layers_1"]["eps"]
+    (['layers_1.bias', 'layers_1.weight'], 1e-06)
     """
     written = {path: write(norm, path=path, allow=allow, **options) for path, norm in norms.items()}
     trees = [v if isinstance(v, tuple) else (v,) for v, _ in written.values()] or [({},)]

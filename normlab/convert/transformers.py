@@ -160,6 +160,7 @@ def from_transformers(
       ValueError: If a norm is missing or is no array, a key looks like a norm that the row does
         not know, there are several models, or ε or the family is not known.
 
+    >>> import numpy as np
     >>> leaves = {f"model.layers.0.{n}.weight": np.ones(4, "float32")
     ...           for n in ("input_layernorm", "post_attention_layernorm")}
     >>> leaves |= {"model.norm.weight": np.ones(4, "float32"), "lm_head.weight": np.ones((9, 4))}

@@ -142,6 +142,13 @@ class Exported(NamedTuple):
     Attributes:
       variables: The leaves under the library's own names.
       arguments: The arguments of the library's constructor that the numbers depend on.
+
+    >>> import jax.numpy as jnp
+    >>> from normlab import Affine
+    >>> from normlab.convert import to_torch
+    >>> exported = to_torch(Converted("layer", Affine(jnp.ones(3), jnp.zeros(3)), eps=1e-5))
+    >>> sorted(exported.variables), exported.arguments["eps"]
+    (['bias', 'weight'], 1e-05)
     """
 
     variables: Any

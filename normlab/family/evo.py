@@ -38,12 +38,17 @@ from normlab.site import SHAPES, Norm, Site, State
 
 @node
 class Evolved(NamedTuple):
-    """The params of EvoNorm B0 and S0.
+    """The params of EvoNorm B0 and S0: see `evo_b0_norm` and `evo_s0_norm`.
 
     Attributes:
       g: `[C]`, the gain, or `None`.
       b: `[C]`, the bias, or `None`.
       v: `[C]`, how steep the activation is.
+
+    >>> from normlab import Site, get
+    >>> params, _ = get("evo_b0").init(Site(jnp.ones((2, 4, 3))))
+    >>> params.g.tolist(), params.b.tolist(), params.v.tolist()
+    ([1.0, 1.0, 1.0], [0.0, 0.0, 0.0], [1.0, 1.0, 1.0])
     """
 
     g: Array | None

@@ -44,13 +44,18 @@ _POSITIVE = number("a positive number", "pass for example beta=64.0", lambda v: 
 
 @node
 class Dynamic(NamedTuple):
-    """The params of a norm of single values.
+    """The params of a norm of single values, h = g · φ(α·a + s) + b: see `pointwise_norm`.
 
     Attributes:
       g: `[C]`, the gain, or `None`.
       b: `[C]`, the bias, or `None`.
       alpha: `[]` or `[C]`, the factor of a, in units of 1/a.
       shift: `[]` or `[C]`, what is added to α·a; `None` for 0.
+
+    >>> from normlab import Site, get
+    >>> params, _ = get("dyt").init(Site(jnp.ones((2, 3))))
+    >>> params.g.tolist(), params.alpha.item(), params.shift
+    ([1.0, 1.0, 1.0], 0.5, None)
     """
 
     g: Array | None

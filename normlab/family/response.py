@@ -42,13 +42,18 @@ TAU = array("a threshold for each channel, [C]", "pass an array, such as params.
 
 @node
 class Response(NamedTuple):
-    """The params of FRN.
+    """The params of FRN, h = max(g · a/√(ν² + ε + |ε_l|) + b, τ): see `frn_norm`.
 
     Attributes:
       g: `[C]`, the gain, or `None`.
       b: `[C]`, the bias, or `None`.
       tau: `[C]`, TLU's threshold τ; `None` for no TLU.
       eps: `[]` or `[C]`, what |·| of is added to ε; `None` for nothing.
+
+    >>> from normlab import Site, get
+    >>> params, _ = get("frn").init(Site(jnp.ones((2, 4, 3))))
+    >>> params.tau.tolist(), params.eps
+    ([0.0, 0.0, 0.0], None)
     """
 
     g: Array | None
@@ -246,13 +251,18 @@ def grn_params(site: Site, *, use_gain: bool = True, use_bias: bool = True) -> A
 
 @node
 class Rescaled(NamedTuple):
-    """The params of SeeDNorm.
+    """The params of SeeDNorm, whose gain is g + tanh(a·β)·α: see `seed_norm`.
 
     Attributes:
       g: `[C]`, the paper's γ, or `None` for 1.
       b: `[C]`, a bias, or `None`.
       alpha: `[C]`, α, how much of the gain the input makes.
       beta: `[C]`, β, in units of 1/a.
+
+    >>> from normlab import Site, get
+    >>> params, _ = get("seed").init(Site(jnp.ones((2, 3))))
+    >>> params.alpha.tolist(), params.beta.tolist()        # β = 0: RMS norm at first
+    ([1.0, 1.0, 1.0], [0.0, 0.0, 0.0])
     """
 
     g: Array | None

@@ -87,7 +87,8 @@ def segment_moments(
         change = "number the segments, one for each example or for each position"
         raise invalid(where, given, f"integers of shape {shape[:1]} or {shape}", change)
     if num_segments is None:
-        raise invalid(where, "ids without num_segments", "their number", "pass num_segments=...")
+        change = "pass num_segments=... in the call, or to nl.get"
+        raise invalid(where, "ids without num_segments", "how many segments there are", change)
     by_position = ids.ndim > 1
 
     def measure(x: Array, w: Array, ids: Array) -> Moments:
@@ -173,12 +174,18 @@ def segment_norm() -> None:
 
 @node
 class Graph(NamedTuple):
-    """The params of GraphNorm.
+    """The params of GraphNorm, which takes α·mean off: see `graph_norm`.
 
     Attributes:
       g: `[C]`, the gain, or `None`.
       b: `[C]`, the bias, or `None`.
       alpha: `[C]`, how much of the mean is taken off.
+
+    >>> from normlab import Site, get
+    >>> site = Site(jnp.ones((4, 3)), segments=jnp.array([0, 0, 1, 1]))
+    >>> params, _ = get("graph", num_segments=2).init(site)
+    >>> params.alpha.tolist()                              # at first the whole mean
+    [1.0, 1.0, 1.0]
     """
 
     g: Array | None

@@ -52,6 +52,11 @@ class Spectral(NamedTuple):
       u: On the side of the outputs: `[C]`; of a map, one example of its output `[1, ..., C]`.
       v: On the side of the inputs: `[..., K]`, the kernel's shape without its units; of a map, one
         example of its input. Zero before the first step.
+
+    >>> w = jnp.diag(jnp.array([3.0, 1.0]))
+    >>> h, state = spectral_norm(w, None, init_spectral(w), train=True)
+    >>> (state.v @ w @ state.u).round(2).item(), state.u.shape
+    (3.0, (2,))
     """
 
     u: Array

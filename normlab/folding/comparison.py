@@ -31,6 +31,13 @@ class FoldedLayer(NamedTuple):
       linear: The path of the linear layer.
       slope: That of the channel where it is largest.
       offset: That of the channel where it is largest.
+
+    >>> from normlab import weight_norm
+    >>> from normlab.folding import plain_weights
+    >>> variables = {"Dense_0": {"kernel": jnp.array([[3.0], [4.0]])}}
+    >>> [layer] = plain_weights(variables, {"Dense_0": weight_norm})[1].layers
+    >>> layer.norm, layer.linear, layer.slope < 1e-5       # of max|x|
+    ('Dense_0', 'Dense_0', True)
     """
 
     norm: str
@@ -49,6 +56,13 @@ class FoldReport(NamedTuple):
         `None` without `apply`.
       rounding: The same between the folded variables and those variables with every folded number
         moved by a unit in the last place: what the model itself makes of rounding.
+
+    >>> from normlab.folding import fold_model
+    >>> variables = {f"BatchNorm_{i}": {"mean": jnp.zeros(1), "var": jnp.ones(1)} for i in (0, 1)}
+    >>> variables |= {"Dense_0": {"kernel": jnp.ones((2, 1))}}
+    >>> _, report = fold_model(variables, {"BatchNorm_0": "Dense_0"})
+    >>> report.layers[0].linear, report.left
+    ('Dense_0', ('BatchNorm_1',))
     """
 
     layers: tuple[FoldedLayer, ...]

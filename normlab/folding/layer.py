@@ -41,6 +41,12 @@ class Folded(NamedTuple):
         largest |unfolded| of that channel. Measured.
       bound: `[C]`, in the same unit: what rounding alone can make of it, in any order of the sums,
         while nothing over- or underflows. Never below `error`.
+
+    >>> from normlab import get, init_running
+    >>> state = init_running(1)._replace(var=jnp.array([4.0]))
+    >>> folded = fold_norm(get("batch"), None, state, jnp.array([[6.0]]), x=jnp.ones((1, 1)))
+    >>> folded.kernel.round(2).tolist(), bool((folded.error <= folded.bound).all())
+    ([[3.0]], True)
     """
 
     kernel: Array
@@ -71,10 +77,11 @@ def fold_norm(
 ) -> Folded:
     """Folds a norm, as it is with `train=False`, into the linear layer before it.
 
-    `norm.apply` after `linear(x, kernel) + bias` equals `linear(x, folded.kernel) + folded.bias`.
+    `norm.apply` after `linear(x, kernel) + bias` equals `linear(x, folded.kernel) + folded.bias`:
+    with k = g/σ the kernel w becomes w·k, and the bias c becomes (c − μ)·k + b.
 
     Whether the norm can be folded is not judged by its name. The parts are traced, and those that
-    depend on the values of x are found; mu may, if it is linear in x (weight
+    depend on the values of x are found; μ may, if it is linear in x (weight
     standardization's). Then the result is compared with the norm on `x`. For use outside of `jit`.
 
     Args:

@@ -41,6 +41,12 @@ class Equivalence(NamedTuple):
       conventions: By recipe (of `RECIPES`), by which factors its gradients differ from those of one
         device: `(parameters, inputs)`. `None` where no one factor does, as where the devices'
         gradients differ. Empty for `jit`, which needs no recipe.
+
+    >>> found = equivalence("layer", "data", 2, form="vmap")
+    >>> found.one["h"].shape == found.many["h"].shape, found.errors["h"] < 5e-6
+    (True, True)
+    >>> found.conventions["local loss, pmean(grads)"]                  # parameters, inputs
+    (1.0, 2.0)
     """
 
     one: dict[str, np.ndarray]

@@ -138,6 +138,10 @@ class LogitSize(NamedTuple):
     Attributes:
       largest: `[...]`, max |logit|.
       rms: `[...]`, √mean logit².
+
+    >>> found = logit_size(jnp.array([[[3.0, -4.0]], [[1.0, 1.0]]]))   # of two heads
+    >>> found.largest.tolist(), (found.rms**2).round(2).tolist()
+    ([4.0, 1.0], [12.5, 1.0])
     """
 
     largest: Array
@@ -183,6 +187,10 @@ class AttentionStatistics(NamedTuple):
       normalized_entropy: The mean of H/ln(keys) over the queries that see two keys or more.
       largest: max |logit|.
       rms: √mean logit².
+
+    >>> found = attention_statistics(jnp.ones((3, 2, 4)), jnp.ones((3, 2, 4)))   # two heads
+    >>> found.largest.tolist(), found.normalized_entropy.round(2).tolist()
+    ([2.0, 2.0], [1.0, 1.0])
     """
 
     entropy: Array

@@ -63,6 +63,18 @@ class Collective(NamedTuple):
         of which nobody knows how often it runs. What all branches have in common always runs.
       last: Whether no other collective needs its result.
       ends: Those of `names` of whose results that is true.
+
+    >>> import jax
+    >>> from jax.sharding import PartitionSpec as P
+    >>> from normlab.instruments import ledger
+    >>> mesh = jax.make_mesh((jax.device_count(),), ("data",))
+    >>> def mean(x):
+    ...     return jax.lax.pmean(x.mean(0), "data")
+    >>> mean = jax.shard_map(mean, mesh=mesh, in_specs=P("data"), out_specs=P())
+    >>> x = jax.device_put(jax.numpy.ones((16, 4)), jax.NamedSharding(mesh, P("data")))
+    >>> [one] = ledger(mean, x).collectives
+    >>> one.kind, one.nbytes, one.shape, one.when_needed
+    ('all-reduce', 16, 'all 8', False)
     """
 
     kind: str

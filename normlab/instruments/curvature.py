@@ -24,6 +24,10 @@ class AlongStep(NamedTuple):
       losses: `[T]`, L(w_t).
       distances: `[T]`, ‖∇L(w_t) − ∇L(w)‖₂.
       beta: The effective β, the largest ‖∇L(w_t) − ∇L(w)‖/‖w_t − w‖.
+
+    >>> found = along_step(lambda w: w**2, 1.0, 1.0, jnp.array([0.0, 0.5]))    # at w = 1 and 0.5
+    >>> found.losses.tolist(), found.distances.tolist(), found.beta.item()
+    ([1.0, 0.25], [0.0, 1.0], 2.0)
     """
 
     losses: Array
@@ -85,6 +89,10 @@ class HessianMax(NamedTuple):
       vector: v, a pytree like the parameters, of length 1.
       steps: How many iterations it took.
       residual: ‖Hv − λv‖: an eigenvalue of H is at most this far from `value`.
+
+    >>> found = hessian_max(lambda w: (w**2).sum(), jnp.ones(8), jax.random.key(0))
+    >>> round(found.value.item(), 3), found.residual.item() < 1e-3, found.vector.shape
+    (2.0, True, (8,))
     """
 
     value: Array

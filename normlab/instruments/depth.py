@@ -79,6 +79,10 @@ class ByBlock(NamedTuple):
     Attributes:
       block: `[L]`, of all the leaves of a block as one vector.
       leaves: By the path inside a block, `[L]`, of that leaf; NaN in blocks that do not have it.
+
+    >>> found = block_norms({"block0": {"w": jnp.array([3.0, 4.0])}, "block1": {"w": jnp.ones(4)}})
+    >>> found.block.tolist(), found.leaves["w"].shape
+    ([5.0, 2.0], (2,))
     """
 
     block: Array
@@ -197,6 +201,10 @@ class DepthSlope(NamedTuple):
       slope: The exponent.
       intercept: ln of the value at depth 1.
       error: The standard error of the slope, from the residuals; 0 for an exact power law.
+
+    >>> found = depth_slope(jnp.array([3.0, 6.0, 9.0]))                # 3·depth
+    >>> round(found.slope.item(), 4), round(found.intercept.item(), 4)
+    (1.0, 1.0986)
     """
 
     slope: Array

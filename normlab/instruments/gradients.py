@@ -54,6 +54,12 @@ class Backward(NamedTuple):
     Attributes:
       g: The mean of ∂L/∂z over the values that one σ is of.
       gz: That of ∂L/∂z · z. Of batch norm both are what its gradient loses.
+
+    >>> from normlab import Parts, affine
+    >>> parts, a = Parts(*map(jnp.float32, (0, 1, 1, 0))), jnp.array([[1.0], [3.0]])
+    >>> seen = jax.grad(lambda t: affine(tapped(parts, t, a), a).mean())(tap(parts))
+    >>> seen.g.item(), seen.gz.item()                                  # g = 1/2, z = 1 and 3
+    (0.5, 1.0)
     """
 
     g: Array
@@ -109,6 +115,13 @@ class CovariateShift(NamedTuple):
       cosine: `[L]`, of the angle between G and G′; 0 where one of them is zero.
       norm: `[L]`, ‖G‖₂.
       norm_after: `[L]`, ‖G′‖₂.
+
+    >>> def loss(p):
+    ...     return 0.5 * (p["first"] * p["second"]) ** 2
+    >>> before, after = {"first": 2.0, "second": 3.0}, {"first": 1.0, "second": 7.0}
+    >>> found = covariate_shift(loss, before, after, layers=["first", "second"])
+    >>> found.norm.tolist(), found.norm_after.tolist(), found.cosine.round(2).tolist()
+    ([18.0, 12.0], [18.0, 3.0], [1.0, 1.0])
     """
 
     distance: Array

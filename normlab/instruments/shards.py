@@ -35,6 +35,11 @@ class Drift(NamedTuple):
       between: `[C]`, the variance of their means.
       shift: `[D, C]`, (μᵢ − μ)/σ: how far each device's mean is off, in global σ.
       ratio: `[D, C]`, vᵢ/v: each device's variance as a share of the global one.
+
+    >>> stats = Moments(jnp.ones((2, 1)), jnp.array([[0.0], [4.0]]), jnp.zeros((2, 1)))
+    >>> found = drift(stats)                                          # two devices
+    >>> found.mean.tolist(), found.shift.ravel().tolist(), found.share.tolist()
+    ([2.0], [-1.0, 1.0], [1.0])
     """
 
     mean: Array

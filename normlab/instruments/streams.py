@@ -126,6 +126,10 @@ class MassiveActivations(NamedTuple):
       token: `[...]`, where the largest stands; the first of several.
       channel: `[...]`, in which channel.
       massive: `[...]`, how many activations fulfil the criterion.
+
+    >>> found = massive_activations(jnp.ones((4, 8)).at[2, 5].set(-3000.0))
+    >>> found.largest.item(), found.median.item(), (found.token.item(), found.channel.item())
+    (3000.0, 1.0, (2, 5))
     """
 
     largest: Array
@@ -185,6 +189,10 @@ class StreamStatistics(NamedTuple):
       massive: `MassiveActivations`.
       effective_rank: `effective_rank`; `None` where it is not asked for.
       stable_rank: `stable_rank`, or `None`.
+
+    >>> found = stream_statistics(jnp.array([[[1.0, 3.0], [1.0, 3.0]]]), ranks=False)
+    >>> found.variance.tolist(), found.mean_square.tolist(), found.effective_rank
+    ([1.0], [5.0], None)
     """
 
     variance: Array

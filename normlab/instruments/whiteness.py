@@ -37,6 +37,11 @@ class Whitening(NamedTuple):
     Attributes:
       mean: `[C]`, what is subtracted: the mean; for `"minmax"` the minimum.
       matrix: `[C, C]`, W.
+
+    >>> x = jnp.array([[1.0, 10.0], [3.0, 30.0]])
+    >>> w = whitening(x, method="zscore")
+    >>> w.mean.tolist(), ((x - w.mean) @ w.matrix).round(2).tolist()
+    ([2.0, 20.0], [[-1.0, -1.0], [1.0, 1.0]])
     """
 
     mean: Array

@@ -40,6 +40,10 @@ zeros, ones = nn.initializers.zeros, nn.initializers.ones
 class BatchNorm(nn.Module):
     """Batch normalization, `normlab.batch_norm`, with the interface of `flax.linen.BatchNorm`.
 
+    h = g · (a − μ) / √(var + ε) + b, with the parameters `scale`, g, and `bias`, b. In training μ
+    and var are those of the batch, which the averages `mean` and `var` of the collection
+    `"batch_stats"` take in; with `use_running_average=True` they are the averages.
+
     With the collection `"transaction"` mutable instead of `"batch_stats"`, a call in training
     leaves the statistics alone and merges what it measured into the transaction; see `commit`.
 

@@ -77,6 +77,12 @@ class Swapped(nn.Module):
 
     Attributes:
       plan: The model, the rule and the method: what `swap` was given.
+
+    >>> model, x = nn.Sequential([nn.Dense(4), nn.LayerNorm()]), jnp.ones((2, 3))
+    >>> variables = model.init(jax.random.key(0), x)
+    >>> h = swap(model, {"layers_1": "rms"}).apply(variables, x)     # with the model's variables
+    >>> jnp.square(h).mean(-1).round(2).tolist()
+    [1.0, 1.0]
     """
 
     plan: _Plan

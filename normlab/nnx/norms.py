@@ -100,6 +100,13 @@ def layer(module: Any) -> str:
 class BatchNorm(Stateful, _Norm):
     """Batch normalization, `normlab.batch_norm`, with the interface of `flax.nnx.BatchNorm`.
 
+    h = g · (a − μ) / √(var + ε) + b, with the gain `scale` and the bias `bias` of each of
+    `num_features` channels. In training μ and var are those of the batch, which the averages `mean`
+    and `var` take in; with `use_running_average=True` they are the averages.
+
+    What is beside flax's arguments is as in `normlab.linen.BatchNorm`: `axis_name` may be a `Sync`,
+    `population` says what is kept for inference, `implementation` whether a kernel is used.
+
     >>> layer = BatchNorm(2, rngs=nnx.Rngs(0))
     >>> layer(jnp.array([[1.0, 100.0], [3.0, 300.0]])).round(2).tolist()
     [[-1.0, -1.0], [1.0, 1.0]]

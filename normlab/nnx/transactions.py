@@ -23,7 +23,17 @@ from normlab.population.transaction import OK
 
 
 class Transaction(nnx.Variable):
-    """The kind of variable that holds a transaction under way."""
+    """The kind of variable that holds a transaction under way, by which a filter finds it.
+
+    >>> from normlab.nnx import BatchNorm
+    >>> model = BatchNorm(2, rngs=nnx.Rngs(0))
+    >>> begin(model)
+    >>> bool(jax.tree.leaves(nnx.state(model, Transaction)))
+    True
+    >>> commit(model)
+    >>> bool(jax.tree.leaves(nnx.state(model, Transaction)))
+    False
+    """
 
 
 def _named(state: Any) -> dict[str, Any]:

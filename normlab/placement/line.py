@@ -111,6 +111,11 @@ class Connection:
     Every kind has a norm `inner` of what enters the branch and a norm `outer` of what leaves it, or
     `None`, and says what `total` is; and it says how many `streams` x has, `None` if it is one
     itself. What it learns, and its norms' states, are in those fields of `Residual` that it uses.
+
+    >>> from normlab.placement import HyperConnection, Placement
+    >>> one, several = Placement(), HyperConnection(streams=4)
+    >>> isinstance(one, Connection), isinstance(several, Connection), one.streams, several.streams
+    (True, True, None, 4)
     """
 
     inner: Norm | None

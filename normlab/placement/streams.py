@@ -100,6 +100,11 @@ class Mixing(NamedTuple):
       static: What does not depend on x, `[S]` or `[S, S]`.
       kernel: The linear map, 0 at first.
       scale: One number, 0.01 at first.
+
+    >>> from normlab.placement import init_residual
+    >>> params, _ = init_residual(HyperConnection(streams=2), jnp.ones((1, 2, 3)))
+    >>> params.skip.static.tolist(), params.skip.kernel.shape, round(params.skip.scale.item(), 4)
+    ([[1.0, 0.0], [0.0, 1.0]], (3, 2), 0.01)
     """
 
     static: Array

@@ -38,6 +38,15 @@ class Tap(NamedTuple):
     Attributes:
       gz: `[C]`, the mean of g·z, where g is the gradient by z.
       zz: `[C]`, the mean of z².
+
+    >>> from normlab import batch_norm
+    >>> from normlab.population import init_power
+    >>> a, state = jnp.array([[1.0], [3.0]]), init_power(1)
+    >>> def loss(taps):
+    ...     return batch_norm(a, None, tapped(state, taps), train=True)[0].sum()
+    >>> seen = jax.grad(loss)(taps(state))                       # g = 1, z = a
+    >>> seen.gz.round(3).tolist(), seen.zz.round(3).tolist()
+    ([2.0], [5.0])
     """
 
     gz: Array

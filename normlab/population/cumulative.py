@@ -56,6 +56,13 @@ class Cumulative(NamedTuple):
         from then on, and where it never was pooled.
       ddof: 0 for the variance of the values seen, 1 for the unbiased one; not a leaf.
       estimator: The `Estimator` of the variance; not a leaf.
+
+    >>> from normlab import batch_norm
+    >>> a, state = jnp.array([[1.0], [3.0]]), init_cumulative(1)
+    >>> for batch in (a, a + 4):
+    ...     _, state = batch_norm(batch, None, state, train=True)
+    >>> [v.tolist() for v in state.read()], state.count.tolist()       # of 1, 3, 5 and 7
+    ([[4.0], [5.0]], [4.0])
     """
 
     count: Array  # pyright: ignore[reportIncompatibleMethodOverride]

@@ -47,6 +47,14 @@ class Delayed(NamedTuple):
       others: What the other devices of its group had measured when it last heard of them, fields
         `[C]`; empty before the first exchange.
       age: `[]` int32, how many batches ago that was; -1 before the first exchange.
+
+    >>> from normlab import Sync, batch_norm
+    >>> def step(state, a):
+    ...     return batch_norm(a, None, state, train=True, axis_name=Sync("data", every=2))[1]
+    >>> state = jax.tree.map(lambda v: jnp.stack([v, v]), init_delayed(1))   # of two devices
+    >>> state = jax.vmap(step, axis_name="data")(state, jnp.arange(4.0).reshape(2, 2, 1))
+    >>> state.read()[0].ravel().tolist(), state.age.tolist()                 # before `exchange`
+    ([0.5, 2.5], [-1, -1])
     """
 
     inner: Any

@@ -37,6 +37,16 @@ class Digits(NamedTuple):
       inner: The statistics.
       last: `[C]`, the digits of the variance that the last batch lost; 0 on one device.
       most: `[C]`, the most that any batch has lost.
+
+    >>> import jax
+    >>> from normlab import Sync, batch_norm
+    >>> from normlab.population import init_digits
+    >>> def step(a):
+    ...     return batch_norm(a, None, init_digits(1), train=True, axis_name=Sync("d"))[1]
+    >>> a = 1000 + jnp.array([[[-1.0], [1.0]], [[-1.0], [1.0]]])       # two devices, var 1
+    >>> state = jax.vmap(step, axis_name="d")(a)
+    >>> state.read()[0].ravel().tolist(), state.most.round(2).ravel().tolist()
+    ([1000.0, 1000.0], [6.0, 6.0])
     """
 
     inner: Any

@@ -30,6 +30,13 @@ class Domains(NamedTuple):
       inner: The statistics of all domains, stacked along a first axis.
       current: `[]` int32, the domain of the next batch, or `[N]`, of each of its examples;
         `select_domain` sets it.
+
+    >>> from normlab import batch_norm
+    >>> from normlab.population import init_domains
+    >>> state = select_domain(init_domains(1, domains=3), 1)
+    >>> _, state = batch_norm(jnp.array([[1.0], [3.0]]), None, state, train=True)
+    >>> state.inner.mean.ravel().tolist(), state.read()[0].tolist()
+    ([0.0, 2.0, 0.0], [2.0])
     """
 
     inner: Any

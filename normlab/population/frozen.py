@@ -35,6 +35,13 @@ class Frozen(NamedTuple):
 
     Attributes:
       inner: The statistics.
+
+    >>> import jax.numpy as jnp
+    >>> from normlab import batch_norm, init_running
+    >>> a, state = jnp.array([[5.0], [7.0]]), freeze(init_running(1))
+    >>> h, state = batch_norm(a, None, state, train=True)
+    >>> h.round(2).tolist(), [v.tolist() for v in state.read()]
+    ([[5.0], [7.0]], [[0.0], [1.0]])
     """
 
     inner: Any

@@ -50,6 +50,15 @@ class Mabn(NamedTuple):
       r_max: `[]`, the limit of r, at least 1.
       begin: `[]` int32, the number of updates up to which r is 1.
       decay: The weight of the old χ²_EMA; not a leaf.
+
+    >>> from normlab import batch_norm
+    >>> a, state = jnp.array([[1.0], [3.0]]), init_mabn(1, size=2)
+    >>> for batch in (a, 3 * a):
+    ...     h, state = batch_norm(batch, None, state, train=True)
+    >>> (5 * h).round(2).tolist()                      # χ² = (5 + 45)/2, of both batches
+    [[3.0], [9.0]]
+    >>> [round(float(v[0]), 2) for v in state.read()]
+    [0.0, 15.1]
     """
 
     count: Array  # pyright: ignore[reportIncompatibleMethodOverride]

@@ -36,6 +36,12 @@ class Power(NamedTuple):
       tap: Zeros, by whose gradient ν goes on.
       begin: `[]` int32, the number of updates up to which this is batch norm about zero.
       decay: The weight of the old ν; not a leaf.
+
+    >>> from normlab import batch_norm
+    >>> a, state = jnp.array([[1.0], [7.0]]), init_power(1)
+    >>> h, state = batch_norm(a, None, state, train=True)        # by ψ = 1: it is averaged after
+    >>> h.round(2).tolist(), [v.tolist() for v in state.read()]
+    ([[1.0], [7.0]], [[0.0], [25.0]])
     """
 
     inner: Any

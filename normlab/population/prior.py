@@ -47,6 +47,14 @@ class Prior(NamedTuple):
       estimator: `"within"`, the paper's, mixes variances; `"pooled"` is the variance of both
         together, as if they had been one batch: it has the part between their means; not a leaf.
       by_example: Whether each example is a batch of its own, n = 1; not a leaf.
+
+    >>> from normlab import batch_norm
+    >>> from normlab.population import init_prior
+    >>> a, state = jnp.array([[1.0], [3.0]]), init_prior(1, count=2.0)
+    >>> _, state = batch_norm(a, None, state, train=True)
+    >>> h, state = batch_norm(a + 4, None, state, train=False)   # μ = (2·2 + 2·6)/4, var = 1
+    >>> h.round(2).tolist(), state.read()[0].tolist()
+    ([[1.0], [3.0]], [2.0])
     """
 
     inner: Any

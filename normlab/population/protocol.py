@@ -16,11 +16,12 @@ class Population(Protocol):
 
     Any NamedTuple with these methods is one. What it keeps keeps its structure, shapes and types.
 
+    >>> import jax
     >>> import jax.numpy as jnp
     >>> from typing import NamedTuple
     >>> class Last(NamedTuple):
-    ...     mean: Array
-    ...     var: Array
+    ...     mean: jax.Array
+    ...     var: jax.Array
     ...
     ...     def update(self, m, *, decay=None, bad_batch="skip"):
     ...         return Last(m.mean.ravel(), m.var().ravel())

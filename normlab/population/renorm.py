@@ -42,6 +42,16 @@ class Renorm(NamedTuple):
       begin: `[]` int32, the number of updates up to which this is batch norm.
       r_end: `[]` int32, that from which on r_max holds.
       d_end: `[]` int32, that from which on d_max holds.
+
+    >>> from normlab import batch_norm
+    >>> a = jnp.array([[1.0], [3.0]])
+    >>> state = init_renorm(1, begin=0, r_end=1, d_end=1)
+    >>> for batch in (a, a + 2):
+    ...     h, state = batch_norm(batch, None, state, train=True)
+    >>> h.round(2).tolist()                                      # by μ = 2 and σ = 1 of the first
+    [[1.0], [3.0]]
+    >>> [round(v.item(), 2) for v in state.read()]
+    [3.05, 1.0]
     """
 
     inner: Any

@@ -39,6 +39,12 @@ class Rms(NamedTuple):
 
     Attributes:
       inner: Any population, whose means stay 0 and whose variances are means of squares.
+
+    >>> import jax.numpy as jnp
+    >>> from normlab import batch_norm, init_running
+    >>> h, state = batch_norm(jnp.array([[1.0], [7.0]]), None, Rms(init_running(1)), train=True)
+    >>> (5 * h).round(2).tolist(), [v.tolist() for v in state.read()]
+    ([[1.0], [7.0]], [[0.0], [25.0]])
     """
 
     inner: Any

@@ -31,6 +31,15 @@ class Streaming(NamedTuple):
     Attributes:
       inner: The statistics.
       after: Whether a batch is taken in before it is normalized, or after; not a leaf.
+
+    >>> import jax.numpy as jnp
+    >>> from normlab import batch_norm
+    >>> from normlab.population import init_streaming
+    >>> a, state = jnp.array([[1.0], [3.0]]), init_streaming(1)
+    >>> for batch in (a, a + 4):
+    ...     h, state = batch_norm(batch, None, state, train=True)
+    >>> (h * 5**0.5).round(2).tolist(), [v.round(2).tolist() for v in state.read()]
+    ([[1.0], [3.0]], [[4.0], [5.0]])
     """
 
     inner: Any

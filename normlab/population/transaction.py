@@ -51,6 +51,12 @@ class Pending(NamedTuple):
       inner: The statistics, as they were at `begin`.
       seen: The batches since.
       broken: `[]` bool, whether one of them was not finite.
+
+    >>> import jax.numpy as jnp
+    >>> from normlab import init_running, moments
+    >>> state = begin(init_running(1)).update(moments(jnp.array([[1.0], [3.0]]), 0))
+    >>> state.read()[0].tolist(), state.seen.mean.tolist(), commit(state).read()[0].tolist()
+    ([0.0], [2.0], [2.0])
     """
 
     inner: Any

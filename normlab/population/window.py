@@ -52,6 +52,15 @@ class Window(NamedTuple):
       updates: `[]` int32, the number of batches taken in; the next is put on place
         updates mod size.
       skipped: `[]` int32, the number of batches left out: empty, or not finite.
+
+    >>> from normlab import batch_norm
+    >>> a, state = jnp.array([[1.0], [3.0]]), init_window(1, size=2)
+    >>> for batch in (a - 9, a, a + 4):
+    ...     h, state = batch_norm(batch, None, state, train=True)
+    >>> [v.tolist() for v in state.read()]                       # of the last two: 1, 3, 5 and 7
+    [[4.0], [5.0]]
+    >>> (h * 5**0.5).round(2).tolist()                           # which normalize the third
+    [[1.0], [3.0]]
     """
 
     count: Array  # pyright: ignore[reportIncompatibleMethodOverride]

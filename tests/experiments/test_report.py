@@ -684,7 +684,7 @@ def test_the_same_claims_make_the_same_tables():
 
 
 def test_every_column_is_described():
-    text = (CHECKOUT / "docs/questions.md").read_text(encoding="utf-8")
+    text = (CHECKOUT / "docs/reference/results.md").read_text(encoding="utf-8")
     for column in (*tables.CLAIMS, *tables.EFFECTS):
         assert f"`{column}`" in text, column
 

@@ -88,13 +88,19 @@ def assert_documented(record, heading, *where):
     assert set(record) == {name for name, of in fields.items() if of in ("", *where)}
 
 
+def assert_record_documented(record, *where):
+    assert list(record)[:6] == ["kind", *IDS]
+    own = {name: value for name, value in record.items() if name not in ("kind", *IDS)}
+    assert_documented(own, f"`{record['kind']}`", *where)
+
+
 class TestFields:
     def test_those_of_compare(self, ran):
         run = ran("compare")
         kinds = {record["kind"] for record in run.lines()}
         assert kinds == {"evaluation", "part"}
         for record in run.lines():
-            assert_documented(record, f"`{record['kind']}`", "compare")
+            assert_record_documented(record, "compare")
         summary = run.json("summary.json")
         assert set(summary) == {"complete", "norms"}
         (row,) = summary["norms"]
@@ -108,12 +114,16 @@ class TestFields:
             ("evaluation", 4),
         ]
         for record in run.lines():
-            assert_documented(record, f"`{record['kind']}`")
-        assert_documented(run.json("summary.json"), "`summary.json` of train")
+            assert_record_documented(record)
+        summary = run.json("summary.json")
+        evaluation = [name for name, of in documented("`evaluation`").items() if of == ""]
+        shared = {name: summary.pop(name) for name in (*IDS, *evaluation)}
+        assert shared["test_loss"] == run.lines()[-1]["test_loss"]
+        assert_documented(summary, "`summary.json` of train")
 
     def test_those_of_depth(self, ran):
         for record in ran("depth").lines():
-            assert_documented(record, f"`{record['kind']}`")
+            assert_record_documented(record)
 
     def test_those_of_a_verdict(self):
         found = verdict_json(decide("a", "it is so", [0.1, 0.2], at_least=0))
