@@ -20,6 +20,8 @@ from typing import Annotated, Any
 
 import tyro
 
+from normlab.errors import nearest
+
 from .cluster import spelled
 from .rundir import RunError
 from .terminal import EXIT_INTERRUPTED, EXIT_USAGE, PROGRAM, Form, errors, printing, report, stopped
@@ -115,8 +117,10 @@ def main(arguments: list[str] | None = None, begin: Callable[[], object] = lambd
       begin: Called once the options are accepted and all is imported.
     """
     given = sys.argv[1:] if arguments is None else arguments
-    name, rest = _parser().parse_args(given[:1]).command, given[1:]
     try:
+        if given and not given[0].startswith("-") and given[0] not in COMMANDS:
+            raise RunError(f"there is no command {given[0]!r}: {nearest(given[0], COMMANDS)}")
+        name, rest = _parser().parse_args(given[:1]).command, given[1:]
         return _run(name, rest, begin)
     except KeyboardInterrupt as error:
         errors.print("[yellow]interrupted[/] before there was anything to keep.")

@@ -28,6 +28,7 @@ from ..terminal import (
     remark,
     show,
 )
+from . import rehearsal
 from .ask import Answer, Asking, ask
 from .config import Ask
 from .fields import parsed
@@ -43,8 +44,14 @@ def answers(command: Ask, names: Sequence[str], rest: Sequence[str] = ()) -> Ite
       command: How to ask.
       names: Which questions.
       rest: Options of their configs.
+
+    Raises:
+      RunError: For options with which a claim could not be judged.
     """
-    return answered(command, *chosen(command, names, rest))
+    asked, broken = chosen(command, names, rest)
+    for asking in asked if rest else ():
+        rehearsal.require(asking.question, asking.config)
+    return answered(command, asked, broken)
 
 
 def chosen(

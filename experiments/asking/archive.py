@@ -8,7 +8,7 @@ import json
 import re
 import zipfile
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -95,23 +95,35 @@ def load(name: str, archive: str | Path | None = None, root: Path | None = None)
         archive that cannot be read or is not whole.
     """
     with _packed(Path(archive)) if archive is not None else _here(root or kept.place()) as runs:
-        mine = [run for run in runs if run.name.rpartition("-")[0] == name]
         where = archive if archive is not None else root or kept.place()
-        if not mine:
-            raise _absent(name, sorted({run.name.rpartition("-")[0] for run in runs}), where)
         try:
-            times = [(run.json("environment.json")["time"], run.name, run) for run in mine]
-            run = max(times)[-1]
+            run = _newest(name, runs, where)
             frame = pd.DataFrame(run.records())
             frame.attrs = {
                 "run": run.name,
                 "config": run.json("config.json"),
                 "environment": run.json("environment.json"),
             }
+        except RunError:
+            raise
         except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile, zlib.error) as error:
             mend = "Fetch it again." if archive is not None else f"{PROGRAM} run {name} --again"
             raise RunError(f"{where} does not hold {name} whole: {error!r}. {mend}") from error
     return frame
+
+
+def newest(name: str) -> Path:
+    """The directory of the newest finished run of a question; raises RunError as `load`."""
+    root = kept.place().expanduser()
+    with _here(root) as runs:
+        return root / _newest(name, runs, root).name
+
+
+def _newest(name: str, runs: Sequence[Run], where: Any) -> Run:
+    mine = [run for run in runs if run.name.rpartition("-")[0] == name]
+    if not mine:
+        raise _absent(name, sorted({run.name.rpartition("-")[0] for run in runs}), where)
+    return max((run.json("environment.json")["time"], run.name, run) for run in mine)[-1]
 
 
 def _absent(name: str, there: list[str], where: Any) -> RunError:

@@ -93,7 +93,8 @@ def follow(comparison: Comparison) -> int:
             for turn in comparison.run():
                 score = comparison.task.score
                 shown = "–" if turn.score is None else f"{score.factor * turn.score:.2f}"
-                said = f"loss {turn.loss:7.4f}  {score.name} {shown}{score.unit}"
+                over = counted(turn.steps, "step")
+                said = f"train loss {turn.loss:7.4f} ({over})  {score.name} {shown}{score.unit}"
                 progress.update(bars[turn.norm], completed=turn.step, result=said)
                 log(f"{turn.norm}: step {turn.step}/{config.steps}  {said}")
                 done = sum(progress.tasks[bar].completed for bar in bars.values())

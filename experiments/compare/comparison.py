@@ -65,7 +65,8 @@ class Measured(NamedTuple):
 
     Attributes:
       step: Steps done.
-      loss: The training loss of the last step, the mean over all.
+      loss: The training loss over the last turn, the mean over all.
+      turn: Its steps.
       diverged: For each rate and seed the first step whose loss was not finite, or −1.
       step_seconds: Seconds for a step; `None` at the beginning.
       compile_seconds: What compiling took.
@@ -76,6 +77,7 @@ class Measured(NamedTuple):
 
     step: int
     loss: float
+    turn: int
     diverged: np.ndarray
     step_seconds: float | None
     compile_seconds: float
@@ -167,11 +169,15 @@ class Lane(Track):
 
 @dataclasses.dataclass(frozen=True)
 class Turn:
-    """What a listener hears after a norm's turn; the score is the seeds' mean at its best rate."""
+    """What a listener hears after a norm's turn; the score is the seeds' mean at its best rate.
+
+    The training loss is the mean over so many last `steps`, rates and seeds.
+    """
 
     norm: str
     step: int
     loss: float
+    steps: int
     score: float | None
 
 
@@ -418,7 +424,8 @@ class Comparison(Outcome):
             if r["test_loss"] is not None:
                 alive.setdefault(r["lr"], []).append(r[score.key])
         means = [statistics.fmean(seeds) for seeds in alive.values()]
-        return Turn(lane.name, found.step, found.loss, score.best(means, default=None))
+        scored = score.best(means, default=None)
+        return Turn(lane.name, found.step, found.loss, found.turn, scored)
 
 
 def lanes(
@@ -545,7 +552,8 @@ def _measured(lane: Lane, at: Progress, seconds: float) -> Measured:
         for layer, four in at.evaluation.parts.items()
         for part, values in four._asdict().items()
     ]
-    return Measured(at.step, at.loss, at.diverged, at.step_seconds, seconds, records, parts, at)
+    turn, took = 0 if at.losses is None else len(at.losses), at.step_seconds
+    return Measured(at.step, at.loss, turn, at.diverged, took, seconds, records, parts, at)
 
 
 def in_turns(

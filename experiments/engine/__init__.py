@@ -29,7 +29,7 @@ from .learn import (
     tuned,
 )
 from .question import Condition, Config, Measure, Question, Schedule, exact
-from .rates import largest_stable
+from .rates import largest_stable, searched
 from .records import Records
 from .texts import Language, first_gradients
 from .verdict import Source, Verdict, decide, decide_share

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple, Protocol
 
 from matplotlib.figure import Figure
@@ -102,10 +102,14 @@ class Condition(NamedTuple):
     Attributes:
       labels: What sets it apart; every record gets them.
       measure: Measures it.
+      says: What else its records say that is no number: an example of each kind of record, with
+        what it is told by and with arrays of the right rank. By these a config is refused before
+        anything runs that lacks what a claim compares; the values are not looked at.
     """
 
     labels: Mapping[str, Any]
     measure: Measure
+    says: Sequence[Mapping[str, Any]] = ({},)
 
     @property
     def name(self) -> str:

@@ -92,6 +92,11 @@ def largest_stable(
     return run
 
 
+def searched(rates: Sequence[float]) -> list[Record]:
+    """What `largest_stable` says, for `Condition.says`."""
+    return [*({"kind": "trial", "lr": lr} for lr in rates), {"kind": "largest", "edge": ""}]
+
+
 def between(seeds: Sequence[int], low: np.ndarray, high: np.ndarray, fine: float) -> list[Lane]:
     """The next trial of each seed whose two rates are further apart than `fine`."""
     return [

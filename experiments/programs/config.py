@@ -28,8 +28,8 @@ class Ledger:
     depth: int | None = None
     """Of lm and vit: the number of blocks; by default 12."""
 
-    context: int = 1024
-    """Of lm: the tokens of an example, bytes."""
+    context: int | None = None
+    """Of lm: the tokens of an example, bytes; by default 1024."""
 
     image: tuple[int, int, int] | None = None
     """Height, width and channels of an image; by default 28 28 1, of resnet50 224 224 3."""
@@ -38,13 +38,13 @@ class Ledger:
     """Norms by name; `normlab list` describes them. flax is flax.linen.BatchNorm,
     with --sync all, inner or local."""
 
-    sync: tuple[str, ...] = ("all", "local")
+    sync: tuple[str, ...] = ()
     """Over which devices batch statistics are measured: local, all, groups=4, groups=0,2|1,3,
     ring=1, virtual=64, ghost=4; of a --mesh inner (its last axis) or together=axis0; joined by +
-    with staged, every=2, gradient=forward, second=always and the like."""
+    with staged, every=2, gradient=forward, second=always and the like. By default all, local."""
 
-    devices: int = 8
-    """Devices of this host, without a topology."""
+    devices: int | None = None
+    """Devices of this host, without a topology; by default 8."""
 
     topology: tuple[str, ...] = ()
     """Machines to compile for, one after the other: v4:4x4x8, v5e:16x16, v5p:16x16x24, v6e:16x16 or
@@ -73,17 +73,25 @@ class Ledger:
         from ..training.config import require_mesh
         from ..training.trainer import require_form
 
-        require_positive(self, "devices", "per_device", "context")
+        require_positive(self, "per_device")
         for name in ("widths", "image"):
             if any(size < 1 for size in getattr(self, name) or ()):
                 raise RunError(f"--{name}: got {getattr(self, name)}; they must be at least 1.")
-        for name in ("width", "depth"):
+        for name in ("width", "depth", "devices", "context"):
             if getattr(self, name) is not None:
                 require_positive(self, name)
         try:
             models.require(self.model, **self.model_options)
         except ValueError as error:
             raise RunError(f"--model: {error}.") from None
+        text = models.reads_text(self.model)
+        for idle, beside, why in (
+            ("devices", bool(self.topology), "--topology, which has devices of its own"),
+            ("context", not text, f"--model {self.model}, which reads images"),
+            ("image", text, f"--model {self.model}, which reads text"),
+        ):
+            if beside and getattr(self, idle) is not None:
+                raise RunError(f"--{idle} does nothing beside {why}. Leave one of them out.")
         require_mesh(self.mesh)
         require_form(self.mode, self.mesh, "mode")
         for text in self.sync:

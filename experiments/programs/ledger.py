@@ -103,14 +103,19 @@ def compile_all(config: Ledger, say: Callable[[str], None] = lambda _: None) -> 
     Raises:
       RunError: For a model, norm, topology or machine that there is not, or that do not fit.
     """
+    if config.sync and not any(map(_synced, config.norms)):
+        norms = " ".join(config.norms)
+        raise RunError(
+            f"--sync does nothing beside --norms {norms}, which measure no batch. Leave it out."
+        )
     jax.config.update("jax_platforms", "cpu")
     if not config.topology:
-        set_devices(config.devices)
+        set_devices(config.devices or DEVICES)
     found = Found(config, [], [])
     for topology in config.topology or (None,):
-        there = machine(topology, config.devices)
+        there = machine(topology, config.devices or DEVICES)
         for norm in config.norms:
-            for sync in config.sync if _synced(norm) else ("",):
+            for sync in config.sync or SYNC if _synced(norm) else ("",):
                 if norm in PEERS and sync not in PEERS_SYNC:
                     known = ", ".join(PEERS_SYNC)
                     found.left_out.append(f"{norm}, {sync}: left out; {norm} is there for {known}.")
@@ -121,6 +126,15 @@ def compile_all(config: Ledger, say: Callable[[str], None] = lambda _: None) -> 
         raise RunError("--norms: nothing is left to compile. " + " ".join(found.left_out))
     return found
 
+
+DEVICES = 8
+"""Of this host, where none are given."""
+
+SYNC = ("all", "local")
+"""What is compiled where none is given."""
+
+CONTEXT = 1024
+"""Tokens of an example, where none are given."""
 
 HEADINGS = (
     "norm, sync",
@@ -360,7 +374,7 @@ def program(config: Ledger, norm: str, sync: str, mesh: Mesh) -> tuple[Any, tupl
 def _example(config: Ledger) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
     """A batch of one device: images or tokens, and their labels."""
     if models.reads_text(config.model):
-        tokens = jax.ShapeDtypeStruct((config.per_device, config.context), jnp.int32)
+        tokens = jax.ShapeDtypeStruct((config.per_device, config.context or CONTEXT), jnp.int32)
         return tokens, tokens
     size = config.image or IMAGE.get(config.model, (28, 28, 1))
     images = jax.ShapeDtypeStruct((config.per_device, *size), jnp.float32)

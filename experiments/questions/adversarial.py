@@ -100,8 +100,10 @@ def run(config: Adversarial) -> Iterator[Condition]:
     if config.model == "mlp":
         options["widths"] = (config.width,) * 3
     options["prepare"] = lambda data: unit(data, config.pool)
+    told = ["clean", *(f"attack {v:g}" for v in config.sizes)]
+    says = dict.fromkeys([*told, *(f"noise {v:g}" for v in config.noises)], 0.5)
     for name in config.norms:
-        yield Condition({"norm": name}, learn(config, nl.get(name), **options))
+        yield Condition({"norm": name}, learn(config, nl.get(name), **options), [says])
 
 
 def unit(data: Dataset, pool: int) -> Dataset:

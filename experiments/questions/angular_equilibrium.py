@@ -107,7 +107,8 @@ def run(config: AngularEquilibrium) -> Iterator[Condition]:
     """All settings with batch norm, the first with the others."""
     for norm in config.norms:
         settings = [Setting(*s) for s in config.settings[: None if norm == "batch" else 1]]
-        yield Condition({"norm": norm}, exact(turning, config, norm, settings))
+        says = [{**s._asdict(), "layer": layer} for s in settings for layer in LAYERS]
+        yield Condition({"norm": norm}, exact(turning, config, norm, settings), says)
 
 
 def turning(config: AngularEquilibrium, norm: str, settings: Sequence[Setting]) -> Iterator[Record]:

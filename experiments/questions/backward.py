@@ -65,9 +65,11 @@ FULL = Backward(batch_size=60, channels=10, inputs=20)
 
 def run(config: Backward) -> Iterator[Condition]:
     """The derivatives, and the scale of the weights."""
-    yield Condition({"measured": "derivatives"}, exact(derivatives, config))
+    says = [{"statement": name} for name in ("autodiff", "differences")]
+    yield Condition({"measured": "derivatives"}, exact(derivatives, config), says)
     for eps in config.epsilons:
-        yield Condition({"measured": "scale", "eps": eps}, exact(scaled, config, eps))
+        says = [{"statement": name} for name in ("output", "gradient")]
+        yield Condition({"measured": "scale", "eps": eps}, exact(scaled, config, eps), says)
 
 
 def by_hand(x: np.ndarray, dy: np.ndarray, g: np.ndarray, eps: float) -> tuple[np.ndarray, ...]:

@@ -85,7 +85,9 @@ RELU: dict[str, Any] = {"activation": jax.nn.relu}
 
 def run(config: BatchOne) -> Iterator[Condition]:
     """One training, all ways to predict."""
-    yield Condition({"norm": "batch"}, exact(predicted, config))
+    kinds = ("population", "batch")
+    says = [{"statistics": kind, "n": n} for kind in kinds for n in config.sizes]
+    yield Condition({"norm": "batch"}, exact(predicted, config), says)
 
 
 def predicted(config: BatchOne) -> Iterator[Record]:

@@ -83,7 +83,7 @@ def run(config: Figure1) -> Iterator[Condition]:
     rows = [lane for sd, lr in config.starts for lane in lanes(config, sd=[sd], lr=[lr])]
     for name in config.norms:
         measure = learn(config, nl.get(name), side_by_side=rows, prepare=binary, instrument=inputs)
-        yield Condition({"norm": name}, measure)
+        yield Condition({"norm": name}, measure, [{"percentiles": np.ones((3, 2))}])
 
 
 def binary(data: Dataset) -> Dataset:

@@ -90,7 +90,8 @@ NORM = nl.get("batch", population="cumulative")
 def run(config: Inference) -> Iterator[Condition]:
     """A dense layer and a convolution."""
     for name in LINEAR:
-        yield Condition({"layer": name}, exact(measured, config, name))
+        says = [{"kind": "variance", "m": m} for m in config.batches]
+        yield Condition({"layer": name}, exact(measured, config, name), [*says, {"kind": "fold"}])
 
 
 def measured(config: Inference, name: str) -> Iterator[Record]:

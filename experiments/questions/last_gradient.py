@@ -98,7 +98,7 @@ def measure(config: LastGradient, scheme: str) -> Iterator[Record]:
             ):
                 found.setdefault((seed, block), []).append(float(norm))
                 labels = {"seed": seed, "block": block}
-                yield {"kind": "gradient", **labels, "depth": depth, "norm": float(norm)}
+                yield {"kind": "gradient", **labels, "depth": depth, "gradient": float(norm)}
     for (seed, block), norms in found.items():
         slope = nl.instruments.depth_slope(np.array(norms), np.array(config.depths)).slope
         yield {"kind": "slope", "seed": seed, "block": block, "slope": float(slope)}
@@ -142,7 +142,7 @@ def figure(records: Records) -> Figure:
     """The gradient of the last and of the first block against the number of blocks."""
     picture, panels = draw.panels(records.where(kind="gradient"), "block")
     for axes, block, here in panels:
-        draw.against(axes, here, "depth", "norm", by="scheme")
+        draw.against(axes, here, "depth", "gradient", by="scheme")
         draw.frame(axes, xlabel="blocks", yscale="log", title=f"{block} block")
         axes.set_xscale("log", base=2)
         axes.set_ylabel("‖gradient of the kernel down‖")

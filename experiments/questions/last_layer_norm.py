@@ -46,6 +46,7 @@ from ..engine import (
     largest_stable,
     learn,
     pooled,
+    searched,
     tuned,
 )
 
@@ -100,13 +101,15 @@ def run(config: LastLayerNorm) -> Iterator[Condition]:
     if config.model == "mlp":
         options["widths"] = (config.width,) * config.depth
     options["prepare"] = lambda data: pooled(data, config.pool)
-    yield Condition({"part": "accuracy"}, exact(at_one_rate, config, options))
+    says = [{"kind": "evaluation", "norm": norm} for norm in ("none", "batch")]
+    says += [{"kind": "tuning", "norm": "none", "lr": 0.1}]
+    yield Condition({"part": "accuracy"}, exact(at_one_rate, config, options), says)
     here = dataclasses.replace(config, steps=config.short, schedule="constant", evaluations=3)
     last = f"Normed_{config.depth - 1}" if config.model == "mlp" else "stage3_block18_conv2"
     for norms, own in (("none", {}), ("last layer", {"where": (last,)}), ("batch", {})):
         norm = nl.get("none" if norms == "none" else "batch")
         measure = largest_stable(here, norm, config.grid, stable, fine=1.3, **options, **own)
-        yield Condition({"part": "rates", "norm": norms}, measure)
+        yield Condition({"part": "rates", "norm": norms}, measure, searched(config.grid))
 
 
 def stable(record: Record) -> bool:

@@ -92,7 +92,8 @@ FULL = Leakage(model="resnet20", dataset="cifar10", pool=1, steps=20_000, evalua
 def run(config: Leakage) -> Iterator[Condition]:
     """The synthetic label with each norm; images normalized together with their class or mixed."""
     for norm in config.norms:
-        yield Condition({"norm": norm}, exact(synthetic, config, norm))
+        says = [{"kind": "told", "statistics": kind} for kind in ("batch", "population")]
+        yield Condition({"norm": norm}, exact(synthetic, config, norm), says)
     here = dataclasses.replace(config, batch_size=10 * config.together)
     norm = nl.get("batch", axis_name=nl.Sync(virtual_batch=config.together))
     for mixed in (False, True):

@@ -47,6 +47,7 @@ from ..engine import (
     lanes,
     largest_stable,
     learn,
+    searched,
     tuned,
 )
 
@@ -105,8 +106,12 @@ def run(config: LearningRate) -> Iterator[Condition]:
     search = dataclasses.replace(config, steps=config.search, evaluations=1)
     for norm in config.norms:
         measure = largest_stable(search, nl.get(norm), config.rates, stable, activation=nn.relu)
-        yield Condition({"measured": "largest rate", "norm": norm}, measure)
-    yield Condition({"measured": "steps"}, race(config))
+        says = searched(config.rates)
+        yield Condition({"measured": "largest rate", "norm": norm}, measure, says)
+    says = [{"norm": "none", "factor": 0}, *({"norm": "batch", "factor": f} for f in FEWER)]
+    yield Condition(
+        {"measured": "steps"}, race(config), [{"kind": "evaluation", **s} for s in says]
+    )
 
 
 def stable(record: Record) -> bool:

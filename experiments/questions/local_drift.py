@@ -77,7 +77,9 @@ def run(config: Config) -> Iterator[Condition]:
     """Trains on shuffled and on sorted data, and measures the drift on the way."""
     for condition in ("shuffled", "sorted"):
         labels = {"condition": condition}
-        yield Condition(labels, functools.partial(train, config, condition == "sorted"))
+        says = [{"kind": "drift", "layer": n, "sampling": 0.1} for n in ("Normed_0", "Normed_1")]
+        measure = functools.partial(train, config, condition == "sorted")
+        yield Condition(labels, measure, [*says, {"kind": "averaging"}])
 
 
 def train(

@@ -82,7 +82,7 @@ def measure(config: MixLn, scheme: str) -> Iterator[Record]:
         kernels = jax.tree.map(lambda v: v if v.ndim > 1 else v[:0], look(seed))
         norms = np.asarray(nl.instruments.block_norms(kernels).block, float)
         for block, norm in enumerate(norms.tolist()):
-            yield {"kind": "gradient", "seed": seed, "block": block + 1, "norm": norm}
+            yield {"kind": "gradient", "seed": seed, "block": block + 1, "gradient": norm}
         yield {"kind": "uneven", "seed": seed, "uneven": float(norms.max() / norms.min())}
 
 
@@ -103,7 +103,7 @@ def figure(records: Records) -> Figure:
     """The gradient by each block."""
     picture, (axes,) = draw.canvas(width=5.4)
     here = records.where(kind="gradient")
-    draw.over_steps(axes, here, "norm", x="block", by="scheme", marker=True)
+    draw.over_steps(axes, here, "gradient", x="block", by="scheme", marker=True)
     draw.frame(axes, xlabel="block", log=True, legend=True, ticks=here.values("block"))
     axes.set(ylabel="‖gradient by the block‖ (nats)", title="at initialization")
     return picture

@@ -70,7 +70,8 @@ FULL = NormShare(batches=(8, 32, 128), depth=16, channels=64, side=32)
 def run(config: NormShare) -> Iterator[Condition]:
     """Each norm, and none."""
     for name in ("none", *config.norms):
-        yield Condition({"norm": name}, exact(compiled, config, name))
+        says = [{"batch": batch} for batch in config.batches]
+        yield Condition({"norm": name}, exact(compiled, config, name), says)
 
 
 def compiled(config: NormShare, name: str) -> Iterator[Record]:

@@ -88,7 +88,7 @@ def measure(config: PrePostGradient, scheme: str) -> Iterator[Record]:
         kernels = [grads[f"block{i}"]["down"]["kernel"] for i in range(config.depth)]
         norms = np.array([np.linalg.norm(kernel) for kernel in kernels])
         for block, norm in enumerate(norms.tolist()):
-            yield {"kind": "gradient", "seed": seed, "block": block + 1, "norm": norm}
+            yield {"kind": "gradient", "seed": seed, "block": block + 1, "gradient": norm}
         yield {"kind": "factor", "seed": seed, "factor": factor(norms)}
 
 
@@ -123,7 +123,7 @@ def figure(records: Records) -> Figure:
     """The gradient of each block."""
     picture, (axes,) = draw.canvas(width=5.4)
     here = records.where(kind="gradient")
-    draw.over_steps(axes, here, "norm", x="block", by="scheme", marker=True)
+    draw.over_steps(axes, here, "gradient", x="block", by="scheme", marker=True)
     blocks = here.values("block")
     draw.frame(axes, xlabel="block", log=True, legend=True, ticks=blocks)
     axes.set_ylabel("‖gradient of the kernel down‖ (nats)")

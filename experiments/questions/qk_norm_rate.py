@@ -41,6 +41,7 @@ from ..engine import (
     draw,
     exact,
     largest_stable,
+    searched,
 )
 
 WIDER = 3.0
@@ -95,8 +96,9 @@ def run(config: QkNormRate) -> Iterator[Condition]:
             *(config, nl.get(config.norm, use_bias=False), config.rates, stable),
             **{"fine": 1.4, "instrument": logits, **options},
         )
-        yield Condition({"inside": name}, made)
-    yield Condition({"condition": "frequencies"}, exact(config.frequencies))
+        yield Condition({"inside": name}, made, searched(config.rates))
+    says = {"kind": "frequencies", "seed": config.first_seed, "step": config.steps}
+    yield Condition({"condition": "frequencies"}, exact(config.frequencies), [says])
 
 
 def logits(net: Net) -> dict[str, Array]:

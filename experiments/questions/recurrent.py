@@ -97,7 +97,12 @@ FULL = Recurrent(units=100, tests=10_000, steps=20_000)
 
 def run(config: Recurrent) -> Iterator[Condition]:
     """The gradient through time at initialization; then training."""
-    yield Condition({"norm": "all"}, exact(gradients, config))
+    says = [
+        {"kind": "gradient", "weights": weights, "gain": gain, "lengths": [1.0, 1.0]}
+        for weights in ("identity", "orthogonal")
+        for gain in config.gains
+    ]
+    yield Condition({"norm": "all"}, exact(gradients, config), says)
     for label, norm, kept in (
         ("none", "none", None),
         ("each step", "batch", None),

@@ -91,7 +91,13 @@ FULL = Resolution(images=60_000, tests=10_000, steps=20_000, channels=())
 
 def run(config: Resolution) -> Iterator[Condition]:
     """Trained on crops and on whole images, by one program."""
-    yield Condition({"norm": "batch"}, exact(trained, config))
+    says = [
+        {"images": images, "side": side, "statistics": statistics}
+        for images in ("crops", "whole")
+        for side in (config.side, *config.larger)
+        for statistics in ("running", "own")
+    ]
+    yield Condition({"norm": "batch"}, exact(trained, config), says)
 
 
 def resized(images: np.ndarray, side: int, corners: Array, shares: Array) -> Array:

@@ -87,7 +87,8 @@ def run(config: RezeroDepth) -> Iterator[Condition]:
         scheme = plain(config.depth) if name == "plain" else name
         options = {"scheme": scheme, "scan": True, "prepare": config.prepare, **config.sizes}
         yield Condition({"scheme": name}, learn(config, nl.get(config.norm), **options))
-    yield Condition({"condition": "frequencies"}, exact(config.frequencies))
+    says = {"kind": "frequencies", "seed": config.first_seed, "step": config.steps}
+    yield Condition({"condition": "frequencies"}, exact(config.frequencies), [says])
 
 
 def plain(depth: int) -> nl.placement.Scheme:

@@ -76,7 +76,8 @@ Params = dict[str, Array]
 def run(config: ScaleInvariance) -> Iterator[Condition]:
     """Rate and decay as the claim says, and unchanged."""
     for name in ("adjusted", "unchanged"):
-        yield Condition({"condition": name}, exact(trajectories, config, name == "adjusted"))
+        says = [{"scale": c} for c in (1.0, *config.scales)]
+        yield Condition({"condition": name}, exact(trajectories, config, name == "adjusted"), says)
 
 
 def trajectories(config: ScaleInvariance, adjusted: bool) -> Iterator[Record]:

@@ -102,7 +102,8 @@ def run(config: SpectralReshaped) -> Iterator[Condition]:
         norm = nl.get(name, of=of) if of else nl.get(name)
         how: dict[str, Any] = {"widths": (config.width,) * 2, "instrument": norms}
         how["prepare"] = lambda data: few(pooled(data, config.pool))
-        yield Condition({"net": net}, learn(config, norm, **how))
+        says = {"map": np.ones(2), "matrix": np.ones(2)}
+        yield Condition({"net": net}, learn(config, norm, **how), [says])
 
 
 def few(data: Dataset) -> Dataset:

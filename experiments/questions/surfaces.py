@@ -112,8 +112,12 @@ FULL = Surfaces(widths=(256,) * 8, images=5000, steps=20_000)
 
 def run(config: Surfaces) -> Iterator[Condition]:
     """Without a norm and with batch norm."""
+    says: list[Record] = [{"kind": "end", "optimizer": name} for name in OPTIMIZERS]
+    says += [{"kind": "line", "pair": ", ".join(pair)} for pair in PAIRS]
+    plane = {"kind": "plane", "seed": config.first_seed, "step": config.steps}
+    says.append({**plane, "losses": np.ones(len(PLANE) ** 2)})
     for name in ("none", "batch"):
-        yield Condition({"norm": name}, exact(trained, config, nl.get(name)))
+        yield Condition({"norm": name}, exact(trained, config, nl.get(name)), says)
 
 
 def trained(config: Surfaces, norm: nl.Norm) -> Iterator[Record]:

@@ -116,7 +116,9 @@ def run(config: TestTime) -> Iterator[Condition]:
         instrument=look,
         activation=nn.relu,
     )
-    yield Condition({"norm": "batch"}, measure)
+    arms = ["source", "tent", *(f"{n}_{count}" for n in config.sizes for count in (0, PRIOR))]
+    says = {f"{name}_{arm}": 0.5 for name in ("clean", *config.domains) for arm in arms}
+    yield Condition({"norm": "batch"}, measure, [says])
 
 
 def prepare(config: TestTime, data: Dataset) -> Dataset:

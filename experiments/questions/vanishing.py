@@ -112,7 +112,8 @@ def run(config: Vanishing) -> Iterator[Condition]:
     for activation in F:
         for norm in config.norms:
             labels = {"activation": activation, "norm": norm}
-            yield Condition(labels, exact(measure, config, **labels))
+            says = [{"gain": gain, "norms": np.ones(config.depth)} for gain in GAINS]
+            yield Condition(labels, exact(measure, config, **labels), says)
 
 
 def measure(config: Vanishing, activation: str, norm: str) -> Iterator[Record]:

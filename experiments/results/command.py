@@ -17,7 +17,7 @@ from .config import Export
 
 def run(config: Export) -> int:
     """Writes the table and says what is in it; with --json the table is printed."""
-    paths = [run for path in config.runs for run in frames.runs(path.expanduser())]
+    paths = [run for path in config.runs for run in frames.runs(frames.directory(path))]
     lines = [line for path in paths for line in frames.lines(path)]
     table = pd.DataFrame(lines)
     files = {"csv": config.csv, "parquet": config.parquet}

@@ -20,7 +20,8 @@ class Export:
     """
 
     runs: Annotated[tuple[Path, ...], tyro.conf.Positional] = ()
-    """Run directories: of compare, train, depth, of questions and of their sweeps."""
+    """Run directories: of compare, train, depth, bench ops, bench bytes, of questions and of their
+    sweeps; or the name of a question, for its newest finished run."""
 
     csv: Path | None = None
     """A file for the table as CSV."""
@@ -37,6 +38,7 @@ class Export:
         if not self.runs:
             raise RunError("name a run directory, or several: export runs/compare-mnist-conv-…")
         for path in self.runs:
-            if not path.expanduser().is_dir():
+            lone = len(path.parts) == 1 or path.suffix == ".py"  # which a question is named by
+            if not lone and not path.expanduser().is_dir():
                 raise RunError(f"{path}: there is no such directory. Name that of a run.")
         writers.require(self.log)

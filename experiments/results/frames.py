@@ -11,19 +11,48 @@ import pandas as pd
 from .. import questions
 from ..rundir import Record, RunError
 from ..terminal import PROGRAM
+from . import benches
 
 
 def load(run: str | Path, archive: str | Path | None = None) -> pd.DataFrame:
     """The records of a run; see `experiments.load`."""
-    if archive is None and str(run) not in questions.NAMES and Path(run).expanduser().is_dir():
+    if archive is None and _is_directory(run):
         return read(Path(run).expanduser())
     from ..asking import archive as archives
 
-    return archives.load(str(run), archive)
+    return archives.load(_question(run), archive)
+
+
+def directory(run: str | Path) -> Path:
+    """The directory of a run: itself, or that of the newest finished run of a question.
+
+    Args:
+      run: The directory; or a question by its name, its file or its module.
+
+    Raises:
+      RunError: If there is neither.
+    """
+    if _is_directory(run):
+        return Path(run).expanduser()
+    from ..asking import archive as archives
+
+    return archives.newest(_question(run))
+
+
+def _is_directory(run: str | Path) -> bool:
+    return str(run) not in questions.NAMES and Path(run).expanduser().is_dir()
+
+
+def _question(run: str | Path) -> str:
+    """The name of a question, which is the last part of its file or module."""
+    path = Path(run)
+    if path.suffix == ".py":
+        return path.stem
+    return str(run) if len(path.parts) > 1 else path.name.rpartition(".")[2]
 
 
 def read(path: Path) -> pd.DataFrame:
-    """The records of a run directory: of `compare`, `train`, `depth`, a question or a sweep.
+    """The records of a run directory: of a command, a question or a sweep.
 
     Those of a sweep of `compare` are as `lines` has them, of all its points.
 
@@ -65,7 +94,9 @@ def records(path: Path) -> list[Record]:
     if found is None:
         raise RunError(
             f"{path}: there are no records in it. It must be the directory of a run, which has "
-            "metrics.jsonl (compare, train, depth), conditions/ (a question) or sweep-….json. "
+            "metrics.jsonl (compare, train, depth), ops.json or bytes.json (bench), conditions/ "
+            "(a question) or sweep-….json. Other parts of bench keep none: with --json they print "
+            "their numbers. "
             f"{PROGRAM} compare, for example, says at its end where its results are."
         )
     return found
@@ -93,6 +124,8 @@ def lines(path: Path) -> list[Record]:
 def _records(path: Path) -> list[Record] | None:
     if (metrics := path / "metrics.jsonl").exists():
         return _lines(metrics)
+    if (timed := benches.records(path)) is not None:
+        return timed
     if conditions := sorted(path.glob("conditions/*.jsonl")):
         return [record for file in conditions for record in _lines(file)]
     if sweeps := sorted(path.glob("sweep-*.json")):

@@ -59,7 +59,7 @@ def train_here(config: Train) -> int:
 
 def line(record: Record, steps: int) -> None:
     """Prints where the run stands; the line stays."""
-    said = f"step {record['step']}/{steps}  loss {shown(record['train_loss'])}"
+    said = f"step {record['step']}/{steps}  train loss {shown(record['train_loss'])}"
     if "accuracy" in record:
         said += f"  test loss {shown(record['test_loss'])}  accuracy {record['accuracy']:.2%}"
     errors.print(said, highlight=False)

@@ -73,8 +73,8 @@ class Progress:
 
     @property
     def loss(self) -> float:
-        """The training loss of the last step, the mean over the seeds."""
-        return math.nan if self.losses is None else float(self.losses[-1].mean())
+        """The training loss over the last turn, the mean over the seeds, as in `records`."""
+        return math.nan if self.losses is None else float(self.losses.mean())
 
     def evaluated(self, learner: Learner) -> Progress:
         """The same with the test set measured; a loss that is not finite there counts as well."""

@@ -69,6 +69,7 @@ def test_what_lacks_the_dashes_is_told_with_the_whole_command(words, expected, s
     ("words", "expected"),
     [
         ("run figure1 --job 3", "--jobs"),
+        ("comapre", "there is no command 'comapre': did you mean 'compare'?"),
         ("bench step --foo", "normlab bench step --help"),
         ("bench", "normlab bench --help"),
         ("compare --foo", "normlab compare --help"),

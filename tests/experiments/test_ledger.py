@@ -97,7 +97,7 @@ WIDTHS = (6, 5)
 
 def account(sync, **options):
     options = {"model": "mlp", "widths": WIDTHS, "per_device": 4, **options}
-    (found,) = compile_all(Ledger(sync=(sync,), **options)).accounts
+    (found,) = compile_all(Ledger(sync=(sync,) if sync else (), **options)).accounts
     return found
 
 
@@ -151,7 +151,7 @@ def test_pairs_exchange_their_moments_and_all_sum_the_running_statistics(mode):
 
 
 def test_on_their_own_devices_share_nothing_but_the_parameters_gradients():
-    layer = account("all", norms=("layer",))  # whatever is asked of batch norm
+    layer = account("", norms=("layer",))
     for found in (account("local"), account("local", mode="pmap"), layer):
         (entry,) = found.entries
         assert entry.purposes == (Purpose("gradients"), Purpose("loss"))
@@ -505,3 +505,17 @@ def test_the_bench_counts_one_collective_each_way(capsys):
     said = "1 (132 B) + 1 (128 B); when needed 1 (132 B)"
     assert bench_sync.counted("normlab", here, (4, 16)) == said
     assert bench_sync.counted("flax", here, (4, 16)).startswith("1 (")
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"devices": 4, "topology": ("v5e:4x4",)}, "--devices does nothing beside --topology"),
+        ({"norms": ("layer",), "sync": ("all",)}, "--sync does nothing beside --norms layer"),
+        ({"context": 64}, "--context does nothing beside --model conv"),
+        ({"model": "lm", "image": (8, 8, 1)}, "--image does nothing beside --model lm"),
+    ],
+)
+def test_an_option_that_does_nothing_beside_another_is_refused(options, said):
+    with pytest.raises(RunError, match=said):
+        compile_all(Ledger(**options))

@@ -45,13 +45,11 @@ def test_the_gradient_of_the_last_block_is_that_of_its_kernel():
     config = dataclasses.replace(last_gradient.QUICK, depths=(1, 2, 4), **TINY)
     records = last_gradient.Records(measured(last_gradient, config, scheme="pre"))
     norms = records.where(kind="gradient", depth=1, seed=config.first_seed)
-    first, last = (norms.where(block=block)[0]["norm"] for block in ("first", "last"))
+    first, last = (norms.where(block=block)[0]["gradient"] for block in ("first", "last"))
     assert first == last > 0  # of one block both are the same
     slopes = records.where(kind="slope", block="last").by_seed("slope")
-    by_depth = [
-        records.where(kind="gradient", block="last", seed=config.first_seed + 1, depth=d)[0]["norm"]
-        for d in (1, 2, 4)
-    ]
+    last = records.where(kind="gradient", block="last", seed=config.first_seed + 1)
+    by_depth = [last.where(depth=d)[0]["gradient"] for d in (1, 2, 4)]
     expected = np.polyfit(np.log([1, 2, 4]), np.log(by_depth), 1)[0]
     assert slopes[1] == pytest.approx(expected, abs=1e-4)
 

@@ -150,7 +150,10 @@ def test_pre_post_gradient_decides_by_the_factor(post, pre, expected):
         for seed in SEEDS
         for norms in [(factor + 1e-3 * seed) ** np.arange(4.0)]
         for record in (
-            *({"kind": "gradient", "block": b, "norm": v} for b, v in enumerate(norms.tolist(), 1)),
+            *(
+                {"kind": "gradient", "block": block, "gradient": value}
+                for block, value in enumerate(norms.tolist(), 1)
+            ),
             {"kind": "factor", "factor": pre_post_gradient.factor(norms)},
         )
         for record in [{**record, "scheme": scheme, "seed": seed}]
@@ -161,7 +164,7 @@ def test_pre_post_gradient_decides_by_the_factor(post, pre, expected):
 def test_mix_ln_decides_by_how_uneven_the_gradients_are():
     config = dataclasses.replace(mix_ln.QUICK, depth=4, width=16, length=8, batch_size=2, seeds=2)
     records = Records(measured(mix_ln, config))
-    here = records.where(kind="gradient", scheme="pre", seed=101).values("norm")
+    here = records.where(kind="gradient", scheme="pre", seed=101).values("gradient")
     assert len(here) == 4
     [uneven] = records.where(kind="uneven", scheme="pre", seed=101).values("uneven")
     assert uneven == pytest.approx(max(here) / min(here))

@@ -48,6 +48,12 @@ COMMANDS = {
     "depth": "--depth 2 --width 8 --context 4 --schemes pre post --optimizer momentum",
 }
 
+BENCHES = {
+    "ops": "--norms rms --shapes dense --dtypes float32 --peers jax.numpy --rounds 1 --turn-ms 1",
+    "bytes": "--blocks alone --norms rms --dtypes float32 --peers jax.numpy --rounds 1"
+    " --tokens 1 8 16 --targets here",
+}
+
 
 @pytest.fixture(scope="module")
 def ran(tmp_path_factory):
@@ -206,6 +212,43 @@ class TestExport:
         assert one["accuracy"].item() == ran("train").json("summary.json")["accuracy"]
         assert csv["lr"].notna().all()  # what a record says, not the option of the run
 
+    @pytest.mark.parametrize("kind", ["ops", "bytes"])
+    def test_a_bench_is_a_frame_in_seconds_and_bytes(self, kind, tmp_path, capsys):
+        words = [*BENCHES[kind].split(), "--run-dir", str(tmp_path / "b")]
+        assert cli.main(["bench", kind, *words]) == 0
+        assert cli.main(["export", str(tmp_path / "b"), "--csv", str(tmp_path / "x.csv")]) == 0
+        capsys.readouterr()
+        frame = load(tmp_path / "b")
+        assert list(pd.read_csv(tmp_path / "x.csv")["seconds"]) == pytest.approx(
+            list(frame["seconds"])
+        )
+        for line in frame.to_dict("records"):
+            assert_documented(line, "`program`", kind)
+        assert {"normlab", "jax.numpy"} == {*frame["library"]}
+        assert (frame["norm"] == "rms").all()
+        whole = json.loads((tmp_path / "b" / f"{kind}.json").read_text())
+        if kind == "ops":
+            turns = whole["cases"][0]["contestants"][0]["turns"]["forward"]
+            assert frame["x_bytes"][0] == 4096 * 256 * 4
+        else:
+            turns = whole["programs"][0]["targets"]["here"][0]["forward"]
+            assert frame["x_bytes"].eq(8 * 16 * 4).all()
+        assert frame["seconds"][0] == turns["median_ms"] / 1e3
+
+    @pytest.mark.parametrize("word", ["my_net", "my_net.py", "of/mine/my_net.py", "mine.my_net"])
+    def test_a_question_is_found_by_its_name(self, word, tmp_path, capsys, monkeypatch):
+        monkeypatch.setenv("NORMLAB_RUNS_DIR", str(tmp_path))
+        for at, accuracy in ((0, 0.25), (1, 0.5)):  # the newest counts
+            run = tmp_path / "questions" / f"my_net-00000000000{at}"
+            (run / "conditions").mkdir(parents=True)
+            record = {"kind": "evaluation", "norm": "rms", "seed": 0, "accuracy": accuracy}
+            (run / "conditions/00-rms.jsonl").write_text(json.dumps(record) + "\n")
+            (run / "environment.json").write_text(json.dumps({"time": f"2026-01-0{at + 1}"}))
+            (run / "verdict.json").write_text("[]")
+        assert cli.main(["export", word, "--json"]) == 0
+        (line,) = json.loads(capsys.readouterr().out)["records"]
+        assert (line["run"], line["accuracy"]) == ("my_net-000000000001", 0.5)
+
     def test_a_column_of_words_and_numbers_is_of_words_in_parquet(self, tmp_path):
         for i, norm in enumerate(("rms", 0.5)):
             run = tmp_path / f"run{i}"
@@ -216,10 +259,12 @@ class TestExport:
         assert list(pd.read_parquet(tmp_path / "x.parquet")["norm"]) == ["rms", "0.5"]
 
     def test_what_it_refuses(self, ran, capsys):
-        for words, said in (([], "name a run directory"), (["nowhere"], "no such directory")):
+        for words, said in (([], "name a run directory"), (["no/where"], "no such directory")):
             with pytest.raises(SystemExit):
                 cli.main(["export", *words])
             assert said in " ".join(capsys.readouterr().err.replace("│", " ").split())
+        assert cli.main(["export", "figur1"]) == terminal.EXIT_USAGE
+        assert "unknown question 'figur1': did you mean 'figure1'?" in capsys.readouterr().err
         path = ran("depth").path
         words = ["export", str(path), "--csv", str(path / "no" / "x.csv")]
         assert cli.main(words) == terminal.EXIT_USAGE
@@ -305,6 +350,11 @@ class TestProgress:
         said = [line for line in lines if line.startswith("batch: step")]
         assert [re.findall(r"step (\d/\d)", line) for line in said] == [["1/2"], ["2/2"]]
         assert all("test accuracy" in line for line in said)
+        told = [float(re.search(r"train loss +(\S+) \(1 step\)", line)[1]) for line in said]
+        rows = [r for r in ran("compare").lines() if r["kind"] == "evaluation" and r["step"]]
+        for loss, step in zip(told, (1, 2), strict=True):  # as it is recorded, of both seeds
+            mean = math.fsum(r["train_loss"] for r in rows if r["step"] == step) / 2
+            assert loss == pytest.approx(mean, abs=1e-4)
         said = [line for line in ran("train").err.splitlines() if line.startswith("step ")]
         assert [line.split()[1] for line in said] == ["2/4", "4/4", "4/4"]
         assert "accuracy" in said[-1]
