@@ -20,6 +20,7 @@ from ..terminal import (
     EXIT_INTERRUPTED,
     EXIT_MISSING,
     EXIT_TERMINATED,
+    counted,
     errors,
     log,
     outcome,
