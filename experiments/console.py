@@ -212,6 +212,8 @@ def _parse(
         more["default"] = both(**{name: getattr(default, name) for name in names})
     found: Any = tyro.cli(both, prog=program, args=arguments, config=config, **more)
     own = {field.name: getattr(found, field.name) for field in dataclasses.fields(options)}
+    if found.json and found.markdown:
+        raise RunError("--markdown: it has no effect beside --json. Leave one of them out.")
     return options(**own), found.form
 
 
@@ -233,8 +235,20 @@ def _require_known(name: str, known: Any, arguments: list[str], rest: Sequence[s
             into = mine if near or not option.startswith("--") else theirs
         into.append(word)
     if theirs:
+        option = theirs[0].partition("=")[0]
+        others = [
+            other
+            for other, (place, _) in COMMANDS.items()
+            if (of := getattr(sys.modules[known.__module__], place.partition(":")[2], None))
+            and option.removeprefix("--").replace("-", "_")
+            in {f.name for f in dataclasses.fields(of)}
+        ]
+        if others:
+            raise RunError(
+                f"{option}: it has no effect on {name}, only on {', '.join(others)}. Leave it out."
+            )
         command = shlex.join([*mine, "--", *theirs, *rest])
         raise RunError(
-            f"{name} has no option {theirs[0].partition('=')[0]}. Options of the question come "
-            f"after --: {PROGRAM} {name} {command}"
+            f"{name} has no option {option}. Options of the question come after --: {PROGRAM} "
+            f"{name} {command}"
         )

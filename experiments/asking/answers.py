@@ -15,9 +15,11 @@ from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainin
 from rich.table import Table
 
 from .. import questions
+from ..data import is_kept
 from ..engine.devices import forms_gap
 from ..engine.question import Config, Question
 from ..engine.verdict import Verdict
+from ..rundir import RunError
 from ..terminal import (
     EXIT_INTERRUPTED,
     EXIT_MISSING,
@@ -30,7 +32,7 @@ from ..terminal import (
 )
 from . import rehearsal
 from .ask import Answer, Asking, ask
-from .config import Ask
+from .config import Ask, Choose
 from .fields import parsed
 from .kept import verdict_json
 from .numbers import asked_size, estimate, p_value, threshold
@@ -55,9 +57,13 @@ def answers(command: Ask, names: Sequence[str], rest: Sequence[str] = ()) -> Ite
 
 
 def chosen(
-    command: Ask, names: Sequence[str], rest: Sequence[str]
+    command: Choose, names: Sequence[str], rest: Sequence[str]
 ) -> tuple[list[Asking], list[Answer]]:
-    """The questions with their configs, and an answer for each that cannot be imported."""
+    """The questions with their configs, and an answer for each that cannot be imported.
+
+    Raises:
+      RunError: For options that are refused, or a place of data where none are read.
+    """
     found, broken = [], []
     for name in dict.fromkeys(names):
         try:
@@ -67,6 +73,14 @@ def chosen(
             broken.append(Answer(name, Config(dataset=""), None, failed=why))
         else:
             found.append(Asking(name, question, _config(command, question, name, rest)))
+    read = broken or any(is_kept(data) for asking in found for data in asking.config.datasets)
+    told = [asking.config.data_dir for asking in found if asking.config.data_dir is not None]
+    if told and not read:
+        asked = ", ".join(asking.name for asking in found)
+        raise RunError(
+            f"--data-dir {told[0]}: it has no effect on {asked}, of whose data no file is "
+            "kept. Leave it out."
+        )
     return found, broken
 
 
@@ -140,10 +154,16 @@ def answered(
             alarm.cancel()
 
 
-def _config(command: Ask, question: Question, name: str, rest: Sequence[str]) -> Config:
+def _config(command: Choose, question: Question, name: str, rest: Sequence[str]) -> Config:
     config = question.QUICK if command.profile == "quick" else question.FULL
     config = dataclasses.replace(config, data_dir=command.data_dir)
-    return parsed(name, config, rest) if rest else config
+    found = parsed(name, config, rest) if rest else config
+    if command.data_dir not in (None, found.data_dir):
+        raise RunError(
+            f"--data-dir {command.data_dir}: it has no effect beside --data-dir {found.data_dir} "
+            "after --. Leave one of them out."
+        )
+    return found
 
 
 def about(asking: Asking) -> float:

@@ -21,8 +21,8 @@ Rest = Annotated[tuple[str, ...], tyro.conf.Suppress]
 
 
 @dataclasses.dataclass(frozen=True)
-class Ask:
-    """What the commands have in common."""
+class Choose:
+    """Which questions, with which data."""
 
     names: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
     """Which questions (`normlab list`); one of your own by its file or module: my_net.py,
@@ -30,6 +30,23 @@ class Ask:
 
     profile: Literal["quick", "full"] = "quick"
     """Minutes on two cores, or the paper's protocol on a GPU."""
+
+    data_dir: Path | None = None
+    """Where prepared data sets are kept; by default $NORMLAB_DATA_DIR or data/."""
+
+    def __post_init__(self) -> None:
+        """Raises RunError for an unknown question, before any is run."""
+        if wrong := next((name for name in self.names if name.startswith("-")), None):
+            raise RunError(
+                f"{wrong} came after --, but this command has no options of the questions. Give "
+                "its own before it."
+            )
+        object.__setattr__(self, "names", tuple(map(questions.find, self.names)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Ask(Choose):
+    """What the commands that measure have in common."""
 
     jobs: int | None = None
     """Worker processes: by default one for each core, or one in the full profile. 0 works in this
@@ -47,20 +64,12 @@ class Ask:
     """Measure again what is finished. Without it a question is measured once for a config, a
     version of the code and a checksum of the data."""
 
-    data_dir: Path | None = None
-    """Where prepared data sets are kept; by default $NORMLAB_DATA_DIR or data/."""
-
     run_dir: Path | None = None
     """Where the results go, a directory for each question in it. By default runs/questions."""
 
     def __post_init__(self) -> None:
-        """Raises RunError for an unknown question, before any is run."""
-        if wrong := next((name for name in self.names if name.startswith("-")), None):
-            raise RunError(
-                f"{wrong} came after --, but this command has no options of the questions. Give "
-                "its own before it."
-            )
-        object.__setattr__(self, "names", tuple(map(questions.find, self.names)))
+        """Raises RunError for a number that is none, or an address, as well."""
+        super().__post_init__()
         if self.jobs is not None and self.jobs < 0:
             raise RunError(f"--jobs: got {self.jobs}; it must be 0 or more.")
         if self.minutes is not None and not 0 < self.minutes < math.inf:
@@ -185,7 +194,7 @@ class Power(Ask):
 
 
 @dataclasses.dataclass(frozen=True)
-class Cost(Ask):
+class Cost(Choose):
     """Say what questions cost on one GPU, by the operations of their programs."""
 
     profile: Literal["quick", "full"] = "full"

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
 import tyro
 
-from ..rundir import RunError, require_positive
+from normlab.errors import nearest
+
+from ..rundir import RunError, require_positive, words
+from ..training.config import require_effect
 from .blocks import BLOCKS, HERE, Program
 from .turns import available_cores
 from .worker import BYTES, GROUPS, KINDS_OF, OTHERS, PEERS, SHAPES, Case
@@ -198,6 +201,9 @@ class BenchCompile:
         require_positive(self, "deepest", "rounds")
         if not self.depths or min(self.depths) < 1:
             raise RunError(f"--depths: got {self.depths}; name one at least, each at least 1.")
+        usual = BenchCompile.deepest  # between which and this a number of blocks is to lie
+        moved = any((d > self.deepest) != (d > usual) for d in self.depths)
+        require_effect(self, moved, "deepest", f"on --depths {words(self.depths)}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -252,6 +258,8 @@ class BenchOps:
         if not self.cases():
             kinds = "; ".join(f"{op}: {', '.join(KINDS_OF[op])}" for op in self.norms or KINDS_OF)
             raise RunError(f"--norms and --shapes leave nothing to time. They run on ({kinds}).")
+        require_used(self, "norms", {case.op for case in self.cases()}, "shapes")
+        require_used(self, "shapes", {case.kind for case in self.cases()}, "norms")
 
     def cases(self) -> list[Case]:
         """What is timed, in order."""
@@ -329,6 +337,13 @@ class BenchBytes:
         if not self.programs():
             stands = "; ".join(f"{name}: {', '.join(b.ops)}" for name, b in BLOCKS.items())
             raise RunError(f"--blocks and --norms leave nothing to compile. There are ({stands}).")
+        require_used(self, "norms", {program.op for program in self.programs()}, "blocks")
+        require_used(self, "blocks", {program.block for program in self.programs()}, "norms")
+        require_effect(self, HERE in self.targets, "rounds", f"without --targets {HERE}")
+        see = {"tokens" if program.op in ROWS else "images" for program in self.programs()}
+        without = f"beside --blocks {words(self.blocks)} --norms {words(self.norms)}"
+        for name in ("tokens", "images"):
+            require_effect(self, name in see, name, without)
 
     def programs(self) -> list[Program]:
         """What is compiled, in order."""
@@ -346,17 +361,36 @@ class BenchBytes:
 
 
 ROWS = ("layer", "rms")
-"""The norms that see rows where they stand alone; the others see images."""
+"""The norms that see tokens, or rows of them where they stand alone; the others see images."""
 
 
 def require_known(config: Any, choices: Mapping[str, Iterable[str]]) -> None:
-    """Raises RunError, with the option and the nearest name, for a name that there is not."""
+    """Raises RunError for a name that there is not, with the nearest, or that is given twice."""
     for option, known in choices.items():
-        for name in getattr(config, option):
+        given = getattr(config, option)
+        for name in given:
             if name not in known:
-                from normlab.errors import nearest  # which brings jax
-
                 raise RunError(f"--{option}: unknown {name!r}: {nearest(name, known)}.")
+            if given.count(name) > 1:
+                raise RunError(f"--{option}: got {name} twice. Give each name once.")
+
+
+def require_used(config: Any, option: str, used: Collection[str], beside: str) -> None:
+    """Raises RunError for a name of an option that another option leaves nothing of.
+
+    Args:
+      config: Where both are.
+      option: The one; what it has by default nobody asked for.
+      used: Its names of which something is left.
+      beside: The other.
+    """
+    given, default = getattr(config, option), getattr(type(config), option)
+    idle = [name for name in given if name not in used]
+    if idle and {*given} != {*default}:
+        raise RunError(
+            f"--{option} {words(idle)}: it has no effect beside --{beside} "
+            f"{words(getattr(config, beside))}. Leave it out, or give {beside} that go with it."
+        )
 
 
 @dataclasses.dataclass(frozen=True)

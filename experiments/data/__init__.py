@@ -177,6 +177,11 @@ def is_own(name: str) -> bool:
     return ":" in name
 
 
+def is_kept(name: str) -> bool:
+    """Whether a data set is prepared once and kept as files; `data_dir` says where."""
+    return name in MEGABYTES
+
+
 def own(name: str, reading: Reading | None = None) -> Dataset:
     """Loads a data set of one's own.
 

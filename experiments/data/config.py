@@ -8,6 +8,10 @@ from typing import Annotated
 
 import tyro
 
+from ..rundir import words
+from ..training.config import require_effect
+from . import NAMES, is_kept
+
 
 @dataclasses.dataclass(frozen=True)
 class Data:
@@ -18,3 +22,8 @@ class Data:
 
     data_dir: Path | None = None
     """Where prepared data sets are kept; by default $NORMLAB_DATA_DIR or data/."""
+
+    def __post_init__(self) -> None:
+        """Raises RunError for a place where nothing would be kept."""
+        kept = any(is_kept(name) or name not in NAMES for name in self.names)
+        require_effect(self, kept, "data_dir", f"on {words(self.names)}, of which no file is kept")

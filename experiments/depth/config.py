@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import normlab as nl
 
-from ..data import TEXTS, is_own
+from ..data import TEXTS, is_kept, is_own
 from ..rundir import Record, RunError
 from ..training.config import require, require_effect, require_place
 
@@ -96,6 +96,8 @@ class Depth:
         random = self.dataset == RANDOM
         require(not (random and self.steps), "steps", self.steps, f"0 on {RANDOM} bytes")
         require_effect(self, bool(self.steps), "batch_size", "without --steps")
+        why = f"on --dataset {self.dataset}, of which no file is kept"
+        require_effect(self, is_kept(self.dataset), "data_dir", why)
         try:
             reads_text = models.reads_text(self.model)
             models.require(self.model, **self.options(self.schemes[0]))

@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from pathlib import Path
+
+import normlab as nl
+
+from ..rundir import RunError, require_positive, words
+from ..training.config import require
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,6 +25,15 @@ class Numerics:
     rounds: int = 15
     """Turns of each algorithm when its cost is measured; the medians count."""
 
+    def __post_init__(self) -> None:
+        """Raises RunError for values that cannot be measured."""
+        require_positive(self, "examples", "shards", "rounds")
+        if self.examples % self.shards:
+            raise RunError(
+                f"--shards {self.shards}: --examples {self.examples} does not divide into so many. "
+                "Change one of them."
+            )
+
 
 @dataclasses.dataclass(frozen=True)
 class Invariances:
@@ -26,6 +41,10 @@ class Invariances:
 
     eps: float = 1e-5
     """ε of the norms that have one."""
+
+    def __post_init__(self) -> None:
+        """Raises RunError for an ε that is none."""
+        require(0 < self.eps < math.inf, "eps", self.eps, "positive and finite")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,3 +56,14 @@ class Family:
 
     norms: tuple[str, ...] = ()
     """Which norms; by default all of the registry."""
+
+    def __post_init__(self) -> None:
+        """Raises RunError for a norm that there is not, or a picture of another kind."""
+        for name in self.norms:
+            require(self.norms.count(name) == 1, "norms", words(self.norms), "distinct")
+            try:
+                nl.row(name)
+            except ValueError as error:
+                raise RunError(f"--norms: {error}") from None
+        known = self.out.suffix in (".png", ".svg")
+        require(known, "out", self.out, "a file that ends in .png or .svg")

@@ -76,4 +76,4 @@ def picture(norms: tuple[str, ...]) -> Figure:
 def draw(config: Family) -> None:
     """Writes the picture."""
     figure = picture(config.norms or nl.names())
-    config.out.write_bytes(encode(figure, config.out.suffix.removeprefix(".") or "png"))
+    config.out.write_bytes(encode(figure, config.out.suffix.removeprefix(".")))

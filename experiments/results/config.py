@@ -41,4 +41,9 @@ class Export:
             lone = len(path.parts) == 1 or path.suffix == ".py"  # which a question is named by
             if not lone and not path.expanduser().is_dir():
                 raise RunError(f"{path}: there is no such directory. Name that of a run.")
+        if self.csv is not None and self.csv == self.parquet:
+            raise RunError(
+                f"--csv {self.csv}: it has no effect beside --parquet {self.parquet}, which is the "
+                "same file. Name two, or leave one out."
+            )
         writers.require(self.log)

@@ -14,7 +14,7 @@ import tyro
 import normlab as nl
 
 from .. import writers
-from ..data import NAMES, TEXTS, Dataset, Reading, Unit, is_own
+from ..data import NAMES, TEXTS, Dataset, Reading, Unit, is_kept, is_own
 from ..rundir import RunError, default_path, words
 from .again import parsed
 
@@ -170,6 +170,9 @@ class Command(Training):
         require(self.warmup < self.steps, "warmup", self.warmup, last)
         optimizers.require(self.optimizer)
         optimizers.require_schedule(self.schedule)
+        if self.dataset in NAMES or is_own(self.dataset):
+            why = f"on --dataset {self.dataset}, of which no file is kept"
+            require_effect(self, is_kept(self.dataset), "data_dir", why)
         distinct = len(set(self.augment)) == len(self.augment)
         require(distinct, "augment", " ".join(self.augment), "distinct")
         writers.require(self.log)

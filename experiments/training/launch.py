@@ -27,7 +27,7 @@ import normlab
 from ..cluster import LOCAL, connect, imported
 from ..rundir import Record, RunError
 from .again import check_directory
-from .config import Launch, Train, require_division, require_mesh
+from .config import Launch, Train, require_division, require_effect, require_mesh
 from .processes import gist, read_diaries
 from .train import Result, train
 
@@ -49,8 +49,11 @@ def launch(
       hear: Receives each record as it is measured.
 
     Raises:
-      RunError: If the run cannot start.
+      RunError: If the run cannot start, or has options that nothing would come of.
     """
+    for option in ("coordinator", "processes", "process", "cluster"):
+        require_effect(run, False, option, "beside launch, which says where each process is")
+    require_effect(run, not config.gpus, "devices", f"beside --gpus {config.gpus}")
     path = run.path
     run = dataclasses.replace(run, run_dir=path)
     check_directory(run)

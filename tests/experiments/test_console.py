@@ -85,6 +85,62 @@ def test_an_error_is_that_of_the_command(words, expected, said):
     assert expected in text
 
 
+IDLE = [
+    ("bench bytes --rounds 3", "--rounds 3", "without --targets here"),
+    ("bench bytes --blocks bottleneck --tokens 1 2 32", "--tokens 1 2 32", "--blocks bottleneck"),
+    ("bench bytes --norms rms --images 1 4 4 32", "--images 1 4 4 32", "--norms rms"),
+    ("bench bytes --blocks transformer --norms rms batch", "--norms batch", "--blocks transformer"),
+    ("bench bytes --blocks alone bottleneck --norms rms", "--blocks bottleneck", "--norms rms"),
+    ("bench bytes --targets cpu cpu", "--targets", "cpu twice"),
+    ("bench ops --norms rms group --shapes dense", "--norms group", "--shapes dense"),
+    ("bench ops --norms group --shapes conv dense", "--shapes dense", "--norms group"),
+    ("bench compile --depths 4 8 --deepest 10", "--deepest 10", "--depths 4 8"),
+    ("depth --data-dir nowhere", "--data-dir nowhere", "--dataset random"),
+    ("depth --batch-size 8", "--batch-size 8", "without --steps"),
+    ("data digits markov --data-dir nowhere", "--data-dir nowhere", "digits markov"),
+    ("compare --dataset digits --data-dir nowhere", "--data-dir nowhere", "--dataset digits"),
+    ("run identity --data-dir nowhere", "--data-dir nowhere", "identity"),
+    ("run identity -- --data-dir nowhere", "--data-dir nowhere", "identity"),
+    ("run figure1 --data-dir here -- --data-dir there", "--data-dir here", "--data-dir there"),
+    ("cost identity --jobs 3", "--jobs", "cost, only on run"),
+    ("cost identity --run-dir there", "--run-dir", "cost, only on run"),
+    ("launch -- train --coordinator a:1", "--coordinator a:1", "launch"),
+    ("launch -- train --cluster no", "--cluster no", "launch"),
+    ("launch --gpus 1 -- train --devices 2", "--devices 2", "--gpus 1"),
+    ("export . --csv a.csv --parquet a.csv", "--csv a.csv", "--parquet a.csv"),
+    ("list --json --markdown", "--markdown", "--json"),
+]
+"""A command, the option that would do nothing, and what it stands beside."""
+
+
+@pytest.mark.parametrize(("words", "option", "beside"), IDLE)
+def test_an_option_without_an_effect_is_refused(words, option, beside, said, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    status, text = said(*words.split())
+    assert status == cli.EXIT_USAGE
+    assert f": {option}" in text
+    assert beside in text
+    assert not [*tmp_path.iterdir()]
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("numerics --rounds 0", "--rounds: got 0"),
+        ("numerics --shards 3", "--shards 3: --examples 16384 does not divide"),
+        ("invariances --eps 0", "--eps: got 0.0; it must be positive"),
+        ("family --norms bacth", "--norms:"),
+        ("family --out a.pdf", "--out: got a.pdf; it must be a file that ends in .png or .svg"),
+    ],
+)
+def test_a_value_that_cannot_be_is_refused(words, expected, said, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    status, text = said(*words.split())
+    assert status == cli.EXIT_USAGE
+    assert expected in text
+    assert not [*tmp_path.iterdir()]
+
+
 @pytest.mark.parametrize("after", [0.0, 0.05, 0.15, 0.4, 1.0, 2.0])
 def test_an_early_ctrl_c_is_quiet(after, tmp_path):
     """Once the command is there; before that Python itself starts."""
