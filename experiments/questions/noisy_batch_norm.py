@@ -104,8 +104,9 @@ def run(config: NoisyBatchNorm) -> Iterator[Condition]:
         options["widths"] = (config.width,) * config.depth
     norms = {"none": nl.get("none"), "batch": nl.get("batch")}
     norms |= {f"noise {s:g}": noisy(s) for s in config.strengths}
+    test = held_out(config)
     for name, norm in norms.items():
-        look = measuring(config, norms["none" if name == "none" else "batch"])
+        look = measuring(*test, norms["none" if name == "none" else "batch"])
         yield Condition(
             {"norm": name}, tuned(config, norm, config.rates, instrument=look, **options)
         )
@@ -153,11 +154,17 @@ def noise(key: Array, a: Array, strength: float) -> tuple[Array, Array]:
     return s, shift + 0.1 * jax.random.uniform(keys[3], a.shape, minval=-1)
 
 
-def measuring(config: NoisyBatchNorm, still: nl.Norm) -> Any:
+def held_out(config: NoisyBatchNorm) -> tuple[Array, Array]:
+    """The test images on which nets are compared, and their labels."""
+    data = dataset(config.dataset, config.data_dir)
+    few = data._replace(train_inputs=data.train_inputs[:0])  # the others take seconds
+    few = few._replace(test_inputs=data.test_inputs[: config.images])
+    images = scaled(few, config.pool).test_inputs
+    return jnp.asarray(images), jnp.asarray(data.test_labels[: config.images])
+
+
+def measuring(images: Array, labels: Array, still: nl.Norm) -> Any:
     """An instrument: how much a step moves, and the test images told right without noise."""
-    data = scaled(dataset(config.dataset, config.data_dir), config.pool)
-    images = jnp.asarray(data.test_inputs[: config.images])
-    labels = jnp.asarray(data.test_labels[: config.images])
 
     def look(net: Net) -> dict[str, Array]:
         grads = jax.grad(net.loss)(net.params)
