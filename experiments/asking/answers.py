@@ -51,9 +51,25 @@ def answers(command: Ask, names: Sequence[str], rest: Sequence[str] = ()) -> Ite
       RunError: For options with which a claim could not be judged.
     """
     asked, broken = chosen(command, names, rest)
-    for asking in asked if rest else ():
-        rehearsal.require(asking.question, asking.config)
-    return answered(command, asked, broken)
+    return answered(command, rehearsed(asked) if rest else asked, broken)
+
+
+def rehearsed(asked: Sequence[Asking]) -> list[Asking]:
+    """The same, of all of which the claims could be judged.
+
+    Raises:
+      RunError: If some could not, with all of these, before anything is measured.
+    """
+    refused: dict[str, list[str]] = {}
+    for asking in asked:
+        try:
+            rehearsal.require(asking.question, asking.config)
+        except RunError as error:
+            refused.setdefault(str(error), []).append(asking.point)
+    if refused:
+        told = (f"at {'; '.join(at)}: {why}" if any(at) else why for why, at in refused.items())
+        raise RunError("\n".join(told))
+    return [asking._replace(rehearsed=True) for asking in asked]
 
 
 def chosen(

@@ -37,12 +37,14 @@ class Asking(NamedTuple):
       question: The module.
       config: Its config.
       point: What sets it apart, in words, where one question is asked with several configs.
+      rehearsed: Whether its claims are known to be such as can be judged; else that is tried.
     """
 
     name: str
     question: Question
     config: Config
     point: str = ""
+    rehearsed: bool = False
 
     @property
     def title(self) -> str:
@@ -190,7 +192,7 @@ def ask(
         asked: dict[str, Asked] = {}
         try:
             for asking in askings[first : first + TOGETHER]:
-                name, _, config, point = asking
+                name, config, point = asking.name, asking.config, asking.point
                 say(f"reading the data of {asking.title}")
                 try:
                     data = [dataset(d, config.data_dir) for d in config.datasets]
@@ -247,12 +249,13 @@ def answer(
 
 
 def _begin(asking: Asking, data: Sequence[Dataset], root: Path, again: bool) -> Asked:
-    name, question, config, point = asking
+    name, question, config, point, rehearsed = asking
     code = version(questions.module_of(name))
     conditions = list(question.run(config))
     if len({c.name for c in conditions}) < len(conditions):
         raise RunError(f"{name}: two of its conditions have the same labels. Tell them apart.")
-    rehearsal.require(question, config)
+    if not rehearsed:
+        rehearsal.require(question, config)
     directory = Kept(
         root.expanduser().resolve(), name, kept.key(config, code, [d.checksum for d in data])
     )

@@ -161,11 +161,18 @@ class Rehearsed(NamedTuple):
 def rehearse(question: Question, config: Config) -> Rehearsed:
     """Judges a question's claims on made-up records, and draws its figure of them.
 
+    Raises RunError of a config that the question itself refuses.
+
     Args:
       question: The question.
       config: Its config.
     """
-    made, why = made_up(question.run(config), config), ""
+    try:
+        made, why = made_up(question.run(config), config), ""
+    except RunError:
+        raise
+    except Exception as error:  # of a config that its run does not expect
+        return Rehearsed(f"{type(error).__name__}: {error}", [], [])
     judged: list[str] = []
     try:
         with warnings.catch_warnings():
@@ -201,9 +208,9 @@ def require(question: Question, config: Config) -> None:
     def without(field: str) -> bool:
         try:
             mended = dataclasses.replace(config, **{field: getattr(near, field)})
+            return not rehearse(question, mended).why
         except RunError:
             return False
-        return not rehearse(question, mended).why
 
     blamed = [field for field in changed if without(field)] or changed
     options = ", ".join(f"--{field.replace('_', '-')}" for field in blamed)

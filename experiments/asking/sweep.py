@@ -16,9 +16,9 @@ from rich.table import Table
 from .. import questions, terminal
 from ..engine.verdict import Verdict
 from ..rundir import RunDirectory, RunError
-from ..terminal import counted, errors, print_paths, remark
+from ..terminal import counted, errors, print_paths, remark, saying
 from . import kept
-from .answers import about, answered, chosen, status
+from .answers import about, answered, chosen, rehearsed, status
 from .ask import Answer, Asking
 from .config import Ask
 from .fields import Point, grid, words
@@ -75,7 +75,8 @@ def sweep(command: Ask, options: Sequence[str], fields: Sequence[str]) -> int:
       fields: The grid, `lr=0.01,0.1`.
 
     Raises:
-      RunError: As `fields.grid`, before anything is measured; for a field that is an option too.
+      RunError: As `fields.grid`, before anything is measured; for a field that is an option too;
+        for points, all of them, at which a claim could not be judged.
     """
     asked, broken = chosen(command, command.names, options)
     grids = [(asking, grid(asking.name, asking.config, fields)) for asking in asked]
@@ -86,10 +87,13 @@ def sweep(command: Ask, options: Sequence[str], fields: Sequence[str]) -> int:
     points: dict[str, Asking] = {}
     rows: dict[str, Row] = {}
     for asking, found in grids:
-        announce(command, asking, found)
         for point in found:
             one = asking._replace(config=point.config, point=point.name)
             points[one.title], rows[one.title] = one, Row(point)
+    with saying("trying whether the claims can be judged"):
+        points = {one.title: one for one in rehearsed([*points.values()])}
+    for asking, found in grids:
+        announce(command, asking, found)
     answers = []
     try:
         for answer in answered(command, [*points.values()], broken):

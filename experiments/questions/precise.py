@@ -48,6 +48,8 @@ from ..engine import (
     lanes,
     learn,
 )
+from ..rundir import words
+from ..training.config import require
 
 EQUAL = 0.2
 """Points by which both may differ at the end of training."""
@@ -77,6 +79,12 @@ class Precise(Config):
     batch_size: int = 100
     steps: int = 900
     evaluations: int = 6
+
+    def __post_init__(self) -> None:
+        """Raises RunError for rates that are no two, as well."""
+        super().__post_init__()
+        pair = len(self.rates) == 2 and self.rates[0] < self.rates[1]
+        require(pair, "rates", words(self.rates), "two, a low and a high one")
 
 
 QUICK = Precise()

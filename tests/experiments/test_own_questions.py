@@ -5,15 +5,19 @@ import json
 import re
 import subprocess
 import sys
+import typing
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import pytest
 
 from normlab.experiments import console, questions
+from normlab.experiments.asking import ask as asking
 from normlab.experiments.asking import references, rehearsal, sources
 from normlab.experiments.asking.ask import ask
 from normlab.experiments.asking.fields import parsed, replaced
 from normlab.experiments.asking.reads import unread
+from normlab.experiments.engine import Condition, Config, decide, exact
 from normlab.experiments.rundir import RunError
 
 ROOT = Path(__file__).parents[2]
@@ -289,6 +293,58 @@ class TestRehearsal:
         assert f"it compares {lacks} (there is" in said
         assert status == console.EXIT_USAGE
         assert not (tmp_path / "runs").exists()
+
+    def test_a_sweep_is_refused_with_all_points_that_lack_something(self, tmp_path, capsys):
+        words = ["--sweep", "groups=1 4,2 4,1 8,2 8", "--", "--dataset", "digits"]
+        status = console.main(["run", "group_size", "--run-dir", str(tmp_path / "runs"), *words])
+        said = capsys.readouterr()
+        assert status == console.EXIT_USAGE
+        lacks = "at groups 2 {}: group_size: with this --groups its claim .*it compares group 1 "
+        found = re.sub(r"\s+", " ", said.err)
+        assert re.search(".*".join((lacks.format(4), lacks.format(8))), found)
+        assert "groups 1" not in found
+        assert not said.out
+        assert not (tmp_path / "runs").exists()
+
+    @pytest.mark.parametrize(
+        ("words", "count"), [(["--", "--spreads", "1"], 1), (["--sweep", "spreads=1,2"], 2)]
+    )
+    def test_each_question_is_tried_once(self, words, count, tmp_path, monkeypatch):
+        tried: list[object] = []
+        monkeypatch.setattr(rehearsal, "require", lambda _, config: tried.append(config))
+
+        def begin(*_):
+            raise RunError("it would begin")
+
+        monkeypatch.setattr(asking, "_prepare", begin)
+        console.main(["run", "identity", "--jobs", "0", "--run-dir", str(tmp_path), *words])
+        assert len(tried) == count
+        with pytest.raises(RunError, match="it would begin"):
+            asking.answer("identity", spreads=(1.0,), root=tmp_path)
+        assert len(tried) == count + 1
+
+    def test_what_its_conditions_do_not_expect_is_refused_too(self):
+        @dataclasses.dataclass(frozen=True)
+        class Two(Config):
+            pair: tuple[float, ...] = (0.1, 0.2)
+
+        class Question:
+            __name__ = "two"
+            QUICK = FULL = Two()
+            SECONDS = 1
+
+            def run(self, config):
+                low, high = config.pair
+                yield Condition({"norm": "a", "pair": high - low}, exact(lambda: iter(())))
+
+            def verdict(self, records):
+                yield decide("x", "it is", records.by_seed("x", norm="a"), at_least=0)
+
+            def figure(self, records):
+                return plt.figure()
+
+        with pytest.raises(RunError, match=r"--pair its claim x could not .*: ValueError: not eno"):
+            rehearsal.require(typing.cast(typing.Any, Question()), Two(pair=(0.1,)))
 
     @pytest.mark.parametrize("name", questions.NAMES)
     def test_every_question_can_be_rehearsed(self, name):
