@@ -14,9 +14,21 @@ DIRECTIONS = ("forward", "forward+backward")
 
 def records(path: Path) -> list[Record] | None:
     """The records of a run directory of `bench ops` or `bench bytes`; `None` if it is neither."""
-    for name, of in (("ops.json", _ops), ("bytes.json", _bytes)):
+    found = _read(path)
+    if found is None:
+        return None
+    return list(_ops(found) if "cases" in found else _bytes(found))
+
+
+def told(path: Path, name: str) -> dict[str, Any]:
+    """Its `config` or `environment`, which stand beside the numbers; empty if it is neither."""
+    return (_read(path) or {}).get(name, {})
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    for name in ("ops.json", "bytes.json"):
         if (path / name).exists():
-            return list(of(json.loads((path / name).read_text())))
+            return json.loads((path / name).read_text())
     return None
 
 

@@ -76,13 +76,12 @@ def runs(path: Path) -> list[Path]:
 
 
 def told(path: Path, name: str) -> dict[str, Any]:
-    """What config.json or environment.json of a run says; empty without one."""
+    """What a run says of its `config` or its `environment`; empty where it says nothing."""
     try:
-        return json.loads((path / f"{name}.json").read_text())
-    except FileNotFoundError:
-        return {}
+        file = path / f"{name}.json"
+        return json.loads(file.read_text()) if file.exists() else benches.told(path, name)
     except (OSError, ValueError) as error:
-        raise RunError(f"cannot read {path / name}.json: {error}.") from error
+        raise RunError(f"{path}: cannot read the {name} of this run: {error}.") from error
 
 
 def records(path: Path) -> list[Record]:

@@ -227,6 +227,9 @@ class TestExport:
         assert {"normlab", "jax.numpy"} == {*frame["library"]}
         assert (frame["norm"] == "rms").all()
         whole = json.loads((tmp_path / "b" / f"{kind}.json").read_text())
+        assert frame.attrs["config"] == whole["config"]
+        assert frame.attrs["config"]["norms"] == ["rms"]
+        assert frame.attrs["environment"] == whole["environment"] != {}
         if kind == "ops":
             turns = whole["cases"][0]["contestants"][0]["turns"]["forward"]
             assert frame["x_bytes"][0] == 4096 * 256 * 4
