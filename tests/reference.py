@@ -11,10 +11,10 @@ ROWS = "\n## The registry\n"
 def registry() -> str:
     """The last section of docs/family.md: every norm, by what it is invariant to."""
     text = f"""{ROWS}
-Every norm, by what it is invariant to. `I` where h stays as it is behind a dense layer, of the
-changes {" · ".join(normlab.INVARIANCES)};
-then behind a layer with positions, where that differs. That these hold, and no others:
-`pytest tests/test_family.py`.
+What each norm is invariant to. `I` where h after a dense layer stays the same, in this order:
+{" · ".join(normlab.INVARIANCES)}.
+A second code is that of a layer with positions, where it differs.
+`pytest tests/test_family.py` checks that these hold, and no others.
 
 | invariances | norms |
 |---|---|

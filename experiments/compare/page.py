@@ -7,7 +7,7 @@ import json
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import pandas as pd
 
@@ -21,11 +21,9 @@ from ..training.config import IMAGES, TEXT
 from ..training.tasks import Task
 from . import figures
 from .config import Compare
+from .outcome import Outcome
 from .tables import Tabled, heading, remarks, spread, tabled, tabled_sweep
 from .tuning import SEEDS
-
-if TYPE_CHECKING:
-    from .comparison import Outcome
 
 PAGE = "report.html"
 """Its name."""

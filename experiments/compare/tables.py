@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from ..rundir import Record
 from ..terminal import counted
 from ..training.tasks import Score
 from . import figures
+from .outcome import Outcome
 from .rates import Stable
-
-if TYPE_CHECKING:
-    from .comparison import Outcome
 
 
 class Tabled(NamedTuple):

@@ -7,8 +7,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from ..compare.comparison import Outcome
 from ..compare.config import Compare
+from ..compare.drawing import draw
+from ..compare.outcome import Outcome
 from ..compare.page import PAGE, sweep_page
 from ..depth.command import title
 from ..depth.config import Depth
@@ -69,7 +70,7 @@ def comparison(path: Path) -> dict[str, Path]:
     told = _read(path / "environment.json").get("task")
     if told is None:
         raise RunError(f"{path}: its environment.json does not say what was asked of the nets.")
-    found = Outcome.read(config, path, Task.from_json(told)).draw()
+    found = draw(Outcome.read(config, path, Task.from_json(told)))
     if not found:
         raise RunError(f"{path}: nothing was measured, so there is nothing to draw.")
     return found

@@ -14,8 +14,8 @@ from xml.etree import ElementTree as ET
 import pytest
 
 from normlab.experiments import console as cli
-from normlab.experiments.compare.comparison import Outcome
 from normlab.experiments.compare.config import Compare
+from normlab.experiments.compare.outcome import Outcome
 from normlab.experiments.compare.page import PAGE, command, facts, sweep_page
 from normlab.experiments.compare.page import page as page_of
 from normlab.experiments.console import _parse
