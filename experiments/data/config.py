@@ -10,7 +10,7 @@ import tyro
 
 from ..rundir import words
 from ..training.config import require_effect
-from . import NAMES, is_kept
+from . import NAMES, is_kept, is_own
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,5 +25,5 @@ class Data:
 
     def __post_init__(self) -> None:
         """Raises RunError for a place where nothing would be kept."""
-        kept = any(is_kept(name) or name not in NAMES for name in self.names)
+        kept = any(is_kept(n) or not (n in NAMES or is_own(n)) for n in self.names)
         require_effect(self, kept, "data_dir", f"on {words(self.names)}, of which no file is kept")

@@ -131,7 +131,8 @@ class Depth:
             jax.eval_shape(lambda: model.init(jax.random.key(0), data.probe, train=False))
         except ValueError as error:
             raise RunError(str(error)) from None
-        if len(self.norms) > 1:
+        chosen = len(self.schemes) == 1 and self.norms != Depth.norms
+        if len(self.norms) > 1 or chosen:
             require_place(norm, model)
         return model
 

@@ -143,6 +143,7 @@ def test_what_it_refuses(options, said):
         ({"inside": ("z",)}, "z"),
         ({"width": 30}, "heads"),
         ({"schemes": ("rezero",), "norms": ("rms", "layer")}, "stands nowhere"),
+        ({"schemes": ("rezero",), "norms": ("layer",)}, "stands nowhere"),
     ],
 )
 def test_nets_that_there_are_not(options, said, tmp_path):
