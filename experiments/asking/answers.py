@@ -67,8 +67,10 @@ def rehearsed(asked: Sequence[Asking]) -> list[Asking]:
         except RunError as error:
             refused.setdefault(str(error), []).append(asking.point)
     if refused:
-        told = (f"at {'; '.join(at)}: {why}" if any(at) else why for why, at in refused.items())
-        raise RunError("\n".join(told))
+        told = {
+            why: f"--sweep: at {'; '.join(at)}: " if any(at) else "" for why, at in refused.items()
+        }
+        raise RunError("\n".join(f"{where}{why}" for why, where in told.items()))
     return [asking._replace(rehearsed=True) for asking in asked]
 
 

@@ -697,11 +697,12 @@ class TestReport:
             module.QUICK = TINY
             _, module, _ = make("lacks", [Condition({"norm": "batch"}, values(1, 2))])
             module.QUICK = dataclasses.replace(TINY, dataset="mnist" if lacks else "digits")
+            monkeypatch.setenv("NORMLAB_DATA_DIR", str(tmp_path / "none"))
 
         return asked
 
     def command(self, name, tmp_path, *more):
-        where = ["--run-dir", str(tmp_path / "runs"), "--data-dir", str(tmp_path / "none")]
+        where = ["--run-dir", str(tmp_path / "runs")]
         return cli.main([name, "--jobs", "0", *where, *map(str, more)])
 
     def test_the_page_says_what_is_missing(self, asked, tmp_path, capsys):

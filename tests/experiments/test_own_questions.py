@@ -299,7 +299,7 @@ class TestRehearsal:
         status = console.main(["run", "group_size", "--run-dir", str(tmp_path / "runs"), *words])
         said = capsys.readouterr()
         assert status == console.EXIT_USAGE
-        lacks = "at groups 2 {}: group_size: with this --groups its claim .*it compares group 1 "
+        lacks = "--sweep: at groups 2 {}: group_size: with this --groups .*it compares group 1 "
         found = re.sub(r"\s+", " ", said.err)
         assert re.search(".*".join((lacks.format(4), lacks.format(8))), found)
         assert "groups 1" not in found
