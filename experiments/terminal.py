@@ -191,8 +191,9 @@ def remark(text: str) -> None:
 def print_paths(paths: Mapping[str, Path | None]) -> None:
     """Prints where the results are, a line for each; `paths` of the JSON."""
     outcome(paths=dict(paths))
+    width = max(map(len, paths), default=0)
     for name, path in paths.items():
-        console.print(f"{name:>12}  {path}", highlight=False, soft_wrap=True, markup=False)
+        console.print(f"{name:>{width}}  {path}", highlight=False, soft_wrap=True, markup=False)
 
 
 def rows_table(headings: Iterable[str], rows: Iterable[Sequence[str]]) -> Table:

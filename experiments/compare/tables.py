@@ -69,10 +69,11 @@ def tabled(outcome: Outcome) -> Tabled:
                 *more,
             )
         )
+    every = config.steps / config.evaluations
     caption = (
-        f"mean ± standard deviation over {counted(config.seeds, 'seed')}, or those "
+        f"Mean ± standard deviation over {counted(config.seeds, 'seed')}, or those "
         "that did not diverge; medians. "
-        f"Measured every {config.steps / config.evaluations:g} steps. "
+        f"Measured every {every:g} step{'s' * (every != 1)}. "
     ) + (
         "From the best rate up to the largest stable one no run diverged; at the one in brackets "
         "one did."
@@ -81,7 +82,7 @@ def tabled(outcome: Outcome) -> Tabled:
     )
     if not config.tried and any((row["norm_share"] or 0) < 0 for row in found):
         caption += " Where it is less than the noise of the times, – stands."
-    title = f"{config.dataset}, {config.model}, {config.sync} statistics"
+    title = f"{config.dataset}, {config.model}, sync {config.sync}"
     return Tabled(title, headings, tuple(rows), tuple(_seeds(score, r) for r in found), caption)
 
 
@@ -111,7 +112,7 @@ def tabled_sweep(
         headings=headings,
         rows=tuple(rows),
         seeds=tuple(alive),
-        caption=f"mean ± standard deviation over {many}, or those that did not diverge.",
+        caption=f"Mean ± standard deviation over {many}, or those that did not diverge.",
         names=len(fields) + 1,
         scored=len(headings),
     )
