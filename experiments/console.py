@@ -95,7 +95,7 @@ COMMANDS = {
     ),
     "figures": (
         "redraw:Figures",
-        "Draw the figures of runs again, from their directories.",
+        "Draw the figures of runs again, from their directories, and the page of a comparison.",
     ),
     "export": (
         "results:Export",

@@ -25,7 +25,7 @@ from normlab.experiments.rundir import RunError
 from tests.helpers import gap
 
 SHAPES = {"transformer": (2, 4, 16), "bottleneck": (4, 3, 3, 32)}
-TINY = ("--tokens", "2", "4", "16", "--images", "2", "2", "2", "32", "--dtypes", "float32")
+TINY = ("--tokens", "2", "4", "16", "--dtypes", "float32")
 
 
 @pytest.fixture(autouse=True)
