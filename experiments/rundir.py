@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import datetime
 import fcntl
 import importlib.metadata
@@ -43,6 +44,22 @@ def require_positive(config: Any, *fields: str) -> None:
         if not (value >= 1 if isinstance(value, int) else 0 < value < math.inf):
             wanted = "at least 1" if isinstance(value, int) else "positive and finite"
             raise RunError(f"--{name.replace('_', '-')}: got {value}; it must be {wanted}.")
+
+
+def require(holds: bool, option: str, given: Any, expected: str) -> None:
+    """Raises RunError about an option unless something holds."""
+    if not holds:
+        raise RunError(f"--{option.replace('_', '-')}: got {given}; it must be {expected}.")
+
+
+def require_effect(config: Any, has: bool, option: str, why: str) -> None:
+    """Raises RunError for an option that is not at its default, unless it has an effect."""
+    [field] = [field for field in dataclasses.fields(config) if field.name == option]
+    given = getattr(config, option)
+    if not has and given != field.default:
+        raise RunError(
+            f"--{option.replace('_', '-')} {words(given)}: it has no effect {why}. Leave it out."
+        )
 
 
 def default_path(name: str) -> Path:

@@ -11,8 +11,7 @@ import tyro
 
 from normlab.errors import nearest
 
-from ..rundir import RunError, require_positive, words
-from ..training.config import require_effect
+from ..rundir import RunError, require_effect, require_positive, words
 from .blocks import BLOCKS, HERE, Program
 from .turns import available_cores
 from .worker import BYTES, GROUPS, KINDS_OF, OTHERS, PEERS, SHAPES, Case

@@ -13,13 +13,12 @@ from normlab.errors import nearest
 
 from ..cluster import require_address
 from ..data import TEXTS
-from ..rundir import Record, RunError
+from ..rundir import Record, RunError, require
 from ..training.again import parsed, taken
 from ..training.config import (
     IMAGES,
     TEXT,
     Command,
-    require,
     require_division,
     require_evaluations,
     require_mesh,

@@ -11,10 +11,9 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 
-from .. import pages
+from .. import contents, pages
 from ..data import TEXTS
 from ..pages import PROJECT, Shared
-from ..results import frames
 from ..rundir import Record, RunError
 from ..terminal import PROGRAM, counted
 from ..training.config import IMAGES, TEXT
@@ -89,7 +88,7 @@ def page(outcome: Outcome, drawn: Sequence[str]) -> str:
     """
     config, path = outcome.config, outcome.run_dir.path
     options = _plain(config.as_json())
-    machine = frames.told(path, "environment")
+    machine = contents.told(path, "environment")
     nets = [row["net"] for row in figures.named(outcome.summary())]
     score = outcome.task.score
     means = [f"{r['net']} {spread(score, r)}" for r in figures.named(outcome.summary())]
@@ -126,13 +125,13 @@ def sweep_page(path: Path) -> str:
     Raises:
       RunError: If no point of it was begun.
     """
-    options, told = frames.told(path, "config"), frames.told(path, "summary")
+    options, told = contents.told(path, "config"), contents.told(path, "summary")
     points: list[Record] = [point for point in told.get("points", ()) if point["norms"]]
     if not points:
         raise RunError(f"{path}: no point of this sweep was begun, so there is nothing to show.")
     swept: Mapping[str, list[str]] = options["sweep"]
-    machines = [frames.told(path / point["run"], "environment") for point in points]
-    configs = [frames.told(path / point["run"], "config") for point in points]
+    machines = [contents.told(path / point["run"], "environment") for point in points]
+    configs = [contents.told(path / point["run"], "config") for point in points]
     scores = [Task.from_json(machine["task"]).score for machine in machines]
     count = 1
     for values in swept.values():
@@ -335,14 +334,14 @@ def _least(svg: str) -> int:
 
 def _data(path: Path, runs: Sequence[Path]) -> list[File]:
     """What was measured: lines as `export` has them, and of a lone run the four parts."""
-    lines = [line for run in runs for line in frames.lines(run)]
+    lines = [line for run in runs for line in contents.lines(run)]
     scores = [line for line in lines if line.get("kind") != "part"]
     name = path.resolve().name
     found = [
         _file(f"{name}.csv", f"{counted(len(scores), 'measurement')} of loss and score", scores)
     ]
     parts = (
-        [record for record in frames.records(path) if record.get("kind") == "part"]
+        [record for record in contents.records(path) if record.get("kind") == "part"]
         if ([*runs] == [path])
         else []
     )

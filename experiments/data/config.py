@@ -8,8 +8,7 @@ from typing import Annotated
 
 import tyro
 
-from ..rundir import words
-from ..training.config import require_effect
+from ..rundir import require_effect, words
 from . import NAMES, is_kept, is_own
 
 

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 import normlab as nl
 
 from ..data import TEXTS, is_kept, is_own
-from ..rundir import Record, RunError
-from ..training.config import require, require_effect, require_place
+from ..rundir import Record, RunError, require, require_effect
+from ..training.config import require_place
 
 if TYPE_CHECKING:
     from .. import models

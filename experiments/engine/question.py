@@ -13,9 +13,9 @@ import normlab as nl
 from normlab.errors import nearest
 
 from ..data import NAMES
-from ..rundir import Record, RunError
+from ..rundir import Record, RunError, require
 from ..training import optimizers
-from ..training.config import Training, require, require_evaluations
+from ..training.config import Training, require_evaluations
 from ..training.driver import Checkpoint
 from ..training.optimizers import Schedule
 from .records import Records

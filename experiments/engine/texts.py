@@ -16,8 +16,7 @@ import normlab as nl
 
 from .. import models
 from ..data import Dataset
-from ..rundir import Record
-from ..training.config import require
+from ..rundir import Record, require
 from ..training.tasks import Task
 from .learn import dataset
 from .question import Config

@@ -8,8 +8,7 @@ from pathlib import Path
 
 import normlab as nl
 
-from ..rundir import RunError, require_positive, words
-from ..training.config import require
+from ..rundir import RunError, require, require_positive, words
 
 
 @dataclasses.dataclass(frozen=True)

@@ -48,8 +48,7 @@ from ..engine import (
     lanes,
     learn,
 )
-from ..rundir import words
-from ..training.config import require
+from ..rundir import require, words
 
 EQUAL = 0.2
 """Points by which both may differ at the end of training."""

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from .. import contents
 from ..rundir import RunError
 from ..terminal import outcome, print_paths, rows_table, saying, show
 from ..writers import writers
@@ -17,8 +18,8 @@ from .config import Export
 
 def run(config: Export) -> int:
     """Writes the table and says what is in it; with --json the table is printed."""
-    paths = [run for path in config.runs for run in frames.runs(frames.directory(path))]
-    lines = [line for path in paths for line in frames.lines(path)]
+    paths = [run for path in config.runs for run in contents.runs(frames.directory(path))]
+    lines = [line for path in paths for line in contents.lines(path)]
     table = pd.DataFrame(lines)
     files = {"csv": config.csv, "parquet": config.parquet}
     files = {kind: path.expanduser() for kind, path in files.items() if path is not None}
@@ -60,6 +61,6 @@ def _mixed(column: pd.Series) -> bool:
 def replay(path: Path, config: Export) -> None:
     """Hands the records of a run to writers, as if it ran now."""
     with contextlib.ExitStack() as stack:
-        for writer in writers(config.log, path, frames.told(path, "config")):
+        for writer in writers(config.log, path, contents.told(path, "config")):
             stack.callback(writer.close)
-            writer.write(frames.records(path))
+            writer.write(contents.records(path))

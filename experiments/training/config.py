@@ -15,7 +15,7 @@ import normlab as nl
 
 from .. import writers
 from ..data import NAMES, TEXTS, Dataset, Reading, Unit, is_kept, is_own
-from ..rundir import RunError, default_path, words
+from ..rundir import RunError, default_path, require, require_effect
 from .again import parsed
 
 if TYPE_CHECKING:  # what takes JAX is imported where it is used
@@ -316,22 +316,6 @@ def takes(name: str, option: str) -> bool:
     if option == "axis_name" and row.axis_of != "batch":  # those of a run share its examples
         return False
     return option != "groups" or known[option].default in (None, inspect.Parameter.empty)
-
-
-def require(holds: bool, option: str, given: Any, expected: str) -> None:
-    """Raises RunError about an option unless something holds."""
-    if not holds:
-        raise RunError(f"--{option.replace('_', '-')}: got {given}; it must be {expected}.")
-
-
-def require_effect(config: Any, has: bool, option: str, why: str) -> None:
-    """Raises RunError for an option that is not at its default, unless it has an effect."""
-    [field] = [field for field in dataclasses.fields(config) if field.name == option]
-    given = getattr(config, option)
-    if not has and given != field.default:
-        raise RunError(
-            f"--{option.replace('_', '-')} {words(given)}: it has no effect {why}. Leave it out."
-        )
 
 
 def require_mesh(sizes: Sequence[int], devices: int | None = None) -> None:

@@ -25,9 +25,9 @@ from typing import Any
 import normlab
 
 from ..cluster import LOCAL, connect, imported
-from ..rundir import Record, RunError
+from ..rundir import Record, RunError, require_effect
 from .again import check_directory
-from .config import Launch, Train, require_division, require_effect, require_mesh
+from .config import Launch, Train, require_division, require_mesh
 from .processes import gist, read_diaries
 from .train import Result, train
 

@@ -15,7 +15,7 @@ FLOORS = (
     {"questions", "compare", "depth", "programs"},
     {"engine", "numerics"},
     {"training"},
-    {"cluster", "data", "figures", "grids", "models", "pages", "writers"},
+    {"cluster", "contents", "data", "figures", "grids", "models", "pages", "writers"},
     {"rundir", "terminal"},
 )
 EXPERIMENTS = Path(experiments.__file__).resolve().parent
