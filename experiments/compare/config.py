@@ -21,6 +21,7 @@ from ..training.config import (
     Command,
     require_division,
     require_evaluations,
+    require_kept,
     require_mesh,
 )
 from .sweep import sweep
@@ -143,7 +144,13 @@ class Compare(Command):
     def parse(cls, read: Callable[..., Any], arguments: Sequence[str]) -> Any:
         """The options that `read` finds in the arguments; those of --config, or of a --sweep."""
         rest, words = taken(arguments, "--sweep")
-        return parsed(read, cls, rest) if words is None else sweep(cls, read, rest, words, FREE)
+        if words is None:
+            found, form = parsed(read, cls, rest)
+            require_kept(found)
+        else:
+            found, form = sweep(cls, read, rest, words, FREE)
+            require_kept(*(point.config for point in found.points))
+        return found, form
 
     def as_json(self) -> dict[str, Any]:
         """The options that the numbers depend on."""

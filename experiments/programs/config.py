@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, Literal
 
-from ..rundir import RunError, require_positive
+from ..rundir import RunError, require_effect, require_positive
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,8 +90,7 @@ class Ledger:
             ("context", not text, f"--model {self.model}, which reads images"),
             ("image", text, f"--model {self.model}, which reads text"),
         ):
-            if beside and getattr(self, idle) is not None:
-                raise RunError(f"--{idle} does nothing beside {why}. Leave one of them out.")
+            require_effect(self, not beside, idle, f"beside {why}")
         require_mesh(self.mesh)
         require_form(self.mode, self.mesh, "mode")
         for text in self.sync:

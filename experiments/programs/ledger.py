@@ -39,7 +39,7 @@ from normlab.instruments.collectives import Collective, Entry, Purpose, by_purpo
 from normlab.instruments.programs import Ledger as Program
 
 from .. import models
-from ..rundir import RunError
+from ..rundir import RunError, require_effect
 from ..training import syncs
 from ..training.config import require_mesh
 from ..training.trainer import abstract, on_devices, set_devices
@@ -105,9 +105,7 @@ def compile_all(config: Ledger, say: Callable[[str], None] = lambda _: None) -> 
     """
     if config.sync and not any(map(_synced, config.norms)):
         norms = " ".join(config.norms)
-        raise RunError(
-            f"--sync does nothing beside --norms {norms}, which measure no batch. Leave it out."
-        )
+        require_effect(config, False, "sync", f"beside --norms {norms}, which measure no batch")
     jax.config.update("jax_platforms", "cpu")
     if not config.topology:
         set_devices(config.devices or DEVICES)

@@ -15,7 +15,7 @@ import normlab as nl
 
 from .. import writers
 from ..data import NAMES, TEXTS, Dataset, Reading, Unit, is_kept, is_own
-from ..rundir import RunError, default_path, require, require_effect
+from ..rundir import RunError, default_path, require, require_effect, words
 from .again import parsed
 
 if TYPE_CHECKING:  # what takes JAX is imported where it is used
@@ -170,9 +170,6 @@ class Command(Training):
         require(self.warmup < self.steps, "warmup", self.warmup, last)
         optimizers.require(self.optimizer)
         optimizers.require_schedule(self.schedule)
-        if self.dataset in NAMES or is_own(self.dataset):
-            why = f"on --dataset {self.dataset}, of which no file is kept"
-            require_effect(self, is_kept(self.dataset), "data_dir", why)
         distinct = len(set(self.augment)) == len(self.augment)
         require(distinct, "augment", " ".join(self.augment), "distinct")
         writers.require(self.log)
@@ -316,6 +313,14 @@ def takes(name: str, option: str) -> bool:
     if option == "axis_name" and row.axis_of != "batch":  # those of a run share its examples
         return False
     return option != "groups" or known[option].default in (None, inspect.Parameter.empty)
+
+
+def require_kept(*configs: Command) -> None:
+    """Raises RunError for a `data_dir` where none of these configs, which share it, keeps data."""
+    names = tuple(dict.fromkeys(config.dataset for config in configs))
+    kept = any(is_kept(name) or not (name in NAMES or is_own(name)) for name in names)
+    why = f"on --dataset {words(names)}, of which no file is kept"
+    require_effect(configs[0], kept, "data_dir", why)
 
 
 def require_mesh(sizes: Sequence[int], devices: int | None = None) -> None:
@@ -482,6 +487,7 @@ class Train(Joining, Command):
         from .trainer import axes_of
 
         super().__post_init__()
+        require_kept(self)
         self.require_counts(
             *("keep", "log_every", "checkpoint_every", "processes"),
             *("start_timeout", "heartbeat_timeout", "shutdown_timeout"),

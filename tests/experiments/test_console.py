@@ -12,6 +12,7 @@ import pytest
 
 from normlab.experiments import console as cli
 from normlab.experiments.bench.config import Bench
+from normlab.experiments.compare.config import Compare
 
 HEAVY = ("jax", "flax", "matplotlib", "pandas", "scipy")
 
@@ -99,6 +100,8 @@ IDLE = [
     ("depth --batch-size 8", "--batch-size 8", "without --steps"),
     ("data digits markov --data-dir nowhere", "--data-dir nowhere", "digits markov"),
     ("compare --dataset digits --data-dir nowhere", "--data-dir nowhere", "--dataset digits"),
+    ("train --dataset markov --data-dir nowhere", "--data-dir nowhere", "--dataset markov"),
+    ("compare --sweep dataset=digits,own:x --data-dir no", "--data-dir no", "digits own:x"),
     ("run identity --data-dir nowhere", "--data-dir nowhere", "identity"),
     ("run identity -- --data-dir nowhere", "--data-dir nowhere", "identity"),
     ("run figure1 --data-dir here -- --data-dir there", "--data-dir here", "--data-dir there"),
@@ -121,6 +124,21 @@ def test_an_option_without_an_effect_is_refused(words, option, beside, said, tmp
     assert f": {option}" in text
     assert beside in text
     assert not [*tmp_path.iterdir()]
+
+
+def test_a_place_of_data_has_an_effect_where_one_point_of_a_sweep_reads_it():
+    words = [
+        "--sweep",
+        "dataset=digits,mnist",
+        "--data-dir",
+        "there",
+        "--norms",
+        "none",
+        "--model",
+        "mlp",
+    ]
+    found, _ = Compare.parse(lambda given: cli._parse(Compare, "compare", given), words)
+    assert [str(point.config.data_dir) for point in found.points] == ["there", "there"]
 
 
 @pytest.mark.parametrize(

@@ -510,10 +510,16 @@ def test_the_bench_counts_one_collective_each_way(capsys):
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"devices": 4, "topology": ("v5e:4x4",)}, "--devices does nothing beside --topology"),
-        ({"norms": ("layer",), "sync": ("all",)}, "--sync does nothing beside --norms layer"),
-        ({"context": 64}, "--context does nothing beside --model conv"),
-        ({"model": "lm", "image": (8, 8, 1)}, "--image does nothing beside --model lm"),
+        (
+            {"devices": 4, "topology": ("v5e:4x4",)},
+            "--devices 4: it has no effect beside --topology",
+        ),
+        (
+            {"norms": ("layer",), "sync": ("all",)},
+            "--sync all: it has no effect beside --norms layer",
+        ),
+        ({"context": 64}, "--context 64: it has no effect beside --model conv"),
+        ({"model": "lm", "image": (8, 8, 1)}, "--image 8 8 1: it has no effect beside --model lm"),
     ],
 )
 def test_an_option_that_does_nothing_beside_another_is_refused(options, said):
